@@ -1,0 +1,61 @@
+// The arguments of the last_batch op as plain pointers: what csrc/last_batch.cpp hands to a device's kernels.
+// No torch header here; cpu/ and cuda/ see nothing else.
+#pragma once
+#include <cstdint>
+
+namespace dlb_fast {
+
+enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class TeacherKind : int32_t { none = 0, logits = 1, probabilities = 2, given_by_rule = 3 };
+enum class Reduction : int32_t { mean = 0, sum = 1, none = 2 };
+
+// Entries of the op's `parts` output, as in dlb_fast/ops.py PARTS.
+enum Part : int32_t { part_loss, part_ce, part_lb, part_correct, part_grad_scale, part_taught, part_count };
+
+// Header of the buffer's `slots`, as in dlb_fast/buffer.py: [count, mismatched, ids...].
+constexpr int64_t slots_count = 0, slots_mismatched = 1, slots_header = 2;
+constexpr int64_t unknown_id = INT64_MIN;
+
+// Compute dtype A: double for f64 logits, float for all others. Pointers marked (A) hold that dtype.
+struct LastBatchArgs {
+  int64_t batch = 0, classes = 0;
+  DType dtype = DType::f32;              // of logits and grad
+  const void* logits = nullptr;          // (B, C), unit column stride
+  int64_t logits_stride = 0;             // elements between rows
+  // Cross entropy: labels, or a dense target, or neither (no CE term).
+  const int64_t* target = nullptr;       // (B,)
+  int64_t target_stride = 0;
+  const int64_t* target_b = nullptr;     // (B,) second label of the mixup pair form
+  int64_t target_b_stride = 0;
+  const void* lam = nullptr;             // (A) share of `target` in the pair form
+  int64_t lam_stride = 0;                // 0: one share for all rows
+  const void* dense = nullptr;           // (A) (B, C)
+  int64_t dense_stride = 0;
+  const void* weight = nullptr;          // (A) (C,) class weights
+  // Teacher: rows given (read only), or the buffer (read, then overwritten by the new rows of the batch).
+  TeacherKind kind = TeacherKind::none;
+  DType teacher_dtype = DType::f32;      // of teacher or buffer
+  const void* teacher = nullptr;         // (H, C)
+  int64_t teacher_stride = 0, teacher_rows = 0;
+  void* buffer = nullptr;                // (S, C) contiguous
+  int64_t capacity = 0;                  // S
+  int64_t* slots = nullptr;              // (2 + S,) contiguous
+  const int64_t* ids = nullptr;          // (B,) contiguous
+  int64_t num_old = -1;                  // repeated rows of this batch; -1: the count in slots
+  const bool* kd_mask = nullptr;         // one per taught row
+  int64_t kd_mask_rows = 0;              // rows from here on are not taught
+  double correct_share = -1.0;           // teacher by rule: share of the right class; < 0: uniform
+  // Weights of the terms: (ce_weight + ce_alpha * alpha) CE + alpha tau^2 KL + z_loss lse^2.
+  const void* alpha_ptr = nullptr;       // (A) 0-d, overrides alpha
+  const void* temperature_ptr = nullptr; // (A) 0-d, overrides temperature
+  double alpha = 1.0, temperature = 3.0, ce_weight = 1.0, ce_alpha = 0.0;
+  double label_smoothing = 0.0, z_loss = 0.0;
+  int64_t ignore_index = -100;
+  Reduction reduction = Reduction::mean;
+  // Outputs.
+  void* loss = nullptr;                  // (A) 0-d, or (B,) for Reduction::none
+  void* parts = nullptr;                 // (A) (part_count,)
+  void* grad = nullptr;                  // (B, C) contiguous in `dtype`, or null: no gradient wanted
+};
+
+}  // namespace dlb_fast

@@ -1,0 +1,150 @@
+"""Which implementations exist here, which do not and why, and which one ``impl="auto"`` takes.
+
+The rule of choice: the fastest implementation that works on the tensor's device *and* has been seen to work on such a
+device. A kernel that has not yet passed ``make gpu-check`` on a GPU is never chosen by ``auto``; it runs when named.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+log = logging.getLogger("dlb_fast")
+
+IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
+LIBRARY = Path(__file__).parent / "lib" / "libdlb_fast_ops.so"
+UNPROVEN = "not yet run on a GPU"
+
+
+class Implementation(NamedTuple):
+    """One way to compute the losses: ``reason`` says why it is missing, ``state`` what it has been proven on."""
+
+    name: str
+    available: bool
+    reason: str
+    state: str
+
+
+@functools.lru_cache(maxsize=None)
+def load_library() -> str:
+    """Load the compiled ops once; an empty string when they are there, else the reason why they are not."""
+    if not LIBRARY.exists():
+        return (
+            "the compiled library was not built (no C++ compiler at install time, or DLB_FAST_BUILD=none); "
+            "reinstall with: DLB_FAST_BUILD=require pip install --no-build-isolation -e ."
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:  # a library of another platform or an older torch
+        return f"{LIBRARY.name} could not be loaded into torch {torch.__version__}: {error}"
+    return ""
+
+
+def compiled_for(device: str) -> str:
+    """Why the compiled op has no kernel for ``device`` ("cpu" or "cuda"), or an empty string."""
+    missing = load_library()
+    if missing:
+        return missing
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("dlb_fast::last_batch", key):
+        return "the library was built without nvcc; install the CUDA toolkit and reinstall"
+    return ""
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run through its interpreter (TRITON_INTERPRET=1), and so on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.lru_cache(maxsize=None)
+def _triton_missing() -> str:
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install triton"
+    except (ImportError, ValueError) as error:
+        return f"triton cannot be imported: {error}"
+    return ""
+
+
+def gpu_proof() -> dict[str, str]:
+    """Implementation -> GPU on which ``make gpu-check`` has passed, as recorded with the package."""
+    record = Path(__file__).parent / "proven_on_gpu.txt"
+    if not record.exists():
+        return {}
+    lines = [line.split(":", 1) for line in record.read_text().splitlines() if ":" in line]
+    return {name.strip(): where.strip() for name, where in lines}
+
+
+def implementations() -> dict[str, Implementation]:
+    """Every implementation by name, with its availability on this machine, the reason and its state."""
+    proof = gpu_proof()
+    no_cuda = compiled_for("cuda")
+    if not no_cuda and not torch.cuda.is_available():
+        no_cuda = "no CUDA device is visible to torch"
+    no_triton = _triton_missing()
+    if not no_triton and not torch.cuda.is_available() and not triton_interpreted():
+        no_triton = "no GPU is visible to torch (on a CPU it runs only in the interpreter: TRITON_INTERPRET=1)"
+    no_cpu = compiled_for("cpu")
+    return {
+        "cuda": Implementation("cuda", not no_cuda, no_cuda, proof.get("cuda", UNPROVEN)),
+        "triton": Implementation("triton", not no_triton, no_triton, proof.get("triton", UNPROVEN)),
+        "cpu": Implementation("cpu", not no_cpu, no_cpu, "tested on CPU"),
+        "torch": Implementation("torch", True, "", "tested on CPU; plain PyTorch on any device"),
+    }
+
+
+@functools.lru_cache(maxsize=None)
+def _auto(device_type: str) -> str:
+    wished = os.environ.get("DLB_FAST_BACKEND", "auto")
+    if wished != "auto":
+        if wished not in IMPLEMENTATIONS:
+            raise ValueError(f"DLB_FAST_BACKEND must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {wished!r}")
+        require(wished, device_type)
+        choice, why = wished, "DLB_FAST_BACKEND"
+    elif device_type == "cpu":
+        missing = compiled_for("cpu")
+        choice, why = ("torch", missing) if missing else ("cpu", "compiled C++")
+    else:
+        known = implementations()
+        proven = [n for n in ("cuda", "triton") if known[n].available and known[n].state != UNPROVEN]
+        if device_type == "cuda" and proven:
+            choice, why = proven[0], f"proven on {known[proven[0]].state}"
+        else:
+            usable = [n for n in ("cuda", "triton") if known[n].available and device_type == "cuda"]
+            why = f"{' and '.join(usable)} can be named but are {UNPROVEN}" if usable else "no other works here"
+            choice = "torch"
+    log.info('dlb_fast: impl="auto" runs %r on %s (%s)', choice, device_type, why)
+    return choice
+
+
+def require(impl: str, device_type: str) -> None:
+    """Raise unless the named implementation runs on tensors of this device type: a named one never falls back."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "torch":
+        return
+    hint = "; run `dlb-fast doctor` for the state of every implementation"
+    if impl in ("cpu", "cuda"):
+        if device_type != impl:
+            raise ValueError(f"impl={impl!r} needs tensors on a {impl} device, got {device_type}{hint}")
+        missing = compiled_for(impl)
+    else:
+        missing = _triton_missing()
+        if not missing and device_type == "cpu" and not triton_interpreted():
+            missing = "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before importing triton"
+    if missing:
+        raise RuntimeError(f"impl={impl!r} is not available: {missing}{hint}")
+
+
+def pick(impl: str, device_type: str) -> str:
+    """The implementation to run for ``impl`` on this device type; raises when a named one cannot run."""
+    if impl == "auto":
+        return _auto(device_type)
+    require(impl, device_type)
+    return impl

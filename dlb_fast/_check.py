@@ -1,0 +1,149 @@
+"""What the losses accept, and what they say otherwise: operation, argument, expected, got, remedy.
+
+Checks look at shapes, dtypes, devices and Python numbers only; device values are never read (no synchronisation).
+Labels are checked where the host can see them: by the compiled CPU op while it reads them, here for CPU tensors on the
+other implementations. On a GPU a label outside [0, C) poisons its row with NaN instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _tensor(op: str, name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def _same_device(op: str, name: str, value: Tensor, logits: Tensor) -> None:
+    if value.device != logits.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of the logits ({logits.device}), got {value.device}; "
+            f"move it with {name}.to(logits.device)"
+        )
+
+
+def check_logits(op: str, logits: Tensor) -> None:
+    """Logits (B, C), C >= 1, floating point."""
+    _tensor(op, "logits", logits)
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(
+            f"{op}: logits must have shape (B, C) with C >= 1, got {tuple(logits.shape)}; "
+            "flatten sequence or pixel dimensions into the batch first"
+        )
+    if logits.dtype not in FLOATS:
+        raise TypeError(f"{op}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+
+
+def check_target(op: str, logits: Tensor, target: Tensor) -> None:
+    """Integer labels (B,) or a floating distribution (B, C)."""
+    _tensor(op, "target", target)
+    _same_device(op, "target", target, logits)
+    batch, classes = logits.shape
+    if target.dim() == 1 and target.shape[0] == batch:
+        if target.dtype not in INTEGERS:
+            raise TypeError(
+                f"{op}: target of shape (B,) must hold integer class labels, got {target.dtype}; "
+                "use target.long(), or a (B, C) tensor for class probabilities"
+            )
+        return
+    if target.dim() == 2 and target.shape == logits.shape:
+        if not target.is_floating_point():
+            raise TypeError(f"{op}: target of shape (B, C) must hold probabilities (floating), got {target.dtype}")
+        return
+    raise ValueError(
+        f"{op}: target must have shape ({batch},) for labels or ({batch}, {classes}) for probabilities, "
+        f"got {tuple(target.shape)}"
+    )
+
+
+def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Every label in [0, C) or equal to ``ignore_index``; reads CPU labels only, and not while compiling."""
+    if target.dim() != 1 or target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{op}: target[{row}] = {int(target[row])} is not a class: expected 0 <= label < {classes} "
+            f"or ignore_index ({ignore_index}); check num_classes and the label mapping of the dataset"
+        )
+
+
+def check_teacher(op: str, logits: Tensor, last_logits: Tensor) -> None:
+    """Teacher rows (H, C) with H <= B."""
+    _tensor(op, "last_logits", last_logits)
+    _same_device(op, "last_logits", last_logits, logits)
+    batch, classes = logits.shape
+    if last_logits.dim() != 2 or last_logits.shape[1] != classes or last_logits.shape[0] > batch:
+        raise ValueError(
+            f"{op}: last_logits must have shape (H, C) with H <= {batch} and C = {classes}, "
+            f"got {tuple(last_logits.shape)}; it holds the previous logits of the first H rows of this batch "
+            "(was the buffer made for another dataset or batch size? then reset it)"
+        )
+    if last_logits.dtype not in FLOATS:
+        raise TypeError(f"{op}: last_logits must be floating point, got {last_logits.dtype}")
+
+
+def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int) -> None:
+    """A bool per taught row."""
+    _tensor(op, "kd_mask", kd_mask)
+    _same_device(op, "kd_mask", kd_mask, logits)
+    if kd_mask.dtype != torch.bool or kd_mask.shape != (rows,):
+        raise ValueError(
+            f"{op}: kd_mask must be a bool tensor of shape ({rows},), one entry per taught row, "
+            f"got {kd_mask.dtype} {tuple(kd_mask.shape)}"
+        )
+
+
+def check_weight(op: str, logits: Tensor, weight: Tensor) -> None:
+    """A class weight per class."""
+    _tensor(op, "weight", weight)
+    _same_device(op, "weight", weight, logits)
+    if weight.shape != (logits.shape[1],) or not weight.is_floating_point():
+        raise ValueError(
+            f"{op}: weight must be floating with shape ({logits.shape[1]},), one entry per class, "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+
+
+def check_ids(op: str, logits: Tensor, ids: Tensor) -> None:
+    """An integer sample id per row."""
+    _tensor(op, "ids", ids)
+    _same_device(op, "ids", ids, logits)
+    if ids.shape != (logits.shape[0],) or ids.dtype not in INTEGERS:
+        raise ValueError(
+            f"{op}: ids must be an integer tensor of shape ({logits.shape[0]},), one sample id per row, "
+            f"got {ids.dtype} {tuple(ids.shape)}"
+        )
+
+
+def check_scalar(op: str, name: str, value: float | Tensor, *, positive: bool) -> None:
+    """A finite Python number (> 0 or >= 0), or a 0-d floating tensor, whose value is not read."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"{op}: {name} as a tensor must be 0-d and floating point, got {value.dtype} {tuple(value.shape)}"
+            )
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number or a 0-d tensor, got {type(value).__name__}")
+    if not (value > 0 if positive else value >= 0) or value == math.inf:
+        bound = "> 0" if positive else ">= 0"
+        raise ValueError(f"{op}: {name} must be finite and {bound}, got {value}")
+
+
+def check_options(op: str, label_smoothing: float, reduction: str) -> None:
+    """``0 <= label_smoothing <= 1`` and a known reduction."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")

@@ -1,0 +1,213 @@
+"""What is remembered: the logits of the rows that the next batch repeats."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNKNOWN_ID = -(2**63)
+"""Slot id of a row stored without a sample id; it matches any id."""
+
+_COUNT, _MISMATCHED, _HEADER = 0, 1, 2
+_VERSION = 1
+
+
+class LogitBuffer:
+    """The last logits of up to ``capacity`` rows, at a fixed address on the device, with their sample ids.
+
+    Slot ``j`` holds the row that the next batch carries at position ``j``. What a kernel needs to know lives on the
+    device (count, ids, mismatch counter), so a first step, a short batch and a resume need no branch on the host and a
+    step can be captured in a CUDA graph. A row whose id differs from the slot's gets no KL and is counted.
+
+    Args:
+        num_classes: ``C``.
+        capacity: rows kept, normally half the batch the model sees.
+        dtype: storage dtype, normally that of the logits (lossless). float16 halves float32 at 0.1 to 0.3 % of the
+            KL gradient, bfloat16 costs 1 to 2 %.
+        device: where the kernels run.
+
+    Errors are raised by the loss that uses the buffer. Source: state ``pre_out`` of the official ``dlb.py``.
+
+    >>> buffer = LogitBuffer(num_classes=10, capacity=4)
+    >>> buffer.roll(torch.randn(4, 10), torch.arange(4))
+    >>> buffer.count, buffer.ids.tolist()
+    (4, [0, 1, 2, 3])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (("num_classes", num_classes), ("capacity", capacity)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"LogitBuffer: {name} must be an integer >= 1, got {value!r}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"LogitBuffer: dtype must be floating point, got {dtype}")
+        self.logits = torch.zeros(capacity, num_classes, dtype=dtype, device=device)
+        # One tensor for the kernels: [count, mismatched, id of slot 0, id of slot 1, ...].
+        self.slots = torch.full((_HEADER + capacity,), UNKNOWN_ID, dtype=torch.int64, device=device)
+        self.slots[:_HEADER] = 0
+        # The host's copy of the count follows from the batch shapes alone; nothing is read back from the device.
+        self.count = 0
+
+    @property
+    def capacity(self) -> int:
+        """Rows the buffer can hold."""
+        return self.logits.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        """Columns ``C``."""
+        return self.logits.shape[1]
+
+    @property
+    def ids(self) -> Tensor:
+        """Sample ids (count,) int64 of the stored rows; ``UNKNOWN_ID`` where none was given."""
+        return self.slots[_HEADER : _HEADER + self.count]
+
+    @property
+    def mismatched(self) -> Tensor:
+        """How many rows so far met a slot of another sample (0-d int64 on the device)."""
+        return self.slots[_MISMATCHED]
+
+    @property
+    def valid(self) -> Tensor:
+        """Which slots (capacity,) hold a teacher, decided on the device."""
+        return torch.arange(self.capacity, device=self.slots.device) < self.slots[_COUNT]
+
+    def reset(self) -> None:
+        """Forget every row: the next batch is plain cross entropy. Addresses stay as they are."""
+        self.slots.fill_(UNKNOWN_ID)
+        self.slots[:_HEADER] = 0
+        self.count = 0
+
+    def to(self, device: torch.device | str) -> LogitBuffer:
+        """Move the storage (new addresses); does nothing when it is already there."""
+        self.logits, self.slots = self.logits.to(device), self.slots.to(device)
+        return self
+
+    def stored_rows(self, batch: int, num_old: int | None) -> int:
+        """How many rows of a batch of ``batch`` rows will be stored; raises when the layout is impossible."""
+        old = self.count if num_old is None else num_old
+        new = batch - old
+        if num_old is None and self.count == 0 and batch == 2 * self.capacity:
+            return self.capacity  # [old | new] before any teacher exists
+        if 0 <= old <= batch and 0 <= new <= self.capacity and (new > 0 or num_old is not None):
+            return new
+        given = "num_old" if num_old is not None else "the buffer"
+        raise ValueError(
+            f"LastBatchLoss: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves {new} "
+            f"new ones of {batch}, and the buffer keeps at most {self.capacity}. Feed it from OverlapBatchSampler, pass "
+            "capacity= (half the batch size) or num_old=, or call reset() when a new stream of batches starts"
+        )
+
+    def advance(self, batch: int, num_old: int | None = None) -> None:
+        """Bring the host's count up to date after the kernel has rolled the buffer over ``batch`` rows."""
+        self.count = self.stored_rows(batch, num_old)
+
+    def teacher(self, logits: Tensor, ids: Tensor | None, num_old: int | None = None) -> tuple[Tensor, Tensor]:
+        """The stored rows facing this batch (k, C) and which of them are valid (k,), in plain torch; counts mismatches."""
+        rows = min(self.capacity, logits.shape[0] if num_old is None else num_old)
+        valid = torch.arange(rows, device=self.slots.device) < self.slots[_COUNT]
+        if ids is not None:
+            stored = self.slots[_HEADER : _HEADER + rows]
+            same = (stored == ids[:rows]) | (stored == UNKNOWN_ID)
+            self.slots[_MISMATCHED] += (valid & ~same).sum()
+            valid = valid & same
+        return self.logits[:rows], valid
+
+    @torch.no_grad()
+    def roll(self, logits: Tensor, ids: Tensor | None = None, num_old: int | None = None) -> None:
+        """Replace the stored rows by the new rows of the batch, in plain torch and without reading the device.
+
+        Args:
+            logits: ``(B, C)``; the rows after the repeated ones are stored, cast to the buffer's dtype.
+            ids: ``(B,)`` sample ids, or None.
+            num_old: how many of the first rows repeat; None takes the device's count.
+        """
+        batch, rows = logits.shape[0], min(self.capacity, logits.shape[0])
+        self.stored_rows(batch, num_old)
+        old = self.slots[_COUNT] if num_old is None else torch.full_like(self.slots[_COUNT], num_old)
+        stored = (batch - old).clamp(0, self.capacity)
+        position = torch.arange(rows, device=self.slots.device)
+        source = (batch - stored + position).clamp(max=batch - 1)
+        written = position < stored
+        new_rows = logits.detach()[source].to(self.logits.dtype)
+        self.logits[:rows] = torch.where(written[:, None], new_rows, self.logits[:rows])
+        new_ids = torch.full_like(source, UNKNOWN_ID) if ids is None else ids.to(torch.int64)[source]
+        slot_ids = self.slots[_HEADER : _HEADER + rows]
+        self.slots[_HEADER : _HEADER + rows] = torch.where(written, new_ids, slot_ids)
+        self.slots[_COUNT] = stored
+        self.advance(batch, num_old)
+
+    def resized(self, capacity: int, skip: int = 0) -> LogitBuffer:
+        """A buffer of another capacity holding the stored rows of this one from ``skip`` on."""
+        other = LogitBuffer(self.num_classes, capacity, self.logits.dtype, self.logits.device)
+        kept = self.count - skip
+        other.logits[:kept] = self.logits[skip : self.count]
+        other.slots[_HEADER : _HEADER + kept] = self.ids[skip:]
+        other.slots[_COUNT] = kept
+        other.slots[_MISMATCHED] = self.slots[_MISMATCHED]
+        other.count = kept
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stored rows, ids, count and mismatch counter, as tensors and numbers on the CPU."""
+        return {
+            "version": _VERSION,
+            "num_classes": self.num_classes,
+            "capacity": self.capacity,
+            "count": self.count,
+            "logits": self.logits[: self.count].detach().cpu().clone(),
+            "ids": self.ids.cpu().clone(),
+            "mismatched": int(self.slots[_MISMATCHED]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Take over a saved buffer; on a mismatch warn, restart empty and return False."""
+        self.reset()
+        trouble = _state_trouble(state, self.num_classes, self.capacity)
+        if trouble:
+            warnings.warn(
+                f"LogitBuffer: the saved buffer does not fit ({trouble}); it restarts empty, so the next batch has no "
+                "last-batch term",
+                stacklevel=2,
+            )
+            return False
+        count = state["count"]
+        self.logits[:count] = state["logits"].to(self.logits)
+        self.slots[_HEADER : _HEADER + count] = state["ids"].to(self.slots.device)
+        self.slots[_COUNT] = count
+        self.slots[_MISMATCHED] = state["mismatched"]
+        self.count = count
+        return True
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> LogitBuffer | None:
+        """A buffer as it was saved, on the CPU; None, with a warning, when the state cannot be read."""
+        try:
+            buffer = cls(state["num_classes"], state["capacity"], state["logits"].dtype)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            warnings.warn(f"LogitBuffer: the saved buffer cannot be read ({error!r}); it restarts empty", stacklevel=2)
+            return None
+        return buffer if buffer.load_state_dict(state) else None
+
+
+def _state_trouble(state: dict[str, Any], num_classes: int, capacity: int) -> str:
+    missing = [key for key in ("version", "count", "logits", "ids", "mismatched") if key not in state]
+    if missing:
+        return f"missing {', '.join(missing)}"
+    if state["version"] != _VERSION:
+        return f"version {_VERSION} expected, got {state['version']}"
+    count, logits, ids = state["count"], state["logits"], state["ids"]
+    if count > capacity:
+        return f"room for {capacity} rows, saved {count}"
+    if tuple(logits.shape) != (count, num_classes) or tuple(ids.shape) != (count,):
+        return f"expected logits {(count, num_classes)}, got {tuple(logits.shape)} with ids {tuple(ids.shape)}"
+    return ""

@@ -1,0 +1,222 @@
+"""What users call: the losses as functions of tensors, without memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _backends, _check, ops, reference
+from .buffer import LogitBuffer
+
+Scalar = float | Tensor
+
+
+class LossParts(NamedTuple):
+    """The loss and its terms, detached 0-d tensors on the device of the logits (reading them is the user's choice).
+
+    ``loss`` as returned (summed for ``reduction="none"``), ``ce`` and ``lb`` the two terms without their weights,
+    ``correct`` the number of rows whose label has the largest logit (a tie counts; 0 without a target).
+    """
+
+    loss: Tensor
+    ce: Tensor
+    lb: Tensor
+    correct: Tensor
+
+    @classmethod
+    def unpack(cls, parts: Tensor) -> LossParts:
+        """Views of the op's ``parts`` tensor."""
+        loss, ce, lb, correct = parts[:4].unbind()
+        return cls(loss, ce, lb, correct)
+
+
+def _rows_contiguous(value: Tensor) -> Tensor:
+    """Kernels walk a row with unit stride and take any row stride."""
+    return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
+
+
+def _split_scalar(value: Scalar, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """A number travels as an argument, a 0-d tensor by its address, so that a schedule never recompiles."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return value.to(device=device, dtype=dtype), 0.0
+    return None, float(value)
+
+
+def check_loss_inputs(
+    op: str,
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    alpha: Scalar,
+    temperature: Scalar,
+    label_smoothing: float,
+    weight: Tensor | None,
+    reduction: str,
+) -> None:
+    """Raise ValueError or TypeError, in the project's form, unless these arguments fit together."""
+    _check.check_logits(op, logits)
+    if target is not None:
+        _check.check_target(op, logits, target)
+    if weight is not None:
+        _check.check_weight(op, logits, weight)
+    _check.check_scalar(op, "alpha", alpha, positive=False)
+    _check.check_scalar(op, "temperature", temperature, positive=True)
+    _check.check_options(op, label_smoothing, reduction)
+
+
+def row_loss(
+    op: str,
+    impl: str,
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    teacher: Tensor | None = None,
+    buffer: LogitBuffer | None = None,
+    ids: Tensor | None = None,
+    num_old: int | None = None,
+    teacher_kind: str = "logits",
+    alpha: Scalar = 1.0,
+    temperature: Scalar = 3.0,
+    ce_weight: float = 1.0,
+    ce_alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    kd_mask: Tensor | None = None,
+    reduction: str = "mean",
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    z_loss: float = 0.0,
+    correct_share: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The one road from checked arguments to an implementation; every method of the family passes here.
+
+    ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 KL(teacher || z) + z_loss * lse^2``, the teacher being a
+    tensor, the rows of ``buffer`` (which then takes the new rows of the batch), or virtual. Returns loss and parts.
+    """
+    impl = _backends.pick(impl, logits.device.type)
+    if target is not None and target.dim() == 1:
+        target = target if target.dtype == torch.int64 else target.long()
+        if impl != "cpu":
+            _check.check_label_range(op, target, logits.shape[1], ignore_index)
+    if buffer is not None:
+        teacher_kind = "logits"
+    elif teacher is None and teacher_kind != "virtual":
+        teacher_kind = "none"
+
+    if impl == "torch":
+        if buffer is not None:
+            teacher, valid = buffer.teacher(logits, ids, num_old)
+            kd_mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
+        loss, parts = reference.last_batch_loss(
+            logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
+            weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction, target_b=target_b,
+            lam=lam, ce_weight=ce_weight + ce_alpha * alpha if ce_alpha else ce_weight, z_loss=z_loss,
+            teacher_kind=teacher_kind, correct_share=correct_share,
+        )  # fmt: skip
+        if buffer is not None:
+            buffer.roll(logits, ids, num_old)
+        return loss, parts
+
+    dtype = reference.compute_dtype(logits.dtype)
+    alpha_t, alpha = _split_scalar(alpha, logits.device, dtype)
+    temperature_t, temperature = _split_scalar(temperature, logits.device, dtype)
+    if target is not None and target.dim() == 2:
+        target = _rows_contiguous(target.to(dtype))
+    if target_b is not None:
+        target_b = target_b.long()
+        lam = torch.as_tensor(1.0 if lam is None else lam, dtype=dtype, device=logits.device).contiguous()
+    options: tuple[Any, ...] = (
+        target, target_b, lam, None if weight is None else weight.to(dtype).contiguous(),
+        None if kd_mask is None else kd_mask.contiguous(), alpha_t, temperature_t, alpha, temperature,
+        ce_weight, ce_alpha, label_smoothing, z_loss, -1.0 if correct_share is None else correct_share,
+        ignore_index, ops.TEACHER_KIND[teacher_kind], ops.REDUCTION[reduction],
+    )  # fmt: skip
+    rows = _rows_contiguous(logits)
+    if buffer is not None:
+        ids = None if ids is None else ids.long().contiguous()
+        old = -1 if num_old is None else num_old
+        loss, parts = ops.run(impl, "last_batch_roll", rows, buffer.logits, buffer.slots, ids, old, *options)
+        buffer.advance(logits.shape[0], num_old)
+        return loss, parts
+    teacher = None if teacher is None else _rows_contiguous(teacher.detach())
+    return ops.run(impl, "last_batch", rows, teacher, *options)
+
+
+def fused_lb_loss(
+    logits: Tensor,
+    target: Tensor | None,
+    last_logits: Tensor | None = None,
+    *,
+    alpha: Scalar = 1.0,
+    temperature: Scalar = 3.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    kd_mask: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_parts: bool = False,
+) -> Any:
+    """Cross entropy plus consistency with the logits of the last mini-batch (DLB), loss and gradient in one pass.
+
+    ``L = CE(z, y) + alpha * tau^2 * mean_{i < H} KL(softmax(t_i / tau) || softmax(z_i / tau))``
+
+    The CE is torch's, over all ``B`` rows. The KL runs over the first ``H`` rows, those that repeat samples of the
+    previous iteration; its mean divides by the number of valid rows ("batchmean"), and tau^2 keeps the size of its
+    gradient independent of the temperature. There is no ``(1 - alpha)`` on the CE. ``alpha=1`` and ``temperature=3``
+    are what the community uses with this method, not values read from the paper.
+
+    Args:
+        logits: ``(B, C)`` float32, bfloat16, float16 or float64; any strides; never written to.
+        target: ``(B,)`` integer labels, ``(B, C)`` class probabilities, or None for the KL term alone.
+        last_logits: ``(H, C)`` with ``H <= B``: the previous logits of rows ``[0, H)``; None gives plain CE. Detached.
+        alpha: weight of the KL term, a number >= 0 or a 0-d tensor (a schedule that never recompiles).
+        temperature: tau > 0 of both distributions, a number or a 0-d tensor.
+        label_smoothing: in ``[0, 1]``, as in torch; applies to the CE only.
+        weight: ``(C,)`` class weights of the CE, as in torch.
+        ignore_index: rows with this label leave the CE; they leave the KL only through ``kd_mask``.
+        kd_mask: ``(H,)`` bool, False takes a row out of the KL.
+        reduction: ``"mean"`` (as above), ``"sum"``, or ``"none"`` for per-row losses ``(B,)``. A term without any valid
+            row is 0 with zero gradient (torch's CE would give NaN).
+        impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``; a named one runs or raises, it never falls back.
+        return_parts: also return :class:`LossParts`.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits), 0-d or ``(B,)``; with ``return_parts`` a pair. The gradient has
+        the dtype of the logits. Differentiable once: a second derivative raises a RuntimeError (``impl="torch"`` has one).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, a label outside ``[0, C)`` on the CPU
+            (on a GPU such a row becomes NaN). RuntimeError: a named implementation that is not available.
+
+    Source: Shen et al., CVPR 2022; official code ``dlb.py`` of Meta-knowledge-Lab/DLB.
+
+    >>> import torch
+    >>> z, y = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True), torch.tensor([0, 1])
+    >>> loss = fused_lb_loss(z, y, last_logits=torch.tensor([[1.0, 0.0]]))
+    >>> loss.backward()
+    >>> round(loss.item(), 4), z.grad.shape
+    (0.339, torch.Size([2, 2]))
+    """
+    op = "fused_lb_loss"
+    check_loss_inputs(
+        op, logits, target, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
+        weight=weight, reduction=reduction,
+    )  # fmt: skip
+    if last_logits is not None:
+        _check.check_teacher(op, logits, last_logits)
+        if kd_mask is not None:
+            _check.check_kd_mask(op, logits, kd_mask, last_logits.shape[0])
+    elif kd_mask is not None:
+        raise ValueError(f"{op}: kd_mask was given without last_logits; there is no KL term to mask")
+    elif target is None:
+        raise ValueError(f"{op}: target and last_logits are both None; nothing is left to compute")
+    loss, parts = row_loss(
+        op, impl, logits, target, teacher=last_logits, alpha=alpha, temperature=temperature,
+        label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction,
+    )  # fmt: skip
+    return (loss, LossParts.unpack(parts)) if return_parts else loss

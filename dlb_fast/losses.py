@@ -1,0 +1,192 @@
+"""The losses as modules: criteria with memory, ready for anyone's training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _check
+from .buffer import LogitBuffer
+from .functional import LossParts, Scalar, check_loss_inputs, row_loss
+
+
+class LastBatchLoss(nn.Module):
+    """Self-distillation from the last mini-batch as a criterion: ``loss = criterion(logits, target, ids)``.
+
+    ``L = CE + alpha * tau^2 * mean KL(softmax(t / tau) || softmax(z / tau))`` over the rows that repeat samples of the
+    previous batch, ``t`` being the logits the model gave them then. A batch is ``[repeated rows | new rows]`` as
+    ``OverlapBatchSampler`` makes it: the stored rows teach the first rows, then the remaining rows replace them, in the
+    same launch. The first batch ever holds new rows only and is plain CE.
+
+    In ``eval()`` the criterion is plain cross entropy and does not touch the buffer. The buffer is not a registered
+    buffer: DistributedDataParallel would overwrite every rank's teacher with rank 0's. It is part of ``state_dict()``
+    through ``get_extra_state`` (logits, ids, count, version); a saved buffer that does not fit is dropped with a warning.
+    With gradient accumulation every call is a batch: the teacher of a micro-batch is the previous micro-batch.
+
+    Args:
+        num_classes: ``C``.
+        capacity: rows kept, half the batch the model sees; None takes it from the first batches.
+        dtype: storage dtype of the teacher logits; None takes that of the first logits (lossless).
+        alpha, temperature: as in :func:`fused_lb_loss`; both may be reassigned at any time (numbers or 0-d tensors).
+            The defaults are community values, not values read from the paper.
+        label_smoothing, weight, ignore_index, reduction, impl: as in :func:`fused_lb_loss`. ``weight`` follows the
+            module's device.
+        device: where to allocate the buffer when ``capacity`` is given; it follows the logits otherwise.
+
+    Attributes:
+        parts: :class:`LossParts` of the last call. buffer: the :class:`LogitBuffer`, or None before the first batch.
+
+    Raises:
+        ValueError: logits with another number of classes, a batch without new rows, or arguments as in
+            :func:`fused_lb_loss`.
+
+    Source: official code ``dlb.py`` (``pre_out``, ``pre_data``), with the memory in the criterion instead of the loop.
+
+    >>> import torch
+    >>> criterion = LastBatchLoss(num_classes=3)
+    >>> first = criterion(torch.randn(2, 3), torch.tensor([0, 1]))                # two new rows: plain CE
+    >>> second = criterion(torch.randn(4, 3), torch.tensor([0, 1, 2, 2]))         # rows 0 and 1 repeat them
+    >>> criterion.buffer.count, bool(criterion.parts.lb > 0)
+    (2, True)
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        capacity: int | None = None,
+        dtype: torch.dtype | None = None,
+        alpha: Scalar = 1.0,
+        temperature: Scalar = 3.0,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        op = "LastBatchLoss"
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+            raise ValueError(f"{op}: num_classes must be an integer >= 1, got {num_classes!r}")
+        _check.check_scalar(op, "alpha", alpha, positive=False)
+        _check.check_scalar(op, "temperature", temperature, positive=True)
+        _check.check_options(op, label_smoothing, reduction)
+        self.num_classes = num_classes
+        self.dtype = dtype
+        self.alpha, self.temperature = alpha, temperature
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.reduction, self.impl = reduction, impl
+        self.register_buffer("weight", weight, persistent=False)
+        self.buffer: LogitBuffer | None = None
+        self._size_follows = capacity is None
+        if capacity is not None:
+            self.buffer = LogitBuffer(num_classes, capacity, dtype or torch.float32, device or "cpu")
+            self._dtype_follows = dtype is None
+        else:
+            self._dtype_follows = False
+        self._parts: Tensor | None = None
+
+    def extra_repr(self) -> str:
+        rows = None if self.buffer is None else self.buffer.capacity
+        return (
+            f"num_classes={self.num_classes}, capacity={rows}, alpha={self.alpha}, temperature={self.temperature}, "
+            f"reduction={self.reduction!r}, impl={self.impl!r}"
+        )
+
+    @property
+    def parts(self) -> LossParts:
+        """The terms of the last call, detached 0-d tensors on the device."""
+        if self._parts is None:
+            raise RuntimeError("LastBatchLoss.parts: there are none before the first call of the criterion")
+        return LossParts.unpack(self._parts)
+
+    def reset(self) -> None:
+        """Forget the stored rows; the next batch is taken as the first one of a stream."""
+        if self.buffer is not None:
+            self.buffer.reset()
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        ids: Tensor | None = None,
+        *,
+        num_old: int | None = None,
+        kd_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            logits: ``(B, C)``. target: as in :func:`fused_lb_loss`.
+            ids: ``(B,)`` integer sample ids; a repeated row whose id differs from the stored one gets no KL and is
+                counted in ``buffer.mismatched``.
+            num_old: how many of the first rows repeat the stored ones; None takes the number stored. Needed only where
+                the buffer cannot know: a stream resumed without its buffer.
+            kd_mask: ``(B,)`` bool, False takes a repeated row out of the KL.
+        """
+        op = "LastBatchLoss"
+        check_loss_inputs(
+            op, logits, target, alpha=self.alpha, temperature=self.temperature, label_smoothing=self.label_smoothing,
+            weight=self.weight, reduction=self.reduction,
+        )  # fmt: skip
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
+        if ids is not None:
+            _check.check_ids(op, logits, ids)
+        if kd_mask is not None:
+            _check.check_kd_mask(op, logits, kd_mask, logits.shape[0])
+        buffer = self._ready_buffer(logits, num_old) if self.training else None
+        loss, parts = row_loss(
+            op, self.impl, logits, target, buffer=buffer, ids=ids, num_old=num_old, alpha=self.alpha,
+            temperature=self.temperature, label_smoothing=self.label_smoothing, weight=self.weight,
+            ignore_index=self.ignore_index, kd_mask=kd_mask if self.training else None, reduction=self.reduction,
+        )  # fmt: skip
+        self._parts = parts
+        return loss
+
+    def _ready_buffer(self, logits: Tensor, num_old: int | None) -> LogitBuffer:
+        """The buffer on the right device and large enough, every decision from shapes the host knows."""
+        batch, buffer = logits.shape[0], self.buffer
+        if buffer is None:
+            new = max(batch - (num_old or 0), 1)
+            buffer = LogitBuffer(self.num_classes, new, self.dtype or logits.dtype, logits.device)
+        elif self._dtype_follows and buffer.count == 0 and buffer.logits.dtype != logits.dtype:
+            buffer = LogitBuffer(self.num_classes, buffer.capacity, logits.dtype, logits.device)
+        elif buffer.logits.device != logits.device:
+            buffer = buffer.to(logits.device)
+        if self._size_follows:
+            old = buffer.count if num_old is None else num_old
+            if num_old is None and batch == buffer.count and batch % 2 == 0:
+                # Two batches of one size, all rows of the first stored: both were [old | new], and only the second
+                # half of the first is repeated now.
+                buffer = buffer.resized(batch // 2, skip=batch // 2)
+            elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
+                buffer = buffer.resized(batch - old)
+        self._dtype_follows = False
+        buffer.stored_rows(batch, num_old)
+        self.buffer = buffer
+        return buffer
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The buffer's state for ``state_dict()``; empty before the first batch."""
+        return {} if self.buffer is None else self.buffer.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over a saved buffer, or warn and restart it."""
+        if not state:
+            self.reset()
+        elif self._size_follows or self.buffer is None:
+            buffer = LogitBuffer.from_state(state) if state.get("num_classes", -1) == self.num_classes else None
+            if buffer is None and "num_classes" in state:
+                LogitBuffer(self.num_classes, 1).load_state_dict(state)  # warns with both shapes
+            self.buffer = buffer
+        else:
+            dtype = state["logits"].dtype if self._dtype_follows and "logits" in state else self.buffer.logits.dtype
+            device = self.buffer.logits.device
+            self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, device)
+            self._dtype_follows = not self.buffer.load_state_dict(state) and self._dtype_follows

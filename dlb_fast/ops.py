@@ -1,0 +1,146 @@
+"""What torch is promised: the ops ``dlb_fast::last_batch*``, their fake tensors and their derivative.
+
+One op computes the loss, its gradient and the top-1 count in one call; ``last_batch_roll`` also reads its teacher from
+the logit buffer and replaces it. The compiled ops are declared in ``csrc/last_batch.cpp`` with the schema below (a test
+compares the two); the Triton ones are declared here. The derivative is a plain ``autograd.Function`` around the op: the
+gradient is ready when backward arrives, which multiplies it by the upstream gradient, in place, and not at all when
+that is 1. Differentiable once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _backends
+from .reference import compute_dtype
+
+REDUCTION = {"mean": 0, "sum": 1, "none": 2}
+TEACHER_KIND = {"none": 0, "logits": 1, "probabilities": 2, "virtual": 3}
+PARTS = ("loss", "ce", "lb", "correct", "grad_scale", "taught")
+"""Entries of the op's ``parts``. ``grad_scale`` is the power of two by which a float16 gradient is stored enlarged,
+so that it does not underflow before the upstream gradient (a loss scale) reaches it; 1 for the other dtypes."""
+
+_OPTIONS = (
+    "Tensor? target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? kd_mask, "
+    "Tensor? alpha_t, Tensor? temperature_t, float alpha, float temperature, float ce_weight, float ce_alpha, "
+    "float label_smoothing, float z_loss, float correct_share, int ignore_index, int teacher_kind, "
+    "int reduction, bool need_grad"
+)
+_RETURNS = "(Tensor loss, Tensor parts, Tensor grad)"
+SCHEMAS = {
+    "last_batch": f"(Tensor logits, Tensor? teacher, {_OPTIONS}) -> {_RETURNS}",
+    "last_batch_roll": (
+        f"(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, {_OPTIONS}) -> {_RETURNS}"
+    ),
+    "scale_grad_": "(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()",
+}
+
+
+def _fake_outputs(logits: Tensor, reduction: int, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, classes = logits.shape
+    dtype = compute_dtype(logits.dtype)
+    loss = logits.new_empty((batch,) if reduction == REDUCTION["none"] else (), dtype=dtype)
+    parts = logits.new_empty((len(PARTS),), dtype=dtype)
+    grad = logits.new_empty((batch, classes) if need_grad else (0, classes))
+    return loss, parts, grad
+
+
+def _fake_last_batch(logits: Tensor, teacher: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_outputs(logits, options[-2], options[-1])
+
+
+def _fake_last_batch_roll(
+    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_outputs(logits, options[-2], options[-1])
+
+
+def _fake_scale_grad(grad: Tensor, upstream: Tensor, parts: Tensor) -> None:
+    return None
+
+
+_FAKES = {
+    "last_batch": _fake_last_batch,
+    "last_batch_roll": _fake_last_batch_roll,
+    "scale_grad_": _fake_scale_grad,
+}
+
+
+def _register() -> torch.library.Library:
+    if not _backends.load_library():
+        for name, fake in _FAKES.items():
+            torch.library.register_fake(f"dlb_fast::{name}", fake)
+    library = torch.library.Library("dlb_fast", "FRAGMENT")
+    for name, schema in SCHEMAS.items():
+        triton_name = _TRITON[name]
+        library.define(f"{triton_name}{schema}")
+        library.impl(triton_name, _triton_kernel(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dlb_fast::{triton_name}", _FAKES[name])
+    return library
+
+
+_TRITON = {
+    "last_batch": "last_batch_triton",
+    "last_batch_roll": "last_batch_roll_triton",
+    "scale_grad_": "scale_grad_triton_",
+}
+
+
+def _triton_kernel(name: str) -> Any:
+    def run(*args: Any) -> Any:
+        # Triton is imported by the first call that needs it, never by `import dlb_fast`.
+        from .kernels import last_batch_triton
+
+        return getattr(last_batch_triton, name)(*args)
+
+    return run
+
+
+_LIBRARY = _register()
+
+
+def op_for(impl: str, name: str) -> Any:
+    """The registered op of an implementation ("cpu", "cuda" or "triton"); ``name`` is a key of ``SCHEMAS``."""
+    return getattr(torch.ops.dlb_fast, _TRITON[name] if impl == "triton" else name).default
+
+
+class _LastBatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, impl: str, name: str, *args: Any) -> tuple[Tensor, Tensor]:
+        loss, parts, grad = op_for(impl, name)(logits, *args)
+        ctx.save_for_backward(grad, parts)
+        ctx.impl = impl
+        ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)
+        return loss, parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, _parts: None) -> tuple[Tensor | None, ...]:
+        unused = (None,) * (len(ctx.needs_input_grad) - 1)
+        if upstream is None:
+            return (None, *unused)
+        grad, parts = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            factor = upstream / parts[4]
+            factor = factor if factor.dim() == 0 else factor[:, None]
+            return ((grad.to(parts.dtype) * factor).to(grad.dtype), *unused)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grad = grad.clone()  # retain_graph=True: the saved gradient has to survive for the next backward
+        op_for(ctx.impl, "scale_grad_")(grad, upstream, parts)
+        return (grad, *unused)
+
+
+def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Call op ``name`` of ``impl``; ``args`` are its arguments after ``logits`` without the last, ``need_grad``.
+
+    Returns the loss, differentiable with respect to the logits, and ``parts``.
+    """
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _LastBatch.apply(logits, impl, name, *args, True)
+    loss, parts, _ = op_for(impl, name)(logits, *args, False)
+    return loss, parts

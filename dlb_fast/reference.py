@@ -1,0 +1,245 @@
+"""The definition of every loss, in plain PyTorch, in the order of the papers.
+
+This file is the oracle of the tests and the implementation called ``torch``. It imports torch and nothing else,
+favours reading over speed, and differentiates through autograd. Sizes: ``B`` rows in a batch, ``C`` classes, ``H``
+repeated rows (the first ones). Arithmetic is float32, or float64 when the logits are float64; losses come back in
+that dtype.
+
+Sources
+    DLB   Shen et al., "Self-Distillation from the Last Mini-Batch for Consistency Regularization", CVPR 2022, and
+          the official code Meta-knowledge-Lab/DLB ``dlb.py``: CE over all rows + alpha * tau^2 * KL ("batchmean")
+          of the repeated rows, teacher detached, no (1 - alpha) on the CE.
+    CE    ``torch.nn.functional.cross_entropy``: class weights, label smoothing, ignore_index, soft targets.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+
+
+class RowTerms(NamedTuple):
+    """Per-row losses and what ``mean`` divides their sum by."""
+
+    rows: Tensor  # (B,) or (H,); 0 where the row does not count
+    norm: Tensor  # 0-d
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a loss over logits of ``dtype`` is computed and returned."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _keep_finite_gradient(values: Tensor, keep: Tensor | None) -> Tensor:
+    """Replace the rows that do not count by zeros, so that a NaN in them cannot reach the gradient as 0 * NaN."""
+    return values if keep is None else values.masked_fill(~keep[:, None], 0.0)
+
+
+def _label_rows(log_p: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+    """``-w[y] log p[y]`` per row; a label outside [0, C) gives NaN, which no caller can mistake for a loss."""
+    classes = log_p.shape[1]
+    inside = (label >= 0) & (label < classes)
+    index = label.clamp(0, classes - 1)
+    rows = -log_p.gather(1, index[:, None])[:, 0]
+    if weight is not None:
+        rows = rows * weight[index]
+    return torch.where(inside, rows, torch.full_like(rows, float("nan")))
+
+
+def cross_entropy_rows(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> RowTerms:
+    """Cross entropy per row as in torch, for labels (B,), dense targets (B, C) and the mixup pair form.
+
+    ``CE_i = sum_c w_c q_ic (lse(z_i) - z_ic)`` with ``q = (1 - eps) y + eps / C``. The mean divides by the sum of
+    ``w[y_i]`` over the rows that count (labels), or by their number (dense and pair form), as torch does.
+    The pair form is ``y = lam * onehot(target) + (1 - lam) * onehot(target_b)``; a row counts if both labels do.
+    """
+    classes = logits.shape[1]
+    dense = target.dim() == 2
+    keep = None
+    if not dense:
+        keep = target != ignore_index
+        if target_b is not None:
+            keep = keep & (target_b != ignore_index)
+    log_p = torch.log_softmax(_keep_finite_gradient(logits, keep), dim=1)
+
+    if dense:
+        share = target if weight is None else target * weight
+        # 0 * -inf: a class without any target mass costs nothing even when its logit is -inf.
+        rows = -torch.where(share == 0, torch.zeros_like(log_p), share * log_p).sum(1)
+        norm = torch.full((), float(logits.shape[0]), dtype=logits.dtype, device=logits.device)
+    else:
+        assert keep is not None
+        first = torch.where(keep, target, torch.zeros_like(target))
+        rows = _label_rows(log_p, first, weight)
+        if target_b is not None:
+            second = torch.where(keep, target_b, torch.zeros_like(target_b))
+            share_a = torch.as_tensor(1.0 if lam is None else lam, dtype=rows.dtype, device=rows.device)
+            rows = share_a * rows + (1.0 - share_a) * _label_rows(log_p, second, weight)
+        counted = keep.to(logits.dtype)
+        if weight is not None and target_b is None:
+            counted = counted * weight[first.clamp(0, classes - 1)]
+        norm = counted.sum()
+    if label_smoothing > 0.0:
+        even = -log_p.sum(1) if weight is None else -(log_p * weight).sum(1)
+        rows = (1.0 - label_smoothing) * rows + (label_smoothing / classes) * even
+    if keep is not None:
+        rows = torch.where(keep, rows, torch.zeros_like(rows))
+    return RowTerms(rows, norm)
+
+
+def virtual_teacher(
+    target: Tensor | None, rows: int, classes: int, correct_share: float | None, like: Tensor
+) -> Tensor:
+    """The teacher nobody trained, (rows, C): uniform, or ``correct_share`` on the right class and the rest even."""
+    if correct_share is None:
+        return torch.full((rows, classes), 1.0 / classes, dtype=like.dtype, device=like.device)
+    assert target is not None and target.dim() == 1
+    rest = (1.0 - correct_share) / max(classes - 1, 1)
+    teacher = torch.full((rows, classes), rest, dtype=like.dtype, device=like.device)
+    return teacher.scatter(1, target[:rows].clamp(0, classes - 1)[:, None], correct_share)
+
+
+def kl_rows(
+    logits: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Scalar,
+    keep: Tensor | None = None,
+    teacher_is_probabilities: bool = False,
+) -> RowTerms:
+    """``tau^2 KL(teacher || softmax(z / tau))`` per row (H,), the teacher detached.
+
+    The teacher is given as logits, softened here with the same temperature, or as probabilities, used as they are.
+    ``keep`` (H,) bool names the valid rows. A class the teacher gives no mass costs nothing (0 log 0 = 0).
+    """
+    teacher = _keep_finite_gradient(teacher.detach(), keep)
+    log_p = torch.log_softmax(_keep_finite_gradient(logits, keep) / temperature, dim=1)
+    log_t = teacher.log() if teacher_is_probabilities else torch.log_softmax(teacher / temperature, dim=1)
+    p_t = log_t.exp()
+    gap = torch.where(p_t == 0, torch.zeros_like(log_p), log_t - log_p)
+    rows = (p_t * gap).sum(1) * (temperature * temperature)
+    if keep is None:
+        return RowTerms(rows, torch.full((), float(rows.shape[0]), dtype=rows.dtype, device=rows.device))
+    rows = torch.where(keep, rows, torch.zeros_like(rows))
+    return RowTerms(rows, keep.sum().to(rows.dtype))
+
+
+def reduce_rows(terms: RowTerms, reduction: str) -> Tensor:
+    """``mean`` (0 when no row counts: a defined choice, torch's CE gives NaN), ``sum`` or ``none``."""
+    if reduction == "none":
+        return terms.rows
+    total = terms.rows.sum()
+    if reduction == "sum":
+        return total
+    return total / torch.where(terms.norm == 0, torch.ones_like(terms.norm), terms.norm)
+
+
+def top1_correct(logits: Tensor, target: Tensor | None, ignore_index: int = -100) -> Tensor:
+    """Rows whose right class has the largest logit (a tie counts), as a 0-d float; 0 without a target.
+
+    For dense targets the right class is the first of the largest shares; ignored rows are not counted.
+    """
+    if target is None or logits.shape[0] == 0:
+        return torch.zeros((), dtype=compute_dtype(logits.dtype), device=logits.device)
+    label = target.argmax(1) if target.dim() == 2 else target
+    index = label.clamp(0, logits.shape[1] - 1)
+    at_label = logits.detach().gather(1, index[:, None])[:, 0]
+    hit = (at_label >= logits.detach().amax(1)) & (index == label)
+    if target.dim() == 1:
+        hit = hit & (target != ignore_index)
+    return hit.sum().to(compute_dtype(logits.dtype))
+
+
+def last_batch_loss(
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Tensor | None = None,
+    *,
+    alpha: Scalar = 1.0,
+    temperature: Scalar = 3.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    kd_mask: Tensor | None = None,
+    reduction: str = "mean",
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    ce_weight: Scalar = 1.0,
+    z_loss: float = 0.0,
+    teacher_kind: str = "logits",
+    correct_share: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The objective of DESIGN: ``ce_weight * L_CE + alpha * L_LB (+ z_loss * mean lse^2)``.
+
+    ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), or ``"virtual"`` (nothing given: all rows are
+    taught by :func:`virtual_teacher`). Returns ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached
+    ``[loss, L_CE, L_LB, correct]``; with ``reduction="none"`` the parts are sums over the rows.
+
+    >>> z, y = torch.zeros(2, 4), torch.tensor([0, 1])
+    >>> loss, parts = last_batch_loss(z, y, z[:1])
+    >>> round(loss.item(), 6), parts[2].item()
+    (1.386294, 0.0)
+    """
+    dtype = compute_dtype(logits.dtype)
+    z = logits.to(dtype)
+    batch, classes = z.shape
+    weight = None if weight is None else weight.to(dtype)
+    lam = lam.to(dtype) if isinstance(lam, Tensor) else lam
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(dtype)
+    # An empty sum is 0 and stays in the graph: a loss to which no row counts still has a (zero) gradient.
+    zero = RowTerms(z[:, :0].sum(1), z.new_zeros(()))
+
+    ce, extra = zero, zero
+    if target is not None:
+        target = target.to(dtype) if target.dim() == 2 else target
+        ce = cross_entropy_rows(
+            z, target, target_b=target_b, lam=lam, weight=weight,
+            label_smoothing=label_smoothing, ignore_index=ignore_index,
+        )  # fmt: skip
+        if z_loss > 0.0:
+            counts = (ce.rows == ce.rows) if target.dim() == 2 else target != ignore_index
+            if target_b is not None:
+                counts = counts & (target_b != ignore_index)
+            square = torch.logsumexp(_keep_finite_gradient(z, counts), dim=1).square()
+            extra = RowTerms(torch.where(counts, square, torch.zeros_like(square)), counts.sum().to(dtype))
+
+    lb = zero
+    if teacher_kind == "virtual":
+        teacher = virtual_teacher(target, batch, classes, correct_share, z)
+        if correct_share is not None:  # no right class, no correction: an ignored row has no such teacher
+            assert target is not None
+            labelled = target != ignore_index
+            kd_mask = labelled if kd_mask is None else kd_mask & labelled
+    if teacher is not None:
+        taught = teacher.shape[0]
+        lb = kl_rows(
+            z[:taught], teacher.to(dtype), temperature=temperature, keep=kd_mask,
+            teacher_is_probabilities=teacher_kind != "logits",
+        )  # fmt: skip
+        lb = RowTerms(torch.cat([lb.rows, z.new_zeros(batch - taught)]), lb.norm)
+
+    loss = ce_weight * reduce_rows(ce, reduction)
+    if teacher is not None:
+        loss = loss + alpha * reduce_rows(lb, reduction)
+    if z_loss > 0.0:
+        loss = loss + z_loss * reduce_rows(extra, reduction)
+    with torch.no_grad():
+        shown = "sum" if reduction == "none" else reduction
+        parts = torch.stack(
+            [loss.sum(), reduce_rows(ce, shown), reduce_rows(lb, shown), top1_correct(z, target, ignore_index)]
+        )
+    return loss, parts.detach()
