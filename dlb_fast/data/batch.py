@@ -1,0 +1,71 @@
+"""What every loader of this room yields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(slots=True)
+class Batch:
+    """One training batch: rows `[0, num_old)` repeat the new rows of the batch before, in the same order.
+
+    Args:
+        images: (n, channels, height, width), on the device.
+        targets: (n,) int64 class indices.
+        ids: (n,) int64 sample ids; `ids[:num_old]` equals the new ids of the batch before.
+        num_old: repeated rows; 0 only in the very first batch of a run.
+        epoch: epoch the new rows were drawn in.
+        step: index of the batch within its epoch.
+
+    Example:
+        >>> batch = Batch(torch.zeros(4, 1, 8, 8), torch.zeros(4), torch.arange(4), num_old=2, epoch=0, step=1)
+        >>> batch.has_old, tuple(batch.new.shape)
+        (True, (2, 1, 8, 8))
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    ids: torch.Tensor
+    num_old: int
+    epoch: int
+    step: int
+
+    @property
+    def old(self) -> torch.Tensor:
+        """The repeated rows' images: a view of `images`."""
+        return self.images[: self.num_old]
+
+    @property
+    def new(self) -> torch.Tensor:
+        """The new rows' images: a view of `images`."""
+        return self.images[self.num_old :]
+
+    @property
+    def has_old(self) -> bool:
+        """Whether rows of the batch before are repeated."""
+        return self.num_old > 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = (
+            t.to(device, non_blocking=non_blocking) for t in (self.images, self.targets, self.ids)
+        )
+        return Batch(*moved, self.num_old, self.epoch, self.step)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; torch's DataLoader calls this when `pin_memory=True`."""
+        pinned = (t.pin_memory() for t in (self.images, self.targets, self.ids))
+        return Batch(*pinned, self.num_old, self.epoch, self.step)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{f.name}={tuple(v.shape) if isinstance(v, torch.Tensor) else v}"
+            for f in fields(self)
+            for v in (getattr(self, f.name),)
+        )
+        return f"Batch({shown})"

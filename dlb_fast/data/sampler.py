@@ -1,0 +1,241 @@
+"""The plan for anyone's `torch.utils.data.DataLoader`: `OverlapBatchSampler`, and the dataset and collate beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from dlb_fast.data._cursor import Cursor, Iteration
+from dlb_fast.data._ranks import half_of, resolve_ranks
+from dlb_fast.data.batch import Batch
+from dlb_fast.data.plan import OverlapPlan, as_int
+from dlb_fast.data.view_rng import ViewRng
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class SampleIndex(int):
+    """A sample id that says which of its two uses this is: an `int` for any dataset, with `seed`, `epoch`, `use`, `step`.
+
+    `epoch` is the one the sample was drawn in, `use` 0 for a new row and 1 for a repeated one, `step` that of its batch.
+    """
+
+    seed: int
+    epoch: int
+    use: int
+    step: int
+
+    def __new__(
+        cls, sample: int, seed: int = 0, epoch: int = 0, use: int = 0, step: int = 0
+    ) -> Self:
+        self = super().__new__(cls, sample)
+        self.seed, self.epoch, self.use, self.step = seed, epoch, use, step
+        return self
+
+    def rng(self) -> ViewRng:
+        """The randomness of this view."""
+        return ViewRng(self.seed, self.epoch, int(self), self.use)
+
+
+class OverlapBatchSampler(Sampler[list[int]]):
+    """Batches of indices, each `[the new half of the batch before, in order | new samples]`, as one endless stream.
+
+    Iterating once gives one epoch (the carried half included) and moves on to the next epoch by itself. Each sample an
+    epoch keeps is seen exactly twice, in two consecutive steps, on one rank; the very first batch of epoch 0 has no old
+    half. Every rank takes the same number of steps with the same number of rows. The rules of shuffling, sharding and of
+    the epochs' boundaries are `OverlapPlan`'s.
+
+    Works with any `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. **A map-style dataset is then asked twice for
+    every sample, so each image is decoded twice**; `OverlapLoader` decodes once, and `TwoViews` is the official scheme.
+
+    The indices are `SampleIndex` (ints that know epoch and use). `IndexedDataset` with `collate_overlap` turns them into
+    `Batch` with ids and `num_old`; without these, `num_old(epoch, step)` tells the number of repeated rows.
+
+    A DataLoader with workers draws batches ahead of those it delivers, so `state_dict()` alone would skip the ones under
+    way. Exact ways to save: `state_dict(delivered=k)`, k the number of batches received since this iteration began;
+    or `for batch in sampler.track(loader)`, after which plain `state_dict()` counts delivered batches. torchdata's
+    `StatefulDataLoader` keeps snapshots of this sampler by itself.
+
+    Args:
+        data_source_or_len: number of samples, or anything that has a length.
+        batch_size: rows the model sees on this rank: even, at least 2; half of them are new.
+        shuffle: a new order each epoch; False keeps the natural order.
+        seed: non-negative integer; all ranks must pass the same.
+        rank, world_size: None takes those of torch.distributed where it is initialised, else 0 of 1.
+        drop_last: True gives full halves only; False covers every sample (see `OverlapPlan`).
+
+    Raises:
+        ValueError: an odd or too small batch size, fewer samples than one half over all ranks, a wrong rank.
+        TypeError: a size that is not an integer.
+
+    Example:
+        >>> sampler = OverlapBatchSampler(6, 4, shuffle=False)
+        >>> [[int(i) for i in batch] for batch in sampler]
+        [[0, 1], [0, 1, 2, 3], [2, 3, 4, 5]]
+        >>> [int(i) for i in next(iter(sampler))]  # the second epoch carries the last half over
+        [4, 5, 0, 1]
+    """
+
+    def __init__(
+        self,
+        data_source_or_len: int | Sized,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        name = "OverlapBatchSampler"
+        length = (
+            len(data_source_or_len) if isinstance(data_source_or_len, Sized) else data_source_or_len
+        )
+        length = as_int(length, name, "data_source_or_len", 0)
+        half = half_of(name, batch_size)
+        self.rank, world_size = resolve_ranks(name, rank, world_size)
+        self.plan = OverlapPlan(
+            length, half, shuffle=shuffle, seed=seed, world_size=world_size, drop_last=drop_last
+        )
+        self.batch_size = 2 * half
+        self._cursor = Cursor(self.plan, name)
+        self._delivered: int | None = (
+            None  # batches handed out by `track`; None where nobody counts
+        )
+
+    def __len__(self) -> int:
+        """Steps per epoch, equal on all ranks."""
+        return self.plan.halves_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self._delivered = None
+        return _BatchIterator(self)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next batch to draw."""
+        return self._cursor.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start `epoch` from its first batch; nothing happens when it is the current one (so a resume stays exact)."""
+        if as_int(epoch, "OverlapBatchSampler.set_epoch", "epoch", 0) != self.epoch:
+            self._delivered = None
+        self._cursor.set_epoch(epoch)
+
+    def num_old(self, epoch: int, step: int) -> int:
+        """Repeated rows at the front of batch `step` of `epoch`."""
+        return self.plan.num_old(epoch, step)
+
+    def indices(self, epoch: int, step: int) -> list[int]:
+        """The indices of one batch, a pure function of its place: old rows (use 1), then new rows (use 0)."""
+        old, new = self.plan.batch(epoch, step, self.rank)
+        before = self.plan.before(epoch, step)
+        drawn, seed = (before[0] if before else 0), self.plan.seed
+        return [SampleIndex(i, seed, drawn, 1, step) for i in old.tolist()] + [
+            SampleIndex(i, seed, epoch, 0, step) for i in new.tolist()
+        ]
+
+    def track(self, loader: Any) -> Iterator[Any]:
+        """Iterate over `loader` (a DataLoader around this sampler) and count what it delivers, for `state_dict`."""
+        batches = iter(loader)  # asks this sampler for an iterator, and may draw at once
+        self._delivered = 0
+        for count, batch in enumerate(batches, start=1):
+            self._delivered = count
+            yield batch
+        self._delivered = None  # all that was drawn is delivered
+
+    def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
+        """The position in the stream, O(1): a flat dict of ints and bools.
+
+        Args:
+            delivered: batches received from the DataLoader since its current iteration began. None counts the batches
+                `track` delivered, and without `track` all batches drawn from this sampler: exact with `num_workers=0`.
+        """
+        return self._cursor.state_dict(self._delivered if delivered is None else delivered)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved position.
+
+        Another world size may continue when `half * world_size` is the same: the global order goes on.
+
+        Raises:
+            RuntimeError: an iteration is active.
+            ValueError: seed, length, shuffle, drop_last, version or half * world_size differ; both values are named.
+        """
+        self._cursor.load_state_dict(state)
+        self._delivered = None
+
+
+class _BatchIterator:
+    """One epoch of a sampler; nothing is drawn, and no position taken, before the first `next`."""
+
+    def __init__(self, sampler: OverlapBatchSampler) -> None:
+        self._sampler = sampler
+        self._iteration: Iteration = sampler._cursor.iterate()
+
+    def __iter__(self) -> _BatchIterator:
+        return self
+
+    def __next__(self) -> list[int]:
+        position = self._iteration.advance()
+        if position is None:
+            raise StopIteration
+        return self._sampler.indices(*position)
+
+
+class IndexedDataset(Dataset[tuple[Any, Any, int]]):
+    """A map-style dataset whose items are `(image, target, index)`.
+
+    Args:
+        dataset: any map-style dataset of `(image, target)`.
+        transform: called as `transform(image, rng)` with the view's `ViewRng`, so that every view is reproducible; None
+            leaves the dataset's own transforms at work. It needs the indices of an `OverlapBatchSampler`.
+
+    Example:
+        >>> IndexedDataset([("image", 1)])[0]
+        ('image', 1, 0)
+    """
+
+    def __init__(
+        self, dataset: Any, transform: Callable[[Any, ViewRng], Any] | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
+        image, target = self.dataset[index][:2]
+        if self.transform is not None:
+            if not isinstance(index, SampleIndex):
+                raise TypeError(
+                    f"IndexedDataset: a transform needs the indices of an OverlapBatchSampler to know which view it "
+                    f"makes, got a plain {type(index).__name__}; pass DataLoader(..., batch_sampler=...)"
+                )
+            image = self.transform(image, index.rng())
+        return image, target, index
+
+
+def collate_overlap(items: Sequence[tuple[Any, Any, int]]) -> Batch:
+    """`collate_fn` for an `IndexedDataset` under an `OverlapBatchSampler`: one `Batch` with ids and `num_old`.
+
+    Raises:
+        TypeError: the indices do not come from an `OverlapBatchSampler`.
+    """
+    indices = [item[2] for item in items]
+    tagged = [index for index in indices if isinstance(index, SampleIndex)]
+    if not tagged or len(tagged) != len(indices):
+        raise TypeError(
+            "collate_overlap: expected items (image, target, SampleIndex); wrap the dataset in IndexedDataset and pass "
+            "an OverlapBatchSampler as batch_sampler"
+        )
+    images = default_collate([item[0] for item in items])
+    targets = torch.as_tensor(np.asarray([item[1] for item in items]), dtype=torch.int64)
+    num_old = sum(index.use for index in tagged)
+    return Batch(images, targets, torch.tensor(indices), num_old, tagged[-1].epoch, tagged[-1].step)
