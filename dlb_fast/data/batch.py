@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -52,15 +53,16 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = (
-            t.to(device, non_blocking=non_blocking) for t in (self.images, self.targets, self.ids)
-        )
-        return Batch(*moved, self.num_old, self.epoch, self.step)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; torch's DataLoader calls this when `pin_memory=True`."""
-        pinned = (t.pin_memory() for t in (self.images, self.targets, self.ids))
-        return Batch(*pinned, self.num_old, self.epoch, self.step)
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return replace(
+            self, images=move(self.images), targets=move(self.targets), ids=move(self.ids)
+        )
 
     def __repr__(self) -> str:
         shown = ", ".join(

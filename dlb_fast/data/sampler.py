@@ -136,9 +136,9 @@ class OverlapBatchSampler(Sampler[list[int]]):
         old, new = self.plan.batch(epoch, step, self.rank)
         before = self.plan.before(epoch, step)
         drawn, seed = (before[0] if before else 0), self.plan.seed
-        return [SampleIndex(i, seed, drawn, 1, step) for i in old.tolist()] + [
-            SampleIndex(i, seed, epoch, 0, step) for i in new.tolist()
-        ]
+        batch: list[int] = [SampleIndex(i, seed, drawn, 1, step) for i in old.tolist()]
+        batch += [SampleIndex(i, seed, epoch, 0, step) for i in new.tolist()]
+        return batch
 
     def track(self, loader: Any) -> Iterator[Any]:
         """Iterate over `loader` (a DataLoader around this sampler) and count what it delivers, for `state_dict`."""

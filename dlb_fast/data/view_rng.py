@@ -111,7 +111,8 @@ class ViewRngs:
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> NDArray[np.float64]:
         """(n,) float64 in [low, high)."""
-        return low + (high - low) * ((self.bits() >> np.uint64(40)) * _TO_UNIT)
+        unit = (self.bits() >> np.uint64(40)).astype(np.float64) * _TO_UNIT
+        return low + (high - low) * unit
 
     def integer(self, bound: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,) int64 in [0, bound); `bound` may differ per view."""

@@ -1,0 +1,454 @@
+"""OverlapBatchSampler: the stream, its state, its ranks, and its life inside DataLoaders."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import pickle
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from dlb_fast.data import (
+    Batch,
+    IndexedDataset,
+    OverlapBatchSampler,
+    SampleIndex,
+    ViewRng,
+    ViewRngs,
+    collate_overlap,
+)
+
+EPOCHS = 3
+
+
+def configurations():
+    for half, world, drop_last in itertools.product((1, 2, 3), (1, 2, 3), (True, False)):
+        rows = half * world
+        for length in sorted(
+            {rows, rows + 1, 2 * rows, 2 * rows + 1, 3 * rows - 1, 3 * rows, 4 * rows + 1}
+        ):
+            yield {"length": length, "half": half, "world_size": world, "drop_last": drop_last}
+
+
+def make(config, rank=0, **changes):
+    options = {"seed": 5, **config, **changes}
+    length, half = options.pop("length"), options.pop("half")
+    return OverlapBatchSampler(length, 2 * half, rank=rank, **options)
+
+
+def plain(batches):
+    return [[int(i) for i in batch] for batch in batches]
+
+
+def tagged(batch):
+    return [(int(i), i.epoch, i.use, i.step, i.seed) for i in batch]
+
+
+def stream(sampler, epochs=EPOCHS):
+    return [tagged(batch) for _ in range(epochs) for batch in sampler]
+
+
+def test_every_batch_is_the_old_half_in_order_and_a_new_half():
+    for config in configurations():
+        for rank in range(config["world_size"]):
+            sampler = make(config, rank)
+            before: list[int] = []
+            for epoch in range(EPOCHS):
+                batches = list(sampler)
+                assert len(batches) == len(sampler)
+                for step, batch in enumerate(batches):
+                    num_old = sampler.num_old(epoch, step)
+                    assert num_old == len(before)
+                    assert plain([batch])[0][:num_old] == before
+                    assert [i.use for i in batch] == [1] * num_old + [0] * (len(batch) - num_old)
+                    assert {i.epoch for i in batch[num_old:]} == {epoch}
+                    before = plain([batch])[0][num_old:]
+                    assert before
+
+
+def test_each_sample_is_used_exactly_twice_in_two_consecutive_steps_on_one_rank():
+    for config in configurations():
+        steps = len(make(config))
+        uses = defaultdict(list)  # (epoch drawn, sample) -> [(rank, step of the stream, use)]
+        for rank in range(config["world_size"]):
+            for at, batch in enumerate(stream(make(config, rank))):
+                for sample, epoch, use, _, _ in batch:
+                    uses[epoch, sample].append((rank, at, use))
+        for (epoch, sample), seen in uses.items():
+            for rank, first in {(r, s) for r, s, use in seen if use == 0}:
+                again = [(r, s) for r, s, use in seen if use == 1 and r == rank]
+                if first == EPOCHS * steps - 1:
+                    assert again == [], (config, sample)  # the stream was cut here
+                else:
+                    assert again == [(rank, first + 1)], (config, epoch, sample)
+        for epoch in range(EPOCHS):
+            drawn = {sample for e, sample in uses if e == epoch}
+            rows = config["half"] * config["world_size"]
+            assert len(drawn) == (
+                config["length"] // rows * rows if config["drop_last"] else config["length"]
+            )
+
+
+def test_all_ranks_take_the_same_steps_and_rows():
+    for config in configurations():
+        shapes = {
+            tuple(len(batch) for _ in range(EPOCHS) for batch in sampler)
+            for sampler in (make(config, rank) for rank in range(config["world_size"]))
+        }
+        assert len(shapes) == 1
+
+
+def take(sampler, count):
+    """The next `count` batches of the endless stream; the last epoch is left early."""
+    endless = itertools.chain.from_iterable(iter(sampler) for _ in itertools.count())
+    return [tagged(batch) for batch in itertools.islice(endless, count)]
+
+
+def test_resume_at_every_point_of_three_epochs_twice_in_a_row():
+    for config in configurations():
+        steps = len(make(config))
+        whole = stream(make(config), EPOCHS + 1)
+        for stop in range(EPOCHS * steps):
+            first, second, third = make(config), make(config), make(config)
+            got = take(first, stop)
+            state = json.loads(json.dumps(first.state_dict()))
+            second.load_state_dict(state)
+            assert second.state_dict() == state  # saving without a step is the identity
+            got += take(second, 1)
+            third.load_state_dict(second.state_dict())
+            got += take(third, len(whole) - stop - 1)
+            assert got == whole, (config, stop)
+
+
+def test_state_at_an_epochs_end_starts_the_next_epoch_with_the_carried_half():
+    sampler = OverlapBatchSampler(10, 4)
+    iterator = iter(sampler)
+    for _ in range(5):
+        last = next(iterator)
+    state = sampler.state_dict()  # the iterator has not raised StopIteration yet
+    assert (state["epoch"], state["step"]) == (1, 0) and sampler.epoch == 1
+    assert list(iterator) == []
+    resumed = OverlapBatchSampler(10, 4)
+    resumed.load_state_dict(state)
+    batches = list(resumed)
+    assert len(batches) == 5 and plain(batches)[0][:2] == plain([last])[0][2:]
+
+
+def test_state_is_constant_size_and_flat():
+    sampler = OverlapBatchSampler(100_000, 64, seed=9, rank=1, world_size=2, drop_last=False)
+    next(iter(sampler))
+    assert sampler.state_dict() == {
+        "version": 1,
+        "seed": 9,
+        "epoch": 0,
+        "step": 1,
+        "length": 100_000,
+        "half": 32,
+        "world_size": 2,
+        "shuffle": True,
+        "drop_last": False,
+    }
+
+
+def test_another_world_size_continues_the_same_global_order():
+    def global_order(world, half, state, count):
+        samplers = [
+            OverlapBatchSampler(50, 2 * half, seed=1, rank=r, world_size=world)
+            for r in range(world)
+        ]
+        for sampler in samplers:
+            if state:
+                sampler.load_state_dict(state)
+        steps = zip(
+            *(itertools.islice(itertools.chain(s, s), count) for s in samplers), strict=True
+        )
+        new = [[int(i) for batch in batches for i in batch if i.use == 0] for batches in steps]
+        return new, samplers[0].state_dict()
+
+    whole, _ = global_order(1, 8, None, 11)
+    head, state = global_order(4, 2, None, 5)
+    middle, state = global_order(2, 4, state, 3)
+    tail, _ = global_order(8, 1, state, 3)
+    assert head + middle + tail == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"seed": 6}, "seed was 5 when the state was saved and is 6"),
+        ({"length": 21}, "length was 20 .* is 21"),
+        ({"shuffle": False}, "shuffle was True .* is False"),
+        ({"drop_last": False}, "drop_last was True .* is False"),
+        ({"half": 3}, r"half \* world_size was 2 \* 1 = 2 .* is 3 \* 1 = 3"),
+        ({"world_size": 2}, r"half \* world_size was 2 \* 1 = 2 .* is 2 \* 2 = 4"),
+    ],
+)
+def test_a_mismatch_names_both_values_and_changes_nothing(changes, match):
+    config = {"length": 20, "half": 2}
+    state = make(config).state_dict()
+    other = make(config, **changes)
+    next(iter(other))
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=match):
+        other.load_state_dict(state)
+    assert other.state_dict() == before
+
+
+def test_damaged_states():
+    sampler = OverlapBatchSampler(20, 4)
+    good = sampler.state_dict()
+    with pytest.raises(TypeError, match="expected the dict"):
+        sampler.load_state_dict([1])
+    with pytest.raises(ValueError, match=r"lacks \['seed', 'step'\]"):
+        sampler.load_state_dict({k: v for k, v in good.items() if k not in ("seed", "step")})
+    with pytest.raises(ValueError, match="version 99 was saved, this release reads version 1"):
+        sampler.load_state_dict({**good, "version": 99})
+    with pytest.raises(ValueError, match="step 10 is beyond the 10 steps"):
+        sampler.load_state_dict({**good, "step": 10})
+    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+        sampler.load_state_dict({**good, "epoch": -1})
+    with pytest.raises(TypeError, match="step must be an integer, got 1.5"):
+        sampler.load_state_dict({**good, "step": 1.5})
+
+
+def test_loading_raises_while_an_iteration_is_active_only():
+    sampler = OverlapBatchSampler(20, 4)
+    state = sampler.state_dict()
+    iterator = iter(sampler)
+    sampler.load_state_dict(state)  # nothing drawn yet
+    next(iterator)
+    with pytest.raises(RuntimeError, match="an iteration is active at epoch 0, step 1"):
+        sampler.load_state_dict(state)
+    list(iterator)
+    sampler.load_state_dict(state)  # exhausted
+    for _ in sampler:
+        break
+    gc.collect()
+    sampler.load_state_dict(state)  # left and gone
+    assert sampler.state_dict() == state
+
+
+def test_an_iteration_left_early_starts_again_where_it_began():
+    sampler, fresh = OverlapBatchSampler(20, 4), OverlapBatchSampler(20, 4)
+    for _ in range(3):
+        next(iter(sampler))
+    assert (sampler.state_dict()["epoch"], sampler.state_dict()["step"]) == (
+        0,
+        1,
+    )  # what was delivered
+    assert stream(sampler) == stream(fresh)
+    state = {**fresh.state_dict(), "epoch": 1, "step": 4}
+    sampler.load_state_dict(state)
+    first = plain([next(iter(sampler))])
+    assert plain(sampler)[:1] == first and sampler.epoch == 2
+
+
+def test_a_stale_iterator_raises():
+    sampler = OverlapBatchSampler(20, 4)
+    old = iter(sampler)
+    next(old)
+    next(iter(sampler))
+    with pytest.raises(RuntimeError, match="stale"):
+        next(old)
+    newer = iter(sampler)
+    next(newer)
+    sampler.set_epoch(3)
+    with pytest.raises(RuntimeError, match="stale"):
+        next(newer)
+
+
+def test_set_epoch():
+    sampler, walked = OverlapBatchSampler(20, 4), OverlapBatchSampler(20, 4)
+    whole = [plain(walked) for _ in range(4)]
+    sampler.set_epoch(2)
+    assert plain(sampler) == whole[2] and sampler.epoch == 3
+    sampler.set_epoch(3)
+    assert plain(sampler) == whole[3]
+    sampler.set_epoch(0)
+    assert plain(sampler) == whole[0]
+    sampler.load_state_dict({**sampler.state_dict(), "epoch": 2, "step": 6})
+    sampler.set_epoch(2)  # what a training loop calls after a resume
+    assert plain(sampler) == whole[2][6:]
+    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+        sampler.set_epoch(-1)
+    with pytest.raises(TypeError, match="epoch must be an integer"):
+        sampler.set_epoch("1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        ((10, 3), {}, ValueError, "batch_size must be even .* got 3; use 2 or 4"),
+        ((10, 0), {}, ValueError, "batch_size must be at least 2, got 0"),
+        ((10, -4), {}, ValueError, "batch_size must be at least 2, got -4"),
+        ((10, 4.0), {}, TypeError, "batch_size must be an integer, got 4.0"),
+        ((10, True), {}, TypeError, "batch_size must be an integer, got True"),
+        ((10, "4"), {}, TypeError, "batch_size must be an integer, got '4'"),
+        ((3, 8), {}, ValueError, r"4 \* 1 = 4 samples, got 3"),
+        (([], 4), {}, ValueError, "samples, got 0"),
+        ((2.5, 4), {}, TypeError, "data_source_or_len must be an integer, got 2.5"),
+        ((10, 4), {"world_size": 2}, ValueError, "world_size=2 needs rank as well"),
+        (
+            (10, 4),
+            {"world_size": 2, "rank": 2},
+            ValueError,
+            "rank must be below world_size = 2, got 2",
+        ),
+        ((10, 4), {"rank": 1}, ValueError, "rank must be below world_size = 1, got 1"),
+        ((10, 4), {"rank": -1}, ValueError, "rank must be at least 0"),
+        ((10, 4), {"seed": 1.5}, TypeError, "seed must be an integer"),
+    ],
+)
+def test_bad_arguments(arguments, options, error, match):
+    with pytest.raises(error, match=match):
+        OverlapBatchSampler(*arguments, **options)
+
+
+def test_ranks_come_from_torch_distributed(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
+    assert plain(OverlapBatchSampler(18, 4)) == plain(
+        OverlapBatchSampler(18, 4, rank=2, world_size=3)
+    )
+    assert plain(OverlapBatchSampler(18, 4, rank=0, world_size=1)) != plain(
+        OverlapBatchSampler(18, 4)
+    )
+
+
+def dataset(length=22):
+    return IndexedDataset(TensorDataset(torch.arange(length) * 10, torch.arange(length) % 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_a_dataloader_with_exact_delivered_state(workers):
+    whole = stream(OverlapBatchSampler(22, 4, drop_last=False, seed=1))
+
+    def loader(sampler):
+        return DataLoader(
+            dataset(), batch_sampler=sampler, num_workers=workers, collate_fn=collate_overlap
+        )
+
+    def seen(batch):
+        assert isinstance(batch, Batch) and torch.equal(batch.images, batch.ids * 10)
+        assert torch.equal(batch.targets, batch.ids % 3)
+        return batch.ids.tolist(), batch.num_old, batch.epoch, batch.step
+
+    def expected(batch):
+        new = [b for b in batch if b[2] == 0]
+        return [b[0] for b in batch], len(batch) - len(new), new[0][1], new[0][3]
+
+    for stop in (0, 1, 10, 11, 12):
+        sampler = OverlapBatchSampler(22, 4, drop_last=False, seed=1)
+        batches = loader(sampler)
+        got = [seen(b) for b in sampler.track(batches)] if stop > 11 else []
+        taken = sampler.track(batches)
+        while len(got) < stop:
+            got.append(seen(next(taken)))
+        state = sampler.state_dict()
+        if stop not in (11, 0):
+            assert state == sampler.state_dict(delivered=stop % 11)
+        taken.close()
+        assert state == sampler.state_dict()
+        resumed = OverlapBatchSampler(22, 4, drop_last=False, seed=1)
+        resumed.load_state_dict(state)
+        batches = loader(resumed)
+        while len(got) < 2 * 11:
+            got += [seen(b) for b in batches]
+        assert got == [expected(b) for b in whole[:22]], stop
+
+
+def test_delivered_beyond_what_was_drawn():
+    sampler = OverlapBatchSampler(20, 4)
+    next(iter(sampler))
+    with pytest.raises(ValueError, match="delivered=2, but only 1 batches were drawn"):
+        sampler.state_dict(delivered=2)
+    with pytest.raises(ValueError, match="delivered must be at least 0, got -1"):
+        sampler.state_dict(delivered=-1)
+    list(sampler)
+    assert sampler.state_dict(delivered=10)["epoch"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [3, 11, 14])
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's own, with new torch
+def test_torchdatas_stateful_dataloader(workers, stop):
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    whole = [[b[0] for b in batch] for batch in stream(OverlapBatchSampler(22, 4, seed=1))]
+
+    def loader():
+        sampler = OverlapBatchSampler(22, 4, seed=1)
+        return torchdata.StatefulDataLoader(
+            dataset(), batch_sampler=sampler, num_workers=workers, collate_fn=collate_overlap
+        )
+
+    first = loader()
+    head = list(itertools.islice(itertools.chain(first, first), stop))
+    state = first.state_dict()
+    second = loader()
+    second.load_state_dict(state)
+    tail = [b for _ in range(2) for b in second]
+    got = [b.ids.tolist() for b in head + tail]
+    assert got == whole[: len(got)] and len(got) >= 22
+
+
+def test_sample_index_is_an_int_that_survives_pickling():
+    index = SampleIndex(7, seed=1, epoch=2, use=1, step=4)
+    again = pickle.loads(pickle.dumps(index))
+    assert again == 7 and (again.seed, again.epoch, again.use, again.step) == (1, 2, 1, 4)
+    assert (
+        np.arange(10)[again] == 7 and torch.arange(10)[again] == 7 and list(range(10))[again] == 7
+    )
+    assert again.rng().bits() == ViewRng(1, 2, 7, 1).bits()
+
+
+def test_transform_and_collate_refuse_plain_indices():
+    items = TensorDataset(torch.arange(4), torch.arange(4))
+    with pytest.raises(TypeError, match="needs the indices of an OverlapBatchSampler"):
+        IndexedDataset(items, transform=lambda image, rng: image)[0]
+    with pytest.raises(TypeError, match="expected items"):
+        collate_overlap([IndexedDataset(items)[0]])
+
+
+def test_view_randomness_is_one_function_scalar_and_batched():
+    epochs, ids, uses = np.array([0, 3, 3, 2**40]), np.array([5, 5, 9, 0]), np.array([0, 1, 0, 1])
+    many = ViewRngs(11, epochs, ids, uses)
+    ones = [ViewRng(11, int(e), int(i), int(u)) for e, i, u in zip(epochs, ids, uses, strict=True)]
+    assert many.bits().tolist() == [one.bits() for one in ones]
+    assert many.uniform(-1, 2).tolist() == [one.uniform(-1, 2) for one in ones]
+    many.skip(3)
+    for one in ones:
+        one.skip(3)
+    assert many.integer(7).tolist() == [one.integer(7) for one in ones]
+    bounds = np.array([1, 2, 3, 2**32])
+    assert many.integer(bounds).tolist() == [
+        one.integer(int(b)) for one, b in zip(ones, bounds, strict=True)
+    ]
+    assert ViewRng(0, 0, 0, 0).bits() == 0xE0C59F572EACB49A  # the same for ever, on any platform
+
+
+def test_views_differ_in_each_key_and_look_uniform():
+    base = (1, 2, 3, 0)
+    neighbours = [(2, 2, 3, 0), (1, 3, 3, 0), (1, 2, 4, 0), (1, 2, 3, 1)]
+    firsts = {ViewRng(*key).bits() for key in [base, *neighbours]}
+    assert len(firsts) == 5
+    rngs = ViewRngs(0, 0, np.arange(20_000), 0)
+    values = rngs.uniform()
+    assert 0 <= values.min() and values.max() < 1 and abs(values.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
+    assert abs(np.corrcoef(values, rngs.uniform())[0, 1]) < 0.03
+    other = ViewRngs(0, 0, np.arange(20_000), 1).uniform()
+    assert abs(np.corrcoef(values, other)[0, 1]) < 0.03
+    counts = np.bincount(rngs.integer(9), minlength=9) / 20_000
+    assert np.abs(counts - 1 / 9).max() < 0.01
+    generator = ViewRng(*base).torch_generator()
+    assert torch.equal(
+        torch.rand(3, generator=generator),
+        torch.rand(3, generator=ViewRng(*base).torch_generator()),
+    )
+    assert ViewRng(*base).numpy_generator().random() == ViewRng(*base).numpy_generator().random()
