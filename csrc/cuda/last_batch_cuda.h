@@ -1,0 +1,33 @@
+// What csrc/last_batch.cpp calls for CUDA tensors. No torch and no CUDA header here: streams travel as void*.
+//
+// Every function enqueues on `stream` of the current device, never synchronises and never allocates, so a call can be
+// captured in a CUDA graph. They return nullptr, or a text saying what was refused (nothing has been written then).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../last_batch.h"
+
+namespace dlb_fast {
+
+// Bytes of device memory one stream needs for its launches; the same for every call, 16-byte aligned. The caller zeroes
+// it once when it allocates it and keeps it (one per device and stream): every launch leaves it as it found it.
+size_t last_batch_cuda_workspace();
+
+// Loss, parts, gradient (when args.grad is given) and buffer roll. float32, bfloat16 and float16 logits; float64 is
+// refused. Compute dtype (A) is float. Labels outside [0, C) give a NaN row, not an error: the host cannot see them.
+const char* last_batch_cuda(const LastBatchArgs& args, void* stream, void* workspace, size_t workspace_bytes);
+
+// grad[i, :] *= upstream[i] / parts[part_grad_scale], rounded once; leaves grad untouched, after one load per block,
+// when every factor is 1. The decision is taken on the device.
+struct ScaleGradArgs {
+  void* grad = nullptr;  // (B, C) contiguous in `dtype`
+  DType dtype = DType::f32;
+  int64_t batch = 0, classes = 0;
+  const float* upstream = nullptr;  // 0-d, or (B,) for Reduction::none
+  int64_t upstream_stride = 0;      // 0: one factor for all rows
+  const float* parts = nullptr;     // (part_count,)
+};
+const char* scale_grad_cuda(const ScaleGradArgs& args, void* stream);
+
+}  // namespace dlb_fast
