@@ -1,0 +1,227 @@
+"""Decoding: every damaged or odd file is named, none passes in silence, all decoders agree."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from dlb_fast.data import decode as decode_module
+from dlb_fast.data.decode import ImageDecoder, available_backends
+from dlb_fast.data.errors import DecodeError
+from dlb_fast.data.jpeg_header import parse_header, zero_run
+
+HAVE_SIMPLEJPEG = available_backends()["simplejpeg"] == ""
+BACKENDS = ["pillow"] + (["simplejpeg"] if HAVE_SIMPLEJPEG else [])
+
+
+def photo(height: int = 150, width: int = 200) -> Image.Image:
+    """A busy image: smooth structure and noise, so that its scan is some 10 kB long."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:height, 0:width]
+    base = np.stack([128 + 90 * np.sin(x / 17 + c) * np.cos(y / 23) for c in range(3)], -1)
+    noisy = base + rng.normal(0, 12, base.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+JPEG = encoded(photo(), quality=90)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["plain", "progressive", "grey", "444", "optimised", "restart"])
+def test_equals_pillow(backend: str, kind: str) -> None:
+    image = photo().convert("L") if kind == "grey" else photo()
+    options: dict[str, dict[str, object]] = {
+        "progressive": {"progressive": True},
+        "444": {"subsampling": 0},
+        "optimised": {"optimize": True},
+        "restart": {"restart_marker_rows": 1},
+    }
+    data = encoded(image, quality=85, **options.get(kind, {}))
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    got = ImageDecoder(backend)(data)
+    assert got.dtype == np.uint8 and got.flags.writeable
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1", "I;16"])
+def test_png_under_any_name(backend: str, mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+    else:
+        image = photo(20, 30).convert(mode)
+    data = encoded(image, "PNG", **({"transparency": 3} if mode == "P" else {}))
+    decoder = ImageDecoder(backend)
+    assert decoder(data).shape == (20, 30, 3)
+    if backend != "pillow":
+        assert decoder.fallbacks == {"PNG file": 1}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cmyk_has_pillows_colours(backend: str) -> None:
+    data = encoded(photo(16, 16).convert("CMYK"), quality=95)
+    decoder = ImageDecoder(backend)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decoder(data), expected)
+    if backend != "pillow":
+        assert decoder.fallbacks == {"CMYK JPEG": 1}
+
+
+DAMAGED = {
+    "empty": (b"", "empty file"),
+    "text": (b"hello, I am a text file\n" * 9, "not an image"),
+    "html": (b"<html>404</html>", "not an image"),
+    "half": (JPEG[: len(JPEG) // 2], "premature end|truncated"),
+    "header only": (JPEG[:100], "truncated"),
+    "no end marker": (JPEG[:-2], "premature end|truncated"),
+    "png half": (encoded(photo(), "PNG")[:20000], "Pillow: "),
+    "magic only": (b"\xff\xd8\xff", "truncated"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(DAMAGED))
+def test_damage_is_named(backend: str, name: str) -> None:
+    data, words = DAMAGED[name]
+    with pytest.raises(DecodeError, match=words):
+        ImageDecoder(backend)(data)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zeros_inside_are_never_silent(backend: str) -> None:
+    """3 KB of zeros: at many offsets simplejpeg itself says nothing (so the scan is looked at)."""
+    start = parse_header(JPEG).scan
+    silent_in_libjpeg = 0
+    for offset in range(start, len(JPEG) - 3100, 97):
+        data = bytearray(JPEG)
+        data[offset : offset + 3072] = bytes(3072)
+        with pytest.raises(DecodeError, match="zeros|corrupt|premature"):
+            ImageDecoder(backend)(bytes(data))
+        if backend == "simplejpeg":
+            try:
+                decode_module._simplejpeg()(bytes(data))
+                silent_in_libjpeg += 1
+            except ValueError:
+                pass
+    assert backend != "simplejpeg" or silent_in_libjpeg > 0  # else the scan check proves nothing
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
+def test_flat_images_and_padding_are_not_accused(options: dict[str, bool]) -> None:
+    """A flat image with optimised tables is almost only zero bits; zeros behind the file are padding."""
+    flat = encoded(Image.new("RGB", (1200, 1200), (0, 0, 0)), **options)
+    assert ImageDecoder()(flat).shape == (1200, 1200, 3)
+    half_flat = photo(600, 800)
+    half_flat.paste((128, 128, 128), (0, 300, 800, 600))
+    ImageDecoder()(encoded(half_flat, **options))
+    ImageDecoder()(JPEG + bytes(4096))
+
+
+def test_flat_optimised_scan_really_holds_a_zero_run() -> None:
+    data = encoded(Image.new("RGB", (2000, 2000), (128, 128, 128)), optimize=True)
+    header = parse_header(data)
+    assert data.find(bytes(256), header.scan) > 0 and header.flat_zero_code
+    assert zero_run(data, header) == -1
+
+
+@pytest.mark.skipif(not HAVE_SIMPLEJPEG, reason="simplejpeg reports this damage")
+def test_lenient_reads_damage_and_counts_it() -> None:
+    start = parse_header(JPEG).scan
+    data = bytearray(JPEG)
+    data[start + 2000 : start + 3000] = bytes(1000)
+    decoder = ImageDecoder("simplejpeg", strict=False)
+    assert decoder(bytes(data)).shape == (150, 200, 3)
+    assert sum(decoder.fallbacks.values()) == 1 and "simplejpeg" in next(iter(decoder.fallbacks))
+    with pytest.raises(DecodeError, match="truncated"):
+        decoder(JPEG[: len(JPEG) // 2])
+
+
+@pytest.mark.skipif(not HAVE_SIMPLEJPEG, reason="a warning of simplejpeg")
+def test_harmless_oddity_falls_back_and_is_counted() -> None:
+    """An unknown JFIF revision is a warning to libjpeg, hence an error in strict mode, and harmless."""
+    data = bytearray(JPEG)
+    assert data[6:11] == b"JFIF\0"
+    data[11] = 9
+    decoder = ImageDecoder("simplejpeg")
+    np.testing.assert_array_equal(decoder(bytes(data)), ImageDecoder("simplejpeg")(JPEG))
+    assert len(decoder.fallbacks) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bomb_is_refused_before_decoding(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray(JPEG)
+    at = data.find(b"\xff\xc0")
+    data[at + 5 : at + 9] = b"\xff\x00\xff\x00"
+    decoder = ImageDecoder(backend)
+    monkeypatch.setattr(decoder, "_jpeg", lambda _: pytest.fail("decoded a bomb"))
+    with pytest.raises(DecodeError, match="bomb: 65280 x 65280"):
+        decoder(bytes(data))
+    with pytest.raises(DecodeError, match="bomb: 30 x 20"):
+        ImageDecoder(backend, max_pixels=599)(encoded(photo(20, 30), "PNG"))
+    ImageDecoder(backend, max_pixels=600)(encoded(photo(20, 30), "PNG"))
+
+
+def test_global_leniency_of_pillow_does_not_hide_truncation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(DecodeError, match="truncated"):
+        ImageDecoder("pillow")(JPEG[: len(JPEG) // 2])
+
+
+def test_pillow_when_nothing_else_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert ImageDecoder().name == "pillow"
+    with pytest.raises(ImportError, match="simplejpeg"):
+        ImageDecoder("simplejpeg")
+
+
+def test_broken_torchvision_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> object:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.setitem(decode_module._MAKERS, "torchvision", broken)
+    assert ImageDecoder().name == "pillow"
+    assert "nms" in available_backends()["torchvision"]
+
+
+def test_torchvision_is_used_when_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with torchvision's face: bytes tensor in, CHW tensor out."""
+    import torch
+
+    io_module = types.ModuleType("torchvision.io")
+
+    def decode_jpeg(raw: torch.Tensor, mode: object) -> torch.Tensor:
+        assert raw.dtype == torch.uint8 and mode == "rgb"
+        pixels = np.array(Image.open(io.BytesIO(raw.numpy().tobytes())).convert("RGB"))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    io_module.decode_jpeg = decode_jpeg
+    io_module.ImageReadMode = types.SimpleNamespace(RGB="rgb")
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.io", io_module)
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    decoder = ImageDecoder()
+    assert decoder.name == "torchvision"
+    np.testing.assert_array_equal(decoder(JPEG), ImageDecoder("pillow")(JPEG))
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match="backend.*got 'turbo'"):
+        ImageDecoder("turbo")
+    with pytest.raises(ValueError, match="max_pixels"):
+        ImageDecoder(max_pixels=0)
+    importlib.import_module("dlb_fast.data.decode")
