@@ -150,6 +150,8 @@ def test_drop_last_leaves_out_other_samples_each_epoch():
         assert all(len(d) == length % 5 for d in dropped)
         if length % 5:
             assert len(set(dropped)) > 5
+    plan = OverlapPlan(14, 5)  # two halves: both sides of the split share the loss
+    assert len({i for e in range(60) for i in plan.order(e)[10:].tolist()}) == 14
 
 
 def test_natural_order_without_shuffling():

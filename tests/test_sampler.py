@@ -22,6 +22,7 @@ from dlb_fast.data import (
     ViewRngs,
     collate_overlap,
 )
+from dlb_fast.data._cursor import Cursor
 
 EPOCHS = 3
 
@@ -246,6 +247,15 @@ def test_an_iteration_left_early_starts_again_where_it_began():
     sampler.load_state_dict(state)
     first = plain([next(iter(sampler))])
     assert plain(sampler)[:1] == first and sampler.epoch == 2
+
+
+def test_looking_at_the_next_place_does_not_deliver_it():
+    cursor = Cursor(OverlapBatchSampler(20, 4).plan, "test")
+    iteration = cursor.iterate()
+    assert iteration.peek() == iteration.peek() == (0, 0) and cursor.step == 0
+    assert iteration.advance() == (0, 0) and cursor.step == 1
+    again = cursor.iterate()
+    assert again.peek() == (0, 0) and cursor.step == 0  # the one before was left early
 
 
 def test_a_stale_iterator_raises():

@@ -207,21 +207,14 @@ class OverlapPlan:
     def _swap_collisions(self, order: Ids, last: Ids) -> None:
         """Trade entries of the first half that are in `last` for later ones that are not; `order` is changed in place.
 
-        There is always a partner: outside the first and the last half stand N - H*W - s entries (s = len(last)), at
-        least s of them with three halves, and the c <= s collisions leave at most s - c of them forbidden.
+        There is always a partner: between the first and the last half stand at least s entries (s = len(last), three
+        halves or more), and the c <= s collisions leave at most s - c of those forbidden.
         """
         forbidden = np.zeros(self.length, dtype=bool)
         forbidden[last] = True
         collisions = np.flatnonzero(forbidden[order[: self.global_rows]])
-        if len(collisions) == 0:
-            return
-        later = np.concatenate(
-            [
-                np.arange(self.global_rows, self._kept - self._last_rows),
-                np.arange(self._kept, self.length),
-            ]
-        )
-        partners = later[~forbidden[order[later]]][: len(collisions)]
+        between = np.arange(self.global_rows, self._kept - self._last_rows)
+        partners = between[~forbidden[order[between]]][: len(collisions)]
         order[collisions], order[partners] = order[partners], order[collisions]
 
     def _two_half_order(self, epoch: int) -> Ids:

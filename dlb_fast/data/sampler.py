@@ -147,7 +147,6 @@ class OverlapBatchSampler(Sampler[list[int]]):
         for count, batch in enumerate(batches, start=1):
             self._delivered = count
             yield batch
-        self._delivered = None  # all that was drawn is delivered
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
         """The position in the stream, O(1): a flat dict of ints and bools.
