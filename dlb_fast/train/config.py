@@ -1,0 +1,307 @@
+"""What a run is: frozen dataclasses that hold every number, checked when they are made.
+
+A config comes from a preset, a YAML file and command-line flags, in this order, each overriding the one before; the
+resolved one is saved in the run folder. Field names are unique over all groups, so that `--lr 0.1` needs no prefix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+__all__ = [
+    "DataConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "from_dict",
+    "load_config",
+    "override",
+    "to_dict",
+]
+
+
+def _require(condition: bool, name: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"config: {name} must be {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, how many rows a step sees, how they are augmented."""
+
+    source: Annotated[str, tyro.conf.arg(name="data")] = "digits"
+    """KIND[:PATH]: digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH or synthetic[:N,C,SIZE]."""
+    batch_size: int = 128
+    """Rows the model sees per step; with DLB half of them repeat the step before. Even."""
+    train_size: int | None = None
+    """Keep only this many training images, the same number of each class (drawn by data_seed)."""
+    label_noise: float = 0.0
+    """Share of the training labels replaced by another class, uniformly (drawn by data_seed)."""
+    data_seed: int = 0
+    """Draws the training subset and the label noise; kept apart from `seed` so that runs share the data."""
+    padding: int = 4
+    """Random crop after zero padding by this many pixels; 0 turns it off."""
+    flip: bool = True
+    """Random horizontal flip."""
+    image_size: int = 32
+    """Height and width that images of a folder are brought to (ignored by sets of a fixed size)."""
+    eval_batch_size: int = 512
+    """Rows per forward in the evaluation."""
+    num_threads: int = 2
+    """Decoding threads for image folders."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "even and >= 2", self.batch_size)
+        _require(self.train_size is None or self.train_size >= 1, "train_size", "at least 1", self.train_size)
+        _require(0 <= self.label_noise <= 1, "label_noise", "in [0, 1]", self.label_noise)
+        _require(self.padding >= 0, "padding", "at least 0", self.padding)
+        _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
+        _require(self.eval_batch_size >= 1, "eval_batch_size", "at least 1", self.eval_batch_size)
+        _require(self.num_threads >= 1, "num_threads", "at least 1", self.num_threads)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network."""
+
+    model: str = "small_cnn"
+    """A built-in name (resnet32, resnet110, wrn20_8, vgg16, ...), or timm:NAME."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Which method, and its numbers."""
+
+    method: Literal["dlb", "two_view", "ce"] = "dlb"
+    """dlb; two_view: the same batches with alpha=0 (the control that isolates the KL); ce: no repeated rows."""
+    alpha: float = 1.0
+    """Weight of the last-batch term. 1 is a community default, not a value read from the paper."""
+    temperature: float = 3.0
+    """Temperature of the last-batch term. 3 is a community default, not a value read from the paper."""
+    label_smoothing: float = 0.0
+    """Smoothing of the cross entropy, as in torch."""
+    impl: Literal["auto", "cuda", "triton", "cpu", "torch"] = "auto"
+    """Implementation of the loss; a named one runs or raises."""
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.alpha) and self.alpha >= 0, "alpha", "finite and >= 0", self.alpha)
+        ok = math.isfinite(self.temperature) and self.temperature > 0
+        _require(ok, "temperature", "finite and > 0", self.temperature)
+        _require(0 <= self.label_smoothing <= 1, "label_smoothing", "in [0, 1]", self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights move."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.05
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """SGD only."""
+    nesterov: bool = True
+    """SGD only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW only."""
+    weight_decay: float = 5e-4
+    decay_norm_and_bias: bool = True
+    """False keeps weight decay off everything with at most one dimension (norms, biases)."""
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.lr) and self.lr > 0, "lr", "finite and > 0", self.lr)
+        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        _require(all(0 <= b < 1 for b in self.betas), "betas", "in [0, 1)", self.betas)
+        _require(self.momentum > 0 or not self.nesterov, "nesterov", "False when momentum is 0", self.nesterov)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate runs; it changes with every step."""
+
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    """Linear warm-up from lr / warm-up steps to lr."""
+    milestones: tuple[float, ...] = ()
+    """multistep: epochs at which the rate is multiplied by gamma."""
+    gamma: float = 0.1
+    min_lr: float = 0.0
+    """cosine: rate at the end."""
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_epochs >= 0, "warmup_epochs", "at least 0", self.warmup_epochs)
+        _require(self.min_lr >= 0, "min_lr", "at least 0", self.min_lr)
+        _require(self.gamma > 0, "gamma", "above 0", self.gamma)
+        _require(list(self.milestones) == sorted(set(self.milestones)), "milestones", "increasing", self.milestones)
+        given = bool(self.milestones) == (self.schedule == "multistep")
+        _require(given, "milestones", "given with schedule=multistep and only there", self.milestones)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how precisely, and what is written when."""
+
+    epochs: int = 30
+    """Passes of the loader. A DLB epoch draws every sample once and shows it twice; a ce epoch shows it once."""
+    max_steps: int | None = None
+    """Optimiser steps in all; overrides epochs."""
+    forward: Literal["joint", "two_pass"] = "joint"
+    """joint: one forward over [old | new] (the paper). two_pass: two forwards (the official code)."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    accumulate: int = 1
+    """Batches per optimiser step. The teacher is then the previous batch, not the previous step."""
+    clip_grad: float | None = None
+    """Largest gradient norm."""
+    ema: float | None = None
+    """Decay of averaged weights; they are then what is evaluated and exported."""
+    channels_last: bool = False
+    eval_every: int | None = None
+    """Steps between evaluations, each a row of metrics; None: every epoch."""
+    log_every: int = 50
+    """Steps between progress lines in metrics.jsonl and checks for a loss that is not finite."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints (there is one at the end in any case); None: at every evaluation."""
+    keep: int = 2
+    """Checkpoints kept."""
+    nan_check: bool = True
+    """Stop when the loss is not finite; looked at only at log points, because looking waits for the device."""
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "accumulate", "log_every", "keep"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("max_steps", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1 or null", value)
+        _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "above 0 or null", self.clip_grad)
+        _require(self.ema is None or 0 < self.ema < 1, "ema", "in (0, 1) or null", self.ema)
+        _require(self.seed >= 0, "seed", "at least 0", self.seed)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Example:
+        >>> override(RunConfig(), lr=0.1, seed=3).optim.lr
+        0.1
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def override(config: RunConfig, **values: Any) -> RunConfig:
+    """The config with single fields replaced, each found by its name in whatever group has it."""
+    for name, value in values.items():
+        for group in dataclasses.fields(config):
+            part = getattr(config, group.name)
+            if name in {f.name for f in dataclasses.fields(part)}:
+                part = dataclasses.replace(part, **{name: value})
+                config = dataclasses.replace(config, **{group.name: part})
+                break
+        else:
+            raise ValueError(f"config: no field {name!r}{_near(name, _all_fields())}")
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of the config, tuples as lists: what config.yaml holds."""
+    plain = dataclasses.asdict(config)
+    return {g: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()} for g, part in plain.items()}
+
+
+def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:
+    """A config from nested plain values, everything not named taken from `base`; unknown names raise."""
+    config = base or RunConfig()
+    groups = {f.name: f for f in dataclasses.fields(RunConfig)}
+    if not isinstance(values, Mapping):
+        raise TypeError(f"config: expected groups ({', '.join(groups)}), got {type(values).__name__}")
+    for group, part in values.items():
+        if group not in groups:
+            raise ValueError(f"config: unknown group {group!r}{_near(group, groups)}")
+        if not isinstance(part, Mapping):
+            raise TypeError(f"config: {group} must hold fields, got {part!r}")
+        current = getattr(config, group)
+        hints = typing.get_type_hints(type(current))
+        for name in part:
+            if name not in hints:
+                raise ValueError(f"config: unknown field {group}.{name}{_near(name, hints)}")
+        new = {name: _coerce(value, hints[name], f"{group}.{name}") for name, value in part.items()}
+        config = dataclasses.replace(config, **{group: dataclasses.replace(current, **new)})
+    return config
+
+
+def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
+    """Read a YAML config; a missing, unreadable or wrong file raises ValueError naming it."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config: cannot read {path}: {error}") from error
+    try:
+        return from_dict({} if values is None else values, base)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _all_fields() -> list[str]:
+    return [f.name for g in dataclasses.fields(RunConfig) for f in dataclasses.fields(g.default_factory)]  # type: ignore[arg-type, misc]
+
+
+def _near(name: str, known: Any) -> str:
+    found = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(known)}"
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """A YAML value as its field's type. YAML reads 1e-3 as a string, so numbers in strings are accepted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"config: {where} must be one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (Ellipsis not in args and len(value) != len(args)):
+            raise ValueError(f"config: {where} must be a list of numbers, got {value!r}")
+        return tuple(_coerce(v, args[0], where) for v in value)
+    if hint is bool or isinstance(value, bool):
+        if hint is not bool or not isinstance(value, bool):
+            raise ValueError(f"config: {where} must be {hint.__name__}, got {value!r}")
+        return value
+    if hint is str:
+        if not isinstance(value, str):
+            raise ValueError(f"config: {where} must be text, got {value!r}")
+        return value
+    try:
+        number = float(value)
+        if hint is int:
+            if not number.is_integer():
+                raise ValueError
+            return int(value) if isinstance(value, int) else int(number)
+        return number
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"config: {where} must be {hint.__name__}, got {value!r}") from None

@@ -1,0 +1,93 @@
+"""Evaluation: accuracy, likelihood and calibration over exactly the images given, whatever the loss of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ECE_BINS", "evaluate", "predictions"]
+
+ECE_BINS = 15  # Guo et al. 2017, and what everybody has used since
+
+
+@torch.no_grad()
+def predictions(
+    model: nn.Module, batches: Iterable[Any], autocast: AbstractContextManager[Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits `(N, C)` in float32 (float64 stays) and targets `(N,)`, in eval mode; the model's mode is put back.
+
+    Args:
+        model: the network.
+        batches: pairs `(images, targets)`, or anything with `.images` and `.targets`.
+        autocast: context manager for the forwards.
+    """
+    was_training = model.training
+    model.eval()
+    logits, targets = [], []
+    try:
+        for batch in batches:
+            images, labels = batch if isinstance(batch, (tuple, list)) else (batch.images, batch.targets)
+            with autocast or nullcontext():
+                out = model(images)
+            logits.append(out if out.dtype == torch.float64 else out.float())
+            targets.append(labels)
+    finally:
+        model.train(was_training)
+    if not logits:
+        raise ValueError("evaluate: there is no image to evaluate on; is the test set empty?")
+    return torch.cat(logits), torch.cat(targets)
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[Any], autocast: AbstractContextManager[Any] | None = None
+) -> dict[str, float]:
+    """Metrics of a model over a set, each image counted once.
+
+    `top1`, `top5` in [0, 1] (top-5 over fewer than five classes is 1), `nll` the mean plain cross entropy in nats, `ece`
+    the expected calibration error over 15 equal bins of confidence, `count` the number of images.
+
+    Example:
+        >>> evaluate(nn.Identity(), [(torch.eye(3), torch.arange(3))])["top1"]
+        1.0
+    """
+    logits, targets = predictions(model, batches, autocast)
+    count, classes = logits.shape
+    if int(targets.max()) >= classes or int(targets.min()) < 0:
+        raise ValueError(
+            f"evaluate: labels reach {int(targets.max())} but the model has {classes} logits; "
+            f"was it made with another num_classes?"
+        )
+    top = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
+    return {
+        "top1": top[:, 0].sum().item() / count,
+        "top5": top.any(dim=1).sum().item() / count,
+        "nll": F.cross_entropy(logits.double(), targets).item(),
+        "ece": calibration_error(logits, targets),
+        "count": count,
+    }
+
+
+def calibration_error(logits: Tensor, targets: Tensor, bins: int = ECE_BINS) -> float:
+    """`sum over bins of share * |accuracy - mean confidence|`, bins equal in width, closed on the right."""
+    _, share, accuracy, confidence = reliability(logits, targets, bins)
+    return float((share * (accuracy - confidence).abs()).sum())
+
+
+def reliability(logits: Tensor, targets: Tensor, bins: int = ECE_BINS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per bin of confidence: its index, share of images, accuracy and mean confidence (empty bins are 0)."""
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    correct = (predicted == targets).double()
+    index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    count = torch.bincount(index, minlength=bins).double()
+    present = count.clamp(min=1)
+    return (
+        torch.arange(bins),
+        count / len(targets),
+        torch.bincount(index, correct, minlength=bins) / present,
+        torch.bincount(index, confidence, minlength=bins) / present,
+    )

@@ -1,0 +1,139 @@
+"""What a run says: a bar on a terminal, plain lines elsewhere, and always metrics.csv and metrics.jsonl.
+
+Both files only grow, line by line. A checkpoint remembers how long they were; a resumed run cuts them back to that, so
+that the steps it repeats are not in there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from .state import CheckpointError
+
+__all__ = ["COLUMNS", "RunLog"]
+
+COLUMNS = (
+    "step", "epoch", "images_seen", "lr", "loss", "ce", "lb", "train_top1",
+    "test_top1", "test_top5", "test_nll", "test_ece", "test_count",
+    "seconds", "images_per_second", "data_wait",
+)  # fmt: skip
+
+
+class RunLog:
+    """Console and metric files of one run.
+
+    Args:
+        folder: where metrics.csv and metrics.jsonl go; None writes no files.
+        quiet: no console output.
+        stream: the console.
+    """
+
+    def __init__(self, folder: Path | None = None, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.quiet = quiet
+        self.bar: Any = None
+        self.csv = None if folder is None else folder / "metrics.csv"
+        self.jsonl = None if folder is None else folder / "metrics.jsonl"
+
+    def start(self, *, step: int, total: int) -> None:
+        """Begin the console's progress at a step."""
+        if self.quiet or not self.stream.isatty():
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        self.bar = tqdm(total=total, initial=step, unit="step", file=self.stream, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One more step."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def progress(self, row: Mapping[str, Any]) -> None:
+        """A row at a log point: metrics.jsonl, and the bar's tail."""
+        self._append(self.jsonl, json.dumps({"kind": "step", **_clean(row)}))
+        if self.bar is not None:
+            self.bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "lr") if row.get(k) is not None})
+
+    def result(self, row: Mapping[str, Any]) -> None:
+        """A row at an evaluation: both files and one line on the console."""
+        clean = _clean(row)
+        self._append(self.jsonl, json.dumps({"kind": "eval", **clean}))
+        if self.csv is not None and not (self.csv.exists() and self.csv.stat().st_size):
+            self._append(self.csv, ",".join(COLUMNS))
+        self._append(self.csv, ",".join("" if clean.get(c) is None else repr(clean[c]) for c in COLUMNS))
+        self.say(_sentence(row))
+
+    def positions(self) -> dict[str, int]:
+        """Lengths of the files in bytes, flushed to the disk: what a checkpoint keeps."""
+        sizes = {}
+        for path in (self.csv, self.jsonl):
+            if path is not None and path.exists():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                sizes[path.name] = path.stat().st_size
+        return sizes
+
+    def rewind(self, positions: Mapping[str, int]) -> None:
+        """Cut the files back to the lengths of a checkpoint (to nothing for a start from scratch)."""
+        for path in (self.csv, self.jsonl):
+            if path is None or not path.exists():
+                continue
+            length, size = positions.get(path.name, 0), path.stat().st_size
+            if size < length:
+                self.say(f"{path} is shorter ({size} bytes) than at the checkpoint ({length}): some rows are lost")
+            os.truncate(path, min(length, size))
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _append(self, path: Path | None, line: str) -> None:
+        if path is None:
+            return
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error}; make room, then continue with --resume") from error
+
+
+def _clean(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Values a strict JSON reader takes: nan and infinities become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _sentence(row: Mapping[str, Any]) -> str:
+    parts = [f"epoch {row['epoch']:g}  step {row['step']}"]
+    for name, label, scale, form in (
+        ("loss", "loss", 1, ".4f"),
+        ("lb", "last-batch", 1, ".4f"),
+        ("train_top1", "train", 100, ".2f"),
+        ("test_top1", "test", 100, ".2f"),
+        ("test_nll", "nll", 1, ".4f"),
+        ("test_ece", "ece", 1, ".4f"),
+        ("lr", "lr", 1, ".3g"),
+        ("images_per_second", "images/s", 1, ".0f"),
+        ("data_wait", "waiting for data", 100, ".0f"),
+    ):
+        if row.get(name) is not None:
+            parts.append(f"{label} {row[name] * scale:{form}}{' %' if scale == 100 else ''}")
+    return "  ".join(parts)

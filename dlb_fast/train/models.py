@@ -1,0 +1,284 @@
+"""The backbones the DLB code offers, for 32x32 images, and a small one for digits.
+
+The architectures follow the official repository (Meta-knowledge-Lab/DLB@8949a46, `models/`) layer by
+layer, because its names do not always mean what the literature means by them:
+
+===============  ========================================================================
+``resnet32``     basic blocks (5, 5, 5), 16-32-64 channels, **projection** shortcuts (option B)
+``resnet110``    **bottleneck** blocks (12, 12, 12), as in the official code
+``resnet32a``    He et al. 2016: basic blocks, parameter-free shortcuts (option A)
+``resnet110a``   He et al. 2016: basic blocks (18, 18, 18), option A
+``resnet18``     the ImageNet ResNet-18 with a 3x3 stride-1 stem and no max-pool
+``wrn20_8``      bottleneck blocks (2, 2, 2), inner width 8 times as wide, as in the official code
+``vgg16/19``     VGG with BatchNorm and the official three-layer classifier 512-512-C
+``densenet40_12``  DenseNet-BC, L=40, k=12, compression 0.5; ``densenet100_12`` likewise
+``small_cnn``    three 3x3 convolutions; trains in seconds on 8x8 digits
+===============  ========================================================================
+
+Every network takes any input of at least 8x8 pixels and any number of channels. Any other name goes to
+timm when timm is installed; ``timm:NAME`` always does.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["MODELS", "create_model", "list_models"]
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class _OptionA(nn.Module):
+    """Parameter-free shortcut of He et al.: every second pixel, missing channels are zero."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.before = (out_channels - in_channels) // 2
+        self.after = out_channels - in_channels - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
+
+
+class _BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, in_channels: int, planes: int, stride: int, shortcut: nn.Module, widen: int):
+        super().__init__()
+        self.conv1 = _conv(in_channels, planes, 3, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv(planes, planes, 3)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class _Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, in_channels: int, planes: int, stride: int, shortcut: nn.Module, widen: int):
+        super().__init__()
+        width = planes * widen
+        self.conv1 = _conv(in_channels, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv(width, planes * self.expansion, 1)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Residual network for small images: 3x3 stem, one stage per entry of `blocks`, no max-pool."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        *,
+        block: type[_BasicBlock | _Bottleneck],
+        blocks: Sequence[int],
+        stem: int = 16,
+        option: str = "B",
+        widen: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_channels, stem, 3)
+        self.bn1 = nn.BatchNorm2d(stem)
+        stages: list[nn.Module] = []
+        channels = stem
+        for index, count in enumerate(blocks):
+            planes = stem * 2**index
+            layers: list[nn.Module] = []
+            for number in range(count):
+                stride = 2 if index > 0 and number == 0 else 1
+                out_channels = planes * block.expansion
+                shortcut: nn.Module = nn.Identity()
+                if stride != 1 or channels != out_channels:
+                    shortcut = (
+                        _OptionA(channels, out_channels)
+                        if option == "A"
+                        else nn.Sequential(
+                            _conv(channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels)
+                        )
+                    )
+                layers.append(block(channels, planes, stride, shortcut, widen))
+                channels = out_channels
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.Sequential(*stages)
+        self.fc = nn.Linear(channels, num_classes)
+        _init_conv_fan_out(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(F.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class VGG(nn.Module):
+    """VGG with BatchNorm; the five poolings turn 32x32 into 1x1 (smaller inputs are averaged)."""
+
+    def __init__(self, num_classes: int, in_channels: int, *, depth: int) -> None:
+        super().__init__()
+        repeat = {16: 3, 19: 4}[depth]
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for planes, count in ((64, 2), (128, 2), (256, repeat), (512, repeat), (512, repeat)):
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, planes, 3, padding=1), nn.BatchNorm2d(planes), nn.ReLU()]
+                channels = planes
+            # ceil_mode keeps 8x8 inputs alive through five poolings; at 32x32 it changes nothing
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, num_classes)
+        )
+        _init_conv_fan_out(self)
+        for module in self.classifier:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0, 0.01)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+class _DenseLayer(nn.Module):
+    def __init__(self, in_channels: int, growth: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = _conv(in_channels, 4 * growth, 1)
+        self.norm2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = _conv(4 * growth, growth, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        return torch.cat((x, new), dim=1)
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC for small images: three blocks of (depth - 4) / 6 layers, compression 0.5."""
+
+    def __init__(self, num_classes: int, in_channels: int, *, depth: int, growth: int) -> None:
+        super().__init__()
+        channels = 2 * growth
+        layers: list[nn.Module] = [_conv(in_channels, channels, 3)]
+        for block in range(3):
+            for _ in range((depth - 4) // 6):
+                layers.append(_DenseLayer(channels, growth))
+                channels += growth
+            if block < 2:
+                layers += [nn.BatchNorm2d(channels), nn.ReLU(), _conv(channels, channels // 2, 1)]
+                layers.append(nn.AvgPool2d(2))
+                channels //= 2
+        layers += [nn.BatchNorm2d(channels), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+class SmallCNN(nn.Module):
+    """Three 3x3 convolutions with BatchNorm (16, 32, 64 channels), one pooling, one linear layer."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for planes in (16, 32, 64):
+            layers += [_conv(channels, planes, 3), nn.BatchNorm2d(planes), nn.ReLU()]
+            if planes == 16:
+                layers.append(nn.MaxPool2d(2))
+            channels = planes
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels, num_classes)
+        _init_conv_fan_out(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+def _init_conv_fan_out(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet18": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(2, 2, 2, 2), stem=64),
+    "resnet32": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(5, 5, 5)),
+    "resnet32a": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(5, 5, 5), option="A"),
+    "resnet110": lambda n, c: ResNet(n, c, block=_Bottleneck, blocks=(12, 12, 12)),
+    "resnet110a": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(18, 18, 18), option="A"),
+    "wrn20_8": lambda n, c: ResNet(n, c, block=_Bottleneck, blocks=(2, 2, 2), widen=8),
+    "vgg16": lambda n, c: VGG(n, c, depth=16),
+    "vgg19": lambda n, c: VGG(n, c, depth=19),
+    "densenet40_12": lambda n, c: DenseNet(n, c, depth=40, growth=12),
+    "densenet100_12": lambda n, c: DenseNet(n, c, depth=100, growth=12),
+    "small_cnn": lambda n, c: SmallCNN(n, c),
+}
+
+
+def list_models() -> list[str]:
+    """Names of the built-in networks, sorted (timm's names work too when timm is installed)."""
+    return sorted(MODELS)
+
+
+def create_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Build a network that maps images `(B, in_channels, h, w)` to logits `(B, num_classes)`.
+
+    Args:
+        name: one of `list_models()`, `timm:NAME`, or a plain timm name when timm is installed.
+        num_classes: number of logits, at least 1.
+        in_channels: channels of the images.
+    Raises:
+        ValueError: unknown name, or a timm name while timm cannot be imported (saying why).
+    Example:
+        >>> create_model("small_cnn", num_classes=10, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    if num_classes < 1 or in_channels < 1:
+        raise ValueError(
+            f"create_model: num_classes and in_channels must be at least 1, "
+            f"got {num_classes} and {in_channels}"
+        )
+    if name in MODELS:
+        return MODELS[name](num_classes, in_channels)
+    timm_name = name.removeprefix("timm:")
+    try:
+        import timm  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except Exception as error:  # a broken torchvision raises RuntimeError inside timm's import
+        near = difflib.get_close_matches(name, MODELS, n=1)
+        raise ValueError(
+            f"create_model: unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else ''} "
+            f"Built in: {', '.join(list_models())}. timm names need timm, whose import failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not timm.is_model(timm_name):
+        near = difflib.get_close_matches(timm_name, [*MODELS, *timm.list_models()], n=3)
+        raise ValueError(
+            f"create_model: neither dlb_fast nor timm {timm.__version__} knows a model {name!r}; "
+            f"close names: {', '.join(near) or 'none'}. Built in: {', '.join(list_models())}"
+        )
+    return timm.create_model(timm_name, num_classes=num_classes, in_chans=in_channels)

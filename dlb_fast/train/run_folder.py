@@ -1,0 +1,102 @@
+"""A run's folder: config.yaml, versions.json, metrics.csv, metrics.jsonl, checkpoints/."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .config import RunConfig, load_config, to_dict
+from .state import write_atomically
+
+__all__ = ["RunFolder", "newest_run", "versions"]
+
+RUNS = Path("runs")
+
+
+class RunFolder:
+    """The files of one run; nothing is created before `create()`.
+
+    Example:
+        >>> RunFolder("runs/a").checkpoints.as_posix()
+        'runs/a/checkpoints'
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+
+    @classmethod
+    def named(cls, label: str) -> RunFolder:
+        """A new folder `runs/<date>-<time>-<label>`, numbered if it is taken."""
+        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}"
+        path, number = RUNS / stem, 2
+        while path.exists():
+            path, number = RUNS / f"{stem}-{number}", number + 1
+        return cls(path)
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.exists()
+
+    def create(self, config: RunConfig, impl: str) -> None:
+        """Write config.yaml and versions.json; the config last, because it is what marks a folder as a run."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        report = json.dumps({**versions(), "implementation": impl}, indent=1).encode()
+        write_atomically(self.path / "versions.json", lambda file: file.write(report))
+        text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
+        write_atomically(self.config, lambda file: file.write(text))
+
+    def read_config(self) -> RunConfig:
+        """The config the run was started with."""
+        if not self.exists():
+            raise ValueError(f"there is no run in {self.path}: {self.config} is missing")
+        return load_config(self.config)
+
+
+def newest_run(root: Path | str = RUNS) -> RunFolder:
+    """The run under `root` that was worked on last (its newest checkpoint, or its start).
+
+    Raises:
+        ValueError: there is no run.
+    """
+    runs = [RunFolder(p.parent) for p in Path(root).glob("*/config.yaml") if (p.parent / "checkpoints").is_dir()]
+    if not runs:
+        raise ValueError(f"--resume: there is no run under {root}/; start one first, or name its folder with --out")
+    return max(runs, key=lambda run: max(p.stat().st_mtime_ns for p in (run.config, run.checkpoints)))
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on: interpreter, torch, this package, its commit, machine, threads."""
+    import dlb_fast
+
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "dlb_fast": getattr(dlb_fast, "__version__", "unknown"),
+        "commit": _commit(Path(dlb_fast.__file__).parent),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of the package's own work tree, `+dirty` with uncommitted changes; None when installed."""
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        run = ["git", "-C", str(folder), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,82 @@
+"""One training step of DLB: which rows go through the network together, and what the criterion sees.
+
+A batch is `[old | new]`: rows `[0, num_old)` repeat the new rows of the step before. The criterion
+(`LastBatchLoss`) remembers the logits of the new rows and teaches the old rows of the next step with them.
+
+- `joint` (the paper): one forward over all rows, so both halves share their BatchNorm statistics.
+- `two_pass` (the official code, Meta-knowledge-Lab/DLB@8949a46 `dlb.py`): first the new rows, then the old rows, in
+  two forwards. Each half is normalised with its own statistics, and the running statistics are updated twice, in that
+  order. Without BatchNorm (and dropout) both give the same loss and gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlb_fast.data.batch import Batch
+
+__all__ = ["FORWARDS", "accepted_inputs", "training_loss"]
+
+
+def joint(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits `(n, C)` of one forward over the rows `[old | new]`."""
+    return model(batch.images)
+
+
+def two_pass(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits `(n, C)` in the order `[old | new]` from two forwards, the new rows first as in the official code."""
+    new_logits = model(batch.new)
+    if not batch.has_old:
+        return new_logits
+    old_logits = model(batch.old)
+    return torch.cat((old_logits, new_logits))
+
+
+FORWARDS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {"joint": joint, "two_pass": two_pass}
+
+
+def accepted_inputs(criterion: nn.Module) -> frozenset[str]:
+    """Which of `ids` and `num_old` the criterion takes: LastBatchLoss both, `nn.CrossEntropyLoss` neither."""
+    return frozenset(inspect.signature(criterion.forward).parameters) & {"ids", "num_old"}
+
+
+def training_loss(
+    model: nn.Module,
+    criterion: nn.Module,
+    batch: Batch,
+    *,
+    forward: str = "joint",
+    autocast: Any = None,
+    accepts: frozenset[str] | None = None,
+) -> Tensor:
+    """The loss of one batch, ready for `backward()`; the criterion's memory then holds this batch's new rows.
+
+    `L = CE over all rows + alpha * tau^2 * KL(logits the new half gave one step ago || logits of the old rows)`
+
+    Args:
+        model: maps images `(n, ch, h, w)` to logits `(n, C)`.
+        criterion: called as `criterion(logits, targets)`, plus `ids` and `num_old` where its `forward` has them.
+        batch: rows `[old | new]`.
+        forward: `"joint"` or `"two_pass"`.
+        autocast: context manager for the network's forward; the loss itself runs outside it, in float32 inside.
+        accepts: `accepted_inputs(criterion)`, if the caller already has it.
+    Returns:
+        The 0-d loss.
+    Raises:
+        ValueError: `forward` is neither of the two.
+    """
+    if forward not in FORWARDS:
+        raise ValueError(f"training_loss: forward must be one of {', '.join(FORWARDS)}, got {forward!r}")
+    if autocast is None:
+        logits = FORWARDS[forward](model, batch)
+    else:
+        with autocast:
+            logits = FORWARDS[forward](model, batch)
+    if accepts is None:
+        accepts = accepted_inputs(criterion)
+    return criterion(logits, batch.targets, **{name: getattr(batch, name) for name in accepts})
