@@ -1,0 +1,58 @@
+// What has to be known about the whole batch before a row's gradient can be written: labels checked, rows counted.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../last_batch.h"
+#include "../row_math.h"
+
+namespace dlb_fast {
+
+struct BatchPlan {
+  int64_t split = 0;       // rows [0, split) may be taught; row split + j is stored in slot j while j < stored
+  int64_t stored = 0;
+  int64_t mismatched = 0;  // rows that met the slot of another sample
+  double taught_rows = 0, counted_rows = 0, counted_weight = 0, weight_sum = 0;
+  double alpha = 0, temperature = 1, ce_weight = 1, grad_scale = 1;
+  TermScales<double> scales;
+  std::vector<uint8_t> taught;  // per row below split: a valid teacher exists
+  std::string error;            // not empty: nothing may be computed
+};
+
+// O(B) over labels, ids and masks; reads no logits and writes nothing but the plan.
+BatchPlan plan_batch(const LastBatchArgs& args);
+
+// Losses per row, without the weights of their terms.
+struct RowLosses {
+  std::vector<double> ce, kl, square;  // CE, KL (without tau^2), lse^2
+  std::vector<uint8_t> correct;
+};
+
+// What a row kernel sees: raw pointers only. The kernels are compiled once per instruction set, and a std:: template
+// instantiated there could end up serving the whole library with instructions the machine does not have.
+struct PairJob {
+  const LastBatchArgs* args;
+  TermScales<double> scales;
+  int64_t split, stored, taught_size;
+  const uint8_t* taught;
+  double temperature, weight_sum, grad_scale;
+  double *ce, *kl, *square;
+  uint8_t* correct;
+};
+PairJob pair_job(const LastBatchArgs& args, const BatchPlan& plan, RowLosses& losses);
+
+// Computes pairs [begin, end): pair j is row j (taught by slot j) and row split + j (then stored in slot j).
+using PairKernel = void (*)(const PairJob& job, int64_t begin, int64_t end);
+PairKernel pair_kernel(const LastBatchArgs& args);
+
+// Memory of the calling thread, at least `bytes` large, kept for its next call.
+void* thread_scratch(int64_t bytes);
+
+// After the pairs: scalar reduction in row order (the same sum whatever the threads did) and the buffer's header.
+void finish_batch(const LastBatchArgs& args, const BatchPlan& plan, const RowLosses& losses);
+
+// grad rows *= upstream / grad_scale, in place; nothing is touched where the factor is 1.
+void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, int64_t end);
+
+}  // namespace dlb_fast

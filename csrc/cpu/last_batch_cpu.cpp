@@ -1,0 +1,229 @@
+// The batch around the row kernels: plan, choice of the instruction set, reduction.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "batch_plan.h"
+#include "isa.h"
+
+namespace dlb_fast {
+
+// last_batch_rows.cpp, once per instruction set.
+#define DLB_DECLARE_ISA(name)                              \
+  namespace name {                                         \
+  PairKernel pair_kernel(DType dtype, DType teacher);      \
+  void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, int64_t end); \
+  }
+DLB_DECLARE_ISA(portable)
+#if defined(DLB_FAST_X86)
+DLB_DECLARE_ISA(avx2)
+DLB_DECLARE_ISA(avx512)
+#endif
+
+namespace {
+
+double scalar(const LastBatchArgs& args, const void* pointer, double number) {
+  if (!pointer) return number;
+  return args.dtype == DType::f64 ? *static_cast<const double*>(pointer) : *static_cast<const float*>(pointer);
+}
+
+double element(const LastBatchArgs& args, const void* array, int64_t index) {
+  return args.dtype == DType::f64 ? static_cast<const double*>(array)[index] : static_cast<const float*>(array)[index];
+}
+
+std::string label_error(const char* name, int64_t row, int64_t label, const LastBatchArgs& args) {
+  return std::string(name) + "[" + std::to_string(row) + "] = " + std::to_string(label) + " is not a class: expected 0 <= label < " +
+         std::to_string(args.classes) + " or ignore_index (" + std::to_string(args.ignore_index) + ")";
+}
+
+// Labels in range, how many rows count and with what weight.
+void count_labels(const LastBatchArgs& args, BatchPlan& plan) {
+  for (int64_t row = 0; row < args.batch; ++row) {
+    const int64_t label = args.target[row * args.target_stride];
+    bool counts = label != args.ignore_index;
+    if (counts && (label < 0 || label >= args.classes)) {
+      plan.error = label_error("target", row, label, args);
+      return;
+    }
+    if (args.target_b) {
+      const int64_t second = args.target_b[row * args.target_b_stride];
+      const bool second_counts = second != args.ignore_index;
+      if (second_counts && (second < 0 || second >= args.classes)) {
+        plan.error = label_error("target_b", row, second, args);
+        return;
+      }
+      counts = counts && second_counts;
+    }
+    if (!counts) continue;
+    plan.counted_rows += 1;
+    plan.counted_weight += args.weight && !args.target_b ? element(args, args.weight, label) : 1.0;
+  }
+}
+
+void mark_taught(const LastBatchArgs& args, BatchPlan& plan) {
+  int64_t rows = args.batch;
+  if (args.buffer) {
+    const int64_t count = args.slots[slots_count], old = args.num_old >= 0 ? args.num_old : count;
+    plan.stored = std::clamp<int64_t>(args.batch - old, 0, args.capacity);
+    plan.split = args.batch - plan.stored;
+    rows = std::min({count, old, plan.split, args.capacity});
+  } else if (args.kind != TeacherKind::given_by_rule) {
+    rows = plan.split = args.kind == TeacherKind::none ? args.batch : args.teacher_rows;
+    if (args.kind == TeacherKind::none) rows = 0;
+  } else {
+    plan.split = args.batch;
+  }
+  plan.taught.assign(rows, 1);
+  for (int64_t row = 0; row < rows; ++row) {
+    bool valid = !args.kd_mask || (row < args.kd_mask_rows && args.kd_mask[row]);
+    if (args.buffer && args.ids) {
+      const int64_t stored_id = args.slots[slots_header + row];
+      if (stored_id != unknown_id && stored_id != args.ids[row]) {
+        ++plan.mismatched;
+        valid = false;
+      }
+    }
+    if (args.kind == TeacherKind::given_by_rule && args.correct_share >= 0)
+      valid = valid && args.target[row * args.target_stride] != args.ignore_index;
+    plan.taught[row] = valid;
+    plan.taught_rows += valid;
+  }
+}
+
+}  // namespace
+
+BatchPlan plan_batch(const LastBatchArgs& args) {
+  BatchPlan plan;
+  plan.alpha = scalar(args, args.alpha_ptr, args.alpha);
+  plan.temperature = scalar(args, args.temperature_ptr, args.temperature);
+  plan.ce_weight = args.ce_weight + args.ce_alpha * plan.alpha;
+  if (args.target) {
+    count_labels(args, plan);
+    if (!plan.error.empty()) return plan;
+  } else if (args.dense) {
+    plan.counted_rows = plan.counted_weight = static_cast<double>(args.batch);
+  }
+  mark_taught(args, plan);
+
+  double largest_weight = 1.0;
+  plan.weight_sum = static_cast<double>(args.classes);
+  if (args.weight) {
+    plan.weight_sum = largest_weight = 0;
+    for (int64_t c = 0; c < args.classes; ++c) {
+      const double w = element(args, args.weight, c);
+      plan.weight_sum += w;
+      largest_weight = std::max(largest_weight, std::fabs(w));
+    }
+  }
+
+  const bool mean = args.reduction == Reduction::mean;
+  const double ce_norm = mean ? plan.counted_weight : 1.0, z_norm = mean ? plan.counted_rows : 1.0;
+  const double kl_norm = mean ? plan.taught_rows : 1.0;
+  TermScales<double>& s = plan.scales;
+  s.ce = ce_norm == 0 ? 0 : plan.ce_weight / ce_norm;
+  s.z = z_norm == 0 ? 0 : args.z_loss / z_norm;
+  s.kl_grad = kl_norm == 0 ? 0 : plan.alpha * plan.temperature / kl_norm;
+  s.kl_loss = s.kl_grad * plan.temperature;
+  s.even = args.label_smoothing / static_cast<double>(args.classes);
+  s.hard = 1.0 - args.label_smoothing;
+  if (args.dtype == DType::f16) {
+    // |p - q| <= 1 for both terms; the z-loss adds 2 lse p, with lse below 100 for any float16 model worth training.
+    plan.grad_scale = float16_grad_scale(std::fabs(s.ce) * largest_weight + std::fabs(s.kl_grad) + 200.0 * s.z);
+  }
+  return plan;
+}
+
+PairKernel pair_kernel(const LastBatchArgs& args) {
+#if defined(DLB_FAST_X86)
+  if (detected_isa() == Isa::avx512) return avx512::pair_kernel(args.dtype, args.teacher_dtype);
+  if (detected_isa() == Isa::avx2) return avx2::pair_kernel(args.dtype, args.teacher_dtype);
+#endif
+  return portable::pair_kernel(args.dtype, args.teacher_dtype);
+}
+
+void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, int64_t end) {
+#if defined(DLB_FAST_X86)
+  if (detected_isa() == Isa::avx512) return avx512::scale_rows(grad, dtype, factors, per_row, classes, begin, end);
+  if (detected_isa() == Isa::avx2) return avx2::scale_rows(grad, dtype, factors, per_row, classes, begin, end);
+#endif
+  portable::scale_rows(grad, dtype, factors, per_row, classes, begin, end);
+}
+
+PairJob pair_job(const LastBatchArgs& args, const BatchPlan& plan, RowLosses& losses) {
+  losses.ce.assign(args.batch, 0);
+  losses.kl.assign(args.batch, 0);
+  losses.square.assign(args.batch, 0);
+  losses.correct.assign(args.batch, 0);
+  return {&args, plan.scales, plan.split, plan.stored, static_cast<int64_t>(plan.taught.size()), plan.taught.data(),
+          plan.temperature, plan.weight_sum, plan.grad_scale,
+          losses.ce.data(), losses.kl.data(), losses.square.data(), losses.correct.data()};
+}
+
+void* thread_scratch(int64_t bytes) {
+  struct Block {
+    void* memory = nullptr;
+    int64_t size = 0;
+    ~Block() { std::free(memory); }
+  };
+  static thread_local Block block;
+  if (block.size < bytes) {
+    std::free(block.memory);
+    block.size = (bytes + 4095) / 4096 * 4096;
+    block.memory = std::aligned_alloc(64, block.size);
+    if (!block.memory) throw std::bad_alloc();
+  }
+  return block.memory;
+}
+
+namespace {
+
+template <typename A>
+void write_outputs(const LastBatchArgs& args, const BatchPlan& plan, const RowLosses& rows) {
+  const bool mean = args.reduction == Reduction::mean;
+  const double tau_squared = plan.temperature * plan.temperature;
+  double ce = 0, kl = 0, square = 0, correct = 0;
+  A* loss = static_cast<A*>(args.loss);
+  for (int64_t i = 0; i < args.batch; ++i) {
+    ce += rows.ce[i];
+    kl += rows.kl[i];
+    square += rows.square[i];
+    correct += rows.correct[i];
+    if (args.reduction == Reduction::none) {
+      // A weight of 0 must not turn an infinite row of the other term into NaN.
+      double row = plan.ce_weight * rows.ce[i] + (rows.kl[i] == 0 ? 0 : plan.alpha * tau_squared * rows.kl[i]);
+      loss[i] = static_cast<A>(args.z_loss > 0 ? row + args.z_loss * rows.square[i] : row);
+    }
+  }
+  const auto divided = [mean](double sum, double norm) { return !mean ? sum : norm == 0 ? 0.0 : sum / norm; };
+  const double ce_term = divided(ce, plan.counted_weight);
+  const double lb_term = tau_squared * divided(kl, plan.taught_rows);
+  double total = plan.ce_weight * ce_term;
+  if (plan.taught_rows > 0) total += plan.alpha * lb_term;
+  if (args.z_loss > 0) total += args.z_loss * divided(square, plan.counted_rows);
+  if (args.reduction != Reduction::none) loss[0] = static_cast<A>(total);
+  A* parts = static_cast<A*>(args.parts);
+  parts[part_loss] = static_cast<A>(total);
+  parts[part_ce] = static_cast<A>(ce_term);
+  parts[part_lb] = static_cast<A>(lb_term);
+  parts[part_correct] = static_cast<A>(correct);
+  parts[part_grad_scale] = static_cast<A>(plan.grad_scale);
+  parts[part_taught] = static_cast<A>(plan.taught_rows);
+}
+
+}  // namespace
+
+void finish_batch(const LastBatchArgs& args, const BatchPlan& plan, const RowLosses& losses) {
+  if (args.dtype == DType::f64)
+    write_outputs<double>(args, plan, losses);
+  else
+    write_outputs<float>(args, plan, losses);
+  if (args.buffer) {
+    for (int64_t j = 0; j < plan.stored; ++j)
+      args.slots[slots_header + j] = args.ids ? args.ids[plan.split + j] : unknown_id;
+    args.slots[slots_count] = plan.stored;
+    args.slots[slots_mismatched] += plan.mismatched;
+  }
+}
+
+}  // namespace dlb_fast

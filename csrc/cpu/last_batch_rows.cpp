@@ -1,0 +1,367 @@
+// The row kernels of the CPU. Compiled once per instruction set, with DLB_FAST_ISA naming the namespace and the flags
+// choosing the vectors; the loops are plain C++ that the compiler vectorises.
+//
+// Per row: one read of the logits (and of the teacher), exponentials kept in a per-thread scratch of 4 C numbers, one
+// write of the gradient. Sums run in blocks of 1024 columns, added up in double: at C = 21843 their error is that of a
+// short sum. The label's column is computed apart and rounded once.
+#include "batch_plan.h"
+#include "vec_math.h"
+
+namespace dlb_fast {
+namespace DLB_FAST_ISA {
+namespace {
+
+constexpr int64_t block = 1024;
+
+template <typename A>
+struct Scratch {
+  A *z, *t, *e1, *e2;
+};
+
+template <typename A>
+Scratch<A> scratch_for(int64_t classes) {
+  const int64_t padded = (classes + 15) / 16 * 16;
+  A* memory = static_cast<A*>(thread_scratch(4 * padded * static_cast<int64_t>(sizeof(A))));
+  return {memory, memory + padded, memory + 2 * padded, memory + 3 * padded};
+}
+
+// The row in the compute dtype: itself when it already is, otherwise converted into the scratch.
+DLB_INLINE const float* converted(const float* row, int64_t, float*) { return row; }
+DLB_INLINE const double* converted(const double* row, int64_t, double*) { return row; }
+template <typename T, typename A>
+DLB_INLINE const A* converted(const T* row, int64_t n, A* out) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) out[c] = to_acc(row[c]);
+  return out;
+}
+
+template <typename A>
+DLB_INLINE A maximum(const A* v, int64_t n) {
+  A m = v[0];
+#pragma omp simd reduction(max : m)
+  for (int64_t c = 0; c < n; ++c) m = v[c] > m ? v[c] : m;
+  return m;
+}
+
+// e[c] = exp((v[c] - m) * k), returns the sum.
+template <typename A>
+DLB_INLINE double exp_sum(const A* v, int64_t n, A m, A k, A* e) {
+  double total = 0;
+  for (int64_t start = 0; start < n; start += block) {
+    const int64_t stop = start + block < n ? start + block : n;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = start; c < stop; ++c) {
+      const A value = exp_nonpositive((v[c] - m) * k);
+      e[c] = value;
+      sum += value;
+    }
+    total += sum;
+  }
+  return total;
+}
+
+struct TeacherSums {
+  double student = 0, teacher = 0, gap = 0;
+};
+
+// Student and teacher at one temperature in one pass: e2, et (over t) and the sums of row_math.h.
+template <typename A>
+DLB_INLINE TeacherSums teacher_sums(const A* z, const A* t, int64_t n, A mz, A mt, A k, A* e2, A* et) {
+  TeacherSums sums;
+  for (int64_t start = 0; start < n; start += block) {
+    const int64_t stop = start + block < n ? start + block : n;
+    A student = 0, teacher = 0, gap = 0;
+#pragma omp simd reduction(+ : student, teacher, gap)
+    for (int64_t c = start; c < stop; ++c) {
+      const A x = z[c] - mz, y = t[c] - mt;
+      const A es = exp_nonpositive(x * k), ep = exp_nonpositive(y * k);
+      // A class without teacher mass costs nothing, also where the student's logit is -inf.
+      const A term = ep == 0 ? A(0) : ep * ((y - x) * k);
+      e2[c] = es;
+      et[c] = ep;
+      student += es;
+      teacher += ep;
+      gap += term;
+    }
+    sums.student += student;
+    sums.teacher += teacher;
+    sums.gap += gap;
+  }
+  return sums;
+}
+
+// Given probabilities p: student sum, mass and sum p (ln p - x / tau).
+template <typename A>
+TeacherSums probability_sums(const A* z, const A* p, int64_t n, A mz, A k, A* e2) {
+  TeacherSums sums;
+  sums.student = exp_sum(z, n, mz, k, e2);
+  for (int64_t c = 0; c < n; ++c) {
+    sums.teacher += p[c];
+    if (p[c] != 0) sums.gap += p[c] * (std::log(static_cast<double>(p[c])) - static_cast<double>((z[c] - mz) * k));
+  }
+  return sums;
+}
+
+template <typename A>
+DLB_INLINE double weighted_sum(const A* z, const A* w, int64_t n, A mz) {
+  double total = 0;
+  for (int64_t start = 0; start < n; start += block) {
+    const int64_t stop = start + block < n ? start + block : n;
+    A sum = 0;
+    if (w) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = start; c < stop; ++c) sum += w[c] * (z[c] - mz);
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = start; c < stop; ++c) sum += z[c] - mz;
+    }
+    total += sum;
+  }
+  return total;
+}
+
+// Everything a gradient element is made of; null pointers and zeros where a term is absent.
+template <typename A>
+struct Gradient {
+  RowCoefficients<A> at;
+  A constant = 0;             // of a teacher by rule: kl_grad * (share of a wrong class)
+  const A *e1 = nullptr, *e2 = nullptr, *et = nullptr, *weight = nullptr, *dense = nullptr;
+  A dense_scale = 0;
+  int64_t label = -1, label_b = -1;
+  A label_b_scale = 0;
+};
+
+template <typename A>
+DLB_INLINE A gradient_element(const Gradient<A>& g, int64_t c) {
+  A v = -g.constant;
+  if (g.e1) v += g.at.a * g.e1[c];
+  if (g.e2) v += g.at.b * g.e2[c];
+  if (g.et) v -= g.at.k * g.et[c];
+  if (g.at.s != 0) v -= g.at.s * (g.weight ? g.weight[c] : A(1));
+  if (g.dense) v -= g.dense_scale * g.dense[c] * (g.weight ? g.weight[c] : A(1));
+  if (c == g.label) v -= g.at.label;
+  if (c == g.label_b) v -= g.label_b_scale;
+  return v;
+}
+
+template <typename T, typename A>
+DLB_INLINE void write_gradient(const Gradient<A>& g, int64_t n, T* out) {
+  const A a = g.at.a, b = g.at.b, k = g.at.k, constant = g.constant + (g.weight ? A(0) : g.at.s);
+  const A *e1 = g.e1, *e2 = g.e2, *et = g.et;
+  const bool plain = !g.dense && (!g.weight || g.at.s == 0);
+  if (plain && e1 && e2 && et) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) store(a * e1[c] + (b * e2[c] - k * et[c]) - constant, out + c);
+  } else if (plain && e1 && !e2) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) store(a * e1[c] - constant, out + c);
+  } else if (plain && e1 && e2) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) store(a * e1[c] + b * e2[c] - constant, out + c);
+  } else {
+    for (int64_t c = 0; c < n; ++c) store(gradient_element(g, c), out + c);
+  }
+  if (g.label >= 0) store(gradient_element(g, g.label), out + g.label);
+  if (g.label_b >= 0) store(gradient_element(g, g.label_b), out + g.label_b);
+}
+
+template <typename T, typename TT, typename A>
+struct RowKernel {
+  const PairJob& job;
+  const LastBatchArgs& args;
+  Scratch<A> scratch;
+
+  explicit RowKernel(const PairJob& j) : job(j), args(*j.args), scratch(scratch_for<A>(j.args->classes)) {}
+
+  const T* logits(int64_t row) const { return static_cast<const T*>(args.logits) + row * args.logits_stride; }
+
+  void zero_gradient(int64_t row) const {
+    if (!args.grad) return;
+    T* out = static_cast<T*>(args.grad) + row * args.classes;
+    for (int64_t c = 0; c < args.classes; ++c) store(A(0), out + c);
+  }
+
+  // The CE's share of the row: loss, coefficients and label of the gradient. `log_sum` is ln d1.
+  void cross_entropy(int64_t row, const A* z, A m, double d1, const A* w, Gradient<A>& g) {
+    const int64_t n = args.classes;
+    const TermScales<double>& s = job.scales;
+    const double log_sum = std::log(d1), lse = static_cast<double>(m) + log_sum;
+    double mass = 0, dot = 0, label_weight = 0;
+    if (args.dense) {
+      const A* q = static_cast<const A*>(args.dense) + row * args.dense_stride;
+      for (int64_t c = 0; c < n; ++c) {
+        const double share = static_cast<double>(q[c]) * (w ? static_cast<double>(w[c]) : 1.0);
+        mass += share;
+        if (share != 0) dot += share * static_cast<double>(z[c] - m);
+      }
+      g.dense = q;
+    } else {
+      g.label = args.target[row * args.target_stride];
+      double share = 1.0;
+      if (args.target_b) {
+        g.label_b = args.target_b[row * args.target_b_stride];
+        share = static_cast<const A*>(args.lam)[row * args.lam_stride];
+        const double weight_b = (1.0 - share) * (w ? static_cast<double>(w[g.label_b]) : 1.0);
+        mass += weight_b;
+        dot += weight_b == 0 ? 0 : weight_b * static_cast<double>(z[g.label_b] - m);
+        g.label_b_scale = static_cast<A>(s.ce * s.hard * weight_b * job.grad_scale);
+      }
+      label_weight = share * (w ? static_cast<double>(w[g.label]) : 1.0);
+      mass += label_weight;
+      dot += label_weight == 0 ? 0 : label_weight * static_cast<double>(z[g.label] - m);
+    }
+    mass *= s.hard;
+    dot *= s.hard;
+    if (s.even > 0) {
+      mass += s.even * job.weight_sum;
+      dot += s.even * weighted_sum(z, w, n, m);
+    }
+    job.ce[row] = mass * log_sum - dot;
+    job.square[row] = lse * lse;
+    const RowCoefficients<double> r = row_coefficients(s, true, false, mass, label_weight, d1, 1.0, 1.0, lse);
+    const double scale = job.grad_scale;
+    g.at.a = static_cast<A>(r.a * scale);
+    g.at.s = static_cast<A>(r.s * scale);
+    g.at.label = static_cast<A>(r.label * scale);
+    g.dense_scale = static_cast<A>(s.ce * s.hard * scale);
+    g.e1 = scratch.e1;
+    g.weight = w;
+  }
+
+  void distillation(int64_t row, const A* z, A m, Gradient<A>& g) {
+    const int64_t n = args.classes;
+    const A k = static_cast<A>(1.0 / job.temperature);
+    const double scale = job.scales.kl_grad * job.grad_scale;
+    if (args.kind == TeacherKind::given_by_rule) {
+      const bool corrected = args.correct_share >= 0;
+      const double right = corrected ? args.correct_share : 1.0 / n;
+      const double wrong = corrected ? (n > 1 ? (1.0 - right) / (n - 1) : 0.0) : right;
+      const double d2 = exp_sum(z, n, m, k, scratch.e2);
+      const int64_t y = corrected ? args.target[row * args.target_stride] : 0;
+      const double x_right = static_cast<double>(z[y] - m) / job.temperature;
+      const double x_all = wrong == 0 ? 0 : weighted_sum<A>(z, nullptr, n, m) / job.temperature;
+      const double entropy = (right > 0 ? right * std::log(right) : 0) + (wrong > 0 ? (n - 1) * wrong * std::log(wrong) : 0);
+      const double more = right - wrong;
+      job.kl[row] = entropy + std::log(d2) - wrong * x_all - (more == 0 ? 0 : more * x_right);
+      g.at.b = static_cast<A>(scale / d2);
+      g.e2 = scratch.e2;
+      g.constant = static_cast<A>(scale * wrong);
+      if (corrected) {
+        g.label = y;
+        g.at.label = static_cast<A>(static_cast<double>(g.at.label) + scale * more);
+      }
+      return;
+    }
+    const TT* source = args.buffer ? static_cast<const TT*>(args.buffer) + row * args.classes
+                                   : static_cast<const TT*>(args.teacher) + row * args.teacher_stride;
+    const A* t = converted(source, n, scratch.t);
+    g.e2 = scratch.e2;
+    if (args.kind == TeacherKind::probabilities) {
+      const TeacherSums sums = probability_sums(z, t, n, m, k, scratch.e2);
+      job.kl[row] = sums.gap + sums.teacher * std::log(sums.student);
+      g.at.b = static_cast<A>(scale * sums.teacher / sums.student);
+      g.at.k = static_cast<A>(scale);
+      g.et = t;
+      return;
+    }
+    const TeacherSums sums = teacher_sums(z, t, n, m, maximum(t, n), k, scratch.e2, scratch.t);
+    job.kl[row] = sums.gap / sums.teacher + std::log(sums.student / sums.teacher);
+    g.at.b = static_cast<A>(scale / sums.student);
+    g.at.k = static_cast<A>(scale / sums.teacher);
+    g.et = scratch.t;
+  }
+
+  void compute(int64_t row, bool taught) {
+    const int64_t n = args.classes;
+    bool counts = args.dense != nullptr;
+    if (args.target) {
+      counts = args.target[row * args.target_stride] != args.ignore_index;
+      if (args.target_b) counts = counts && args.target_b[row * args.target_b_stride] != args.ignore_index;
+    }
+    if (!counts && !taught) return zero_gradient(row);
+    const A* z = converted(logits(row), n, scratch.z);
+    const A m = maximum(z, n);
+    Gradient<A> g;
+    const A* w = static_cast<const A*>(args.weight);
+    if (counts) {
+      int64_t y = args.target ? args.target[row * args.target_stride] : 0;
+      if (args.dense) {
+        const A* q = static_cast<const A*>(args.dense) + row * args.dense_stride;
+        for (int64_t c = 1; c < n; ++c) y = q[c] > q[y] ? c : y;
+      }
+      const double d1 = exp_sum(z, n, m, A(1), scratch.e1);
+      job.correct[row] = d1 == d1 && z[y] >= m;
+      cross_entropy(row, z, m, d1, w, g);
+    }
+    if (taught) distillation(row, z, m, g);
+    if (args.grad) write_gradient(g, n, static_cast<T*>(args.grad) + row * n);
+  }
+
+  // Slot j takes row `row`, in the buffer's dtype.
+  void keep(int64_t row, int64_t slot) const {
+    const T* from = logits(row);
+    TT* to = static_cast<TT*>(args.buffer) + slot * args.classes;
+#pragma omp simd
+    for (int64_t c = 0; c < args.classes; ++c) store(to_acc(from[c]), to + c);
+  }
+};
+
+template <typename T, typename TT, typename A>
+void pairs(const PairJob& job, int64_t begin, int64_t end) {
+  RowKernel<T, TT, A> kernel(job);
+  for (int64_t j = begin; j < end; ++j) {
+    if (j < job.split) kernel.compute(j, j < job.taught_size && job.taught[j]);
+    const int64_t second = job.split + j;
+    if (second < job.args->batch) {
+      kernel.compute(second, false);
+      if (j < job.stored) kernel.keep(second, j);
+    }
+  }
+}
+
+template <typename T, typename A>
+PairKernel for_teacher(DType teacher) {
+  switch (teacher) {
+    case DType::f32: return &pairs<T, float, A>;
+    case DType::f64: return &pairs<T, double, A>;
+    case DType::bf16: return &pairs<T, bf16, A>;
+    default: return &pairs<T, f16, A>;
+  }
+}
+
+template <typename T, typename A>
+void scale(T* grad, const double* factors, bool per_row, int64_t n, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const A factor = static_cast<A>(factors[per_row ? row : 0]);
+    if (factor == A(1)) continue;
+    T* values = grad + row * n;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) store(to_acc(values[c]) * factor, values + c);
+  }
+}
+
+}  // namespace
+
+PairKernel pair_kernel(DType dtype, DType teacher);
+PairKernel pair_kernel(DType dtype, DType teacher) {
+  switch (dtype) {
+    case DType::f32: return for_teacher<float, float>(teacher);
+    case DType::f64: return for_teacher<double, double>(teacher);
+    case DType::bf16: return for_teacher<bf16, float>(teacher);
+    default: return for_teacher<f16, float>(teacher);
+  }
+}
+
+void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t n, int64_t begin, int64_t end);
+void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t n, int64_t begin, int64_t end) {
+  switch (dtype) {
+    case DType::f32: return scale<float, float>(static_cast<float*>(grad), factors, per_row, n, begin, end);
+    case DType::f64: return scale<double, double>(static_cast<double*>(grad), factors, per_row, n, begin, end);
+    case DType::bf16: return scale<bf16, float>(static_cast<bf16*>(grad), factors, per_row, n, begin, end);
+    default: return scale<f16, float>(static_cast<f16*>(grad), factors, per_row, n, begin, end);
+  }
+}
+
+}  // namespace DLB_FAST_ISA
+}  // namespace dlb_fast

@@ -1,0 +1,101 @@
+// The ops `dlb_fast::last_batch*`: schema and CPU dispatch, through libtorch's stable ABI (one file serves torch 2.10 and
+// newer, and any Python). No mathematics here: cpu/ and cuda/ compute.
+#include <vector>
+
+#include "cpu/batch_plan.h"
+#include "unpack.h"
+
+namespace dlb_fast {
+namespace {
+
+// Rows below this many elements are not worth a second thread.
+constexpr int64_t elements_per_thread = 16384;
+
+int64_t grain(int64_t classes) { return elements_per_thread / classes < 1 ? 1 : elements_per_thread / classes; }
+
+void run_on_cpu(const LastBatchArgs& args) {
+  const BatchPlan plan = plan_batch(args);
+  STD_TORCH_CHECK(plan.error.empty(), plan.error.c_str());
+  RowLosses losses;
+  const PairJob job = pair_job(args, plan, losses);
+  const PairKernel kernel = pair_kernel(args);
+  const int64_t second = args.batch - plan.split, pairs = plan.split > second ? plan.split : second;
+  torch::stable::parallel_for(0, pairs, grain(2 * args.classes), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  finish_batch(args, plan, losses);
+}
+
+#define DLB_OPTION_PARAMETERS                                                                                         \
+  MaybeTensor target, MaybeTensor target_b, MaybeTensor lam, MaybeTensor weight, MaybeTensor kd_mask,                 \
+      MaybeTensor alpha_t, MaybeTensor temperature_t, double alpha, double temperature, double ce_weight,             \
+      double ce_alpha, double label_smoothing, double z_loss, double correct_share, int64_t ignore_index,             \
+      int64_t teacher_kind, int64_t reduction, bool need_grad
+#define DLB_OPTIONS                                                                                                   \
+  Options {                                                                                                           \
+    target, target_b, lam, weight, kd_mask, alpha_t, temperature_t, alpha, temperature, ce_weight, ce_alpha,          \
+        label_smoothing, z_loss, correct_share, ignore_index, teacher_kind, reduction, need_grad                      \
+  }
+
+Outputs last_batch_cpu(Tensor logits, MaybeTensor teacher, DLB_OPTION_PARAMETERS) {
+  LastBatchArgs args;
+  Outputs outputs = unpack(logits, DLB_OPTIONS, args);
+  unpack_teacher(logits, teacher, args);
+  run_on_cpu(args);
+  return outputs;
+}
+
+Outputs last_batch_roll_cpu(Tensor logits, Tensor buffer, Tensor slots, MaybeTensor ids, int64_t num_old,
+                            DLB_OPTION_PARAMETERS) {
+  LastBatchArgs args;
+  Outputs outputs = unpack(logits, DLB_OPTIONS, args);
+  unpack_buffer(logits, buffer, slots, ids, num_old, args);
+  run_on_cpu(args);
+  return outputs;
+}
+
+void scale_grad_cpu(Tensor grad, Tensor upstream, Tensor parts) {
+  const int64_t rows = grad.size(0), classes = grad.size(1), upstreams = upstream.numel();
+  const bool per_row = upstream.dim() == 1;
+  STD_TORCH_CHECK(!per_row || upstreams == rows, "scale_grad_: upstream must be 0-d or have one entry per row");
+  STD_TORCH_CHECK(grad.is_contiguous(), "scale_grad_: grad must be contiguous");
+  const bool is_double = parts.scalar_type() == ST::Double;
+  STD_TORCH_CHECK(upstream.scalar_type() == parts.scalar_type(), "scale_grad_: upstream has an unexpected dtype");
+  const void *up = upstream.const_data_ptr(), *of_parts = parts.const_data_ptr();
+  const auto at = [is_double](const void* p, int64_t i) {
+    return is_double ? static_cast<const double*>(p)[i] : static_cast<double>(static_cast<const float*>(p)[i]);
+  };
+  const double scale = at(of_parts, part_grad_scale);
+  const int64_t stride = per_row ? upstream.stride(0) : 0;
+  std::vector<double> factors(upstreams);
+  bool all_one = true;
+  for (int64_t i = 0; i < upstreams; ++i) {
+    factors[i] = at(up, i * stride) / scale;
+    all_one = all_one && factors[i] == 1.0;
+  }
+  if (all_one) return;
+  void* data = grad.mutable_data_ptr();
+  const DType dtype = dtype_of(grad, "grad");
+  torch::stable::parallel_for(0, rows, grain(classes), [&](int64_t begin, int64_t end) {
+    scale_rows(data, dtype, factors.data(), per_row, classes, begin, end);
+  });
+}
+
+#define DLB_OPTION_SCHEMA                                                                                             \
+  "Tensor? target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? kd_mask, Tensor? alpha_t, "                 \
+  "Tensor? temperature_t, float alpha, float temperature, float ce_weight, float ce_alpha, float label_smoothing, "   \
+  "float z_loss, float correct_share, int ignore_index, int teacher_kind, int reduction, bool need_grad) "            \
+  "-> (Tensor loss, Tensor parts, Tensor grad)"
+
+STABLE_TORCH_LIBRARY(dlb_fast, m) {
+  m.def("last_batch(Tensor logits, Tensor? teacher, " DLB_OPTION_SCHEMA);
+  m.def("last_batch_roll(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, " DLB_OPTION_SCHEMA);
+  m.def("scale_grad_(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dlb_fast, CPU, m) {
+  m.impl("last_batch", TORCH_BOX(&last_batch_cpu));
+  m.impl("last_batch_roll", TORCH_BOX(&last_batch_roll_cpu));
+  m.impl("scale_grad_", TORCH_BOX(&scale_grad_cpu));
+}
+
+}  // namespace
+}  // namespace dlb_fast

@@ -1,0 +1,146 @@
+// From the op's tensors to LastBatchArgs: shapes, dtypes and devices checked, outputs allocated. Any device.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+
+#include "last_batch.h"
+
+namespace dlb_fast {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, parts, grad
+using ST = torch::headeronly::ScalarType;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ST::Float: return DType::f32;
+    case ST::Double: return DType::f64;
+    case ST::BFloat16: return DType::bf16;
+    case ST::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "last_batch: ", name, " must be float32, float64, bfloat16 or float16"); return DType::f32;
+  }
+}
+
+inline void check_rows(const Tensor& t, const char* name, int64_t classes) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == classes, "last_batch: ", name, " must have ", classes, " columns");
+  STD_TORCH_CHECK(classes <= 1 || t.size(0) == 0 || t.stride(1) == 1, "last_batch: ", name, " must have unit column stride");
+}
+
+// The options in the order of the schema (dlb_fast/ops.py); one list for both ops and all devices.
+struct Options {
+  const MaybeTensor &target, &target_b, &lam, &weight, &kd_mask, &alpha_t, &temperature_t;
+  double alpha, temperature, ce_weight, ce_alpha, label_smoothing, z_loss, correct_share;
+  int64_t ignore_index, teacher_kind, reduction;
+  bool need_grad;
+};
+
+// Reads a tensor's address after checking that the kernel will read what it believes to read.
+inline const void* address(const MaybeTensor& t, const Tensor& logits, const char* name, ST dtype, int64_t elements) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == dtype, "last_batch: ", name, " has an unexpected dtype");
+  STD_TORCH_CHECK(t->device() == logits.device(), "last_batch: ", name, " must be on the device of the logits");
+  STD_TORCH_CHECK(elements < 0 || (t->numel() == elements && t->is_contiguous()), "last_batch: ", name,
+                  " must be contiguous with ", elements, " elements");
+  return t->const_data_ptr();
+}
+
+inline Outputs unpack(const Tensor& logits, const Options& o, LastBatchArgs& a) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "last_batch: logits must have shape (B, C) with C >= 1");
+  a.batch = logits.size(0);
+  a.classes = logits.size(1);
+  a.dtype = dtype_of(logits, "logits");
+  check_rows(logits, "logits", a.classes);
+  a.logits = logits.const_data_ptr();
+  a.logits_stride = logits.stride(0);
+  const ST acc = a.dtype == DType::f64 ? ST::Double : ST::Float;
+
+  if (o.target && o.target->dim() == 2) {
+    check_rows(*o.target, "target", a.classes);
+    STD_TORCH_CHECK(o.target->size(0) == a.batch, "last_batch: target must have one row per row of the logits");
+    a.dense = address(o.target, logits, "target", acc, -1);
+    a.dense_stride = o.target->stride(0);
+  } else if (o.target) {
+    STD_TORCH_CHECK(o.target->dim() == 1 && o.target->size(0) == a.batch, "last_batch: target must have shape (B,)");
+    a.target = static_cast<const int64_t*>(address(o.target, logits, "target", ST::Long, -1));
+    a.target_stride = o.target->stride(0);
+  }
+  if (o.target_b) {
+    STD_TORCH_CHECK(a.target && o.lam, "last_batch: the pair form needs target, target_b and lam");
+    STD_TORCH_CHECK(o.target_b->dim() == 1 && o.target_b->size(0) == a.batch, "last_batch: target_b must have shape (B,)");
+    a.target_b = static_cast<const int64_t*>(address(o.target_b, logits, "target_b", ST::Long, -1));
+    a.target_b_stride = o.target_b->stride(0);
+    STD_TORCH_CHECK(o.lam->dim() == 0 || (o.lam->dim() == 1 && o.lam->size(0) == a.batch),
+                    "last_batch: lam must be 0-d or have shape (B,)");
+    a.lam = address(o.lam, logits, "lam", acc, -1);
+    a.lam_stride = o.lam->dim() == 0 ? 0 : o.lam->stride(0);
+  }
+  a.weight = address(o.weight, logits, "weight", acc, a.classes);
+  if (o.kd_mask) {
+    a.kd_mask_rows = o.kd_mask->numel();
+    a.kd_mask = static_cast<const bool*>(address(o.kd_mask, logits, "kd_mask", ST::Bool, a.kd_mask_rows));
+  }
+  a.alpha_ptr = address(o.alpha_t, logits, "alpha", acc, 1);
+  a.temperature_ptr = address(o.temperature_t, logits, "temperature", acc, 1);
+  a.alpha = o.alpha;
+  a.temperature = o.temperature;
+  a.ce_weight = o.ce_weight;
+  a.ce_alpha = o.ce_alpha;
+  a.label_smoothing = o.label_smoothing;
+  a.z_loss = o.z_loss;
+  a.correct_share = o.correct_share;
+  a.ignore_index = o.ignore_index;
+  STD_TORCH_CHECK(o.teacher_kind >= 0 && o.teacher_kind <= 3, "last_batch: unknown teacher_kind ", o.teacher_kind);
+  STD_TORCH_CHECK(o.reduction >= 0 && o.reduction <= 2, "last_batch: unknown reduction ", o.reduction);
+  a.kind = static_cast<TeacherKind>(o.teacher_kind);
+  a.reduction = static_cast<Reduction>(o.reduction);
+  STD_TORCH_CHECK(a.kind != TeacherKind::given_by_rule || a.correct_share < 0 || a.target,
+                  "last_batch: a corrected teacher needs labels");
+
+  const int64_t rows[1] = {a.batch}, parts[1] = {part_count}, gradient[2] = {o.need_grad ? a.batch : 0, a.classes};
+  using torch::headeronly::IntHeaderOnlyArrayRef;
+  const bool per_row = a.reduction == Reduction::none;
+  Tensor loss = torch::stable::new_empty(logits, IntHeaderOnlyArrayRef(rows, std::size_t(per_row ? 1 : 0)), acc);
+  Tensor parts_out = torch::stable::new_empty(logits, IntHeaderOnlyArrayRef(parts, std::size_t(1)), acc);
+  Tensor grad = torch::stable::new_empty(logits, IntHeaderOnlyArrayRef(gradient, std::size_t(2)));
+  a.loss = loss.mutable_data_ptr();
+  a.parts = parts_out.mutable_data_ptr();
+  a.grad = o.need_grad ? grad.mutable_data_ptr() : nullptr;
+  return {loss, parts_out, grad};
+}
+
+inline void unpack_teacher(const Tensor& logits, const MaybeTensor& teacher, LastBatchArgs& a) {
+  if (a.kind == TeacherKind::none || a.kind == TeacherKind::given_by_rule) return;
+  STD_TORCH_CHECK(teacher, "last_batch: this teacher_kind needs a teacher");
+  check_rows(*teacher, "teacher", a.classes);
+  STD_TORCH_CHECK(teacher->device() == logits.device(), "last_batch: teacher must be on the device of the logits");
+  STD_TORCH_CHECK(teacher->size(0) <= a.batch, "last_batch: teacher has more rows than the logits");
+  a.teacher_dtype = dtype_of(*teacher, "teacher");
+  a.teacher = teacher->const_data_ptr();
+  a.teacher_stride = teacher->stride(0);
+  a.teacher_rows = teacher->size(0);
+}
+
+inline void unpack_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids,
+                          int64_t num_old, LastBatchArgs& a) {
+  check_rows(buffer, "buffer", a.classes);
+  STD_TORCH_CHECK(buffer.is_contiguous() && buffer.device() == logits.device(),
+                  "last_batch: buffer must be contiguous and on the device of the logits");
+  a.kind = TeacherKind::logits;
+  a.teacher_dtype = dtype_of(buffer, "buffer");
+  a.buffer = buffer.mutable_data_ptr();
+  a.capacity = buffer.size(0);
+  address(slots, logits, "slots", ST::Long, slots_header + a.capacity);
+  a.slots = static_cast<int64_t*>(slots.mutable_data_ptr());
+  a.ids = static_cast<const int64_t*>(address(ids, logits, "ids", ST::Long, a.batch));
+  STD_TORCH_CHECK(num_old >= -1 && num_old <= a.batch, "last_batch: num_old must be between 0 and the batch size");
+  a.num_old = num_old;
+}
+
+}  // namespace dlb_fast

@@ -1,0 +1,139 @@
+"""Builds the compiled parts of dlb_fast: the op library (C++ and, where nvcc is, CUDA) and the build-info module.
+
+DLB_FAST_BUILD  auto     build what the tools here can build, and install without the rest (the default)
+                require  fail when anything that could be built is not
+                cpu      C++ only, required        cuda  C++ and CUDA, required        none  pure Python
+
+The op library is loaded by torch and tied to neither a Python nor (through the stable ABI) a torch version newer than
+2.10. It is compiled here directly, because torch's CUDAExtension refuses to work beside a CPU build of torch.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+MODE = os.environ.get("DLB_FAST_BUILD", "auto")
+MODES = ("auto", "require", "cpu", "cuda", "none")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # libtorch 2.10
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -fopenmp-simd -Wall -Wextra"
+    " -Wno-unknown-pragmas -Wno-unused-parameter"
+).split()
+ISA_FLAGS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",
+}
+CUDA_SOURCES: tuple[str, ...] = ()
+
+
+def torch_home() -> tuple[Path, str]:
+    """Where torch is, and its version; raises ImportError in a build environment without it."""
+    import torch
+
+    return Path(torch.__file__).parent, torch.__version__
+
+
+def compiler() -> list[str]:
+    """$CXX, or the first C++ compiler on PATH."""
+    wished = os.environ.get("CXX")
+    found = shlex.split(wished) if wished else [n for n in ("g++", "clang++", "c++") if shutil.which(n)][:1]
+    if not found or not shutil.which(found[0]):
+        raise FileNotFoundError(f"no C++ compiler found ({wished or 'g++, clang++, c++'})")
+    return found
+
+
+def run(command: list[str]) -> None:
+    """Run one compiler, showing what it said when it failed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]:
+    """(object, command) of every source of the op library."""
+    cxx, csrc = compiler(), ROOT / "csrc"
+    define = ["-DDLB_FAST_X86"] if X86 else []
+    commands = []
+    for isa, flags in ISA_FLAGS.items():
+        if X86 or isa == "portable":
+            target = out / f"last_batch_rows_{isa}.o"
+            source = str(csrc / "cpu" / "last_batch_rows.cpp")
+            extra = [f"-DDLB_FAST_ISA={isa}", *flags.split()]
+            commands.append((target, [*cxx, *CXX_FLAGS, *extra, "-c", source, "-o", str(target)]))
+    for source in ("cpu/last_batch_cpu.cpp", "cpu/isa.cpp", "last_batch.cpp"):
+        target = out / (Path(source).stem + ".o")
+        include = [STABLE_ABI, f"-I{torch_dir / 'include'}"] if source == "last_batch.cpp" else []
+        commands.append((target, [*cxx, *CXX_FLAGS, *define, *include, "-c", str(csrc / source), "-o", str(target)]))
+    return commands
+
+
+def build_library(destination: Path, scratch: Path) -> None:
+    """Compile csrc/ and link libdlb_fast_ops.so into ``destination``."""
+    torch_dir, version = torch_home()
+    scratch.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    commands = compile_commands(scratch, torch_dir)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        list(pool.map(run, [command for _, command in commands]))
+    destination.mkdir(parents=True, exist_ok=True)
+    library = destination / "libdlb_fast_ops.so"
+    # libtorch has to stay in NEEDED: torch.ops.load_library resolves symbols through it.
+    link = ["-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    fresh = library.with_suffix(".new")
+    run([*compiler(), "-shared", "-o", str(fresh), *[str(target) for target, _ in commands], *link])
+    os.replace(fresh, library)  # a process that has the old file mapped keeps it
+    print(f"dlb_fast: built {library.name} against torch {version} in {time.perf_counter() - start:.0f} s")
+
+
+class BuildOps(build_ext):
+    """build_ext that also builds the op library, and in auto mode lets the package install without either."""
+
+    def run(self) -> None:
+        if MODE not in MODES:
+            raise ValueError(f"DLB_FAST_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
+        if MODE == "none":
+            print("dlb_fast: DLB_FAST_BUILD=none, nothing is compiled; the losses run in plain PyTorch")
+            self.extensions = []
+            return
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        package = ROOT / "dlb_fast" if in_place else Path(self.build_lib) / "dlb_fast"
+        try:
+            build_library(package / "lib", Path(self.build_temp).resolve() / "ops")
+            super().run()
+        except Exception as error:
+            if MODE != "auto":
+                raise
+            self.extensions = []
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            print(f"dlb_fast: the compiled parts were not built ({reason}); the losses run in plain PyTorch")
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        torch_dir, version = torch_home()
+        ext.include_dirs.append(pybind11.get_include())
+        ext.define_macros.append(("DLB_FAST_TORCH_VERSION", f'"{version}"'))
+        super().build_extension(ext)
+
+
+build_info = Extension(
+    "dlb_fast._build",
+    ["csrc/module.cpp", "csrc/cpu/isa.cpp"],
+    language="c++",
+    extra_compile_args=["-std=c++17", "-O1", "-fvisibility=hidden"],
+    define_macros=[("DLB_FAST_X86", "1")] if X86 else [],
+)
+
+if __name__ == "__main__":
+    setup(ext_modules=[build_info], cmdclass={"build_ext": BuildOps})
