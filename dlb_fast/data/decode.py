@@ -30,19 +30,19 @@ Array = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def _simplejpeg() -> Callable[[bytes], Array]:
-    from simplejpeg import decode_jpeg  # type: ignore[import-untyped,unused-ignore]
+    from simplejpeg import decode_jpeg
 
-    return lambda data: decode_jpeg(data, "RGB", strict=True)  # type: ignore[no-any-return]
+    return lambda data: decode_jpeg(data, "RGB", strict=True)
 
 
 def _torchvision() -> Callable[[bytes], Array]:
     import torch
-    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from torchvision.io import ImageReadMode, decode_jpeg
 
     def decode(data: bytes) -> Array:
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         chw = decode_jpeg(raw, mode=ImageReadMode.RGB)
-        return chw.permute(1, 2, 0).contiguous().numpy()  # type: ignore[no-any-return]
+        return np.ascontiguousarray(chw.permute(1, 2, 0).numpy())
 
     return decode
 

@@ -108,7 +108,8 @@ def parse_header(data: bytes | memoryview) -> JpegHeader | None:
 def zero_run(data: bytes | bytearray, header: JpegHeader) -> int:
     """Offset of 256 zero bytes inside the scan that no honest encoder writes, or -1.
 
-    Only interleaved sequential files are judged (nearly all that are not progressive); zeros after the last end-of-image marker are padding.
+    Only interleaved sequential files are judged (nearly all that are not progressive); zeros after the last
+    end-of-image marker are padding.
 
     Example:
         >>> zero_run(b"", JpegHeader(1, 1, 3, 8, 0xC0, 0, 3, False))

@@ -1,0 +1,309 @@
+"""From a filled host slot to a batch that belongs to the consumer, by way of one copy stream.
+
+The rules (CUDA names; `tests/test_device_stream.py` runs this file's order against a model of streams that executes
+late and in any order the events allow, and shows that dropping any rule gives wrong pixels):
+
+1. One copy stream for the loader's life, one pinned host buffer and one device buffer per slot, never freed between
+   batches, so the caching allocator cannot give their memory to anybody else while a copy is under way.
+2. Before a copy into a device buffer the copy stream waits for `consumed`, which the consumer's stream recorded after
+   it last read that buffer.
+3. After the copy the copy stream records `copied`; the consumer's stream waits for it before it reads.
+4. Before a thread writes into a pinned buffer again, the host waits for `copied`: the copy engine may still read it.
+5. What is yielded is a new tensor, allocated and written on the consumer's current stream (cast, normalisation and
+   memory format in one operation) from the device buffer: it needs no `record_stream` and is never overwritten.
+6. On `close` the copy stream is drained before the device buffers are let go.
+
+The copy is launched by the thread that wrote the slot's last row, so it runs while the consumer trains on an
+earlier batch. On a CPU there is nothing to copy: the same calls, in the same order, normalise from the host buffer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dlb_fast.data.slots import Slot
+
+__all__ = ["CpuStage", "CudaStage", "Normalise", "make_stage"]
+
+_LOG = logging.getLogger("dlb_fast.data")
+_CHUNK = 1  # images per step on a CPU: a float image of 224 x 224 is 600 KB and should stay in the cache
+
+
+class Normalise:
+    """uint8 (n, h, w, c) to (n, c, h, w) of `dtype`: `(x / 255 - mean) / std`, one multiply-add per value.
+
+    Args:
+        mean, std: one number per channel, of images scaled to [0, 1]; None for both means plain `x / 255`.
+        dtype: floating, or torch.uint8 to hand the pixels over as they are.
+        channels_last: memory format of the result (its shape is always (n, c, h, w)).
+
+    Errors: ValueError when std has a zero or the channel counts differ.
+
+    Example:
+        >>> Normalise(None, None, torch.float32)(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)).max()
+        tensor(1.)
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        channels_last: bool = True,
+    ) -> None:
+        if (mean is None) != (std is None):
+            raise ValueError("Normalise: mean and std: expected both or neither, got only one of them.")
+        if mean is not None and std is not None and (len(mean) != len(std) or not all(s > 0 for s in std)):
+            raise ValueError(f"Normalise: expected as many positive std as mean, got mean={mean}, std={std}.")
+        if not (dtype.is_floating_point or dtype == torch.uint8):
+            raise ValueError(f"Normalise: dtype: expected a floating dtype or torch.uint8, got {dtype}.")
+        self.mean = None if mean is None else tuple(float(m) for m in mean)
+        self.std = None if std is None else tuple(float(s) for s in std)
+        self.dtype = dtype
+        self.channels_last = channels_last
+        self._rows: dict[tuple[torch.device, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _factors(self, device: torch.device, width: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and bias of one image row (width * channels): a broadcast over whole rows vectorises."""
+        found = self._rows.get((device, width, channels))
+        if found is None:
+            mean, std = self.mean or (0.0,) * channels, self.std or (1.0,) * channels
+            if len(mean) != channels:
+                raise ValueError(f"Normalise: mean has {len(mean)} channels, the images have {channels}.")
+            factors = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
+            pairs = torch.tensor(factors, dtype=torch.float64)
+            scale, bias = (pairs[:, k].float().repeat(width).to(device) for k in (0, 1))
+            found = self._rows[device, width, channels] = (scale, bias)
+        return found
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The result's memory as (n, h, w, c), for a host buffer of `shape` (n, h, w, c) and `dtype`."""
+        out_dtype = self.dtype if dtype == torch.uint8 else dtype
+        if self.channels_last:
+            return torch.empty(tuple(shape), dtype=out_dtype, device=device)
+        n, h, w, c = shape
+        return torch.empty((n, c, h, w), dtype=out_dtype, device=device).permute(0, 2, 3, 1)
+
+    def into(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """`out[...] = normalised x`, both (n, h, w, c). Views that are not uint8 are the user's to normalise."""
+        if x.dtype != torch.uint8 or self.dtype == torch.uint8:
+            out.copy_(x)
+            return
+        n, h, w, c = x.shape
+        scale, bias = self._factors(x.device, w, c)
+        if self.channels_last:
+            torch.addcmul(bias, x.reshape(n * h, w * c), scale, out=out.view(n * h, w * c))
+        else:
+            torch.addcmul(bias.view(w, c), x, scale.view(w, c), out=out)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.empty(x.shape, x.dtype, x.device)
+        self.into(out, x)
+        return out.permute(0, 3, 1, 2)
+
+
+class CpuStage:
+    """The device side on a CPU: no copies; the same calls in the same order."""
+
+    copies = False
+    copy_stream = None
+
+    def __init__(self, normalise: Normalise) -> None:
+        self.device = torch.device("cpu")
+        self._normalise = normalise
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def prepare(self, slot: Slot) -> None:
+        """No device buffers."""
+
+    def submit(self, slot: Slot) -> None:
+        """A slot is full: nothing to launch."""
+
+    def before_write(self, slot: Slot) -> None:
+        """A thread is about to write: the slot was released, nothing reads it."""
+
+    def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (rows, c, h, w) and meta (2, rows), both new tensors."""
+        assert slot.images is not None and slot.meta is not None
+        x = slot.images[: slot.rows]
+        out = self._normalise.empty(x.shape, x.dtype, self.device)
+        for row in range(0, slot.rows, _CHUNK):
+            self._normalise.into(out[row : row + _CHUNK], x[row : row + _CHUNK])
+        return out.permute(0, 3, 1, 2), slot.meta[:, : slot.rows].clone()
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+
+class StreamApi(Protocol):
+    """What `CudaStage` needs of streams: torch.cuda, or the tests' model of it."""
+
+    def new_event(self) -> Any: ...
+    def record(self, event: Any, stream: Any) -> None: ...
+    def wait(self, stream: Any, event: Any) -> None: ...
+    def synchronize(self, event_or_stream: Any) -> None: ...
+    def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor) -> None: ...
+    def current(self) -> Any: ...
+    def launch(self, stream: Any, work: Callable[[], None]) -> None: ...
+    def device(self) -> AbstractContextManager[Any]: ...
+
+
+class CudaApi:
+    """`torch.cuda` behind the names of `StreamApi`, for one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def new_event(self) -> torch.cuda.Event:
+        return torch.cuda.Event()
+
+    def record(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+        event.record(stream)
+
+    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        stream.wait_event(event)
+
+    def synchronize(self, event_or_stream: torch.cuda.Event | torch.cuda.Stream) -> None:
+        event_or_stream.synchronize()
+
+    def copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+
+    def current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
+
+    def launch(self, stream: torch.cuda.Stream, work: Callable[[], None]) -> None:
+        work()  # `stream` is the calling thread's current stream already
+
+    def device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device)
+
+
+@dataclass(slots=True)
+class _DeviceSlot:
+    """The device half of one slot."""
+
+    images: torch.Tensor
+    meta: torch.Tensor
+    copied: Any
+    consumed: Any
+    copying: bool = False  # `copied` was recorded and not yet waited for by the host
+    read: bool = False  # `consumed` was recorded
+
+
+class CudaStage:
+    """The device side on CUDA: rules 1 to 6 at the top of this file.
+
+    Args:
+        device: a CUDA device. normalise: what becomes of the pixels. api, copy_stream: torch.cuda's unless a test
+            brings its own.
+    """
+
+    copies = True
+
+    def __init__(
+        self, device: torch.device, normalise: Normalise, *, api: StreamApi | None = None, copy_stream: Any = None
+    ) -> None:
+        self.device = device
+        self._normalise = normalise
+        self._api: StreamApi = api or CudaApi(device)
+        self.copy_stream = copy_stream if copy_stream is not None else torch.cuda.Stream(device)
+        self._slots: list[_DeviceSlot] = []
+        self._pin = True
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A pinned host buffer; a pageable one, with a warning, where the system refuses to pin so much."""
+        if self._pin and self.device.type == "cuda":
+            try:
+                return torch.empty(shape, dtype=dtype, pin_memory=True)
+            except RuntimeError as error:
+                self._pin = False
+                _LOG.warning("cannot pin %s of %s (%s): copies will not overlap", shape, dtype, error)
+        return torch.empty(shape, dtype=dtype)
+
+    def prepare(self, slot: Slot) -> None:
+        """Device buffers of a slot whose host buffers were just allocated (rule 1)."""
+        assert slot.images is not None and slot.meta is not None
+        with self._api.device():
+            images, meta = (torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in (slot.images, slot.meta))
+            held = _DeviceSlot(images, meta, self._api.new_event(), self._api.new_event())
+            # the allocator may have handed out memory that the current stream's pending work still uses
+            fresh = self._api.new_event()
+            self._api.record(fresh, self._api.current())
+            self._api.wait(self.copy_stream, fresh)
+        slot.stage = held
+        self._slots.append(held)
+
+    def submit(self, slot: Slot) -> None:
+        """Launch the copy of a full slot (rules 2 and 3); called by the thread that filled it."""
+        held, n = slot.stage, slot.rows
+        assert isinstance(held, _DeviceSlot) and slot.images is not None and slot.meta is not None
+        with self._api.device():
+            if held.read:
+                self._api.wait(self.copy_stream, held.consumed)
+            self._api.copy(self.copy_stream, held.images[:n], slot.images[:n])
+            self._api.copy(self.copy_stream, held.meta, slot.meta)
+            self._api.record(held.copied, self.copy_stream)
+            held.copying = True
+
+    def before_write(self, slot: Slot) -> None:
+        """Wait until the copy engine has read the pinned buffer (rule 4)."""
+        held = slot.stage
+        if isinstance(held, _DeviceSlot) and held.copying:
+            self._api.synchronize(held.copied)  # several threads may: the event is not recorded again meanwhile
+            held.copying = False
+
+    def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (rows, c, h, w) and meta (2, rows) as new tensors of the consumer's stream (rules 3 and 5)."""
+        held, n = slot.stage, slot.rows
+        assert isinstance(held, _DeviceSlot)
+        with self._api.device():
+            stream = self._api.current()
+            self._api.wait(stream, held.copied)
+            source, numbers = held.images[:n], held.meta[:, :n]
+            out = self._normalise.empty(source.shape, source.dtype, self.device)
+            meta = torch.empty(numbers.shape, dtype=numbers.dtype, device=self.device)
+
+            def read() -> None:
+                self._normalise.into(out, source)
+                meta.copy_(numbers)
+
+            self._api.launch(stream, read)
+            self._api.record(held.consumed, stream)
+            held.read = True
+        return out.permute(0, 3, 1, 2), meta
+
+    def close(self) -> None:
+        """Wait for everything that touches the device buffers, then let them go (rule 6)."""
+        with self._api.device():
+            self._api.synchronize(self.copy_stream)
+            for held in self._slots:
+                if held.read:
+                    self._api.synchronize(held.consumed)
+        self._slots.clear()
+
+
+def make_stage(device: torch.device, normalise: Normalise, copy_stream: Any = None) -> CpuStage | CudaStage:
+    """The stage of a device: CUDA (and ROCm, which uses the same names) or the CPU.
+
+    Errors: ValueError for any other device.
+
+    Example:
+        >>> type(make_stage(torch.device("cpu"), Normalise(None, None))).__name__
+        'CpuStage'
+    """
+    if device.type == "cpu":
+        return CpuStage(normalise)
+    if device.type == "cuda":
+        return CudaStage(device, normalise, copy_stream=copy_stream)
+    raise ValueError(f"OverlapLoader: device: expected a cpu or cuda device, got {device}; move the batches yourself.")

@@ -1,0 +1,233 @@
+"""One run of the worker threads over the ring: made where an iteration starts, stopped where it is left."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dlb_fast.data.batch import Batch
+from dlb_fast.data.device_stream import CpuStage, CudaStage, Normalise, make_stage
+from dlb_fast.data.errors import LoaderTimeout, SampleError
+from dlb_fast.data.plan import OverlapPlan
+from dlb_fast.data.probe import check_threads
+from dlb_fast.data.slots import Item, Slot, SlotRing
+from dlb_fast.data.source import FailurePolicy, SampleSource
+from dlb_fast.data.view_rng import ViewRng
+from dlb_fast.data.workers import Status, WorkerPool
+
+__all__ = ["LoaderStats", "Pipeline", "Settings"]
+
+_JOIN = 5.0  # seconds; a thread stuck in a system call cannot be ended, only reported
+
+
+@dataclass
+class LoaderStats:
+    """Counters of one loader.
+
+    Attributes:
+        batches, views: delivered. reads, bytes_read: samples (each is decoded once per read) and file bytes.
+        bytes_to_device: copied host to device (0 on a CPU). wait_seconds: spent waiting inside `next`.
+        failed: distinct samples that could not be loaded. replaced: times a substitute was used.
+        failures: the first of the errors. fallbacks: why the default decoder handed files to Pillow, and how often.
+    """
+
+    batches: int = 0
+    views: int = 0
+    reads: int = 0
+    bytes_read: int = 0
+    bytes_to_device: int = 0
+    wait_seconds: float = 0.0
+    failed: int = 0
+    replaced: int = 0
+    failures: list[SampleError] = field(default_factory=list)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    def filled(self, source: SampleSource, policy: FailurePolicy, decoder: Any) -> LoaderStats:
+        """A copy with the counters that live elsewhere."""
+        return replace(
+            self,
+            reads=source.reads,
+            bytes_read=source.bytes_read,
+            failed=policy.failed,
+            replaced=policy.replaced,
+            failures=list(policy.errors.values()),
+            fallbacks=dict(getattr(decoder, "fallbacks", {})),
+        )
+
+
+@dataclass
+class Settings:
+    """What a loader hands to each of its pipelines; it must not refer to the loader (see `OverlapLoader.close`)."""
+
+    plan: OverlapPlan
+    rank: int
+    source: SampleSource
+    policy: FailurePolicy
+    transform: Callable[[torch.Tensor, ViewRng], torch.Tensor] | None
+    num_threads: int
+    depth: int
+    device: torch.device
+    normalise: Normalise
+    stats: LoaderStats
+    check_threads: bool
+    copy_stream: Any = None  # one for the loader's life, however often iterations are left early
+
+
+class Pipeline:
+    """Threads, ring and device stage from one position of the stream onwards.
+
+    Args:
+        settings: the loader's. position: the step (epoch * steps + step) to deliver first.
+    """
+
+    def __init__(self, settings: Settings, position: int) -> None:
+        self._s = settings
+        self._pid = os.getpid()
+        self._position = position
+        self._stopped = False
+        self._stage: CpuStage | CudaStage = make_stage(settings.device, settings.normalise, settings.copy_stream)
+        settings.copy_stream = self._stage.copy_stream
+        self._ring = SlotRing(
+            settings.plan, settings.rank, start=position, depth=settings.depth, on_full=self._stage.submit
+        )
+        self._pool = WorkerPool(settings.num_threads, self._work)
+        self._buffers = threading.Lock()
+        self._shape: tuple[int, ...] | None = None
+
+    def start(self) -> None:
+        s = self._s
+        if s.check_threads and s.num_threads > 1:
+            s.check_threads = False
+            check_threads(lambda: self._try_views())
+        self._pool.start()
+
+    def stands_at(self, position: int) -> bool:
+        """Whether the next batch of this pipeline is that of `position` (never in a forked child)."""
+        return not self._stopped and self._position == position and not self.forked
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child that has the object but not its threads."""
+        return self._pid != os.getpid()
+
+    def next(self, timeout: float | None) -> Batch:
+        """The next batch; SampleError, LoaderTimeout or what a thread raised."""
+        started = time.monotonic()
+        slot = self._ring.wait(timeout)
+        waited = time.monotonic() - started
+        if slot is None:
+            if self._stopped:
+                raise RuntimeError("OverlapLoader: closed while a batch was awaited.")
+            raise LoaderTimeout(f"OverlapLoader: no batch within {timeout} s; {self.report()}")
+        if slot.error is not None:
+            raise slot.error
+        images, meta = self._stage.deliver(slot)
+        epoch, step = divmod(slot.step, self._s.plan.halves_per_epoch)
+        batch = Batch(images, meta[0], meta[1], slot.num_old, epoch, step)
+        assert slot.images is not None
+        stats = self._s.stats
+        stats.batches += 1
+        stats.views += slot.rows
+        stats.wait_seconds += waited
+        if self._stage.copies:
+            stats.bytes_to_device += slot.images[: slot.rows].nbytes + meta.nbytes
+        self._ring.release(slot)
+        self._position += 1
+        return batch
+
+    def report(self) -> str:
+        """What is awaited and what each thread is doing."""
+        return f"{self._ring.progress()}; threads:\n{self._pool.report(self._s.source.path)}"
+
+    def stop(self) -> None:
+        """End the threads and free the buffers."""
+        self._stopped = True
+        if self.forked:
+            return  # the threads are the parent's, and its locks may have been copied while held
+        self._ring.stop()
+        if not self._pool.join(_JOIN):
+            self._stage.close()
+
+    def _work(self, status: Status) -> None:
+        try:
+            while (item := self._ring.take()) is not None:
+                error: BaseException | None = None
+                try:
+                    self._make(item, status)
+                except BaseException as caught:
+                    error = caught
+                self._ring.finish(item, error)
+                status.set("waiting for a free batch")
+        except BaseException as error:  # not of one sample: the plan or this code
+            self._ring.abort(error)
+
+    def _make(self, item: Item, status: Status) -> None:
+        s = self._s
+        sample, image, target = s.policy.get(item.epoch, item.sample, status.set)
+        for use, slot, row in item.targets:
+            status.set(f"making view {use} of", sample)
+            view = self._view(image, item.epoch, sample, use)
+            self._write(slot, row, view, sample, target)
+
+    def _view(self, image: torch.Tensor, epoch: int, sample: int, use: int) -> torch.Tensor:
+        transform = self._s.transform
+        if transform is None:
+            return image
+        try:
+            view = transform(image, ViewRng(self._s.plan.seed, epoch, sample, use))
+        except Exception as error:
+            raise RuntimeError(
+                f"OverlapLoader: transform failed on view {use} of sample {sample} of epoch {epoch} "
+                f"({self._s.source.path(sample)}): {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(view, torch.Tensor) or view.ndim != 3:
+            got = f"shape {tuple(view.shape)}" if isinstance(view, torch.Tensor) else type(view).__name__
+            raise TypeError(f"OverlapLoader: transform: expected a (c, h, w) tensor, got {got}.")
+        return view
+
+    def _write(self, slot: Slot, row: int, view: torch.Tensor, sample: int, target: int) -> None:
+        c, h, w = view.shape
+        if self._shape is None:
+            self._allocate((h, w, c), view.dtype)
+        images, numbers = slot.images, slot.numbers
+        assert images is not None and numbers is not None
+        if images.shape[1:] != (h, w, c) or images.dtype != view.dtype:
+            raise ValueError(
+                f"OverlapLoader: views of one size are needed: sample {sample} ({self._s.source.path(sample)}) gave "
+                f"{(c, h, w)} {view.dtype}, others {tuple(images.permute(0, 3, 1, 2).shape[1:])} {images.dtype}; "
+                "pass a transform that crops or resizes to one size"
+            )
+        self._stage.before_write(slot)
+        images[row].permute(2, 0, 1).copy_(view)
+        numbers[0, row] = target
+        numbers[1, row] = sample
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Buffers of all slots; the first view of the run tells their shape."""
+        with self._buffers:
+            if self._shape is not None:
+                return
+            rows = 2 * self._s.plan.rows
+            for slot in self._ring.slots:
+                slot.images = self._stage.allocate((rows, *shape), dtype)
+                slot.meta = self._stage.allocate((2, rows), torch.int64)
+                slot.numbers = slot.meta.numpy()
+                self._stage.prepare(slot)
+            self._shape = shape
+
+    def _try_views(self) -> None:
+        """One sample's whole work, for the probe; nothing is kept."""
+        s = self._s
+        sample = int(s.plan.half(self._position // s.plan.halves_per_epoch, 0, s.rank)[0])
+        try:
+            image, _ = s.source.get(sample)
+        except Exception:
+            return  # the run itself reports it
+        for use in (0, 1):
+            self._view(image, 0, sample, use)

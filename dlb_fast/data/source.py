@@ -1,0 +1,192 @@
+"""One sample of a dataset as a uint8 image, and what happens when it cannot be had."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dlb_fast.data import _hash
+from dlb_fast.data.errors import SampleError
+
+__all__ = ["FailurePolicy", "SampleSource", "as_image"]
+
+_LOG = logging.getLogger("dlb_fast.data")
+_SUBSTITUTE = 0x73756273
+_LISTED = 100  # failures remembered with their reason
+
+
+def as_image(value: Any) -> torch.Tensor:
+    """An image as a (channels, height, width) tensor; NumPy and PIL images come as (height, width[, channels]).
+
+    The strides stay channels-last, which is what torch's antialiased uint8 resize is fastest on.
+
+    Example:
+        >>> as_image(np.zeros((4, 6, 3), np.uint8)).shape
+        torch.Size([3, 4, 6])
+    """
+    if isinstance(value, torch.Tensor):
+        tensor = value
+    else:
+        array = np.asarray(value)
+        if not array.flags.writeable:
+            array = array.copy()
+        if array.ndim == 2:
+            array = array[:, :, None]
+        tensor = torch.from_numpy(array).permute(2, 0, 1) if array.ndim == 3 else torch.from_numpy(array)
+    if tensor.ndim != 3:
+        raise TypeError(f"an image must have 3 dimensions, got shape {tuple(tensor.shape)}")
+    return tensor
+
+
+class SampleSource:
+    """Images and targets of a dataset, whichever of three faces it has.
+
+    Args:
+        dataset: has a length, and (a) ``read(i)`` giving the file's bytes or its path, with ``targets``; or (b)
+            ``images`` (N, c, h, w) with ``targets``; or (c) anything, when `load` is given.
+        decoder: bytes to uint8 (h, w, 3).
+        load: ``load(dataset, i)`` giving (image, target), called once per sample of an epoch; the image is anything
+            `as_image` takes.
+
+    Errors: TypeError when the dataset has none of these faces; ValueError when targets and length differ.
+    """
+
+    def __init__(
+        self, dataset: Any, decoder: Callable[[bytes], Any], load: Callable[[Any, int], tuple[Any, Any]] | None = None
+    ) -> None:
+        self._dataset = dataset
+        self._decoder = decoder
+        self._load = load
+        self.reads = 0  # statistics; losing a count to a race would be harmless, but they are kept under the lock
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._targets: NDArray[np.int64] | None = None
+        if load is not None:
+            return
+        if not hasattr(dataset, "targets") or not (hasattr(dataset, "read") or hasattr(dataset, "images")):
+            raise TypeError(
+                f"OverlapLoader: dataset: expected `targets` and `read(i)` or `images`, {type(dataset).__name__} lacks "
+                "them; pass load=lambda dataset, i: (image, target) for any other map-style dataset"
+            )
+        self._targets = np.asarray(dataset.targets, dtype=np.int64)
+        if self._targets.shape != (len(dataset),):
+            raise ValueError(
+                f"OverlapLoader: dataset.targets: expected shape ({len(dataset)},), got {self._targets.shape}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def path(self, sample: int) -> str:
+        """The sample's file, as far as the dataset tells."""
+        give = getattr(self._dataset, "path", None)
+        if callable(give):
+            try:
+                return str(give(sample))
+            except Exception:
+                _LOG.debug("dataset.path(%d) failed", sample, exc_info=True)
+        return f"sample {sample}"
+
+    def get(self, sample: int) -> tuple[torch.Tensor, int]:
+        """(uint8 or float image (c, h, w), target) of one sample; raises whatever the reader or decoder raises."""
+        if self._load is not None:
+            image, target = self._load(self._dataset, sample)
+            self._count(0)
+            return as_image(image), int(target)
+        assert self._targets is not None
+        target = int(self._targets[sample])
+        if not hasattr(self._dataset, "read"):
+            self._count(0)
+            return as_image(self._dataset.images[sample]), target
+        data = self._dataset.read(sample)
+        if isinstance(data, (str, os.PathLike)):
+            with open(data, "rb") as file:
+                data = file.read()
+        self._count(len(data))
+        return as_image(self._decoder(data)), target
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.reads += 1
+            self.bytes_read += size
+
+
+class FailurePolicy:
+    """What to do with a sample that cannot be loaded: raise, or put a fixed substitute in its place.
+
+    The substitute is chosen before any view exists, by (seed, epoch, sample, attempt) alone, so both uses of the
+    sample, every thread count and every resumed run get the same one. Distinct failing samples are counted; more than
+    `max_failures` of them stop the run.
+
+    Args:
+        source: where samples come from. seed: the run's.
+        on_error: "raise" or "replace". max_failures: an int, or a fraction of the dataset.
+
+    Errors: ValueError for another `on_error` or a negative bound.
+    """
+
+    def __init__(self, source: SampleSource, seed: int, on_error: str, max_failures: int | float) -> None:
+        if on_error not in ("raise", "replace"):
+            raise ValueError(f'OverlapLoader: on_error: expected "raise" or "replace", got {on_error!r}.')
+        if isinstance(max_failures, bool) or not isinstance(max_failures, (int, float)) or max_failures < 0:
+            raise ValueError(
+                f"OverlapLoader: max_failures: expected an int or a fraction, at least 0, got {max_failures!r}."
+            )
+        self._source, self._seed = source, seed
+        self._replace = on_error == "replace"
+        fraction = isinstance(max_failures, float)
+        self.bound = max(1, int(max_failures * len(source))) if fraction and max_failures else int(max_failures)
+        self._lock = threading.Lock()
+        self._failed: set[int] = set()
+        self.errors: dict[int, SampleError] = {}  # the first ones, by sample
+        self.replaced = 0
+
+    @property
+    def failed(self) -> int:
+        """Distinct samples that failed."""
+        return len(self._failed)
+
+    def substitute(self, epoch: int, sample: int, attempt: int) -> int:
+        """The sample that stands in for a failed one."""
+        key = _hash.key_of(self._seed, _SUBSTITUTE, epoch, sample, attempt)
+        return (key >> 32) * len(self._source) >> 32
+
+    def get(self, epoch: int, sample: int, doing: Callable[[str, int], None]) -> tuple[int, torch.Tensor, int]:
+        """(sample id really used, image, target); SampleError when it fails for good."""
+        wanted, attempts = sample, 100 + 20 * self.bound
+        for attempt in range(attempts):
+            doing("loading", sample)
+            try:
+                image, target = self._source.get(sample)
+                return sample, image, target
+            except Exception as error:
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                failure = SampleError(self._source.path(sample), sample, epoch, reason)
+                failure.__cause__ = error
+                self._record(failure)
+            sample = self.substitute(epoch, wanted, attempt)
+        failure.reason += f" (and no substitute was readable in {attempts} attempts)"
+        raise failure
+
+    def _record(self, failure: SampleError) -> None:
+        if not self._replace:
+            raise failure
+        with self._lock:
+            new = failure.index not in self._failed
+            self._failed.add(failure.index)
+            self.replaced += 1
+            if new and len(self.errors) < _LISTED:
+                self.errors[failure.index] = failure
+            count = len(self._failed)
+        if count > self.bound:
+            failure.reason += f" (failure {count}, more than max_failures = {self.bound})"
+            raise failure
+        if new:
+            _LOG.warning("replaced sample %d: %s: %s", failure.index, failure.path, failure.reason)

@@ -1,0 +1,483 @@
+"""Bad files, hanging reads, early breaks, closing: each named, counted, and nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import io
+import itertools
+import logging
+import os
+import re
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dlb_fast.data.decode import ImageDecoder
+from dlb_fast.data.errors import LoaderTimeout, SampleError
+from dlb_fast.data.overlap_loader import OverlapLoader
+from dlb_fast.data.probe import check_threads
+from dlb_fast.data.view_rng import ViewRng
+
+
+class Files:
+    """A list of files, read when asked; id i has target i % 3."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.targets = [i % 3 for i in range(len(paths))]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def read(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+def jpeg(seed: int, height: int = 60, width: int = 80) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    paths = []
+    for i in range(24):
+        paths.append(tmp_path / f"{i:02}.jpg")
+        paths[-1].write_bytes(jpeg(i))
+    return Files(paths)
+
+
+def corner(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+    top = rng.integer(20)
+    return image[:, top : top + 32, top : top + 32]
+
+
+def loader(data: Any, batch_size: int = 8, **options: Any) -> OverlapLoader:
+    options = {"transform": corner, "num_threads": 2, "dtype": torch.uint8, "check_threads": False, **options}
+    return OverlapLoader(data, batch_size, **options)
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("dlb-")]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Any:
+    yield
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads() == []
+
+
+def spoil(path: Path, how: str) -> str:
+    """Damage a file; returns words the error must hold."""
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+        return "truncated|premature"
+    if how == "zeros inside":
+        path.write_bytes(data[:3000] + bytes(3072) + data[6072:])
+        return "zeros|corrupt|premature"
+    if how == "text":
+        path.write_text("I am not an image, whatever my name says\n" * 5)
+        return "not an image"
+    if how == "empty":
+        path.write_bytes(b"")
+        return "empty file"
+    path.unlink()
+    if how == "directory":
+        path.mkdir()
+        return "IsADirectoryError|PermissionError"
+    if how == "bomb":
+        at = data.find(b"\xff\xc0")
+        path.write_bytes(data[: at + 5] + b"\xff\x00\xff\x00" + data[at + 9 :])
+        return "decompression bomb: 65280 x 65280"
+    assert how == "vanished"
+    return "FileNotFoundError"
+
+
+HOW = ["truncated", "zeros inside", "text", "empty", "directory", "bomb", "vanished"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_bad_file_is_raised_by_name_in_its_batch(files: Files, how: str) -> None:
+    with loader(files, num_threads=1) as source:
+        expected = [b.ids.tolist() for b in source]
+    bad = expected[3][-1]  # a new sample of batch 3
+    words = spoil(files.paths[bad], how)
+    with loader(files, num_threads=4) as source:
+        got = []
+        with pytest.raises(SampleError, match=words) as caught:
+            for batch in source:
+                got.append(batch.ids.tolist())
+        assert got == expected[:3]  # the batches before it came whole
+        error = caught.value
+        assert (error.index, error.epoch, error.path) == (bad, 0, str(files.paths[bad]))
+        assert str(files.paths[bad]) in str(error) and "verify-data" in str(error)
+        assert threads() == []
+        assert source.state_dict()["step"] == 3
+        files.paths[bad].rmdir() if how == "directory" else None
+        files.paths[bad].write_bytes(jpeg(bad))
+        assert [b.ids.tolist() for b in source] == expected  # repaired: the loader goes on
+
+
+def test_permission_error_is_named(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root reads everything, so the refusal is made by the reader."""
+
+    def refuse(index: int) -> bytes:
+        if index == 5:
+            raise PermissionError(13, "Permission denied", str(files.paths[5]))
+        return files.paths[index].read_bytes()
+
+    monkeypatch.setattr(files, "read", refuse)
+    with loader(files) as source, pytest.raises(SampleError, match=r"PermissionError.*denied") as caught:
+        list(source)
+    assert caught.value.index == 5
+
+
+def test_the_first_bad_row_of_a_batch_is_raised_whatever_the_threads(files: Files) -> None:
+    with loader(files) as source:
+        ids = [b.ids[b.num_old :].tolist() for b in source]
+    for row in (1, 3):
+        files.paths[ids[2][row]].write_bytes(b"")
+    for _ in range(5):
+        with loader(files, num_threads=4) as source, pytest.raises(SampleError) as caught:
+            list(source)
+        assert caught.value.index == ids[2][1]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_replacement_serves_both_uses_alike_and_is_counted(
+    files: Files, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = {3, 11}
+    words = {i: spoil(files.paths[i], how) for i in bad}
+    streams = []
+    for count in (1, 4):
+        caplog.clear()
+        with loader(files, num_threads=count, on_error="replace", max_failures=2) as source:
+            with caplog.at_level(logging.WARNING, "dlb_fast.data"):
+                batches = [b for _ in range(3) for b in source]
+            stats = source.stats()
+        assert stats.failed == 2 and {e.index for e in stats.failures} == bad
+        assert stats.replaced >= 6  # two samples, three epochs
+        assert sum("replaced sample" in r.message for r in caplog.records) == 2  # once per file
+        assert all(re.search(words[e.index], e.reason) for e in stats.failures)
+        streams.append([(b.ids.tolist(), b.targets.tolist(), b.images.contiguous().numpy().tobytes()) for b in batches])
+        for before, batch in itertools.pairwise(batches):
+            assert batch.ids[: batch.num_old].tolist() == before.ids[before.num_old :].tolist()
+        for batch in batches:
+            assert len(batch) == (8 if batch.has_old else 4)
+            assert not bad & set(batch.ids.tolist())
+            assert batch.targets.tolist() == [files.targets[i] for i in batch.ids.tolist()]
+            for row, i in enumerate(batch.ids.tolist()):
+                use = int(row < batch.num_old)
+                drawn = batch.epoch - (use == 1 and batch.step == 0)
+                whole = torch.from_numpy(ImageDecoder()(files.paths[i].read_bytes())).permute(2, 0, 1)
+                assert torch.equal(batch.images[row], corner(whole, ViewRng(0, drawn, i, use)))
+    assert streams[0] == streams[1]
+
+
+def test_replacement_is_the_same_after_a_resume(files: Files) -> None:
+    files.paths[7].write_bytes(b"")
+    options = {"on_error": "replace", "max_failures": 1}
+    with loader(files, **options) as source:
+        expected = [(b.ids.tolist(), b.images.contiguous().numpy().tobytes()) for _ in range(2) for b in source]
+    for stop in range(1, 12):
+        with loader(files, **options) as source:
+            taken = 0
+            while taken < stop:
+                for _ in source:
+                    taken += 1
+                    if taken == stop:
+                        break
+            state = source.state_dict()
+        with loader(files, **options) as again:
+            again.load_state_dict(state)
+            batch = next(iter(again))
+            assert (batch.ids.tolist(), batch.images.contiguous().numpy().tobytes()) == expected[stop]
+
+
+@pytest.mark.parametrize("bound,fails", [(0, True), (1, True), (2, False), (0.05, True), (0.09, False)])
+def test_replacements_are_bounded(files: Files, bound: float, fails: bool) -> None:
+    for i in (2, 9):
+        files.paths[i].write_bytes(b"")
+    with loader(files, on_error="replace", max_failures=bound) as source:
+        if fails:
+            with pytest.raises(SampleError, match="more than max_failures"):
+                list(source)
+        else:
+            assert len(list(source)) == 6
+
+
+def test_an_all_bad_set_ends_with_an_error(files: Files) -> None:
+    for path in files.paths:
+        path.write_bytes(b"")
+    with loader(files, on_error="replace", max_failures=0.5) as source, pytest.raises(SampleError, match="= 12"):
+        list(source)
+
+
+def test_error_of_a_carried_half_after_a_resume(files: Files) -> None:
+    with loader(files) as source:
+        batches = itertools.islice(source, 3)
+        bad = list(batches)[-1].ids[-1].item()
+        state = source.state_dict()
+    files.paths[bad].unlink()
+    with loader(files) as again:
+        again.load_state_dict(state)
+        with pytest.raises(SampleError, match="FileNotFoundError") as caught:
+            next(iter(again))
+        assert caught.value.index == bad
+
+
+def test_exception_in_the_transform_surfaces_with_the_sample(files: Files) -> None:
+    def transform(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+        raise KeyError("my bug")
+
+    with loader(files, transform=transform, on_error="replace") as source:
+        with pytest.raises(RuntimeError, match=r"transform failed on view 0 of sample \d+.*\.jpg.*my bug") as caught:
+            next(iter(source))
+        assert isinstance(caught.value.__cause__, KeyError)
+    for bad, kind in [(lambda i, r: i.numpy(), TypeError), (lambda i, r: i[0], TypeError)]:
+        with loader(files, transform=bad) as source, pytest.raises(kind, match="expected a \\(c, h, w\\) tensor"):
+            next(iter(source))
+
+
+def test_views_of_different_size_are_named(files: Files) -> None:
+    files.paths[4].write_bytes(jpeg(4, 70, 70))
+    words = r"views of one size.*sample .*\.jpg"
+    with loader(files, transform=None) as source, pytest.raises(ValueError, match=words):
+        list(source)
+
+
+def test_exceptions_that_are_not_exceptions_surface(files: Files) -> None:
+    def transform(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+        raise SystemExit("a thread must not vanish")
+
+    with loader(files, transform=transform) as source, pytest.raises(SystemExit):
+        next(iter(source))
+
+
+def test_failure_outside_any_sample_surfaces(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    with loader(files) as source:
+        plan = source.plan
+        half = plan.half
+
+        def broken(epoch: int, index: int, rank: int = 0) -> Any:
+            if index == 3:
+                raise MemoryError("no room for the plan")
+            return half(epoch, index, rank)
+
+        monkeypatch.setattr(plan, "half", broken)
+        with pytest.raises(MemoryError, match="no room"):
+            list(source)
+
+
+def test_timeout_says_what_each_thread_does_and_loses_nothing(files: Files) -> None:
+    gate = threading.Event()
+    slow = 13
+    with loader(files) as source:
+        expected = [b.ids.tolist() for b in source]
+
+    class Slow(Files):
+        def read(self, index: int) -> str:
+            if index == slow:
+                gate.wait(20)
+            return super().read(index)
+
+    with loader(Slow(files.paths), timeout=0.4) as source:
+        got = []
+        iterator = iter(source)
+        with pytest.raises(LoaderTimeout) as caught:
+            for batch in iterator:
+                got.append(batch.ids.tolist())
+        text = str(caught.value)
+        assert f"loading sample {slow} ({files.paths[slow]})" in text
+        assert "dlb-loader-0" in text and "dlb-loader-1" in text and f"waiting for step {len(got)}" in text
+        assert "3/4 rows" in text or "7/8 rows" in text
+        gate.set()
+        got += [batch.ids.tolist() for batch in iterator]
+        assert got == expected
+
+
+def test_closing_while_a_thread_is_stuck_reports_it(
+    files: Files, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dlb_fast.data import pipeline
+
+    monkeypatch.setattr(pipeline, "_JOIN", 0.2)
+    gate = threading.Event()
+
+    class Stuck(Files):
+        def read(self, index: int) -> str:
+            gate.wait(20)
+            return super().read(index)
+
+    source = loader(Stuck(files.paths), timeout=0.2)
+    with pytest.raises(LoaderTimeout):
+        next(iter(source))
+    with caplog.at_level(logging.WARNING, "dlb_fast.data"):
+        source.close()
+    assert "2 loader threads did not end" in caplog.text and "loading sample" in caplog.text
+    gate.set()
+
+
+def test_close_wakes_a_waiting_consumer(files: Files) -> None:
+    gate = threading.Event()
+
+    class Stuck(Files):
+        def read(self, index: int) -> str:
+            gate.wait(20)
+            return super().read(index)
+
+    source, caught = loader(Stuck(files.paths)), []
+
+    def consume() -> None:
+        try:
+            next(iter(source))
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    time.sleep(0.2)
+    closer = threading.Thread(target=source.close)
+    closer.start()
+    consumer.join(5)
+    gate.set()
+    closer.join(10)
+    assert caught and "closed while a batch was awaited" in caught[0]
+
+
+@pytest.mark.parametrize("how", ["break", "close", "collect", "exception", "iterator", "cycle"])
+def test_threads_end(files: Files, how: str) -> None:
+    source = loader(files)
+    reference = weakref.ref(source)
+    if how == "break":
+        for _ in source:
+            assert len(threads()) == 2
+            break
+        assert threads() == []
+    elif how == "close":
+        iterator = iter(source)
+        next(iterator)
+        source.close()
+        assert threads() == []
+        source.close()
+    elif how == "collect":
+        list(source)
+        assert len(threads()) == 2  # they wait for the next epoch
+        del source
+        assert reference() is None and threads() == []
+    elif how == "exception":
+        with pytest.raises(ZeroDivisionError):
+            for _ in source:
+                1 / 0  # noqa: B018
+        gc.collect()
+        assert threads() == []
+    elif how == "iterator":
+        iterator = iter(source)
+        next(iterator)
+        del source
+        next(iterator)  # the iterator keeps the loader
+        assert len(threads()) == 2
+        del iterator
+        assert reference() is None and threads() == []
+    else:
+        source.me = source  # type: ignore[attr-defined]
+        next(iter(source))
+        list(source)
+        del source
+        gc.collect()
+        assert reference() is None and threads() == []
+
+
+def test_no_growth_over_200_epochs_with_early_breaks(files: Files) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    marks = []
+    with loader(files, batch_size=4) as source:
+        for epoch in range(200):
+            for step, _ in enumerate(source):
+                if epoch % 2 and step == epoch % 7:
+                    break
+            source.set_epoch(epoch + 1)
+            if epoch in (60, 199):
+                gc.collect()
+                marks.append((len(threads()) <= 2, descriptors(), resident()))
+        assert threads() in ([], ["dlb-loader-0", "dlb-loader-1"])
+    assert marks[0][0] and marks[1][0]
+    assert marks[1][1] <= marks[0][1]
+    assert marks[1][2] - marks[0][2] < 8 << 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_makes_its_own_threads(files: Files) -> None:
+    with loader(files) as source:
+        expected = [b.ids.tolist() for b in source]
+    with loader(files) as source:
+        iterator = iter(source)
+        next(iterator)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if next(iterator).ids.tolist() == expected[1] else 1)
+        deadline = time.monotonic() + 20
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if done == (0, 0):
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        assert done == (child, 0)
+        assert next(iterator).ids.tolist() == expected[1]
+
+
+def test_torch_threads_of_others_are_left_alone(files: Files) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    inside: list[int] = []
+
+    def transform(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+        inside.append(torch.get_num_threads())
+        return corner(image, rng)
+
+    with loader(files, transform=transform, check_threads=True) as source:
+        next(iter(source))
+        born_later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        born_later.start()
+        born_later.join()
+    assert torch.get_num_threads() == before and seen == [before]
+    assert set(inside[-8:]) == {1}
+
+
+def test_probe_warns_about_the_interpreter_lock(caplog: pytest.LogCaptureFixture) -> None:
+    def holds() -> None:
+        total = 0
+        for i in range(40_000):
+            total += i
+
+    with caplog.at_level(logging.WARNING, "dlb_fast.data"):
+        assert check_threads(lambda: time.sleep(0.003)) and not caplog.records
+        assert not check_threads(holds)
+    assert "holds the interpreter lock" in caplog.text and "OverlapBatchSampler" in caplog.text
