@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,10 +25,12 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "ScheduleConfig",
+    "TrainArgs",
     "TrainConfig",
     "from_dict",
     "load_config",
     "override",
+    "parse_flags",
     "to_dict",
 ]
 
@@ -43,15 +45,17 @@ class DataConfig:
     """Which images, how many rows a step sees, how they are augmented."""
 
     source: Annotated[str, tyro.conf.arg(name="data")] = "digits"
-    """KIND[:PATH]: digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH or synthetic[:N,C,SIZE]."""
+    """KIND[:PATH]: digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, synthetic[:N,C,SIZE], ..."""
     batch_size: int = 128
     """Rows the model sees per step; with DLB half of them repeat the step before. Even."""
-    train_size: int | None = None
-    """Keep only this many training images, the same number of each class (drawn by data_seed)."""
+    per_class: int | None = None
+    """Keep only this many training images of each class."""
     label_noise: float = 0.0
-    """Share of the training labels replaced by another class, uniformly (drawn by data_seed)."""
+    """Share of the training labels that are made wrong."""
+    noise_kind: Literal["symmetric", "asymmetric"] = "symmetric"
+    """symmetric: any other class alike; asymmetric: the class it is confused with."""
     data_seed: int = 0
-    """Draws the training subset and the label noise; kept apart from `seed` so that runs share the data."""
+    """Draws splits, subset and label noise; kept apart from `seed` so that runs share the data."""
     padding: int = 4
     """Random crop after zero padding by this many pixels; 0 turns it off."""
     flip: bool = True
@@ -65,7 +69,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "even and >= 2", self.batch_size)
-        _require(self.train_size is None or self.train_size >= 1, "train_size", "at least 1", self.train_size)
+        _require(self.per_class is None or self.per_class >= 1, "per_class", "at least 1", self.per_class)
         _require(0 <= self.label_noise <= 1, "label_noise", "in [0, 1]", self.label_noise)
         _require(self.padding >= 0, "padding", "at least 0", self.padding)
         _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
@@ -209,9 +213,35 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train a network. Numbers come from --preset or --config, then from flags; the resolved config is saved in the run
+    folder together with metrics, versions and checkpoints."""
+
+    preset: str | None = None
+    """Recipe by name (dlb-fast presets list). Without it and --config: digits."""
+    config: Path | None = None
+    """YAML config, on top of the preset if both are given."""
+    out: Path | None = None
+    """Run folder (default: a new one under runs/)."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue: alone, the newest run under runs/; with --out, that one."""
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """No progress on the console."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) -> Any:
+    """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group."""
+    return tyro.cli(form, prog=prog, args=list(flags), default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+
 def override(config: RunConfig, **values: Any) -> RunConfig:
-    """The config with single fields replaced, each found by its name in whatever group has it."""
+    """The config with single fields replaced, each found by its name in whatever group has it, or whole groups."""
     for name, value in values.items():
+        if isinstance(value, type(getattr(config, name, None))) and dataclasses.is_dataclass(value):
+            config = dataclasses.replace(config, **{name: value})  # type: ignore[arg-type]
+            continue
         for group in dataclasses.fields(config):
             part = getattr(config, group.name)
             if name in {f.name for f in dataclasses.fields(part)}:
@@ -265,7 +295,7 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
 
 
 def _all_fields() -> list[str]:
-    return [f.name for g in dataclasses.fields(RunConfig) for f in dataclasses.fields(g.default_factory)]  # type: ignore[arg-type, misc]
+    return [f.name for g in dataclasses.fields(RunConfig) for f in dataclasses.fields(g.default_factory)]  # type: ignore[arg-type]
 
 
 def _near(name: str, known: Any) -> str:

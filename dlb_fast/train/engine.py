@@ -283,7 +283,8 @@ class Trainer:
         """
         files.load_matching(self.model, state["model"], origin)
         if (state["ema"] is None) != (self.ema is None):
-            raise files.CheckpointError(f"{origin} was made {'without' if self.ema else 'with'} EMA; use the same setting")
+            made = "without" if self.ema else "with"
+            raise files.CheckpointError(f"{origin} was made {made} EMA; use the same setting")
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.criterion.load_state_dict(state["criterion"])
@@ -304,12 +305,10 @@ class Trainer:
         """Continue from the folder's newest valid checkpoint; None (and clean logs) when there is none."""
         if self.folder is None:
             raise ValueError("Trainer.resume: needs a run folder")
-        found = files.find_checkpoint(self.folder / "checkpoints")
+        found = files.load_newest(self.folder / "checkpoints", self.load_state_dict, self.log.say)
         if found is None:
             self.log.rewind({})
-            return None
-        self.load_state_dict(found[1], str(found[0]))
-        return found[0]
+        return found
 
     @contextmanager
     def _signals_only_mark(self) -> Iterator[None]:
@@ -323,8 +322,8 @@ class Trainer:
             self.stopped_by = signal.Signals(number).name
             signal.signal(number, before[number])
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, mark)
+        for wanted in (signal.SIGTERM, signal.SIGINT):
+            before[wanted] = signal.signal(wanted, mark)
         try:
             yield
         finally:

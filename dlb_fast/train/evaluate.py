@@ -48,8 +48,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a model over a set, each image counted once.
 
-    `top1`, `top5` in [0, 1] (top-5 over fewer than five classes is 1), `nll` the mean plain cross entropy in nats, `ece`
-    the expected calibration error over 15 equal bins of confidence, `count` the number of images.
+    `top1`, `top5` in [0, 1] (top-5 over fewer than five classes is 1), `nll` the mean plain cross entropy in nats,
+    `ece` the expected calibration error over 15 equal bins of confidence, `count` the number of images.
 
     Example:
         >>> evaluate(nn.Identity(), [(torch.eye(3), torch.arange(3))])["top1"]

@@ -1,7 +1,7 @@
 """Checkpoints: written so that a crash at any moment leaves a valid one, read without running anyone's code.
 
-A checkpoint is one `torch.save` zip of tensors, numbers, strings, lists and dicts, loaded with `weights_only=True`. It is
-written beside its place, flushed to the disk and renamed over it; the zip's checksums tell a damaged one.
+A checkpoint is one `torch.save` zip of tensors, numbers, strings, lists and dicts, loaded with `weights_only=True`. It
+is written beside its place, flushed to the disk and renamed over it; the zip's checksums tell a damaged one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,8 @@ from torch import nn
 
 __all__ = [
     "CheckpointError",
-    "find_checkpoint",
     "get_rng_state",
+    "load_newest",
     "load_weights",
     "read_checkpoint",
     "save_checkpoint",
@@ -93,7 +92,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Pa
     except CheckpointError as error:
         kept = _by_step(folder)
         last = f"the last good checkpoint is {kept[0]}" if kept else "there is no earlier checkpoint"
-        raise CheckpointError(f"{error}; {last}. Make room, then continue with --resume --out {folder.parent}") from error
+        hint = f"Make room, then continue with --resume --out {folder.parent}"
+        raise CheckpointError(f"{error}; {last}. {hint}") from error
     for old in _by_step(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
@@ -123,13 +123,24 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     return state
 
 
-def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest valid checkpoint of a folder and its state; invalid ones are named in a warning and skipped."""
+def load_newest(folder: Path, load: Callable[[dict[str, Any], str], None], say: Callable[[str], None]) -> Path | None:
+    """Give the newest checkpoint that is valid and fits to `load(state, origin)`; name and skip the others.
+
+    Returns:
+        Its path, or None where there is no checkpoint at all.
+    Raises:
+        CheckpointError: there are checkpoints but none can be used. (Starting over would hide that work is lost.)
+    """
+    reasons = []
     for path in _by_step(folder):
         try:
-            return path, read_checkpoint(path)
+            load(read_checkpoint(path), str(path))
+            return path
         except CheckpointError as error:
-            warnings.warn(f"skipped a checkpoint: {error}", RuntimeWarning, stacklevel=2)
+            reasons.append(str(error))
+            say(f"skipped a checkpoint: {error}")
+    if reasons:
+        raise CheckpointError(f"no checkpoint in {folder} can be used; start a new run. Reasons: {'; '.join(reasons)}")
     return None
 
 
@@ -182,12 +193,12 @@ def load_matching(model: nn.Module, tensors: dict[str, Any], origin: str) -> Non
 
 def get_rng_state() -> dict[str, Any]:
     """The state of every global generator: torch on the CPU and all GPUs, numpy, random."""
-    name, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *(float(r) for r in rest)],
-        "python": list(random.getstate()[1]) + [random.getstate()[2]],
+        "python": [*random.getstate()[1], random.getstate()[2]],
     }
 
 

@@ -1,0 +1,233 @@
+"""The `dlb-fast` command. A new subcommand is one function `(argv) -> exit code` and one line in `COMMANDS`.
+
+Nothing heavy is imported before a subcommand needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dlb_fast.train.config import RunConfig
+
+__all__ = ["COMMANDS", "main"]
+
+# name -> ("module:function", one line of help)
+COMMANDS = {
+    "train": ("dlb_fast.cli:train", "train a network: --preset NAME, --data KIND[:PATH], --out FOLDER, --resume"),
+    "eval": ("dlb_fast.cli:evaluate", "evaluate a run's weights: accuracy, likelihood, calibration"),
+    "compare": ("dlb_fast.cli:compare", "methods x seeds at equal images seen: table, curves, report"),
+    "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
+    "report": ("dlb_fast.cli:report", "tables and curves from run folders"),
+    "presets": ("dlb_fast.cli:presets", "list, show and copy recipes"),
+    "doctor": ("dlb_fast.doctor:main", "what works on this machine and why the rest does not"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code: 0 done (or stopped on request), 1 failed, 2 wrong use."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args and args[0] == "--version":
+        from dlb_fast import __version__
+
+        print(__version__)
+        return 0
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: dlb-fast COMMAND [options]        (COMMAND --help for its options)\n")
+        print("\n".join(f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()))
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        print(f"dlb-fast: unknown command {args[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module, function = COMMANDS[args[0]][0].split(":")
+    try:
+        return int(getattr(importlib.import_module(module), function)(args[1:]))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("DLB_FAST_DEBUG") == "1":
+            raise
+        print(f"dlb-fast {args[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        print("(DLB_FAST_DEBUG=1 shows where it happened)", file=sys.stderr)
+        return 1
+
+
+def train(argv: list[str]) -> int:
+    """`dlb-fast train`: 0 when the run is finished, or was stopped by a signal with everything saved."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # these decide the defaults of all other flags
+    early.add_argument("--preset")
+    early.add_argument("--config", type=Path)
+    early.add_argument("--out", type=Path)
+    early.add_argument("--resume", action="store_true")
+    first, _ = early.parse_known_args(argv)
+    from dlb_fast.train.config import TrainArgs, parse_flags, to_dict
+    from dlb_fast.train.run_folder import RunFolder, newest_run
+
+    folder = None if first.out is None else RunFolder(first.out)
+    begun = None
+    if first.resume:
+        folder = folder or newest_run()
+        if folder.exists():
+            begun = folder.read_config()
+        elif first.preset is None and first.config is None:
+            raise ValueError(f"--resume: there is no run in {folder.path}; --preset or --config would start one there")
+    elif folder is not None and folder.exists():
+        raise ValueError(f"--out: {folder.path} already holds a run; --resume continues it, or choose another")
+    base = begun or _config(first.preset, first.config)
+    args = parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
+    if begun is not None and args.run != begun:
+        old, new = to_dict(begun), to_dict(args.run)
+        changed = [f"{n} {old[g][n]} -> {new[g][n]}" for g in new for n in new[g] if old[g][n] != new[g][n]]
+        print(f"changed for the rest of the run: {', '.join(changed)}", file=sys.stderr)
+    folder = folder or RunFolder.named(f"{args.run.data.source.split(':')[0]}-{args.run.loss.method}")
+    from dlb_fast.train.build import train_run
+
+    train_run(args.run, folder, resume=args.resume, quiet=args.quiet)
+    return 0
+
+
+def _config(preset: str | None, path: Path | None) -> RunConfig:
+    """The config of a preset (digits where nothing is named), of a file, or of a file on top of a preset."""
+    from dlb_fast.presets import get_preset
+    from dlb_fast.train.config import load_config
+
+    base = get_preset(preset or "digits").config if preset is not None or path is None else None
+    return load_config(path, base) if path is not None else base  # type: ignore[return-value]
+
+
+def evaluate(argv: list[str]) -> int:
+    """`dlb-fast eval RUN [--weights best|last] [--data KIND[:PATH]] [--json]`."""
+    parser = argparse.ArgumentParser(prog="dlb-fast eval", description="Evaluate a run's weights on its test set.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--weights", default="best", choices=("best", "last"), help="which export (default: best)")
+    parser.add_argument("--data", help="KIND[:PATH] of another set with the same classes")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    from dlb_fast.train.build import evaluate_run
+
+    scores = evaluate_run(args.run, weights=args.weights, source=args.data, device=args.device)
+    if args.json:
+        import json
+
+        print(json.dumps(scores))
+    else:
+        print(
+            f"top-1 {100 * scores['top1']:.2f} %  top-5 {100 * scores['top5']:.2f} %  nll {scores['nll']:.4f}  "
+            f"ece {scores['ece']:.4f}  over {scores['count']} images"
+        )
+    return 0
+
+
+def presets(argv: list[str]) -> int:
+    """`dlb-fast presets list | show NAME | copy NAME FILE`."""
+    parser = argparse.ArgumentParser(prog="dlb-fast presets")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="names and what they are")
+    show = verbs.add_parser("show", help="print a recipe as a config file, with the source of its numbers")
+    show.add_argument("name")
+    copy = verbs.add_parser("copy", help="write it to a file for `train --config FILE`")
+    copy.add_argument("name")
+    copy.add_argument("file", type=Path)
+    copy.add_argument("--force", action="store_true", help="overwrite")
+    args = parser.parse_args(argv)
+    from dlb_fast import presets as recipes
+
+    if args.verb == "list":
+        print("\n".join(f"{name:<26} {preset.about}" for name, preset in recipes.PRESETS.items()))
+        return 0
+    text = recipes.to_yaml(recipes.get_preset(args.name))
+    if args.verb == "show":
+        print(text, end="")
+        return 0
+    if args.file.exists() and not args.force:
+        raise ValueError(f"presets copy: {args.file} exists; --force overwrites it")
+    args.file.write_text(text, encoding="utf-8")
+    print(f"wrote {args.file}; train with: dlb-fast train --config {args.file}")
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """`dlb-fast report RUN... [--out FOLDER]`."""
+    parser = argparse.ArgumentParser(prog="dlb-fast report", description="Tables and curves from run folders.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or the folder of a comparison")
+    parser.add_argument("--out", type=Path, help="where to write report.md and curves.png (default: the first folder)")
+    args = parser.parse_args(argv)
+    from dlb_fast import report as pages
+    from dlb_fast.train.compare import read_comparison
+
+    read = []
+    for path in args.runs:
+        compared = read_comparison(path)
+        read += [pages.read_run(run, label) for run, label in compared] if compared else [pages.read_run(path)]
+    folder = args.out or args.runs[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    command = "dlb-fast report " + shlex.join(argv)
+    page = pages.write_report(folder, read, title="Report", command=command)
+    print(pages.compare_table(read))
+    print(f"\nwrote {page} and {folder / 'curves.png'}")
+    return 0
+
+
+def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None) -> int:
+    """`dlb-fast compare --preset NAME --methods ce,ls,two_view,dlb --seeds 5 --out FOLDER --jobs N [config flags]`."""
+    from dlb_fast.train import compare as comparison
+    from dlb_fast.train.config import RunConfig, parse_flags
+
+    parser = argparse.ArgumentParser(
+        prog=f"dlb-fast {prog}",
+        allow_abbrev=False,
+        description="Train methods x seeds at equal optimiser steps and rows per step; the same command continues a "
+        "comparison that was interrupted. Further flags are those of `dlb-fast train` (--epochs, --lr, ...).",
+    )
+    if preset is None:
+        parser.add_argument("--preset", default="digits")
+        parser.add_argument("--config", type=Path, help="YAML config instead of a preset")
+    parser.add_argument("--methods", default="ce,ls,two_view,dlb", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. SEEDS-1 (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default: one per core, one on a GPU)")
+    parser.add_argument("--out", type=Path, help="folder of the comparison (default: a new one under runs/)")
+    args, rest = parser.parse_known_args(argv)
+    base = _config(preset, None) if preset else _config(None if args.config else args.preset, args.config)
+    config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}")
+    command = f"dlb-fast {prog} {shlex.join(argv)}".strip()
+    folder = comparison.run(
+        config,
+        methods=args.methods.split(","),
+        seeds=args.seeds,
+        jobs=args.jobs,
+        folder=args.out,
+        label=prog,
+        command=command,
+    )
+
+    from dlb_fast import report as pages
+
+    runs = [pages.read_run(path, label) for path, label in comparison.read_comparison(folder)]
+    title = "DLB on handwritten digits" if preset else f"Comparison on {config.data.source}"
+    page = pages.write_report(folder, runs, title=title, command=command)
+    print(f"\n{pages.compare_table(runs)}\n")
+    if paired := pages.paired_table(runs, "DLB"):
+        print(f"{paired}\n")
+    used = ", ".join(sorted({str(r.versions.get("implementation")) for r in runs}))
+    print(f"loss implementation that ran: {used}\nwrote {page} and {folder / 'curves.png'}")
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    """`dlb-fast demo`: `compare` on digits with few and partly wrong labels."""
+    return compare(argv, prog="demo", preset="digits")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

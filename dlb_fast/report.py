@@ -1,0 +1,188 @@
+"""Tables, curves and a Markdown page from run folders; every figure is read from the runs' own files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlb_fast.train.config import RunConfig, load_config
+from dlb_fast.train.state import write_atomically
+
+__all__ = ["Run", "compare_table", "draw_curves", "paired_table", "read_run", "write_report"]
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its folder tells it: label of its method, seed, config, and a row per evaluation."""
+
+    path: Path
+    label: str
+    config: RunConfig
+    versions: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.train.seed
+
+    def last(self, column: str) -> float:
+        """A column at the end of the run."""
+        return self.rows[-1].get(column, math.nan)
+
+    def best(self, column: str = "test_top1") -> float:
+        """The largest value of a column over all evaluations."""
+        return max(row[column] for row in self.rows)
+
+
+def read_run(path: Path | str, label: str | None = None) -> Run:
+    """Read a run folder.
+
+    Raises:
+        ValueError: no config or no finished evaluation is there, or a file is damaged; names the file.
+    """
+    path = Path(path)
+    if not (path / "config.yaml").exists():
+        raise ValueError(f"report: {path} is not a run folder (it has no config.yaml)")
+    config = load_config(path / "config.yaml")
+    metrics = path / "metrics.csv"
+    try:
+        with open(metrics, newline="", encoding="utf-8") as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        rows = []
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"report: {metrics} is damaged: {error}") from error
+    if not rows:
+        raise ValueError(f"report: {path} has no finished evaluation yet")
+    versions = path / "versions.json"
+    known = json.loads(versions.read_text(encoding="utf-8")) if versions.exists() else {}
+    return Run(path, label or config.loss.method, config, known, rows)
+
+
+def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
+
+def _spread(values: Sequence[float], scale: float = 1.0, form: str = ".2f") -> str:
+    """Mean and sample standard deviation; a single value has none."""
+    values = [scale * v for v in values]
+    mean = format(statistics.fmean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in a terminal too."""
+    widths = [max(len(r[i]) for r in (head, *body)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, body)])
+
+
+def compare_table(runs: Sequence[Run]) -> str:
+    """A row per method: test accuracy at the end and at its best, likelihood, calibration, images seen, time."""
+    head = ("method", "seeds", "last top-1 %", "best top-1 %", "last NLL", "last ECE", "images seen", "steps", "s/run")
+    body = []
+    for label, group in _groups(runs).items():
+        body.append(
+            (
+                label,
+                str(len(group)),
+                _spread([r.last("test_top1") for r in group], 100),
+                _spread([r.best() for r in group], 100),
+                _spread([r.last("test_nll") for r in group], form=".3f"),
+                _spread([r.last("test_ece") for r in group], form=".3f"),
+                "/".join(sorted({f"{r.last('images_seen'):.0f}" for r in group})),
+                "/".join(sorted({f"{r.last('step'):.0f}" for r in group})),
+                _spread([r.last("seconds") for r in group], form=".1f"),
+            )
+        )
+    return _table(head, body)
+
+
+def paired_table(runs: Sequence[Run], against: str) -> str:
+    """Differences of last test accuracy to one method, seed by seed; empty when no seed is shared."""
+    groups = _groups(runs)
+    base = {r.seed: r for r in groups.get(against, [])}
+    body = []
+    for label, group in groups.items():
+        gains = [base[r.seed].last("test_top1") - r.last("test_top1") for r in group if r.seed in base]
+        if label != against and gains:
+            wins = f"{sum(g > 0 for g in gains)} of {len(gains)}"
+            body.append((f"{against} - {label}", _spread(gains, 100), wins))
+    return _table(("difference of last top-1", "points", f"seeds where {against} is ahead"), body) if body else ""
+
+
+def draw_curves(runs: Sequence[Run], path: Path) -> Path:
+    """Test accuracy, test NLL and training loss over images seen: mean over seeds, band of one standard deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = (("test_top1", "test top-1"), ("test_nll", "test NLL"), ("loss", "training loss"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained")
+    for axis, (column, title) in zip(axes, panels, strict=True):
+        for label, group in _groups(runs).items():
+            length = min(len(r.rows) for r in group)
+            x = [group[0].rows[i]["images_seen"] for i in range(length)]
+            values = [[r.rows[i].get(column, math.nan) for r in group] for i in range(length)]
+            mean = [statistics.fmean(v) for v in values]
+            band = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+            (drawn,) = axis.plot(x, mean, label=f"{label} (n={len(group)})")
+            low, high = ([m + s * b for m, b in zip(mean, band, strict=True)] for s in (-1, 1))
+            axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        axis.set_title(title)
+        axis.set_xlabel("images seen")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)
+    return path
+
+
+def write_report(folder: Path, runs: Sequence[Run], *, title: str, command: str, against: str = "DLB") -> Path:
+    """Write `curves.png` and `report.md` into a folder; returns the page's path."""
+    draw_curves(runs, folder / "curves.png")
+    first = runs[0]
+    data, train = first.config.data, first.config.train
+    setting = [
+        f"data `{data.source}`"
+        + (f", {data.per_class} training images per class" if data.per_class else "")
+        + (f", {100 * data.label_noise:g} % of the training labels wrong" if data.label_noise else ""),
+        f"{first.last('test_count'):.0f} test images (never noisy)",
+        f"model `{first.config.model.model}`",
+        f"{data.batch_size} rows per step, forward `{train.forward}`",
+        f"temperature {first.config.loss.temperature:g}, alpha {first.config.loss.alpha:g} where DLB is used",
+    ]
+    versions = ", ".join(f"{k} {v}" for k, v in first.versions.items() if v is not None)
+    paired = paired_table(runs, against)
+    parts = [
+        f"# {title}",
+        f"Command: `{command}`",
+        "\n".join(f"- {line}" for line in setting),
+        compare_table(runs),
+        "Mean ± sample standard deviation over seeds. *last* is the end of training; *best* picks the evaluation by "
+        "the test set itself and is therefore optimistic, as in the official code. All methods make the same number of "
+        "optimiser steps on the same number of rows; DLB and its alpha=0 control start with one half batch less.",
+        paired,
+        "![curves](curves.png)",
+        f"Versions: {versions}",
+    ]
+    text = "\n\n".join(p for p in parts if p) + "\n"
+    path = folder / "report.md"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path

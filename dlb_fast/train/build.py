@@ -1,0 +1,176 @@
+"""From a config to a finished run, and from a run folder to its scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlb_fast import _backends
+
+from .config import RunConfig, override
+from .engine import Trainer
+from .evaluate import evaluate
+from .log import RunLog
+from .methods import METHODS, make_criterion
+from .models import create_model
+from .optim import make_optimizer
+from .run_folder import RunFolder, versions
+from .schedule import make_scheduler
+from .sets import Sets, open_sets
+from .state import CheckpointError, load_weights, write_atomically
+from .window import total_steps
+
+__all__ = ["build_trainer", "evaluate_run", "resolve_device", "train_run"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; raises ValueError for a device torch cannot use."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"config: device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def build_trainer(
+    config: RunConfig, *, sets: Sets | None = None, folder: Path | None = None, log: RunLog | None = None
+) -> Trainer:
+    """The trainer of a config; the same config gives the same initial weights and the same batches.
+
+    Args:
+        config: the run.
+        sets: already opened data; None opens `config.data`.
+        folder: run folder; None writes nothing.
+        log: console and metric files.
+    """
+    device = resolve_device(config.train.device)
+    sets = sets or open_sets(config.data)
+    torch.manual_seed(config.train.seed)
+    model = create_model(config.model.model, sets.num_classes, sets.channels).to(device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loader = sets.train_loader(
+        overlap=METHODS[config.loss.method].overlap,
+        seed=config.train.seed,
+        device=device,
+        channels_last=config.train.channels_last,
+    )
+    optimizer = make_optimizer(model, config.optim)
+    scheduler = make_scheduler(
+        optimizer,
+        config.schedule,
+        total_steps=total_steps(loader, config.train),
+        steps_per_epoch=len(loader) / config.train.accumulate,
+    )
+    return Trainer(
+        model,
+        make_criterion(config.loss, sets.num_classes, config.data.batch_size // 2).to(device),
+        optimizer,
+        loader,
+        scheduler=scheduler,
+        evaluate=lambda network: evaluate(network, sets.test_batches(device)),
+        folder=folder,
+        config=config.train,
+        log=log,
+        metadata={"model": config.model.model, "num_classes": str(sets.num_classes), "channels": str(sets.channels)},
+    )
+
+
+def train_run(config: RunConfig, folder: RunFolder, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train in a run folder, from the start or from its newest valid checkpoint; returns the trainer's result.
+
+    Everything that can be wrong with the config, the data or the model is found before the folder is made. A finished
+    run leaves result.json.
+    """
+    log = RunLog(folder.path, quiet=quiet)
+    trainer = build_trainer(config, folder=folder.path, log=log)
+    loader: Any = trainer.loader
+    impl = _backends.pick(config.loss.impl, trainer.device.type)
+    started = folder.exists()
+    if resume and started:
+        _compare_versions(folder, log)
+    folder.create(config, impl)
+    log.say(
+        f"{config.loss.method} with {config.model.model} ({_count(trainer.model):,} parameters) on "
+        f"{config.data.source}: {trainer.total_steps} steps of {config.data.batch_size} rows on {trainer.device}, "
+        f"loss implementation {impl!r}\n"
+        f"run folder {folder.path}"
+    )
+    if resume and started:
+        found = trainer.resume()
+        log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
+        if trainer.step >= trainer.total_steps:
+            log.say(f"the run is already complete ({trainer.step} steps)")
+    try:
+        result = trainer.fit()
+    finally:
+        loader.close()
+    if result["stopped_by"] is not None and trainer.step < trainer.total_steps:
+        log.say(
+            f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "
+            f"continue with: dlb-fast train --resume --out {folder.path}"
+        )
+        return result
+    data = json.dumps(result, indent=1).encode()
+    write_atomically(folder.path / "result.json", lambda file: file.write(data))
+    if result["best_top1"] is not None:
+        log.say(
+            f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
+            f"at step {result['best_step']}"
+        )
+    return result
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _compare_versions(folder: RunFolder, log: RunLog) -> None:
+    """Say what changed since the start: a continuation is bit-identical only with the same software and threads."""
+    try:
+        before = json.loads((folder.path / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        log.say(f"{folder.path / 'versions.json'} cannot be read; it is written anew")
+        return
+    now = versions()
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        log.say(f"changed since the start, so the continuation may differ in the last bits: {', '.join(changed)}")
+
+
+def evaluate_run(
+    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
+) -> dict[str, float]:
+    """Scores of a run's exported weights (`best` or `last`) on its own test set or on another one of the same classes.
+
+    Raises:
+        ValueError: no run there, or a set with another number of classes.
+        CheckpointError: the weights are missing or damaged.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    if source is not None:
+        # normalisation is part of the model: another set is evaluated with the statistics of the training
+        trained = open_sets(config.data)
+        other = open_sets(override(config, source=source, per_class=None, label_noise=0.0).data)
+        if other.num_classes != trained.num_classes:
+            raise ValueError(
+                f"eval: {source} has {other.num_classes} classes, the run in {path} has {trained.num_classes}"
+            )
+        sets = Sets(other.train, other.test, config.data, trained.mean, trained.std)
+    else:
+        sets = open_sets(config.data)
+    where = resolve_device(device)
+    model = create_model(config.model.model, sets.num_classes, sets.channels)
+    file = folder.checkpoints / f"{weights}.safetensors"
+    if not file.exists():
+        raise CheckpointError(f"eval: {file} is missing; has the run finished an evaluation?")
+    load_weights(file, model)
+    return evaluate(model.to(where), sets.test_batches(where))

@@ -1,0 +1,175 @@
+"""Methods side by side: the same steps, the same rows per step, the same images seen, several seeds.
+
+Each run lives in `<folder>/<method>-seed<k>`; a comparison that was interrupted is continued by running it again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .build import resolve_device, train_run
+from .config import RunConfig, from_dict, override, to_dict
+from .methods import LABELS, METHODS, VARIANTS, variant
+from .run_folder import RunFolder
+from .sets import open_sets
+from .state import write_atomically
+
+__all__ = ["equal_budget", "read_comparison", "run"]
+
+MARK = "comparison.json"
+
+
+def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
+    """The config of every named method, all with the steps, evaluations and schedule of DLB's epochs.
+
+    DLB draws `batch_size / 2` new images a step, cross entropy `batch_size`; both push `batch_size` rows through the
+    network. So at equal steps they have seen equally many images (DLB's first step apart, which has no old half).
+    """
+    rows = config.data.batch_size
+    length = len(open_sets(config.data).train)
+    per_epoch = {True: length // (rows // 2), False: length // rows}
+    steps = config.train.max_steps or max(1, config.train.epochs * per_epoch[True] // config.train.accumulate)
+    every = config.train.eval_every or max(1, per_epoch[True] // config.train.accumulate)
+    configs = {}
+    for name in names:
+        one = override(variant(config, name), max_steps=steps, eval_every=every)
+        if one.loss.method in METHODS and not METHODS[one.loss.method].overlap:
+            if not per_epoch[False]:
+                raise ValueError(f"compare: {name} needs at least batch_size = {rows} training images, got {length}")
+            # the schedule counts epochs, and an epoch of distinct samples has fewer steps
+            factor = per_epoch[True] / per_epoch[False]
+            schedule = dataclasses.replace(
+                one.schedule,
+                warmup_epochs=one.schedule.warmup_epochs * factor,
+                milestones=tuple(m * factor for m in one.schedule.milestones),
+            )
+            one = dataclasses.replace(one, schedule=schedule)
+        configs[name] = one
+    return configs
+
+
+def run(
+    config: RunConfig,
+    *,
+    methods: Sequence[str],
+    seeds: int,
+    jobs: int | None = None,
+    folder: Path | None = None,
+    label: str = "compare",
+    command: str = "",
+) -> Path:
+    """Train every method with seeds `0 .. seeds-1`; returns the folder, which `read_comparison` lists.
+
+    Args:
+        config: what all runs share.
+        methods: names in `VARIANTS`.
+        seeds: how many.
+        jobs: processes at a time; None: one per core on a CPU, one on a GPU. Each takes its share of the cores.
+        folder: of the comparison; an existing one is continued and must have been made by the same config.
+        label: part of a new folder's name.
+        command: recorded.
+    Raises:
+        ValueError: unknown or repeated method, no seed, or a folder of another comparison.
+    """
+    unknown = [m for m in methods if m not in VARIANTS]
+    if unknown or not methods or len(set(methods)) < len(methods):
+        raise ValueError(f"compare: methods must be distinct names of {', '.join(VARIANTS)}, got {', '.join(methods)}")
+    if seeds < 1:
+        raise ValueError(f"compare: seeds must be at least 1, got {seeds}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs is None:
+        jobs = cores if resolve_device(config.train.device).type == "cpu" else 1
+    if jobs < 1:
+        raise ValueError(f"compare: jobs must be at least 1, got {jobs}")
+    configs = equal_budget(config, methods)
+    path = folder or RunFolder.named(label).path
+    _claim(path, config, methods, seeds, command)
+    work = [
+        (name, seed, to_dict(override(configs[name], seed=seed)), str(path / f"{name}-seed{seed}"))
+        for seed in range(seeds)  # seed by seed: an interrupted comparison is balanced
+        for name in methods
+    ]
+    print(f"{len(work)} runs ({', '.join(methods)}; {seeds} seeds), {jobs} at a time, in {path}", file=sys.stderr)
+    if jobs == 1:
+        results = (_train_one(item, None) for item in work)
+        _report_progress(work, results)
+    else:
+        _run_pool(work, jobs, max(1, cores // jobs))
+    return path
+
+
+def _claim(path: Path, config: RunConfig, methods: Sequence[str], seeds: int, command: str) -> None:
+    mark = path / MARK
+    asked = {"config": to_dict(config), "methods": list(methods), "seeds": seeds, "command": command}
+    if mark.exists():
+        before = json.loads(mark.read_text(encoding="utf-8"))
+        if from_dict(before["config"]) != config:
+            raise ValueError(f"compare: {path} holds a comparison with another config; choose another --out")
+    elif path.exists() and any(path.iterdir()):
+        raise ValueError(f"compare: {path} is not empty and holds no comparison; choose another --out")
+    data = json.dumps(asked, indent=1).encode()
+    write_atomically(mark, lambda file: file.write(data))
+
+
+def _train_one(item: tuple[str, int, dict[str, Any], str], threads: int | None) -> dict[str, Any]:
+    """One run, in this process or in a worker; a finished one is read, an unfinished one continued."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _, _, values, path = item
+    config, folder = from_dict(values), RunFolder(path)
+    finished = folder.path / "result.json"
+    if finished.exists() and folder.read_config() == config:
+        return json.loads(finished.read_text(encoding="utf-8"))
+    return train_run(config, folder, resume=folder.exists(), quiet=True)
+
+
+def _run_pool(work: list[Any], jobs: int, threads: int) -> None:
+    context = multiprocessing.get_context("spawn")  # fork and a started OpenMP pool do not go together
+    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(work)), mp_context=context) as pool:
+
+        def stop(number: int, frame: Any) -> None:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()  # a run saves and ends on SIGTERM
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            futures = [pool.submit(_train_one, item, threads) for item in work]
+            _report_progress(work, (future.result() for future in futures))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _report_progress(work: Sequence[Any], results: Any) -> None:
+    for number, ((name, seed, _, path), result) in enumerate(zip(work, results, strict=True), 1):
+        if result["stopped_by"] is not None:
+            raise KeyboardInterrupt(f"{path} was stopped by {result['stopped_by']}")
+        print(
+            f"[{number}/{len(work)}] {LABELS[name]}, seed {seed}: test top-1 {100 * result['test_top1']:.2f} %",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def read_comparison(path: Path) -> list[tuple[Path, str]]:
+    """(run folder, label) of every finished run of a comparison, method by method; empty for any other folder."""
+    mark = Path(path) / MARK
+    if not mark.exists():
+        return []
+    asked = json.loads(mark.read_text(encoding="utf-8"))
+    runs = [(Path(path) / f"{m}-seed{s}", LABELS[m]) for m in asked["methods"] for s in range(asked["seeds"])]
+    return [(folder, label) for folder, label in runs if (folder / "result.json").exists()]
