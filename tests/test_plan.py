@@ -18,18 +18,14 @@ FROZEN_1000 = [2, 3, 4, 0, 10, 7, 9, 8, 1, 5, 11, 6]
 
 
 def configurations():
-    for half, world, drop_last, shuffle in itertools.product(
-        (1, 2, 3), (1, 2, 3), (True, False), (True, False)
-    ):
+    for half, world, drop_last, shuffle in itertools.product((1, 2, 3), (1, 2, 3), (True, False), (True, False)):
         rows = half * world
         for length in range(rows, 5 * rows + 2):
             yield length, half, world, drop_last, shuffle
 
 
 def make(length, half, world, drop_last, shuffle, seed=3):
-    return OverlapPlan(
-        length, half, shuffle=shuffle, seed=seed, world_size=world, drop_last=drop_last
-    )
+    return OverlapPlan(length, half, shuffle=shuffle, seed=seed, world_size=world, drop_last=drop_last)
 
 
 def expected_halves(length, rows, drop_last):
@@ -49,14 +45,10 @@ def test_every_epoch_covers_what_it_must_with_equal_rows_on_all_ranks():
                 sizes = {len(share) for share in shares}
                 assert sizes == {plan.rows_of(index)}, config
                 last = index == plan.halves_per_epoch - 1
-                assert sizes == {half} or (
-                    last and not drop_last and 1 <= sizes.copy().pop() < half
-                ), config
+                assert sizes == {half} or (last and not drop_last and 1 <= sizes.copy().pop() < half), config
                 joined = np.concatenate(shares)
                 whole = plan.global_half(epoch, index)
-                assert joined[: len(whole)].tolist() == whole.tolist(), (
-                    config
-                )  # rank order, wrapping only at the end
+                assert joined[: len(whole)].tolist() == whole.tolist(), config  # rank order, wrapping only at the end
                 assert all(len(set(share.tolist())) == len(share) for share in shares), config
                 seen.update(joined.tolist())
             extra = seen.total() - len(seen)
@@ -113,7 +105,7 @@ def test_half_is_pure_whatever_was_asked_before():
 
 
 def test_a_swap_really_happens_and_changes_nothing_else():
-    """With three halves of a small set most boundaries collide; only the traded places may differ from the raw order."""
+    """With three halves of a small set most boundaries collide; only traded places may differ from the raw order."""
     swapped = 0
     for seed in range(50):
         plan = OverlapPlan(13, 4, seed=seed)
@@ -132,9 +124,7 @@ def test_shuffling_is_uniform_enough_and_differs_by_epoch_and_seed():
     orders = {OverlapPlan(20, 2, seed=s).order(e).tobytes() for s in range(10) for e in range(10)}
     assert len(orders) == 100
     places = np.array([np.argsort(OverlapPlan(6, 1, seed=s).order(3)) for s in range(3000)])
-    assert (
-        np.abs(places.mean(axis=0) - 2.5).max() < 0.15
-    )  # 6 standard errors of a uniform place is 0.19
+    assert np.abs(places.mean(axis=0) - 2.5).max() < 0.15  # 6 standard errors of a uniform place is 0.19
     counts = np.array([(places[:, 0] == p).mean() for p in range(6)])
     assert np.abs(counts - 1 / 6).max() < 0.04
 
@@ -143,8 +133,7 @@ def test_drop_last_leaves_out_other_samples_each_epoch():
     for length in (11, 15, 27):  # two halves (fixed split) and more
         plan = OverlapPlan(length, 5)
         dropped = [
-            frozenset(range(length))
-            - {i for k in range(plan.halves_per_epoch) for i in plan.half(e, k).tolist()}
+            frozenset(range(length)) - {i for k in range(plan.halves_per_epoch) for i in plan.half(e, k).tolist()}
             for e in range(30)
         ]
         assert all(len(d) == length % 5 for d in dropped)

@@ -30,9 +30,7 @@ EPOCHS = 3
 def configurations():
     for half, world, drop_last in itertools.product((1, 2, 3), (1, 2, 3), (True, False)):
         rows = half * world
-        for length in sorted(
-            {rows, rows + 1, 2 * rows, 2 * rows + 1, 3 * rows - 1, 3 * rows, 4 * rows + 1}
-        ):
+        for length in sorted({rows, rows + 1, 2 * rows, 2 * rows + 1, 3 * rows - 1, 3 * rows, 4 * rows + 1}):
             yield {"length": length, "half": half, "world_size": world, "drop_last": drop_last}
 
 
@@ -90,9 +88,7 @@ def test_each_sample_is_used_exactly_twice_in_two_consecutive_steps_on_one_rank(
         for epoch in range(EPOCHS):
             drawn = {sample for e, sample in uses if e == epoch}
             rows = config["half"] * config["world_size"]
-            assert len(drawn) == (
-                config["length"] // rows * rows if config["drop_last"] else config["length"]
-            )
+            assert len(drawn) == (config["length"] // rows * rows if config["drop_last"] else config["length"])
 
 
 def test_all_ranks_take_the_same_steps_and_rows():
@@ -158,16 +154,11 @@ def test_state_is_constant_size_and_flat():
 
 def test_another_world_size_continues_the_same_global_order():
     def global_order(world, half, state, count):
-        samplers = [
-            OverlapBatchSampler(50, 2 * half, seed=1, rank=r, world_size=world)
-            for r in range(world)
-        ]
+        samplers = [OverlapBatchSampler(50, 2 * half, seed=1, rank=r, world_size=world) for r in range(world)]
         for sampler in samplers:
             if state:
                 sampler.load_state_dict(state)
-        steps = zip(
-            *(itertools.islice(itertools.chain(s, s), count) for s in samplers), strict=True
-        )
+        steps = zip(*(itertools.islice(itertools.chain(s, s), count) for s in samplers), strict=True)
         new = [[int(i) for batch in batches for i in batch if i.use == 0] for batches in steps]
         return new, samplers[0].state_dict()
 
@@ -213,7 +204,7 @@ def test_damaged_states():
         sampler.load_state_dict({**good, "step": 10})
     with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
         sampler.load_state_dict({**good, "epoch": -1})
-    with pytest.raises(TypeError, match="step must be an integer, got 1.5"):
+    with pytest.raises(TypeError, match=r"step must be an integer, got 1\.5"):
         sampler.load_state_dict({**good, "step": 1.5})
 
 
@@ -323,12 +314,8 @@ def test_ranks_come_from_torch_distributed(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
-    assert plain(OverlapBatchSampler(18, 4)) == plain(
-        OverlapBatchSampler(18, 4, rank=2, world_size=3)
-    )
-    assert plain(OverlapBatchSampler(18, 4, rank=0, world_size=1)) != plain(
-        OverlapBatchSampler(18, 4)
-    )
+    assert plain(OverlapBatchSampler(18, 4)) == plain(OverlapBatchSampler(18, 4, rank=2, world_size=3))
+    assert plain(OverlapBatchSampler(18, 4, rank=0, world_size=1)) != plain(OverlapBatchSampler(18, 4))
 
 
 def dataset(length=22):
@@ -340,9 +327,7 @@ def test_in_a_dataloader_with_exact_delivered_state(workers):
     whole = stream(OverlapBatchSampler(22, 4, drop_last=False, seed=1))
 
     def loader(sampler):
-        return DataLoader(
-            dataset(), batch_sampler=sampler, num_workers=workers, collate_fn=collate_overlap
-        )
+        return DataLoader(dataset(), batch_sampler=sampler, num_workers=workers, collate_fn=collate_overlap)
 
     def seen(batch):
         assert isinstance(batch, Batch) and torch.equal(batch.images, batch.ids * 10)
@@ -411,9 +396,7 @@ def test_sample_index_is_an_int_that_survives_pickling():
     index = SampleIndex(7, seed=1, epoch=2, use=1, step=4)
     again = pickle.loads(pickle.dumps(index))
     assert again == 7 and (again.seed, again.epoch, again.use, again.step) == (1, 2, 1, 4)
-    assert (
-        np.arange(10)[again] == 7 and torch.arange(10)[again] == 7 and list(range(10))[again] == 7
-    )
+    assert np.arange(10)[again] == 7 and torch.arange(10)[again] == 7 and list(range(10))[again] == 7
     assert again.rng().bits() == ViewRng(1, 2, 7, 1).bits()
 
 
@@ -436,9 +419,7 @@ def test_view_randomness_is_one_function_scalar_and_batched():
         one.skip(3)
     assert many.integer(7).tolist() == [one.integer(7) for one in ones]
     bounds = np.array([1, 2, 3, 2**32])
-    assert many.integer(bounds).tolist() == [
-        one.integer(int(b)) for one, b in zip(ones, bounds, strict=True)
-    ]
+    assert many.integer(bounds).tolist() == [one.integer(int(b)) for one, b in zip(ones, bounds, strict=True)]
     assert ViewRng(0, 0, 0, 0).bits() == 0xE0C59F572EACB49A  # the same for ever, on any platform
 
 
@@ -449,7 +430,7 @@ def test_views_differ_in_each_key_and_look_uniform():
     assert len(firsts) == 5
     rngs = ViewRngs(0, 0, np.arange(20_000), 0)
     values = rngs.uniform()
-    assert 0 <= values.min() and values.max() < 1 and abs(values.mean() - 0.5) < 0.01
+    assert values.min() >= 0 and values.max() < 1 and abs(values.mean() - 0.5) < 0.01
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
     assert abs(np.corrcoef(values, rngs.uniform())[0, 1]) < 0.03
     other = ViewRngs(0, 0, np.arange(20_000), 1).uniform()

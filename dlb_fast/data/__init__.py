@@ -6,19 +6,71 @@ before, in the same order; sample ids let the other side check it.
 
 from __future__ import annotations
 
+from dlb_fast.data.arrays import ArrayDataset, cifar, digits, stratified_split, synthetic
+from dlb_fast.data.augment import (
+    NORMALISATION,
+    CenterCrop,
+    Compose,
+    Cutout,
+    Flip,
+    PadCrop,
+    RandomResizedCrop,
+    Resize,
+    eval_transform,
+    train_transform,
+)
 from dlb_fast.data.batch import Batch
+from dlb_fast.data.datasets import MapDataset, open_dataset, resident, subset, with_label_noise
+from dlb_fast.data.errors import DecodeError, LoaderTimeout, SampleError
+from dlb_fast.data.evaluation import EvalLoader
+from dlb_fast.data.files import ImageFolder, ListFile, TarShards, TinyImageNet
+from dlb_fast.data.overlap_loader import OverlapLoader
 from dlb_fast.data.plan import OverlapPlan
+from dlb_fast.data.resident import ResidentLoader
 from dlb_fast.data.sampler import IndexedDataset, OverlapBatchSampler, SampleIndex, collate_overlap
+from dlb_fast.data.two_views import TwoViews, pair_halves
 from dlb_fast.data.view_rng import ViewRng, ViewRngs, view_key
 
 __all__ = [
+    "NORMALISATION",
+    "ArrayDataset",
     "Batch",
+    "CenterCrop",
+    "Compose",
+    "Cutout",
+    "DecodeError",
+    "EvalLoader",
+    "Flip",
+    "ImageFolder",
     "IndexedDataset",
+    "ListFile",
+    "LoaderTimeout",
+    "MapDataset",
     "OverlapBatchSampler",
+    "OverlapLoader",
     "OverlapPlan",
+    "PadCrop",
+    "RandomResizedCrop",
+    "ResidentLoader",
+    "Resize",
+    "SampleError",
     "SampleIndex",
+    "TarShards",
+    "TinyImageNet",
+    "TwoViews",
     "ViewRng",
     "ViewRngs",
+    "cifar",
     "collate_overlap",
+    "digits",
+    "eval_transform",
+    "open_dataset",
+    "pair_halves",
+    "resident",
+    "stratified_split",
+    "subset",
+    "synthetic",
+    "train_transform",
     "view_key",
+    "with_label_noise",
 ]

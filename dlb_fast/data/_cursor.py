@@ -2,11 +2,11 @@
 
 The rules, once for all of them:
 
-- `(epoch, step)` names the next batch to deliver; after an epoch's last batch it is `(epoch + 1, 0)` at once, so a state
-  saved exactly at an epoch's end resumes into the next epoch and never into an empty one.
+- `(epoch, step)` names the next batch to deliver; after an epoch's last batch it is `(epoch + 1, 0)` at once, so a
+  state saved exactly at an epoch's end resumes into the next epoch and never into an empty one.
 - A position is absolute, two counters, O(1): loading is exact however often a run was resumed before.
-- One iteration delivers the rest of one epoch. An iteration that was left early starts again where it began (as with any
-  DataLoader: looking at one batch first costs nothing), while `state_dict` still tells what was delivered.
+- One iteration delivers the rest of one epoch. An iteration that was left early starts again where it began (as with
+  any DataLoader: looking at one batch first costs nothing), while `state_dict` still tells what was delivered.
 - A newer iteration, `set_epoch` to another epoch or a loaded state makes an older iteration stale: it raises.
 """
 
@@ -128,15 +128,11 @@ class Cursor:
     def _read_state(self, state: Mapping[str, Any]) -> tuple[int, int]:
         name = f"{self._owner}.load_state_dict"
         if not isinstance(state, Mapping):
-            raise TypeError(
-                f"{name}: expected the dict state_dict() returned, got {type(state).__name__}"
-            )
+            raise TypeError(f"{name}: expected the dict state_dict() returned, got {type(state).__name__}")
         needed = {"version", "epoch", "step", "half", "world_size", *self._identity()}
         missing = sorted(needed - set(state))
         if missing:
-            raise ValueError(
-                f"{name}: the state lacks {missing}; was it saved by another kind of loader?"
-            )
+            raise ValueError(f"{name}: the state lacks {missing}; was it saved by another kind of loader?")
         if state["version"] != STATE_VERSION:
             raise ValueError(
                 f"{name}: version {state['version']!r} was saved, this release reads version {STATE_VERSION}"
@@ -147,9 +143,7 @@ class Cursor:
                     f"{name}: {key} was {state[key]!r} when the state was saved and is {here!r} here; "
                     "continue with the same data and options, or start a new run"
                 )
-        saved_rows = as_int(state["half"], name, "half", 1) * as_int(
-            state["world_size"], name, "world_size", 1
-        )
+        saved_rows = as_int(state["half"], name, "half", 1) * as_int(state["world_size"], name, "world_size", 1)
         if saved_rows != self.plan.global_rows:
             raise ValueError(
                 f"{name}: half * world_size was {state['half']} * {state['world_size']} = {saved_rows} when the state "
@@ -161,9 +155,7 @@ class Cursor:
             as_int(state["step"], name, "step", 0),
         )
         if step >= self.plan.halves_per_epoch:
-            raise ValueError(
-                f"{name}: step {step} is beyond the {self.plan.halves_per_epoch} steps of an epoch"
-            )
+            raise ValueError(f"{name}: step {step} is beyond the {self.plan.halves_per_epoch} steps of an epoch")
         return epoch, step
 
     def _after_delivered(self, delivered: int) -> tuple[int, int]:

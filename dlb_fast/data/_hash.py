@@ -24,6 +24,7 @@ SPLIT = 0x73706C6974
 NOISE = 0x6E6F697365
 SUBSET = 0x737562736574
 SYNTHETIC = 0x73796E7468
+FLIP = 0x666C6970
 
 U64 = NDArray[np.uint64]
 
@@ -57,9 +58,7 @@ def mix_array(z: U64) -> U64:
 
 def fold_array(key: int | U64, field: NDArray[np.int64] | U64) -> U64:
     """`fold` on arrays: element i is `fold(key[i] or key, field[i])`."""
-    absorbed = np.asarray(field).astype(np.uint64) ^ (
-        np.uint64(key) if isinstance(key, int) else key
-    )
+    absorbed = np.asarray(field).astype(np.uint64) ^ (np.uint64(key) if isinstance(key, int) else key)
     return mix_array(absorbed + np.uint64(GOLDEN))
 
 

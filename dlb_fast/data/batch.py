@@ -60,9 +60,7 @@ class Batch:
         return self._with(torch.Tensor.pin_memory)
 
     def _with(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return replace(
-            self, images=move(self.images), targets=move(self.targets), ids=move(self.ids)
-        )
+        return replace(self, images=move(self.images), targets=move(self.targets), ids=move(self.ids))
 
     def __repr__(self) -> str:
         shown = ", ".join(

@@ -1,19 +1,21 @@
 """The index plan every loader of this room follows: which samples are new in which step, on which rank.
 
-Training with the last mini-batch needs batches `[new half of the step before | new half of this step]`. What is planned,
-shuffled and sharded is therefore the *half*: a rank that draws a sample keeps it for both of its uses, every rank takes
-the same number of steps, and each sample that an epoch keeps is seen exactly twice, in two consecutive steps.
+Training with the last mini-batch needs batches `[new half of the step before | new half of this step]`. What is
+planned, shuffled and sharded is therefore the *half*: a rank that draws a sample keeps it for both of its uses, every
+rank takes the same number of steps, and each sample that an epoch keeps is seen exactly twice, in two consecutive
+steps.
 
-Halves run on across epochs: the last half of epoch e is the old half of the first batch of epoch e + 1. So that no batch
-holds a sample twice, a sample of that last half may not be in the first half of epoch e + 1. How this is kept without
-walking through all the epochs before (`half` is a pure function) depends on the number of halves in an epoch:
+Halves run on across epochs: the last half of epoch e is the old half of the first batch of epoch e + 1. So that no
+batch holds a sample twice, a sample of that last half may not be in the first half of epoch e + 1. How this is kept
+without walking through all the epochs before (`half` is a pure function) depends on the number of halves in an epoch:
 
 - three or more: an offending entry of the first half trades places with the first later entry of the same permutation
   that is not in the last half of e either. Entries of the last half never take part, so the last half of an epoch is
   always that of its raw permutation, and the rule looks back one epoch only. There is always such an entry.
 - two: a batch then holds (nearly) the whole set, and the sets of the two halves are forced: an epoch's first half can
-  only be what the last half before it left over. One split of the set, drawn from the seed, serves all epochs; the order
-  inside the halves (hence the ranks' shares, and with `drop_last` which surplus samples are dropped) is new each epoch.
+  only be what the last half before it left over. One split of the set, drawn from the seed, serves all epochs; the
+  order inside the halves (hence the ranks' shares, and with `drop_last` which surplus samples are dropped) is new
+  each epoch.
 - one: impossible with fewer samples than two halves. A batch may hold a sample twice, as an old and as a new row, drawn
   in different epochs and hence augmented differently.
 """
@@ -30,18 +32,14 @@ from numpy.typing import NDArray
 from dlb_fast.data import _hash
 
 Ids = NDArray[np.int64]
-_CACHED_EPOCHS = (
-    3  # the running one, the one before its boundary, the one a prefetcher has already entered
-)
+_CACHED_EPOCHS = 3  # the running one, the one before its boundary, the one a prefetcher has already entered
 
 
 def as_int(value: object, operation: str, name: str, minimum: int) -> int:
     """`value` as a plain int; bools, floats and values below `minimum` raise naming operation and argument."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(
-            f"{operation}: {name} must be an integer, got {value!r} ({type(value).__name__})"
-        )
-    number = operator.index(value)  # type: ignore[arg-type]
+        raise TypeError(f"{operation}: {name} must be an integer, got {value!r} ({type(value).__name__})")
+    number = operator.index(value)
     if number < minimum:
         raise ValueError(f"{operation}: {name} must be at least {minimum}, got {number}")
     return number
@@ -50,18 +48,16 @@ def as_int(value: object, operation: str, name: str, minimum: int) -> int:
 def as_bool(value: object, operation: str, name: str) -> bool:
     """`value` as a plain bool; anything but True and False raises (a string "False" would be true)."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(
-            f"{operation}: {name} must be True or False, got {value!r} ({type(value).__name__})"
-        )
+        raise TypeError(f"{operation}: {name} must be True or False, got {value!r} ({type(value).__name__})")
     return bool(value)
 
 
 class OverlapPlan:
     """Which sample ids form which half: a pure function of (seed, epoch, index, rank), knowing nothing of images.
 
-    The global half `index` of an epoch is `half * world_size` consecutive entries of the epoch's permutation; rank r owns
-    rows `[r * half, (r + 1) * half)` of it. Batch i of an epoch is `[half i-1 | half i]`; before half 0 of epoch e comes
-    the last half of epoch e - 1, and before half 0 of epoch 0 nothing.
+    The global half `index` of an epoch is `half * world_size` consecutive entries of the epoch's permutation; rank r
+    owns rows `[r * half, (r + 1) * half)` of it. Batch i of an epoch is `[half i-1 | half i]`; before half 0 of epoch
+    e comes the last half of epoch e - 1, and before half 0 of epoch 0 nothing.
 
     Args:
         length: number of samples N, at least `half * world_size`.
@@ -110,9 +106,7 @@ class OverlapPlan:
         full, rest = divmod(self.length, self.global_rows)
         short = rest > 0 and not self.drop_last
         self._halves = full + short
-        self._last_rows = (
-            rest if short else self.global_rows
-        )  # samples of an epoch's last global half, unpadded
+        self._last_rows = rest if short else self.global_rows  # samples of an epoch's last global half, unpadded
         self._kept = full * self.global_rows if self.drop_last else self.length
         self._orders: OrderedDict[int, Ids] = OrderedDict()
         self._lock = threading.Lock()  # loader threads share one plan
@@ -148,9 +142,7 @@ class OverlapPlan:
         """Sample ids (rows_of(index),) int64 of one half on one rank; a fresh array."""
         as_int(rank, "OverlapPlan.half", "rank", 0)
         if rank >= self.world_size:
-            raise ValueError(
-                f"OverlapPlan.half: rank must be below world_size = {self.world_size}, got {rank}"
-            )
+            raise ValueError(f"OverlapPlan.half: rank must be below world_size = {self.world_size}, got {rank}")
         ids = self.global_half(epoch, index)
         rows = self.rows_of(index)
         return ids[np.arange(rank * rows, (rank + 1) * rows) % len(ids)]
@@ -198,9 +190,7 @@ class OverlapPlan:
 
     def _last_of_raw(self, epoch: int) -> Ids:
         with self._lock:
-            known = self._orders.get(
-                epoch
-            )  # equal to the raw one there: swaps never touch the last half
+            known = self._orders.get(epoch)  # equal to the raw one there: swaps never touch the last half
         order = self._raw_order(epoch) if known is None else known
         return order[self._kept - self._last_rows : self._kept]
 
@@ -220,9 +210,7 @@ class OverlapPlan:
     def _two_half_order(self, epoch: int) -> Ids:
         split = _hash.permutation(_hash.key_of(self.seed, _hash.SPLIT), self.length)
         surplus = self.length - self.global_rows - self._last_rows
-        cut = (
-            self.global_rows + surplus // 2
-        )  # both sides share the samples that drop_last leaves out
+        cut = self.global_rows + surplus // 2  # both sides share the samples that drop_last leaves out
         raw = self._raw_order(epoch)
         in_first = np.zeros(self.length, dtype=bool)
         in_first[split[:cut]] = True

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 class SampleIndex(int):
-    """A sample id that says which of its two uses this is: an `int` for any dataset, with `seed`, `epoch`, `use`, `step`.
+    """A sample id that says which of its two uses this is: an `int` for any dataset, with `seed`, `epoch`, `use`,
+    `step`.
 
-    `epoch` is the one the sample was drawn in, `use` 0 for a new row and 1 for a repeated one, `step` that of its batch.
+    `epoch` is the one the sample was drawn in, `use` 0 for a new row and 1 for a repeated one, `step` that of its
+    batch.
     """
 
     seed: int
@@ -30,9 +32,7 @@ class SampleIndex(int):
     use: int
     step: int
 
-    def __new__(
-        cls, sample: int, seed: int = 0, epoch: int = 0, use: int = 0, step: int = 0
-    ) -> Self:
+    def __new__(cls, sample: int, seed: int = 0, epoch: int = 0, use: int = 0, step: int = 0) -> Self:
         self = super().__new__(cls, sample)
         self.seed, self.epoch, self.use, self.step = seed, epoch, use, step
         return self
@@ -47,19 +47,20 @@ class OverlapBatchSampler(Sampler[list[int]]):
 
     Iterating once gives one epoch (the carried half included) and moves on to the next epoch by itself. Each sample an
     epoch keeps is seen exactly twice, in two consecutive steps, on one rank; the very first batch of epoch 0 has no old
-    half. Every rank takes the same number of steps with the same number of rows. The rules of shuffling, sharding and of
-    the epochs' boundaries are `OverlapPlan`'s.
+    half. Every rank takes the same number of steps with the same number of rows. The rules of shuffling, sharding and
+    of the epochs' boundaries are `OverlapPlan`'s.
 
-    Works with any `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. **A map-style dataset is then asked twice for
-    every sample, so each image is decoded twice**; `OverlapLoader` decodes once, and `TwoViews` is the official scheme.
+    Works with any `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. **A map-style dataset is then asked
+    twice for every sample, so each image is decoded twice**; `OverlapLoader` decodes once, and `TwoViews` is the
+    official scheme.
 
-    The indices are `SampleIndex` (ints that know epoch and use). `IndexedDataset` with `collate_overlap` turns them into
-    `Batch` with ids and `num_old`; without these, `num_old(epoch, step)` tells the number of repeated rows.
+    The indices are `SampleIndex` (ints that know epoch and use). `IndexedDataset` with `collate_overlap` turns them
+    into `Batch` with ids and `num_old`; without these, `num_old(epoch, step)` tells the number of repeated rows.
 
-    A DataLoader with workers draws batches ahead of those it delivers, so `state_dict()` alone would skip the ones under
-    way. Exact ways to save: `state_dict(delivered=k)`, k the number of batches received since this iteration began;
-    or `for batch in sampler.track(loader)`, after which plain `state_dict()` counts delivered batches. torchdata's
-    `StatefulDataLoader` keeps snapshots of this sampler by itself.
+    A DataLoader with workers draws batches ahead of those it delivers, so `state_dict()` alone would skip the ones
+    under way. Exact ways to save: `state_dict(delivered=k)`, k the number of batches received since this iteration
+    began; or `for batch in sampler.track(loader)`, after which plain `state_dict()` counts delivered batches.
+    torchdata's `StatefulDataLoader` keeps snapshots of this sampler by itself.
 
     Args:
         data_source_or_len: number of samples, or anything that has a length.
@@ -93,20 +94,14 @@ class OverlapBatchSampler(Sampler[list[int]]):
         drop_last: bool = True,
     ) -> None:
         name = "OverlapBatchSampler"
-        length = (
-            len(data_source_or_len) if isinstance(data_source_or_len, Sized) else data_source_or_len
-        )
+        length = len(data_source_or_len) if isinstance(data_source_or_len, Sized) else data_source_or_len
         length = as_int(length, name, "data_source_or_len", 0)
         half = half_of(name, batch_size)
         self.rank, world_size = resolve_ranks(name, rank, world_size)
-        self.plan = OverlapPlan(
-            length, half, shuffle=shuffle, seed=seed, world_size=world_size, drop_last=drop_last
-        )
+        self.plan = OverlapPlan(length, half, shuffle=shuffle, seed=seed, world_size=world_size, drop_last=drop_last)
         self.batch_size = 2 * half
         self._cursor = Cursor(self.plan, name)
-        self._delivered: int | None = (
-            None  # batches handed out by `track`; None where nobody counts
-        )
+        self._delivered: int | None = None  # batches handed out by `track`; None where nobody counts
 
     def __len__(self) -> int:
         """Steps per epoch, equal on all ranks."""
@@ -200,9 +195,7 @@ class IndexedDataset(Dataset[tuple[Any, Any, int]]):
         ('image', 1, 0)
     """
 
-    def __init__(
-        self, dataset: Any, transform: Callable[[Any, ViewRng], Any] | None = None
-    ) -> None:
+    def __init__(self, dataset: Any, transform: Callable[[Any, ViewRng], Any] | None = None) -> None:
         self.dataset = dataset
         self.transform = transform
 

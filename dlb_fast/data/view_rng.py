@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 from dlb_fast.data import _hash
 
 _TO_UNIT = 2.0**-24  # 24 bits: exact in float32 and float64 alike
-_FIRST_USE, _SECOND_USE = 0, 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -47,9 +46,10 @@ class ViewRng:
         True
     """
 
-    __slots__ = ("counter", "key")
+    __slots__ = ("counter", "epoch", "key", "sample", "seed", "use")
 
     def __init__(self, seed: int, epoch: int, sample: int, use: int) -> None:
+        self.seed, self.epoch, self.sample, self.use = seed, epoch, sample, use
         self.key = view_key(seed, epoch, sample, use)
         self.counter = 0
 
@@ -87,18 +87,15 @@ class ViewRngs:
         epochs, samples, uses: integers or (n,) integer arrays, broadcast against each other; see `view_key`.
     """
 
-    __slots__ = ("counter", "keys")
+    __slots__ = ("counter", "epochs", "keys", "samples", "seed", "uses")
 
     def __init__(self, seed: int, epochs: ArrayLike, samples: ArrayLike, uses: ArrayLike) -> None:
-        epoch, sample, use = np.broadcast_arrays(
-            *(np.asarray(a, dtype=np.int64) for a in (epochs, samples, uses))
-        )
+        epoch, sample, use = np.broadcast_arrays(*(np.asarray(a, dtype=np.int64) for a in (epochs, samples, uses)))
+        self.seed, self.epochs, self.samples, self.uses = seed, epoch, sample, use
         self.keys = np.empty(sample.shape, dtype=np.uint64)
         for one in np.unique(epoch):  # one or two epochs in a batch
             rows = epoch == one
-            self.keys[rows] = _hash.fold_array(
-                _epoch_key(seed, int(one)), 2 * sample[rows] + use[rows]
-            )
+            self.keys[rows] = _hash.fold_array(_epoch_key(seed, int(one)), 2 * sample[rows] + use[rows])
         self.counter = 0
 
     def __len__(self) -> int:

@@ -1,0 +1,300 @@
+"""The `--data KIND[:PATH]` parser, and what can be done to any dataset: subset, label noise, loading into memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dlb_fast.data import _hash
+from dlb_fast.data.arrays import (
+    _SYNTHETIC_DEFAULT,
+    CIFAR10_CLASSES,
+    ArrayDataset,
+    check_split,
+    cifar,
+    digits,
+    stratified_split,
+    synthetic,
+)
+from dlb_fast.data.augment import Transform
+from dlb_fast.data.files import ImageFolder, ListFile, TarShards, TinyImageNet
+from dlb_fast.data.plan import as_int
+from dlb_fast.data.source import as_image
+from dlb_fast.data.view_rng import ViewRng
+
+_LOG = logging.getLogger("dlb_fast.data")
+_KINDS = (
+    "digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, tinyimagenet:PATH, list:FILE, tar:PATH, "
+    "synthetic[:N,C,SIZE]"
+)
+_HELD_OUT = 0.1  # share of each class that is the test set of a folder without one
+_VALIDATION = ("val", "valid", "validation", "test")
+# The confusions of Patrini et al., CVPR 2017, for CIFAR-10: truck, bird, deer, cat, dog.
+_CIFAR10_CONFUSED = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
+
+
+def open_dataset(kind: str, split: str = "train", *, seed: int = 0) -> Any:
+    """The dataset that `--data KIND[:PATH]` names.
+
+    Args:
+        kind: digits | cifar10:PATH | cifar100:PATH | imagefolder:PATH | tinyimagenet:PATH | list:FILE | tar:PATH |
+            synthetic[:N,C,SIZE] (N training images of C classes, SIZE pixels square).
+        split: "train" or "test". An imagefolder with `train` and one of val, valid, validation, test inside has these.
+            Of any other imagefolder, list or tar a tenth of every class, drawn from `seed`, is held out as the test
+            set, and a log line says so.
+        seed: of the splits that are drawn, and of synthetic images.
+
+    Returns:
+        Something with `__len__`, `classes`, `num_classes`, `targets` and either `images` (N, c, h, w) uint8 or
+        `read(i)`.
+
+    Raises:
+        ValueError: an unknown kind or a path that is missing or not wanted. FileNotFoundError: nothing there.
+
+    Example:
+        >>> dataset = open_dataset("synthetic:20,2,8", "test")
+        >>> len(dataset), dataset.num_classes, tuple(dataset.images.shape)
+        (5, 2, (5, 3, 8, 8))
+    """
+    if not isinstance(kind, str):
+        raise TypeError(f"open_dataset: expected a string KIND[:PATH], got {kind!r}")
+    name, _, path = kind.partition(":")
+    check_split("open_dataset", split)
+    if name == "digits":
+        if path:
+            raise ValueError(f"open_dataset: digits takes no path (scikit-learn ships the images), got {kind!r}")
+        return digits(split, seed=seed)
+    if name == "synthetic":
+        return synthetic(split, **_synthetic_sizes(kind, path), seed=seed)
+    openers: dict[str, Callable[[], Any]] = {
+        "cifar10": lambda: cifar(path, 10, split),
+        "cifar100": lambda: cifar(path, 100, split),
+        "imagefolder": lambda: _folder(Path(path), split, seed),
+        "tinyimagenet": lambda: TinyImageNet(path, split),
+        "list": lambda: _held_out(ListFile(path), split, seed),
+        "tar": lambda: _held_out(TarShards(path), split, seed),
+    }
+    if name not in openers:
+        raise ValueError(f"open_dataset: unknown kind {name!r} in {kind!r}; expected one of {_KINDS}")
+    if not path:
+        raise ValueError(f"open_dataset: {name} needs a path, as in {name}:/data/{name}; got {kind!r}")
+    return openers[name]()
+
+
+def _synthetic_sizes(kind: str, path: str) -> dict[str, int]:
+    sizes = list(_SYNTHETIC_DEFAULT)
+    given = path.split(",") if path else []
+    try:
+        numbers = [int(part) for part in given]
+    except ValueError:
+        numbers = []
+    if len(given) > 3 or len(numbers) != len(given):
+        raise ValueError(f"open_dataset: expected synthetic[:N[,C[,SIZE]]] with integers, got {kind!r}")
+    sizes[: len(numbers)] = numbers
+    return dict(zip(("length", "num_classes", "size"), sizes, strict=True))
+
+
+def _folder(root: Path, split: str, seed: int) -> Any:
+    held = [name for name in _VALIDATION if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not held:
+        return _held_out(ImageFolder(root / "train" if (root / "train").is_dir() else root), split, seed)
+    train = ImageFolder(root / "train")
+    return train if split == "train" else ImageFolder(root / held[0], classes=train.classes)
+
+
+def _held_out(dataset: Any, split: str, seed: int) -> Any:
+    train, test = stratified_split(dataset.targets, _HELD_OUT, seed)
+    if len(test) == 0:
+        raise ValueError(f"open_dataset: {dataset!r} has no class with two images, so there is nothing to hold out")
+    _LOG.info(
+        "%s has no test set: a stratified tenth (%d of %d) is held out",
+        dataset.root,
+        len(test),
+        len(dataset),
+    )
+    return dataset.select(train if split == "train" else test)
+
+
+def subset(dataset: Any, per_class: int, seed: int = 0) -> Any:
+    """The same dataset with only `per_class` samples of every class, drawn from the seed.
+
+    A larger `per_class` keeps the samples of a smaller one. Sample ids count anew from 0.
+
+    Raises:
+        ValueError: a class has fewer samples, naming it.
+    """
+    per_class = as_int(per_class, "subset", "per_class", 1)
+    targets = np.asarray(dataset.targets)
+    chosen = []
+    for label in range(dataset.num_classes):
+        members = np.flatnonzero(targets == label)
+        if len(members) < per_class:
+            raise ValueError(
+                f"subset: class {dataset.classes[label]!r} has {len(members)} samples; "
+                f"per_class={per_class} needs more, use a smaller one"
+            )
+        order = _hash.permutation(_hash.key_of(seed, _hash.SUBSET, label), len(members))
+        chosen.append(members[order[:per_class]])
+    indices = np.sort(np.concatenate(chosen))
+    result = dataset.select(indices)
+    if hasattr(dataset, "clean_targets"):
+        result.clean_targets = dataset.clean_targets[indices]
+    return result
+
+
+def with_label_noise(
+    dataset: Any,
+    rate: float,
+    kind: str = "symmetric",
+    seed: int = 0,
+    *,
+    mapping: Mapping[int, int] | None = None,
+) -> Any:
+    """The same dataset with wrong labels in an exact share of the samples; the clean ones are kept as `clean_targets`.
+
+    Args:
+        dataset: with `targets` and `with_targets`. rate: in [0, 1].
+        kind: "symmetric": of all samples, `round(rate * N)` get another class, each other class alike. "asymmetric": of
+            every class that `mapping` names, `round(rate * n)` samples get the class it is confused with.
+        seed: which samples, and which classes.
+        mapping: class -> class, for "asymmetric". None: CIFAR-10's customary confusions (truck to automobile, bird to
+            airplane, deer to horse, cat and dog to each other) for a set with its class names, else every class to
+            the next.
+
+    Raises:
+        ValueError: a rate outside [0, 1], another kind, a single class, a mapping to itself or out of range.
+    """
+    name = "with_label_noise"
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name}: rate must be in [0, 1], got {rate}")
+    if kind not in ("symmetric", "asymmetric"):
+        raise ValueError(f'{name}: kind must be "symmetric" or "asymmetric", got {kind!r}')
+    if kind == "symmetric" and mapping is not None:
+        raise ValueError(f'{name}: mapping belongs to kind="asymmetric"')
+    classes = dataset.num_classes
+    if classes < 2:
+        raise ValueError(f"{name}: needs at least two classes, got {classes}")
+    clean: NDArray[np.int64] = np.array(dataset.targets, dtype=np.int64)
+    noisy = clean.copy()
+    if kind == "symmetric":
+        order = _hash.permutation(_hash.key_of(seed, _hash.NOISE, 0), len(clean))
+        wrong = order[: round(rate * len(clean))]
+        bits = _hash.fold_array(_hash.key_of(seed, _hash.NOISE, 1), wrong)
+        shift = ((bits >> np.uint64(32)) * np.uint64(classes - 1)) >> np.uint64(32)
+        noisy[wrong] = (clean[wrong] + 1 + shift.astype(np.int64)) % classes
+    else:
+        for label, other in _confusions(dataset, mapping).items():
+            members = np.flatnonzero(clean == label)
+            order = _hash.permutation(_hash.key_of(seed, _hash.NOISE, 2, label), len(members))
+            noisy[members[order[: round(rate * len(members))]]] = other
+    result = dataset.with_targets(noisy)
+    result.clean_targets = clean
+    return result
+
+
+def _confusions(dataset: Any, mapping: Mapping[int, int] | None) -> dict[int, int]:
+    classes = dataset.num_classes
+    if mapping is None:
+        if tuple(dataset.classes) == CIFAR10_CLASSES:
+            return dict(_CIFAR10_CONFUSED)
+        return {label: (label + 1) % classes for label in range(classes)}
+    for label, other in mapping.items():
+        if not (0 <= label < classes and 0 <= other < classes) or label == other:
+            raise ValueError(f"with_label_noise: mapping {label} -> {other} must join two classes in [0, {classes})")
+    return dict(mapping)
+
+
+class MapDataset:
+    """Any map-style dataset as one of ours: `load(dataset, i)` gives (image, target), called once per sample.
+
+    Args:
+        dataset: has `__len__` and whatever `load` uses.
+        load: None is `dataset[i]`. Images are tensors (c, h, w), or arrays or PIL images (h, w[, c]), uint8.
+        targets, classes: None takes the dataset's own attributes; without `targets` all samples are loaded once to
+            learn them, at the first use.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        load: Callable[[Any, int], tuple[Any, Any]] | None = None,
+        *,
+        targets: Any = None,
+        classes: list[str] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.load = load if load is not None else lambda data, index: data[index]
+        self._targets = targets if targets is not None else getattr(dataset, "targets", None)
+        self._classes = classes if classes is not None else getattr(dataset, "classes", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, target = self.load(self.dataset, index)
+        return as_image(image), int(target)
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """(N,) class indices."""
+        if self._targets is None:
+            self._targets = [int(self.load(self.dataset, index)[1]) for index in range(len(self))]
+        self._targets = np.asarray(self._targets, dtype=np.int64)
+        return self._targets
+
+    @property
+    def classes(self) -> list[str]:
+        """Names, or numbers where the dataset has no names."""
+        if self._classes is None:
+            self._classes = [str(c) for c in range(int(self.targets.max()) + 1)]
+        return list(self._classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+
+def resident(dataset: Any, transform: Transform | None = None, *, num_threads: int = 2) -> ArrayDataset:
+    """Load a dataset once into memory as uint8, so that `ResidentLoader` can serve it.
+
+    Args:
+        dataset: `dataset[i]` gives (uint8 image (c, h, w), target).
+        transform: a fixed transform that brings all images to one size, such as `eval_transform(64)`.
+        num_threads: that load and decode.
+
+    Raises:
+        ValueError: images of different sizes, naming the first two.
+    """
+    if hasattr(dataset, "images") and transform is None:
+        return ArrayDataset(dataset.images, dataset.targets, dataset.classes, getattr(dataset, "name", "array"))
+
+    def one(index: int) -> torch.Tensor:
+        image: torch.Tensor = dataset[index][0]
+        return image if transform is None else transform(image, ViewRng(0, 0, index, 0))
+
+    if len(dataset) == 0:
+        raise ValueError(f"resident: {dataset!r} has no samples")
+    first = one(0)
+    images = torch.empty((len(dataset), *first.shape), dtype=first.dtype)
+
+    def fill(index: int) -> None:
+        image = one(index)
+        if image.shape != first.shape:
+            raise ValueError(
+                f"resident: sample {index} has shape {tuple(image.shape)}, sample 0 has {tuple(first.shape)}; pass a "
+                "transform that brings all to one size, such as eval_transform(64)"
+            )
+        images[index] = image
+
+    with ThreadPoolExecutor(as_int(num_threads, "resident", "num_threads", 1)) as pool:
+        for _ in pool.map(fill, range(len(dataset))):
+            pass
+    return ArrayDataset(images, dataset.targets, dataset.classes, getattr(dataset, "name", "array"))

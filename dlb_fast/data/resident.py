@@ -1,0 +1,198 @@
+"""A set that fits on the device: uint8 images beside the model, batches by one gather, nothing decoded or copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from dlb_fast.data._cursor import Cursor
+from dlb_fast.data._ranks import half_of, resolve_ranks
+from dlb_fast.data.augment import Compose, PadCrop, Transform, has_batch, to_device, windows
+from dlb_fast.data.batch import Batch
+from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.plan import Ids, OverlapPlan
+from dlb_fast.data.view_rng import ViewRng, ViewRngs
+
+
+class ResidentLoader:
+    """Overlapping batches from images that live on the device; one iteration is one epoch and moves on by itself.
+
+    Rows `[0, num_old)` of a batch are the new rows of the batch before: simply indexed again, and augmented anew.
+    With the same transform the batches are those of `OverlapBatchSampler` and `OverlapLoader`, bit for bit.
+
+    Args:
+        dataset: has `images` (N, c, h, w) uint8 and `targets` (N,), tensors or arrays.
+        batch_size: rows the model sees on this rank: even; half of them are new.
+        transform: `transform(image, rng)`, or None. Those of `dlb_fast.data` run on the whole batch at once (a leading
+            `PadCrop` is one gather from a set that was padded once); any other callable is called per image.
+        device: where the set is kept and batches are made; None is the CPU.
+        seed, shuffle, drop_last, rank, world_size: as in `OverlapBatchSampler`.
+        mean, std: of images in [0, 1], per channel: `(x / 255 - mean) / std`; both None: `x / 255`.
+        dtype: of the images; torch.uint8 leaves pixels as they are. channels_last: their memory format.
+
+    Raises:
+        TypeError, ValueError: a set without uint8 images, targets that do not match, sizes as in `OverlapPlan`.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> digits = SimpleNamespace(images=torch.zeros(6, 1, 8, 8, dtype=torch.uint8), targets=torch.arange(6))
+        >>> [batch.ids.tolist() for batch in ResidentLoader(digits, 4, shuffle=False)]
+        [[0, 1], [0, 1, 2, 3], [2, 3, 4, 5]]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        transform: Transform | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+    ) -> None:
+        name = "ResidentLoader"
+        images, targets = resident_tensors(dataset, name)
+        self.half = half_of(name, batch_size)
+        self.batch_size = 2 * self.half
+        self.rank, world_size = resolve_ranks(name, rank, world_size)
+        self.plan = OverlapPlan(
+            len(images),
+            self.half,
+            shuffle=shuffle,
+            seed=seed,
+            world_size=world_size,
+            drop_last=drop_last,
+        )
+        self.device = torch.device("cpu" if device is None else device)
+        self._views = ResidentViews(
+            images.to(self.device),
+            transform,
+            Normalise(mean, std, dtype, channels_last=channels_last),
+        )
+        self._targets = targets.to(self.device)
+        self._cursor = Cursor(self.plan, name)
+
+    def __len__(self) -> int:
+        """Steps per epoch, equal on all ranks."""
+        return self.plan.halves_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        iteration = self._cursor.iterate()
+        while (position := iteration.peek()) is not None:
+            batch = self.make(*position)
+            iteration.advance()
+            yield batch
+
+    def make(self, epoch: int, step: int) -> Batch:
+        """Batch `step` of `epoch`: a pure function of its place."""
+        old, new = self.plan.batch(epoch, step, self.rank)
+        before = self.plan.before(epoch, step)
+        drawn = np.repeat(np.array([epoch if before is None else before[0], epoch]), [len(old), len(new)])
+        use = np.repeat(np.array([1, 0]), [len(old), len(new)])
+        host_ids = np.concatenate([old, new])
+        ids = to_device(host_ids, self.device)
+        images = self._views(host_ids, ids, ViewRngs(self.plan.seed, drawn, host_ids, use))
+        return Batch(images, self._targets[ids], ids, len(old), epoch, step)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next batch to deliver."""
+        return self._cursor.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start `epoch` from its first batch; nothing happens when it is the current one (so a resume stays exact)."""
+        self._cursor.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the delivered batches, O(1): a flat dict of ints and bools."""
+        return self._cursor.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved position; RuntimeError while an iteration is active, ValueError on any mismatch."""
+        self._cursor.load_state_dict(state)
+
+    def close(self) -> None:
+        """Nothing runs between batches, so there is nothing to stop; here for the loaders' common face."""
+
+    def __enter__(self) -> ResidentLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(images uint8 (N, c, h, w), targets int64 (N,)) of a dataset, checked."""
+    if not (hasattr(dataset, "images") and hasattr(dataset, "targets")):
+        raise TypeError(
+            f"{operation}: dataset needs `images` (N, c, h, w) uint8 and `targets` (N,), {type(dataset).__name__} has "
+            "not both; use OverlapLoader for files, or resident(dataset, ...) to load them once"
+        )
+    images, targets = torch.as_tensor(dataset.images), torch.as_tensor(dataset.targets)
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise TypeError(
+            f"{operation}: dataset.images must be uint8 (N, channels, height, width), got {images.dtype} "
+            f"{tuple(images.shape)}"
+        )
+    if targets.shape != (len(images),):
+        raise ValueError(
+            f"{operation}: dataset.targets must have shape ({len(images)},) like the images, got {tuple(targets.shape)}"
+        )
+    return images, targets.to(torch.int64)
+
+
+class ResidentViews:
+    """The views of a resident set: gather, transform, normalise.
+
+    Args:
+        images: (N, c, h, w) uint8 on the device.
+        transform: None, a transform with `batch`, or any callable.
+        normalise: cast and normalisation.
+    """
+
+    def __init__(self, images: torch.Tensor, transform: Transform | None, normalise: Normalise) -> None:
+        self._normalise = normalise
+        self._size = tuple(images.shape[2:])
+        steps: list[Any] = list(transform.transforms) if isinstance(transform, Compose) else [transform]
+        self._crop = steps.pop(0) if steps and type(steps[0]) is PadCrop else None
+        self._rest = Compose([step for step in steps if step is not None])
+        self._batched = has_batch(self._rest)
+        if self._crop is not None:
+            self._images = self._crop.pad(images)  # once; every crop is then a window of it
+        else:
+            self._images = images.permute(0, 2, 3, 1).contiguous()
+
+    def __call__(self, host_ids: Ids, ids: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
+        if self._crop is None:
+            views = self._images[ids].permute(0, 3, 1, 2)
+        else:
+            height, width = self._size
+            top, left = (to_device(place, ids.device) for place in self._crop.place(rngs, height, width))
+            views = windows(self._images, top, left, self._crop.output(height, width), ids)
+        if self._batched:
+            views = self._rest.batch(views, rngs)
+        else:
+            views = torch.stack([self._rest(view, self._rng(rngs, i)) for i, view in enumerate(views)])
+        return self._normalise(views.permute(0, 2, 3, 1).contiguous())
+
+    @staticmethod
+    def _rng(rngs: ViewRngs, row: int) -> ViewRng:
+        rng = ViewRng(rngs.seed, int(rngs.epochs[row]), int(rngs.samples[row]), int(rngs.uses[row]))
+        rng.skip(rngs.counter)
+        return rng
