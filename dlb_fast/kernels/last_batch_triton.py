@@ -1,0 +1,161 @@
+"""The ops ``last_batch``, ``last_batch_roll`` and ``scale_grad_`` in Triton (NVIDIA, AMD, and the interpreter).
+
+Launches: one; a second, small one before it only where the means divide by a count that takes too long to count in
+every program (``B > 4096``, or programs * B * bytes per row > 16 MiB, see ``launch``): 8 bytes per row and label.
+Bytes per logit of the batch, ``s`` per logit, half the rows taught: read s, write s, teacher read s/2, and in the
+rolling form write s/2: 2.5 s and 3 s. Above 16384 columns the row is read twice; the second pass runs backwards, so
+that it meets the end of the row in L2 (up to 4 s and 4.5 s where it does not). Without gradient: 1.5 s and 2 s.
+
+Everything is summed in a fixed order (no float atomics): results are bit-identical from run to run. Nothing is read
+back by the host; a launch can be captured in a CUDA graph. float64 logits are computed in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import compute_dtype
+from . import launch
+from .counting import count_kernel
+from .last_batch_kernel import CONSTANT, COUNT_HERE, COUNTED, MAX_PROGRAMS, last_batch_kernel
+from .scale_kernel import scale_kernel
+
+_NONE, _LOGITS, _VIRTUAL = 0, 1, 3
+_MEAN, _ROWS = 0, 2
+_PARTS = 6
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _rows(name: str, value: Tensor) -> Tensor:
+    """Rows of unit stride; any row stride."""
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"last_batch (triton): {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
+
+
+def _line(value: Tensor | None) -> Tensor | None:
+    """Labels, ids, masks and weights are read with unit stride."""
+    return None if value is None else value.contiguous()
+
+
+def last_batch(logits: Tensor, teacher: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, parts and gradient (see ``SCHEMAS``): the teacher (H, C) is only read."""
+    kind = options[-3] if teacher is not None and teacher.shape[0] > 0 else _NONE
+    kind = _VIRTUAL if options[-3] == _VIRTUAL else kind
+    return _run(logits, teacher, None, None, -1, options, kind)
+
+
+def last_batch_roll(
+    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, parts and gradient; the rows of ``buffer`` (S, C) teach, then the new rows of the batch replace them."""
+    if options[-3] != _LOGITS:
+        raise ValueError(f"last_batch_roll (triton): a buffer teaches by logits (teacher kind 1), got {options[-3]}")
+    if not (buffer.is_contiguous() and slots.is_contiguous()):
+        raise ValueError("last_batch_roll (triton): buffer and slots must be contiguous; make a new LogitBuffer")
+    return _run(logits, buffer, slots, ids, num_old, options, _LOGITS)
+
+
+def _run(
+    logits: Tensor, teacher: Tensor | None, slots: Tensor | None, ids: Tensor | None, num_old: int, options: Any, kind: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    (
+        target, target_b, lam, weight, kd_mask, alpha_t, tau_t, alpha, tau, ce_weight, ce_alpha,
+        smoothing, z_loss, correct_share, ignore_index, _, reduction, need_grad,
+    ) = options  # fmt: skip
+    logits = _rows("logits", logits)
+    batch, classes = logits.shape
+    compute, device, roll = compute_dtype(logits.dtype), logits.device, slots is not None
+    by_row = reduction == _ROWS
+    loss = torch.empty((batch,) if by_row else (), dtype=compute, device=device)
+    parts = torch.empty(_PARTS, dtype=compute, device=device)
+    grad = torch.empty((batch if need_grad else 0, classes), dtype=logits.dtype, device=device)
+    if batch == 0:
+        parts.zero_()[4:5].fill_(1.0)
+        if slots is not None:
+            slots[:1].zero_()  # nothing is stored from an empty batch
+        return loss.zero_(), parts, grad
+
+    dense = target is not None and target.dim() == 2
+    if target is not None:
+        target = _rows("target", target) if dense else _line(target)
+    target_b, lam, weight, ids = _line(target_b), _line(lam), _line(weight), _line(ids)
+    mask = None if kd_mask is None or kind == _NONE else kd_mask.contiguous().view(torch.uint8)
+    by_label = kind == _VIRTUAL and correct_share >= 0.0
+    if by_label and (target is None or dense):
+        raise ValueError("last_batch (triton): correct_share needs target labels (B,); pass them, or a uniform teacher")
+
+    capacity, given = 0, 0
+    if roll:
+        assert teacher is not None
+        capacity = teacher.shape[0]
+        if num_old >= 0:
+            stored = min(max(batch - num_old, 0), capacity)
+            pairs = max(stored, batch - stored)
+        else:  # the count is on the device: enough pairs for whatever it is
+            pairs = max(min(capacity, batch), batch - capacity)
+    else:
+        if kind == _VIRTUAL:
+            given = batch
+        elif kind != _NONE:
+            assert teacher is not None
+            teacher = _rows("teacher", teacher)
+            given = teacher.shape[0]
+        pairs = max(given, batch - given)
+
+    tiles = launch.tiling(classes, logits.element_size(), launch.warp_size(device))
+    pair_tiles = -(-pairs // tiles.rows)
+    programs = min(pair_tiles, MAX_PROGRAMS.value)
+    has_ce, has_weight, mean = target is not None, weight is not None, reduction == _MEAN
+    labels, pair = has_ce and not dense, target_b is not None
+    per_row = 8 * labels + 8 * pair + 4 * (labels and has_weight) + 16 * (ids is not None) + (mask is not None)
+    counting, chunk, count_parts = CONSTANT.value, 0, 0
+    if mean and (per_row or by_label):
+        counting = COUNT_HERE.value
+        if batch > launch.COUNT_HERE_ROWS or programs * batch * per_row > launch.COUNT_HERE_BYTES:
+            counting = COUNTED.value
+            count_parts = min(-(-batch // launch.COUNT_CHUNK), 256)
+            chunk = -(-batch // count_parts)
+    dtype = launch.triton_dtype(compute)
+    sizes = (batch, given, capacity, num_old, 0 if mask is None else mask.shape[0], ignore_index)
+    with launch.device_guard(device):
+        key, space = launch.workspace(device, compute)
+        try:
+            if count_parts:
+                count_kernel[(count_parts,)](
+                    space.counts, slots, ids, mask, target, target_b, weight, *sizes, chunk,
+                    dtype, classes, roll, labels, pair, has_weight, ids is not None, mask is not None, by_label,
+                    num_warps=4,
+                )  # fmt: skip
+            last_batch_kernel[(programs,)](
+                logits, teacher, slots, ids, target, target_b, lam, weight, mask, alpha_t, tau_t,
+                loss, parts, grad, space.ticket, space.partials, space.counts, *sizes, pair_tiles, count_parts,
+                alpha, tau, ce_weight, ce_alpha, smoothing, z_loss, correct_share,
+                dtype, classes, tiles.rows, tiles.block, tiles.tiles,
+                logits.stride(0), 0 if teacher is None else teacher.stride(0), target.stride(0) if dense else 0,
+                kind, roll, has_ce, dense, pair, lam is not None and lam.dim() == 1, has_weight, smoothing > 0.0,
+                z_loss > 0.0 and has_ce, ids is not None, mask is not None, by_label, mean, by_row, need_grad, counting,
+                num_warps=tiles.warps,
+            )  # fmt: skip
+        except BaseException:
+            launch.drop_workspace(key)
+            raise
+    return loss, parts, grad
+
+
+def scale_grad_(grad: Tensor, upstream: Tensor, parts: Tensor) -> None:
+    """``grad *= upstream / grad_scale`` in place, row by row for an upstream (B,); one launch that touches nothing
+    where the factor is 1, which is decided on the device. Otherwise 2 s bytes per logit."""
+    if grad.numel() == 0:
+        return
+    block = 2048
+    grid = (min(-(-grad.numel() // block), 2048),)
+    per_row = upstream.dim() == 1
+    with launch.device_guard(grad.device):
+        scale_kernel[grid](
+            grad, upstream, parts, grad.numel(), grad.shape[1], block, per_row, upstream.stride(0) if per_row else 0,
+            num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,122 @@
+"""Launch parameters and workspaces of the Triton kernels: plain functions, no tuning on live data."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .counting import COUNT_PROGRAMS
+from .last_batch_kernel import MAX_PROGRAMS, PARTIALS
+
+HELD_COLUMNS = 16384
+"""Longest row that stays in registers: above, two distributions in one tile spill."""
+
+COUNT_HERE_ROWS = 4096
+COUNT_HERE_BYTES = 16 << 20
+COUNT_CHUNK = 8192
+SPARES = 4
+
+
+class Tiling(NamedTuple):
+    """Pairs per tile, columns per tile, tiles per row, warps per program."""
+
+    rows: int
+    block: int
+    tiles: int
+    warps: int
+
+
+def next_power_of_two(value: int) -> int:
+    """The smallest power of two >= ``value`` >= 1."""
+    return 1 << (value - 1).bit_length()
+
+
+def tiling(classes: int, itemsize: int, warp_size: int = 32) -> Tiling:
+    """How a row of ``classes`` logits of ``itemsize`` bytes is cut.
+
+    - ``C <= 1024``: tiles of about 1024 logits and 4 warps, so up to 32 pairs per program (several per warp for
+      ``C <= 128``): small tiles keep many programs in flight, which is what hides latency here.
+    - ``C <= 16384``: one pair, held in registers, 16 logits per thread: more spills, fewer leaves threads idle.
+    - above: the tile of 4096 or 8192 columns that pads the row least, read twice. float64 halves every tile.
+    - a warp of 64 threads (CDNA) takes half the warps, and a program at most 16 of them.
+    """
+    wide = 2 if itemsize == 8 else 1
+    held = HELD_COLUMNS // wide
+    if classes <= held:
+        block, tiles = max(next_power_of_two(classes), 2), 1
+    else:
+        block = min((8192 // wide, 4096 // wide), key=lambda size: -(-classes // size) * size)
+        tiles = -(-classes // block)
+    rows = max(1, min(32, 1024 // wide // block))
+    threads = max(128, min(1024, rows * block * wide // 16))
+    return Tiling(rows, block, tiles, threads // warp_size)
+
+
+class Workspace(NamedTuple):
+    """Ticket (1,) int32 that every launch leaves at 0, partial sums and partial counts in the compute dtype."""
+
+    ticket: Tensor
+    partials: Tensor
+    counts: Tensor
+
+
+_workspaces: dict[tuple[Any, ...], Workspace] = {}
+_spares: dict[tuple[Any, ...], list[Workspace]] = {}
+
+
+def _new_workspace(device: torch.device, dtype: torch.dtype) -> Workspace:
+    partials = torch.empty(PARTIALS.value * MAX_PROGRAMS.value, dtype=dtype, device=device)
+    counts = torch.empty(3 * COUNT_PROGRAMS.value, dtype=dtype, device=device)
+    return Workspace(torch.zeros(1, dtype=torch.int32, device=device), partials, counts)
+
+
+def workspace(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Workspace]:
+    """The workspace of the current stream, and its key: streams run at the same time, launches of one stream do not.
+
+    A CUDA graph may later be replayed on any stream, so every captured launch takes a workspace of its own for good:
+    one of a few spares that eager launches (the warm-up) laid by, or else a new one whose zeroing is captured too.
+    """
+    if device.type != "cuda":
+        key: tuple[Any, ...] = (device, dtype)
+    else:
+        if torch.cuda.is_current_stream_capturing():
+            spares = _spares.get((device, dtype))
+            kept = spares.pop() if spares else _new_workspace(device, dtype)
+            key = (device, dtype, "captured", kept.ticket.data_ptr())
+            return key, _workspaces.setdefault(key, kept)
+        key = (device, dtype, torch.cuda.current_stream(device).cuda_stream)
+        spares = _spares.setdefault((device, dtype), [])
+        while len(spares) < SPARES:
+            spares.append(_new_workspace(device, dtype))
+    found = _workspaces.get(key)
+    if found is None:
+        found = _workspaces[key] = _new_workspace(device, dtype)
+    return key, found
+
+
+def drop_workspace(key: tuple[Any, ...]) -> None:
+    """After a failed launch the ticket may not be 0: the next launch starts with a new one."""
+    _workspaces.pop(key, None)
+
+
+def device_guard(device: torch.device) -> Any:
+    """Make ``device`` current around a launch: Triton launches on the current device, wherever the pointers are."""
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads per warp; 64 on CDNA."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return int(torch.cuda.get_device_properties(device).warp_size)
+    return 32
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """The Triton name of a compute dtype."""
+    return triton.language.float64 if dtype == torch.float64 else triton.language.float32
