@@ -31,7 +31,7 @@ class Implementation(NamedTuple):
     state: str
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_library() -> str:
     """Load the compiled ops once; an empty string when they are there, else the reason why they are not."""
     if not LIBRARY.exists():
@@ -62,7 +62,7 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _triton_missing() -> str:
     try:
         if importlib.util.find_spec("triton") is None:
@@ -99,7 +99,7 @@ def implementations() -> dict[str, Implementation]:
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _auto(device_type: str) -> str:
     wished = os.environ.get("DLB_FAST_BACKEND", "auto")
     if wished != "auto":
@@ -148,3 +148,7 @@ def pick(impl: str, device_type: str) -> str:
         return _auto(device_type)
     require(impl, device_type)
     return impl
+
+
+# torch.compiler.assume_constant_result does just this, but imports the whole compiler (a second) to do it.
+pick._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -102,9 +102,9 @@ class LogitBuffer:
             return new
         given = "num_old" if num_old is not None else "the buffer"
         raise ValueError(
-            f"LastBatchLoss: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves {new} "
-            f"new ones of {batch}, and the buffer keeps at most {self.capacity}. Feed it from OverlapBatchSampler, pass "
-            "capacity= (half the batch size) or num_old=, or call reset() when a new stream of batches starts"
+            f"LastBatchLoss: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves "
+            f"{new} new ones of {batch}, and the buffer keeps at most {self.capacity}. Feed it by OverlapBatchSampler, "
+            "pass capacity= (half the batch size) or num_old=, or call reset() when a new stream of batches starts"
         )
 
     def advance(self, batch: int, num_old: int | None = None) -> None:
@@ -112,7 +112,7 @@ class LogitBuffer:
         self.count = self.stored_rows(batch, num_old)
 
     def teacher(self, logits: Tensor, ids: Tensor | None, num_old: int | None = None) -> tuple[Tensor, Tensor]:
-        """The stored rows facing this batch (k, C) and which of them are valid (k,), in plain torch; counts mismatches."""
+        """The stored rows facing this batch (k, C) and which are valid (k,), in plain torch; counts mismatches."""
         rows = min(self.capacity, logits.shape[0] if num_old is None else num_old)
         valid = torch.arange(rows, device=self.slots.device) < self.slots[_COUNT]
         if ids is not None:

@@ -135,15 +135,23 @@ def row_loss(
         ce_weight, ce_alpha, label_smoothing, z_loss, -1.0 if correct_share is None else correct_share,
         ignore_index, ops.TEACHER_KIND[teacher_kind], ops.REDUCTION[reduction],
     )  # fmt: skip
-    rows = _rows_contiguous(logits)
+    tensors: tuple[Any, ...]
     if buffer is not None:
-        ids = None if ids is None else ids.long().contiguous()
         old = -1 if num_old is None else num_old
-        loss, parts = ops.run(impl, "last_batch_roll", rows, buffer.logits, buffer.slots, ids, old, *options)
+        ids = None if ids is None else ids.long().contiguous()
+        name, tensors = "last_batch_roll", (buffer.logits, buffer.slots, ids, old)
+    else:
+        name, tensors = "last_batch", (None if teacher is None else _rows_contiguous(teacher.detach()),)
+    try:
+        loss, parts = ops.run(impl, name, _rows_contiguous(logits), *tensors, *options)
+    except RuntimeError:
+        # The C++ op reads the labels anyway and refuses bad ones before it writes anything; say it in our words.
+        if target is not None:
+            _check.check_label_range(op, target, logits.shape[1], ignore_index)
+        raise
+    if buffer is not None:
         buffer.advance(logits.shape[0], num_old)
-        return loss, parts
-    teacher = None if teacher is None else _rows_contiguous(teacher.detach())
-    return ops.run(impl, "last_batch", rows, teacher, *options)
+    return loss, parts
 
 
 def fused_lb_loss(
@@ -186,8 +194,9 @@ def fused_lb_loss(
         return_parts: also return :class:`LossParts`.
 
     Returns:
-        The loss in float32 (float64 for float64 logits), 0-d or ``(B,)``; with ``return_parts`` a pair. The gradient has
-        the dtype of the logits. Differentiable once: a second derivative raises a RuntimeError (``impl="torch"`` has one).
+        The loss in float32 (float64 for float64 logits), 0-d or ``(B,)``; with ``return_parts`` a pair. The gradient
+        has the dtype of the logits. Differentiable once: a second derivative raises a RuntimeError (``impl="torch"``
+        has one).
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, a label outside ``[0, C)`` on the CPU

@@ -22,8 +22,8 @@ class LastBatchLoss(nn.Module):
 
     In ``eval()`` the criterion is plain cross entropy and does not touch the buffer. The buffer is not a registered
     buffer: DistributedDataParallel would overwrite every rank's teacher with rank 0's. It is part of ``state_dict()``
-    through ``get_extra_state`` (logits, ids, count, version); a saved buffer that does not fit is dropped with a warning.
-    With gradient accumulation every call is a batch: the teacher of a micro-batch is the previous micro-batch.
+    through ``get_extra_state`` (logits, ids, count, version); a saved buffer that does not fit is dropped with a
+    warning. With gradient accumulation every call is a batch: a micro-batch is taught by the previous micro-batch.
 
     Args:
         num_classes: ``C``.

@@ -63,7 +63,7 @@ def _fake_scale_grad(grad: Tensor, upstream: Tensor, parts: Tensor) -> None:
     return None
 
 
-_FAKES = {
+_FAKES: dict[str, Any] = {
     "last_batch": _fake_last_batch,
     "last_batch_roll": _fake_last_batch_roll,
     "scale_grad_": _fake_scale_grad,

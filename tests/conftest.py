@@ -1,0 +1,57 @@
+"""What every test shares: the interpreter switch, implementations, dtypes, and the rule of accuracy."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Has to be set before Triton is first imported: without a GPU its kernels run in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from dlb_fast import _backends
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def available(impl: str) -> bool:
+    """Whether an implementation runs on this machine."""
+    return _backends.implementations()[impl].available
+
+
+def device_of(impl: str) -> str:
+    """Where the tensors of an implementation live."""
+    return "cuda" if impl == "cuda" or (impl == "triton" and torch.cuda.is_available()) else "cpu"
+
+
+def eager_official(logits, target, last_logits, *, alpha=1.0, temperature=3.0, **ce):
+    """The official code's objective in eager PyTorch, in the dtype it is given (under AMP: losses in float32)."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    loss = torch.nn.functional.cross_entropy(z, target, **ce)
+    if last_logits is not None and len(last_logits):
+        t = last_logits.to(z.dtype)
+        student = torch.log_softmax(z[: len(t)] / temperature, 1)
+        teacher = torch.softmax(t / temperature, 1)
+        kl = torch.nn.functional.kl_div(student, teacher, reduction="batchmean")
+        loss = loss + alpha * kl * temperature**2
+    return loss
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded generator: tests never depend on the global one."""
+    return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture(params=["torch", "cpu", *(["cuda", "triton"] if torch.cuda.is_available() else [])])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Every implementation that runs here at full speed (Triton's interpreter has its own, smaller, tests)."""
+    name: str = request.param
+    if not available(name):
+        if name == "cpu" and os.environ.get("DLB_FAST_BUILD") in ("require", "cpu", "cuda"):
+            pytest.fail(_backends.implementations()["cpu"].reason)
+        pytest.skip(f"{name}: {_backends.implementations()[name].reason}")
+    return name

@@ -1,0 +1,100 @@
+"""The rooms of the package: which may import which, how long a file may be, and that the losses stand alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dlb_fast"
+
+# Room -> rooms of ours it may import. A room is a file or a folder at the top of the package.
+LOSS_FACES = {"losses", "functional", "teachers", "buffer", "__init__"}
+ALLOWED = {
+    "_version": set(),
+    "reference": set(),
+    "_check": set(),
+    "_backends": set(),
+    "kernels": {"_check", "reference"},
+    "ops": {"_backends", "kernels", "reference"},
+    "buffer": set(),
+    "functional": {"_backends", "_check", "ops", "reference", "buffer"},
+    "teachers": {"_check", "buffer", "reference", "functional"},
+    "losses": {"_check", "functional", "buffer", "teachers"},
+    "data": set(),
+    "train": {*LOSS_FACES, "data", "_backends", "_version", "presets"},
+    "presets": {"train"},
+    "doctor": {*LOSS_FACES, "_backends", "_version", "reference"},
+    "report": {"train", "_version", "presets"},
+    "cli": {"train", "report", "doctor", "presets", "data", *LOSS_FACES, "_version"},
+    "integrations": {*LOSS_FACES, "data"},
+    "__init__": {*LOSS_FACES, "_version"},
+    "__main__": {"cli"},
+}
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of ours that a file names in an import anywhere, lazy imports included."""
+    package = ["dlb_fast", *path.relative_to(PACKAGE).parts[:-1]]
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "dlb_fast" and len(parts) > 1:
+                is_room = (PACKAGE / parts[1]).exists() or (PACKAGE / f"{parts[1]}.py").exists()
+                rooms.add(parts[1] if is_room else "__init__")
+    return rooms
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path):
+    room = room_of(path)
+    assert room in ALLOWED, f"{room} is not a room of DESIGN section 4; add it there and here"
+    wrong = imported_rooms(path) - ALLOWED[room] - {room}
+    assert not wrong, f"{path.name}: {room} must not import {sorted(wrong)}"
+
+
+def test_the_rule_has_teeth(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "losses.py").write_text("def f():\n    from .train import engine\n    import dlb_fast.train.state\n")
+    assert imported_rooms(tmp_path / "losses.py") == {"train"}
+
+
+@pytest.mark.parametrize("suffix", ["*.py", "*.cpp", "*.cu", "*.cuh", "*.h"])
+def test_no_file_is_longer_than_400_lines(suffix):
+    tracked = subprocess.run(["git", "ls-files", suffix], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    files = [ROOT / name for name in tracked] or list((ROOT / "dlb_fast").rglob(suffix))
+    long = {str(f.relative_to(ROOT)): n for f in files if f.exists() and (n := len(f.read_text().splitlines())) > 400}
+    assert not long, f"each file is one room of at most 400 lines: {long}"
+
+
+def test_the_loss_library_stands_alone():
+    """Importing the losses loads no trainer, no data, no Triton and none of the optional packages."""
+    code = (
+        "import sys, dlb_fast; "
+        "bad = [m for m in sys.modules if m.startswith(('dlb_fast.train', 'dlb_fast.data', 'dlb_fast.cli'))]; "
+        "bad += [m for m in ('triton', 'PIL', 'yaml', 'tyro', 'matplotlib', 'sklearn') if m in sys.modules]; "
+        "print(bad)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

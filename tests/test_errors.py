@@ -1,0 +1,106 @@
+"""Bad input: every message names the operation, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dlb_fast import LastBatchLoss, _backends, fused_lb_loss
+
+Z, Y, T = torch.zeros(6, 4), torch.zeros(6, dtype=torch.long), torch.zeros(3, 4)
+
+CASES = {
+    "logits not a tensor": (dict(logits=[1.0]), TypeError, "logits must be a torch.Tensor, got list"),
+    "logits 3-d": (dict(logits=torch.zeros(2, 3, 4)), ValueError, r"shape \(B, C\).*got \(2, 3, 4\)"),
+    "no class": (dict(logits=torch.zeros(6, 0)), ValueError, r"C >= 1, got \(6, 0\)"),
+    "integer logits": (dict(logits=Z.long()), TypeError, "got torch.int64"),
+    "target length": (dict(target=Y[:5]), ValueError, r"\(6,\) for labels or \(6, 4\).*got \(5,\)"),
+    "float labels": (dict(target=Y.float()), TypeError, r"target.long\(\)"),
+    "integer distribution": (dict(target=Z.long()), TypeError, "must hold probabilities"),
+    "target device": (dict(target=Y.to("meta")), ValueError, r"device of the logits \(cpu\), got meta"),
+    "label too large": (dict(target=torch.tensor([0, 1, 4, 0, 0, 0])), ValueError, r"target\[2\] = 4 is not a class"),
+    "label negative": (dict(target=torch.tensor([0, -1, 0, 0, 0, 0])), ValueError, r"target\[1\] = -1.*-100"),
+    "teacher rows": (dict(last_logits=torch.zeros(7, 4)), ValueError, r"H <= 6 and C = 4, got \(7, 4\)"),
+    "teacher classes": (dict(last_logits=torch.zeros(3, 10)), ValueError, "made for another dataset"),
+    "teacher dtype": (dict(last_logits=T.long()), TypeError, "last_logits must be floating point"),
+    "mask shape": (dict(kd_mask=torch.ones(6, dtype=torch.bool)), ValueError, r"bool tensor of shape \(3,\)"),
+    "mask dtype": (dict(kd_mask=torch.ones(3)), ValueError, r"got torch.float32 \(3,\)"),
+    "mask alone": (dict(kd_mask=torch.ones(3, dtype=torch.bool), last_logits=None), ValueError, "without last_logits"),
+    "nothing": (dict(target=None, last_logits=None), ValueError, "nothing is left to compute"),
+    "weight": (dict(weight=torch.ones(3)), ValueError, r"shape \(4,\).*got torch.float32 \(3,\)"),
+    "alpha": (dict(alpha=-0.1), ValueError, "alpha must be finite and >= 0, got -0.1"),
+    "alpha nan": (dict(alpha=float("nan")), ValueError, "alpha"),
+    "alpha tensor": (dict(alpha=torch.ones(2)), ValueError, r"0-d and floating point, got torch.float32 \(2,\)"),
+    "alpha type": (dict(alpha="1"), TypeError, "got str"),
+    "temperature": (dict(temperature=0.0), ValueError, "temperature must be finite and > 0, got 0.0"),
+    "temperature negative": (dict(temperature=-3), ValueError, "> 0, got -3"),
+    "temperature infinite": (dict(temperature=float("inf")), ValueError, "temperature"),
+    "smoothing": (dict(label_smoothing=1.5), ValueError, "between 0 and 1, got 1.5"),
+    "reduction": (dict(reduction="avg"), ValueError, "mean, sum, none, got 'avg'"),
+    "impl": (dict(impl="gpu"), ValueError, "'auto' or one of cuda, triton, cpu, torch, got 'gpu'"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name):
+    change, kind, said = CASES[name]
+    arguments = {"logits": Z, "target": Y, "last_logits": T, **change}
+    with pytest.raises(kind, match=said) as caught:
+        fused_lb_loss(**arguments)
+    assert str(caught.value).startswith("fused_lb_loss:") or name == "impl"
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_label_range_on_every_cpu_implementation(impl):
+    if not _backends.implementations()[impl].available:
+        pytest.skip(_backends.implementations()[impl].reason)
+    with pytest.raises(ValueError, match=r"fused_lb_loss: target\[0\] = 9 is not a class.*num_classes"):
+        fused_lb_loss(Z, torch.full((6,), 9), impl=impl)
+    fused_lb_loss(Z, torch.full((6,), 9), ignore_index=9, impl=impl)
+
+
+def test_a_named_implementation_never_falls_back(monkeypatch):
+    with pytest.raises(ValueError, match="impl='cuda' needs tensors on a cuda device, got cpu.*dlb-fast doctor"):
+        fused_lb_loss(Z, Y, impl="cuda")
+    monkeypatch.setattr(_backends, "load_library", lambda: "it was left out on purpose")
+    with pytest.raises(RuntimeError, match="impl='cpu' is not available: it was left out on purpose; run `dlb-fast"):
+        fused_lb_loss(Z, Y, impl="cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1|triton is not installed"):
+        fused_lb_loss(Z, Y, impl="triton")
+
+
+def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(_backends, "load_library", lambda: "it was left out on purpose")
+    monkeypatch.setenv("DLB_FAST_BACKEND", "auto")
+    _backends._auto.cache_clear()
+    with caplog.at_level("INFO", logger="dlb_fast"):
+        assert fused_lb_loss(Z, Y, T).isfinite()
+        fused_lb_loss(Z, Y, T)
+    _backends._auto.cache_clear()
+    said = [r.getMessage() for r in caplog.records if r.name == "dlb_fast"]
+    assert said == ["dlb_fast: impl=\"auto\" runs 'torch' on cpu (it was left out on purpose)"]
+
+
+def test_backend_variable(monkeypatch):
+    monkeypatch.setenv("DLB_FAST_BACKEND", "nonsense")
+    _backends._auto.cache_clear()
+    with pytest.raises(ValueError, match="DLB_FAST_BACKEND must be auto or one of"):
+        fused_lb_loss(Z, Y)
+    monkeypatch.setenv("DLB_FAST_BACKEND", "torch")
+    assert _backends.pick("auto", "cpu") == "torch"
+    _backends._auto.cache_clear()
+
+
+def test_module_messages():
+    with pytest.raises(ValueError, match="LastBatchLoss: num_classes must be an integer >= 1, got 0"):
+        LastBatchLoss(0)
+    with pytest.raises(ValueError, match="LastBatchLoss: temperature must be finite and > 0"):
+        LastBatchLoss(4, temperature=-1)
+    criterion = LastBatchLoss(4)
+    with pytest.raises(ValueError, match="LastBatchLoss: logits must have C = 4 classes, got 5"):
+        criterion(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"LastBatchLoss: ids must be an integer tensor of shape \(6,\)"):
+        criterion(Z, Y, torch.zeros(5, dtype=torch.long))
+    with pytest.raises(ValueError, match="LastBatchLoss: kd_mask"):
+        criterion(Z, Y, kd_mask=torch.ones(3, dtype=torch.bool))
