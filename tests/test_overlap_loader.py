@@ -50,8 +50,8 @@ def jittered(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
 
 
 def loader(data: Any = None, batch_size: int = 8, **options: Any) -> OverlapLoader:
-    options = {"transform": crop, "num_threads": 2, "dtype": torch.uint8, "check_threads": False, **options}
-    return OverlapLoader(data if data is not None else Images(), batch_size, **options)
+    defaults = {"transform": crop, "num_threads": 2, "dtype": torch.uint8, "check_threads": False, "timeout": 20}
+    return OverlapLoader(data if data is not None else Images(), batch_size, **{**defaults, **options})
 
 
 def facts(batch: Batch) -> tuple[Any, ...]:

@@ -65,8 +65,8 @@ def corner(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
 
 
 def loader(data: Any, batch_size: int = 8, **options: Any) -> OverlapLoader:
-    options = {"transform": corner, "num_threads": 2, "dtype": torch.uint8, "check_threads": False, **options}
-    return OverlapLoader(data, batch_size, **options)
+    defaults = {"transform": corner, "num_threads": 2, "dtype": torch.uint8, "check_threads": False, "timeout": 20}
+    return OverlapLoader(data, batch_size, **{**defaults, **options})
 
 
 def threads() -> list[str]:
