@@ -93,8 +93,8 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def compare_table(runs: Sequence[Run]) -> str:
-    """A row per method: test accuracy at the end and at its best, likelihood, calibration, images seen, time."""
-    head = ("method", "seeds", "last top-1 %", "best top-1 %", "last NLL", "last ECE", "images seen", "steps", "s/run")
+    """A row per method: test accuracy at the end and at its best, likelihood, calibration, images seen."""
+    head = ("method", "seeds", "last top-1 %", "best top-1 %", "last NLL", "last ECE", "images seen", "steps")
     body = []
     for label, group in _groups(runs).items():
         body.append(
@@ -107,7 +107,6 @@ def compare_table(runs: Sequence[Run]) -> str:
                 _spread([r.last("test_ece") for r in group], form=".3f"),
                 "/".join(sorted({f"{r.last('images_seen'):.0f}" for r in group})),
                 "/".join(sorted({f"{r.last('step'):.0f}" for r in group})),
-                _spread([r.last("seconds") for r in group], form=".1f"),
             )
         )
     return _table(head, body)
