@@ -1,0 +1,108 @@
+// CUDA dispatch of the ops: current stream, device guard, workspace; no mathematics. Compiled only where nvcc is, and
+// linked with the kernels of cuda/. It loads beside a CPU build of torch too: the one CUDA symbol it needs from libtorch
+// is weak, and is only reached with a CUDA tensor in hand.
+#include <torch/csrc/stable/accelerator.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "cuda/last_batch_cuda.h"
+#include "last_batch_options.h"
+#include "unpack.h"
+
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace dlb_fast {
+namespace {
+
+void* current_stream(int32_t device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "last_batch: this torch has no CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "last_batch: torch gave no CUDA stream");
+  return stream;
+}
+
+// One workspace per device and stream, cut from slabs. The first call on a device allocates a slab for many streams, so
+// that the stream of a later graph capture finds its own without allocating. Never freed: at exit CUDA may be gone.
+void* workspace(const Tensor& like, int32_t device, void* stream) {
+  constexpr int64_t per_slab = 64;
+  struct Slab {
+    char* memory = nullptr;
+    int64_t used = per_slab;
+  };
+  static std::mutex mutex;
+  static auto& slabs = *new std::map<int32_t, Slab>;
+  static auto& owned = *new std::map<std::pair<int32_t, void*>, void*>;
+  static auto& tensors = *new std::vector<Tensor>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  void*& mine = owned[{device, stream}];
+  if (!mine) {
+    Slab& slab = slabs[device];
+    const int64_t bytes = static_cast<int64_t>(last_batch_cuda_workspace());
+    if (slab.used == per_slab) {
+      const int64_t size[1] = {bytes * per_slab};
+      tensors.push_back(torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(size, std::size_t(1)), ST::Byte));
+      slab = {static_cast<char*>(tensors.back().mutable_data_ptr()), 0};
+    }
+    mine = slab.memory + bytes * slab.used++;
+  }
+  return mine;
+}
+
+void launch(const Tensor& logits, const LastBatchArgs& args) {
+  const int32_t device = logits.get_device();
+  void* stream = current_stream(device);
+  const char* refused = last_batch_cuda(args, stream, workspace(logits, device, stream), last_batch_cuda_workspace());
+  STD_TORCH_CHECK(!refused, "last_batch: ", refused ? refused : "");
+}
+
+Outputs last_batch_cuda_op(Tensor logits, MaybeTensor teacher, DLB_OPTION_PARAMETERS) {
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
+  LastBatchArgs args;
+  Outputs outputs = unpack(logits, DLB_OPTIONS, args);
+  unpack_teacher(logits, teacher, args);
+  launch(logits, args);
+  return outputs;
+}
+
+Outputs last_batch_roll_cuda_op(Tensor logits, Tensor buffer, Tensor slots, MaybeTensor ids, int64_t num_old,
+                                DLB_OPTION_PARAMETERS) {
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
+  LastBatchArgs args;
+  Outputs outputs = unpack(logits, DLB_OPTIONS, args);
+  unpack_buffer(logits, buffer, slots, ids, num_old, args);
+  launch(logits, args);
+  return outputs;
+}
+
+void scale_grad_cuda_op(Tensor grad, Tensor upstream, Tensor parts) {
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device());
+  STD_TORCH_CHECK(grad.is_contiguous() && grad.dim() == 2, "scale_grad_: grad must be contiguous (B, C)");
+  STD_TORCH_CHECK(upstream.scalar_type() == ST::Float && parts.scalar_type() == ST::Float,
+                  "scale_grad_: upstream and parts must be float32");
+  STD_TORCH_CHECK(upstream.dim() == 0 || (upstream.dim() == 1 && upstream.size(0) == grad.size(0)),
+                  "scale_grad_: upstream must be 0-d or have one entry per row");
+  STD_TORCH_CHECK(upstream.device() == grad.device() && parts.device() == grad.device(),
+                  "scale_grad_: upstream and parts must be on the device of grad");
+  ScaleGradArgs args;
+  args.grad = grad.mutable_data_ptr();
+  args.dtype = dtype_of(grad, "grad");
+  args.batch = grad.size(0);
+  args.classes = grad.size(1);
+  args.upstream = static_cast<const float*>(upstream.const_data_ptr());
+  args.upstream_stride = upstream.dim() == 0 ? 0 : upstream.stride(0);
+  args.parts = static_cast<const float*>(parts.const_data_ptr());
+  const char* refused = scale_grad_cuda(args, current_stream(grad.get_device()));
+  STD_TORCH_CHECK(!refused, "scale_grad_: ", refused ? refused : "");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dlb_fast, CUDA, m) {
+  m.impl("last_batch", TORCH_BOX(&last_batch_cuda_op));
+  m.impl("last_batch_roll", TORCH_BOX(&last_batch_roll_cuda_op));
+  m.impl("scale_grad_", TORCH_BOX(&scale_grad_cuda_op));
+}
+
+}  // namespace
+}  // namespace dlb_fast
