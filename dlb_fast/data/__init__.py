@@ -20,7 +20,7 @@ from dlb_fast.data.augment import (
     train_transform,
 )
 from dlb_fast.data.batch import Batch
-from dlb_fast.data.datasets import MapDataset, open_dataset, resident, subset, with_label_noise
+from dlb_fast.data.datasets import MapDataset, load_into_memory, open_dataset, subset, with_label_noise
 from dlb_fast.data.errors import DecodeError, LoaderTimeout, SampleError
 from dlb_fast.data.evaluation import EvalLoader
 from dlb_fast.data.files import ImageFolder, ListFile, TarShards, TinyImageNet
@@ -66,7 +66,7 @@ __all__ = [
     "eval_transform",
     "open_dataset",
     "pair_halves",
-    "resident",
+    "load_into_memory",
     "stratified_split",
     "subset",
     "synthetic",

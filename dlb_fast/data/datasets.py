@@ -181,7 +181,7 @@ def with_label_noise(
     classes = dataset.num_classes
     if classes < 2:
         raise ValueError(f"{name}: needs at least two classes, got {classes}")
-    clean: NDArray[np.int64] = np.array(dataset.targets, dtype=np.int64)
+    clean: NDArray[np.int64] = np.asarray(dataset.targets).astype(np.int64)
     noisy = clean.copy()
     if kind == "symmetric":
         order = _hash.permutation(_hash.key_of(seed, _hash.NOISE, 0), len(clean))
@@ -262,7 +262,7 @@ class MapDataset:
         return len(self.classes)
 
 
-def resident(dataset: Any, transform: Transform | None = None, *, num_threads: int = 2) -> ArrayDataset:
+def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_threads: int = 2) -> ArrayDataset:
     """Load a dataset once into memory as uint8, so that `ResidentLoader` can serve it.
 
     Args:
@@ -271,30 +271,32 @@ def resident(dataset: Any, transform: Transform | None = None, *, num_threads: i
         num_threads: that load and decode.
 
     Raises:
-        ValueError: images of different sizes, naming the first two.
+        ValueError: no samples, or images of different sizes, naming two.
     """
+    data = dataset if hasattr(dataset, "targets") else MapDataset(dataset)
+    name = getattr(dataset, "name", "array")
     if hasattr(dataset, "images") and transform is None:
-        return ArrayDataset(dataset.images, dataset.targets, dataset.classes, getattr(dataset, "name", "array"))
+        return ArrayDataset(dataset.images, data.targets, data.classes, name)
+    if len(data) == 0:
+        raise ValueError(f"load_into_memory: {dataset!r} has no samples")
 
     def one(index: int) -> torch.Tensor:
-        image: torch.Tensor = dataset[index][0]
+        image: torch.Tensor = data[index][0]
         return image if transform is None else transform(image, ViewRng(0, 0, index, 0))
 
-    if len(dataset) == 0:
-        raise ValueError(f"resident: {dataset!r} has no samples")
     first = one(0)
-    images = torch.empty((len(dataset), *first.shape), dtype=first.dtype)
+    images = torch.empty((len(data), *first.shape), dtype=first.dtype)
 
     def fill(index: int) -> None:
         image = one(index)
         if image.shape != first.shape:
             raise ValueError(
-                f"resident: sample {index} has shape {tuple(image.shape)}, sample 0 has {tuple(first.shape)}; pass a "
-                "transform that brings all to one size, such as eval_transform(64)"
+                f"load_into_memory: sample {index} has shape {tuple(image.shape)}, sample 0 has {tuple(first.shape)}; "
+                "pass a transform that brings all to one size, such as eval_transform(64)"
             )
         images[index] = image
 
-    with ThreadPoolExecutor(as_int(num_threads, "resident", "num_threads", 1)) as pool:
-        for _ in pool.map(fill, range(len(dataset))):
+    with ThreadPoolExecutor(as_int(num_threads, "load_into_memory", "num_threads", 1)) as pool:
+        for _ in pool.map(fill, range(len(data))):
             pass
-    return ArrayDataset(images, dataset.targets, dataset.classes, getattr(dataset, "name", "array"))
+    return ArrayDataset(images, data.targets, data.classes, name)

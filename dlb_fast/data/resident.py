@@ -142,7 +142,7 @@ def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.
     if not (hasattr(dataset, "images") and hasattr(dataset, "targets")):
         raise TypeError(
             f"{operation}: dataset needs `images` (N, c, h, w) uint8 and `targets` (N,), {type(dataset).__name__} has "
-            "not both; use OverlapLoader for files, or resident(dataset, ...) to load them once"
+            "not both; use OverlapLoader for files, or load_into_memory(dataset) first"
         )
     images, targets = torch.as_tensor(dataset.images), torch.as_tensor(dataset.targets)
     if images.dtype != torch.uint8 or images.ndim != 4:

@@ -1,0 +1,467 @@
+"""Datasets: digits, CIFAR, folders, lists, TinyImageNet, tar shards, synthetic images; label noise and subsets."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from dlb_fast.data import (
+    ArrayDataset,
+    EvalLoader,
+    ImageFolder,
+    ListFile,
+    MapDataset,
+    OverlapLoader,
+    ResidentLoader,
+    TarShards,
+    TinyImageNet,
+    cifar,
+    digits,
+    eval_transform,
+    load_into_memory,
+    open_dataset,
+    subset,
+    synthetic,
+    with_label_noise,
+)
+from dlb_fast.data.arrays import stratified_split
+from dlb_fast.data.files import StringTable
+
+Image = pytest.importorskip("PIL.Image")
+FROZEN_PIXELS = [62, 62, 54, 150]
+FROZEN_TARGETS = [2, 1, 1, 2, 1, 3]
+
+
+def png(value, size=(6, 5)):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((*size[::-1], 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tree(root, files):
+    """Images at these paths; the k-th is uniformly grey of value k."""
+    for value, name in enumerate(files):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(value))
+    return root
+
+
+def contents(dataset):
+    """{(grey value, class name)} through decoding."""
+    return [(int(dataset[i][0].unique()), dataset.classes[dataset.targets[i]]) for i in range(len(dataset))]
+
+
+# Sets in memory
+
+
+def test_digits_are_split_by_class_and_the_same_every_time():
+    pytest.importorskip("sklearn")
+    train, test = digits("train"), digits("test")
+    assert len(train) + len(test) == 1797 and train.num_classes == 10 and train.images.shape[1:] == (1, 8, 8)
+    assert abs(len(train) - len(test)) < 12 and int(train.images.max()) == 255 and train.images.dtype == torch.uint8
+    for label in range(10):
+        assert abs(int((train.targets == label).sum()) - int((test.targets == label).sum())) <= 1
+    together = {image.numpy().tobytes() for image in train.images} & {image.numpy().tobytes() for image in test.images}
+    assert len(together) == 0
+    assert torch.equal(digits("test").images, test.images)
+    assert not torch.equal(digits("test", seed=1).targets, test.targets)
+    assert len(digits("test", test_share=0.1)) == pytest.approx(180, abs=6)
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(RuntimeError, match="pip install scikit-learn"):
+        digits()
+
+
+def test_stratified_split_keeps_a_sample_of_every_class_on_both_sides():
+    targets = np.array([0] * 10 + [1] * 2 + [2])
+    for share in (0.01, 0.5, 0.99):
+        train, test = stratified_split(targets, share, 0)
+        assert sorted([*train, *test]) == list(range(13))
+        assert {0, 1} == set(targets[test]) and {0, 1, 2} == set(targets[train])
+    with pytest.raises(ValueError, match="test_share must be between 0 and 1, got 1"):
+        stratified_split(targets, 1, 0)
+
+
+def test_synthetic_images_are_frozen_and_can_be_learned():
+    train = synthetic(length=600, num_classes=4, size=12)
+    test = synthetic("test", length=600, num_classes=4, size=12)
+    assert train.images.shape == (600, 3, 12, 12) and len(test) == 150
+    assert train.targets.bincount().tolist() == [150] * 4
+    assert train.images[0, 0, 0, :4].tolist() == FROZEN_PIXELS and train.targets[:6].tolist() == FROZEN_TARGETS
+    means = torch.stack([train.images[train.targets == c].double().mean(0) for c in range(4)])
+    nearest = ((test.images.double()[:, None] - means) ** 2).sum((2, 3, 4)).argmin(1)
+    assert (nearest == test.targets).double().mean() > 0.9
+    single = ((test.images.double()[:, None] - train.images[:4].double()) ** 2).sum((2, 3, 4)).argmin(1)
+    assert (train.targets[:4][single] == test.targets).double().mean() < 0.9  # not from one example of each
+    assert not torch.equal(synthetic(length=600, num_classes=4, size=12, seed=1).images, train.images)
+
+
+def write_cifar(folder, classes, records=7, bad_label=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = 1 if classes == 10 else 2
+    names = (
+        [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]
+        if classes == 10
+        else ["train.bin", "test.bin"]
+    )
+    for number, name in enumerate(names):
+        data = np.zeros((records, labels + 3072), np.uint8)
+        data[:, labels - 1] = (np.arange(records) + number) % classes
+        data[:, labels:] = np.arange(3072) % 251 + 0
+        data[:, labels] = number
+        if bad_label is not None:
+            data[3, labels - 1] = bad_label
+        data.tofile(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("nested", [True, False])
+def test_cifar_binary(tmp_path, classes, nested, caplog):
+    inner = {10: "cifar-10-batches-bin", 100: "cifar-100-binary"}[classes]
+    write_cifar(tmp_path / inner if nested else tmp_path, classes)
+    train, test = (open_dataset(f"cifar{classes}:{tmp_path}", split) for split in ("train", "test"))
+    assert len(train) == (35 if classes == 10 else 7) and len(test) == 7 and train.num_classes == classes
+    pixels = train.images[3].reshape(-1)
+    assert pixels[1:].tolist() == [k % 251 for k in range(1, 3072)] and int(pixels[0]) == 0
+    assert train.images.shape[1:] == (3, 32, 32) and train.targets[:4].tolist() == [0, 1, 2, 3]
+    assert int(test.images[0, 0, 0, 0]) == (5 if classes == 10 else 1)
+    assert "7 images; the published file has" in caplog.text
+    if classes == 10:
+        assert train.classes[3] == "cat" and train.images[7, 0, 0, 0] == 1
+
+
+def test_cifar_class_names_come_from_the_files(tmp_path):
+    write_cifar(tmp_path, 100)
+    assert cifar(tmp_path, 100).classes[5] == "class_5"
+    (tmp_path / "fine_label_names.txt").write_text("\n".join(f"thing {c}" for c in range(100)) + "\n")
+    assert cifar(tmp_path, 100).classes[5] == "thing 5"
+
+
+def test_cifar_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"cifar10: no folder {tmp_path}/nothing"):
+        open_dataset(f"cifar10:{tmp_path}/nothing")
+    (tmp_path / "py").mkdir()
+    for k in range(1, 6):
+        (tmp_path / "py" / f"data_batch_{k}").write_bytes(pickle.dumps({}))
+    with pytest.raises(FileNotFoundError, match=r"lacks data_batch_1\.bin.*pickled.*not read"):
+        cifar(tmp_path / "py", 10)
+    folder = write_cifar(tmp_path / "cut", 10)
+    with open(folder / "data_batch_3.bin", "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin: expected records of 3073 bytes .* got 5000 bytes"):
+        cifar(folder, 10)
+    (folder / "data_batch_3.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="got 0 bytes"):
+        cifar(folder, 10)
+    (folder / "data_batch_3.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks data_batch_3\.bin; get the binary"):
+        cifar(folder, 10)
+    write_cifar(tmp_path / "label", 10, bad_label=77)
+    with pytest.raises(ValueError, match=r"record 3 \(byte 9219\) has label 77, expected below 10"):
+        cifar(tmp_path / "label", 10)
+
+
+# Files
+
+
+FOLDER = ["b/2.png", "b/1.JPG", "a/deep/er/x.png", "c/0.jpeg", "a/y.PNG"]
+
+
+def test_image_folder(tmp_path):
+    tree(tmp_path, [*FOLDER, ".hidden/z.png", "a/.z.png"])
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "readme.png").write_bytes(png(200))
+    dataset = ImageFolder(tmp_path)
+    assert dataset.classes == ["a", "b", "c"] and dataset.num_classes == 3 and len(dataset) == 5
+    assert contents(dataset) == [(2, "a"), (4, "a"), (1, "b"), (0, "b"), (3, "c")]
+    assert dataset.path(0) == str(tmp_path / "a" / "deep" / "er" / "x.png")
+    assert dataset.read(2) == (tmp_path / "b" / "1.JPG").read_bytes()
+    assert dataset[0][0].shape == (3, 5, 6) and dataset.targets.tolist() == [0, 0, 1, 1, 2]
+    assert len(ImageFolder(tmp_path, extensions=(".png",), allow_empty=True)) == 3
+    assert contents(dataset.select(np.array([4, 0]))) == [(3, "c"), (2, "a")]
+    assert contents(pickle.loads(pickle.dumps(dataset))) == contents(dataset)
+
+
+def test_image_folder_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing does not exist; expected a folder"):
+        ImageFolder(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="is a file, not a folder"):
+        ImageFolder(tmp_path / "file")
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(ValueError, match="has no class folders; expected .*CLASS/image"):
+        ImageFolder(tmp_path / "flat")
+    tree(tmp_path / "set", FOLDER)
+    (tmp_path / "set" / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images in 'empty' of .* allow_empty=True"):
+        ImageFolder(tmp_path / "set")
+    dataset = ImageFolder(tmp_path / "set", allow_empty=True)
+    assert dataset.classes == ["a", "b", "c", "empty"] and len(dataset) == 5
+    with pytest.raises(ValueError, match="class folders that the given classes lack: 'c', 'empty'"):
+        ImageFolder(tmp_path / "set", classes=["a", "b"])
+    dataset.paths = StringTable(["a/gone.png"] * 5)
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        dataset.read(0)
+
+
+def test_open_image_folder_with_and_without_a_validation_folder(tmp_path, caplog):
+    tree(tmp_path / "two", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)] + ["val/b/0.png"])
+    train, test = (open_dataset(f"imagefolder:{tmp_path}/two", split) for split in ("train", "test"))
+    assert len(train) == 6 and train.classes == test.classes == ["a", "b"] and test.targets.tolist() == [1]
+    caplog.set_level("INFO", "dlb_fast.data")
+    tree(tmp_path / "one", [f"{c}/{k:02}.png" for c in "ab" for k in range(20)])
+    train, test = (open_dataset(f"imagefolder:{tmp_path}/one", split) for split in ("train", "test"))
+    assert np.bincount(train.targets).tolist() == [18, 18] and np.bincount(test.targets).tolist() == [2, 2]
+    assert not {train.path(i) for i in range(36)} & {test.path(i) for i in range(4)}
+    assert "held out" in caplog.text
+    tree(tmp_path / "lone", ["a/0.png", "b/0.png"])
+    with pytest.raises(ValueError, match="nothing to hold out"):
+        open_dataset(f"imagefolder:{tmp_path}/lone")
+
+
+def test_paths_are_kept_in_one_buffer():
+    names = [f"class/{'x' * (k % 40)}é{k}.jpg" for k in range(5000)]
+    table = StringTable(names)
+    assert [table[k] for k in range(5000)] == names and len(table) == 5000
+    assert len(pickle.dumps(table)) < sum(len(n.encode()) for n in names) + 8 * 5001 + 1000
+    with pytest.raises(IndexError, match="index 5000 is out of range for 5000"):
+        table[5000]
+    undecodable = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    assert StringTable([undecodable])[0] == undecodable
+
+
+def test_list_file(tmp_path):
+    tree(tmp_path / "images", ["x.png", "y z.png", "w.png"])
+    lists = tmp_path / "images" / "train.txt"
+    lists.write_text("# a comment\nx.png 2\n\ny z.png\t0\nw.png,2\n")
+    dataset = ListFile(lists)
+    assert contents(dataset) == [(0, "2"), (1, "0"), (2, "2")] and dataset.num_classes == 3
+    lists.write_text("x.png dog\ny z.png cat\n")
+    assert contents(ListFile(lists)) == [(0, "dog"), (1, "cat")] and ListFile(lists).classes == ["cat", "dog"]
+    other = tmp_path / "other.txt"
+    other.write_text("w.png cat\n")
+    dataset = ListFile(other, root=tmp_path / "images", classes=["dog", "cat"])
+    assert contents(dataset) == [(2, "cat")] and dataset.targets.tolist() == [1]
+    other.write_text("w.png cat\nalone\n")
+    with pytest.raises(ValueError, match="other.txt line 2: expected `path label`, got 'alone'"):
+        ListFile(other)
+    other.write_text("w.png cow\n")
+    with pytest.raises(ValueError, match="line 1: label 'cow' is not one of the given classes"):
+        ListFile(other, classes=["cat"])
+    other.write_text("\n")
+    with pytest.raises(ValueError, match="lists no images"):
+        ListFile(other)
+    with pytest.raises(FileNotFoundError, match="no file .*gone"):
+        ListFile(tmp_path / "gone")
+
+
+def test_tiny_imagenet(tmp_path):
+    tree(
+        tmp_path,
+        [
+            "train/n2/images/n2_0.JPEG",
+            "train/n1/images/n1_0.JPEG",
+            "train/n1/images/n1_1.JPEG",
+            "val/images/val_0.JPEG",
+        ],
+    )
+    (tmp_path / "wnids.txt").write_text("n2\nn1\n")
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    annotations.write_text("val_0.JPEG\tn2\t0\t32\t44\t62\n")
+    assert contents(TinyImageNet(tmp_path)) == [(1, "n1"), (2, "n1"), (0, "n2")]
+    assert contents(open_dataset(f"tinyimagenet:{tmp_path}", "test")) == [(3, "n2")]
+    annotations.write_text("val_0.JPEG\tn9\n")
+    with pytest.raises(ValueError, match="val_annotations.txt line 1: expected"):
+        TinyImageNet(tmp_path, "test")
+    (tmp_path / "wnids.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="wnids.txt is missing"):
+        TinyImageNet(tmp_path)
+
+
+def write_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_tar_shards_by_index(tmp_path):
+    write_tar(tmp_path / "s0.tar", [("0.png", png(10)), ("0.cls", b"1"), ("1.png", png(11)), ("1.cls", b"0\n")])
+    write_tar(tmp_path / "s1.tar", [("2.cls", b"2"), ("2.json", b"{}"), ("2.png", png(12))])
+    dataset = TarShards(tmp_path)
+    assert contents(dataset) == [(10, "1"), (11, "0"), (12, "2")] and dataset.num_classes == 3
+    assert dataset.path(2) == f"{tmp_path}/s1.tar!2.png"
+    assert contents(dataset.select(np.array([2, 0]))) == [(12, "2"), (10, "1")]
+    assert contents(pickle.loads(pickle.dumps(dataset))) == contents(dataset)
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda k: dataset.read(k % 3), range(300)))
+    assert read == [png(10 + k % 3) for k in range(300)]
+    dataset.close()
+    assert dataset.read(0) == png(10)
+    write_tar(tmp_path / "folders.tar", [("cat/7.png", png(1)), ("dog/7.png", png(2))])
+    assert contents(TarShards([tmp_path / "folders.tar"])) == [(1, "cat"), (2, "dog")]
+
+
+def test_tar_shards_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tar files"):
+        TarShards(tmp_path)
+    write_tar(tmp_path / "a.tar.gz", [("c/0.png", png(1))], "w:gz")
+    with pytest.raises(ValueError, match="expected an uncompressed tar"):
+        TarShards(tmp_path / "a.tar.gz")
+    write_tar(tmp_path / "b.tar", [("0.png", png(1))])
+    with pytest.raises(ValueError, match=r"0.png has neither a 0.cls beside it nor a class folder"):
+        TarShards(tmp_path / "b.tar")
+    write_tar(tmp_path / "c.tar", [("x.txt", b"hello")])
+    with pytest.raises(ValueError, match="no images"):
+        TarShards(tmp_path / "c.tar")
+    write_tar(tmp_path / "d.tar", [("c/0.png", png(1))])
+    dataset = TarShards(tmp_path / "d.tar")
+    with open(tmp_path / "d.tar", "r+b") as file:
+        file.truncate(520)
+    with pytest.raises(OSError, match="the tar file is cut off"):
+        dataset.read(0)
+
+
+# Opening
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("mnist", "unknown kind 'mnist' .* expected one of digits, cifar10:PATH"),
+        ("cifar10", "cifar10 needs a path, as in cifar10:/data/cifar10"),
+        ("imagefolder:", "imagefolder needs a path"),
+        ("digits:/somewhere", "digits takes no path"),
+        ("synthetic:10,x", "expected synthetic"),
+        ("synthetic:10,2,8,9", "expected synthetic"),
+        ("synthetic:10,1", "C must be at least 2, got 1"),
+        ("synthetic:1,2", "N must be at least 2, got 1"),
+        ("synthetic:10,2,0", "SIZE must be at least 4, got 0"),
+    ],
+)
+def test_open_dataset_errors(kind, match):
+    with pytest.raises(ValueError, match=match):
+        open_dataset(kind)
+
+
+def test_open_dataset():
+    assert open_dataset("synthetic:50,5,8").images.shape == (50, 3, 8, 8)
+    assert open_dataset("synthetic:50,5").images.shape == (50, 3, 32, 32)
+    with pytest.raises(ValueError, match='split must be "train" or "test", got \'val\''):
+        open_dataset("synthetic", "val")
+    with pytest.raises(TypeError, match="expected a string"):
+        open_dataset(None)
+
+
+# What can be done to a dataset
+
+
+def test_subset_is_balanced_nested_and_seeded():
+    data = synthetic(length=100, num_classes=4, size=8)
+    few, more = subset(data, 3), subset(data, 10)
+    assert few.targets.bincount().tolist() == [3] * 4 and len(more) == 40
+    kept = {image.numpy().tobytes() for image in more.images}
+    assert all(image.numpy().tobytes() in kept for image in few.images)
+    assert torch.equal(subset(data, 3).images, few.images)
+    assert not torch.equal(subset(data, 3, seed=1).images, few.images)
+    assert len(data) == 100
+    with pytest.raises(ValueError, match="class 'class_0' has 25 samples; per_class=26 needs more"):
+        subset(data, 26)
+
+
+def test_subset_of_files_and_of_noisy_labels(tmp_path):
+    tree(tmp_path, [f"{c}/{k}.png" for c in "ab" for k in range(6)])
+    files = subset(ImageFolder(tmp_path), 2)
+    assert [name for _, name in contents(files)] == ["a", "a", "b", "b"]
+    noisy = with_label_noise(synthetic(length=100, num_classes=4, size=8), 0.4)
+    few = subset(noisy, 5)
+    assert few.clean_targets.shape == (20,) and few.targets.bincount().tolist() == [5] * 4
+    originals = {image.numpy().tobytes(): clean for image, clean in zip(noisy.images, noisy.clean_targets, strict=True)}
+    assert [originals[image.numpy().tobytes()] for image in few.images] == few.clean_targets.tolist()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 1.0])
+def test_symmetric_noise_is_exact_and_uniform(rate):
+    data = synthetic(length=4000, num_classes=5, size=4)
+    noisy = with_label_noise(data, rate, seed=3)
+    wrong = noisy.targets != data.targets
+    assert int(wrong.sum()) == round(4000 * rate)
+    assert noisy.clean_targets.tolist() == data.targets.tolist() and noisy.images is data.images
+    if rate:
+        jumps = ((noisy.targets - data.targets)[wrong] % 5).bincount(minlength=5)[1:].double() / wrong.sum()
+        assert (jumps - 0.25).abs().max() < 0.05
+        assert not torch.equal(with_label_noise(data, rate, seed=4).targets, noisy.targets)
+    assert torch.equal(with_label_noise(data, rate, seed=3).targets, noisy.targets)
+
+
+def test_asymmetric_noise_follows_the_confusions():
+    data = synthetic(length=1000, num_classes=10, size=4)
+    noisy = with_label_noise(data, 0.3, "asymmetric")
+    for label in range(10):
+        got = noisy.targets[data.targets == label]
+        assert got.bincount(minlength=10)[label] == 70 and got.bincount(minlength=10)[(label + 1) % 10] == 30
+    named = ArrayDataset(data.images, data.targets, cifar_names(), "cifar10")
+    noisy = with_label_noise(named, 0.4, "asymmetric")
+    pairs = set(zip(named.targets.tolist(), noisy.targets.tolist(), strict=True))
+    assert {p for p in pairs if p[0] != p[1]} == {(9, 1), (2, 0), (4, 7), (3, 5), (5, 3)}
+    noisy = with_label_noise(data, 1.0, "asymmetric", mapping={0: 2})
+    assert int((noisy.targets != data.targets).sum()) == 100 and (noisy.targets[data.targets == 0] == 2).all()
+
+
+def cifar_names():
+    from dlb_fast.data.arrays import CIFAR10_CLASSES
+
+    return CIFAR10_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rate": 1.5}, r"rate must be in \[0, 1\], got 1.5"),
+        ({"rate": 0.1, "kind": "odd"}, 'must be "symmetric" or "asymmetric", got \'odd\''),
+        ({"rate": 0.1, "mapping": {0: 1}}, "mapping belongs to"),
+        ({"rate": 0.1, "kind": "asymmetric", "mapping": {0: 9}}, "mapping 0 -> 9 must join two classes"),
+        ({"rate": 0.1, "kind": "asymmetric", "mapping": {1: 1}}, "mapping 1 -> 1 must join two classes"),
+    ],
+)
+def test_noise_errors(options, match):
+    with pytest.raises(ValueError, match=match):
+        with_label_noise(synthetic(length=20, num_classes=2, size=4), **options)
+
+
+def test_map_dataset_and_loading_into_memory(tmp_path):
+    tree(tmp_path, FOLDER)
+    paths = [str(path) for path in sorted(tmp_path.rglob("*.*")) if path.is_file()]
+    data = MapDataset(paths, lambda paths, index: (Image.open(paths[index]).convert("RGB"), index % 2))
+    assert data.targets.tolist() == [0, 1, 0, 1, 0] and data.classes == ["0", "1"] and data[0][0].shape == (3, 5, 6)
+    loaded = load_into_memory(data, eval_transform(4))
+    assert loaded.images.shape == (5, 3, 4, 4) and [int(i.unique()) for i in loaded.images] == [2, 4, 1, 0, 3]
+    assert len(next(iter(ResidentLoader(loaded, 4)))) == 2
+    assert load_into_memory(ImageFolder(tmp_path)).images.shape == (5, 3, 5, 6)
+    plain = load_into_memory([(torch.full((1, 2, 2), k, dtype=torch.uint8), k % 3) for k in range(4)])
+    assert plain.targets.tolist() == [0, 1, 2, 0] and plain.classes == ["0", "1", "2"]
+    with pytest.raises(ValueError, match=r"sample 1 has shape \(1, 3, 2\), sample 0 has \(1, 2, 2\)"):
+        load_into_memory([(torch.zeros(1, 2 + i, 2, dtype=torch.uint8), 0) for i in range(2)])
+
+
+def test_the_loaders_take_every_kind_of_dataset(tmp_path):
+    tree(tmp_path, [f"{c}/{k}.png" for c in "ab" for k in range(4)])
+    files = ImageFolder(tmp_path)
+    memory = load_into_memory(files)
+    with OverlapLoader(files, 4, num_threads=1, seed=1, check_threads=False) as loader:
+        for got, expected in zip(loader, ResidentLoader(memory, 4, seed=1), strict=True):
+            assert torch.equal(got.images, expected.images) and torch.equal(got.ids, expected.ids)
+    for got, expected in zip(EvalLoader(files, 3), EvalLoader(memory, 3), strict=True):
+        assert torch.equal(got.images, expected.images) and torch.equal(got.targets, expected.targets)
