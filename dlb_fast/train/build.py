@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,6 +41,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def seed_everything(seed: int) -> None:
+    """Seed torch's, numpy's and Python's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def build_trainer(
     config: RunConfig, *, sets: Sets | None = None, folder: Path | None = None, log: RunLog | None = None
 ) -> Trainer:
@@ -52,7 +61,7 @@ def build_trainer(
     """
     device = resolve_device(config.train.device)
     sets = sets or open_sets(config.data)
-    torch.manual_seed(config.train.seed)
+    seed_everything(config.train.seed)
     model = create_model(config.model.model, sets.num_classes, sets.channels).to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -108,6 +108,8 @@ class Trainer:
             CheckpointError: the disk is full or not writable; the last good checkpoint is kept.
         """
         config = self.config
+        if self.folder is not None:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.log.start(step=self.step, total=self.total_steps)
         self.model.train()
         self.criterion.train()

@@ -6,6 +6,7 @@ is written beside its place, flushed to the disk and renamed over it; the zip's 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -154,7 +155,9 @@ def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None
 
     # clones: safetensors refuses tensors that share memory, and the file must not depend on tied weights
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(path, lambda file: file.write(save(tensors, metadata={"format": "pt", **metadata})))
+    # one entry, because safetensors orders several at random and equal weights should make equal files
+    note = {"dlb_fast": json.dumps(metadata)}
+    write_atomically(path, lambda file: file.write(save(tensors, metadata=note)))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
