@@ -208,14 +208,16 @@ class Flip:
             flipped = rng.uniform() < self.p
         return image.flip(2) if flipped else image
 
-    def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
-        """Flips the chosen rows in place."""
+    def chosen(self, rngs: ViewRngs) -> NDArray[np.bool_]:
+        """(n,) which views are flipped."""
         if self.alternate:
             start = _hash.fold_array(_hash.key_of(rngs.seed, _hash.FLIP), rngs.samples).astype(np.int64)
-            chosen = ((start ^ rngs.epochs ^ rngs.uses) & 1).astype(bool)
-        else:
-            chosen = rngs.uniform() < self.p
-        rows = to_device(np.flatnonzero(chosen), images.device)
+            return ((start ^ rngs.epochs ^ rngs.uses) & 1).astype(bool)
+        return rngs.uniform() < self.p
+
+    def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
+        """Flips the chosen rows in place."""
+        rows = to_device(np.flatnonzero(self.chosen(rngs)), images.device)
         images[rows] = images[rows].flip(3)
         return images
 

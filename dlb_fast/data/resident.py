@@ -11,11 +11,12 @@ import torch
 
 from dlb_fast.data._cursor import Cursor
 from dlb_fast.data._ranks import half_of, resolve_ranks
-from dlb_fast.data.augment import Compose, PadCrop, Transform, has_batch, to_device, windows
+from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.device_stream import Normalise
-from dlb_fast.data.plan import Ids, OverlapPlan
-from dlb_fast.data.view_rng import ViewRng, ViewRngs
+from dlb_fast.data.plan import OverlapPlan
+from dlb_fast.data.resident_views import ResidentViews
+from dlb_fast.data.view_rng import ViewRngs
 
 
 class ResidentLoader:
@@ -28,7 +29,8 @@ class ResidentLoader:
         dataset: has `images` (N, c, h, w) uint8 and `targets` (N,), tensors or arrays.
         batch_size: rows the model sees on this rank: even; half of them are new.
         transform: `transform(image, rng)`, or None. Those of `dlb_fast.data` run on the whole batch at once (a leading
-            `PadCrop` is one gather from a set that was padded once); any other callable is called per image.
+            `PadCrop`, then `Flip`, is one gather from a set that was padded once); any other callable is called per
+            image.
         device: where the set is kept and batches are made; None is the CPU.
         seed, shuffle, drop_last, rank, world_size: as in `OverlapBatchSampler`.
         mean, std: of images in [0, 1], per channel: `(x / 255 - mean) / std`; both None: `x / 255`.
@@ -101,8 +103,7 @@ class ResidentLoader:
         drawn = np.repeat(np.array([epoch if before is None else before[0], epoch]), [len(old), len(new)])
         use = np.repeat(np.array([1, 0]), [len(old), len(new)])
         host_ids = np.concatenate([old, new])
-        ids = to_device(host_ids, self.device)
-        images = self._views(host_ids, ids, ViewRngs(self.plan.seed, drawn, host_ids, use))
+        images, ids = self._views(ViewRngs(self.plan.seed, drawn, host_ids, use))
         return Batch(images, self._targets[ids], ids, len(old), epoch, step)
 
     @property
@@ -155,44 +156,3 @@ def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.
             f"{operation}: dataset.targets must have shape ({len(images)},) like the images, got {tuple(targets.shape)}"
         )
     return images, targets.to(torch.int64)
-
-
-class ResidentViews:
-    """The views of a resident set: gather, transform, normalise.
-
-    Args:
-        images: (N, c, h, w) uint8 on the device.
-        transform: None, a transform with `batch`, or any callable.
-        normalise: cast and normalisation.
-    """
-
-    def __init__(self, images: torch.Tensor, transform: Transform | None, normalise: Normalise) -> None:
-        self._normalise = normalise
-        self._size = tuple(images.shape[2:])
-        steps: list[Any] = list(transform.transforms) if isinstance(transform, Compose) else [transform]
-        self._crop = steps.pop(0) if steps and type(steps[0]) is PadCrop else None
-        self._rest = Compose([step for step in steps if step is not None])
-        self._batched = has_batch(self._rest)
-        if self._crop is not None:
-            self._images = self._crop.pad(images)  # once; every crop is then a window of it
-        else:
-            self._images = images.permute(0, 2, 3, 1).contiguous()
-
-    def __call__(self, host_ids: Ids, ids: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
-        if self._crop is None:
-            views = self._images[ids].permute(0, 3, 1, 2)
-        else:
-            height, width = self._size
-            top, left = (to_device(place, ids.device) for place in self._crop.place(rngs, height, width))
-            views = windows(self._images, top, left, self._crop.output(height, width), ids)
-        if self._batched:
-            views = self._rest.batch(views, rngs)
-        else:
-            views = torch.stack([self._rest(view, self._rng(rngs, i)) for i, view in enumerate(views)])
-        return self._normalise(views.permute(0, 2, 3, 1).contiguous())
-
-    @staticmethod
-    def _rng(rngs: ViewRngs, row: int) -> ViewRng:
-        rng = ViewRng(rngs.seed, int(rngs.epochs[row]), int(rngs.samples[row]), int(rngs.uses[row]))
-        rng.skip(rngs.counter)
-        return rng
