@@ -20,6 +20,12 @@ log = logging.getLogger("dlb_fast")
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
 LIBRARY = Path(__file__).parent / "lib" / "libdlb_fast_ops.so"
 UNPROVEN = "not yet run on a GPU"
+ABOUT = {
+    "cuda": "CUDA C++, sm_80, sm_90, sm_100 and PTX",
+    "triton": "Triton, for NVIDIA, AMD and Intel GPUs",
+    "cpu": "C++ for AVX-512, AVX2 or any CPU, one file for torch 2.10 and newer",
+    "torch": "plain PyTorch on any device: the definition",
+}
 
 
 class Implementation(NamedTuple):
@@ -97,6 +103,20 @@ def implementations() -> dict[str, Implementation]:
         "cpu": Implementation("cpu", not no_cpu, no_cpu, "tested on CPU"),
         "torch": Implementation("torch", True, "", "tested on CPU; plain PyTorch on any device"),
     }
+
+
+def state_table() -> str:
+    """The README's table of implementations in Markdown: what each is and what it has been proven on."""
+    proof = gpu_proof()
+    unproven = f"{UNPROVEN}; compiles for every target, and CI runs it on the CPU in"
+    states = {
+        "cuda": proof.get("cuda", f"{unproven} an execution-model emulator"),
+        "triton": proof.get("triton", f"{unproven} Triton's interpreter"),
+        "cpu": "tested in CI",
+        "torch": "tested in CI",
+    }
+    rows = [f"| `{name}` | {ABOUT[name]} | {states[name]} |" for name in IMPLEMENTATIONS]
+    return "\n".join(["| `impl=` | what it is | state |", "| --- | --- | --- |", *rows])
 
 
 @functools.cache

@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine, set-up included:  make demo   make test
+#
+#   PYTHON=python3.12       the interpreter to make .venv with
+#   PYTHON=python3 VENV=none  use an interpreter that already has torch and the test tools (an offline GPU machine)
+#   DLB_FAST_BUILD=...      auto (default), require, cpu, cuda, none: see setup.py
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+READY := .built
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: setup demo test lint pytest doctor wheel clean
+setup: $(READY)
+
+# One version-pinned torch, and only where there is none: nothing after it may drag in a second one.
+$(VENV)/.ready: $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+# No network and nothing installed: the compiled parts are built in place and the checkout is imported as it is.
+.built: $(SOURCES)
+	$(PY) setup.py build_ext --inplace
+	touch $@
+
+export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+
+demo: $(READY)
+	$(PY) -m dlb_fast.train.demo
+
+test: $(READY) lint pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+pytest: $(READY)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
+
+doctor: $(READY)
+	$(PY) -m dlb_fast doctor --self-test
+
+wheel: $(READY)
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf build dist .built *.egg-info dlb_fast/lib dlb_fast/_build*.so
