@@ -1,0 +1,208 @@
+// What a block has to know about the whole batch before it writes a gradient: which rows are taught, how many count.
+//
+// Up to `self_count_rows` rows every block counts for itself (the labels are in L2, one launch); above, count_kernel
+// leaves the counts in the workspace. Until the last block of the launch has taken its ticket nobody writes slots.
+#pragma once
+#include "../last_batch.h"
+#include "groups.cuh"
+
+namespace dlb_fast {
+namespace cuda {
+
+struct Counts {
+  float rows = 0, weight = 0;          // rows that count for the CE, and the sum of their class weights
+  float taught = 0, mismatched = 0;    // valid taught rows; rows facing the slot of another sample
+};
+constexpr int count_fields = 4;
+
+// Device memory kept between launches, zero at rest except where written before read.
+constexpr int max_grid = 4096, max_count_grid = 64;
+struct Workspace {
+  uint32_t ticket, count_ticket;
+  Counts counts;
+  float count_partial[count_fields][max_count_grid];
+  float partial[4][max_grid];
+};
+
+// LastBatchArgs as the kernels want it: compute dtype float, int column counts, buffer and given teacher in one place.
+struct DeviceArgs {
+  int64_t batch, logits_stride, target_stride, target_b_stride, lam_stride, dense_stride;
+  const void* logits;
+  const int64_t *target, *target_b;
+  const float *lam, *dense, *weight;
+  const void* teacher;
+  int64_t teacher_stride, teacher_rows;
+  void* buffer;
+  int64_t capacity;
+  int64_t* slots;
+  const int64_t* ids;
+  int64_t num_old;
+  const bool* kd_mask;
+  int64_t kd_mask_rows, ignore_index;
+  const float *alpha_ptr, *temperature_ptr;
+  float *loss, *parts;
+  void* grad;
+  Workspace* workspace;
+  float alpha, temperature, ce_weight, ce_alpha, label_smoothing, z_loss, correct_share;
+  int classes;
+  DType dtype, teacher_dtype;
+  TeacherKind kind;
+  Reduction reduction;
+  bool precounted;
+};
+
+// Derived once per block, then read by everybody from shared memory.
+struct BatchState {
+  int64_t start, stored, taught_rows;  // pair j: rows j < start and start + j; slot j < stored takes row start + j
+  TermScales<float> scales;
+  float temperature, inverse, log2e_over_t;  // tau, 1 / tau, log2(e) / tau
+  float alpha, ce_weight, grad_scale, weight_sum;
+  Counts counts;
+};
+
+constexpr float log2e = 1.44269504f;
+
+DLB_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+DLB_DEVICE int64_t clamped(int64_t v, int64_t high) { return v < 0 ? 0 : v > high ? high : v; }
+
+// Rows of pairs, from the device's own count. A wrong count in slots can misplace teachers; it cannot leave the arrays.
+DLB_DEVICE void lay_out_pairs(const DeviceArgs& a, int64_t& start, int64_t& stored, int64_t& taught_rows) {
+  stored = 0;
+  start = (a.batch + 1) / 2;
+  if (a.buffer != nullptr) {
+    const int64_t count = clamped(load(a.slots + slots_count), a.capacity);
+    const int64_t old = clamped(a.num_old >= 0 ? a.num_old : count, a.batch);
+    stored = smaller(a.batch - old, a.capacity);
+    start = a.batch - stored;
+    taught_rows = smaller(smaller(count, old), start);
+  } else if (a.kind == TeacherKind::given_by_rule) {
+    taught_rows = a.batch;
+  } else {
+    taught_rows = a.kind == TeacherKind::none ? 0 : smaller(a.teacher_rows, a.batch);
+  }
+}
+
+DLB_DEVICE bool id_differs(const DeviceArgs& a, int64_t row) {
+  if (a.buffer == nullptr || a.ids == nullptr) return false;
+  const int64_t stored = load(a.slots + slots_header + row);
+  return stored != unknown_id && stored != load(a.ids + row);
+}
+
+DLB_DEVICE bool label_counts(const DeviceArgs& a, int64_t row) {
+  if (load(a.target + row * a.target_stride) == a.ignore_index) return false;
+  return a.target_b == nullptr || load(a.target_b + row * a.target_b_stride) != a.ignore_index;
+}
+
+// For row < taught_rows.
+DLB_DEVICE bool is_taught(const DeviceArgs& a, int64_t row, bool other_sample) {
+  if (other_sample) return false;
+  if (a.kd_mask != nullptr && (row >= a.kd_mask_rows || !load(a.kd_mask + row))) return false;
+  return !(a.kind == TeacherKind::given_by_rule && a.correct_share >= 0.0f) || label_counts(a, row);
+}
+
+// This thread's share of the counts when `threads` of them divide the rows.
+DLB_DEVICE Counts count_rows(const DeviceArgs& a, int64_t taught_rows, int64_t thread, int64_t threads) {
+  Counts n;
+  if (a.target != nullptr) {
+    for (int64_t row = thread; row < a.batch; row += threads) {
+      if (!label_counts(a, row)) continue;
+      n.rows += 1.0f;
+      if (a.weight != nullptr && a.target_b == nullptr)
+        n.weight += load(a.weight + clamped(load(a.target + row * a.target_stride), a.classes - 1));
+      else
+        n.weight += 1.0f;
+    }
+  } else if (a.dense != nullptr && thread == 0) {
+    n.rows = n.weight = static_cast<float>(a.batch);
+  }
+  const bool by_row = a.kd_mask != nullptr || a.ids != nullptr || a.kind == TeacherKind::given_by_rule;
+  if (by_row) {
+    for (int64_t row = thread; row < taught_rows; row += threads) {
+      const bool differs = id_differs(a, row);
+      n.mismatched += differs ? 1.0f : 0.0f;
+      n.taught += is_taught(a, row, differs) ? 1.0f : 0.0f;
+    }
+  } else if (thread == 0) {
+    n.taught = static_cast<float>(taught_rows);
+  }
+  return n;
+}
+
+struct StateShared {
+  float partial[count_fields][max_block_warps];
+  float largest[max_block_warps], weight_sum[max_block_warps];
+  BatchState state;
+};
+
+// Sums N values over the block, the same bits for every thread; `partial` is free again after the next block barrier.
+template <typename Op, int N>
+DLB_DEVICE void reduce_block(float (&v)[N], float (*partial)[max_block_warps]) {
+  reduce_lanes<Op>(v, warp_lanes);
+  const int lane = thread_index() % warp_lanes, warp = thread_index() / warp_lanes;
+  if (lane == 0) {
+    DLB_UNROLL for (int i = 0; i < N; ++i) shared_store(&partial[i][warp], v[i]);
+  }
+  sync_block();
+  const int other = lane % max_block_warps;
+  const bool used = other < block_threads() / warp_lanes;
+  DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = used ? shared_load(&partial[i][other]) : Op::identity();
+  reduce_lanes<Op>(v, max_block_warps);
+}
+
+DLB_DEVICE float scalar(const float* on_device, float number) { return on_device != nullptr ? load(on_device) : number; }
+// A term to which no row counts is 0, with zero gradient.
+DLB_DEVICE float over(float a, float norm) { return norm == 0.0f ? 0.0f : a / norm; }
+
+// Fills shared.state; ends with a block barrier.
+DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
+  BatchState s;
+  lay_out_pairs(a, s.start, s.stored, s.taught_rows);
+  if (a.precounted) {
+    const Counts& n = a.workspace->counts;
+    s.counts.rows = load(&n.rows), s.counts.weight = load(&n.weight);
+    s.counts.taught = load(&n.taught), s.counts.mismatched = load(&n.mismatched);
+  } else {
+    const Counts n = count_rows(a, s.taught_rows, thread_index(), block_threads());
+    float v[count_fields] = {n.rows, n.weight, n.taught, n.mismatched};
+    reduce_block<Sum>(v, shared.partial);
+    s.counts.rows = v[0], s.counts.weight = v[1], s.counts.taught = v[2], s.counts.mismatched = v[3];
+  }
+  float largest[1] = {1.0f}, weight_sum[1] = {static_cast<float>(a.classes)};
+  if (a.weight != nullptr && (a.label_smoothing > 0.0f || a.dtype == DType::f16)) {
+    largest[0] = weight_sum[0] = 0.0f;
+    for (int c = thread_index(); c < a.classes; c += block_threads()) {
+      const float w = load(a.weight + c);
+      weight_sum[0] += w;
+      largest[0] = maximum(largest[0], w < 0.0f ? -w : w);
+    }
+    reduce_block<Max>(largest, &shared.largest);
+    reduce_block<Sum>(weight_sum, &shared.weight_sum);
+  }
+  if (thread_index() == 0) {
+    s.alpha = scalar(a.alpha_ptr, a.alpha);
+    s.temperature = scalar(a.temperature_ptr, a.temperature);
+    s.inverse = 1.0f / s.temperature;
+    s.log2e_over_t = log2e / s.temperature;
+    s.ce_weight = a.ce_weight + a.ce_alpha * s.alpha;
+    s.weight_sum = weight_sum[0];
+    const bool mean = a.reduction == Reduction::mean;
+    s.scales.ce = over(s.ce_weight, mean ? s.counts.weight : 1.0f);
+    s.scales.z = over(a.z_loss, mean ? s.counts.rows : 1.0f);
+    s.scales.kl_grad = over(s.alpha * s.temperature, mean ? s.counts.taught : 1.0f);
+    s.scales.kl_loss = s.scales.kl_grad * s.temperature;
+    s.scales.even = a.label_smoothing / static_cast<float>(a.classes);
+    s.scales.hard = 1.0f - a.label_smoothing;
+    s.grad_scale = 1.0f;
+    if (a.dtype == DType::f16) {
+      // |p - q| <= 1 for both terms; the z-loss adds 2 lse p, with lse below 100 for any float16 model worth training.
+      const float ce = s.scales.ce, kl = s.scales.kl_grad;
+      const float bound = (ce < 0 ? -ce : ce) * largest[0] + (kl < 0 ? -kl : kl) + 200.0f * s.scales.z;
+      s.grad_scale = static_cast<float>(float16_grad_scale(bound));
+    }
+    shared_store(&shared.state, s);
+  }
+  sync_block();
+}
+
+}  // namespace cuda
+}  // namespace dlb_fast

@@ -1,0 +1,37 @@
+// Counting for batches of more than plan.h's self_count_rows rows: a few blocks count, the last of them adds up.
+#pragma once
+#include "finish.cuh"
+
+namespace dlb_fast {
+namespace cuda {
+
+static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
+  DLB_SHARED(FinishShared, shared);
+  int64_t start, stored, taught_rows;
+  lay_out_pairs(a, start, stored, taught_rows);
+  const int64_t threads = static_cast<int64_t>(grid_blocks()) * block_threads();
+  const Counts n = count_rows(a, taught_rows, static_cast<int64_t>(block_index()) * block_threads() + thread_index(), threads);
+  float v[count_fields] = {n.rows, n.weight, n.taught, n.mismatched};
+  reduce_block<Sum>(v, shared.partial[0]);
+  Workspace& w = *a.workspace;
+  if (thread_index() == 0) {
+    DLB_UNROLL for (int i = 0; i < count_fields; ++i) store(&w.count_partial[i][block_index()], v[i]);
+    fence();
+    shared_store(&shared.last, atomic_add(&w.count_ticket, 1u) == static_cast<uint32_t>(grid_blocks()) - 1u);
+  }
+  sync_block();
+  if (!shared_load(&shared.last) || thread_index() != 0) return;
+  fence();
+  DLB_UNROLL for (int i = 0; i < count_fields; ++i) {
+    v[i] = 0.0f;
+    for (int block = 0; block < grid_blocks(); ++block) v[i] += load_other_block(&w.count_partial[i][block]);
+  }
+  store(&w.counts.rows, v[0]);
+  store(&w.counts.weight, v[1]);
+  store(&w.counts.taught, v[2]);
+  store(&w.counts.mismatched, v[3]);
+  store(&w.count_ticket, 0u);
+}
+
+}  // namespace cuda
+}  // namespace dlb_fast

@@ -1,0 +1,71 @@
+// Host side: LastBatchArgs as the kernels take them, and the choice of the kernel's template arguments.
+#pragma once
+#include "plan.h"
+#include "streamed_kernel.cuh"
+
+namespace dlb_fast {
+namespace cuda {
+
+inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, void* workspace) {
+  DeviceArgs d;
+  d.batch = a.batch, d.classes = static_cast<int>(a.classes);
+  d.logits = a.logits, d.logits_stride = a.logits_stride, d.dtype = a.dtype;
+  d.target = a.target, d.target_stride = a.target_stride;
+  d.target_b = a.target_b, d.target_b_stride = a.target_b_stride;
+  d.lam = static_cast<const float*>(a.lam), d.lam_stride = a.lam_stride;
+  d.dense = static_cast<const float*>(a.dense), d.dense_stride = a.dense_stride;
+  d.weight = static_cast<const float*>(a.weight);
+  d.kind = a.kind, d.teacher_dtype = a.teacher_dtype;
+  d.buffer = a.buffer, d.capacity = a.capacity, d.slots = a.slots, d.ids = a.ids, d.num_old = a.num_old;
+  d.teacher = a.buffer != nullptr ? a.buffer : a.teacher;
+  d.teacher_stride = a.buffer != nullptr ? a.classes : a.teacher_stride;
+  d.teacher_rows = a.buffer != nullptr ? a.capacity : a.teacher_rows;
+  d.kd_mask = a.kd_mask, d.kd_mask_rows = a.kd_mask_rows, d.correct_share = static_cast<float>(a.correct_share);
+  d.alpha_ptr = static_cast<const float*>(a.alpha_ptr), d.temperature_ptr = static_cast<const float*>(a.temperature_ptr);
+  d.alpha = static_cast<float>(a.alpha), d.temperature = static_cast<float>(a.temperature);
+  d.ce_weight = static_cast<float>(a.ce_weight), d.ce_alpha = static_cast<float>(a.ce_alpha);
+  d.label_smoothing = static_cast<float>(a.label_smoothing), d.z_loss = static_cast<float>(a.z_loss);
+  d.ignore_index = a.ignore_index, d.reduction = a.reduction;
+  d.loss = static_cast<float*>(a.loss), d.parts = static_cast<float*>(a.parts), d.grad = a.grad;
+  d.workspace = static_cast<Workspace*>(workspace);
+  d.precounted = plan.count_blocks > 0;
+  return d;
+}
+
+using Kernel = void (*)(DeviceArgs);
+
+template <typename T, Teach teach>
+Kernel held_kernel_of(Regime regime) {
+  switch (regime) {
+    case Regime::lanes4: return &held_kernel<T, teach, 8, LaneGroup<4>>;
+    case Regime::lanes8: return &held_kernel<T, teach, 16, LaneGroup<8>>;
+    case Regime::warp: return &held_kernel<T, teach, held_columns, LaneGroup<32>>;
+    case Regime::block: return &held_kernel<T, teach, held_columns, BlockGroup<512, 1>>;
+    case Regime::cluster:
+      if constexpr (teach != Teach::rule) return &held_kernel<T, teach, held_columns, ClusterGroup>;
+    default: return nullptr;
+  }
+}
+
+// The kernel of a plan for logits of type T.
+template <typename T>
+Kernel kernel_for(const LaunchPlan& plan, TeacherKind kind) {
+  if (plan.regime == Regime::streamed_warp) return &streamed_kernel<T, Teach::any, true, LaneGroup<32>>;
+  if (plan.regime == Regime::streamed_block) {
+    return plan.general ? &streamed_kernel<T, Teach::any, true, BlockGroup<256, 2>>
+                        : &streamed_kernel<T, Teach::logits, false, BlockGroup<256, 3>>;
+  }
+  switch (kind) {
+    case TeacherKind::none: return held_kernel_of<T, Teach::none>(plan.regime);
+    case TeacherKind::logits: return held_kernel_of<T, Teach::logits>(plan.regime);
+    default: return held_kernel_of<T, Teach::rule>(plan.regime);
+  }
+}
+
+// One per element type, each in its own file so that they compile side by side.
+Kernel kernel_f32(const LaunchPlan& plan, TeacherKind kind);
+Kernel kernel_bf16(const LaunchPlan& plan, TeacherKind kind);
+Kernel kernel_f16(const LaunchPlan& plan, TeacherKind kind);
+
+}  // namespace cuda
+}  // namespace dlb_fast

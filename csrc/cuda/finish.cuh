@@ -1,0 +1,73 @@
+// The end of a launch: each block leaves a partial, and the block that comes last adds them up in block order, writes
+// loss and parts, brings the buffer's header up to date and puts the ticket back. The sum depends on the launch shape
+// only, never on which block was last. No float atomics.
+#pragma once
+#include "row.cuh"
+
+namespace dlb_fast {
+namespace cuda {
+
+constexpr int total_fields = 4;
+
+struct FinishShared {
+  float partial[2][total_fields][max_block_warps];
+  bool last;
+};
+
+DLB_DEVICE void write_outputs(const DeviceArgs& a, const BatchState& s, const float (&sum)[total_fields]) {
+  const bool mean = a.reduction == Reduction::mean;
+  const float ce = mean ? over(sum[0], s.counts.weight) : sum[0];
+  const float lb = s.temperature * s.temperature * (mean ? over(sum[1], s.counts.taught) : sum[1]);
+  float total = s.ce_weight * ce;
+  if (s.counts.taught > 0.0f) total += s.alpha * lb;
+  if (a.z_loss > 0.0f) total += a.z_loss * (mean ? over(sum[2], s.counts.rows) : sum[2]);
+  if (a.reduction != Reduction::none) store(a.loss, total);
+  store(a.parts + part_loss, total);
+  store(a.parts + part_ce, ce);
+  store(a.parts + part_lb, lb);
+  store(a.parts + part_correct, sum[3]);
+  store(a.parts + part_grad_scale, s.grad_scale);
+  store(a.parts + part_taught, s.counts.taught);
+}
+
+// Whose id slot j remembers from now on. Written by the pair's owner when the counts came from count_kernel; otherwise
+// other blocks may still be comparing ids, so the last block writes them all.
+DLB_DEVICE void write_id(const DeviceArgs& a, const BatchState& s, int64_t slot) {
+  store(a.slots + slots_header + slot, a.ids != nullptr ? load(a.ids + s.start + slot) : unknown_id);
+}
+
+DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const Totals& totals, FinishShared& shared) {
+  float sum[total_fields] = {totals.ce, totals.kl, totals.square, totals.correct};
+  reduce_block<Sum>(sum, shared.partial[0]);
+  Workspace& w = *a.workspace;
+  if (thread_index() == 0) {
+    DLB_UNROLL for (int i = 0; i < total_fields; ++i) store(&w.partial[i][block_index()], sum[i]);
+    fence();
+    const bool last = atomic_add(&w.ticket, 1u) == static_cast<uint32_t>(grid_blocks()) - 1u;
+    shared_store(&shared.last, last);
+  }
+  sync_block();
+  if (!shared_load(&shared.last)) return;
+  fence();
+  DLB_UNROLL for (int i = 0; i < total_fields; ++i) {
+    sum[i] = 0.0f;
+    for (int block = thread_index(); block < grid_blocks(); block += block_threads())
+      sum[i] += load_other_block(&w.partial[i][block]);
+  }
+  reduce_block<Sum>(sum, shared.partial[1]);
+  if (a.buffer != nullptr && !a.precounted) {
+    for (int64_t slot = thread_index(); slot < s.stored; slot += block_threads()) write_id(a, s, slot);
+  }
+  if (thread_index() == 0) {
+    write_outputs(a, s, sum);
+    if (a.buffer != nullptr) {
+      store(a.slots + slots_count, s.stored);
+      const int64_t mismatched = load(a.slots + slots_mismatched);
+      store(a.slots + slots_mismatched, mismatched + static_cast<int64_t>(s.counts.mismatched));
+    }
+    store(&w.ticket, 0u);
+  }
+}
+
+}  // namespace cuda
+}  // namespace dlb_fast

@@ -1,0 +1,168 @@
+// One row: what it takes part in, and from the sums over its columns its losses and the coefficients of its gradient.
+//
+//   d/dz_c = a e1_c + b e2_c - k et_c - constant - per_weight w_c - per_share q_c w_c - [c = label] at_label - ...
+//
+// Notation as in row_math.h. Everything is float32 and rounded once, at the store, label column included.
+#pragma once
+#include "batch.cuh"
+#include "columns.cuh"
+
+namespace dlb_fast {
+namespace cuda {
+
+// Kind of teacher a kernel is compiled for. `any` reads it from the arguments (the general kernel).
+enum class Teach { none, logits, rule, any };
+
+struct RowRole {
+  bool counts = false, taught = false;
+  int label = 0, label_b = -1;       // -1: no second label
+  float share = 0, share_b = 0;      // mixup share times class weight; NaN when the label is not a class
+  DLB_DEVICE bool active() const { return counts || taught; }
+};
+
+DLB_DEVICE float label_share(const DeviceArgs& a, int64_t label, float share, int& column) {
+  const bool inside = label >= 0 && label < a.classes;
+  column = inside ? static_cast<int>(label) : 0;
+  if (!inside) return not_a_number();  // poisons the row's loss and gradient: the host could not see this label
+  return a.weight != nullptr ? share * load(a.weight + label) : share;
+}
+
+DLB_DEVICE RowRole row_role(const DeviceArgs& a, const BatchState& s, int64_t row) {
+  RowRole r;
+  r.taught = row < s.taught_rows && is_taught(a, row, id_differs(a, row));
+  if (a.target != nullptr) {
+    r.counts = label_counts(a, row);
+    const int64_t label = load(a.target + row * a.target_stride);
+    if (r.counts) {
+      const float lam = a.target_b != nullptr ? load(a.lam + row * a.lam_stride) : 1.0f;
+      r.share = label_share(a, label, lam, r.label);
+      if (a.target_b != nullptr)
+        r.share_b = label_share(a, load(a.target_b + row * a.target_b_stride), 1.0f - lam, r.label_b);
+    }
+  } else {
+    r.counts = a.dense != nullptr;
+  }
+  return r;
+}
+
+// Sums over the columns of one row. The x_ sums are relative to the row maximum.
+struct RowSums {
+  float top = 0;                    // m
+  float d1 = 1, d2 = 1, dt = 1;     // for given probabilities dt is their sum
+  float gap = 0;                    // logits: sum et (y - x) / tau; probabilities: sum p (ln p - x / tau)
+  float x_sum = 0;                  // sum x_c (needed by label smoothing and by a teacher by rule)
+  float weighted_x = 0;             // sum w_c x_c (label smoothing with class weights)
+  float share_sum = 0, share_x = 0; // dense targets: sum q_c w_c and sum q_c w_c x_c
+};
+
+struct RowGradient {
+  float a = 0, b = 0, k = 0, constant = 0, per_weight = 0, per_share = 0;
+  int label = -1, label_b = -1;
+  float at_label = 0, at_label_b = 0;
+};
+
+struct Totals {
+  float ce = 0, kl = 0, square = 0, correct = 0;
+};
+
+// A teacher nobody trained: `right` on the label, `wrong` elsewhere.
+struct RuleShares {
+  float right, wrong;
+};
+DLB_DEVICE RuleShares rule_shares(const DeviceArgs& a) {
+  const float classes = static_cast<float>(a.classes);
+  if (a.correct_share < 0.0f) return {1.0f / classes, 1.0f / classes};
+  return {a.correct_share, a.classes > 1 ? (1.0f - a.correct_share) / (classes - 1.0f) : 0.0f};
+}
+DLB_DEVICE float p_log_p(float p) { return p > 0.0f ? p * log_accurate(p) : 0.0f; }
+
+template <Teach teach, bool general, typename T>
+DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, const RowRole& role, const RowSums& n,
+                                  const T* z_row, int64_t row, bool leader, Totals& totals) {
+  RowGradient g;
+  const TermScales<float>& scales = s.scales;
+  float ce = 0, kl = 0, square = 0;
+  const float x_label = to_float(load(z_row + role.label)) - n.top;
+  if (role.counts) {
+    const float log_d1 = log_accurate(n.d1), lse = n.top + log_d1;
+    float mass = scales.hard * role.share;
+    float dot = mass == 0.0f ? 0.0f : mass * x_label;
+    if (role.label_b >= 0) {
+      const float mass_b = scales.hard * role.share_b;
+      mass += mass_b;
+      dot += mass_b == 0.0f ? 0.0f : mass_b * (to_float(load(z_row + role.label_b)) - n.top);
+      g.label_b = role.label_b;
+      g.at_label_b = scales.ce * mass_b;
+    }
+    if (general && a.dense != nullptr) {
+      mass += scales.hard * n.share_sum;
+      dot += scales.hard * n.share_x;
+      g.per_share = scales.ce * scales.hard;
+    }
+    if (scales.even > 0.0f) {
+      mass += scales.even * s.weight_sum;
+      dot += scales.even * (general && a.weight != nullptr ? n.weighted_x : n.x_sum);
+    }
+    ce = mass * log_d1 - dot;
+    square = lse * lse;
+    const RowCoefficients<float> r =
+        row_coefficients<float>(scales, true, false, mass, role.share, n.d1, 1.0f, 1.0f, lse);
+    g.a = r.a;
+    if (general && a.weight != nullptr) g.per_weight = r.s; else g.constant = r.s;
+    if (a.dense == nullptr) g.label = role.label, g.at_label = r.label;
+    if (leader && n.d1 == n.d1 && x_label >= 0.0f && role.share == role.share) totals.correct += 1.0f;
+  }
+  if (teach != Teach::none && role.taught) {
+    const TeacherKind kind = teach == Teach::any ? a.kind : teach == Teach::rule ? TeacherKind::given_by_rule : TeacherKind::logits;
+    if (kind == TeacherKind::given_by_rule) {
+      const RuleShares p = rule_shares(a);
+      const float more = p.right - p.wrong;
+      const float entropy = p_log_p(p.right) + static_cast<float>(a.classes - 1) * p_log_p(p.wrong);
+      kl = entropy + log_accurate(n.d2) - (p.wrong == 0.0f ? 0.0f : p.wrong * n.x_sum * s.inverse);
+      if (more != 0.0f) kl -= more * x_label * s.inverse;
+      g.b = scales.kl_grad / n.d2;
+      g.constant += scales.kl_grad * p.wrong;
+      if (a.correct_share >= 0.0f) g.label = role.label, g.at_label += scales.kl_grad * more;
+    } else if (kind == TeacherKind::probabilities) {
+      kl = n.gap + n.dt * log_accurate(n.d2);
+      g.b = scales.kl_grad * n.dt / n.d2;
+      g.k = scales.kl_grad;
+    } else {
+      kl = n.gap / n.dt + log_accurate(n.d2 / n.dt);
+      g.b = scales.kl_grad / n.d2;
+      g.k = scales.kl_grad / n.dt;
+    }
+  }
+  if (leader) {
+    totals.ce += ce, totals.kl += kl, totals.square += square;
+    if (a.reduction == Reduction::none) {
+      // A weight of 0 must not turn an infinite row of the other term into NaN.
+      float loss = s.ce_weight * ce + (kl == 0.0f ? 0.0f : s.alpha * s.temperature * s.temperature * kl);
+      if (a.z_loss > 0.0f) loss += a.z_loss * square;
+      store(a.loss + row, loss);
+    }
+  }
+  // A float16 gradient is enlarged before it is rounded; the factor is 1 otherwise.
+  const float f = s.grad_scale;
+  g.a *= f, g.b *= f, g.k *= f, g.constant *= f, g.per_weight *= f, g.per_share *= f, g.at_label *= f, g.at_label_b *= f;
+  return g;
+}
+
+// For a row that takes no part: zeros, whatever it holds.
+DLB_DEVICE void finish_idle_row(const DeviceArgs& a, int64_t row, bool leader) {
+  if (leader && a.reduction == Reduction::none) store(a.loss + row, 0.0f);
+}
+
+// Subtracts the label columns of a packet that starts at column `first`.
+template <int V>
+DLB_DEVICE void correct_labels(const RowGradient& g, int first, float* values) {
+  if (static_cast<unsigned>(g.label - first) < static_cast<unsigned>(V)) {
+    DLB_UNROLL for (int e = 0; e < V; ++e) values[e] -= first + e == g.label ? g.at_label : 0.0f;
+  }
+  if (static_cast<unsigned>(g.label_b - first) < static_cast<unsigned>(V)) {
+    DLB_UNROLL for (int e = 0; e < V; ++e) values[e] -= first + e == g.label_b ? g.at_label_b : 0.0f;
+  }
+}
+
+}  // namespace cuda
+}  // namespace dlb_fast

@@ -1,0 +1,121 @@
+// Python's way to the emulated kernels: pointers as integers, tensors as registered memory ranges.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "count_kernel.cuh"
+#include "device_args.cuh"
+#include "scale_kernel.cuh"
+
+namespace py = pybind11;
+using namespace dlb_fast;
+using namespace dlb_fast::cuda;
+
+namespace {
+
+template <typename P>
+P pointer(const py::dict& d, const char* name) {
+  return d.contains(name) ? reinterpret_cast<P>(d[name].cast<uintptr_t>()) : nullptr;
+}
+template <typename X>
+void number(const py::dict& d, const char* name, X& out) {
+  if (!d.contains(name)) return;
+  if constexpr (std::is_enum_v<X>) out = static_cast<X>(d[name].cast<int32_t>());
+  else out = d[name].cast<X>();
+}
+
+LastBatchArgs arguments(const py::dict& d) {
+  LastBatchArgs a;
+  number(d, "batch", a.batch), number(d, "classes", a.classes), number(d, "dtype", a.dtype);
+  a.logits = pointer<const void*>(d, "logits"), number(d, "logits_stride", a.logits_stride);
+  a.target = pointer<const int64_t*>(d, "target"), number(d, "target_stride", a.target_stride);
+  a.target_b = pointer<const int64_t*>(d, "target_b"), number(d, "target_b_stride", a.target_b_stride);
+  a.lam = pointer<const void*>(d, "lam"), number(d, "lam_stride", a.lam_stride);
+  a.dense = pointer<const void*>(d, "dense"), number(d, "dense_stride", a.dense_stride);
+  a.weight = pointer<const void*>(d, "weight");
+  number(d, "kind", a.kind), number(d, "teacher_dtype", a.teacher_dtype);
+  a.teacher = pointer<const void*>(d, "teacher"), number(d, "teacher_stride", a.teacher_stride);
+  number(d, "teacher_rows", a.teacher_rows);
+  a.buffer = pointer<void*>(d, "buffer"), number(d, "capacity", a.capacity);
+  a.slots = pointer<int64_t*>(d, "slots"), a.ids = pointer<const int64_t*>(d, "ids"), number(d, "num_old", a.num_old);
+  a.kd_mask = pointer<const bool*>(d, "kd_mask"), number(d, "kd_mask_rows", a.kd_mask_rows);
+  number(d, "correct_share", a.correct_share);
+  a.alpha_ptr = pointer<const void*>(d, "alpha_ptr"), a.temperature_ptr = pointer<const void*>(d, "temperature_ptr");
+  number(d, "alpha", a.alpha), number(d, "temperature", a.temperature), number(d, "ce_weight", a.ce_weight);
+  number(d, "ce_alpha", a.ce_alpha), number(d, "label_smoothing", a.label_smoothing), number(d, "z_loss", a.z_loss);
+  number(d, "ignore_index", a.ignore_index), number(d, "reduction", a.reduction);
+  a.loss = pointer<void*>(d, "loss"), a.parts = pointer<void*>(d, "parts"), a.grad = pointer<void*>(d, "grad");
+  return a;
+}
+
+const char* name_of(Regime regime) {
+  constexpr const char* names[] = {"lanes4", "lanes8", "warp", "block", "cluster", "streamed_warp", "streamed_block"};
+  return names[static_cast<int>(regime)];
+}
+
+py::dict described(const LaunchPlan& plan) {
+  py::dict d;
+  d["regime"] = name_of(plan.regime), d["general"] = plan.general, d["threads"] = plan.threads, d["blocks"] = plan.blocks;
+  d["cluster"] = plan.cluster, d["count_blocks"] = plan.count_blocks;
+  return d;
+}
+
+py::object plan_of(const py::dict& d, int multiprocessors, int largest_cluster) {
+  const LastBatchArgs a = arguments(d);
+  if (const char* reason = refusal(a)) return py::str(reason);
+  return described(plan_launch(a, {multiprocessors, largest_cluster}));
+}
+
+void add_ranges(const py::list& ranges) {
+  emulator::clear_memory();
+  for (const auto& item : ranges) {
+    const auto range = item.cast<std::tuple<uintptr_t, size_t, bool, std::string>>();
+    emulator::add_memory(reinterpret_cast<const void*>(std::get<0>(range)), std::get<1>(range), std::get<2>(range), std::get<3>(range));
+  }
+}
+
+py::dict last_batch(const py::dict& d, const py::list& ranges, uintptr_t workspace, int multiprocessors, int largest_cluster,
+                    uint64_t seed) {
+  const LastBatchArgs a = arguments(d);
+  if (const char* reason = refusal(a)) throw py::value_error(reason);
+  const LaunchPlan plan = plan_launch(a, {multiprocessors, largest_cluster});
+  const DeviceArgs device = device_args(a, plan, reinterpret_cast<void*>(workspace));
+  add_ranges(ranges);
+  if (plan.count_blocks > 0) emulator::run({plan.count_blocks, 256, 1, seed}, [&] { count_kernel(device); });
+#if defined(DLB_EMULATE_F32_ONLY)
+  if (a.dtype != DType::f32) throw py::value_error("built for float32 only");
+  const Kernel kernel = kernel_f32(plan, a.kind);
+#else
+  const Kernel kernel = a.dtype == DType::f32    ? kernel_f32(plan, a.kind)
+                        : a.dtype == DType::bf16 ? kernel_bf16(plan, a.kind)
+                                                 : kernel_f16(plan, a.kind);
+#endif
+  if (kernel == nullptr) throw py::value_error("the plan names a kernel that does not exist");
+  emulator::run({plan.blocks, plan.threads, plan.cluster, seed}, [&] { kernel(device); });
+  py::dict result = described(plan);
+  result["bytes_loaded"] = emulator::counters.bytes_loaded, result["bytes_stored"] = emulator::counters.bytes_stored;
+  result["loads16"] = emulator::counters.loads16, result["stores16"] = emulator::counters.stores16;
+  result["loads"] = emulator::counters.loads, result["stores"] = emulator::counters.stores;
+  return result;
+}
+
+uint64_t scale_grad(uintptr_t grad, int dtype, int64_t elements, int64_t classes, uintptr_t upstream, int64_t stride,
+                    uintptr_t grad_scale, const py::list& ranges, int blocks, uint64_t seed) {
+  const ScaleArgs a = {reinterpret_cast<void*>(grad), elements, classes, reinterpret_cast<const float*>(upstream),
+                       reinterpret_cast<const float*>(grad_scale), stride};
+  add_ranges(ranges);
+  emulator::run({blocks, 256, 1, seed}, [&] {
+    if (static_cast<DType>(dtype) == DType::f32) scale_kernel<float>(a);
+    else if (static_cast<DType>(dtype) == DType::bf16) scale_kernel<Bf16>(a);
+    else scale_kernel<F16>(a);
+  });
+  return emulator::counters.bytes_stored;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(DLB_EMULATOR_NAME, m) {
+  m.def("plan", &plan_of);
+  m.def("last_batch", &last_batch);
+  m.def("scale_grad", &scale_grad);
+  m.attr("workspace_bytes") = sizeof(Workspace);
+}
