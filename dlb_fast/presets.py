@@ -144,7 +144,7 @@ def to_yaml(preset: Preset) -> str:
     for group, fields in to_dict(preset.config).items():
         lines.append(f"{group}:")
         for name, value in fields.items():
-            text = yaml.safe_dump({name: value}, default_flow_style=None, width=1000).strip()
+            plain = yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
             source: Any = preset.sources.get(name if name != "source" else "data")
-            lines.append(f"  {text}" + (f"  # {source}" if source else ""))
+            lines.append(f"  {name}: {plain}" + (f"  # {source}" if source else ""))
     return "\n".join(lines) + "\n"

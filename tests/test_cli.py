@@ -1,0 +1,227 @@
+"""The command as a user types it (in this process, except where a process is the point)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dlb_fast import cli
+from dlb_fast.presets import PRESETS, get_preset, to_yaml
+from dlb_fast.train.config import load_config
+from dlb_fast.train.run_folder import RunFolder
+
+torch.set_num_threads(1)
+
+SMALL = ["--preset", "digits", "--per-class", "4", "--batch-size", "20", "--epochs", "2", "--quiet"]
+ROOT = str(Path(cli.__file__).parents[1])
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, made by the command."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", *SMALL, "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_leaves_its_files(finished):
+    config = load_config(finished / "config.yaml")
+    assert (config.data.per_class, config.train.epochs, config.loss.method) == (4, 2, "dlb")
+    versions = json.loads((finished / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__ and versions["implementation"] in ("cpu", "torch")
+    assert versions["python"] == sys.version.split()[0] and "commit" in versions
+    assert (finished / "metrics.csv").read_text().startswith("step,epoch,images_seen,lr,loss")
+    names = {p.name for p in (finished / "checkpoints").iterdir()}
+    assert {"best.safetensors", "last.safetensors", "step-000000008.pt"} <= names
+    assert json.loads((finished / "result.json").read_text())["stopped_by"] is None
+
+
+def test_flags_override_the_file_and_the_file_the_preset(here):
+    Path("c.yaml").write_text("optim: {lr: 0.5}\nloss: {alpha: 0.25}\n")
+    flags = ["--config", "c.yaml", "--alpha", "0.75", "--data", "synthetic:40,3,8", "--per-class", "None", "--no-flip"]
+    assert cli.main(["train", *SMALL, *flags, "--out", "r"]) == 0
+    config = RunFolder("r").read_config()
+    assert (config.optim.lr, config.loss.alpha) == (0.5, 0.75)
+    assert (config.data.source, config.data.flip) == ("synthetic:40,3,8", False)
+    assert config.data.label_noise == get_preset("digits").config.data.label_noise  # from the preset
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert cli.main(["train", "--resume", "--out", str(finished)]) == 0
+    assert "already complete (8 steps)" in capsys.readouterr().err
+    kept = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert kept.keys() == before.keys()
+    assert all(kept[p] == before[p] for p in before if p.name in ("metrics.csv", "metrics.jsonl", "config.yaml"))
+
+
+def test_resume_can_train_longer_and_says_what_changed(here, capsys):
+    assert cli.main(["train", *SMALL, "--out", "runs/a"]) == 0
+    assert cli.main(["train", "--resume", "--epochs", "3", "--quiet"]) == 0  # alone: the newest under runs/
+    assert "changed for the rest of the run: epochs 2 -> 3" in capsys.readouterr().err
+    assert RunFolder("runs/a").read_config().train.epochs == 3
+    assert json.loads(Path("runs/a/result.json").read_text())["step"] == 12
+
+
+def test_eval_repeats_the_runs_own_numbers(finished, capsys):
+    result = json.loads((finished / "result.json").read_text())
+    assert cli.main(["eval", str(finished), "--weights", "last", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["top1"] == result["test_top1"] and scores["nll"] == pytest.approx(result["test_nll"])
+    assert cli.main(["eval", str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == result["best_top1"]
+    assert cli.main(["eval", str(finished)]) == 0
+    assert f"over {result['test_count']} images" in capsys.readouterr().out
+
+
+def failing(arguments, capsys):
+    """Run a command that must fail with a message and no traceback; the message as one line, without its frame."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as exit:  # wrong flags end in the parser, with 2
+        code = exit.code
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert code in (1, 2) and (code == 2) == ("For full helptext" in said)
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "digit"], "unknown preset 'digit'; did you mean digits"),
+        (["--model", "resnet23"], "unknown model 'resnet23'; did you mean 'resnet"),
+        (["--data", "imagefolder:/nowhere/at/all"], "/nowhere/at/all"),
+        (["--data", "mnist"], "unknown kind 'mnist'"),
+        (["--temperature", "-1"], "temperature must be finite and > 0, got -1.0"),
+        (["--batch-size", "7"], "batch_size must be even"),
+        (["--batch-size", "200"], "lower batch_size"),
+        (["--per-class", "100000"], "per_class"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["--device", "gpu"], "device 'gpu' cannot be used"),
+        (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
+        (["--impl", "cuda"], "cuda"),
+    ],
+)
+def test_wrong_use_is_told_before_anything_is_written(flags, message, here, capsys):
+    said = failing(["train", *SMALL, "--out", "r", *flags], capsys)
+    assert message in said
+    assert not Path("r").exists()
+
+
+def test_resume_without_a_run(here, capsys):
+    assert "there is no run under runs/" in failing(["train", "--resume"], capsys)
+    assert "there is no run in nowhere" in failing(["train", "--resume", "--out", "nowhere"], capsys)
+
+
+def test_a_run_is_not_overwritten(finished, capsys):
+    said = failing(["train", *SMALL, "--out", str(finished)], capsys)
+    assert "already holds a run" in said and "--resume" in said
+
+
+def test_eval_of_wrong_things(finished, here, capsys):
+    assert "there is no run in" in failing(["eval", "."], capsys)
+    said = failing(["eval", str(finished), "--data", "synthetic:40,3,8"], capsys)
+    assert "synthetic:40,3,8 has 3 classes" in said and "10" in said
+    (Path("copy") / "checkpoints").mkdir(parents=True)
+    Path("copy/config.yaml").write_bytes((finished / "config.yaml").read_bytes())
+    assert "best.safetensors is missing" in failing(["eval", "copy"], capsys)
+    Path("copy/checkpoints/best.safetensors").write_bytes(b"nonsense")
+    assert "not a readable safetensors file" in failing(["eval", "copy"], capsys)
+
+
+def test_unknown_commands_and_help(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
+    assert cli.main(["fly"]) == 2 and "unknown command 'fly'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(flag in out for flag in ("--preset", "--data", "--out", "--resume", "--temperature", "--lr"))
+
+
+def test_every_command_named_exists():
+    import importlib
+
+    for target, _ in cli.COMMANDS.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_debug_shows_the_traceback(monkeypatch, here):
+    monkeypatch.setenv("DLB_FAST_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown preset"):
+        cli.main(["train", "--preset", "nothing"])
+
+
+def test_presets_list_show_and_copy(here, capsys):
+    assert cli.main(["presets", "list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in PRESETS)
+    assert cli.main(["presets", "show", "cifar100-resnet32-dlb"]) == 0
+    shown = capsys.readouterr().out
+    assert "temperature: 3.0  # community default, not a value read from the paper" in shown
+    assert cli.main(["presets", "copy", "cifar100-resnet32-dlb", "c.yaml"]) == 0
+    assert load_config("c.yaml") == get_preset("cifar100-resnet32-dlb").config
+    assert "exists; --force" in failing(["presets", "copy", "digits", "c.yaml"], capsys)
+    assert cli.main(["presets", "copy", "digits", "c.yaml", "--force"]) == 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_config_file_with_known_sources(name):
+    preset = get_preset(name)
+    text = to_yaml(preset)
+    fields = {field for part in yaml.safe_load(text).values() for field in part}
+    assert set(preset.sources) <= fields | {"data"}
+    assert text.startswith(f"# {preset.about}")
+
+
+def test_controls_see_as_many_images_as_dlb():
+    for stem in ("cifar10-resnet32", "cifar100-resnet32"):
+        dlb, ce, ls, alpha0 = (get_preset(f"{stem}-{kind}").config for kind in ("dlb", "ce", "ls", "alpha0"))
+        assert ce.data.batch_size == dlb.data.batch_size and ce.train.epochs == 2 * dlb.train.epochs
+        assert ce.schedule.milestones == tuple(2 * m for m in dlb.schedule.milestones)
+        assert ls.loss.label_smoothing == 0.1 and ls.train == ce.train
+        assert (alpha0.loss.method, alpha0.train, alpha0.schedule) == ("two_view", dlb.train, dlb.schedule)
+
+
+def test_a_signal_saves_and_exits_cleanly(tmp_path):
+    """A real process and a real SIGINT."""
+    arguments = [*SMALL[:-1], "--epochs", "2000", "--out", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dlb_fast", "train", *arguments],
+        cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("run/checkpoints/*.pt")) and process.poll() is None:
+        assert time.time() < deadline, "no checkpoint appeared"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    assert "stopped by SIGINT at step" in said and "--resume --out run" in said and "Traceback" not in said
+
+
+def test_start_up_is_light():
+    """Listing commands must not pay for what only training needs."""
+    heavy = "('tyro', 'yaml', 'matplotlib', 'sklearn', 'torch._dynamo')"
+    code = f"import sys, dlb_fast.cli as c; c.main(['--help']); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
