@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .counting import HEADER, UNKNOWN_ID, count_rows, load_counts, roll_layout, taught_rows
 from .row_loss import rows_loss
-from .row_tiles import LOGITS, NONE, PROBABILITIES, VIRTUAL, power_of_two_below
+from .row_tiles import NONE, VIRTUAL, power_of_two_below
 
 MAX_PROGRAMS = tl.constexpr(8192)
 PARTIALS = tl.constexpr(6)  # ce, lb, lse^2, hits, taught, mismatched
@@ -29,7 +29,9 @@ def scalar(value, pointer, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def half_scale(ce_size, kl_size, z_size, weight_ptr, COMPUTE: tl.constexpr, CLASSES: tl.constexpr, HAS_WEIGHT: tl.constexpr):  # fmt: skip
+def half_scale(
+    ce_size, kl_size, z_size, weight_ptr, COMPUTE: tl.constexpr, CLASSES: tl.constexpr, HAS_WEIGHT: tl.constexpr
+):
     """How much a float16 gradient is enlarged: the largest power of two <= 65536 that keeps its bound <= 16384."""
     heaviest = tl.full([], 1.0, COMPUTE)
     if HAS_WEIGHT:

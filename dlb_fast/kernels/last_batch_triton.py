@@ -60,7 +60,13 @@ def last_batch_roll(
 
 
 def _run(
-    logits: Tensor, teacher: Tensor | None, slots: Tensor | None, ids: Tensor | None, num_old: int, options: Any, kind: int
+    logits: Tensor,
+    teacher: Tensor | None,
+    slots: Tensor | None,
+    ids: Tensor | None,
+    num_old: int,
+    options: Any,
+    kind: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (
         target, target_b, lam, weight, kd_mask, alpha_t, tau_t, alpha, tau, ce_weight, ce_alpha,

@@ -12,8 +12,11 @@ from torch import Tensor
 from .counting import COUNT_PROGRAMS
 from .last_batch_kernel import MAX_PROGRAMS, PARTIALS
 
-HELD_COLUMNS = 16384
-"""Longest row that stays in registers: above, two distributions in one tile spill."""
+HELD_COLUMNS = 8192
+"""Longest row that stays in registers: a tile of 16384 with two distributions spills at 1024 threads."""
+
+LOOP_COLUMNS = 4096
+"""Tile of longer rows."""
 
 COUNT_HERE_ROWS = 4096
 COUNT_HERE_BYTES = 16 << 20
@@ -40,19 +43,21 @@ def tiling(classes: int, itemsize: int, warp_size: int = 32) -> Tiling:
 
     - ``C <= 1024``: tiles of about 1024 logits and 4 warps, so up to 32 pairs per program (several per warp for
       ``C <= 128``): small tiles keep many programs in flight, which is what hides latency here.
-    - ``C <= 16384``: one pair, held in registers, 16 logits per thread: more spills, fewer leaves threads idle.
-    - above: the tile of 4096 or 8192 columns that pads the row least, read twice. float64 halves every tile.
-    - a warp of 64 threads (CDNA) takes half the warps, and a program at most 16 of them.
+    - ``C <= 8192``: one pair, held in registers.
+    - above: tiles of 4096, each read twice.
+    - everywhere 8 logits per thread: the compiler's own count says that 16 need more than 128 registers (one program
+      per multiprocessor) and 32 spill; fewer leave 16-bit loads narrower than 16 bytes. float64 takes half tiles.
+    - a warp of 64 threads (CDNA) halves the number of warps, which also keeps it within 16.
     """
     wide = 2 if itemsize == 8 else 1
     held = HELD_COLUMNS // wide
     if classes <= held:
         block, tiles = max(next_power_of_two(classes), 2), 1
     else:
-        block = min((8192 // wide, 4096 // wide), key=lambda size: -(-classes // size) * size)
+        block = LOOP_COLUMNS // wide
         tiles = -(-classes // block)
     rows = max(1, min(32, 1024 // wide // block))
-    threads = max(128, min(1024, rows * block * wide // 16))
+    threads = max(128, rows * block * wide // 8)
     return Tiling(rows, block, tiles, threads // warp_size)
 
 

@@ -141,7 +141,7 @@ def rows_loss(
     wide = rows.to(tl.int64)[:, None]
     z_row = logits_ptr + wide * LOGITS_STRIDE
     t_row, dense_row, store_row, grad_row = z_row, z_row, z_row, z_row
-    if KIND == LOGITS or KIND == PROBABILITIES:
+    if KIND == LOGITS or KIND == PROBABILITIES:  # noqa: SIM109
         t_row = teacher_ptr + slots.to(tl.int64)[:, None] * TEACHER_STRIDE
     if STORE:
         store_row = store_ptr + slots.to(tl.int64)[:, None] * CLASSES

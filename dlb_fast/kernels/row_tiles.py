@@ -27,15 +27,14 @@ VIRTUAL = tl.constexpr(3)
 @triton.jit
 def round_to(value, DTYPE: tl.constexpr):
     """One rounding to nearest even; by hand for bfloat16 in the interpreter, whose cast truncates."""
-    if DTYPE == tl.float64:
+    if DTYPE == tl.float64:  # noqa: SIM300
         return value.to(tl.float64)
     single = value.to(tl.float32)
-    if INTERPRETED:
-        if DTYPE == tl.bfloat16:
-            bits = single.to(tl.uint32, bitcast=True)
-            even = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
-            quiet = ((bits >> 16) | 0x40).to(tl.uint16)  # a NaN stays one: the carry would turn it into infinity
-            return tl.where(single == single, even, quiet).to(tl.bfloat16, bitcast=True)
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = single.to(tl.uint32, bitcast=True)
+        even = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        quiet = ((bits >> 16) | 0x40).to(tl.uint16)  # a NaN stays one: the carry would turn it into infinity
+        return tl.where(single == single, even, quiet).to(tl.bfloat16, bitcast=True)
     return single.to(DTYPE)
 
 
@@ -95,7 +94,9 @@ def kl_sums(
 
 
 @triton.jit
-def spread_target(cols_ok, cols, dense, weight_ptr, keep_share, even_share, DENSE: tl.constexpr, HAS_WEIGHT: tl.constexpr):  # fmt: skip
+def spread_target(
+    cols_ok, cols, dense, weight_ptr, keep_share, even_share, DENSE: tl.constexpr, HAS_WEIGHT: tl.constexpr
+):
     """The part of the target that covers all columns, (ROWS or 1, BLOCK): dense rows and label smoothing, weighted."""
     spread = tl.where(cols_ok, even_share, 0.0)[None, :]
     if DENSE:

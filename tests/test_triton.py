@@ -1,0 +1,396 @@
+"""The Triton kernels against the float64 reference: in the interpreter on a CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from dlb_fast import LogitBuffer, ops, reference
+from dlb_fast.functional import row_loss
+
+pytest.importorskip("triton", reason="triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("without a GPU these tests need TRITON_INTERPRET=1 (conftest sets it)", allow_module_level=True)
+# NumPy, under the interpreter, reports the inf - inf and log 0 of lanes whose value is not used.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+NAN, INF = float("nan"), float("inf")
+
+
+def problem(batch, half, classes, dtype=F32, seed=0, drift=None):
+    """Logits, labels and teacher logits; with ``drift`` the teacher is the student a small step away."""
+    g = torch.Generator().manual_seed(seed + 97 * classes + batch)
+    z = (3 * torch.randn(batch, classes, generator=g, dtype=F64)).to(dtype)
+    t = 3 * torch.randn(half, classes, generator=g, dtype=F64)
+    if drift is not None:
+        t = z[:half].double() + drift * t
+    y = torch.randint(0, classes, (batch,), generator=g)
+    return z.to(DEVICE), y.to(DEVICE), t.to(dtype).to(DEVICE)
+
+
+def backward(impl, z, y, upstream, dtype, **options):
+    """Loss, parts and gradient of one implementation with the logits in ``dtype``."""
+    z = z.detach().to(dtype).requires_grad_()
+    moved = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    y = y.to(dtype) if y is not None and y.is_floating_point() else y
+    loss, parts = row_loss("test", impl, z, y, **moved)
+    up = torch.ones_like(loss) if upstream is None else upstream.to(loss)
+    (grad,) = torch.autograd.grad(loss, z, up)
+    return loss.detach().double(), parts.double(), grad.double()
+
+
+def check(z, y, upstream=None, **options):
+    """The rule: no further from float64 than eager PyTorch in the same dtype, plus a few units of float32."""
+    exact = backward("torch", z, y, upstream, F64, **options)
+    eager = backward("torch", z, y, upstream, z.dtype, **options)
+    mine = backward("triton", z, y, upstream, z.dtype, **options)
+    unit = 1e-12 if z.dtype == F64 else 1.5e-6
+    if upstream is not None and z.dtype in (BF16, F16):  # it multiplies what is already rounded: half a unit more
+        unit += torch.finfo(z.dtype).eps / 2
+    for name, right, usual, got in zip(("loss", "parts", "gradient"), exact, eager, mine, strict=True):
+        if name == "parts":
+            right, usual, got = right[:4], usual[:4], got[:4]
+        assert got.shape == right.shape
+        torch.testing.assert_close(got.isnan(), right.isnan(), msg=f"{name}: NaN in other places")
+        torch.testing.assert_close(got.isinf(), right.isinf(), msg=f"{name}: inf in other places")
+        if got.numel() == 0:
+            continue
+        error, usual_error = (torch.nan_to_num(x - right, posinf=0, neginf=0).abs().max() for x in (got, usual))
+        size = torch.nan_to_num(right, posinf=0, neginf=0).abs().max()
+        assert error <= usual_error + unit * (size + 1e-2), f"{name}: error {error:.3g}, eager {usual_error:.3g}"
+    return mine
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 100, 1000, 1001, 9001])
+def test_every_regime_of_c(classes):
+    z, y, t = problem(5, 2, classes)
+    check(z, y, teacher=t, temperature=2.5, alpha=0.75)
+
+
+def test_a_long_row_in_several_tiles_with_everything_on():
+    z, y, t = problem(3, 2, 17000)
+    weight = torch.linspace(0.5, 2.0, 17000, device=DEVICE)
+    z[0, 4096:8192] = -INF  # a whole tile without mass, and the peak in the last tile
+    z[0, 16999] = 9.0
+    t[1, :9000] = -INF
+    y[0] = 16999
+    check(z, y, teacher=t, temperature=2.0, weight=weight, z_loss=0.01)
+    dense = torch.softmax(z.clamp(min=-50), 1)
+    check(z.clamp(min=-50), dense, teacher=t.clamp(min=-50), weight=weight, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F64])
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_dtypes_with_a_near_equal_teacher(dtype, classes):
+    z, y, t = problem(6, 3, classes, dtype, drift=1e-3)
+    check(z, y, torch.tensor(0.5, device=DEVICE), teacher=t, temperature=3.0)
+
+
+def test_the_bfloat16_gradient_is_rounded_to_nearest_even():
+    z, _, t = problem(4, 4, 300, BF16)
+    exact = backward("torch", z, None, None, F64, teacher=t)[2]
+    mine = backward("triton", z, None, None, BF16, teacher=t)[2]
+    same = (exact.float().to(BF16) == mine.to(BF16)).double().mean()
+    assert same > 0.995  # truncation: about half
+
+
+def test_float16_with_a_loss_scale_does_not_underflow():
+    z, y, t = problem(16, 4, 1000, F16)
+    exact = backward("torch", z, y, torch.tensor(65536.0, dtype=F64), F64, teacher=t)[2]
+    mine = backward("triton", z, y, torch.tensor(65536.0), F16, teacher=t)[2]
+    torch.testing.assert_close(mine, exact, rtol=1.1e-3, atol=2e-7 * exact.abs().max().item())
+    assert (mine == 0).double().mean() < 0.01
+
+
+TEACHERS = {
+    "none": {},
+    "logits": {"teacher": "logits", "temperature": 2.0, "alpha": 0.5},
+    "temperature-1": {"teacher": "logits", "temperature": 1.0},
+    "probabilities": {"teacher": "probabilities", "teacher_kind": "probabilities", "temperature": 2.0},
+    "uniform": {"teacher_kind": "virtual", "temperature": 2.0, "alpha": 0.25},
+    "corrected": {"teacher_kind": "virtual", "correct_share": 0.75, "ce_weight": 1.0, "ce_alpha": -1.0, "alpha": 0.5},
+}
+TARGETS = {
+    "labels": {},
+    "smooth": {"label_smoothing": 0.125},
+    "weights": {"weight": True, "ignored": True},
+    "weights-smooth-z": {"weight": True, "label_smoothing": 0.25, "z_loss": 0.5, "ignored": True},
+    "pair": {"pair": 0.75, "ignored": True, "weight": True, "z_loss": 0.25},
+    "pair-rows-smooth": {"pair": "rows", "label_smoothing": 0.125},
+    "dense": {"dense": True, "z_loss": 0.125},
+    "dense-weights-smooth": {"dense": True, "weight": True, "label_smoothing": 0.125},
+    "absent": {"target": None},
+}
+
+
+def build(teacher, target, batch=6, half=3, classes=20, dtype=F32):
+    """The arguments of one cell of the table teachers x targets."""
+    z, y, t = problem(batch, half, classes, dtype)
+    g = torch.Generator().manual_seed(5)
+    options = {**TEACHERS[teacher]}
+    rule = dict(TARGETS[target])
+    if options.get("teacher") == "logits":
+        options["teacher"] = t
+    elif options.get("teacher") == "probabilities":
+        p = torch.softmax(t.float(), 1).to(dtype)
+        p[0, 3] = 0.0  # a class without mass, facing an impossible class
+        z[0, 3] = -INF
+        y[0] = 1
+        options["teacher"] = p
+    if rule.pop("ignored", False):
+        y[1], y[batch - 1] = -100, -100
+        z[batch - 1] = NAN if options.get("teacher_kind") != "virtual" or "correct_share" in options else 1.0
+    if rule.pop("weight", False):
+        rule["weight"] = (torch.rand(classes, generator=g) + 0.25).to(DEVICE)
+    lam = rule.pop("pair", None)
+    if lam is not None:
+        rule["target_b"] = torch.randint(0, classes, (batch,), generator=g).to(DEVICE)
+        rule["target_b"][2] = -100
+        rule["lam"] = torch.tensor(lam, device=DEVICE) if lam != "rows" else torch.rand(batch, generator=g).to(DEVICE)
+    if rule.pop("dense", False):
+        y = torch.softmax(torch.randn(batch, classes, generator=g), 1).to(DEVICE)
+        y[0] = 0
+        y[0, 5] = 1
+    if "target" in rule:
+        y = rule.pop("target")
+    if "label_smoothing" in rule:
+        z[z == -INF] = -20.0  # torch's smoothing of an impossible class is infinite
+    return z, y, {**options, **rule}
+
+
+CELLS = [(a, b) for a in TEACHERS for b in TARGETS]
+IMPOSSIBLE = {
+    ("none", "absent"),
+    ("corrected", "dense"),
+    ("corrected", "dense-weights-smooth"),
+    ("corrected", "absent"),
+}
+REDUCTIONS = ("mean", "none", "sum")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "target", "reduction"),
+    [(*cell, REDUCTIONS[i % 3]) for i, cell in enumerate(CELLS) if cell not in IMPOSSIBLE],
+)
+def test_teachers_by_targets(teacher, target, reduction):
+    z, y, options = build(teacher, target)
+    upstream = torch.rand(z.shape[0] if reduction == "none" else (), generator=torch.Generator().manual_seed(2)) + 0.5
+    check(z, y, upstream.to(DEVICE), reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("target", ["weights", "pair", "dense-weights-smooth"])
+def test_mean_and_sum_agree_with_the_reference_for_each_target(target):
+    for reduction in ("mean", "sum"):
+        z, y, options = build("logits", target, dtype=F16)
+        check(z, y, reduction=reduction, **options)
+
+
+def test_kd_mask_shorter_than_the_batch_and_no_valid_row():
+    z, y, t = problem(6, 4, 30)
+    z[1] = NAN
+    y[1] = -100
+    t[1] = NAN
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    _, parts, grad = check(z, y, teacher=t, kd_mask=mask)
+    assert grad[1].eq(0).all() and parts[2] > 0
+    _, parts, grad = check(z, y, teacher=t, kd_mask=torch.zeros_like(mask))
+    assert parts[2] == 0
+    y[:] = -100
+    loss, _, grad = check(z, y, teacher=t, kd_mask=torch.zeros_like(mask))
+    assert loss == 0 and grad.eq(0).all()
+
+
+def test_scalars_from_the_device_and_counts_of_valid_rows():
+    z, y, t = problem(6, 3, 30)
+    alpha, tau = torch.tensor(0.3, device=DEVICE), torch.tensor(2.2, device=DEVICE)
+    check(z, y, teacher=t, alpha=alpha, temperature=tau, ce_weight=1.0, ce_alpha=-1.0)
+    mask = torch.tensor([True, False, True], device=DEVICE)
+    _, parts = row_loss("test", "triton", z, y, teacher=t, kd_mask=mask)
+    assert parts.tolist()[4:] == [1.0, 2.0]
+
+
+def test_infinite_and_nan_logits():
+    z, y, t = problem(6, 6, 40)
+    z[0, 7], t[1, 7] = -INF, -INF
+    z[2, 3], t[2, 3] = -INF, -INF
+    z[3, 5] = NAN
+    t[4, 5] = NAN
+    z[5, 1] = -INF
+    y[:] = torch.tensor([1, 2, 4, 6, 8, 1])  # the last label is impossible: an infinite loss
+    t[0, 7] = -INF
+    t[5, 1] = -INF
+    up = torch.ones(6, device=DEVICE)
+    loss, _, grad = check(z, y, up, teacher=t, reduction="none")
+    assert loss.isnan().tolist() == [False, False, False, True, True, False] and loss[5] == INF
+    assert grad[3].isnan().all() and grad[4].isnan().all() and grad[0].isfinite().all()
+
+
+def test_large_common_offset():
+    z, y, t = problem(4, 2, 50)
+    check(z + 30000.0, y, teacher=t - 20000.0)
+
+
+def test_strided_offset_and_expanded_inputs():
+    z, y, t = problem(6, 3, 33)
+    wide = torch.randn(7, 90, device=DEVICE)
+    wide[1:, 5:38] = z
+    labels = torch.stack([y, y + 1], 1)[:, 0]
+    check(wide[1:, 5:38], labels, teacher=wide[1:4, 40:73])
+    check(torch.randn(33, 6, device=DEVICE).t(), y, teacher=t)
+    check(z, torch.cat([y[:1], y])[1:], teacher=t[:1].expand(3, 33))
+    check(z[:1].expand(6, 33), y[:1].expand(6), teacher=t.double())
+
+
+def test_empty_batches_and_missing_gradient():
+    z, y, t = problem(4, 2, 12)
+    loss, parts = row_loss("test", "triton", z[:0], y[:0])
+    assert loss == 0 and parts.tolist() == [0, 0, 0, 0, 1, 0]
+    check(z, y, teacher=t[:0])
+    quiet, parts = row_loss("test", "triton", z, y, teacher=t)
+    wanted, right = row_loss("test", "torch", z, y, teacher=t)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(quiet, wanted)
+    torch.testing.assert_close(parts[:4], right)
+
+
+def test_a_label_outside_the_classes_poisons_its_row_only():
+    z, y, t = problem(4, 2, 12)
+    y[1], y[2] = 12, -7
+    options = (None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 1, 2, True)
+    loss, parts, grad = ops.op_for("triton", "last_batch")(z, t, y, *options)
+    assert loss.isnan().tolist() == [False, True, True, False] and parts[0].isnan()
+    assert grad.isnan().all(1).tolist() == [False, True, True, False] and grad[[0, 3]].isfinite().all()
+
+
+def test_the_counting_kernel_gives_the_same_bits(monkeypatch):
+    from dlb_fast.kernels import launch
+
+    z, y, options = build("logits", "weights", batch=9, half=4)
+    options["kd_mask"] = torch.tensor([True, True, False, True], device=DEVICE)
+    here = backward("triton", z, y, None, F32, **options)
+    monkeypatch.setattr(launch, "COUNT_HERE_ROWS", 4)
+    monkeypatch.setattr(launch, "COUNT_CHUNK", 4)
+    for one, two in zip(here, backward("triton", z, y, None, F32, **options), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7, equal_nan=True)
+    check(z, y, **options)
+
+
+def test_more_tiles_than_programs_and_repeated_calls(monkeypatch):
+    from dlb_fast.kernels import last_batch_triton
+
+    z, y, t = problem(11, 5, 600)
+    first = backward("triton", z, y, None, F32, teacher=t)
+    again = backward("triton", z, y, None, F32, teacher=t)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    import triton.language as tl
+
+    monkeypatch.setattr(last_batch_triton, "MAX_PROGRAMS", tl.constexpr(2))
+    check(z, y, teacher=t)
+
+
+def test_upstream_gradients_in_place_and_retained():
+    z, y, t = problem(5, 2, 700)
+    z.requires_grad_()
+    loss, _ = row_loss("test", "triton", z, y, teacher=t, reduction="none")
+    up = torch.tensor([1.0, 0.0, -2.0, 1.0, 0.5], device=DEVICE)
+    (plain,) = torch.autograd.grad(loss, z, torch.ones(5, device=DEVICE), retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss, z, up, retain_graph=True)
+    (strided,) = torch.autograd.grad(loss, z, torch.stack([up, up], 1)[:, 0])
+    torch.testing.assert_close(scaled, plain * up[:, None])
+    assert torch.equal(scaled, strided)
+
+
+class TestRoll:
+    """Steps of a rolling buffer against ``LogitBuffer``'s own definition, in the same dtype."""
+
+    def steps(self, capacity, classes, dtype, layout, ids=True, buffer_dtype=None, **options):
+        mine, right = (LogitBuffer(classes, capacity, buffer_dtype or dtype, DEVICE) for _ in range(2))
+        g = torch.Generator().manual_seed(3)
+        stream = torch.arange(1000)
+        place = layout[0][0]
+        for old, new, given in layout:
+            z = (2 * torch.randn(old + new, classes, generator=g, dtype=F64)).to(dtype).to(DEVICE)
+            y = torch.randint(0, classes, (old + new,), generator=g).to(DEVICE)
+            own = stream[place - old : place + new].clone()
+            place += new
+            if ids == "wrong" and old > 1:
+                own[1] = 999
+            every = {**options, "ids": own.to(DEVICE) if ids else None, "num_old": given}
+            results = []
+            for impl, buffer, kind in (("triton", mine, dtype), ("torch", right, dtype)):
+                x = z.to(kind).requires_grad_()
+                loss, parts = row_loss("test", impl, x, y, buffer=buffer, **every)
+                results.append((loss.detach(), parts[:4], torch.autograd.grad(loss.sum(), x)[0], parts))
+            for one, two in zip(results[0][:3], results[1][:3], strict=True):
+                close = {"rtol": 1e-5, "atol": 2e-6} if dtype == F32 else {"rtol": 1e-2, "atol": 1e-4}
+                torch.testing.assert_close(one, two, **close)
+            assert torch.equal(mine.logits, right.logits)
+            assert torch.equal(mine.slots, right.slots) and mine.count == right.count
+            yield results[0][3]
+
+    def test_first_full_and_short_steps(self):
+        layout = [(4, 4, None), (4, 4, None), (4, 2, None), (2, 4, None), (4, 4, None)]
+        taught = [p[5].item() for p in self.steps(4, 50, F32, layout)]
+        assert taught == [0, 4, 4, 2, 4]
+
+    def test_without_ids_and_half_precision_storage(self):
+        for dtype in (BF16, F16):
+            list(self.steps(3, 40, F32, [(0, 3, 0), (3, 3, None), (3, 3, None)], ids=False, buffer_dtype=dtype))
+        list(self.steps(3, 40, BF16, [(0, 3, 0), (3, 3, None), (3, 3, None)]))
+
+    def test_num_old_given_and_room_to_spare(self):
+        layout = [(0, 5, 0), (5, 3, 5), (3, 5, 3), (5, 0, 5), (0, 4, 0), (4, 4, None)]
+        list(self.steps(7, 20, F32, layout))
+
+    def test_resumed_without_a_buffer(self):
+        taught = [p[5].item() for p in self.steps(4, 20, F32, [(4, 4, 4), (4, 4, None)])]
+        assert taught == [0, 4]
+
+    def test_mismatched_rows_are_counted_and_not_taught(self):
+        mask = torch.ones(8, dtype=torch.bool, device=DEVICE)
+        mask[2] = False
+        taught = [p[5].item() for p in self.steps(4, 20, F32, [(4, 4, None)] * 3, ids="wrong", kd_mask=mask)]
+        assert taught == [0, 2, 2]
+
+    def test_ids_are_written_by_their_owner_after_the_counting_kernel(self, monkeypatch):
+        from dlb_fast.kernels import launch
+
+        monkeypatch.setattr(launch, "COUNT_HERE_ROWS", 2)
+        list(self.steps(4, 20, F32, [(4, 4, None)] * 3, ids="wrong"))
+
+    def test_per_row_losses_and_long_rows(self):
+        list(self.steps(2, 5000, F32, [(2, 2, None)] * 2, reduction="none", label_smoothing=0.1))
+        list(self.steps(1, 9001, F32, [(1, 1, None)] * 3))
+
+    def test_a_corrupt_count_stays_inside(self):
+        buffer = LogitBuffer(8, 4, F32, DEVICE)
+        guard = buffer.logits.clone()
+        buffer.slots[0] = 10**6
+        z, y, _ = problem(6, 1, 8)
+        options = (None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 1, 0, True)
+        ops.op_for("triton", "last_batch_roll")(z, buffer.logits, buffer.slots, None, -1, y, *options)
+        assert (
+            buffer.slots[0] == 2 and torch.equal(buffer.logits[:2], z[4:]) and torch.equal(buffer.logits[2:], guard[2:])
+        )
+
+    def test_ignored_nan_rows_are_stored_as_they_are(self):
+        buffer = LogitBuffer(8, 3, F32, DEVICE)
+        z, y, _ = problem(3, 1, 8)
+        z[1, 2] = NAN
+        y[1] = -100
+        _, parts = row_loss("test", "triton", z, y, buffer=buffer, num_old=0)
+        assert parts[:4].isfinite().all() and torch.equal(buffer.logits.isnan(), z.isnan())
+
+
+def test_reference_and_kernel_name_the_same_dtypes():
+    from dlb_fast.kernels.last_batch_triton import _DTYPES, last_batch
+
+    assert set(_DTYPES) == {F32, BF16, F16, F64}
+    assert all(reference.compute_dtype(d) in (F32, F64) for d in _DTYPES)
+    options = (None, None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 0, 0, True)
+    with pytest.raises(TypeError, match="logits must be float32"):
+        last_batch(torch.zeros(2, 3, dtype=torch.int32, device=DEVICE), None, *options)
