@@ -116,19 +116,15 @@ def run(seed: int, broken: str = "") -> list[bool]:
     streams = Streams(seed, broken)
     stage = CudaStage(CPU, Normalise(None, None, torch.uint8), api=streams, copy_stream="copy")
     slots = [Slot(), Slot()]
-    for slot in slots:
-        slot.images = stage.allocate((ROWS, 2, 2, 1), torch.uint8)
-        slot.meta = stage.allocate((2, ROWS), torch.int64)
-        slot.numbers = slot.meta.numpy()
-        stage.prepare(slot)
+    stage.prepare(slots, ROWS, (2, 2, 1), torch.uint8)
     results = []
 
     def fill(step: int) -> None:
         slot = slots[step % 2]
         slot.open(step, 0, ROWS)
-        stage.before_write(slot)
-        assert slot.images is not None and slot.meta is not None
-        slot.images.fill_(step)
+        for row in range(ROWS):
+            stage.write(slot, row, torch.full((1, 2, 2), step, dtype=torch.uint8))
+        assert slot.meta is not None
         slot.meta.fill_(step)
         stage.submit(slot)
 
@@ -159,10 +155,10 @@ def test_close_waits_for_everything_under_way() -> None:
         streams = Streams(seed)
         stage = CudaStage(CPU, Normalise(None, None, torch.uint8), api=streams, copy_stream="copy")
         slot = Slot()
-        slot.images, slot.meta = stage.allocate((2, 1, 1, 1), torch.uint8), stage.allocate((2, 2), torch.int64)
-        stage.prepare(slot)
+        stage.prepare([slot], 2, (1, 1, 1), torch.uint8)
         slot.open(0, 0, 2)
-        slot.images.fill_(9)
+        for row in range(2):
+            stage.write(slot, row, torch.full((1, 1, 1), 9, dtype=torch.uint8))
         stage.submit(slot)
         images, _ = stage.deliver(slot)
         stage.close()
@@ -174,10 +170,9 @@ def test_fresh_device_memory_waits_for_the_stream_it_came_from() -> None:
     streams = Streams(0)
     stage = CudaStage(CPU, Normalise(None, None, torch.uint8), api=streams, copy_stream="copy")
     slot = Slot()
-    slot.images, slot.meta = stage.allocate((2, 1, 1, 1), torch.uint8), stage.allocate((2, 2), torch.int64)
     order: list[str] = []
     streams.queues["consumer"].append(("work", lambda: order.append("old use of the memory")))
-    stage.prepare(slot)
+    stage.prepare([slot], 2, (1, 1, 1), torch.uint8)
     streams.launch("copy", lambda: order.append("first copy"))
     streams.finish()
     assert order == ["old use of the memory", "first copy"]
@@ -222,17 +217,20 @@ def test_the_whole_loader_over_late_streams(depth: int, seed: int, monkeypatch: 
 def test_cpu_and_cuda_order_agree() -> None:
     """The same slot through both stages gives the same floats."""
     normalise = Normalise((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-    slot = Slot()
-    slot.images = torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8)
-    slot.meta = torch.arange(8).view(2, 4)
-    slot.open(0, 1, 2)
-    streams = Streams(1)
-    cuda = CudaStage(CPU, normalise, api=streams, copy_stream="copy")
-    cuda.prepare(slot)
-    cuda.submit(slot)
-    expected, numbers = CpuStage(normalise).deliver(slot)
-    got, meta = cuda.deliver(slot)
+    views = torch.randint(0, 256, (3, 3, 6, 5), dtype=torch.uint8)
+    streams, results = Streams(1), []
+    for stage in (CpuStage(normalise), CudaStage(CPU, normalise, api=streams, copy_stream="copy")):
+        slot = Slot()
+        stage.prepare([slot], 4, (6, 5, 3), torch.uint8)
+        slot.open(0, 1, 2)
+        assert slot.meta is not None
+        slot.meta.copy_(torch.arange(8).view(2, 4))
+        for row in (2, 0, 1):
+            stage.write(slot, row, views[row])
+        stage.submit(slot)
+        results.append(stage.deliver(slot))
     streams.finish()
+    (expected, numbers), (got, meta) = results
     assert got.shape == (3, 3, 6, 5) and got.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(got, expected) and torch.equal(meta, numbers) and meta.tolist() == [[0, 1, 2], [4, 5, 6]]
 

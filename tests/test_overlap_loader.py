@@ -346,3 +346,44 @@ def test_numpy_and_pil_images_from_load() -> None:
         for batch in source:
             assert all(torch.equal(i, forms[2]) for i in batch.images)  # type: ignore[arg-type]
             assert batch.targets.tolist() == batch.ids.tolist()
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
+    """A view, or a NumPy alias, keeps a batch as it is; dropped batches give their memory back."""
+    data = Images(64)
+    with loader(data, depth=1, batch_size=8) as source:
+        held, expected, addresses = [], [], set()
+        for number, batch in enumerate(b for _ in range(4) for b in source):
+            addresses.add(batch.images.data_ptr())
+            part: Any = batch.new[1:2, 0]
+            if number % 3 == 0:
+                part = part.numpy()
+            if number % 4 == 0:
+                held.append(part)
+                expected.append(part.copy() if isinstance(part, np.ndarray) else part.clone())
+            del batch, part
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(held, expected, strict=True))
+    assert len(addresses) < 40  # 64 batches, 16 of them held
+
+
+def test_equals_the_other_tiers_with_the_library_transforms(tmp_path: Any) -> None:
+    """Resident set, batch sampler, two views and the threaded loader: one stream."""
+    from PIL import Image
+
+    from dlb_fast.data import ImageFolder, ResidentLoader, train_transform
+
+    small, data = train_transform("small", 12), Images(30)
+    expected = stream(loader(data, transform=small), 3)
+    resident = ResidentLoader(data, 8, transform=small, dtype=torch.uint8)
+    assert [facts(b) for _ in range(3) for b in resident] == expected
+
+    for i in range(18):
+        (tmp_path / f"class{i % 3}").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"class{i % 3}" / f"{i}.jpg")
+    folder, large = ImageFolder(tmp_path), train_transform("imagenet", 32)
+    sampler = OverlapBatchSampler(folder, 6)
+    tier = DataLoader(IndexedDataset(folder, large), batch_sampler=sampler, collate_fn=collate_overlap)
+    expected = [facts(b) for _ in range(2) for b in tier]
+    assert stream(loader(folder, 6, transform=large), 2) == expected
+    assert stream(loader(folder, 6, transform=large, num_threads=8), 2) == expected

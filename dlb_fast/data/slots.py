@@ -32,18 +32,21 @@ class Slot:
 
     Attributes:
         step: the step being built. num_old, rows: repeated rows and all rows of it.
-        images: (max rows, height, width, channels), shared by all steps of this slot; None before the first view.
+        images: (max rows, height, width, channels): a staging buffer that stays, or on a CPU the batch being made.
+        fresh: no view of this step was written yet.
         meta: (2, max rows) int64: targets and sample ids. numbers: the same memory as a NumPy array.
         missing: rows not yet written. error: the failure of the lowest row, if any.
         ready: monotonic time at which the last row came.
     """
 
     __slots__ = (
-        "error", "error_row", "images", "meta", "missing", "num_old", "numbers", "ready", "rows", "stage", "step"
+        "error", "error_row", "fresh", "images", "meta", "missing", "num_old", "numbers", "ready", "rows", "stage",
+        "step",
     )
 
     def __init__(self) -> None:
         self.step = -1
+        self.fresh = True
         self.num_old = self.rows = self.missing = 0
         self.images: torch.Tensor | None = None
         self.meta: torch.Tensor | None = None
@@ -54,7 +57,7 @@ class Slot:
         self.stage: object = None  # what the device side keeps per slot (events, device buffers)
 
     def open(self, step: int, num_old: int, num_new: int) -> None:
-        self.step, self.num_old, self.rows = step, num_old, num_old + num_new
+        self.step, self.num_old, self.rows, self.fresh = step, num_old, num_old + num_new, True
         self.missing, self.error, self.error_row = self.rows, None, self.rows
 
 

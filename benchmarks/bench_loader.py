@@ -1,0 +1,259 @@
+"""Views per second of the overlap loader against the naive sampler and the published scheme, on the same pixels.
+
+    python benchmarks/bench_loader.py --out results.jsonl
+
+One process, rounds interleaved in shuffled order, medians and quartiles. "per core" divides by the CPU seconds of this
+process and its workers. JPEGs are made from scikit-learn's photographs in a temporary folder; after the first pass
+they lie in the page cache for everybody. Nothing here uses a GPU: the copy to a device is counted in bytes by
+arithmetic, not timed. B8, our loader and the others hand over uint8 (the device normalises) unless named float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from loader_contenders import (
+    MEAN,
+    SEED,
+    SIZE,
+    STD,
+    Contender,
+    Files,
+    contenders,
+    make_files,
+    pil_open,
+    pil_view,
+    running,
+)
+
+from dlb_fast.data import OverlapLoader, ViewRng, train_transform
+from dlb_fast.data.decode import ImageDecoder
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its living workers."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        try:
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            total += (int(fields[11]) + int(fields[12])) / _TICKS
+        except OSError:
+            continue
+    return total
+
+
+def resident_mb() -> float:
+    """Resident memory of this process and its workers, MB (pages they share are counted for each)."""
+    pids = ["self", *(str(c.pid) for c in multiprocessing.active_children())]
+    pages = 0
+    for pid in pids:
+        try:
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        except OSError:
+            continue
+    return pages * resource.getpagesize() / 1e6
+
+
+def measure(contender: Contender, files: Files, half: int, batches: int, warm: int = 5) -> dict[str, float]:
+    """One round of one contender: `batches` batches after `warm` ones."""
+    gc.collect()
+    begun = time.perf_counter()
+    with running(contender, files, half) as iterator:
+        next(iterator)
+        first = time.perf_counter() - begun
+        for _ in range(warm):
+            next(iterator)
+        wall, cpu, views = time.perf_counter(), cpu_seconds(), 0
+        for _ in range(batches):
+            views += sum(map(len, next(iterator)))
+        wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+        memory = resident_mb()
+    return {
+        "views_per_s": views / wall,
+        "views_per_cpu_s": views / cpu,
+        "first_batch_s": first,
+        "resident_mb": memory,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return {"median": round(middle, 4), "q25": round(low, 4), "q75": round(high, 4)}
+
+
+def compare(files: Files, half: int, rounds: int, batches: int, only: str) -> list[dict[str, Any]]:
+    """All contenders, interleaved; ratios are taken round by round against anchors A and B of that round."""
+    rows: list[dict[str, Any]] = []
+    able = []
+    for contender in contenders():
+        reason = contender.missing()
+        if reason:
+            rows.append({"what": "throughput", "name": contender.name, "missing": reason})
+        elif not only or any(part in contender.name for part in ("A ", "B ", *only.split(","))):
+            able.append(contender)
+    results: dict[str, list[dict[str, float]]] = {c.name: [] for c in able}
+    order = random.Random(0)
+    for number in range(rounds):
+        for contender in order.sample(able, len(able)):
+            results[contender.name].append(measure(contender, files, half, batches))
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    a, b = able[0].name, able[1].name
+    for name, measured in results.items():
+        row: dict[str, Any] = {"what": "throughput", "name": name, "rounds": rounds, "batches": batches}
+        for key in measured[0]:
+            row[key] = spread([m[key] for m in measured])
+        for anchor, label in ((a, "over_A"), (b, "over_B")):
+            for key, suffix in (("views_per_s", ""), ("views_per_cpu_s", "_per_core")):
+                pairs = zip(measured, results[anchor], strict=True)
+                row[label + suffix] = spread([mine[key] / theirs[key] for mine, theirs in pairs])
+        rows.append(row)
+    return rows
+
+
+def second_view(files: Files, rounds: int, count: int = 24) -> dict[str, Any]:
+    """Time of one decode with two views over one decode with one, on one thread."""
+    decode, transform = ImageDecoder(), train_transform("imagenet", SIZE)
+    own = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ratios = []
+    for _ in range(rounds + 1):
+        taken = {}
+        for views in (1, 2):
+            started = time.process_time()
+            for i in range(count):
+                image = torch.from_numpy(decode(files.read(i))).permute(2, 0, 1)
+                for use in range(views):
+                    transform(image, ViewRng(SEED, 0, i, use))
+            taken[views] = time.process_time() - started
+        ratios.append(taken[2] / taken[1])
+    torch.set_num_threads(own)
+    return {"what": "second view", "pair_over_single": spread(ratios[1:]), "decoder": decode.name}
+
+
+def pixels(files: Files, count: int = 16) -> dict[str, Any]:
+    """How far the loader's views are from Pillow's, in grey levels of 255."""
+    decode, transform = ImageDecoder(), train_transform("imagenet", SIZE)
+    differences = []
+    for i in range(min(count, len(files))):
+        data = files.read(i)
+        image = torch.from_numpy(decode(data)).permute(2, 0, 1)
+        for use in (0, 1):
+            mine = transform(image, ViewRng(SEED, 0, i, use)).float()
+            theirs = pil_view(pil_open(data), ViewRng(SEED, 0, i, use), floats=False).float()
+            differences.append((mine - theirs).abs())
+    stacked = torch.stack(differences)
+    return {"what": "pixels", "mean_difference": round(stacked.mean().item(), 5), "max": stacked.max().item()}
+
+
+def stalls(files: Files, half: int, steps: int, load: float, threads: int) -> dict[str, Any]:
+    """Time inside `next` when the model's step takes `load` times as long as a batch takes to make (depth 2)."""
+    transform = train_transform("imagenet", SIZE)
+    options: dict[str, Any] = {"transform": transform, "num_threads": threads, "dtype": torch.uint8, "seed": SEED}
+    with OverlapLoader(files, 2 * half, mean=MEAN, std=STD, check_threads=False, **options) as loader:
+        batches = (batch for _ in range(10**6) for batch in loader)
+        for _ in range(4):
+            next(batches)
+        started = time.perf_counter()
+        for _ in range(12):
+            next(batches)
+        step = load * (time.perf_counter() - started) / 12
+        waits = []
+        for number in range(steps + 4):
+            time.sleep(step)
+            started = time.perf_counter()
+            next(batches)
+            if number >= 4:
+                waits.append((time.perf_counter() - started) / step)
+        stats = loader.stats()
+    waits.sort()
+    return {
+        "what": "stall",
+        "step_over_batch_time": load,
+        "step_ms": round(1e3 * step, 2),
+        "steps": steps,
+        "share_of_step_p50": round(waits[len(waits) // 2], 4),
+        "share_of_step_p99": round(waits[min(len(waits) - 1, int(0.99 * len(waits)))], 4),
+        "share_of_step_mean": round(statistics.fmean(waits), 4),
+        "reads_per_view": round(stats.reads / stats.views, 4),
+        "bytes_read_per_view": round(stats.bytes_read / stats.views),
+    }
+
+
+def copied(half: int) -> dict[str, Any]:
+    """Bytes to the device in one step: arithmetic from the shapes, nothing is timed."""
+    view = 3 * SIZE * SIZE
+    return {
+        "what": "bytes to the device per step (arithmetic)",
+        "ours": 2 * half * view,
+        "published": 4 * half * view * 4,  # both two-view stacks, float32
+    }
+
+
+def machine() -> dict[str, Any]:
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
+    return {
+        "what": "machine",
+        "commit": commit + ("+changes" if dirty else ""),
+        "command": " ".join(sys.argv),
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "decoder": ImageDecoder().name,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and print; with --out, write one JSON object per line."""
+    parser = argparse.ArgumentParser("bench_loader", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", help="JSON lines file to write")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=8, help="timed batches per contender and round")
+    parser.add_argument("--half", type=int, default=32, help="new samples per batch")
+    parser.add_argument("--files", type=int, default=256)
+    parser.add_argument("--stall-steps", type=int, default=100)
+    parser.add_argument("--only", default="", help="names (parts, comma separated) to run beside anchors A and B")
+    options = parser.parse_args(argv)
+    rows = [machine()]
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_files(Path(folder), options.files)
+        mean = statistics.fmean(len(files.read(i)) for i in range(len(files)))
+        rows.append({"what": "files", "count": len(files), "mean_bytes": round(mean)})
+        rows.append(pixels(files))
+        rows.append(second_view(files, options.rounds + 2))
+        rows.append(copied(options.half))
+        rows += [stalls(files, max(1, options.half // 2), options.stall_steps, load, 2) for load in (1.0, 1.25)]
+        rows += compare(files, options.half, options.rounds, options.batches, options.only)
+    for row in rows:
+        print(json.dumps(row))
+    if options.out:
+        Path(options.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
