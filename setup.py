@@ -36,7 +36,9 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",
 }
-CUDA_SOURCES: tuple[str, ...] = ()
+CUDA_SOURCES = ("last_batch_cuda.cu", "kernels_f32.cu", "kernels_bf16.cu", "kernels_f16.cu")
+# What an installation is compiled for: Ampere, Hopper, Blackwell, and PTX for what comes after.
+CUDA_ARCHS = os.environ.get("DLB_FAST_CUDA_ARCHS", "80,90,100+ptx")
 
 
 def torch_home() -> tuple[Path, str]:
@@ -55,8 +57,35 @@ def compiler() -> list[str]:
     return found
 
 
+def nvcc() -> str | None:
+    """$CUDA_HOME/bin/nvcc, or the one on PATH; None without, or when CUDA is not wanted."""
+    if MODE == "cpu":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which(str(Path(home) / "bin" / "nvcc")) or shutil.which("nvcc")
+    if not found and MODE == "cuda":
+        raise FileNotFoundError("DLB_FAST_BUILD=cuda, but nvcc is neither in $CUDA_HOME/bin nor on PATH")
+    return found
+
+
+def gencode() -> list[str]:
+    """nvcc's flags for CUDA_ARCHS: "80,90+ptx" is machine code for both and PTX of the last."""
+    flags = []
+    for arch in CUDA_ARCHS.lower().split(","):
+        number, ptx = arch.removesuffix("+ptx"), arch.endswith("+ptx")
+        if not number.isdigit():
+            raise ValueError(f"DLB_FAST_CUDA_ARCHS must look like 80,90,100+ptx, got {CUDA_ARCHS!r}")
+        code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+        flags += ["-gencode", f"arch=compute_{number},code={code}"]
+    return flags
+
+
 def run(command: list[str]) -> None:
-    """Run one compiler, showing what it said when it failed."""
+    """Run one compiler, showing what it said when it failed; nothing to do when its output is newer than csrc/."""
+    target = Path(command[command.index("-o") + 1])
+    newest = max(path.stat().st_mtime for path in [*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"])
+    if "-c" in command and target.exists() and target.stat().st_mtime > newest:
+        return
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
@@ -73,11 +102,18 @@ def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]
             source = str(csrc / "cpu" / "last_batch_rows.cpp")
             extra = [f"-DDLB_FAST_ISA={isa}", *flags.split()]
             commands.append((target, [*cxx, *CXX_FLAGS, *extra, "-c", source, "-o", str(target)]))
-    for source in ("cpu/last_batch_cpu.cpp", "cpu/isa.cpp", "last_batch.cpp"):
+    cuda = nvcc()
+    bindings = ["last_batch.cpp", *(["last_batch_on_cuda.cpp"] if cuda else [])]
+    for source in ("cpu/last_batch_cpu.cpp", "cpu/isa.cpp", *bindings):
         target = out / (Path(source).stem + ".o")
-        include = [STABLE_ABI, f"-I{torch_dir / 'include'}"] if source == "last_batch.cpp" else []
+        include = [STABLE_ABI, f"-I{torch_dir / 'include'}"] if source in bindings else []
         commands.append((target, [*cxx, *CXX_FLAGS, *define, *include, "-c", str(csrc / source), "-o", str(target)]))
-    return commands
+    for source in CUDA_SOURCES if cuda else ():
+        target = out / (Path(source).stem + f"_{CUDA_ARCHS}.o")
+        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *host, *gencode()]
+        commands.insert(0, (target, [str(cuda), *flags, "-c", str(csrc / "cuda" / source), "-o", str(target)]))
+    return commands  # the slow ones first
 
 
 def build_library(destination: Path, scratch: Path) -> None:
@@ -92,10 +128,17 @@ def build_library(destination: Path, scratch: Path) -> None:
     library = destination / "libdlb_fast_ops.so"
     # libtorch has to stay in NEEDED: torch.ops.load_library resolves symbols through it.
     link = ["-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    cuda = nvcc()
+    if cuda:
+        # The static runtime: the library then loads on machines without CUDA, and beside any CUDA torch.
+        home = Path(cuda).resolve().parent.parent
+        where = [f"-L{home / part}" for part in ("lib64", "targets/x86_64-linux/lib", "lib")]
+        link += [*where, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
     fresh = library.with_suffix(".new")
     run([*compiler(), "-shared", "-o", str(fresh), *[str(target) for target, _ in commands], *link])
     os.replace(fresh, library)  # a process that has the old file mapped keeps it
-    print(f"dlb_fast: built {library.name} against torch {version} in {time.perf_counter() - start:.0f} s")
+    parts = f"C++ and CUDA ({CUDA_ARCHS})" if cuda else "C++; no nvcc, no CUDA"
+    print(f"dlb_fast: built {library.name} ({parts}) against torch {version} in {time.perf_counter() - start:.0f} s")
 
 
 class BuildOps(build_ext):
@@ -111,7 +154,7 @@ class BuildOps(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "dlb_fast" if in_place else Path(self.build_lib) / "dlb_fast"
         try:
-            build_library(package / "lib", Path(self.build_temp).resolve() / "ops")
+            build_library(package / "lib", ROOT / "build" / f"ops-{platform.machine()}")
             super().run()
         except Exception as error:
             if MODE != "auto":
@@ -126,6 +169,7 @@ class BuildOps(build_ext):
         torch_dir, version = torch_home()
         ext.include_dirs.append(pybind11.get_include())
         ext.define_macros.append(("DLB_FAST_TORCH_VERSION", f'"{version}"'))
+        ext.define_macros.append(("DLB_FAST_CUDA_ARCHS", f'"{CUDA_ARCHS}"' if nvcc() else '""'))
         super().build_extension(ext)
 
 

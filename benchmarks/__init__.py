@@ -1,0 +1,1 @@
+"""Measurements. Every figure is written with its command, hardware, versions, commit, n and spread."""

@@ -1,0 +1,170 @@
+"""Timing that can be trusted: variants in turn, in shuffled order, medians with their 20 and 80 % quantiles.
+
+A GPU call is timed three ways: device time (events around a stretch of calls), wall time (host clock around call and
+synchronisation) and, where it can be captured, graph replay. Cold means that more than the second-level cache was
+written between two calls.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Work = Callable[[], object]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a published number has to carry besides itself."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":")[1].strip() if lines else model
+    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        versions["triton"] = None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or "unknown",
+        "command": " ".join(["python", "-m", Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": versions,
+    }
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median, 20 and 80 % quantile, and n, of times in microseconds."""
+    ordered = sorted(samples)
+    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    return {"median_us": statistics.median(ordered), "p20_us": at(0.2), "p80_us": at(0.8), "n": len(ordered)}
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; a CPU is always done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(variants: dict[str, Work], device: str, *, seconds: float) -> dict[str, Any]:
+    """Wall time of one call of each variant, in rounds of shuffled order for about ``seconds`` in all."""
+    order = random.Random(0)
+    names = list(variants)
+    for name in names:
+        for _ in range(3):
+            variants[name]()
+    synchronize(device)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[names[0]]) < 10:
+        order.shuffle(names)
+        for name in names:
+            synchronize(device)
+            start = time.perf_counter()
+            variants[name]()
+            synchronize(device)
+            samples[name].append((time.perf_counter() - start) * 1e6)
+    return {name: spread(times) for name, times in samples.items()}
+
+
+def device_times(variants: dict[str, Work], *, seconds: float, cold: bool) -> dict[str, Any]:
+    """Device time of one call of each variant by events; ``cold`` overwrites 256 MiB before each call."""
+    order = random.Random(0)
+    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda") if cold else None
+    names = list(variants)
+    for name in names:
+        for _ in range(3):
+            variants[name]()
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[names[0]]) < 10:
+        order.shuffle(names)
+        for name in names:
+            if flush is not None:
+                flush.zero_()
+            else:
+                variants[name]()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The events must not wait for the host: a kernel long enough to hide its launches goes first.
+            torch.cuda._sleep(200_000)
+            start.record()
+            variants[name]()
+            stop.record()
+            torch.cuda.synchronize()
+            samples[name].append(start.elapsed_time(stop) * 1e3)
+    return {name: spread(times) for name, times in samples.items()}
+
+
+def captured(work: Work) -> Work | None:
+    """``work`` as a CUDA graph, or None where it cannot be captured (a host synchronisation inside)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def copy_bandwidth(seconds: float = 1.0) -> float:
+    """Bytes per second, read plus written, of a device copy of 1 GiB: the roof of everything measured beside it."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    times = device_times({"copy": lambda: target.copy_(source)}, seconds=seconds, cold=False)
+    return 2 * source.numel() * 4 / (times["copy"]["median_us"] * 1e-6)
+
+
+def launches(work: Work) -> int:
+    """Kernels one call of ``work`` starts on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
+        work()
+        torch.cuda.synchronize()
+    kernels = [e for e in record.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return len([e for e in kernels if not e.name.lower().startswith(("memcpy htod", "memcpy dtoh"))])
+
+
+def peak_bytes(work: Work) -> int:
+    """Largest extra device memory during one call."""
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def write(path: Path | None, records: list[dict[str, Any]]) -> None:
+    """Append records to a JSON lines file."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
