@@ -12,6 +12,7 @@ from dlb_fast.data import (
     Cutout,
     Flip,
     PadCrop,
+    RandAugment,
     RandomResizedCrop,
     Resize,
     ViewRng,
@@ -20,6 +21,7 @@ from dlb_fast.data import (
     train_transform,
 )
 from dlb_fast.data.augment import resize
+from dlb_fast.data.rand_augment import _OPERATIONS
 
 
 def image(channels=3, height=12, width=10, seed=0):
@@ -57,7 +59,9 @@ def test_the_batched_form_equals_the_single_one_bit_for_bit(transform):
     assert torch.equal(transform.batch(channels_last, ViewRngs(4, epochs, ids, uses)), expected)
 
 
-@pytest.mark.parametrize("transform", [*BATCHED, RandomResizedCrop(6), Resize(7), CenterCrop(9)], ids=repr)
+@pytest.mark.parametrize(
+    "transform", [*BATCHED, RandomResizedCrop(6), Resize(7), CenterCrop(9), RandAugment(2, 20)], ids=repr
+)
 def test_the_input_is_never_written(transform):
     picture = image()
     before = picture.clone()
@@ -198,3 +202,57 @@ def test_views_do_not_depend_on_global_generators():
 def test_bad_arguments(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+# RandAugment, against Pillow
+
+
+def pillow_operations():
+    Image, Enhance, Ops = (pytest.importorskip(f"PIL.{name}") for name in ("Image", "ImageEnhance", "ImageOps"))
+
+    def moved(matrix):
+        return lambda picture: picture.transform(picture.size, Image.AFFINE, matrix, Image.NEAREST)
+
+    return {
+        "shear_x": (0.21, moved((1, 0.21, 0, 0, 1, 0))),
+        "shear_y": (-0.13, moved((1, 0, 0, -0.13, 1, 0))),
+        "translate_x": (3, moved((1, 0, 3, 0, 1, 0))),
+        "translate_y": (-4, moved((1, 0, 0, 0, 1, -4))),
+        "rotate": (17.0, lambda picture: picture.rotate(17.0, Image.NEAREST)),
+        "brightness": (0.37, lambda picture: Enhance.Brightness(picture).enhance(1.37)),
+        "color": (-0.6, lambda picture: Enhance.Color(picture).enhance(0.4)),
+        "contrast": (0.8, lambda picture: Enhance.Contrast(picture).enhance(1.8)),
+        "sharpness": (0.9, lambda picture: Enhance.Sharpness(picture).enhance(1.9)),
+        "posterize": (5, lambda picture: Ops.posterize(picture, 5)),
+        "solarize": (100, lambda picture: Ops.solarize(picture, 100)),
+        "autocontrast": (0, Ops.autocontrast),
+        "equalize": (0, Ops.equalize),
+        "identity": (0, lambda picture: picture),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(_OPERATIONS))
+def test_rand_augment_operations_have_pillows_pixels(name):
+    Image = pytest.importorskip("PIL.Image")
+    magnitude, pillow = pillow_operations()[name]
+    narrow = (image(3, 40, 31).float() * 0.5 + 40).to(torch.uint8)
+    for picture in (image(3, 40, 31), narrow, torch.full((3, 9, 9), 77, dtype=torch.uint8)):
+        expected = np.asarray(pillow(Image.fromarray(picture.permute(1, 2, 0).numpy()))).astype(int)
+        got = _OPERATIONS[name][0](picture, magnitude).permute(1, 2, 0).numpy().astype(int)
+        assert (np.abs(got - expected) > 1).mean() == 0, name
+        assert (got != expected).mean() < 0.01, name  # float32 against float64 at a cut-off, nothing else
+
+
+def test_rand_augment_draws_every_operation_and_a_fixed_share_of_numbers():
+    picture = image(3, 16, 16)
+    seen = {view.numpy().tobytes() for view in views(RandAugment(1, 12), picture, 300)}
+    assert 20 <= len(seen) <= 23  # five unsigned operations, nine with two signs (a flat histogram may stay as it is)
+    rng = ViewRng(0, 0, 0, 0)
+    RandAugment(3)(picture, rng)
+    assert rng.counter == 6
+    assert torch.equal(RandAugment(0)(picture, ViewRng(0, 0, 0, 0)), picture)
+    assert all(view.shape == (1, 8, 8) for view in views(RandAugment(2, 30), image(1, 8, 8), 50))
+    with pytest.raises(ValueError, match="magnitude must be at most 30, got 31"):
+        RandAugment(magnitude=31)
+    with pytest.raises(ValueError, match="must have 1 or 3 channels, got 4"):
+        RandAugment()(image(4), ViewRng(0, 0, 0, 0))

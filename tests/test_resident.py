@@ -106,6 +106,21 @@ def test_the_gather_of_devices_equals_that_of_the_host():
     assert torch.equal(host[3], window.flip(1) if flipped else window)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_set_on_the_gpu_gives_the_batches_of_the_cpu_without_a_synchronisation():
+    data = dataset(64)
+    options = {"transform": FULL, "seed": 3, "dtype": torch.uint8}
+    loader = ResidentLoader(data, 16, device="cuda", **options)
+    loader.make(0, 1)  # first use of the allocators
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = epochs(loader)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    same([batch.to("cpu") for batch in batches], epochs(ResidentLoader(data, 16, **options)))
+
+
 def test_two_views_of_one_sample_differ_and_views_change_with_the_epoch():
     data = dataset(4)
     data.images[:] = torch.arange(64, dtype=torch.uint8).view(8, 8)

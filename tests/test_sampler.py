@@ -425,6 +425,7 @@ def test_view_randomness_is_one_function_scalar_and_batched():
 
 def test_views_differ_in_each_key_and_look_uniform():
     base = (1, 2, 3, 0)
+    assert ViewRng(*np.array(base)).bits() == ViewRng(*base).bits()  # NumPy integers too
     neighbours = [(2, 2, 3, 0), (1, 3, 3, 0), (1, 2, 4, 0), (1, 2, 3, 1)]
     firsts = {ViewRng(*key).bits() for key in [base, *neighbours]}
     assert len(firsts) == 5

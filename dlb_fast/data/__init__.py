@@ -26,6 +26,7 @@ from dlb_fast.data.evaluation import EvalLoader
 from dlb_fast.data.files import ImageFolder, ListFile, TarShards, TinyImageNet
 from dlb_fast.data.overlap_loader import OverlapLoader
 from dlb_fast.data.plan import OverlapPlan
+from dlb_fast.data.rand_augment import RandAugment
 from dlb_fast.data.resident import ResidentLoader
 from dlb_fast.data.sampler import IndexedDataset, OverlapBatchSampler, SampleIndex, collate_overlap
 from dlb_fast.data.two_views import TwoViews, pair_halves
@@ -50,6 +51,7 @@ __all__ = [
     "OverlapLoader",
     "OverlapPlan",
     "PadCrop",
+    "RandAugment",
     "RandomResizedCrop",
     "ResidentLoader",
     "Resize",

@@ -239,6 +239,7 @@ class Cutout:
         self.fill = [fill] if isinstance(fill, int) else list(fill)
         if not all(0 <= value <= 255 for value in self.fill):
             raise ValueError(f"Cutout: fill must be in [0, 255], got {fill}")
+        self._fills: dict[torch.device, torch.Tensor] = {}
 
     def __call__(self, image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
         top, left = (
@@ -260,7 +261,11 @@ class Cutout:
         return torch.where(mask, self._fill(images), images)
 
     def _fill(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.fill, dtype=torch.uint8, device=images.device)[:, None, None]
+        found = self._fills.get(images.device)
+        if found is None:  # made once per device: a copy from pageable memory would stop the host every time
+            found = torch.tensor(self.fill, dtype=torch.uint8, device=images.device)[:, None, None]
+            self._fills[images.device] = found
+        return found
 
     def __repr__(self) -> str:
         return f"Cutout({self.size}, fill={self.fill})"

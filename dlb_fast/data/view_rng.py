@@ -32,7 +32,7 @@ def view_key(seed: int, epoch: int, sample: int, use: int) -> int:
         sample: sample id.
         use: 0 for the first use (a new row), 1 for the second (an old row).
     """
-    return _hash.fold(_epoch_key(seed, epoch), 2 * int(sample) + use)
+    return _hash.fold(_epoch_key(int(seed), int(epoch)), 2 * int(sample) + int(use))
 
 
 class ViewRng:
