@@ -214,6 +214,8 @@ def _confusions(dataset: Any, mapping: Mapping[int, int] | None) -> dict[int, in
 class MapDataset:
     """Any map-style dataset as one of ours: `load(dataset, i)` gives (image, target), called once per sample.
 
+    `OverlapLoader` takes the inner dataset and `load` itself: `OverlapLoader(dataset, batch_size, load=load)`.
+
     Args:
         dataset: has `__len__` and whatever `load` uses.
         load: None is `dataset[i]`. Images are tensors (c, h, w), or arrays or PIL images (h, w[, c]), uint8.
