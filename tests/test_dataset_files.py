@@ -1,0 +1,201 @@
+"""Datasets of files: class folders, list files, TinyImageNet, tar shards."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from dlb_fast.data import (
+    ImageFolder,
+    ListFile,
+    TarShards,
+    TinyImageNet,
+    open_dataset,
+)
+from dlb_fast.data.files import StringTable
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def png(value, size=(6, 5)):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((*size[::-1], 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tree(root, files):
+    """Images at these paths; the k-th is uniformly grey of value k."""
+    for value, name in enumerate(files):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(value))
+    return root
+
+
+def contents(dataset):
+    """{(grey value, class name)} through decoding."""
+    return [(int(dataset[i][0].unique()), dataset.classes[dataset.targets[i]]) for i in range(len(dataset))]
+
+
+FOLDER = ["b/2.png", "b/1.JPG", "a/deep/er/x.png", "c/0.jpeg", "a/y.PNG"]
+
+
+def test_image_folder(tmp_path):
+    tree(tmp_path, [*FOLDER, ".hidden/z.png", "a/.z.png"])
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "readme.png").write_bytes(png(200))
+    dataset = ImageFolder(tmp_path)
+    assert dataset.classes == ["a", "b", "c"] and dataset.num_classes == 3 and len(dataset) == 5
+    assert contents(dataset) == [(2, "a"), (4, "a"), (1, "b"), (0, "b"), (3, "c")]
+    assert dataset.path(0) == str(tmp_path / "a" / "deep" / "er" / "x.png")
+    assert dataset.read(2) == (tmp_path / "b" / "1.JPG").read_bytes()
+    assert dataset[0][0].shape == (3, 5, 6) and dataset.targets.tolist() == [0, 0, 1, 1, 2]
+    assert len(ImageFolder(tmp_path, extensions=(".png",), allow_empty=True)) == 3
+    assert contents(dataset.select(np.array([4, 0]))) == [(3, "c"), (2, "a")]
+    assert contents(pickle.loads(pickle.dumps(dataset))) == contents(dataset)
+
+
+def test_image_folder_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing does not exist; expected a folder"):
+        ImageFolder(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="is a file, not a folder"):
+        ImageFolder(tmp_path / "file")
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(ValueError, match="has no class folders; expected .*CLASS/image"):
+        ImageFolder(tmp_path / "flat")
+    tree(tmp_path / "set", FOLDER)
+    (tmp_path / "set" / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images in 'empty' of .* allow_empty=True"):
+        ImageFolder(tmp_path / "set")
+    dataset = ImageFolder(tmp_path / "set", allow_empty=True)
+    assert dataset.classes == ["a", "b", "c", "empty"] and len(dataset) == 5
+    with pytest.raises(ValueError, match="class folders that the given classes lack: 'c', 'empty'"):
+        ImageFolder(tmp_path / "set", classes=["a", "b"])
+    dataset.paths = StringTable(["a/gone.png"] * 5)
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        dataset.read(0)
+
+
+def test_open_image_folder_with_and_without_a_validation_folder(tmp_path, caplog):
+    tree(tmp_path / "two", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)] + ["val/b/0.png"])
+    train, test = (open_dataset(f"imagefolder:{tmp_path}/two", split) for split in ("train", "test"))
+    assert len(train) == 6 and train.classes == test.classes == ["a", "b"] and test.targets.tolist() == [1]
+    caplog.set_level("INFO", "dlb_fast.data")
+    tree(tmp_path / "one", [f"{c}/{k:02}.png" for c in "ab" for k in range(20)])
+    train, test = (open_dataset(f"imagefolder:{tmp_path}/one", split) for split in ("train", "test"))
+    assert np.bincount(train.targets).tolist() == [18, 18] and np.bincount(test.targets).tolist() == [2, 2]
+    assert not {train.path(i) for i in range(36)} & {test.path(i) for i in range(4)}
+    assert "held out" in caplog.text
+    tree(tmp_path / "lone", ["a/0.png", "b/0.png"])
+    with pytest.raises(ValueError, match="nothing to hold out"):
+        open_dataset(f"imagefolder:{tmp_path}/lone")
+
+
+def test_paths_are_kept_in_one_buffer():
+    names = [f"class/{'x' * (k % 40)}é{k}.jpg" for k in range(5000)]
+    table = StringTable(names)
+    assert [table[k] for k in range(5000)] == names and len(table) == 5000
+    assert len(pickle.dumps(table)) < sum(len(n.encode()) for n in names) + 8 * 5001 + 1000
+    with pytest.raises(IndexError, match="index 5000 is out of range for 5000"):
+        table[5000]
+    undecodable = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    assert StringTable([undecodable])[0] == undecodable
+
+
+def test_list_file(tmp_path):
+    tree(tmp_path / "images", ["x.png", "y z.png", "w.png"])
+    lists = tmp_path / "images" / "train.txt"
+    lists.write_text("# a comment\nx.png 2\n\ny z.png\t0\nw.png,2\n")
+    dataset = ListFile(lists)
+    assert contents(dataset) == [(0, "2"), (1, "0"), (2, "2")] and dataset.num_classes == 3
+    lists.write_text("x.png dog\ny z.png cat\n")
+    assert contents(ListFile(lists)) == [(0, "dog"), (1, "cat")] and ListFile(lists).classes == ["cat", "dog"]
+    other = tmp_path / "other.txt"
+    other.write_text("w.png cat\n")
+    dataset = ListFile(other, root=tmp_path / "images", classes=["dog", "cat"])
+    assert contents(dataset) == [(2, "cat")] and dataset.targets.tolist() == [1]
+    other.write_text("w.png cat\nalone\n")
+    with pytest.raises(ValueError, match="other.txt line 2: expected `path label`, got 'alone'"):
+        ListFile(other)
+    other.write_text("w.png cow\n")
+    with pytest.raises(ValueError, match="line 1: label 'cow' is not one of the given classes"):
+        ListFile(other, classes=["cat"])
+    other.write_text("\n")
+    with pytest.raises(ValueError, match="lists no images"):
+        ListFile(other)
+    with pytest.raises(FileNotFoundError, match="no file .*gone"):
+        ListFile(tmp_path / "gone")
+
+
+def test_tiny_imagenet(tmp_path):
+    tree(
+        tmp_path,
+        [
+            "train/n2/images/n2_0.JPEG",
+            "train/n1/images/n1_0.JPEG",
+            "train/n1/images/n1_1.JPEG",
+            "val/images/val_0.JPEG",
+        ],
+    )
+    (tmp_path / "wnids.txt").write_text("n2\nn1\n")
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    annotations.write_text("val_0.JPEG\tn2\t0\t32\t44\t62\n")
+    assert contents(TinyImageNet(tmp_path)) == [(1, "n1"), (2, "n1"), (0, "n2")]
+    assert contents(open_dataset(f"tinyimagenet:{tmp_path}", "test")) == [(3, "n2")]
+    annotations.write_text("val_0.JPEG\tn9\n")
+    with pytest.raises(ValueError, match="val_annotations.txt line 1: expected"):
+        TinyImageNet(tmp_path, "test")
+    (tmp_path / "wnids.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="wnids.txt is missing"):
+        TinyImageNet(tmp_path)
+
+
+def write_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_tar_shards_by_index(tmp_path):
+    write_tar(tmp_path / "s0.tar", [("0.png", png(10)), ("0.cls", b"1"), ("1.png", png(11)), ("1.cls", b"0\n")])
+    write_tar(tmp_path / "s1.tar", [("2.cls", b"2"), ("2.json", b"{}"), ("2.png", png(12))])
+    dataset = TarShards(tmp_path)
+    assert contents(dataset) == [(10, "1"), (11, "0"), (12, "2")] and dataset.num_classes == 3
+    assert dataset.path(2) == f"{tmp_path}/s1.tar!2.png"
+    assert contents(dataset.select(np.array([2, 0]))) == [(12, "2"), (10, "1")]
+    assert contents(pickle.loads(pickle.dumps(dataset))) == contents(dataset)
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda k: dataset.read(k % 3), range(300)))
+    assert read == [png(10 + k % 3) for k in range(300)]
+    dataset.close()
+    assert dataset.read(0) == png(10)
+    write_tar(tmp_path / "folders.tar", [("cat/7.png", png(1)), ("dog/7.png", png(2))])
+    assert contents(TarShards([tmp_path / "folders.tar"])) == [(1, "cat"), (2, "dog")]
+
+
+def test_tar_shards_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tar files"):
+        TarShards(tmp_path)
+    write_tar(tmp_path / "a.tar.gz", [("c/0.png", png(1))], "w:gz")
+    with pytest.raises(ValueError, match="expected an uncompressed tar"):
+        TarShards(tmp_path / "a.tar.gz")
+    write_tar(tmp_path / "b.tar", [("0.png", png(1))])
+    with pytest.raises(ValueError, match=r"0.png has neither a 0.cls beside it nor a class folder"):
+        TarShards(tmp_path / "b.tar")
+    write_tar(tmp_path / "c.tar", [("x.txt", b"hello")])
+    with pytest.raises(ValueError, match="no images"):
+        TarShards(tmp_path / "c.tar")
+    write_tar(tmp_path / "d.tar", [("c/0.png", png(1))])
+    dataset = TarShards(tmp_path / "d.tar")
+    with open(tmp_path / "d.tar", "r+b") as file:
+        file.truncate(520)
+    with pytest.raises(OSError, match="the tar file is cut off"):
+        dataset.read(0)
