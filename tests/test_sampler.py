@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import pickle
 from collections import defaultdict
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,8 +15,6 @@ from dlb_fast.data import (
     Batch,
     IndexedDataset,
     OverlapBatchSampler,
-    SampleIndex,
-    ViewRng,
     collate_overlap,
 )
 from dlb_fast.data._cursor import Cursor
@@ -389,14 +385,6 @@ def test_torchdatas_stateful_dataloader(workers, stop):
     tail = [b for _ in range(2) for b in second]
     got = [b.ids.tolist() for b in head + tail]
     assert got == whole[: len(got)] and len(got) >= 22
-
-
-def test_sample_index_is_an_int_that_survives_pickling():
-    index = SampleIndex(7, seed=1, epoch=2, use=1, step=4)
-    again = pickle.loads(pickle.dumps(index))
-    assert again == 7 and (again.seed, again.epoch, again.use, again.step) == (1, 2, 1, 4)
-    assert np.arange(10)[again] == 7 and torch.arange(10)[again] == 7 and list(range(10))[again] == 7
-    assert again.rng().bits() == ViewRng(1, 2, 7, 1).bits()
 
 
 def test_transform_and_collate_refuse_plain_indices():

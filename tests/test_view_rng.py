@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import torch
 
-from dlb_fast.data import ViewRng, ViewRngs
+from dlb_fast.data import SampleIndex, ViewRng, ViewRngs
 
 
 def test_view_randomness_is_one_function_scalar_and_batched():
@@ -44,3 +46,11 @@ def test_views_differ_in_each_key_and_look_uniform():
         torch.rand(3, generator=ViewRng(*base).torch_generator()),
     )
     assert ViewRng(*base).numpy_generator().random() == ViewRng(*base).numpy_generator().random()
+
+
+def test_sample_index_is_an_int_that_survives_pickling():
+    index = SampleIndex(7, seed=1, epoch=2, use=1, step=4)
+    again = pickle.loads(pickle.dumps(index))
+    assert again == 7 and (again.seed, again.epoch, again.use, again.step) == (1, 2, 1, 4)
+    assert np.arange(10)[again] == 7 and torch.arange(10)[again] == 7 and list(range(10))[again] == 7
+    assert again.rng().bits() == ViewRng(1, 2, 7, 1).bits()
