@@ -67,7 +67,7 @@ _DIGITS = override(
     lr=0.05,
     weight_decay=5e-4,
     schedule="cosine",
-    epochs=40,
+    epochs=30,
     eval_every=20,
     log_every=10,
 )

@@ -153,6 +153,17 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     return path
 
 
+def _caveat(config: RunConfig) -> str:
+    scarce = []
+    if config.data.per_class:
+        scarce.append("few images")
+    if config.data.label_noise:
+        scarce.append("wrong labels")
+    if not scarce:
+        return "this says nothing about others."
+    return f"{' and '.join(scarce)} favour every method that smooths targets; the gap is no promise for other settings."
+
+
 def write_report(folder: Path, runs: Sequence[Run], *, title: str, command: str, against: str = "DLB") -> Path:
     """Write `curves.png` and `report.md` into a folder; returns the page's path."""
     draw_curves(runs, folder / "curves.png")
@@ -178,6 +189,7 @@ def write_report(folder: Path, runs: Sequence[Run], *, title: str, command: str,
         "the test set itself and is therefore optimistic, as in the official code. All methods make the same number of "
         "optimiser steps on the same number of rows; DLB and its alpha=0 control start with one half batch less.",
         paired,
+        f"One data set, one network: {_caveat(first.config)}",
         "![curves](curves.png)",
         f"Versions: {versions}",
     ]

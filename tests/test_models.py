@@ -46,7 +46,7 @@ COUNTS = {
 def bottleneck_count(blocks: int, widen: int, classes: int) -> int:
     """Parameters of the official bottleneck ResNets, from the layer table rather than from code."""
     total, channels = 3 * 16 * 9 + 32, 16
-    for stage, planes in enumerate((16, 32, 64)):
+    for planes in (16, 32, 64):
         width, out = planes * widen, planes * 4
         for block in range(blocks):
             total += channels * width + 2 * width  # 1x1 and its norm

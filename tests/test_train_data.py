@@ -1,0 +1,164 @@
+"""The trainer on every kind of data: folders of images, CIFAR's binary files, synthetic images, from file to scores."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dlb_fast.presets import get_preset
+from dlb_fast.train import build, sets
+from dlb_fast.train.config import override
+from dlb_fast.train.engine import Trainer
+from dlb_fast.train.run_folder import RunFolder
+from dlb_fast.train.state import load_weights
+
+torch.set_num_threads(1)
+
+BASE = override(
+    get_preset("digits").config, per_class=None, label_noise=0.0, batch_size=8, epochs=2, eval_every=None, num_threads=2
+)
+
+
+def train(config, path, **options):
+    return build.train_run(config, RunFolder(path), quiet=True, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """24 training and 7 test images of two classes that differ in colour, of different sizes, JPEG and PNG."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (13, 11)), ("val", (4, 3))):
+        for label, count in enumerate(counts):
+            (root / split / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 90, (20 + number, 24, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                suffix = "jpg" if number % 2 else "png"
+                Image.fromarray(pixels).save(root / split / f"class{label}" / f"{number}.{suffix}")
+    return root
+
+
+@pytest.mark.parametrize("method", ["dlb", "ce"])
+def test_a_folder_of_images(method, folder, tmp_path):
+    config = override(BASE, source=f"imagefolder:{folder}", image_size=16, method=method, epochs=4)
+    result = train(config, tmp_path)
+    steps = {"dlb": 6, "ce": 3}[method]  # 24 images: 4 or 8 drawn per step
+    assert result["step"] == 4 * steps and result["test_count"] == 7
+    assert result["images_seen"] == 8 * result["step"] - (4 if method == "dlb" else 0)
+    assert result["best_top1"] > 0.8  # red against green
+    assert (result["lb"] > 0) if method == "dlb" else (result["lb"] == 0)
+
+
+def test_a_folder_run_resumes_mid_epoch(folder, tmp_path, monkeypatch):
+    """Worker threads, decoded files, random crops: still the same weights."""
+    config = override(BASE, source=f"imagefolder:{folder}", image_size=16)
+    train(config, tmp_path / "whole")
+    original = Trainer._optimizer_step
+
+    def stopping(self):
+        if self.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_optimizer_step", stopping)
+        assert train(config, tmp_path / "part")["stopped_by"] == "SIGTERM"
+    assert train(config, tmp_path / "part", resume=True)["step"] == 12
+    weights = [(tmp_path / name / "checkpoints" / "last.safetensors").read_bytes() for name in ("whole", "part")]
+    assert weights[0] == weights[1]
+
+
+def test_a_folder_is_evaluated_once_per_image(folder, tmp_path):
+    """However the batches fall, every test image counts once, in order."""
+    for rows in (2, 3, 7, 100):
+        config = override(BASE, source=f"imagefolder:{folder}", image_size=16, eval_batch_size=rows)
+        opened = sets.open_sets(config.data)
+        labels = torch.cat([targets for _, targets in opened.test_batches(torch.device("cpu"))])
+        assert labels.tolist() == [0] * 4 + [1] * 3
+
+
+def test_a_missing_or_damaged_image_is_named(folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "train" / "class1" / "4.png").write_bytes(b"not an image")
+    config = override(BASE, source=f"imagefolder:{copy}", image_size=16)
+    with pytest.raises(Exception, match=r"class1.4\.png"):
+        train(config, tmp_path / "run")
+
+
+def write_cifar10(root):
+    rng = np.random.default_rng(1)
+    root.mkdir()
+    for name, count in [*((f"data_batch_{k}.bin", 12) for k in range(1, 6)), ("test_batch.bin", 9)]:
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        np.concatenate((labels[:, None], pixels), axis=1).tofile(root / name)
+    (root / "batches.meta.txt").write_text("\n".join(f"class{k}" for k in range(10)) + "\n")
+
+
+def test_cifar_from_its_binary_files_with_the_papers_network(tmp_path):
+    write_cifar10(tmp_path / "cifar")
+    preset = get_preset("cifar10-resnet32-dlb").config
+    config = override(preset, source=f"cifar10:{tmp_path / 'cifar'}", batch_size=20, max_steps=3, forward="two_pass")
+    result = train(config, tmp_path / "run")
+    assert result["step"] == 3 and result["test_count"] == 9
+
+
+def test_synthetic_images_and_the_other_options(tmp_path):
+    options = {"optimizer": "adamw", "channels_last": True, "amp": "bf16", "ema": 0.9, "warmup_epochs": 0.5}
+    config = override(BASE, source="synthetic:40,4,8", **options, decay_norm_and_bias=False, checkpoint_every=5)
+    result = train(config, tmp_path)
+    assert result["step"] == 20 and 0 <= result["test_ece"] <= 1
+    scores = build.evaluate_run(tmp_path, weights="last")
+    assert scores["top1"] == result["test_top1"]
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("*.pt"))
+    assert names == ["step-000000015.pt", "step-000000020.pt"]
+
+
+def test_the_same_config_gives_the_same_weights_and_another_seed_others(tmp_path):
+    config = override(BASE, source="synthetic:40,4,8", epochs=1)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(override(config, seed=seed), tmp_path / name)
+    a, b, c = ((tmp_path / n / "checkpoints" / "last.safetensors").read_bytes() for n in "abc")
+    assert a == b and a != c
+
+
+def test_label_noise_and_subset_reach_the_training_set_only():
+    config = override(get_preset("digits").config, per_class=10, label_noise=0.3)
+    opened, clean = sets.open_sets(config.data), sets.open_sets(override(config, label_noise=0.0).data)
+    assert len(opened.train) == len(clean.train) == 100
+    wrong = (torch.as_tensor(opened.train.targets) != torch.as_tensor(clean.train.targets)).sum().item()
+    assert wrong == 30
+    assert torch.equal(torch.as_tensor(opened.test.targets), torch.as_tensor(clean.test.targets))
+    assert torch.bincount(torch.as_tensor(clean.train.targets)).tolist() == [10] * 10
+
+
+def test_exported_weights_say_what_they_are(tmp_path):
+    from safetensors import safe_open
+
+    config = override(BASE, source="synthetic:40,4,8", epochs=1)
+    train(config, tmp_path)
+    path = tmp_path / "checkpoints" / "last.safetensors"
+    with safe_open(path, "pt") as file:
+        note = json.loads(file.metadata()["dlb_fast"])
+    assert note == {"model": "small_cnn", "num_classes": "4", "channels": "3", "step": "10"}
+    model = build.create_model("small_cnn", 4, 3)
+    load_weights(path, model)
+
+
+def test_plain_batches_hold_no_sample_twice():
+    config = override(BASE, source="synthetic:40,4,8", batch_size=8)
+    loader = sets.open_sets(config.data).train_loader(
+        overlap=False, seed=0, device=torch.device("cpu"), channels_last=False
+    )
+    epochs = [[batch.ids for batch in loader] for _ in range(2)]
+    for batches in epochs:
+        assert sorted(torch.cat(batches).tolist()) == list(range(40)) and {len(b) for b in batches} == {8}
+    assert not torch.equal(epochs[0][0], epochs[1][0])
