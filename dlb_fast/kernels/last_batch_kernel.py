@@ -69,6 +69,7 @@ def last_batch_kernel(
     alpha_value: tl.float64, tau_value: tl.float64, ce_weight: tl.float64, ce_alpha: tl.float64,
     smoothing: tl.float64, z_loss: tl.float64, correct_share: tl.float64,
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    VECTOR: tl.constexpr, AXIS: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr, DENSE_STRIDE: tl.constexpr,
     KIND: tl.constexpr, ROLL: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
     LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_Z: tl.constexpr,
@@ -139,7 +140,7 @@ def last_batch_kernel(
                 slots, row_ok, slots, taught,
                 ce_factor, alpha, tau, z_factor, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult, z_mult,
-                COMPUTE, CLASSES, ROWS, BLOCK, TILES, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
+                COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
                 KIND, False, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, HAS_Z, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, lb, square, hits = ce + row_ce, lb + row_lb, square + row_z, hits + hit
@@ -161,7 +162,7 @@ def last_batch_kernel(
                 rows, row_ok, slots, row_ok & (rows < 0),
                 ce_factor, alpha, tau, z_factor, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult, z_mult,
-                COMPUTE, CLASSES, ROWS, BLOCK, TILES, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
+                COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
                 NONE, ROLL, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, HAS_Z, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, square, hits = ce + row_ce, square + row_z, hits + hit

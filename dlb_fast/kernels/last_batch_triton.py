@@ -112,7 +112,10 @@ def _run(
             given = teacher.shape[0]
         pairs = max(given, batch - given)
 
-    tiles = launch.tiling(classes, logits.element_size(), launch.warp_size(device))
+    aligned = launch.aligned_rows(logits) and launch.aligned_rows(grad)
+    if teacher is not None and kind != _VIRTUAL:
+        aligned = aligned and launch.aligned_rows(teacher)
+    tiles = launch.tiling(classes, logits.element_size(), aligned, launch.warp_size(device))
     pair_tiles = -(-pairs // tiles.rows)
     programs = min(pair_tiles, MAX_PROGRAMS.value)
     has_ce, has_weight, mean = target is not None, weight is not None, reduction == _MEAN
@@ -140,7 +143,7 @@ def _run(
                 logits, teacher, slots, ids, target, target_b, lam, weight, mask, alpha_t, tau_t,
                 loss, parts, grad, space.ticket, space.partials, space.counts, *sizes, pair_tiles, count_parts,
                 alpha, tau, ce_weight, ce_alpha, smoothing, z_loss, correct_share,
-                dtype, classes, tiles.rows, tiles.block, tiles.tiles,
+                dtype, classes, tiles.rows, tiles.block, tiles.tiles, tiles.vector, tiles.axis,
                 logits.stride(0), 0 if teacher is None else teacher.stride(0), target.stride(0) if dense else 0,
                 kind, roll, has_ce, dense, pair, lam is not None and lam.dim() == 1, has_weight, smoothing > 0.0,
                 z_loss > 0.0 and has_ce, ids is not None, mask is not None, by_label, mean, by_row, need_grad, counting,

@@ -25,12 +25,14 @@ SPARES = 4
 
 
 class Tiling(NamedTuple):
-    """Pairs per tile, columns per tile, tiles per row, warps per program."""
+    """Pairs per tile, columns per tile, tiles per row, warps; columns of a lane of a long row and their axis."""
 
     rows: int
     block: int
     tiles: int
     warps: int
+    vector: int
+    axis: int
 
 
 def next_power_of_two(value: int) -> int:
@@ -38,13 +40,14 @@ def next_power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def tiling(classes: int, itemsize: int, warp_size: int = 32) -> Tiling:
-    """How a row of ``classes`` logits of ``itemsize`` bytes is cut.
+def tiling(classes: int, itemsize: int, aligned: bool = True, warp_size: int = 32) -> Tiling:
+    """How a row of ``classes`` logits of ``itemsize`` bytes is cut; ``aligned``: all rows start on 16 bytes.
 
     - ``C <= 1024``: tiles of about 1024 logits and 4 warps, so up to 32 pairs per program (several per warp for
       ``C <= 128``): small tiles keep many programs in flight, which is what hides latency here.
     - ``C <= 8192``: one pair, held in registers.
-    - above: tiles of 4096, each read twice.
+    - above: tiles of 4096, each read twice, in lanes of one thread (see ``row_tiles``); unaligned rows take 2048, for
+      their addresses and masks, one per logit, need registers too.
     - everywhere 8 logits per thread: the compiler's own count says that 16 need more than 128 registers (one program
       per multiprocessor) and 32 spill; fewer leave 16-bit loads narrower than 16 bytes. float64 takes half tiles.
     - a warp of 64 threads (CDNA) halves the number of warps, which also keeps it within 16.
@@ -54,11 +57,17 @@ def tiling(classes: int, itemsize: int, warp_size: int = 32) -> Tiling:
     if classes <= held:
         block, tiles = max(next_power_of_two(classes), 2), 1
     else:
-        block = LOOP_COLUMNS // wide
+        block = LOOP_COLUMNS // wide if aligned else LOOP_COLUMNS // wide // 2
         tiles = -(-classes // block)
     rows = max(1, min(32, 1024 // wide // block))
     threads = max(128, rows * block * wide // 8)
-    return Tiling(rows, block, tiles, threads // warp_size)
+    vector = 16 // itemsize if aligned else block // threads
+    return Tiling(rows, block, tiles, threads // warp_size, vector, int(aligned))
+
+
+def aligned_rows(value: Tensor) -> bool:
+    """Whether every row starts on 16 bytes."""
+    return (value.stride(0) * value.element_size()) % 16 == 0 and value.data_ptr() % 16 == 0
 
 
 class Workspace(NamedTuple):

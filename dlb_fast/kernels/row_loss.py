@@ -11,14 +11,12 @@ from .row_tiles import (
     LOGITS,
     NONE,
     PROBABILITIES,
-    advance_peak,
-    ce_sums,
-    first_of_largest,
     given_teacher,
-    kl_sums,
+    join_lanes,
     round_to,
     shift_of,
     spread_target,
+    tile_sums,
 )
 
 
@@ -33,7 +31,7 @@ def load_label(target_ptr, rows, row_ok, ignore_index, CLASSES: tl.constexpr):
 @triton.jit
 def load_columns(row_ptr, cols, inside, OTHER: tl.constexpr, EVICT: tl.constexpr, COMPUTE: tl.constexpr):
     """A tile in the compute dtype; ``OTHER`` outside."""
-    return tl.load(row_ptr + cols[None, :], mask=inside, other=OTHER, eviction_policy=EVICT).to(COMPUTE)
+    return tl.load(row_ptr + cols, mask=inside, other=OTHER, eviction_policy=EVICT).to(COMPUTE)
 
 
 @triton.jit
@@ -42,49 +40,26 @@ def load_tile(
     COMPUTE: tl.constexpr, KIND: tl.constexpr, DENSE: tl.constexpr, STORE: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """Student, teacher and dense target of one tile (the student again where there is none); stores the student."""
-    inside = active[:, None] & cols_ok[None, :]
+    inside = active[:, None] & cols_ok
     if STORE:  # every row is stored as it is, counted or not
-        every = row_ok[:, None] & cols_ok[None, :]
-        raw = tl.load(z_row + cols[None, :], mask=every, other=float("-inf"), eviction_policy=EVICT)
+        every = row_ok[:, None] & cols_ok
+        raw = tl.load(z_row + cols, mask=every, other=float("-inf"), eviction_policy=EVICT)
         kept = raw
         if raw.dtype != store_row.dtype.element_ty:
             kept = round_to(raw, store_row.dtype.element_ty)
-        tl.store(store_row + cols[None, :], kept, mask=every, eviction_policy="evict_first")
+        tl.store(store_row + cols, kept, mask=every, eviction_policy="evict_first")
         z = tl.where(inside, raw.to(COMPUTE), float("-inf"))
     else:
         z = load_columns(z_row, cols, inside, float("-inf"), EVICT, COMPUTE)
     t = z
     if KIND == LOGITS:
-        t = load_columns(t_row, cols, taught[:, None] & cols_ok[None, :], float("-inf"), EVICT, COMPUTE)
+        t = load_columns(t_row, cols, taught[:, None] & cols_ok, float("-inf"), EVICT, COMPUTE)
     elif KIND == PROBABILITIES:
-        t = load_columns(t_row, cols, taught[:, None] & cols_ok[None, :], 0.0, EVICT, COMPUTE)
+        t = load_columns(t_row, cols, taught[:, None] & cols_ok, 0.0, EVICT, COMPUTE)
     dense = z
     if DENSE:
         dense = load_columns(dense_row, cols, inside, 0.0, EVICT, COMPUTE)
     return z, t, dense
-
-
-@triton.jit
-def tile_sums(
-    z, t, dense, cols, cols_ok, taught, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
-    peak, d1, qs, qx, best, best_col, d2, a, mt, dt,
-    KIND: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, SPREAD: tl.constexpr,
-):  # fmt: skip
-    """Add one tile to every running sum of its rows."""
-    peak, shift, moved = advance_peak(peak, z)
-    if HAS_CE:
-        spread = z
-        if SPREAD:
-            spread = spread_target(cols_ok, cols, dense, weight_ptr, keep_share, even_share, DENSE, HAS_WEIGHT)
-        d1, qs, qx = ce_sums(z, spread, shift, moved, d1, qs, qx, SPREAD)
-        if DENSE:
-            best, best_col = first_of_largest(dense, cols, cols_ok, best, best_col)
-    if KIND != NONE:
-        inside = taught[:, None] & cols_ok[None, :]
-        d2, a, mt, dt = kl_sums(
-            z, t, cols, inside, shift, moved, label, soft, share_here, share_rest, d2, a, mt, dt, KIND
-        )  # fmt: skip
-    return peak, d1, qs, qx, best, best_col, d2, a, mt, dt
 
 
 @triton.jit
@@ -102,16 +77,16 @@ def tile_grad(
         if KIND == LOGITS:
             prob = tl.exp2((t - shift_t[:, None]) * soft)
         else:
-            inside = taught[:, None] & cols_ok[None, :]
+            inside = taught[:, None] & cols_ok
             prob, _ = given_teacher(cols, inside, t, label, share_here, share_rest, KIND)
         # Student and teacher are close (one step apart): their difference first, in full precision.
         g = tl.exp2(x * soft) * from_student[:, None] - prob * from_teacher[:, None]
     if HAS_CE:
         ce = tl.exp2(x * LOG2E) * from_ce[:, None]
         if not DENSE:
-            ce = ce - tl.where(cols[None, :] == label[:, None], at_a[:, None], 0.0)
+            ce = ce - tl.where(cols == label[:, None], at_a[:, None], 0.0)
         if PAIR:
-            ce = ce - tl.where(cols[None, :] == label_b[:, None], at_b[:, None], 0.0)
+            ce = ce - tl.where(cols == label_b[:, None], at_b[:, None], 0.0)
         if SPREAD:
             spread = spread_target(cols_ok, cols, dense, weight_ptr, keep_share, even_share, DENSE, HAS_WEIGHT)
             ce = ce - spread * from_spread[:, None]
@@ -126,6 +101,7 @@ def rows_loss(
     ce_factor, alpha, tau, z_factor, keep_share, even_share, share_here, share_rest, ignore_index,
     ce_mult, kl_mult, z_mult,
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    VECTOR: tl.constexpr, AXIS: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr, DENSE_STRIDE: tl.constexpr,
     KIND: tl.constexpr, STORE: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
     LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_Z: tl.constexpr,
@@ -182,20 +158,29 @@ def rows_loss(
     # A row that nothing counts is not read: what it holds, even NaN, cannot reach a sum.
     active = counted | taught | labelled
 
-    peak, mt, best, best_col = lowest, lowest, lowest, label
-    d1, d2, dt, a, qs, qx = zero, zero, zero, zero, zero, zero
-    span = tl.arange(0, BLOCK)
     if TILES == 1:
-        cols_ok = span < CLASSES
+        peak, mt, best, best_col = lowest, lowest, lowest, label
+        d1, d2, dt, a, qs, qx = zero, zero, zero, zero, zero, zero
+        cols = tl.arange(0, BLOCK)[None, :]
+        cols_ok = cols < CLASSES
         z, t, dense = load_tile(
-            z_row, t_row, dense_row, store_row, span, cols_ok, row_ok, active, taught,
+            z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, taught,
             COMPUTE, KIND, DENSE, STORE, "evict_first",
         )  # fmt: skip
         peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
-            z, t, dense, span, cols_ok, taught, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
-            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE, DENSE, HAS_WEIGHT, SPREAD,
+            z, t, dense, cols, cols_ok, taught, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
+            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE, DENSE, HAS_WEIGHT, SPREAD, 1,
         )  # fmt: skip
     else:
+        tl.static_assert(ROWS == 1)
+        LANES: tl.constexpr = BLOCK // VECTOR
+        if AXIS == 1:
+            span = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        else:
+            span = tl.arange(0, VECTOR)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        lane = tl.zeros([LANES], COMPUTE)
+        peak, mt, best, best_col = lane + float("-inf"), lane + float("-inf"), lane + float("-inf"), lane.to(tl.int32)
+        d1, d2, dt, a, qs, qx = lane, lane, lane, lane, lane, lane
         for k in range(TILES):
             cols = k * BLOCK + span
             cols_ok = cols < CLASSES
@@ -206,7 +191,19 @@ def rows_loss(
             peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
                 z, t, dense, cols, cols_ok, taught, label, weight_ptr, soft, keep_share, even_share, share_here,
                 share_rest, peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE, DENSE, HAS_WEIGHT, SPREAD,
+                AXIS,
             )  # fmt: skip
+        peak, d1, qs, qx, best, best_col, d2, a, mt, dt = join_lanes(
+            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, soft, KIND, HAS_CE, DENSE, SPREAD
+        )
+        if not SPREAD:
+            qs, qx = 0.0, 0.0
+        peak, d1, qs, qx = zero + peak, zero + d1, zero + qs, zero + qx
+        if DENSE:
+            best_col = label + best_col
+        if KIND != NONE:
+            d2, a, dt = zero + d2, zero + a, zero + dt
+        mt = zero + mt if KIND == LOGITS else lowest
 
     shift, shift_t = shift_of(peak), shift_of(mt)
     row_ce, row_lb, row_z, hit = zero, zero, zero, zero
@@ -248,14 +245,14 @@ def rows_loss(
         at_a, at_b = share_a * ce_mult, share_b * ce_mult
         if TILES == 1:
             g = tile_grad(
-                z, t, dense, span, cols_ok, taught, label, label_b, weight_ptr, soft, keep_share, even_share,
+                z, t, dense, cols, cols_ok, taught, label, label_b, weight_ptr, soft, keep_share, even_share,
                 share_here, share_rest, shift, shift_t, from_ce, from_student, from_teacher, from_spread, at_a, at_b,
                 KIND, HAS_CE, DENSE, PAIR, HAS_WEIGHT, SPREAD,
             )  # fmt: skip
             if PAIR:  # a row with one label only was read for its top-1, but does not count
                 g = tl.where((counted | taught)[:, None], g, 0.0)
             g = round_to(g, grad_ptr.dtype.element_ty)
-            tl.store(grad_row + span[None, :], g, mask=row_ok[:, None] & cols_ok[None, :])
+            tl.store(grad_row + cols, g, mask=row_ok[:, None] & cols_ok)
         else:
             for k in range(TILES):
                 cols = (TILES - 1 - k) * BLOCK + span
@@ -272,6 +269,6 @@ def rows_loss(
                 if PAIR:
                     g = tl.where((counted | taught)[:, None], g, 0.0)
                 g = round_to(g, grad_ptr.dtype.element_ty)
-                out = row_ok[:, None] & cols_ok[None, :]
-                tl.store(grad_row + cols[None, :], g, mask=out, eviction_policy="evict_first")
+                out = row_ok[:, None] & cols_ok
+                tl.store(grad_row + cols, g, mask=out, eviction_policy="evict_first")
     return row_ce, row_lb, row_z, hit
