@@ -38,7 +38,7 @@ $(VENV)/.ready: $(SOURCES)
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
 demo: $(READY)
-	$(PY) -m dlb_fast.train.demo
+	$(PY) -m dlb_fast demo
 
 test: $(READY) lint pytest
 

@@ -130,9 +130,9 @@ def evaluate(argv: list[str]) -> int:
 
 
 def presets(argv: list[str]) -> int:
-    """`dlb-fast presets list | show NAME | copy NAME FILE`."""
+    """`dlb-fast presets [list] | show NAME | copy NAME FILE`."""
     parser = argparse.ArgumentParser(prog="dlb-fast presets")
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs = parser.add_subparsers(dest="verb")
     verbs.add_parser("list", help="names and what they are")
     show = verbs.add_parser("show", help="print a recipe as a config file, with the source of its numbers")
     show.add_argument("name")
@@ -143,7 +143,7 @@ def presets(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from dlb_fast import presets as recipes
 
-    if args.verb == "list":
+    if args.verb in (None, "list"):
         print("\n".join(f"{name:<26} {preset.about}" for name, preset in recipes.PRESETS.items()))
         return 0
     text = recipes.to_yaml(recipes.get_preset(args.name))

@@ -175,6 +175,7 @@ def test_presets_list_show_and_copy(here, capsys):
     assert cli.main(["presets", "list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in PRESETS)
+    assert cli.main(["presets"]) == 0 and capsys.readouterr().out == out
     assert cli.main(["presets", "show", "cifar100-resnet32-dlb"]) == 0
     shown = capsys.readouterr().out
     assert "temperature: 3.0  # community default, not a value read from the paper" in shown
