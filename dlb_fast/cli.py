@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
     "report": ("dlb_fast.cli:report", "tables and curves from run folders"),
     "presets": ("dlb_fast.cli:presets", "list, show and copy recipes"),
+    "verify-data": ("dlb_fast.data.verify:main", "find damaged and odd files of a data set"),
     "doctor": ("dlb_fast.doctor:main", "what works on this machine and why the rest does not"),
 }
 

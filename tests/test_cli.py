@@ -226,3 +226,10 @@ def test_start_up_is_light():
     code = f"import sys, dlb_fast.cli as c; c.main(['--help']); print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
+
+
+def test_verify_data_names_the_bad_file(here, capsys):
+    Path("a").mkdir()
+    Path("a/1.png").write_bytes(b"not an image")
+    assert cli.main(["verify-data", "a"]) == 1
+    assert "1.png" in capsys.readouterr().out
