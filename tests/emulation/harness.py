@@ -6,6 +6,7 @@ machine's temporary folder. Test code: not part of the package.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -195,3 +196,14 @@ class Emulator:
             grad.data_ptr(), DTYPES[grad.dtype], grad.numel(), grad.shape[1], upstream.data_ptr(),
             upstream.stride(0) if upstream.dim() else 0, scale.data_ptr(), ranges, blocks, self.seed,
         )  # fmt: skip
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The emulator built from the sources as they are; one per process."""
+    return load(build())
+
+
+def emulator(**device: int) -> Emulator:
+    """A fresh device (a workspace of its own)."""
+    return Emulator(module(), **device)

@@ -1,0 +1,95 @@
+"""Holds what a kernel returned against ``dlb_fast.reference`` in float64, and against eager in the same dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlb_fast import reference
+from emulation.harness import Emulator, Result
+
+# Half a unit in the last place of the stored gradient, relative, with 2 % for the float32 behind it.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8 * 1.02, torch.float16: 2.0**-11 * 1.02}
+KERNEL_ONLY = ("seed", "num_old", "grad_offset", "need_grad")
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def reference_of(
+    logits: Tensor, target: Tensor | None, teacher: Tensor | None, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, parts and gradient (of the sum of the loss) by autograd, computed in ``dtype``."""
+    options = {k: _as(v, dtype) for k, v in options.items() if k not in KERNEL_ONLY}
+    ce_alpha = options.pop("ce_alpha", 0.0)
+    options["ce_weight"] = options.get("ce_weight", 1.0) + ce_alpha * options.get("alpha", 1.0)
+    options["teacher_kind"] = options.pop("kind", "logits")
+    if options["teacher_kind"] == "virtual":
+        teacher = None
+    z = (logits.double() if dtype == torch.float64 else logits.clone()).detach().requires_grad_()
+    loss, parts = reference.last_batch_loss(z, _as(target, dtype), _as(teacher, dtype), **options)
+    loss.sum().backward()
+    assert z.grad is not None
+    return loss.detach(), parts, z.grad
+
+
+def compare(
+    result: Result, logits: Tensor, target: Tensor | None, teacher: Tensor | None = None, **options: Any
+) -> None:
+    """Loss and parts to float32 accuracy; the gradient within one rounding of float64, and no worse than eager."""
+    loss, parts, grad = reference_of(logits, target, teacher, torch.float64, options)
+    _, _, eager = reference_of(logits, target, teacher, logits.dtype, options)
+    size = 1.0 + float(logits.float().nan_to_num(posinf=0, neginf=0).abs().max()) if logits.numel() else 1.0
+    close = {"rtol": 3e-6, "atol": 2e-6 * size, "equal_nan": True}
+    torch.testing.assert_close(result.loss.double(), loss, **close)
+    torch.testing.assert_close(result.parts[:4].double(), parts.double(), **(close | {"atol": 2e-6 * size * len(logits)}))
+    if result.grad is None:
+        return
+    scale = float(result.parts[4])
+    assert scale == 1.0 or logits.dtype == torch.float16
+    got = result.grad.double() / scale
+    torch.testing.assert_close(got.isnan(), grad.isnan())
+    got, grad, eager = got.nan_to_num(), grad.nan_to_num(), eager.double().nan_to_num()
+    # The float32 behind the rounding: exponentials to 2 ulp, sums over C terms. Where p_s and p_t cancel, the error is
+    # that of the shares, not of their difference.
+    tolerance = 2e-6 * (_shares(logits, result, options) + grad.abs())
+    worst = (got - grad).abs() - ROUNDING[logits.dtype] * grad.abs() - tolerance
+    assert not (worst > 0).any(), f"gradient off by {(got - grad).abs().max():.3g} (largest {grad.abs().max():.3g})"
+    assert (got - grad).norm() <= (eager - grad).norm() * 1.01 + 0.05 * tolerance.norm()
+
+
+def _shares(logits: Tensor, result: Result, options: dict[str, Any]) -> Tensor:
+    """(B, C): the probabilities of which the gradient is a difference, times the coefficients of its terms."""
+    temperature, alpha = float(options.get("temperature", 3.0)), abs(float(options.get("alpha", 1.0)))
+    mean = options.get("reduction", "mean") == "mean"
+    ce = 1.0 + alpha * abs(options.get("ce_alpha", 0.0))
+    kl = alpha * temperature / (max(float(result.parts[5]), 1.0) if mean else 1.0)
+    ce /= 1.0 if not mean else max(len(logits), 1) / 4
+    z = logits.double().nan_to_num()
+    even = (ce + kl) / z.shape[1] if options.get("label_smoothing") or options.get("kind") == "virtual" else 0.0
+    return ce * torch.softmax(z, 1) + kl * torch.softmax(z / temperature, 1) + even
+
+
+def run(
+    emulator: Emulator, logits: Tensor, target: Tensor | None = None, teacher: Tensor | None = None, **options: Any
+) -> Result:
+    """Run a kernel without a buffer and hold it against the reference."""
+    result = emulator.last_batch(logits, target, teacher=teacher, **options)
+    compare(result, logits, target, teacher, **options)
+    return result
+
+
+def batch(
+    rows: int, classes: int, dtype: torch.dtype = torch.float32, *, taught: int | None = None, drift: float = 0.5,
+    scale: float = 2.0, seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Logits, labels and a teacher near the first rows' logits."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, classes, generator=g) * scale).to(dtype)
+    target = torch.randint(0, classes, (rows,), generator=g)
+    taught = rows // 2 if taught is None else taught
+    teacher = (logits[:taught].float() + drift * torch.randn(taught, classes, generator=g)).to(dtype)
+    return logits, target, teacher
