@@ -139,3 +139,17 @@ def test_any_order_of_threads_fills_every_row_once(seed: int) -> None:
     for thread in threads:
         thread.join(10)
     assert not violations and not any(t.is_alive() for t in threads)
+
+
+def test_stop_may_come_from_inside_a_locked_region() -> None:
+    """The garbage collector runs finalisers in any thread at any allocation, also where that thread holds the lock."""
+    ring = SlotRing(PLAN, 0, start=0, depth=1)
+
+    def stop_inside() -> None:
+        with ring._lock:
+            ring.stop()
+
+    thread = threading.Thread(target=stop_inside, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive() and ring.take() is None

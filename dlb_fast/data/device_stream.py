@@ -75,13 +75,21 @@ class Normalise:
         """Scale and bias of one image row (width * channels): a broadcast over whole rows vectorises."""
         found = self._rows.get((device, width, channels))
         if found is None:
+            scale, bias = self.per_channel(device, channels)
+            found = self._rows[device, width, channels] = (scale.repeat(width), bias.repeat(width))
+        return found
+
+    def per_channel(self, device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 (channels,) scale and bias: a normalised value is `x * scale + bias`."""
+        found = self._rows.get((device, 1, channels))
+        if found is None:
             mean, std = self.mean or (0.0,) * channels, self.std or (1.0,) * channels
             if len(mean) != channels:
                 raise ValueError(f"Normalise: mean has {len(mean)} channels, the images have {channels}.")
             factors = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
             pairs = torch.tensor(factors, dtype=torch.float64)
-            scale, bias = (pairs[:, k].float().repeat(width).to(device) for k in (0, 1))
-            found = self._rows[device, width, channels] = (scale, bias)
+            scale, bias = (pairs[:, k].float().to(device) for k in (0, 1))
+            found = self._rows[device, 1, channels] = (scale, bias)
         return found
 
     def empty(
@@ -123,7 +131,6 @@ class Normalise:
 class CpuStage:
     """The device side on a CPU: nothing to copy, so threads normalise straight into the batch that will be yielded."""
 
-    copies = False
     copy_stream = None
 
     def __init__(self, normalise: Normalise) -> None:
@@ -160,8 +167,27 @@ class CpuStage:
         images, slot.images = slot.images, None
         return images.permute(0, 3, 1, 2), slot.meta[:, : slot.rows].clone()
 
+    def bytes_of(self, slot: Slot) -> int:
+        """Bytes copied to the device for the slot's batch."""
+        return 0
+
     def close(self) -> None:
         """Nothing is under way."""
+
+
+def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A host buffer for copies to `device`: pinned; pageable, with a warning, where the system refuses to pin so much.
+
+    Example:
+        >>> pinned((2, 3), torch.uint8, torch.device("cpu")).shape
+        torch.Size([2, 3])
+    """
+    if device.type == "cuda":
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            _LOG.warning("cannot pin %s of %s (%s): copies will not overlap with compute", shape, dtype, error)
+    return torch.empty(shape, dtype=dtype)
 
 
 class StreamApi(Protocol):
@@ -229,8 +255,6 @@ class CudaStage:
             brings its own.
     """
 
-    copies = True
-
     def __init__(
         self, device: torch.device, normalise: Normalise, *, api: StreamApi | None = None, copy_stream: Any = None
     ) -> None:
@@ -239,24 +263,14 @@ class CudaStage:
         self._api: StreamApi = api or CudaApi(device)
         self.copy_stream = copy_stream if copy_stream is not None else torch.cuda.Stream(device)
         self._slots: list[_DeviceSlot] = []
-        self._pin = True
 
     def prepare(self, slots: Sequence[Slot], rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         """Pinned and device buffers of all slots (rule 1); views are (h, w, c) = `shape`."""
         for slot in slots:
-            slot.images, slot.meta = self._pinned((rows, *shape), dtype), self._pinned((2, rows), torch.int64)
+            slot.images = pinned((rows, *shape), dtype, self.device)
+            slot.meta = pinned((2, rows), torch.int64, self.device)
             slot.numbers = slot.meta.numpy()
             self._prepare_device(slot, slot.images, slot.meta)
-
-    def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A pinned host buffer; a pageable one, with a warning, where the system refuses to pin so much."""
-        if self._pin and self.device.type == "cuda":
-            try:
-                return torch.empty(shape, dtype=dtype, pin_memory=True)
-            except RuntimeError as error:
-                self._pin = False
-                _LOG.warning("cannot pin %s of %s (%s): copies will not overlap", shape, dtype, error)
-        return torch.empty(shape, dtype=dtype)
 
     def _prepare_device(self, slot: Slot, images: torch.Tensor, meta: torch.Tensor) -> None:
         with self._api.device():
@@ -309,6 +323,11 @@ class CudaStage:
             self._api.record(held.consumed, stream)
             held.read = True
         return out.permute(0, 3, 1, 2), meta
+
+    def bytes_of(self, slot: Slot) -> int:
+        """Bytes copied to the device for the slot's batch: every view once, and its numbers."""
+        assert slot.images is not None and slot.meta is not None
+        return slot.images[: slot.rows].nbytes + slot.meta[:, : slot.rows].nbytes
 
     def close(self) -> None:
         """Wait for everything that touches the device buffers, then let them go (rule 6)."""

@@ -15,6 +15,7 @@ from dlb_fast.data._cursor import Cursor
 from dlb_fast.data._ranks import half_of, resolve_ranks
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.decode import ImageDecoder
+from dlb_fast.data.device_augment import ViewParameters
 from dlb_fast.data.device_stream import Normalise
 from dlb_fast.data.errors import LoaderTimeout
 from dlb_fast.data.pipeline import LoaderStats, Pipeline, Settings
@@ -56,6 +57,10 @@ class OverlapLoader:
         timeout: seconds `next` may wait before `LoaderTimeout` reports what each thread is doing; None: for ever.
         decoder: bytes to uint8 (h, w, 3); None: `ImageDecoder()`.
         load: `load(dataset, i)` giving (image, target) for datasets of another kind.
+        augment_on: "host" cuts views in the threads; "device" copies each decoded image once and cuts both views there
+            (RandomResizedCrop, Flip and Cutout only): for few cores and a GPU with time to spare.
+        max_ring_pixels: with augment_on="device", larger images are shrunk to this many pixels before the copy;
+            `(depth + 2) * half * 3` times as many bytes are held on host and device.
         check_threads: measure once whether two threads are faster than one, and log a warning if not.
 
     Raises:
@@ -95,6 +100,8 @@ class OverlapLoader:
         decoder: Callable[[bytes], Any] | None = None,
         load: Callable[[Any, int], tuple[Any, Any]] | None = None,
         check_threads: bool = True,
+        augment_on: str = "host",
+        max_ring_pixels: int = 400_000,
     ) -> None:
         name = type(self).__name__
         half = half_of(name, batch_size)
@@ -121,7 +128,13 @@ class OverlapLoader:
             normalise=Normalise(mean, std, dtype, channels_last=channels_last),
             stats=LoaderStats(),
             check_threads=check_threads,
+            augment_on=augment_on,
+            max_ring_pixels=as_int(max_ring_pixels, name, "max_ring_pixels", 1),
         )
+        if augment_on not in ("host", "device"):
+            raise ValueError(f'{name}: augment_on: expected "host" or "device", got {augment_on!r}.')
+        if augment_on == "device":
+            ViewParameters(transform)  # raises for a transform that has to run on the host
         self._cursor = Cursor(self.plan, name)
         self._lock = threading.RLock()  # the collector may close an iteration at any point
         self._pipeline: Pipeline | None = None

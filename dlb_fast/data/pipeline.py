@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dlb_fast.data.batch import Batch
+from dlb_fast.data.device_ring import RingStage
 from dlb_fast.data.device_stream import CpuStage, CudaStage, Normalise, make_stage
 from dlb_fast.data.errors import LoaderTimeout, SampleError
 from dlb_fast.data.plan import OverlapPlan
@@ -76,7 +77,17 @@ class Settings:
     normalise: Normalise
     stats: LoaderStats
     check_threads: bool
+    augment_on: str = "host"
+    max_ring_pixels: int = 0
     copy_stream: Any = None  # one for the loader's life, however often iterations are left early
+
+
+def _device_ring(s: Settings) -> RingStage | None:
+    if s.augment_on == "host":
+        return None
+    return RingStage(
+        s.device, s.normalise, s.transform, s.plan.seed, s.max_ring_pixels, copy_stream=s.copy_stream
+    )
 
 
 class Pipeline:
@@ -91,18 +102,26 @@ class Pipeline:
         self._pid = os.getpid()
         self._position = position
         self._stopped = False
-        self._stage: CpuStage | CudaStage = make_stage(settings.device, settings.normalise, settings.copy_stream)
+        self._device_ring = _device_ring(settings)
+        self._stage: CpuStage | CudaStage | RingStage
+        self._host_stage: CpuStage | CudaStage | None = None
+        if self._device_ring is not None:
+            self._stage = self._device_ring
+        else:
+            self._stage = self._host_stage = make_stage(settings.device, settings.normalise, settings.copy_stream)
         settings.copy_stream = self._stage.copy_stream
         self._ring = SlotRing(
             settings.plan, settings.rank, start=position, depth=settings.depth, on_full=self._stage.submit
         )
+        if self._device_ring is not None:
+            self._device_ring.prepare(self._ring.slots, settings.plan.rows)
         self._pool = WorkerPool(settings.num_threads, self._work)
         self._buffers = threading.Lock()
         self._form: tuple[tuple[int, int, int], torch.dtype] | None = None
 
     def start(self) -> None:
         s = self._s
-        if s.check_threads and s.num_threads > 1:
+        if s.check_threads and s.num_threads > 1 and self._device_ring is None:
             s.check_threads = False
             check_threads(lambda: self._try_views())
         self._pool.start()
@@ -134,9 +153,7 @@ class Pipeline:
         stats.batches += 1
         stats.views += slot.rows
         stats.wait_seconds += waited
-        if self._stage.copies:
-            assert slot.images is not None
-            stats.bytes_to_device += slot.images[: slot.rows].nbytes + meta.nbytes
+        stats.bytes_to_device += self._stage.bytes_of(slot)
         self._ring.release(slot)
         self._position += 1
         return batch
@@ -170,6 +187,10 @@ class Pipeline:
     def _make(self, item: Item, status: Status) -> None:
         s = self._s
         sample, image, target = s.policy.get(item.epoch, item.sample, status.set)
+        if self._device_ring is not None:
+            status.set("keeping", sample)
+            self._device_ring.add(item, image, sample, target)
+            return
         for use, slot, row in item.targets:
             status.set(f"making view {use} of", sample)
             view = self._view(image, item.epoch, sample, use)
@@ -192,12 +213,13 @@ class Pipeline:
         return view
 
     def _write(self, slot: Slot, row: int, view: torch.Tensor, sample: int, target: int) -> None:
+        assert self._host_stage is not None
         c, h, w = view.shape
         form = (h, w, c), view.dtype
         if self._form is None:
             with self._buffers:
                 if self._form is None:  # the first view of the run tells what all look like
-                    self._stage.prepare(self._ring.slots, 2 * self._s.plan.rows, *form)
+                    self._host_stage.prepare(self._ring.slots, 2 * self._s.plan.rows, *form)
                     self._form = form
         if form != self._form:
             (h, w, c), dtype = self._form
@@ -206,7 +228,7 @@ class Pipeline:
                 f"{tuple(view.shape)} {view.dtype}, others {(c, h, w)} {dtype}; pass a transform that crops or resizes "
                 "to one size"
             )
-        self._stage.write(slot, row, view)
+        self._host_stage.write(slot, row, view)
         numbers = slot.numbers
         assert numbers is not None
         numbers[0, row] = target
