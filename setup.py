@@ -3,6 +3,9 @@
 DLB_FAST_BUILD  auto     build what the tools here can build, and install without the rest (the default)
                 require  fail when anything that could be built is not
                 cpu      C++ only, required        cuda  C++ and CUDA, required        none  pure Python
+DLB_FAST_CUDA_ARCHS  what to compile CUDA for: the GPUs visible here, otherwise 80,90,100+ptx
+
+CUDA is built where nvcc is and torch can use it; beside a CPU build of torch only when asked for with "cuda".
 
 The op library is loaded by torch and tied to neither a Python nor (through the stable ABI) a torch version newer than
 2.10. It is compiled here directly, because torch's CUDAExtension refuses to work beside a CPU build of torch.
@@ -37,8 +40,7 @@ ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",
 }
 CUDA_SOURCES = ("last_batch_cuda.cu", "kernels_f32.cu", "kernels_bf16.cu", "kernels_f16.cu")
-# What an installation is compiled for: Ampere, Hopper, Blackwell, and PTX for what comes after.
-CUDA_ARCHS = os.environ.get("DLB_FAST_CUDA_ARCHS", "80,90,100+ptx")
+EVERY_ARCH = "80,90,100+ptx"  # Ampere, Hopper, Blackwell, and PTX for what comes after
 
 
 def torch_home() -> tuple[Path, str]:
@@ -58,8 +60,10 @@ def compiler() -> list[str]:
 
 
 def nvcc() -> str | None:
-    """$CUDA_HOME/bin/nvcc, or the one on PATH; None without, or when CUDA is not wanted."""
-    if MODE == "cpu":
+    """$CUDA_HOME/bin/nvcc, or the one on PATH; None without it, or where nothing could run what it compiles."""
+    import torch
+
+    if MODE == "cpu" or (MODE != "cuda" and torch.version.cuda is None):
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which(str(Path(home) / "bin" / "nvcc")) or shutil.which("nvcc")
@@ -68,13 +72,22 @@ def nvcc() -> str | None:
     return found
 
 
+def cuda_archs() -> str:
+    """The compute capabilities to compile for, as in "80,90+ptx"."""
+    import torch
+
+    seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    native = ",".join(f"{major}{minor}" for major, minor in sorted(seen))
+    return os.environ.get("DLB_FAST_CUDA_ARCHS") or native or EVERY_ARCH
+
+
 def gencode() -> list[str]:
-    """nvcc's flags for CUDA_ARCHS: "80,90+ptx" is machine code for both and PTX of the last."""
+    """nvcc's flags: "80,90+ptx" is machine code for both and PTX of the last."""
     flags = []
-    for arch in CUDA_ARCHS.lower().split(","):
+    for arch in cuda_archs().lower().split(","):
         number, ptx = arch.removesuffix("+ptx"), arch.endswith("+ptx")
         if not number.isdigit():
-            raise ValueError(f"DLB_FAST_CUDA_ARCHS must look like 80,90,100+ptx, got {CUDA_ARCHS!r}")
+            raise ValueError(f"DLB_FAST_CUDA_ARCHS must look like {EVERY_ARCH}, got {cuda_archs()!r}")
         code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
         flags += ["-gencode", f"arch=compute_{number},code={code}"]
     return flags
@@ -109,7 +122,7 @@ def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]
         include = [STABLE_ABI, f"-I{torch_dir / 'include'}"] if source in bindings else []
         commands.append((target, [*cxx, *CXX_FLAGS, *define, *include, "-c", str(csrc / source), "-o", str(target)]))
     for source in CUDA_SOURCES if cuda else ():
-        target = out / (Path(source).stem + f"_{CUDA_ARCHS}.o")
+        target = out / (Path(source).stem + f"_{cuda_archs()}.o")
         host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *host, *gencode()]
         commands.insert(0, (target, [str(cuda), *flags, "-c", str(csrc / "cuda" / source), "-o", str(target)]))
@@ -137,7 +150,7 @@ def build_library(destination: Path, scratch: Path) -> None:
     fresh = library.with_suffix(".new")
     run([*compiler(), "-shared", "-o", str(fresh), *[str(target) for target, _ in commands], *link])
     os.replace(fresh, library)  # a process that has the old file mapped keeps it
-    parts = f"C++ and CUDA ({CUDA_ARCHS})" if cuda else "C++; no nvcc, no CUDA"
+    parts = f"C++ and CUDA {cuda_archs()}" if cuda else "C++"
     print(f"dlb_fast: built {library.name} ({parts}) against torch {version} in {time.perf_counter() - start:.0f} s")
 
 
@@ -169,7 +182,7 @@ class BuildOps(build_ext):
         torch_dir, version = torch_home()
         ext.include_dirs.append(pybind11.get_include())
         ext.define_macros.append(("DLB_FAST_TORCH_VERSION", f'"{version}"'))
-        ext.define_macros.append(("DLB_FAST_CUDA_ARCHS", f'"{CUDA_ARCHS}"' if nvcc() else '""'))
+        ext.define_macros.append(("DLB_FAST_CUDA_ARCHS", f'"{cuda_archs()}"' if nvcc() else '""'))
         super().build_extension(ext)
 
 
