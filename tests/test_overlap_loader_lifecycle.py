@@ -1,0 +1,227 @@
+"""Timeouts, closing, early breaks, garbage collection, forks: nothing hangs and nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from loader_files import Files, assert_no_threads, corner, loader, make_files, threads
+
+from dlb_fast.data.errors import LoaderTimeout
+from dlb_fast.data.probe import check_threads
+from dlb_fast.data.view_rng import ViewRng
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return make_files(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert_no_threads()
+
+
+def test_timeout_says_what_each_thread_does_and_loses_nothing(files: Files) -> None:
+    gate = threading.Event()
+    slow = 13
+    with loader(files) as source:
+        expected = [b.ids.tolist() for b in source]
+
+    class Slow(Files):
+        def read(self, index: int) -> str:
+            if index == slow:
+                gate.wait(20)
+            return super().read(index)
+
+    with loader(Slow(files.paths), timeout=0.4) as source:
+        got = []
+        iterator = iter(source)
+        with pytest.raises(LoaderTimeout) as caught:
+            for batch in iterator:
+                got.append(batch.ids.tolist())
+        text = str(caught.value)
+        assert f"loading sample {slow} ({files.paths[slow]})" in text
+        assert "dlb-loader-0" in text and "dlb-loader-1" in text and f"waiting for step {len(got)}" in text
+        assert "3/4 rows" in text or "7/8 rows" in text
+        gate.set()
+        got += [batch.ids.tolist() for batch in iterator]
+        assert got == expected
+
+
+def test_closing_while_a_thread_is_stuck_reports_it(
+    files: Files, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dlb_fast.data import pipeline
+
+    monkeypatch.setattr(pipeline, "_JOIN", 0.2)
+    gate = threading.Event()
+
+    class Stuck(Files):
+        def read(self, index: int) -> str:
+            gate.wait(20)
+            return super().read(index)
+
+    source = loader(Stuck(files.paths), timeout=0.2)
+    with pytest.raises(LoaderTimeout):
+        next(iter(source))
+    with caplog.at_level(logging.WARNING, "dlb_fast.data"):
+        source.close()
+    assert "2 loader threads did not end" in caplog.text and "loading sample" in caplog.text
+    gate.set()
+
+
+def test_close_wakes_a_waiting_consumer(files: Files) -> None:
+    gate = threading.Event()
+
+    class Stuck(Files):
+        def read(self, index: int) -> str:
+            gate.wait(20)
+            return super().read(index)
+
+    source, caught = loader(Stuck(files.paths)), []
+
+    def consume() -> None:
+        try:
+            next(iter(source))
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    time.sleep(0.2)
+    closer = threading.Thread(target=source.close)
+    closer.start()
+    consumer.join(5)
+    gate.set()
+    closer.join(10)
+    assert caught and "closed while a batch was awaited" in caught[0]
+
+
+@pytest.mark.parametrize("how", ["break", "close", "collect", "exception", "iterator", "cycle"])
+def test_threads_end(files: Files, how: str) -> None:
+    source = loader(files)
+    reference = weakref.ref(source)
+    if how == "break":
+        for _ in source:
+            assert len(threads()) == 2
+            break
+        assert threads() == []
+    elif how == "close":
+        iterator = iter(source)
+        next(iterator)
+        source.close()
+        assert threads() == []
+        source.close()
+    elif how == "collect":
+        list(source)
+        assert len(threads()) == 2  # they wait for the next epoch
+        del source
+        assert reference() is None and threads() == []
+    elif how == "exception":
+        with pytest.raises(ZeroDivisionError):
+            for _ in source:
+                1 / 0  # noqa: B018
+        gc.collect()
+        assert threads() == []
+    elif how == "iterator":
+        iterator = iter(source)
+        next(iterator)
+        del source
+        next(iterator)  # the iterator keeps the loader
+        assert len(threads()) == 2
+        del iterator
+        assert reference() is None and threads() == []
+    else:
+        source.me = source  # type: ignore[attr-defined]
+        next(iter(source))
+        list(source)
+        del source
+        gc.collect()
+        assert reference() is None and threads() == []
+
+
+def test_no_growth_over_200_epochs_with_early_breaks(files: Files) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    marks = []
+    with loader(files, batch_size=4) as source:
+        for epoch in range(200):
+            for step, _ in enumerate(source):
+                if epoch % 2 and step == epoch % 7:
+                    break
+            source.set_epoch(epoch + 1)
+            if epoch in (60, 199):
+                gc.collect()
+                marks.append((len(threads()) <= 2, descriptors(), resident()))
+        assert threads() in ([], ["dlb-loader-0", "dlb-loader-1"])
+    assert marks[0][0] and marks[1][0]
+    assert marks[1][1] <= marks[0][1]
+    assert marks[1][2] - marks[0][2] < 8 << 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_makes_its_own_threads(files: Files) -> None:
+    with loader(files) as source:
+        expected = [b.ids.tolist() for b in source]
+    with loader(files) as source:
+        iterator = iter(source)
+        next(iterator)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if next(iterator).ids.tolist() == expected[1] else 1)
+        deadline = time.monotonic() + 20
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if done == (0, 0):
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        assert done == (child, 0)
+        assert next(iterator).ids.tolist() == expected[1]
+
+
+def test_torch_threads_of_others_are_left_alone(files: Files) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    inside: list[int] = []
+
+    def transform(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+        inside.append(torch.get_num_threads())
+        return corner(image, rng)
+
+    with loader(files, transform=transform, check_threads=True) as source:
+        next(iter(source))
+        born_later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        born_later.start()
+        born_later.join()
+    assert torch.get_num_threads() == before and seen == [before]
+    assert set(inside[-8:]) == {1}
+
+
+def test_probe_warns_about_the_interpreter_lock(caplog: pytest.LogCaptureFixture) -> None:
+    def holds() -> None:
+        total = 0
+        for i in range(40_000):
+            total += i
+
+    with caplog.at_level(logging.WARNING, "dlb_fast.data"):
+        assert check_threads(lambda: time.sleep(0.003)) and not caplog.records
+        assert not check_threads(holds)
+    assert "holds the interpreter lock" in caplog.text and "OverlapBatchSampler" in caplog.text
