@@ -165,6 +165,6 @@ def scale_grad_(grad: Tensor, upstream: Tensor, parts: Tensor) -> None:
     per_row = upstream.dim() == 1
     with launch.device_guard(grad.device):
         scale_kernel[grid](
-            grad, upstream, parts, grad.numel(), grad.shape[1], block, per_row, upstream.stride(0) if per_row else 0,
+            grad, upstream, parts, grad.shape[0], grad.shape[1], block, per_row, upstream.stride(0) if per_row else 0,
             num_warps=4,
         )  # fmt: skip

@@ -46,10 +46,11 @@ def tiling(classes: int, itemsize: int, aligned: bool = True, warp_size: int = 3
     - ``C <= 1024``: tiles of about 1024 logits and 4 warps, so up to 32 pairs per program (several per warp for
       ``C <= 128``): small tiles keep many programs in flight, which is what hides latency here.
     - ``C <= 8192``: one pair, held in registers.
-    - above: tiles of 4096, each read twice, in lanes of one thread (see ``row_tiles``); unaligned rows take 2048, for
-      their addresses and masks, one per logit, need registers too.
-    - everywhere 8 logits per thread: the compiler's own count says that 16 need more than 128 registers (one program
-      per multiprocessor) and 32 spill; fewer leave 16-bit loads narrower than 16 bytes. float64 takes half tiles.
+    - above: tiles of 4096, each read twice, in lanes of one thread (see ``row_tiles``). 512 threads fill a
+      multiprocessor, so few rows are in flight and their second reads still find them in L2. Unaligned rows take 1024:
+      one address and one mask per logit need registers too.
+    - 8 logits per thread, 16 in the largest tile: by the compiler's own count 32 spill, and fewer than 8 leave the
+      loads of 16-bit logits narrower than 16 bytes. float64 takes half tiles.
     - a warp of 64 threads (CDNA) halves the number of warps, which also keeps it within 16.
     """
     wide = 2 if itemsize == 8 else 1
@@ -57,10 +58,10 @@ def tiling(classes: int, itemsize: int, aligned: bool = True, warp_size: int = 3
     if classes <= held:
         block, tiles = max(next_power_of_two(classes), 2), 1
     else:
-        block = LOOP_COLUMNS // wide if aligned else LOOP_COLUMNS // wide // 2
+        block = LOOP_COLUMNS // wide if aligned else 1024 // wide
         tiles = -(-classes // block)
     rows = max(1, min(32, 1024 // wide // block))
-    threads = max(128, rows * block * wide // 8)
+    threads = min(max(128, rows * block * wide // 8), 512)
     vector = 16 // itemsize if aligned else block // threads
     return Tiling(rows, block, tiles, threads // warp_size, vector, int(aligned))
 

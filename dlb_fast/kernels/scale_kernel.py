@@ -8,15 +8,16 @@ import triton.language as tl
 from .row_tiles import round_to
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["upstream_ptr", "parts_ptr"])
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["upstream_ptr", "parts_ptr"])
 def scale_kernel(
-    grad_ptr, upstream_ptr, parts_ptr, size,
+    grad_ptr, upstream_ptr, parts_ptr, batch,
     CLASSES: tl.constexpr, BLOCK: tl.constexpr, PER_ROW: tl.constexpr, UPSTREAM_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """``grad.flat[i] *= upstream[i // C] / grad_scale``; a tile whose factors are all 1 is neither read nor written."""
     compute: tl.constexpr = parts_ptr.dtype.element_ty
     grad_scale = tl.load(parts_ptr + 4)
     span = tl.arange(0, BLOCK)
+    size = tl.full([], batch, tl.int64) * CLASSES  # a product of C, so that the mask has its factors of two
     blocks = tl.cdiv(size, BLOCK)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         base = tl.full([], block, tl.int64) * BLOCK  # more than 2^31 logits
