@@ -109,7 +109,7 @@ def examine(*, with_self_test: bool = False) -> dict[str, Any]:
 
     Example:
         >>> sorted(examine())[:3]
-        ['auto', 'frameworks', 'implementations']
+        ['auto', 'dlb_fast', 'frameworks']
     """
     report = {
         "python": sys.version.split()[0],

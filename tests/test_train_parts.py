@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dlb_fast.train import log as logs
+from dlb_fast.train import state
 from dlb_fast.train.config import (
     DataConfig,
     LossConfig,
@@ -255,3 +256,17 @@ def test_defaults_are_valid():
     assert to_dict(RunConfig())["data"]["source"] == "digits"
     for part in (DataConfig, LossConfig, OptimConfig, ScheduleConfig, TrainConfig):
         part()
+
+
+def test_weights_of_another_shape_or_a_broken_file(tmp_path):
+    path = tmp_path / "w.safetensors"
+    state.save_weights(path, nn.Linear(3, 2), {"model": "linear"})
+    copy = nn.Linear(3, 2)
+    state.load_weights(path, copy)
+    with pytest.raises(state.CheckpointError, match=r"weight: \(2, 3\) in the file, \(4, 3\) in the model"):
+        state.load_weights(path, nn.Linear(3, 4))
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(state.CheckpointError, match="not a readable safetensors file"):
+        state.load_weights(path, copy)
+
+

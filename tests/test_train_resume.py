@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -177,9 +178,13 @@ def truncate(path):
 
 
 def flip_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(bytes(data))
+    """One bit of a tensor's numbers: the file's structure stays whole."""
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda r: r.file_size)
+        payload = archive.read(record)
+    data = path.read_bytes()
+    place = data.index(payload) + len(payload) // 2
+    path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
 
 
 def empty(path):
@@ -213,7 +218,7 @@ def other_model(path):
     ("damage", "reason"),
     [
         (truncate, "not a readable checkpoint"),
-        (flip_bit, "damaged|not a readable"),
+        (flip_bit, "is damaged .checksum"),
         (empty, "not a readable checkpoint"),
         (foreign, "not written by dlb_fast"),
         (with_code, "not a readable checkpoint"),
@@ -381,17 +386,3 @@ def test_a_used_up_loader_is_an_error_not_an_endless_loop():
         trainer.fit()
     with pytest.raises(ValueError, match="give max_steps"):
         Trainer(model, nn.CrossEntropyLoss(), sgd, iter([]))
-
-
-def test_weights_of_another_shape_or_a_broken_file(tmp_path):
-    path = tmp_path / "w.safetensors"
-    state.save_weights(path, nn.Linear(3, 2), {"model": "linear"})
-    copy = nn.Linear(3, 2)
-    state.load_weights(path, copy)
-    with pytest.raises(state.CheckpointError, match=r"weight: \(2, 3\) in the file, \(4, 3\) in the model"):
-        state.load_weights(path, nn.Linear(3, 4))
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(state.CheckpointError, match="not a readable safetensors file"):
-        state.load_weights(path, copy)
-
-

@@ -56,7 +56,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}; {_free_space(path.parent)}") from error
+        raise CheckpointError(
+            f"cannot write {path}: {error}; {_free_space(path.parent)}. What was there before is kept; make room, then "
+            f"continue with --resume"
+        ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -93,8 +96,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Pa
     except CheckpointError as error:
         kept = _by_step(folder)
         last = f"the last good checkpoint is {kept[0]}" if kept else "there is no earlier checkpoint"
-        hint = f"Make room, then continue with --resume --out {folder.parent}"
-        raise CheckpointError(f"{error}; {last}. {hint}") from error
+        raise CheckpointError(f"{error}; {last}") from error
     for old in _by_step(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
