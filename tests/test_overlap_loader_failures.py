@@ -210,6 +210,15 @@ def test_views_of_different_size_are_named(files: Files) -> None:
         list(source)
 
 
+def test_memory_error_is_not_a_bad_file(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(index: int) -> bytes:
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr(files, "read", exhausted)
+    with loader(files, on_error="replace") as source, pytest.raises(MemoryError):
+        next(iter(source))
+
+
 def test_exceptions_that_are_not_exceptions_surface(files: Files) -> None:
     def transform(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
         raise SystemExit("a thread must not vanish")

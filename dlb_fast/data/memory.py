@@ -35,7 +35,7 @@ class BufferPool:
         True
     """
 
-    def __init__(self, keep: int = 8) -> None:
+    def __init__(self, keep: int = 4) -> None:
         self._free: deque[np.ndarray[Any, np.dtype[np.uint8]]] = deque(maxlen=keep)  # appends and pops are atomic
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

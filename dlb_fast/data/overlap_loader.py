@@ -261,6 +261,10 @@ def _threads(name: str, count: int | None) -> int:
 
 def _device(device: torch.device | str | None) -> torch.device:
     found = torch.device(device if device is not None else "cpu")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"OverlapLoader: device: expected a cpu or cuda device, got {found}; load on the cpu and call batch.to()."
+        )
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     return found

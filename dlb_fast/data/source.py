@@ -166,6 +166,8 @@ class FailurePolicy:
             try:
                 image, target = self._source.get(sample)
                 return sample, image, target
+            except MemoryError:
+                raise  # the machine's trouble, not this file's
             except Exception as error:
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 failure = SampleError(self._source.path(sample), sample, epoch, reason)
