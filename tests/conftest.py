@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     # Has to be set before Triton is first imported: without a GPU its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # tiny tensors on many workers: threads of threads only wait for each other
+
 import pytest
 
 from dlb_fast import _backends
