@@ -139,7 +139,7 @@ def second_view(files: Files, rounds: int, count: int = 24) -> dict[str, Any]:
         for views in (1, 2):
             started = time.process_time()
             for i in range(count):
-                image = torch.from_numpy(decode(files.read(i))).permute(2, 0, 1)
+                image = torch.from_numpy(decode(files.read(i % len(files)))).permute(2, 0, 1)
                 for use in range(views):
                     transform(image, ViewRng(SEED, 0, i, use))
             taken[views] = time.process_time() - started

@@ -126,7 +126,7 @@ def _epochs(source: Any) -> Iterator[Any]:
 
 def naive(files: Files, half: int, workers: int) -> Iterator[Halves]:
     sampler = OverlapBatchSampler(files, 2 * half, seed=SEED)
-    loader = DataLoader(NaiveItems(files), batch_sampler=sampler, num_workers=workers, persistent_workers=True)
+    loader = DataLoader(NaiveItems(files), batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
     for images, _ in _epochs(loader):
         yield [images]
 
@@ -134,7 +134,7 @@ def naive(files: Files, half: int, workers: int) -> Iterator[Halves]:
 def published(files: Files, half: int, workers: int, floats: bool = True) -> Iterator[Halves]:
     items = TwoViewItems(files, floats)
     sampler = HalfSampler(len(files), half)
-    loader = DataLoader(items, batch_sampler=sampler, num_workers=workers, persistent_workers=True)  # type: ignore[arg-type]
+    loader = DataLoader(items, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)  # type: ignore[arg-type]
     yield from _paired(stack for stack, _ in _epochs(loader))
 
 
@@ -197,7 +197,7 @@ def timm_prefetcher(files: Files, half: int, workers: int) -> Iterator[Halves]:
 
     loader = DataLoader(
         TwoViewItems(files, floats=False), batch_sampler=HalfSampler(len(files), half),  # type: ignore[arg-type]
-        num_workers=workers, persistent_workers=True, collate_fn=flat,
+        num_workers=workers, persistent_workers=workers > 0, collate_fn=flat,
     )
     fetched = PrefetchLoader(
         loader, mean=MEAN, std=STD, device=torch.device("cuda" if torch.cuda.is_available() else "cpu")
