@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dlb_fast"
 
 # Room -> rooms of ours it may import. A room is a file or a folder at the top of the package.
-LOSS_FACES = {"losses", "functional", "teachers", "buffer", "__init__"}
+LOSS_FACES = {
+    "losses", "functional", "teachers", "buffer", "family", "family_losses", "family_teachers", "lessons", "memories",
+    "__init__",
+}  # fmt: skip
 ALLOWED = {
     "_version": set(),
     "reference": set(),
@@ -24,6 +27,12 @@ ALLOWED = {
     "buffer": set(),
     "functional": {"_backends", "_check", "ops", "reference", "buffer"},
     "teachers": {"_check", "buffer", "reference", "functional"},
+    "reference_family": set(),
+    "memories": set(),
+    "lessons": {"functional", "reference", "teachers"},
+    "family": {"_check", "functional", "lessons", "teachers"},
+    "family_teachers": {"lessons", "memories", "teachers"},
+    "family_losses": {"_check", "family_teachers", "functional", "lessons", "memories", "teachers"},
     "losses": {"_check", "functional", "buffer", "teachers"},
     "data": set(),
     "train": {*LOSS_FACES, "data", "_backends", "_version", "presets"},
