@@ -40,6 +40,7 @@ DLB_DEVICE void store_slot_columns(const DeviceArgs& a, int64_t slot, int first,
   }
 }
 
+DLB_DEVICE float finite_or_zero(float v) { return v - v == 0.0f ? v : 0.0f; }
 DLB_DEVICE float shift_base(float top) { return top == -infinity() ? 0.0f : top; }
 
 // A maximum that moves, and by how much sums taken relative to it shrink when it does.
@@ -88,9 +89,14 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
   const bool dense = general && a.dense != nullptr && role.counts;
   const bool weighted = general && a.weight != nullptr && (dense || s.scales.even > 0.0f);
   const float* q_row = dense ? a.dense + row * a.dense_stride : nullptr;
-  // Sums of x are taken relative to the first logit and moved to the maximum afterwards: a common offset cancels.
-  const float z_first = to_float(load(z_row));
-  const float reference = z_first - z_first == 0.0f ? z_first : 0.0f;
+  // Sums of x and y are taken relative to the first logit and moved to the maximum afterwards: common offsets cancel.
+  const float reference = finite_or_zero(to_float(load(z_row)));
+  float teacher_reference = 0.0f;
+  if (use.logits) {
+    float first[V];
+    load_teacher_columns<V, false>(a, row, -shift, shift, 0.0f, first);
+    DLB_UNROLL for (int e = 0; e < V; ++e) teacher_reference = e == shift ? finite_or_zero(first[e]) : teacher_reference;
+  }
 
   RunningMax top, teacher_top;
   float sum[max_sums] = {0, 0, 0, 0, 0, 0, 0, 0};  // d1, d2, dt, gap, x_sum, weighted_x, share_sum, share_x
@@ -125,7 +131,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         const float et = exp2_fast((t[e] - t_base) * s.log2e_over_t);
         sum[2] += et;
-        sum[3] += et == 0.0f ? 0.0f : et * (t[e] - z[e]);
+        sum[3] += et == 0.0f ? 0.0f : et * ((t[e] - teacher_reference) - (z[e] - reference));
       }
     }
     if (general && use.probabilities) {
@@ -176,7 +182,8 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
     n.top = m;
     const float moved = m - reference;
     n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2];
-    n.gap = use.logits ? (sum[3] - (mt - m) * sum[2]) * s.inverse : sum[3] + moved * s.inverse * sum[2];
+    n.gap = use.logits ? (sum[3] - ((mt - teacher_reference) - moved) * sum[2]) * s.inverse
+                       : sum[3] + moved * s.inverse * sum[2];
     n.x_sum = sum[4] - moved * static_cast<float>(a.classes);
     n.weighted_x = sum[5] - moved * s.weight_sum;
     n.share_sum = sum[6], n.share_x = sum[7] - moved * sum[6];

@@ -10,9 +10,11 @@ import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,62 +40,92 @@ def missing() -> str:
     return "" if importlib.util.find_spec("pybind11") else "no pybind11"
 
 
+UNITS = {  # source: the files beside itself whose change recompiles it
+    "csrc/cuda/kernels_f32.cu": "kernels",
+    "csrc/cuda/kernels_bf16.cu": "kernels",
+    "csrc/cuda/kernels_f16.cu": "kernels",
+    "tests/emulation/entry.cpp": "kernels",
+    "tests/emulation/emulator.cpp": "emulator",
+    "tests/emulation/module.cpp": "entry",
+}
+
+
 def _sources() -> dict[str, str]:
     files = [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *CUDA.glob("kernels_*.cu"), *CUDA.parent.glob("*.h")]
     files += [*HERE.glob("*.h"), *HERE.glob("*.cpp")]
     return {str(file.relative_to(CUDA.parent.parent)): file.read_text() for file in sorted(files)}
 
 
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr((parts, sys.version, platform.machine())).encode()).hexdigest()[:20]
+
+
+def _inputs(unit: str, sources: dict[str, str]) -> list[tuple[str, str]]:
+    names = {
+        "kernels": [n for n in sources if n.endswith((".cuh", ".h"))],
+        "emulator": ["tests/emulation/emulator.h", "tests/emulation/fiber.h"],
+        "entry": ["tests/emulation/entry.h", "tests/emulation/emulator.h", "csrc/cuda/plan.h", "csrc/last_batch.h"],
+    }[UNITS[unit]]
+    return [(name, sources[name]) for name in [unit, *names]]
+
+
 def build(
     mutation: tuple[str, str, str] | None = None, *, float32_only: bool = False, flags: tuple[str, ...] = ("-O1",)
 ) -> Path:
-    """Compile the emulator, from the sources or from a copy in which ``mutation`` = (file, old, new) was applied once."""
+    """Compile the emulator, from the sources or from a copy in which ``mutation`` = (file, old, new) was applied once.
+
+    Objects and modules are cached by the hash of what went into them, so a mutation recompiles the kernels only.
+    """
     sources = _sources()
     if mutation is not None:
         file, old, new = mutation
         key = f"csrc/cuda/{file}"
         assert sources[key].count(old) == 1, f"{key} must hold this text once: {old!r}"
         sources[key] = sources[key].replace(old, new)
-    digest = hashlib.sha256(repr((sources, float32_only, flags, sys.version)).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"dlb_fast_emulator_{os.getuid()}" / digest
-    module = folder / f"emulator_{digest}.so"
+    cache = Path(tempfile.gettempdir()) / f"dlb_fast_emulator_{os.getuid()}"
+    cache.mkdir(exist_ok=True)
+    flags = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-DDLB_EMULATE", *flags)
+    flags += ("-DDLB_EMULATE_F32_ONLY",) if float32_only else ()
+    units = [u for u in UNITS if not (float32_only and u.endswith(("_bf16.cu", "_f16.cu")))]
+    objects = {unit: cache / f"{_digest(flags, _inputs(unit, sources))}.o" for unit in units}
+    module = cache / _digest(*(path.name for path in objects.values())) / "dlb_fast_emulator.so"
     if module.exists():
         return module
-    # Compiled beside and moved into place, so that parallel test workers never meet a half-written file.
-    folder.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder))
-    for name, text in sources.items():
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_text(text)
-    units = ["kernels_f32"] if float32_only else ["kernels_f32", "kernels_bf16", "kernels_f16"]
-    inputs = [f"csrc/cuda/{unit}.cu" for unit in units] + ["tests/emulation/module.cpp", "tests/emulation/emulator.cpp"]
-    import pybind11
-    import sysconfig
+    # Compiled aside and moved into place, so that parallel test workers never meet a half-written file.
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        work = Path(folder)
+        for name, text in sources.items():
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / name).write_text(text)
+        includes = [pybind11_include(), sysconfig.get_paths()["include"], work / "csrc/cuda", work / "tests/emulation"]
 
-    includes = [pybind11.get_include(), sysconfig.get_paths()["include"], work / "csrc/cuda", work / "tests/emulation"]
-    common = ["g++", "-std=c++17", "-fPIC", "-DDLB_EMULATE", f"-DDLB_EMULATOR_NAME=emulator_{digest}", *flags]
-    common += ["-Wall", "-Wextra", "-Werror"] + [f"-I{path}" for path in includes]
-    if float32_only:
-        common.append("-DDLB_EMULATE_F32_ONLY")
+        def compile_one(unit: str) -> None:
+            if not objects[unit].exists():
+                target = work / objects[unit].name
+                command = ["g++", *flags, *(f"-I{path}" for path in includes), "-x", "c++", "-c", str(work / unit)]
+                done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+                os.replace(target, objects[unit])
 
-    def compile_one(name: str) -> str:
-        target = str(work / (name.replace("/", "_") + ".o"))
-        done = subprocess.run(
-            [*common, "-x", "c++", "-c", str(work / name), "-o", target], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, inputs))
-    subprocess.run(["g++", "-shared", *flags, *objects, "-o", str(work / "module.so")], check=True)
-    os.replace(work / "module.so", module)
-    shutil.rmtree(work)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compile_one, units))
+        linked = [str(path) for path in objects.values()]
+        subprocess.run(["g++", "-shared", *flags, *linked, "-o", str(work / "module.so")], check=True)
+        module.parent.mkdir(exist_ok=True)
+        os.replace(work / "module.so", module)
     return module
 
 
+def pybind11_include() -> str:
+    import pybind11
+
+    return pybind11.get_include()
+
+
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    """Import one of the built modules; several can be loaded side by side."""
+    # pybind11 caches modules by their full name.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

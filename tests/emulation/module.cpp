@@ -2,9 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "count_kernel.cuh"
-#include "device_args.cuh"
-#include "scale_kernel.cuh"
+#include "emulator.h"
+#include "entry.h"
 
 namespace py = pybind11;
 using namespace dlb_fast;
@@ -77,45 +76,29 @@ py::dict last_batch(const py::dict& d, const py::list& ranges, uintptr_t workspa
                     uint64_t seed) {
   const LastBatchArgs a = arguments(d);
   if (const char* reason = refusal(a)) throw py::value_error(reason);
-  const LaunchPlan plan = plan_launch(a, {multiprocessors, largest_cluster});
-  const DeviceArgs device = device_args(a, plan, reinterpret_cast<void*>(workspace));
   add_ranges(ranges);
-  if (plan.count_blocks > 0) emulator::run({plan.count_blocks, 256, 1, seed}, [&] { count_kernel(device); });
-#if defined(DLB_EMULATE_F32_ONLY)
-  if (a.dtype != DType::f32) throw py::value_error("built for float32 only");
-  const Kernel kernel = kernel_f32(plan, a.kind);
-#else
-  const Kernel kernel = a.dtype == DType::f32    ? kernel_f32(plan, a.kind)
-                        : a.dtype == DType::bf16 ? kernel_bf16(plan, a.kind)
-                                                 : kernel_f16(plan, a.kind);
-#endif
-  if (kernel == nullptr) throw py::value_error("the plan names a kernel that does not exist");
-  emulator::run({plan.blocks, plan.threads, plan.cluster, seed}, [&] { kernel(device); });
-  py::dict result = described(plan);
-  result["bytes_loaded"] = emulator::counters.bytes_loaded, result["bytes_stored"] = emulator::counters.bytes_stored;
-  result["loads16"] = emulator::counters.loads16, result["stores16"] = emulator::counters.stores16;
-  result["loads"] = emulator::counters.loads, result["stores"] = emulator::counters.stores;
+  py::dict result = described(
+      emulated::last_batch(a, reinterpret_cast<void*>(workspace), {multiprocessors, largest_cluster}, seed));
+  const emulator::Counters& n = emulator::counters;
+  result["bytes_loaded"] = n.bytes_loaded, result["bytes_stored"] = n.bytes_stored;
+  result["loads16"] = n.loads16, result["stores16"] = n.stores16, result["loads"] = n.loads, result["stores"] = n.stores;
   return result;
 }
 
 uint64_t scale_grad(uintptr_t grad, int dtype, int64_t elements, int64_t classes, uintptr_t upstream, int64_t stride,
                     uintptr_t grad_scale, const py::list& ranges, int blocks, uint64_t seed) {
-  const ScaleArgs a = {reinterpret_cast<void*>(grad), elements, classes, reinterpret_cast<const float*>(upstream),
-                       reinterpret_cast<const float*>(grad_scale), stride};
   add_ranges(ranges);
-  emulator::run({blocks, 256, 1, seed}, [&] {
-    if (static_cast<DType>(dtype) == DType::f32) scale_kernel<float>(a);
-    else if (static_cast<DType>(dtype) == DType::bf16) scale_kernel<Bf16>(a);
-    else scale_kernel<F16>(a);
-  });
+  emulated::scale_grad({reinterpret_cast<void*>(grad), static_cast<DType>(dtype), elements, classes,
+                        reinterpret_cast<const float*>(upstream), reinterpret_cast<const float*>(grad_scale), stride},
+                       blocks, seed);
   return emulator::counters.bytes_stored;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(DLB_EMULATOR_NAME, m) {
+PYBIND11_MODULE(dlb_fast_emulator, m) {
   m.def("plan", &plan_of);
   m.def("last_batch", &last_batch);
   m.def("scale_grad", &scale_grad);
-  m.attr("workspace_bytes") = sizeof(Workspace);
+  m.attr("workspace_bytes") = emulated::workspace_bytes();
 }

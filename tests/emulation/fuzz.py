@@ -1,0 +1,105 @@
+"""Random shapes, strides, options and values through the emulated kernels, seeded; alone or under sanitizers.
+
+``python tests/emulation/fuzz.py MODULE.so SEED COUNT`` (float32 logits) prints the number of cases that ran; any fault or difference from
+the reference ends it with a traceback that names the case.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+import torch
+from emulation import harness
+from emulation.oracle import compare
+
+from dlb_fast.buffer import LogitBuffer
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CLASSES = (1, 2, 7, 10, 16, 31, 33, 100, 127, 129, 250, 500, 999, 1000, 1024, 1025, 1500, 4097, 16390)
+
+
+def strided(rows: int, classes: int, dtype: torch.dtype, pick: random.Random, g: torch.Generator, scale: float) -> torch.Tensor:
+    padding, start = pick.choice([(0, 0), (0, 0), (1, 0), (0, 3), (8, 0), (5, 2)])
+    storage = torch.full((rows * (classes + padding) + start,), 1e4, dtype=torch.float32).to(dtype)
+    view = storage[start:].view(rows, classes + padding)[:, :classes]
+    return view.copy_((torch.randn(rows, classes, generator=g) * scale + pick.choice([0.0, 0.0, 50.0])).to(dtype))
+
+
+def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str:
+    """Runs one case with logits of one of ``dtypes``; returns the words that describe it."""
+    pick, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    classes, dtype = pick.choice(CLASSES), pick.choice(dtypes)
+    rows = pick.choice([1, 2, 3, 4, 5, 8, 13]) if classes < 4000 else pick.choice([1, 2, 4])
+    clusters = pick.choice([0, 8])
+    emulator = harness.Emulator(module, multiprocessors=pick.choice([1, 4, 100]), largest_cluster=clusters, seed=seed)
+    logits = strided(rows, classes, dtype, pick, g, pick.choice([0.1, 2.0, 10.0]))
+    target: torch.Tensor | None = torch.randint(0, classes, (rows,), generator=g)
+    options: dict[str, Any] = {
+        "alpha": pick.choice([0.0, 0.5, 1.0]), "temperature": pick.choice([1.0, 2.5, 4.0]),
+        "reduction": pick.choice(["mean", "sum", "none"]), "label_smoothing": pick.choice([0.0, 0.0, 0.1]),
+    }  # fmt: skip
+    kind = pick.choice(["none", "logits", "roll", "virtual", "probabilities"])
+    if pick.random() < 0.3:
+        target[torch.rand(rows, generator=g) < 0.5] = -100
+    if pick.random() < 0.25:
+        options["weight"] = torch.rand(classes, generator=g) + 0.1
+    if pick.random() < 0.2:
+        options["z_loss"] = 1e-3
+    form = pick.choice(["labels", "labels", "pair", "dense"])
+    if form == "pair":
+        options["target_b"] = torch.randint(0, classes, (rows,), generator=g)
+        options["lam"] = torch.rand(rows, generator=g)
+    elif form == "dense":
+        target = torch.softmax(torch.randn(rows, classes, generator=g), 1)
+    if kind == "virtual" and form == "labels" and pick.random() < 0.5:
+        options["correct_share"] = 0.9
+    teacher = None
+    if kind == "roll":
+        capacity = pick.randint(max(1, rows - 2), rows + 1)
+        buffer = LogitBuffer(classes, capacity, pick.choice([dtype, dtype, *FLOATS]))
+        previous = pick.randint(0, min(capacity, rows))
+        if previous:
+            buffer.roll(torch.randn(previous, classes, generator=g).to(dtype), torch.arange(previous) // 2 * 2)
+        old = pick.randint(max(0, rows - capacity), rows)
+        stored, slots = buffer.logits.clone(), buffer.slots.clone()
+        ids = torch.arange(rows)
+        result = emulator.last_batch(logits, target, buffer=stored, slots=slots, ids=ids, num_old=old, **options)
+        teacher, valid = buffer.teacher(logits, ids, old)
+        teacher = teacher.clone()
+        compare(result, logits, target, teacher, kd_mask=valid, **options)
+        buffer.roll(logits, ids, old)
+        assert torch.equal(stored, buffer.logits) and torch.equal(slots, buffer.slots)
+        return " ".join([kind, form, *options])
+    if kind in ("logits", "probabilities"):
+        taught = pick.randint(0, rows)
+        teacher = strided(max(taught, 1), classes, pick.choice([dtype, *FLOATS]), pick, g, 2.0)[:taught]
+        if kind == "probabilities":
+            teacher = torch.softmax(teacher.float(), 1)
+        if pick.random() < 0.3:
+            options["kd_mask"] = torch.rand(taught, generator=g) < 0.6
+    call = {"kind": kind, **options}
+    compare(emulator.last_batch(logits, target, teacher=teacher, **call), logits, target, teacher, **call)
+    return " ".join([kind, form, *options])
+
+
+def main(path: str, first: int, count: int) -> None:
+    # Built for float32 logits only; teachers and buffers still come in every dtype.
+    torch.set_num_threads(1)
+    module = harness.load(Path(path))
+    for seed in range(first, first + count):
+        try:
+            one_case(module, seed, (torch.float32,))
+        except BaseException:
+            print(f"failed at seed {seed}", flush=True)
+            raise
+    print(f"{count} cases", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
