@@ -29,7 +29,13 @@ STEPS = [
 
 
 def roll_through(
-    emulator: harness.Emulator, classes: int, dtype: torch.dtype, stored: torch.dtype, capacity: int, steps: list, scale: int
+    emulator: harness.Emulator,
+    classes: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    capacity: int,
+    steps: list,
+    scale: int,
 ) -> None:
     oracle = LogitBuffer(classes, capacity, stored)
     logits_at, slots = oracle.logits.clone(), oracle.slots.clone()
@@ -83,13 +89,21 @@ def test_many_steps(classes: int, dtype: torch.dtype, stored: torch.dtype) -> No
 
 @pytest.mark.parametrize("clusters", [0, 8])
 def test_many_steps_with_long_rows(clusters: int) -> None:
-    roll_through(harness.emulator(largest_cluster=clusters), 17001, torch.bfloat16, torch.bfloat16, CAPACITY, STEPS[:6], 1)
+    roll_through(
+        harness.emulator(largest_cluster=clusters), 17001, torch.bfloat16, torch.bfloat16, CAPACITY, STEPS[:6], 1
+    )
 
 
 def test_many_steps_with_rows_counted_first() -> None:
     """Above 4096 rows the pairs' owners write the ids, and count_kernel has compared them before."""
     roll_through(
-        harness.emulator(multiprocessors=8), 3, torch.float32, torch.float32, 2056, [STEPS[i] for i in (0, 1, 2, 3)], 514
+        harness.emulator(multiprocessors=8),
+        3,
+        torch.float32,
+        torch.float32,
+        2056,
+        [STEPS[i] for i in (0, 1, 2, 3)],
+        514,
     )
 
 

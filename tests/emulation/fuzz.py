@@ -1,6 +1,6 @@
 """Random shapes, strides, options and values through the emulated kernels, seeded; alone or under sanitizers.
 
-``python tests/emulation/fuzz.py MODULE.so SEED COUNT`` (float32 logits) prints the number of cases that ran; any fault or difference from
+``python tests/emulation/fuzz.py MODULE.so SEED COUNT`` (float32 logits) prints how many ran; a fault or a difference from
 the reference ends it with a traceback that names the case.
 """
 
@@ -24,7 +24,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CLASSES = (1, 2, 7, 10, 16, 31, 33, 100, 127, 129, 250, 500, 999, 1000, 1024, 1025, 1500, 4097, 16390)
 
 
-def strided(rows: int, classes: int, dtype: torch.dtype, pick: random.Random, g: torch.Generator, scale: float) -> torch.Tensor:
+def strided(
+    rows: int, classes: int, dtype: torch.dtype, pick: random.Random, g: torch.Generator, scale: float
+) -> torch.Tensor:
     padding, start = pick.choice([(0, 0), (0, 0), (1, 0), (0, 3), (8, 0), (5, 2)])
     storage = torch.full((rows * (classes + padding) + start,), 1e4, dtype=torch.float32).to(dtype)
     view = storage[start:].view(rows, classes + padding)[:, :classes]

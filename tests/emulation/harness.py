@@ -188,14 +188,22 @@ class Emulator:
         parts = torch.full((6,), 777.0)
         grad = None
         if need_grad:  # `grad_offset` elements into an allocation, to have it misaligned
-            grad = torch.full((batch * classes + grad_offset,), 777.0, dtype=logits.dtype)[grad_offset:].view(batch, classes)
+            grad = torch.full((batch * classes + grad_offset,), 777.0, dtype=logits.dtype)[grad_offset:].view(
+                batch, classes
+            )
         inputs: dict[str, Tensor | None] = {
             "target": label, "dense": dense, "teacher": teacher, "ids": ids, "target_b": target_b, "weight": weight,
             "kd_mask": kd_mask, "lam": torch.as_tensor(lam, dtype=torch.float32) if lam is not None else None,
             "alpha_ptr": alpha if isinstance(alpha, Tensor) else None,
             "temperature_ptr": temperature if isinstance(temperature, Tensor) else None,
         }  # fmt: skip
-        outputs: dict[str, Tensor | None] = {"loss": loss, "parts": parts, "grad": grad, "buffer": buffer, "slots": slots}
+        outputs: dict[str, Tensor | None] = {
+            "loss": loss,
+            "parts": parts,
+            "grad": grad,
+            "buffer": buffer,
+            "slots": slots,
+        }
         held = teacher if teacher is not None else buffer
         scalars |= {
             "kind": KINDS[kind], "num_old": num_old, "reduction": REDUCTIONS[reduction],
@@ -223,7 +231,11 @@ class Emulator:
     def scale_grad(self, grad: Tensor, upstream: Tensor, grad_scale: float, blocks: int = 3) -> int:
         """Scales in place; returns the number of bytes stored."""
         scale = torch.tensor([grad_scale])
-        ranges = [(*_extent(grad), True, "grad"), (*_extent(upstream), False, "upstream"), (*_extent(scale), False, "parts")]
+        ranges = [
+            (*_extent(grad), True, "grad"),
+            (*_extent(upstream), False, "upstream"),
+            (*_extent(scale), False, "parts"),
+        ]
         return self.module.scale_grad(
             grad.data_ptr(), DTYPES[grad.dtype], grad.numel(), grad.shape[1], upstream.data_ptr(),
             upstream.stride(0) if upstream.dim() else 0, scale.data_ptr(), ranges, blocks, self.seed,
