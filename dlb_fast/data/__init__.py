@@ -20,6 +20,7 @@ from dlb_fast.data.augment import (
     train_transform,
 )
 from dlb_fast.data.batch import Batch
+from dlb_fast.data.class_batches import ClassBatchSampler, ViewPairSampler, collate_rows
 from dlb_fast.data.datasets import MapDataset, load_into_memory, open_dataset, subset, with_label_noise
 from dlb_fast.data.errors import DecodeError, LoaderTimeout, SampleError
 from dlb_fast.data.evaluation import EvalLoader
@@ -28,6 +29,7 @@ from dlb_fast.data.overlap_loader import OverlapLoader
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.data.rand_augment import RandAugment
 from dlb_fast.data.resident import ResidentLoader
+from dlb_fast.data.sampled_loader import SampledLoader
 from dlb_fast.data.sampler import IndexedDataset, OverlapBatchSampler, SampleIndex, collate_overlap
 from dlb_fast.data.two_views import TwoViews, pair_halves
 from dlb_fast.data.view_rng import ViewRng, ViewRngs, view_key
@@ -37,6 +39,7 @@ __all__ = [
     "ArrayDataset",
     "Batch",
     "CenterCrop",
+    "ClassBatchSampler",
     "Compose",
     "Cutout",
     "DecodeError",
@@ -57,13 +60,16 @@ __all__ = [
     "Resize",
     "SampleError",
     "SampleIndex",
+    "SampledLoader",
     "TarShards",
     "TinyImageNet",
     "TwoViews",
+    "ViewPairSampler",
     "ViewRng",
     "ViewRngs",
     "cifar",
     "collate_overlap",
+    "collate_rows",
     "digits",
     "eval_transform",
     "open_dataset",
