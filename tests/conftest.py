@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -43,18 +44,26 @@ def eager_official(logits, target, last_logits, *, alpha=1.0, temperature=3.0, *
     return loss
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    """A seeded generator: tests never depend on the global one."""
-    return torch.Generator().manual_seed(1234)
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
 
 
-@pytest.fixture(params=["torch", "cpu", *(["cuda", "triton"] if torch.cuda.is_available() else [])])
-def impl(request: pytest.FixtureRequest) -> str:
-    """Every implementation that runs here at full speed (Triton's interpreter has its own, smaller, tests)."""
+@pytest.fixture(params=["torch", "cpu", *(ON_GPU if torch.cuda.is_available() else [])])
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every implementation that runs here at full speed (Triton's interpreter has its own, smaller, tests).
+
+    Tensors that a test makes without naming a device are made where the implementation runs.
+    """
     name: str = request.param
     if not available(name):
         if name == "cpu" and os.environ.get("DLB_FAST_BUILD") in ("require", "cpu", "cuda"):
             pytest.fail(_backends.implementations()["cpu"].reason)
         pytest.skip(f"{name}: {_backends.implementations()[name].reason}")
-    return name
+    with torch.device(device_of(name)):
+        yield name
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """A seeded generator on the device of the test: tests never depend on the global one."""
+    device = device_of(request.getfixturevalue("impl")) if "impl" in request.fixturenames else "cpu"
+    return torch.Generator(device).manual_seed(1234)
