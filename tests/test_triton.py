@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from dlb_fast import LogitBuffer, ops, reference
+from dlb_fast import ops, reference
 from dlb_fast.functional import row_loss
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -204,6 +204,25 @@ def test_kd_mask_shorter_than_the_batch_and_no_valid_row():
     assert loss == 0 and grad.eq(0).all()
 
 
+def test_a_mask_shorter_than_the_teacher_teaches_only_its_rows():
+    z, y, t = problem(6, 4, 30)
+    tail = (None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 1, 0, True)
+    mask = torch.ones(2, dtype=torch.bool, device=DEVICE)
+    _, parts, grad = ops.op_for("triton", "last_batch")(z, t, y, None, None, None, mask[:1], *tail)
+    wanted, _, right = ops.op_for("triton", "last_batch")(z, t[:1], y, None, None, None, None, *tail)
+    assert parts[5] == 1
+    torch.testing.assert_close((parts[0], grad), (wanted, right))
+
+
+def test_a_pair_row_with_one_label_does_not_count_even_when_it_holds_nan():
+    z, y, t = problem(5, 2, 30)
+    z[4] = NAN
+    second = y.roll(1)
+    second[4] = -100
+    _, _, grad = check(z, y, teacher=t, target_b=second, lam=torch.tensor(0.5, device=DEVICE))
+    assert grad[4].eq(0).all()
+
+
 def test_scalars_from_the_device_and_counts_of_valid_rows():
     z, y, t = problem(6, 3, 30)
     alpha, tau = torch.tensor(0.3, device=DEVICE), torch.tensor(2.2, device=DEVICE)
@@ -304,88 +323,6 @@ def test_upstream_gradients_in_place_and_retained():
     assert torch.equal(scaled, strided)
 
 
-class TestRoll:
-    """Steps of a rolling buffer against ``LogitBuffer``'s own definition, in the same dtype."""
-
-    def steps(self, capacity, classes, dtype, layout, ids=True, buffer_dtype=None, **options):
-        mine, right = (LogitBuffer(classes, capacity, buffer_dtype or dtype, DEVICE) for _ in range(2))
-        g = torch.Generator().manual_seed(3)
-        stream = torch.arange(1000)
-        place = layout[0][0]
-        for old, new, given in layout:
-            z = (2 * torch.randn(old + new, classes, generator=g, dtype=F64)).to(dtype).to(DEVICE)
-            y = torch.randint(0, classes, (old + new,), generator=g).to(DEVICE)
-            own = stream[place - old : place + new].clone()
-            place += new
-            if ids == "wrong" and old > 1:
-                own[1] = 999
-            every = {**options, "ids": own.to(DEVICE) if ids else None, "num_old": given}
-            results = []
-            for impl, buffer, kind in (("triton", mine, dtype), ("torch", right, dtype)):
-                x = z.to(kind).requires_grad_()
-                loss, parts = row_loss("test", impl, x, y, buffer=buffer, **every)
-                results.append((loss.detach(), parts[:4], torch.autograd.grad(loss.sum(), x)[0], parts))
-            for one, two in zip(results[0][:3], results[1][:3], strict=True):
-                close = {"rtol": 1e-5, "atol": 2e-6} if dtype == F32 else {"rtol": 1e-2, "atol": 1e-4}
-                torch.testing.assert_close(one, two, **close)
-            assert torch.equal(mine.logits, right.logits)
-            assert torch.equal(mine.slots, right.slots) and mine.count == right.count
-            yield results[0][3]
-
-    def test_first_full_and_short_steps(self):
-        layout = [(4, 4, None), (4, 4, None), (4, 2, None), (2, 4, None), (4, 4, None)]
-        taught = [p[5].item() for p in self.steps(4, 50, F32, layout)]
-        assert taught == [0, 4, 4, 2, 4]
-
-    def test_without_ids_and_half_precision_storage(self):
-        for dtype in (BF16, F16):
-            list(self.steps(3, 40, F32, [(0, 3, 0), (3, 3, None), (3, 3, None)], ids=False, buffer_dtype=dtype))
-        list(self.steps(3, 40, BF16, [(0, 3, 0), (3, 3, None), (3, 3, None)]))
-
-    def test_num_old_given_and_room_to_spare(self):
-        layout = [(0, 5, 0), (5, 3, 5), (3, 5, 3), (5, 0, 5), (0, 4, 0), (4, 4, None)]
-        list(self.steps(7, 20, F32, layout))
-
-    def test_resumed_without_a_buffer(self):
-        taught = [p[5].item() for p in self.steps(4, 20, F32, [(4, 4, 4), (4, 4, None)])]
-        assert taught == [0, 4]
-
-    def test_mismatched_rows_are_counted_and_not_taught(self):
-        mask = torch.ones(8, dtype=torch.bool, device=DEVICE)
-        mask[2] = False
-        taught = [p[5].item() for p in self.steps(4, 20, F32, [(4, 4, None)] * 3, ids="wrong", kd_mask=mask)]
-        assert taught == [0, 2, 2]
-
-    def test_ids_are_written_by_their_owner_after_the_counting_kernel(self, monkeypatch):
-        from dlb_fast.kernels import launch
-
-        monkeypatch.setattr(launch, "COUNT_HERE_ROWS", 2)
-        list(self.steps(4, 20, F32, [(4, 4, None)] * 3, ids="wrong"))
-
-    def test_per_row_losses_and_long_rows(self):
-        list(self.steps(2, 5000, F32, [(2, 2, None)] * 2, reduction="none", label_smoothing=0.1))
-        list(self.steps(1, 9001, F32, [(1, 1, None)] * 3))
-
-    def test_a_corrupt_count_stays_inside(self):
-        buffer = LogitBuffer(8, 4, F32, DEVICE)
-        guard = buffer.logits.clone()
-        buffer.slots[0] = 10**6
-        z, y, _ = problem(6, 1, 8)
-        options = (None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 1, 0, True)
-        ops.op_for("triton", "last_batch_roll")(z, buffer.logits, buffer.slots, None, -1, y, *options)
-        assert (
-            buffer.slots[0] == 2 and torch.equal(buffer.logits[:2], z[4:]) and torch.equal(buffer.logits[2:], guard[2:])
-        )
-
-    def test_ignored_nan_rows_are_stored_as_they_are(self):
-        buffer = LogitBuffer(8, 3, F32, DEVICE)
-        z, y, _ = problem(3, 1, 8)
-        z[1, 2] = NAN
-        y[1] = -100
-        _, parts = row_loss("test", "triton", z, y, buffer=buffer, num_old=0)
-        assert parts[:4].isfinite().all() and torch.equal(buffer.logits.isnan(), z.isnan())
-
-
 def test_reference_and_kernel_name_the_same_dtypes():
     from dlb_fast.kernels.last_batch_triton import _DTYPES, last_batch
 
@@ -394,3 +331,37 @@ def test_reference_and_kernel_name_the_same_dtypes():
     options = (None, None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 0, 0, True)
     with pytest.raises(TypeError, match="logits must be float32"):
         last_batch(torch.zeros(2, 3, dtype=torch.int32, device=DEVICE), None, *options)
+
+
+def test_tilings_respect_the_limits_of_every_machine():
+    from dlb_fast.kernels.launch import tiling
+
+    for classes in (1, 2, 10, 100, 128, 129, 1000, 1024, 1025, 8192, 8193, 21841, 128256):
+        for itemsize in (2, 4, 8):
+            for aligned in (True, False):
+                for warp in (32, 64):
+                    t = tiling(classes, itemsize, aligned, warp)
+                    assert t.block * t.tiles >= classes > t.block * (t.tiles - 1)
+                    assert t.rows * t.block <= 16384 and t.rows <= 32 and (t.tiles == 1 or t.rows == 1)
+                    assert 2 <= t.warps <= 16 and t.block % t.vector == 0
+
+
+def test_a_failed_launch_leaves_no_used_ticket(monkeypatch):
+    from dlb_fast.kernels import last_batch_triton, launch
+
+    class Broken:
+        def __getitem__(self, grid):
+            def stop(*args, **kwargs):
+                args[14].fill_(3)  # some programs have drawn tickets
+                raise RuntimeError("launch failed")
+
+            return stop
+
+    z, y, t = problem(4, 2, 12)
+    wanted = row_loss("test", "triton", z, y, teacher=t)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(last_batch_triton, "last_batch_kernel", Broken())
+        with pytest.raises(RuntimeError, match="launch failed"):
+            row_loss("test", "triton", z, y, teacher=t)
+    assert torch.equal(row_loss("test", "triton", z, y, teacher=t)[0], wanted)
+    assert all(space.ticket.item() == 0 for space in launch._workspaces.values())

@@ -95,8 +95,10 @@ def workspace(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...]
     A CUDA graph may later be replayed on any stream, so every captured launch takes a workspace of its own for good:
     one of a few spares that eager launches (the warm-up) laid by, or else a new one whose zeroing is captured too.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         key: tuple[Any, ...] = (device, dtype)
+    elif device.type != "cuda":
+        key = (device, dtype, torch.accelerator.current_stream(device).stream_id)
     else:
         if torch.cuda.is_current_stream_capturing():
             spares = _spares.get((device, dtype))
@@ -120,8 +122,10 @@ def drop_workspace(key: tuple[Any, ...]) -> None:
 
 def device_guard(device: torch.device) -> Any:
     """Make ``device`` current around a launch: Triton launches on the current device, wherever the pointers are."""
-    if device.type == "cuda" and torch.cuda.current_device() != device.index:
-        return torch.cuda.device(device)
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        if module.current_device() != device.index:
+            return module.device(device)
     return contextlib.nullcontext()
 
 
