@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,31 @@ def test_the_loss_library_stands_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_face_names_what_it_has():
+    """The lazy table of `dlb_fast/__init__.py` and its imports for type checkers are one list, and all of it loads."""
+    import dlb_fast
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    static = {alias.name: str(node.module) for node in imports for alias in node.names}
+    assert static == dlb_fast._HOME
+    assert {*static, "__version__"} == set(dlb_fast.__all__)
+    assert all(getattr(dlb_fast, name) is not None for name in dlb_fast.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = dlb_fast.nonsense
+
+
+def test_doctor_and_help_survive_a_broken_torch(tmp_path):
+    """A torch that raises while it is imported is a finding of the doctor, not its end."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('this torch is broken')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for command, said in (("--help", "train"), ("doctor", "this torch is broken")):
+        done = subprocess.run(
+            [sys.executable, "-m", "dlb_fast", command], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+        assert said in done.stdout, done.stderr
+        assert "Traceback" not in done.stderr
