@@ -343,7 +343,7 @@ def test_tilings_respect_the_limits_of_every_machine():
                     t = tiling(classes, itemsize, aligned, warp)
                     assert t.block * t.tiles >= classes > t.block * (t.tiles - 1)
                     assert t.rows * t.block <= 16384 and t.rows <= 32 and (t.tiles == 1 or t.rows == 1)
-                    assert 2 <= t.warps <= 16 and t.block % t.vector == 0
+                    assert 2 <= t.warps <= 16 and t.vector >= 1 and t.block % t.vector == 0
 
 
 def test_a_failed_launch_leaves_no_used_ticket(monkeypatch):

@@ -62,6 +62,8 @@ def tiling(classes: int, itemsize: int, aligned: bool = True, warp_size: int = 3
         tiles = -(-classes // block)
     rows = max(1, min(32, 1024 // wide // block))
     threads = min(max(128, rows * block * wide // 8), 512)
+    if tiles == 1:
+        return Tiling(rows, block, tiles, threads // warp_size, 1, 1)
     vector = 16 // itemsize if aligned else block // threads
     return Tiling(rows, block, tiles, threads // warp_size, vector, int(aligned))
 
