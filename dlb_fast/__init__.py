@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         TfKDRegLoss,
         ZipfLoss,
     )
-    from .functional import LossParts, fused_lb_loss
+    from .functional import LossParts, dlb_step, fused_lb_loss
     from .losses import LastBatchLoss
     from .memories import FeatureTap, LogitBank, ModelCopies
     from .teachers import Lesson, NoTeacher, Scene, Teacher, VirtualTeacher
@@ -44,7 +44,7 @@ _FACES = {
     "buffer": "LogitBuffer",
     "family": "bake_loss cs_kd_loss ddgsd_loss lsr_kd_loss mr_kd_loss ps_kd_loss tf_kd_reg_loss zipf_loss",
     "family_losses": "BakeLoss CsKDLoss DdgsdLoss LsrKDLoss MrKDLoss PsKDLoss TaughtLoss TfKDRegLoss ZipfLoss",
-    "functional": "LossParts fused_lb_loss",
+    "functional": "LossParts dlb_step fused_lb_loss",
     "losses": "LastBatchLoss",
     "memories": "FeatureTap LogitBank ModelCopies",
     "teachers": "Lesson NoTeacher Scene Teacher VirtualTeacher",
@@ -52,7 +52,7 @@ _FACES = {
 _HOME = {name: module for module, names in _FACES.items() for name in names.split()}
 
 __all__ = [
-    "LastBatchLoss", "LogitBuffer", "LossParts", "fused_lb_loss",
+    "LastBatchLoss", "LogitBuffer", "LossParts", "dlb_step", "fused_lb_loss",
     "bake_loss", "cs_kd_loss", "ddgsd_loss", "lsr_kd_loss", "mr_kd_loss", "ps_kd_loss", "tf_kd_reg_loss", "zipf_loss",
     "BakeLoss", "CsKDLoss", "DdgsdLoss", "LsrKDLoss", "MrKDLoss", "PsKDLoss", "TaughtLoss", "TfKDRegLoss", "ZipfLoss",
     "Lesson", "NoTeacher", "Scene", "Teacher", "VirtualTeacher", "FeatureTap", "LogitBank", "ModelCopies",

@@ -147,3 +147,22 @@ def check_options(op: str, label_smoothing: float, reduction: str) -> None:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+
+
+def check_pair(
+    op: str, logits: Tensor, target: Tensor | None, target_b: Tensor | None, lam: float | Tensor | None
+) -> None:
+    """The mixup pair form: two label vectors and a share, a number in [0, 1] or a tensor () or (B,)."""
+    if target is None or target.dim() != 1 or target_b is None or lam is None:
+        raise ValueError(f"{op}: the mixup pair form needs labels target (B,), labels target_b (B,) and lam together")
+    check_target(op, logits, target_b)
+    if target_b.dim() != 1:
+        raise ValueError(f"{op}: target_b must hold labels of shape ({logits.shape[0]},), got {tuple(target_b.shape)}")
+    if not isinstance(lam, Tensor):
+        if not 0.0 <= lam <= 1.0:
+            raise ValueError(f"{op}: lam must be between 0 and 1, got {lam}")
+    elif lam.shape not in ((), (logits.shape[0],)) or lam.device != logits.device:
+        raise ValueError(
+            f"{op}: lam must have shape () or ({logits.shape[0]},) on {logits.device}, got {tuple(lam.shape)} on "
+            f"{lam.device}"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +93,13 @@ def row_loss(
     lam: Scalar | None = None,
     z_loss: float = 0.0,
     correct_share: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    execute: Callable[..., Any] = ops.run,
+) -> Any:
     """The one road from checked arguments to an implementation; every method of the family passes here.
 
     ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 KL(teacher || z) + z_loss * lse^2``, the teacher being a
-    tensor, the rows of ``buffer`` (which then takes the new rows of the batch), or virtual. Returns loss and parts.
+    tensor, the rows of ``buffer`` (which then takes the new rows of the batch), or virtual. Returns loss and parts, or
+    what ``execute`` makes of the op's arguments.
     """
     impl = _backends.pick(impl, logits.device.type)
     if target is not None and target.dim() == 1:
@@ -143,7 +147,7 @@ def row_loss(
     else:
         name, tensors = "last_batch", (None if teacher is None else _rows_contiguous(teacher.detach()),)
     try:
-        loss, parts = ops.run(impl, name, _rows_contiguous(logits), *tensors, *options)
+        result = execute(impl, name, _rows_contiguous(logits), *tensors, *options)
     except RuntimeError:
         # The C++ op reads the labels anyway and refuses bad ones before it writes anything; say it in our words.
         if target is not None:
@@ -151,7 +155,7 @@ def row_loss(
         raise
     if buffer is not None:
         buffer.advance(logits.shape[0], num_old)
-    return loss, parts
+    return result
 
 
 def fused_lb_loss(
@@ -168,6 +172,9 @@ def fused_lb_loss(
     reduction: str = "mean",
     impl: str = "auto",
     return_parts: bool = False,
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    z_loss: float = 0.0,
 ) -> Any:
     """Cross entropy plus consistency with the logits of the last mini-batch (DLB), loss and gradient in one pass.
 
@@ -192,6 +199,9 @@ def fused_lb_loss(
             row is 0 with zero gradient (torch's CE would give NaN).
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``; a named one runs or raises, it never falls back.
         return_parts: also return :class:`LossParts`.
+        target_b, lam: the mixup pair form: labels ``(B,)`` of the mixed-in images and the share of ``target``, a number
+            or ``(B,)``. The same as the dense target ``lam * onehot(target) + (1 - lam) * onehot(target_b)``, unread.
+        z_loss: weight of the mean squared log-sum-exp of the rows that count in the CE; 0 leaves it out.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-d or ``(B,)``; with ``return_parts`` a pair. The gradient
@@ -216,6 +226,9 @@ def fused_lb_loss(
         op, logits, target, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
         weight=weight, reduction=reduction,
     )  # fmt: skip
+    if target_b is not None or lam is not None:
+        _check.check_pair(op, logits, target, target_b, lam)
+    _check.check_scalar(op, "z_loss", z_loss, positive=False)
     if last_logits is not None:
         _check.check_teacher(op, logits, last_logits)
         if kd_mask is not None:
@@ -227,5 +240,74 @@ def fused_lb_loss(
     loss, parts = row_loss(
         op, impl, logits, target, teacher=last_logits, alpha=alpha, temperature=temperature,
         label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction,
+        target_b=target_b, lam=lam, z_loss=z_loss,
     )  # fmt: skip
     return (loss, LossParts.unpack(parts)) if return_parts else loss
+
+
+def dlb_step(
+    logits: Tensor,
+    target: Tensor | None,
+    buffer: LogitBuffer,
+    *,
+    ids: Tensor | None = None,
+    num_old: int | None = None,
+    alpha: Scalar = 1.0,
+    temperature: Scalar = 3.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    upstream: Scalar = 1.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of one batch, the buffer rolled on, without an autograd node.
+
+    For loops that continue with ``logits.backward(grad)``, and for graph capture. The loss is that of
+    :class:`LastBatchLoss` with ``reduction="mean"``.
+
+    Args:
+        logits: ``(B, C)``; its graph is not entered. target, alpha, temperature, label_smoothing, weight, ignore_index,
+            impl: as in :func:`fused_lb_loss`. ids, num_old: as in :class:`LastBatchLoss`.
+        buffer: :class:`LogitBuffer` with ``C`` classes on the device of the logits.
+        upstream: what the loss will be multiplied by (a loss scale), a number or a 0-d tensor; already in the gradient.
+
+    Returns:
+        ``(loss, grad)``: 0-d float32 (float64 for float64 logits), and ``(B, C)`` in the dtype of the logits.
+
+    Raises:
+        ValueError, TypeError: as :func:`fused_lb_loss`, and for a buffer of other classes or another device.
+
+    >>> import torch
+    >>> from dlb_fast import LogitBuffer
+    >>> model, buffer = torch.nn.Linear(3, 5), LogitBuffer(num_classes=5, capacity=2)
+    >>> logits = model(torch.randn(2, 3))
+    >>> loss, grad = dlb_step(logits, torch.tensor([1, 4]), buffer)
+    >>> logits.backward(grad)
+    >>> grad.shape, buffer.count
+    (torch.Size([2, 5]), 2)
+    """
+    op = "dlb_step"
+    check_loss_inputs(
+        op, logits, target, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
+        reduction="mean",
+    )  # fmt: skip
+    if buffer.num_classes != logits.shape[1] or buffer.logits.device != logits.device:
+        raise ValueError(
+            f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
+            f"{buffer.logits.device}"
+        )
+    if ids is not None:
+        _check.check_ids(op, logits, ids)
+    _check.check_scalar(op, "upstream", upstream, positive=False)
+    buffer.stored_rows(logits.shape[0], num_old)
+    plain = _backends.pick(impl, logits.device.type) == "torch"
+    leaf = logits.detach().requires_grad_(plain)
+    result = row_loss(
+        op, impl, leaf, target, buffer=buffer, ids=ids, num_old=num_old, alpha=alpha, temperature=temperature,
+        label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index,
+        execute=functools.partial(ops.step, upstream=upstream),
+    )  # fmt: skip
+    if not plain:
+        return result[0], result[2]
+    (grad,) = torch.autograd.grad(result[0] * upstream, leaf)
+    return result[0].detach(), grad

@@ -31,8 +31,8 @@ class LastBatchLoss(nn.Module):
         dtype: storage dtype of the teacher logits; None takes that of the first logits (lossless).
         alpha, temperature: as in :func:`fused_lb_loss`; both may be reassigned at any time (numbers or 0-d tensors).
             The defaults are community values, not values read from the paper.
-        label_smoothing, weight, ignore_index, reduction, impl: as in :func:`fused_lb_loss`. ``weight`` follows the
-            module's device.
+        label_smoothing, weight, ignore_index, reduction, z_loss, impl: as in :func:`fused_lb_loss`. ``weight`` goes
+            where the module goes.
         device: where to allocate the buffer when ``capacity`` is given; it follows the logits otherwise.
 
     Attributes:
@@ -66,6 +66,7 @@ class LastBatchLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        z_loss: float = 0.0,
         impl: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
@@ -81,6 +82,8 @@ class LastBatchLoss(nn.Module):
         self.alpha, self.temperature = alpha, temperature
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.reduction, self.impl = reduction, impl
+        _check.check_scalar(op, "z_loss", z_loss, positive=False)
+        self.z_loss = z_loss
         self.register_buffer("weight", weight, persistent=False)
         self.buffer: LogitBuffer | None = None
         self._size_follows = capacity is None
@@ -118,6 +121,8 @@ class LastBatchLoss(nn.Module):
         *,
         num_old: int | None = None,
         kd_mask: Tensor | None = None,
+        target_b: Tensor | None = None,
+        lam: Scalar | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -128,6 +133,8 @@ class LastBatchLoss(nn.Module):
             num_old: how many of the first rows repeat the stored ones; None takes the number stored. Needed only where
                 the buffer cannot know: a stream resumed without its buffer.
             kd_mask: ``(B,)`` bool, False takes a repeated row out of the KL.
+            target_b, lam: the mixup pair form of :func:`fused_lb_loss`. Mix the repeated rows with the partners and the
+                share they had as new rows, or mask them: their teacher saw that image.
         """
         op = "LastBatchLoss"
         check_loss_inputs(
@@ -140,11 +147,14 @@ class LastBatchLoss(nn.Module):
             _check.check_ids(op, logits, ids)
         if kd_mask is not None:
             _check.check_kd_mask(op, logits, kd_mask, logits.shape[0])
+        if target_b is not None or lam is not None:
+            _check.check_pair(op, logits, target, target_b, lam)
         buffer = self._ready_buffer(logits, num_old) if self.training else None
         loss, parts = row_loss(
             op, self.impl, logits, target, buffer=buffer, ids=ids, num_old=num_old, alpha=self.alpha,
             temperature=self.temperature, label_smoothing=self.label_smoothing, weight=self.weight,
             ignore_index=self.ignore_index, kd_mask=kd_mask if self.training else None, reduction=self.reduction,
+            target_b=target_b, lam=lam, z_loss=self.z_loss,
         )  # fmt: skip
         self._parts = parts
         return loss

@@ -144,3 +144,12 @@ def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tenso
         return _LastBatch.apply(logits, impl, name, *args, True)
     loss, parts, _ = op_for(impl, name)(logits, *args, False)
     return loss, parts
+
+
+def step(impl: str, name: str, logits: Tensor, *args: Any, upstream: Tensor | float = 1.0) -> tuple[Tensor, ...]:
+    """Like :func:`run` without an autograd node: loss, parts, and the gradient times ``upstream``."""
+    loss, parts, grad = op_for(impl, name)(logits.detach(), *args, True)
+    if isinstance(upstream, Tensor) or upstream != 1.0 or logits.dtype == torch.float16:
+        factor = torch.as_tensor(upstream, dtype=parts.dtype, device=parts.device)
+        op_for(impl, "scale_grad_")(grad, factor, parts)
+    return loss, parts, grad

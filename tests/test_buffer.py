@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import eager_official
 
-from dlb_fast import LastBatchLoss, LogitBuffer
+from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step
 from dlb_fast.buffer import UNKNOWN_ID
 
 
@@ -284,3 +284,37 @@ def test_buffer_alone(generator):
             LogitBuffer(**{"num_classes": 5, "capacity": 3, **wrong})
     with pytest.raises(TypeError, match="floating point"):
         LogitBuffer(5, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("upstream", [1.0, 1024.0])
+def test_dlb_step_is_the_criterion_without_a_node(impl, generator, dtype, upstream):
+    criterion = LastBatchLoss(6, capacity=4, dtype=dtype, impl=impl)
+    buffer = LogitBuffer(6, 4, dtype, device=torch.zeros(()).device)
+    for z, y, ids in overlapping(generator, [4, 4, 3, 4]):
+        leaf = z.to(dtype).requires_grad_()
+        want = criterion(leaf, y, ids)
+        (want * upstream).backward()
+        logits = z.to(dtype).requires_grad_()
+        loss, grad = dlb_step(logits, y, buffer, ids=ids, upstream=upstream, impl=impl)
+        assert not loss.requires_grad
+        assert loss.item() == want.item()
+        torch.testing.assert_close(grad, leaf.grad, rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
+    assert torch.equal(buffer.logits, criterion.buffer.logits)
+    assert torch.equal(buffer.slots, criterion.buffer.slots)
+    with pytest.raises(ValueError, match="dlb_step: buffer must have C = 5"):
+        dlb_step(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), buffer, impl=impl)
+
+
+def test_mixup_pairs_and_z_loss_through_the_criterion(impl, generator):
+    (z0, y0, i0), (z1, y1, i1) = overlapping(generator, [4, 4])
+    criterion = LastBatchLoss(6, z_loss=0.01, impl=impl)
+    criterion(z0, y0, i0)
+    other, lam = y1.flip(0), torch.rand(8, generator=generator)
+    dense = lam[:, None] * F.one_hot(y1, 6) + (1 - lam[:, None]) * F.one_hot(other, 6)
+    want = eager_official(z1, dense, z0) + 0.01 * z1.logsumexp(1).square().mean()
+    assert criterion(z1, y1, i1, target_b=other, lam=lam).item() == pytest.approx(want.item(), rel=3e-6)
+    with pytest.raises(ValueError, match="pair form needs labels"):
+        criterion(z1, y1, i1, lam=0.5)
+    with pytest.raises(ValueError, match="lam must be between 0 and 1, got 2"):
+        criterion(z1, y1, i1, target_b=other, lam=2.0)
