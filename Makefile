@@ -19,7 +19,7 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint pytest doctor wheel clean
+.PHONY: setup demo test lint pytest gpu-check bench doctor wheel clean
 setup: $(READY)
 
 # One version-pinned torch, and only where there is none: nothing after it may drag in a second one.
@@ -48,6 +48,14 @@ lint: $(READY)
 
 pytest: $(READY)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile
+
+# On a machine with a GPU: builds, proves and measures; see benchmarks/gpu_check.py.
+gpu-check: export DLB_FAST_BUILD := cuda
+gpu-check: $(READY)
+	$(PY) -m benchmarks.gpu_check
+
+bench: $(READY)
+	$(PY) -m benchmarks.bench_last_batch
 
 doctor: $(READY)
 	$(PY) -m dlb_fast doctor --self-test

@@ -137,6 +137,8 @@ def test_impossible_layouts_raise(impl):
 
 
 def test_a_refused_batch_leaves_the_buffer_alone(impl, generator):
+    if impl in ("cuda", "triton"):
+        pytest.skip("a GPU cannot refuse a label without a synchronisation; it poisons the row")
     (z0, y0, i0), (z1, y1, i1) = overlapping(generator, [4, 4])
     criterion = LastBatchLoss(6, impl=impl)
     criterion(z0, y0, i0)

@@ -63,8 +63,6 @@ def test_opcheck_catches_a_wrong_fake(generator):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compile_fullgraph(impl, generator, reduction):
     torch._dynamo.reset()
-    if impl == "cuda":
-        pytest.skip("covered by the GPU tests")
 
     def step(z, y, t, alpha):
         rows = fused_lb_loss(z * 1.5, y, t, alpha=alpha, reduction=reduction, impl=impl)
