@@ -194,7 +194,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     if preset is None:
         parser.add_argument("--preset", default="digits")
         parser.add_argument("--config", type=Path, help="YAML config instead of a preset")
-    parser.add_argument("--methods", default="ce,ls,two_view,dlb", help="comma-separated (default: %(default)s)")
+    default = "ce,ls,two_view,dlb"
+    parser.add_argument("--methods", default=default, help="comma-separated, or 'all' (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. SEEDS-1 (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default: one per core, one on a GPU)")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default: a new one under runs/)")
@@ -204,7 +205,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     command = f"dlb-fast {prog} {shlex.join(argv)}".strip()
     folder = comparison.run(
         config,
-        methods=args.methods.split(","),
+        methods=list(comparison.VARIANTS) if args.methods == "all" else args.methods.split(","),
         seeds=args.seeds,
         jobs=args.jobs,
         folder=args.out,

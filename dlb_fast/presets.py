@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlb_fast.train.config import RunConfig, override, to_dict
+from dlb_fast.train.methods import resolve
 
 __all__ = ["PRESETS", "Preset", "get_preset", "to_yaml"]
 
@@ -141,7 +142,7 @@ def to_yaml(preset: Preset) -> str:
     import yaml
 
     lines = [f"# {preset.about}"]
-    for group, fields in to_dict(preset.config).items():
+    for group, fields in to_dict(resolve(preset.config)).items():
         lines.append(f"{group}:")
         for name, value in fields.items():
             plain = yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("...").strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import statistics
@@ -28,6 +29,7 @@ class Run:
     config: RunConfig
     versions: dict[str, Any]
     rows: list[Row]
+    peak_mib: float = math.nan
 
     @property
     def seed(self) -> int:
@@ -65,7 +67,10 @@ def read_run(path: Path | str, label: str | None = None) -> Run:
         raise ValueError(f"report: {path} has no finished evaluation yet")
     versions = path / "versions.json"
     known = json.loads(versions.read_text(encoding="utf-8")) if versions.exists() else {}
-    return Run(path, label or config.loss.method, config, known, rows)
+    finished = path / "result.json"
+    result = json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else {}
+    peak = result.get("peak_mib")
+    return Run(path, label or config.loss.method, config, known, rows, math.nan if peak is None else peak)
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -76,8 +81,10 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _spread(values: Sequence[float], scale: float = 1.0, form: str = ".2f") -> str:
-    """Mean and sample standard deviation; a single value has none."""
-    values = [scale * v for v in values]
+    """Mean and sample standard deviation; a single value has none, and what was not measured is left out."""
+    values = [scale * v for v in values if not math.isnan(v)]
+    if not values:
+        return "-"
     mean = format(statistics.fmean(values), form)
     return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 
@@ -93,8 +100,11 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def compare_table(runs: Sequence[Run]) -> str:
-    """A row per method: test accuracy at the end and at its best, likelihood, calibration, images seen."""
-    head = ("method", "seeds", "last top-1 %", "best top-1 %", "last NLL", "last ECE", "images seen", "steps")
+    """A row per method: test accuracy at the end and at its best, likelihood, calibration, images, seconds, memory."""
+    head = (
+        "method", "seeds", "last top-1 %", "best top-1 %", "last NLL", "last ECE", "images seen", "steps", "seconds",
+        "peak MiB",
+    )  # fmt: skip
     body = []
     for label, group in _groups(runs).items():
         body.append(
@@ -107,6 +117,8 @@ def compare_table(runs: Sequence[Run]) -> str:
                 _spread([r.last("test_ece") for r in group], form=".3f"),
                 "/".join(sorted({f"{r.last('images_seen'):.0f}" for r in group})),
                 "/".join(sorted({f"{r.last('step'):.0f}" for r in group})),
+                _spread([r.last("seconds") for r in group], form=".1f"),
+                _spread([r.peak_mib for r in group], form=".0f"),
             )
         )
     return _table(head, body)
@@ -153,6 +165,15 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     return path
 
 
+def _method_numbers(runs: Sequence[Run]) -> list[str]:
+    """What each method ran with, as its config says."""
+    lines = []
+    for label, group in _groups(runs).items():
+        loss = {k: v for k, v in dataclasses.asdict(group[0].config.loss).items() if v is not None}
+        lines.append(f"{label}: " + ", ".join(f"{k} {v}" for k, v in loss.items() if k not in ("impl",)))
+    return lines
+
+
 def _caveat(config: RunConfig) -> str:
     scarce = []
     if config.data.per_class:
@@ -176,7 +197,7 @@ def write_report(folder: Path, runs: Sequence[Run], *, title: str, command: str,
         f"{first.last('test_count'):.0f} test images (never noisy)",
         f"model `{first.config.model.model}`",
         f"{data.batch_size} rows per step, forward `{train.forward}`",
-        f"temperature {first.config.loss.temperature:g}, alpha {first.config.loss.alpha:g} where DLB is used",
+        *_method_numbers(runs),
     ]
     versions = ", ".join(f"{k} {v}" for k, v in first.versions.items() if v is not None)
     paired = paired_table(runs, against)
@@ -187,7 +208,10 @@ def write_report(folder: Path, runs: Sequence[Run], *, title: str, command: str,
         compare_table(runs),
         "Mean ± sample standard deviation over seeds. *last* is the end of training; *best* picks the evaluation by "
         "the test set itself and is therefore optimistic, as in the official code. All methods make the same number of "
-        "optimiser steps on the same number of rows; DLB and its alpha=0 control start with one half batch less.",
+        "optimiser steps on the same number of rows; DLB and its alpha=0 control start with one half batch less. "
+        "Forwards of teachers (MrKD's copies) are not counted as images; their time is. *seconds* is the training time "
+        "of one run, on a machine that may have run others beside it; *peak* is that of the process (CPU) or of the "
+        "device (GPU).",
         paired,
         f"One data set, one network: {_caveat(first.config)}",
         "![curves](curves.png)",

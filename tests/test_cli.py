@@ -15,6 +15,7 @@ import yaml
 from dlb_fast import cli
 from dlb_fast.presets import PRESETS, get_preset, to_yaml
 from dlb_fast.train.config import load_config
+from dlb_fast.train.methods import resolve
 from dlb_fast.train.run_folder import RunFolder
 
 torch.set_num_threads(1)
@@ -180,7 +181,7 @@ def test_presets_list_show_and_copy(here, capsys):
     shown = capsys.readouterr().out
     assert "temperature: 3.0  # community default, not a value read from the paper" in shown
     assert cli.main(["presets", "copy", "cifar100-resnet32-dlb", "c.yaml"]) == 0
-    assert load_config("c.yaml") == get_preset("cifar100-resnet32-dlb").config
+    assert load_config("c.yaml") == resolve(get_preset("cifar100-resnet32-dlb").config)
     assert "exists; --force" in failing(["presets", "copy", "digits", "c.yaml"], capsys)
     assert cli.main(["presets", "copy", "digits", "c.yaml", "--force"]) == 0
 

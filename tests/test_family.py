@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import device_of
 
 import dlb_fast
+from dlb_fast import _backends
 from dlb_fast import reference_family as ref
 from dlb_fast.lessons import average_copies, ensemble_batch, tf_kd_share
 
@@ -70,6 +71,25 @@ def test_fused_equals_definition(impl, generator, name, settings, dtype):
     assert loss.item() == pytest.approx(true_loss.item(), rel=value)
     # The cancellation p_s - q is computed in float32 for 16-bit inputs too: what is left is one rounding.
     assert (grad - true_grad).abs().max() <= gradient * true_grad.abs().max()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_triton_equals_definition(generator, name):
+    """Small, because without a GPU it runs in Triton's interpreter."""
+    known = _backends.implementations()["triton"]
+    if not known.available:
+        pytest.skip(known.reason)
+    device = device_of("triton")
+    z = 2 * torch.randn(4, 7, generator=generator)
+    y = torch.randint(0, 7, (4,), generator=generator)
+    given = {k: v.float() for k, v in extras(name, z, generator).items()}
+    here = {k: v.to(device) for k, v in given.items()}
+    exact = {k: v.double() for k, v in given.items()}
+    settings = SETTINGS[name][-1]
+    loss, grad = graded(lambda v: fused(name)(v, target=y.to(device), impl="triton", **here, **settings), z.to(device))
+    true_loss, true_grad = graded(lambda v: getattr(ref, name)(v, target=y, **exact, **settings), z.double())
+    assert loss.item() == pytest.approx(true_loss.item(), rel=2e-5)
+    assert (grad - true_grad).abs().max() <= 4e-6 * true_grad.abs().max()
 
 
 @pytest.mark.parametrize("name", SETTINGS)

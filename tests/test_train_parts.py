@@ -54,7 +54,7 @@ def test_a_file_overrides_only_what_it_names(tmp_path):
         ({"loss": {"temprature": 1}}, "did you mean 'temperature'"),
         ({"loss": {"temperature": -1}}, "temperature must be finite and > 0, got -1.0"),
         ({"loss": {"temperature": "warm"}}, "loss.temperature must be float, got 'warm'"),
-        ({"loss": {"method": "kd"}}, "method must be one of dlb, two_view, ce, got 'kd'"),
+        ({"loss": {"method": "kd"}}, "method must be one of dlb, two_view, ce, .*got 'kd'"),
         ({"loss": {"alpha": math.nan}}, "alpha must be finite"),
         ({"data": {"batch_size": 33}}, "batch_size must be even"),
         ({"data": {"flip": 1}}, "data.flip must be bool"),

@@ -179,5 +179,5 @@ def test_mixed_precision_trains_close_to_full_precision(amp):
 
 
 def test_unknown_forward_is_refused():
-    with pytest.raises(ValueError, match="forward must be one of joint, two_pass, got 'three'"):
+    with pytest.raises(ValueError, match="forward must be one of joint, two_pass, partners, got 'three'"):
         Trainer(network(False), nn.CrossEntropyLoss(), sgd(network(False)), [], forward="three", max_steps=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from .config import RunConfig, override
 from .engine import Trainer
 from .evaluate import evaluate
 from .log import RunLog
-from .methods import METHODS, make_criterion
+from .memory import peak_mebibytes, reset_peak
+from .methods import Task, find, make_criterion, numbers_of, resolve
 from .models import create_model
 from .optim import make_optimizer
 from .run_folder import RunFolder, versions
@@ -59,28 +61,33 @@ def build_trainer(
         folder: run folder; None writes nothing.
         log: console and metric files.
     """
+    config = resolve(config)
     device = resolve_device(config.train.device)
     sets = sets or open_sets(config.data)
     seed_everything(config.train.seed)
     model = create_model(config.model.model, sets.num_classes, sets.channels).to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    method, rows, seed = find(config.loss.method), config.data.batch_size, config.train.seed
+    sampler = None
+    if method.sampler is not None:
+        sampler = method.sampler(torch.as_tensor(sets.train.targets), rows, numbers_of(config.loss), seed)
     loader = sets.train_loader(
-        overlap=METHODS[config.loss.method].overlap,
-        seed=config.train.seed,
-        device=device,
-        channels_last=config.train.channels_last,
+        overlap=method.overlap, seed=seed, device=device, channels_last=config.train.channels_last, sampler=sampler
     )
+    steps = total_steps(loader, config.train)
+    passes = max(1, math.ceil(steps * config.train.accumulate / len(loader)))
+    task = Task(sets.num_classes, rows, len(sets.train), passes)
     optimizer = make_optimizer(model, config.optim)
     scheduler = make_scheduler(
         optimizer,
         config.schedule,
-        total_steps=total_steps(loader, config.train),
+        total_steps=steps,
         steps_per_epoch=len(loader) / config.train.accumulate,
     )
     return Trainer(
         model,
-        make_criterion(config.loss, sets.num_classes, config.data.batch_size // 2).to(device),
+        make_criterion(config.loss, task).to(device),
         optimizer,
         loader,
         scheduler=scheduler,
@@ -98,7 +105,9 @@ def train_run(config: RunConfig, folder: RunFolder, *, resume: bool = False, qui
     Everything that can be wrong with the config, the data or the model is found before the folder is made. A finished
     run leaves result.json.
     """
+    config = resolve(config)
     log = RunLog(folder.path, quiet=quiet)
+    reset_peak(resolve_device(config.train.device))
     trainer = build_trainer(config, folder=folder.path, log=log)
     loader: Any = trainer.loader
     impl = _backends.pick(config.loss.impl, trainer.device.type)
@@ -112,6 +121,9 @@ def train_run(config: RunConfig, folder: RunFolder, *, resume: bool = False, qui
         f"loss implementation {impl!r}\n"
         f"run folder {folder.path}"
     )
+    cost: Any = getattr(trainer.criterion, "cost", None)
+    if cost is not None:
+        log.say(f"{config.loss.method}: {cost()}")
     if resume and started:
         found = trainer.resume()
         log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
@@ -127,6 +139,7 @@ def train_run(config: RunConfig, folder: RunFolder, *, resume: bool = False, qui
             f"continue with: dlb-fast train --resume --out {folder.path}"
         )
         return result
+    result["peak_mib"] = peak_mebibytes(trainer.device)
     data = json.dumps(result, indent=1).encode()
     write_atomically(folder.path / "result.json", lambda file: file.write(data))
     if result["best_top1"] is not None:

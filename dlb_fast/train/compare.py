@@ -20,7 +20,7 @@ import torch
 
 from .build import resolve_device, train_run
 from .config import RunConfig, from_dict, override, to_dict
-from .methods import LABELS, METHODS, VARIANTS, variant
+from .methods import LABELS, VARIANTS, drawn_rows, variant
 from .run_folder import RunFolder
 from .sets import open_sets
 from .state import write_atomically
@@ -33,22 +33,24 @@ MARK = "comparison.json"
 def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
     """The config of every named method, all with the steps, evaluations and schedule of DLB's epochs.
 
-    DLB draws `batch_size / 2` new images a step, cross entropy `batch_size`; both push `batch_size` rows through the
-    network. So at equal steps they have seen equally many images (DLB's first step apart, which has no old half).
+    DLB draws `batch_size / 2` new images a step, cross entropy `batch_size`; all methods push `batch_size` rows through
+    the network. So at equal steps they have seen equally many images (DLB's first step apart, which has no old half).
+    What a method forwards beside the rows of its batch (the copies of MrKD) is not counted; its seconds are.
     """
     rows = config.data.batch_size
     length = len(open_sets(config.data).train)
-    per_epoch = {True: length // (rows // 2), False: length // rows}
-    steps = config.train.max_steps or max(1, config.train.epochs * per_epoch[True] // config.train.accumulate)
-    every = config.train.eval_every or max(1, per_epoch[True] // config.train.accumulate)
+    of_dlb = length // (rows // 2)
+    steps = config.train.max_steps or max(1, config.train.epochs * of_dlb // config.train.accumulate)
+    every = config.train.eval_every or max(1, of_dlb // config.train.accumulate)
     configs = {}
     for name in names:
         one = override(variant(config, name), max_steps=steps, eval_every=every)
-        if one.loss.method in METHODS and not METHODS[one.loss.method].overlap:
-            if not per_epoch[False]:
-                raise ValueError(f"compare: {name} needs at least batch_size = {rows} training images, got {length}")
-            # the schedule counts epochs, and an epoch of distinct samples has fewer steps
-            factor = per_epoch[True] / per_epoch[False]
+        per_epoch = length // drawn_rows(one)
+        if not per_epoch:
+            raise ValueError(f"compare: {name} needs at least {drawn_rows(one)} training images, got {length}")
+        if per_epoch != of_dlb:
+            # the schedule counts epochs, and an epoch of this method has another number of steps
+            factor = of_dlb / per_epoch
             schedule = dataclasses.replace(
                 one.schedule,
                 warmup_epochs=one.schedule.warmup_epochs * factor,

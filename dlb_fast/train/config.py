@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 __all__ = [
+    "METHOD_FIELDS",
     "DataConfig",
     "LossConfig",
     "ModelConfig",
@@ -89,22 +90,56 @@ class ModelConfig:
 class LossConfig:
     """Which method, and its numbers."""
 
-    method: Literal["dlb", "two_view", "ce"] = "dlb"
-    """dlb; two_view: the same batches with alpha=0 (the control that isolates the KL); ce: no repeated rows."""
-    alpha: float = 1.0
-    """Weight of the last-batch term. 1 is a community default, not a value read from the paper."""
-    temperature: float = 3.0
-    """Temperature of the last-batch term. 3 is a community default, not a value read from the paper."""
+    method: str = "dlb"
+    """dlb; two_view: the same batches with alpha=0 (the control that isolates the KL); ce: no repeated rows; lsr_kd,
+    tf_kd_reg, mr_kd, bake, cs_kd, ddgsd, ps_kd, zipf: see docs/methods."""
+    alpha: float | None = None
+    """Weight of the teacher's term; None: the method's own default (dlb: 1, of the community, not of the paper)."""
+    temperature: float | None = None
+    """Temperature of the teacher's term; None: the method's own (dlb: 3, of the community, not of the paper)."""
     label_smoothing: float = 0.0
     """Smoothing of the cross entropy, as in torch."""
     impl: Literal["auto", "cuda", "triton", "cpu", "torch"] = "auto"
     """Implementation of the loss; a named one runs or raises."""
+    correct_share: float | None = None
+    """lsr_kd, mr_kd: share of the right class in the teacher (teacher correction)."""
+    multiplier: float | None = None
+    """tf_kd_reg: undoes the division by the number of classes."""
+    omega: float | None = None
+    """bake: how far knowledge spreads over the batch, in [0, 1)."""
+    companions: int | None = None
+    """bake: samples of the same class per anchor; a step draws batch_size / (companions + 1) anchors."""
+    copies: int | None = None
+    """mr_kd: copies of the model."""
+    copy_every: int | None = None
+    """mr_kd: optimiser steps between two copies."""
+    swap: bool | None = None
+    """mr_kd: exchange the copies' logits of the largest and of the right class (knowledge adjustment)."""
+    ensemble_lr: float | None = None
+    """mr_kd: learn a fully connected ensemble of the copies at this rate instead of averaging them."""
+    power: float | None = None
+    """zipf: exponent of the rank."""
+    memory_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """mr_kd, ps_kd: how copies or predictions are stored; None: as the model, or float16."""
+    memory_device: str | None = None
+    """mr_kd, ps_kd: where; None: beside the model (ps_kd: on the host when it would not fit)."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.alpha) and self.alpha >= 0, "alpha", "finite and >= 0", self.alpha)
-        ok = math.isfinite(self.temperature) and self.temperature > 0
+        from .methods import find  # the methods import this file
+
+        find(self.method)
+        ok = self.alpha is None or (math.isfinite(self.alpha) and self.alpha >= 0)
+        _require(ok, "alpha", "finite and >= 0", self.alpha)
+        ok = self.temperature is None or (math.isfinite(self.temperature) and self.temperature > 0)
         _require(ok, "temperature", "finite and > 0", self.temperature)
         _require(0 <= self.label_smoothing <= 1, "label_smoothing", "in [0, 1]", self.label_smoothing)
+
+
+METHOD_FIELDS = (
+    "correct_share", "multiplier", "omega", "companions", "copies", "copy_every", "swap", "ensemble_lr", "power",
+    "memory_dtype", "memory_device",
+)  # fmt: skip
+"""Fields of `LossConfig` that belong to single methods; set for another method they are an error."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +197,9 @@ class TrainConfig:
     """Passes of the loader. A DLB epoch draws every sample once and shows it twice; a ce epoch shows it once."""
     max_steps: int | None = None
     """Optimiser steps in all; overrides epochs."""
-    forward: Literal["joint", "two_pass"] = "joint"
-    """joint: one forward over [old | new] (the paper). two_pass: two forwards (the official code)."""
+    forward: Literal["joint", "two_pass", "partners"] = "joint"
+    """joint: one forward over [old | new] (the paper). two_pass: two forwards (the official code). partners: the second
+    half without gradient (cs_kd, which always runs so)."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     accumulate: int = 1
     """Batches per optimiser step. The teacher is then the previous batch, not the previous step."""

@@ -36,7 +36,8 @@ class Trainer:
 
     Args:
         model: maps images to logits `(n, C)`; on the device to train on.
-        criterion: `LastBatchLoss` or any `criterion(logits, targets)`.
+        criterion: `LastBatchLoss`, a `TaughtLoss` or any `criterion(logits, targets)`. Where it has them,
+            `attach(model)` is called once and `update()` after every optimiser step.
         optimizer: over the model's parameters.
         loader: any iterable of `Batch`; one pass is an epoch. With `state_dict`/`load_state_dict` it resumes exactly
             by itself; without, the batches of the epoch so far are skipped, which is exact for a fixed sequence.
@@ -87,6 +88,10 @@ class Trainer:
         self.ema = None if config.ema is None else Ema(model, config.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.accepts = accepted_inputs(criterion)
+        # Teachers may look into the model and remember its steps.
+        attach: Callable[[nn.Module], None] = getattr(criterion, "attach", lambda model: None)
+        attach(model)
+        self._teacher_update: Callable[[], None] = getattr(criterion, "update", lambda: None)
 
         self.step = 0  # optimiser steps done
         self.epoch = 0  # passes of the loader finished
@@ -159,7 +164,8 @@ class Trainer:
             accepts=self.accepts,
         )
         self.scaler.scale(loss / self.config.accumulate if self.config.accumulate > 1 else loss).backward()
-        self.window.add(loss, getattr(self.criterion, "parts", None), len(batch))
+        counted = getattr(self.criterion, "counted", len(batch))  # CS-KD judges half of the rows
+        self.window.add(loss, getattr(self.criterion, "parts", None), counted)
         self.images_seen += len(batch)
 
     def _optimizer_step(self) -> None:
@@ -173,6 +179,7 @@ class Trainer:
             self.scheduler.step()
         if self.ema is not None:
             self.ema.update(self.model)
+        self._teacher_update()
 
     def _stream(self) -> Iterator[Batch]:
         """Batches without end, epoch after epoch; measures how long each one is waited for."""

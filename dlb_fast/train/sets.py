@@ -14,6 +14,7 @@ from dlb_fast.data.batch import Batch
 from dlb_fast.data.datasets import open_dataset, subset, with_label_noise
 from dlb_fast.data.device_stream import Normalise
 from dlb_fast.data.resident import ResidentLoader
+from dlb_fast.data.sampled_loader import SampledLoader
 
 from .config import DataConfig
 
@@ -76,8 +77,13 @@ class Sets:
         """Channels of an image."""
         return self.train.images.shape[1] if self.resident else 3
 
-    def train_loader(self, *, overlap: bool, seed: int, device: torch.device, channels_last: bool) -> Any:
-        """Batches of `batch_size` rows: half of them repeated with `overlap`, all distinct without."""
+    def train_loader(
+        self, *, overlap: bool, seed: int, device: torch.device, channels_last: bool, sampler: Any = None
+    ) -> Any:
+        """Batches of `batch_size` rows: those of a row sampler; else half of them repeated with `overlap`, all distinct
+        without."""
+        if sampler is not None:
+            return self._sampled_loader(sampler, device, channels_last)
         rows = self.config.batch_size if overlap else 2 * self.config.batch_size
         if len(self.train) < rows // 2:
             raise ValueError(
@@ -86,17 +92,27 @@ class Sets:
         options: dict[str, Any] = {"seed": seed, "device": device, "mean": self.mean, "std": self.std}
         options["channels_last"] = channels_last
         if self.resident:
-            steps: list[Any] = [PadCrop(self.config.padding)] if self.config.padding else []
-            steps += [Flip()] if self.config.flip else []
-            loader: Any = ResidentLoader(self.train, rows, transform=Compose(steps) if steps else None, **options)
+            loader: Any = ResidentLoader(self.train, rows, transform=self._transform(), **options)
         else:
             from dlb_fast.data.overlap_loader import OverlapLoader
 
-            transform = train_transform("imagenet", self.config.image_size)
             loader = OverlapLoader(
-                self.train, rows, transform=transform, num_threads=self.config.num_threads, **options
+                self.train, rows, transform=self._transform(), num_threads=self.config.num_threads, **options
             )
         return loader if overlap else NewRows(loader)
+
+    def _transform(self) -> Any:
+        if not self.resident:
+            return train_transform("imagenet", self.config.image_size)
+        steps: list[Any] = [PadCrop(self.config.padding)] if self.config.padding else []
+        steps += [Flip()] if self.config.flip else []
+        return Compose(steps) if steps else None
+
+    def _sampled_loader(self, sampler: Any, device: torch.device, channels_last: bool) -> SampledLoader:
+        return SampledLoader(
+            self.train, sampler, transform=self._transform(), device=device, mean=self.mean, std=self.std,
+            channels_last=channels_last, num_threads=self.config.num_threads,
+        )  # fmt: skip
 
     def test_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The test set once, in order, without augmentation."""

@@ -37,12 +37,26 @@ def two_pass(model: nn.Module, batch: Batch) -> Tensor:
     return torch.cat((old_logits, new_logits))
 
 
-FORWARDS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {"joint": joint, "two_pass": two_pass}
+def partners(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits `(n, C)` of rows `[anchors | partners]`: the anchors, then the partners without gradient but in train mode
+    (BatchNorm sees both, one after the other), as in the official code of CS-KD (alinlab/cs-kd `train.py`)."""
+    half = len(batch) // 2
+    anchors = model(batch.images[:half])
+    with torch.no_grad():
+        others = model(batch.images[half:])
+    return torch.cat((anchors, others))
+
+
+FORWARDS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
+    "joint": joint,
+    "two_pass": two_pass,
+    "partners": partners,
+}
 
 
 def accepted_inputs(criterion: nn.Module) -> frozenset[str]:
-    """Which of `ids` and `num_old` the criterion takes: LastBatchLoss both, `nn.CrossEntropyLoss` neither."""
-    return frozenset(inspect.signature(criterion.forward).parameters) & {"ids", "num_old"}
+    """Which fields of a batch the criterion takes: LastBatchLoss `ids` and `num_old`, `nn.CrossEntropyLoss` none."""
+    return frozenset(inspect.signature(criterion.forward).parameters) & {"ids", "num_old", "images", "epoch"}
 
 
 def training_loss(
@@ -60,15 +74,16 @@ def training_loss(
 
     Args:
         model: maps images `(n, ch, h, w)` to logits `(n, C)`.
-        criterion: called as `criterion(logits, targets)`, plus `ids` and `num_old` where its `forward` has them.
+        criterion: called as `criterion(logits, targets)`, plus `ids`, `num_old`, `images` and `epoch` where its
+            `forward` has them.
         batch: rows `[old | new]`.
-        forward: `"joint"` or `"two_pass"`.
+        forward: a name in `FORWARDS`.
         autocast: context manager for the network's forward; the loss itself runs outside it, in float32 inside.
         accepts: `accepted_inputs(criterion)`, if the caller already has it.
     Returns:
         The 0-d loss.
     Raises:
-        ValueError: `forward` is neither of the two.
+        ValueError: `forward` is none of them.
     """
     if forward not in FORWARDS:
         raise ValueError(f"training_loss: forward must be one of {', '.join(FORWARDS)}, got {forward!r}")

@@ -1,0 +1,130 @@
+"""Every method in the trainer: it learns, it stops and resumes bit for bit, and its config says what it ran with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_train_resume import assert_same_run, final_state, stop_at, train
+
+from dlb_fast import cli, report
+from dlb_fast.presets import PRESETS, get_preset
+from dlb_fast.train import build, compare
+from dlb_fast.train.config import override, to_dict
+from dlb_fast.train.methods import METHODS, VARIANTS, numbers_of, resolve, variant
+
+torch.set_num_threads(1)
+
+SMALL = override(
+    get_preset("digits").config, per_class=4, batch_size=12, max_steps=9, eval_every=3, checkpoint_every=3, log_every=1,
+    seed=7,
+)  # fmt: skip
+EXTRA = {
+    "mr_kd": {"copies": 2, "copy_every": 2, "ensemble_lr": 0.05, "swap": True, "correct_share": 0.9},
+    "bake": {"companions": 2, "omega": 0.9},
+    "ps_kd": {"ema": 0.9},
+    "lsr_kd": {"correct_share": 0.9, "amp": "bf16"},
+}
+
+
+def config_of(name):
+    return override(SMALL, method=name, **EXTRA.get(name, {}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stopped_and_resumed_equals_uninterrupted(name, tmp_path, monkeypatch):
+    config = config_of(name)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result = train(config, whole)
+    assert result["step"] == 9
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)  # between two checkpoints, in the middle of an epoch
+        assert train(config, cut)["stopped_by"] == "SIGTERM"
+    assert final_state(cut)["step"] == 5
+    assert train(config, cut, resume=True)["step"] == 9
+    assert_same_run(whole, cut)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("ce", "two_view")])
+def test_the_teacher_changes_the_weights(name, tmp_path):
+    """Against the same run with alpha=0: a teacher that was wired to nothing would leave the weights alone."""
+    taught, alone = tmp_path / "taught", tmp_path / "alone"
+    train(override(config_of(name), alpha=0.5), taught)
+    train(override(config_of(name), alpha=0.0), alone)
+    a, b = (final_state(path)["model"] for path in (taught, alone))
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_learning_goes_somewhere(name):
+    """Forty steps on forty digits: the test accuracy leaves chance far behind."""
+    config = override(config_of(name), max_steps=40, lr=0.05, label_noise=0.0, eval_every=40, checkpoint_every=40)
+    trainer = build.build_trainer(config)
+    trainer.log.quiet = True
+    result = trainer.fit()
+    assert result["test_top1"] > 0.4, result
+    assert result["train_top1"] is not None and 0.3 < result["train_top1"] <= 1.0
+
+
+def test_every_number_is_written_into_the_run_folder(tmp_path):
+    train(override(SMALL, method="bake"), tmp_path)
+    saved = report.read_run(tmp_path).config.loss
+    assert (saved.alpha, saved.temperature, saved.omega, saved.companions) == (1.0, 4.0, 0.5, 1)
+    assert resolve(override(SMALL, method="cs_kd")).train.forward == "partners"
+
+
+def test_numbers_of_other_methods_are_refused():
+    with pytest.raises(ValueError, match=r"loss\.omega is not used by method dlb \(it is by bake\)"):
+        resolve(override(SMALL, omega=0.5))
+    with pytest.raises(ValueError, match="did you mean 'bake'"):
+        resolve(override(SMALL, method="bakes"))
+    with pytest.raises(ValueError, match="forward=partners belongs to cs_kd"):
+        resolve(override(SMALL, forward="partners"))
+
+
+def test_variants_keep_their_own_numbers():
+    base = override(SMALL, alpha=0.7, omega=0.9)
+    assert variant(base, "dlb").loss.alpha == 0.7 and variant(base, "dlb").loss.omega is None
+    assert (variant(base, "bake").loss.alpha, variant(base, "bake").loss.omega) == (1.0, 0.9)
+    assert variant(base, "bake0").loss.alpha == 0.0
+    assert {VARIANTS[name]["method"] for name in VARIANTS} == set(METHODS)
+
+
+def test_a_comparison_of_all_methods(tmp_path, capsys):
+    """One seed, equal steps and images, one table; the same command again trains nothing."""
+    flags = [
+        "compare", "--methods", "all", "--seeds", "1", "--out", str(tmp_path / "c"), "--jobs", "1", "--per-class", "4",
+        "--batch-size", "12", "--max-steps", "4", "--eval-every", "2", "--label-noise", "0.4",
+    ]  # fmt: skip
+    assert cli.main(flags) == 0
+    table = capsys.readouterr().out
+    runs = [report.read_run(path, label) for path, label in compare.read_comparison(tmp_path / "c")]
+    assert len(runs) == len(VARIANTS) and {run.last("step") for run in runs} == {4.0}
+    # DLB and its control start with half a batch
+    assert {run.label: run.last("images_seen") for run in runs} == {
+        label: 42.0 if name in ("dlb", "two_view") else 48.0 for name, label in compare.LABELS.items()
+    }
+    for label in compare.LABELS.values():
+        assert f"| {label} " in table
+    assert "seconds" in table and "peak MiB" in table
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("metrics.csv")}
+    assert cli.main(flags) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("metrics.csv")}
+
+
+FAMILY = [name for name, preset in PRESETS.items() if preset.config.loss.method not in ("dlb", "two_view", "ce")]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_presets_of_the_family_are_complete(name):
+    """Their numbers are those their method uses, each with its source, and one step runs on synthetic images."""
+    preset = get_preset(name)
+    numbers = numbers_of(preset.config.loss)
+    given = {k for k, v in to_dict(preset.config)["loss"].items() if v is not None and k in numbers}
+    assert given <= set(preset.sources), f"without a source: {sorted(given - set(preset.sources))}"
+    tiny = override(
+        preset.config, source="synthetic:64,4,16", batch_size=16, max_steps=1, model="small_cnn", padding=2,
+        image_size=16,
+    )  # fmt: skip
+    trainer = build.build_trainer(tiny)
+    trainer.log.quiet = True
+    assert trainer.fit()["step"] == 1
