@@ -119,7 +119,6 @@ def state_table() -> str:
     return "\n".join(["| `impl=` | what it is | state |", "| --- | --- | --- |", *rows])
 
 
-@functools.cache
 def _auto(device_type: str) -> str:
     wished = os.environ.get("DLB_FAST_BACKEND", "auto")
     if wished != "auto":
@@ -162,12 +161,23 @@ def require(impl: str, device_type: str) -> None:
         raise RuntimeError(f"impl={impl!r} is not available: {missing}{hint}")
 
 
+# What `pick` has already answered: it is asked once per loss, and torch's own look-up takes longer than a small kernel.
+_PICKED: dict[tuple[str, str], str] = {}
+
+
 def pick(impl: str, device_type: str) -> str:
     """The implementation to run for ``impl`` on this device type; raises when a named one cannot run."""
-    if impl == "auto":
-        return _auto(device_type)
-    require(impl, device_type)
-    return impl
+    picked = _PICKED.get((impl, device_type))
+    if picked is None:
+        if impl != "auto":
+            require(impl, device_type)
+        picked = _PICKED[impl, device_type] = _auto(device_type) if impl == "auto" else impl
+    return picked
+
+
+def forget_picks() -> None:
+    """Decide anew at the next call; for tests that change what is available."""
+    _PICKED.clear()
 
 
 # torch.compiler.assume_constant_result does just this, but imports the whole compiler (a second) to do it.

@@ -92,7 +92,8 @@ class LastBatchLoss(nn.Module):
             self._dtype_follows = dtype is None
         else:
             self._dtype_follows = False
-        self._parts: Tensor | None = None
+        # In a list: assigning a module's attribute costs as much as a small kernel, and this happens at every step.
+        self._last: list[Tensor | None] = [None]
 
     def extra_repr(self) -> str:
         rows = None if self.buffer is None else self.buffer.capacity
@@ -104,9 +105,9 @@ class LastBatchLoss(nn.Module):
     @property
     def parts(self) -> LossParts:
         """The terms of the last call, detached 0-d tensors on the device."""
-        if self._parts is None:
+        if self._last[0] is None:
             raise RuntimeError("LastBatchLoss.parts: there are none before the first call of the criterion")
-        return LossParts.unpack(self._parts)
+        return LossParts.unpack(self._last[0])
 
     def reset(self) -> None:
         """Forget the stored rows; the next batch is taken as the first one of a stream."""
@@ -156,7 +157,7 @@ class LastBatchLoss(nn.Module):
             ignore_index=self.ignore_index, kd_mask=kd_mask if self.training else None, reduction=self.reduction,
             target_b=target_b, lam=lam, z_loss=self.z_loss,
         )  # fmt: skip
-        self._parts = parts
+        self._last[0] = parts
         return loss
 
     def _ready_buffer(self, logits: Tensor, num_old: int | None) -> LogitBuffer:
@@ -177,9 +178,9 @@ class LastBatchLoss(nn.Module):
                 buffer = buffer.resized(batch // 2, skip=batch // 2)
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
-        self._dtype_follows = False
         buffer.stored_rows(batch, num_old)
-        self.buffer = buffer
+        if buffer is not self.buffer or self._dtype_follows:
+            self.buffer, self._dtype_follows = buffer, False
         return buffer
 
     def get_extra_state(self) -> dict[str, Any]:

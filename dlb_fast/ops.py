@@ -110,8 +110,8 @@ def op_for(impl: str, name: str) -> Any:
 
 class _LastBatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, impl: str, name: str, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, parts, grad = op_for(impl, name)(logits, *args)
+    def forward(ctx: Any, logits: Tensor, impl: str, name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        loss, parts, grad = op_for(impl, name)(logits, *args, True)
         ctx.save_for_backward(grad, parts)
         ctx.impl = impl
         ctx.mark_non_differentiable(parts)
@@ -121,18 +121,20 @@ class _LastBatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _parts: None) -> tuple[Tensor | None, ...]:
-        unused = (None,) * (len(ctx.needs_input_grad) - 1)
         if upstream is None:
-            return (None, *unused)
+            return None, None, None, None
         grad, parts = ctx.saved_tensors
         if torch.compiler.is_compiling():
             factor = upstream / parts[4]
             factor = factor if factor.dim() == 0 else factor[:, None]
-            return ((grad.to(parts.dtype) * factor).to(grad.dtype), *unused)
+            return (grad.to(parts.dtype) * factor).to(grad.dtype), None, None, None
         if torch._C._autograd._get_current_graph_task_keep_graph():
             grad = grad.clone()  # retain_graph=True: the saved gradient has to survive for the next backward
-        op_for(ctx.impl, "scale_grad_")(grad, upstream, parts)
-        return (grad, *unused)
+        # The op skips a factor of 1 by itself; on the CPU, where looking is free, even the call can be spared.
+        enlarged = grad.dtype == torch.float16
+        if enlarged or not grad.is_cpu or upstream.dim() > 0 or upstream.item() != 1.0:
+            op_for(ctx.impl, "scale_grad_")(grad, upstream, parts)
+        return grad, None, None, None
 
 
 def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,8 @@ def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tenso
     Returns the loss, differentiable with respect to the logits, and ``parts``.
     """
     if logits.requires_grad and torch.is_grad_enabled():
-        return _LastBatch.apply(logits, impl, name, *args, True)
+        # One tuple, because autograd walks over every argument of a Function in Python.
+        return _LastBatch.apply(logits, impl, name, args)
     loss, parts, _ = op_for(impl, name)(logits, *args, False)
     return loss, parts
 

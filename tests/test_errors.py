@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -41,6 +43,14 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def undecided() -> Iterator[None]:
+    """Each test decides anew what is available, and leaves no decision behind."""
+    _backends.forget_picks()
+    yield
+    _backends.forget_picks()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_message(name):
     change, kind, said = CASES[name]
@@ -73,23 +83,20 @@ def test_a_named_implementation_never_falls_back(monkeypatch):
 def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(_backends, "load_library", lambda: "it was left out on purpose")
     monkeypatch.setenv("DLB_FAST_BACKEND", "auto")
-    _backends._auto.cache_clear()
     with caplog.at_level("INFO", logger="dlb_fast"):
         assert fused_lb_loss(Z, Y, T).isfinite()
         fused_lb_loss(Z, Y, T)
-    _backends._auto.cache_clear()
     said = [r.getMessage() for r in caplog.records if r.name == "dlb_fast"]
     assert said == ["dlb_fast: impl=\"auto\" runs 'torch' on cpu (it was left out on purpose)"]
 
 
 def test_backend_variable(monkeypatch):
     monkeypatch.setenv("DLB_FAST_BACKEND", "nonsense")
-    _backends._auto.cache_clear()
     with pytest.raises(ValueError, match="DLB_FAST_BACKEND must be auto or one of"):
         fused_lb_loss(Z, Y)
     monkeypatch.setenv("DLB_FAST_BACKEND", "torch")
+    _backends.forget_picks()
     assert _backends.pick("auto", "cpu") == "torch"
-    _backends._auto.cache_clear()
 
 
 def test_module_messages():
