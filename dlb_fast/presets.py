@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlb_fast.train.config import RunConfig, override, to_dict
-from dlb_fast.train.methods import resolve
+from dlb_fast.train.methods import CARDS, METHODS, drawn_rows, resolve
 
 __all__ = ["PRESETS", "Preset", "get_preset", "to_yaml"]
 
@@ -111,11 +111,121 @@ def _controls(name: str, about: str, config: RunConfig, sources: dict[str, str])
     }
 
 
+_BAKE = "yxgeee/BAKE small_scale"
+_BAKE_SOURCES = {
+    "batch_size": f"{_BAKE}: --batch-size 128 = anchors and their companions",
+    "model": f"{_BAKE}: CIFAR_ResNet18 (3x3 stem)",
+    "alpha": f"{_BAKE}: --lamda 1",
+    "temperature": f"{_BAKE}: --temp 4",
+    "omega": f"{_BAKE}: --omega, 0.5 on CIFAR-100, 0.9 on TinyImageNet",
+    "companions": f"{_BAKE}: --intra-imgs, 3 on CIFAR-100, 1 on TinyImageNet (4 or 2 times the images per epoch)",
+    "lr": f"{_BAKE}: --lr 0.1",
+    "momentum": f"{_BAKE}: 0.9",
+    "nesterov": f"{_BAKE}: off",
+    "weight_decay": f"{_BAKE}: --decay 1e-4",
+    "epochs": f"{_BAKE}: 200",
+    "milestones": f"{_BAKE}: half and three quarters, looked at after the epoch",
+    "padding": f"{_BAKE}: RandomCrop(32, padding=4)",
+    "image_size": f"{_BAKE}: RandomResizedCrop(32) for TinyImageNet",
+}
+_BAKE_IMAGENET = "yxgeee/BAKE imagenet configs"
+_BAKE_IMAGENET_SOURCES = {
+    "batch_size": f"{_BAKE_IMAGENET}: 512 over 8 GPUs with SyncBN and targets over all of them; here one device",
+    "alpha": f"{_BAKE_IMAGENET}: LAMBDA 1",
+    "temperature": f"{_BAKE_IMAGENET}: TEMP 4",
+    "omega": f"{_BAKE_IMAGENET}: OMEGA 0.5",
+    "companions": f"{_BAKE_IMAGENET}: 1, so that an epoch shows twice the images of the baseline",
+    "lr": f"{_BAKE_IMAGENET}: 0.4, twice the baseline's",
+    "nesterov": f"{_BAKE_IMAGENET}: on",
+    "weight_decay": f"{_BAKE_IMAGENET}: 5e-5",
+    "epochs": f"{_BAKE_IMAGENET}: 100",
+    "warmup_epochs": f"{_BAKE_IMAGENET}: 5",
+    "model": "ResNet-50 of timm",
+    "image_size": "224",
+}
+_CSKD_SOURCES = {
+    "batch_size": "alinlab/cs-kd: --batch-size 128 anchors, and as many partners",
+    "model": "alinlab/cs-kd: CIFAR_ResNet18 (3x3 stem)",
+    "alpha": "alinlab/cs-kd: --lamda 1",
+    "temperature": "alinlab/cs-kd: --temp 4",
+    "lr": "alinlab/cs-kd: 0.1",
+    "momentum": "alinlab/cs-kd: 0.9",
+    "nesterov": "alinlab/cs-kd: off",
+    "weight_decay": "alinlab/cs-kd: 1e-4",
+    "epochs": "alinlab/cs-kd: 200",
+    "milestones": "alinlab/cs-kd: half and three quarters, looked at after the epoch",
+    "padding": "alinlab/cs-kd: RandomCrop(32, padding=4)",
+}
+_PSKD_SOURCES = {
+    "batch_size": "lgcnsai/PS-KD-Pytorch: 128",
+    "model": "ours: the official code takes a pre-activation ResNet-18, which is not built in",
+    "alpha": "lgcnsai/PS-KD-Pytorch: alpha_T 0.8, growing over the epochs",
+    "lr": "lgcnsai/PS-KD-Pytorch: 0.1",
+    "weight_decay": "lgcnsai/PS-KD-Pytorch: 5e-4",
+    "nesterov": "lgcnsai/PS-KD-Pytorch: on",
+    "epochs": "lgcnsai/PS-KD-Pytorch: 300",
+    "milestones": "lgcnsai/PS-KD-Pytorch: 150, 225",
+    "padding": "crop with padding 4",
+}
+
+
+def _steps_at(*milestones: float) -> Any:
+    return dataclasses.replace(RunConfig().schedule, schedule="multistep", milestones=milestones)
+
+
+def _family() -> dict[str, Preset]:
+    """Published recipes of the siblings, and every sibling on digits."""
+    small: dict[str, Any] = {"model": "resnet18", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4}
+    halves = {"epochs": 200, "schedule": _steps_at(101.0, 151.0)}
+    bake = override(
+        RunConfig(), source="cifar100:data", batch_size=128, method="bake", alpha=1.0, temperature=4.0, omega=0.5,
+        companions=3, padding=4, **small, **halves,
+    )  # fmt: skip
+    tiny = override(bake, source="tinyimagenet:data", omega=0.9, companions=1, image_size=32)
+    imagenet = override(
+        RunConfig(), source="imagefolder:data", batch_size=512, method="bake", alpha=1.0, temperature=4.0, omega=0.5,
+        companions=1, model="timm:resnet50", lr=0.4, weight_decay=5e-5, epochs=100, warmup_epochs=5.0, image_size=224,
+        channels_last=True,
+    )  # fmt: skip
+    cs_kd = override(
+        RunConfig(), source="cifar100:data", batch_size=256, method="cs_kd", alpha=1.0, temperature=4.0, padding=4,
+        **small, **halves,
+    )  # fmt: skip
+    ps_kd = override(
+        RunConfig(), source="cifar100:data", batch_size=128, method="ps_kd", alpha=0.8, model="resnet18", lr=0.1,
+        weight_decay=5e-4, epochs=300, schedule=_steps_at(150.0, 225.0), padding=4,
+    )  # fmt: skip
+    control = {**_BAKE_SOURCES, "alpha": "0: the same batches without the teacher"}
+    found = {
+        "cifar100-resnet18-bake": Preset("CIFAR-100, ResNet-18: BAKE", bake, _BAKE_SOURCES),
+        "cifar100-resnet18-bake-alpha0": Preset(
+            "CIFAR-100, ResNet-18: control, BAKE's batches without the KL", override(bake, alpha=0.0), control
+        ),
+        "tinyimagenet-resnet18-bake": Preset("TinyImageNet at 32x32, ResNet-18: BAKE", tiny, _BAKE_SOURCES),
+        "imagenet-resnet50-bake": Preset("ImageNet, ResNet-50 (timm): BAKE", imagenet, _BAKE_IMAGENET_SOURCES),
+        "cifar100-resnet18-cskd": Preset("CIFAR-100, ResNet-18: CS-KD", cs_kd, _CSKD_SOURCES),
+        "cifar100-resnet18-pskd": Preset("CIFAR-100, ResNet-18: PS-KD", ps_kd, _PSKD_SOURCES),
+    }
+    for name, method in METHODS.items():
+        if name in ("dlb", "two_view", "ce"):
+            continue
+        own = override(_DIGITS, method=name)
+        # as many steps as DLB: an epoch of a method that draws more new samples per step has fewer
+        passes = own.train.epochs * 2 * drawn_rows(own) // own.data.batch_size
+        card = {number: f"docs/methods/{CARDS[name]}.md" for number in method.defaults}
+        sources = {**_DIGITS_SOURCES, **card, "epochs": "as many steps as the digits preset"}
+        found[f"digits-{name.replace('_', '')}"] = Preset(
+            f"digits: {method.about}", override(own, epochs=passes), sources
+        )
+    return found
+
+
 PRESETS: dict[str, Preset] = {
     "digits": Preset("handwritten digits 8x8, few and noisy labels, small CNN: DLB", _DIGITS, _DIGITS_SOURCES),
     **{n: p for n, p in _controls("digits", "digits", _DIGITS, _DIGITS_SOURCES).items() if n != "digits-dlb"},
     **_controls("cifar10-resnet32", "CIFAR-10, ResNet-32", _cifar(10), _CIFAR_SOURCES),
     **_controls("cifar100-resnet32", "CIFAR-100, ResNet-32", _cifar(100), _CIFAR_SOURCES),
+    **_family(),
 }
 
 

@@ -62,7 +62,7 @@ def test_learning_goes_somewhere(name):
     trainer.log.quiet = True
     result = trainer.fit()
     assert result["test_top1"] > 0.4, result
-    assert result["train_top1"] is not None and 0.3 < result["train_top1"] <= 1.0
+    assert result["train_top1"] is not None and 0.2 < result["train_top1"] <= 1.0
 
 
 def test_every_number_is_written_into_the_run_folder(tmp_path):

@@ -35,7 +35,10 @@ from dlb_fast.data.class_batches import ClassBatchSampler, ViewPairSampler
 
 from .config import METHOD_FIELDS, LossConfig, RunConfig, override
 
-__all__ = ["LABELS", "METHODS", "VARIANTS", "CrossEntropy", "Method", "Task", "find", "make_criterion", "resolve"]
+__all__ = [
+    "CARDS", "LABELS", "METHODS", "VARIANTS", "CrossEntropy", "Method", "Task", "drawn_rows", "find", "make_criterion",
+    "numbers_of", "resolve", "variant",
+]  # fmt: skip
 
 
 class CrossEntropy(nn.Module):
@@ -176,6 +179,12 @@ METHODS: dict[str, Method] = {
         "Zipf's label smoothing from the logits' ranks",
         lambda t, n, c: ZipfLoss(alpha=n["alpha"], power=n["power"], **c), {"alpha": 0.1, "power": 1.0},
     ),
+}  # fmt: skip
+
+# the card of each method in docs/methods
+CARDS = {
+    "dlb": "dlb", "two_view": "dlb", "ce": "dlb", "lsr_kd": "lsrkd", "tf_kd_reg": "tfkdreg", "mr_kd": "mrkd",
+    "bake": "bake", "cs_kd": "cskd", "ddgsd": "ddgsd", "ps_kd": "pskd", "zipf": "zipf",
 }  # fmt: skip
 
 # name in `compare` -> (its label, fields it sets on top of the shared config)

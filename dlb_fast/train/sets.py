@@ -149,7 +149,7 @@ def open_sets(config: DataConfig) -> Sets:
             f"{config.source}: the training set has {train.num_classes} classes, the test set {test.num_classes}"
         )
     kind = config.source.split(":")[0]
-    known = NORMALISATION.get("imagenet" if kind == "imagefolder" else kind)
+    known = NORMALISATION.get(kind if hasattr(train, "images") else "imagenet")
     mean, std = known if known is not None else _statistics(torch.as_tensor(train.images))
     if config.per_class is not None:
         train = subset(train, config.per_class, config.data_seed)
