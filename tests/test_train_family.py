@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_train_resume import assert_same_run, final_state, stop_at, train
 
-from dlb_fast import cli, report
+from dlb_fast import Lesson, Teacher, cli, report
 from dlb_fast.presets import PRESETS, get_preset
 from dlb_fast.train import build, compare
 from dlb_fast.train.config import override, to_dict
@@ -81,6 +81,29 @@ def test_numbers_of_other_methods_are_refused():
         resolve(override(SMALL, forward="partners"))
 
 
+class Mixer(Teacher):
+    """Half of the label, half of the model's own prediction."""
+
+    def teach(self, scene):
+        own = scene.logits.detach().softmax(1)
+        return Lesson("probabilities", 0.5 * own + 0.5 * torch.eye(own.shape[1])[scene.target])
+
+
+def test_a_new_teacher_trains_by_its_import_path(tmp_path, monkeypatch):
+    name = f"{Mixer.__module__}:Mixer"
+    config = override(SMALL, method=name, alpha=0.5, temperature=2.0)
+    result = train(config, tmp_path / "a")
+    assert result["step"] == 9 and result["lb"] > 0
+    assert report.read_run(tmp_path / "a").config.loss.method == name
+    for wrong, message in (
+        (f"{Mixer.__module__}:Nobody", "has no Nobody"),
+        ("no_such_module:Teacher", "cannot import no_such_module"),
+        ("dlb_fast:LogitBank", "is not a dlb_fast.Teacher"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            override(SMALL, method=wrong)
+
+
 def test_variants_keep_their_own_numbers():
     base = override(SMALL, alpha=0.7, omega=0.9)
     assert variant(base, "dlb").loss.alpha == 0.7 and variant(base, "dlb").loss.omega is None
@@ -123,7 +146,7 @@ def test_presets_of_the_family_are_complete(name):
     assert given <= set(preset.sources), f"without a source: {sorted(given - set(preset.sources))}"
     tiny = override(
         preset.config, source="synthetic:64,4,16", batch_size=16, max_steps=1, model="small_cnn", padding=2,
-        image_size=16,
+        image_size=16, per_class=None, label_noise=0.0,
     )  # fmt: skip
     trainer = build.build_trainer(tiny)
     trainer.log.quiet = True

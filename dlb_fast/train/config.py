@@ -92,7 +92,7 @@ class LossConfig:
 
     method: str = "dlb"
     """dlb; two_view: the same batches with alpha=0 (the control that isolates the KL); ce: no repeated rows; lsr_kd,
-    tf_kd_reg, mr_kd, bake, cs_kd, ddgsd, ps_kd, zipf: see docs/methods."""
+    tf_kd_reg, mr_kd, bake, cs_kd, ddgsd, ps_kd, zipf: see docs/methods; module:Class: a Teacher of your own."""
     alpha: float | None = None
     """Weight of the teacher's term; None: the method's own default (dlb: 1, of the community, not of the paper)."""
     temperature: float | None = None

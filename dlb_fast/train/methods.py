@@ -4,13 +4,15 @@
 every drawn sample twice in a row; `two_view` shows the same batches without the KL, which is what isolates the KL;
 `ce` fills the batch with distinct samples.
 
-A new method is one entry of `METHODS` (and one of `VARIANTS`, to be compared) around any `dlb_fast.Teacher`.
+A new teacher trains as it is, by `--method module:Class`; an entry of `METHODS` gives it numbers and batches of its
+own, one of `_COMPARED` a place in `compare`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +29,8 @@ from dlb_fast import (
     LsrKDLoss,
     MrKDLoss,
     PsKDLoss,
+    TaughtLoss,
+    Teacher,
     TfKDRegLoss,
     ZipfLoss,
     fused_lb_loss,
@@ -208,8 +212,29 @@ VARIANTS: dict[str, dict[str, Any]] = {name: fields for name, (_, fields) in _CO
 LABELS = {name: label for name, (label, _) in _COMPARED.items()}
 
 
+def _from_outside(name: str) -> Method:
+    """`module:Class` of anybody's `Teacher` that can be made without arguments: trained as it is, unregistered."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        why = f"cannot import {module} ({error}); is it on PYTHONPATH?"
+        raise ValueError(f"config: loss.method {name!r}: {why}") from None
+    if found is None:
+        raise ValueError(f"config: loss.method {name!r}: {module} has no {attribute}")
+    if not (isinstance(found, type) and issubclass(found, Teacher)):
+        raise ValueError(f"config: loss.method {name!r} is not a dlb_fast.Teacher")
+    about = (found.__doc__ or attribute).strip().splitlines()[0]
+    return Method(
+        about, lambda t, n, c: TaughtLoss(found(), alpha=n["alpha"], temperature=n["temperature"], **c),
+        {"alpha": 1.0, "temperature": 1.0},
+    )  # fmt: skip
+
+
 def find(name: str) -> Method:
-    """The method of a name; ValueError with the near ones for an unknown one."""
+    """The method of a name, or of `module:Class`; ValueError with the near ones for an unknown one."""
+    if ":" in name:
+        return _from_outside(name)
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
