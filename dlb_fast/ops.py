@@ -103,9 +103,16 @@ def _triton_kernel(name: str) -> Any:
 _LIBRARY = _register()
 
 
+_FOUND: dict[tuple[str, str], Any] = {}
+
+
 def op_for(impl: str, name: str) -> Any:
     """The registered op of an implementation ("cpu", "cuda" or "triton"); ``name`` is a key of ``SCHEMAS``."""
-    return getattr(torch.ops.dlb_fast, _TRITON[name] if impl == "triton" else name).default
+    op = _FOUND.get((impl, name))
+    if op is None:
+        registered = _TRITON[name] if impl == "triton" else name
+        op = _FOUND[impl, name] = getattr(torch.ops.dlb_fast, registered).default
+    return op
 
 
 class _LastBatch(torch.autograd.Function):
