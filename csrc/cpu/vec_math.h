@@ -32,7 +32,7 @@ DLB_INLINE float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t exponent = (bit_cast<int32_t>(shifted) - 0x4B400000 + 127) << 23;
+  const uint32_t exponent = (bit_cast<uint32_t>(shifted) - 0x4B400000u + 127u) << 23;  // NaN: any bits, times NaN
   const float e = p * bit_cast<float>(exponent);
   return x < -87.33654f ? 0.0f : e;
 }

@@ -1,0 +1,143 @@
+// Runs the CPU op's kernels on seeded random batches under AddressSanitizer and UBSan. Every array is a heap block of
+// exactly the size the op promises to touch, so that one element too far is an error. Prints the number of batches.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/batch_plan.h"
+
+using namespace dlb_fast;
+
+namespace {
+
+std::mt19937_64 rng;
+int64_t draw(int64_t high) { return static_cast<int64_t>(rng() % static_cast<uint64_t>(high)); }
+double real() { return std::normal_distribution<double>()(rng); }
+
+int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
+
+struct Block {
+  std::unique_ptr<char[]> bytes;
+  explicit Block(int64_t n) : bytes(new char[n > 0 ? n : 1]()) {}
+  template <typename T> T* as() { return reinterpret_cast<T*>(bytes.get()); }
+};
+
+// Random numbers of the dtype, with infinities and NaN now and then.
+Block numbers(int64_t n, DType d) {
+  Block b(n * size_of(d));
+  for (int64_t i = 0; i < n; ++i) {
+    double v = 4 * real();
+    if (draw(97) == 0) v = -INFINITY;
+    if (draw(199) == 0) v = NAN;
+    if (d == DType::f64) b.as<double>()[i] = v;
+    else if (d == DType::f32) b.as<float>()[i] = static_cast<float>(v);
+    else b.as<uint16_t>()[i] = static_cast<uint16_t>(rng());  // every bit pattern of the 16-bit types
+  }
+  return b;
+}
+
+void one(uint64_t seed) {
+  rng.seed(seed);
+  LastBatchArgs a;
+  a.batch = draw(9);
+  a.classes = draw(3) ? 1 + draw(70) : 1 + draw(5000);
+  a.dtype = static_cast<DType>(draw(4));
+  a.teacher_dtype = static_cast<DType>(draw(4));
+  const DType acc = a.dtype == DType::f64 ? DType::f64 : DType::f32;
+  a.logits_stride = draw(4) ? a.classes + draw(5) : 0;
+  Block logits = numbers(a.batch ? (a.batch - 1) * a.logits_stride + a.classes : 0, a.dtype);
+  a.logits = logits.bytes.get();
+  a.ignore_index = draw(2) ? -100 : draw(a.classes);
+
+  Block labels(a.batch * 2 * 8), second(a.batch * 8), lam = numbers(a.batch, acc), weight = numbers(a.classes, acc);
+  Block dense = numbers(a.batch * a.classes, acc);
+  for (int64_t i = 0; i < a.batch; ++i) {
+    labels.as<int64_t>()[2 * i] = draw(6) ? draw(a.classes) : a.ignore_index;
+    second.as<int64_t>()[i] = draw(6) ? draw(a.classes) : a.ignore_index;
+  }
+  if (draw(30) == 0 && a.batch) labels.as<int64_t>()[0] = a.classes + draw(3);  // out of range: to be refused
+  const int64_t form = draw(5);
+  if (form == 1) {
+    a.dense = dense.bytes.get();
+    a.dense_stride = a.classes;
+  } else if (form != 0) {
+    a.target = labels.as<int64_t>();
+    a.target_stride = 2;
+    if (form == 2) {
+      a.target_b = second.as<int64_t>();
+      a.target_b_stride = 1;
+      a.lam = lam.bytes.get();
+      a.lam_stride = 1;
+    }
+  }
+  if (draw(2)) a.weight = weight.bytes.get();
+
+  const int64_t taught = draw(a.batch + 1);
+  Block teacher = numbers(taught * a.classes, a.teacher_dtype);
+  a.capacity = 1 + draw(6);
+  Block buffer = numbers(a.capacity * a.classes, a.teacher_dtype), slots((2 + a.capacity) * 8), ids(a.batch * 8), mask(a.batch);
+  for (int64_t i = 0; i < a.batch; ++i) {
+    ids.as<int64_t>()[i] = draw(4);
+    mask.as<bool>()[i] = draw(2);
+  }
+  for (int64_t j = 0; j < a.capacity; ++j) slots.as<int64_t>()[2 + j] = draw(3) ? draw(4) : unknown_id;
+  slots.as<int64_t>()[0] = draw(a.capacity + 1);
+  switch (draw(5)) {
+    case 0: break;
+    case 1: a.kind = TeacherKind::logits; break;
+    case 2: a.kind = TeacherKind::probabilities; break;
+    case 3:
+      a.kind = TeacherKind::given_by_rule;
+      a.correct_share = a.target && draw(2) ? 0.7 : -1;
+      break;
+    default:
+      a.kind = TeacherKind::logits;
+      a.buffer = buffer.bytes.get();
+      a.slots = slots.as<int64_t>();
+      if (draw(2)) a.ids = ids.as<int64_t>();
+      a.num_old = draw(2) ? -1 : draw(a.batch + 1);
+  }
+  if (!a.buffer && (a.kind == TeacherKind::logits || a.kind == TeacherKind::probabilities)) {
+    a.teacher = teacher.bytes.get();
+    a.teacher_stride = a.classes;
+    a.teacher_rows = taught;
+  }
+  if (draw(2)) {
+    a.kd_mask = mask.as<bool>();
+    a.kd_mask_rows = draw(a.batch + 1);
+  }
+  a.label_smoothing = draw(2) * 0.1;
+  a.z_loss = draw(2) * 0.01;
+  a.temperature = 0.5 + static_cast<double>(draw(8));
+  a.reduction = static_cast<Reduction>(draw(3));
+  Block loss((a.reduction == Reduction::none ? a.batch : 1) * size_of(acc)), parts(part_count * size_of(acc));
+  Block grad(a.batch * a.classes * size_of(a.dtype));
+  a.loss = loss.bytes.get();
+  a.parts = parts.bytes.get();
+  a.grad = draw(4) ? grad.bytes.get() : nullptr;
+
+  const BatchPlan plan = plan_batch(a);
+  if (!plan.error.empty()) return;
+  RowLosses rows;
+  const PairJob job = pair_job(a, plan, rows);
+  const int64_t pairs = std::max(plan.split, a.batch - plan.split), middle = pairs ? draw(pairs + 1) : 0;
+  pair_kernel(a)(job, 0, middle);
+  pair_kernel(a)(job, middle, pairs);
+  finish_batch(a, plan, rows);
+  if (a.grad) {
+    std::vector<double> factors(a.batch, 1.0);
+    for (double& f : factors) f = draw(2) ? 1.0 : real();
+    scale_rows(a.grad, a.dtype, factors.data(), true, a.classes, 0, a.batch);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const uint64_t batches = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 500;
+  for (uint64_t seed = 0; seed < batches; ++seed) one(seed);
+  std::printf("%llu batches\n", static_cast<unsigned long long>(batches));
+}
