@@ -17,12 +17,12 @@ pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {har
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # classes, rows, multiprocessors, the regime expected of contiguous plain arguments
 REGIMES = [
-    (1, 6, 4, "lanes4"),
-    (10, 40, 1, "lanes4"),
-    (32, 6, 4, "lanes4"),
-    (33, 7, 4, "lanes8"),
-    (100, 20, 1, "lanes8"),
-    (128, 6, 4, "lanes8"),
+    (1, 6, 4, "lanes"),
+    (10, 40, 1, "lanes"),
+    (32, 6, 4, "lanes"),
+    (33, 7, 4, "lanes"),
+    (100, 20, 1, "lanes"),
+    (128, 6, 4, "lanes"),
     (129, 6, 4, "warp"),
     (1000, 10, 1, "warp"),
     (1001, 5, 4, "warp"),

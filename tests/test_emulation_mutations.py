@@ -55,7 +55,7 @@ def test_a_wrong_pair_index_is_caught() -> None:
 
 
 def test_a_write_out_of_bounds_is_caught() -> None:
-    mutation = ("columns.cuh", "    if (c >= 0 && c < classes) {", "    if (c >= 0 && c <= classes) {")
-    assert "out of bounds write" in outcome(mutation, 1001)
-    mutation = ("columns.cuh", "first >= 0 && first + V <= classes)\n    store", "first >= 0)\n    store")
-    assert "out of bounds write" in outcome(mutation, 17001, clusters=0)
+    packed = "    if (c >= 0 && c < classes) {\n      if constexpr"
+    assert "out of bounds write" in outcome(("columns.cuh", packed, packed.replace("c <", "c <=")), 1001)
+    whole = "first >= 0 && first + V <= classes)\n    store"
+    assert "out of bounds write" in outcome(("columns.cuh", whole, "first >= 0)\n    store"), 17001, clusters=0)

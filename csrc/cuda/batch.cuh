@@ -24,16 +24,16 @@ struct Workspace {
   float partial[4][max_grid];
 };
 
-// LastBatchArgs as the kernels want it: compute dtype float, int column counts, buffer and given teacher in one place.
+// LastBatchArgs as the kernels want it: compute dtype float, rows and columns counted in int (products are int64), buffer
+// and given teacher in one place.
 struct DeviceArgs {
-  int64_t batch, logits_stride, target_stride, target_b_stride, lam_stride, dense_stride;
+  int64_t logits_stride, target_stride, target_b_stride, lam_stride, dense_stride;
   const void* logits;
   const int64_t *target, *target_b;
   const float *lam, *dense, *weight;
   const void* teacher;
-  int64_t teacher_stride, teacher_rows;
+  int64_t teacher_stride;
   void* buffer;
-  int64_t capacity;
   int64_t* slots;
   const int64_t* ids;
   int64_t num_old;
@@ -44,7 +44,7 @@ struct DeviceArgs {
   void* grad;
   Workspace* workspace;
   float alpha, temperature, ce_weight, ce_alpha, label_smoothing, z_loss, correct_share;
-  int classes;
+  int batch, classes, teacher_rows, capacity;
   DType dtype, teacher_dtype;
   TeacherKind kind;
   Reduction reduction;
@@ -53,7 +53,7 @@ struct DeviceArgs {
 
 // Derived once per block, then read by everybody from shared memory.
 struct BatchState {
-  int64_t start, stored, taught_rows;  // pair j: rows j < start and start + j; slot j < stored takes row start + j
+  int start, stored, taught_rows;  // pair j: rows j < start and start + j; slot j < stored takes row start + j
   TermScales<float> scales;
   float temperature, inverse, log2e_over_t;  // tau, 1 / tau, log2(e) / tau
   float alpha, ce_weight, grad_scale, weight_sum;
@@ -62,16 +62,20 @@ struct BatchState {
 
 constexpr float log2e = 1.44269504f;
 
-DLB_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-DLB_DEVICE int64_t clamped(int64_t v, int64_t high) { return v < 0 ? 0 : v > high ? high : v; }
+DLB_DEVICE int pair_count(const DeviceArgs& a, const BatchState& s) {
+  return s.start > a.batch - s.start ? s.start : a.batch - s.start;
+}
+
+DLB_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+DLB_DEVICE int clamped(int64_t v, int high) { return v < 0 ? 0 : v > high ? high : static_cast<int>(v); }
 
 // Rows of pairs, from the device's own count. A wrong count in slots can misplace teachers; it cannot leave the arrays.
-DLB_DEVICE void lay_out_pairs(const DeviceArgs& a, int64_t& start, int64_t& stored, int64_t& taught_rows) {
+DLB_DEVICE void lay_out_pairs(const DeviceArgs& a, int& start, int& stored, int& taught_rows) {
   stored = 0;
   start = (a.batch + 1) / 2;
   if (a.buffer != nullptr) {
-    const int64_t count = clamped(load(a.slots + slots_count), a.capacity);
-    const int64_t old = clamped(a.num_old >= 0 ? a.num_old : count, a.batch);
+    const int count = clamped(load(a.slots + slots_count), a.capacity);
+    const int old = clamped(a.num_old >= 0 ? a.num_old : count, a.batch);
     stored = smaller(a.batch - old, a.capacity);
     start = a.batch - stored;
     taught_rows = smaller(smaller(count, old), start);
@@ -82,29 +86,29 @@ DLB_DEVICE void lay_out_pairs(const DeviceArgs& a, int64_t& start, int64_t& stor
   }
 }
 
-DLB_DEVICE bool id_differs(const DeviceArgs& a, int64_t row) {
+DLB_DEVICE bool id_differs(const DeviceArgs& a, int row) {
   if (a.buffer == nullptr || a.ids == nullptr) return false;
   const int64_t stored = load(a.slots + slots_header + row);
   return stored != unknown_id && stored != load(a.ids + row);
 }
 
-DLB_DEVICE bool label_counts(const DeviceArgs& a, int64_t row) {
+DLB_DEVICE bool label_counts(const DeviceArgs& a, int row) {
   if (load(a.target + row * a.target_stride) == a.ignore_index) return false;
   return a.target_b == nullptr || load(a.target_b + row * a.target_b_stride) != a.ignore_index;
 }
 
 // For row < taught_rows.
-DLB_DEVICE bool is_taught(const DeviceArgs& a, int64_t row, bool other_sample) {
+DLB_DEVICE bool is_taught(const DeviceArgs& a, int row, bool other_sample) {
   if (other_sample) return false;
   if (a.kd_mask != nullptr && (row >= a.kd_mask_rows || !load(a.kd_mask + row))) return false;
   return !(a.kind == TeacherKind::given_by_rule && a.correct_share >= 0.0f) || label_counts(a, row);
 }
 
 // This thread's share of the counts when `threads` of them divide the rows.
-DLB_DEVICE Counts count_rows(const DeviceArgs& a, int64_t taught_rows, int64_t thread, int64_t threads) {
+DLB_DEVICE Counts count_rows(const DeviceArgs& a, int taught_rows, int thread, int threads) {
   Counts n;
   if (a.target != nullptr) {
-    for (int64_t row = thread; row < a.batch; row += threads) {
+    for (int row = thread; row < a.batch; row += threads) {
       if (!label_counts(a, row)) continue;
       n.rows += 1.0f;
       if (a.weight != nullptr && a.target_b == nullptr)
@@ -117,7 +121,7 @@ DLB_DEVICE Counts count_rows(const DeviceArgs& a, int64_t taught_rows, int64_t t
   }
   const bool by_row = a.kd_mask != nullptr || a.ids != nullptr || a.kind == TeacherKind::given_by_rule;
   if (by_row) {
-    for (int64_t row = thread; row < taught_rows; row += threads) {
+    for (int row = thread; row < taught_rows; row += threads) {
       const bool differs = id_differs(a, row);
       n.mismatched += differs ? 1.0f : 0.0f;
       n.taught += is_taught(a, row, differs) ? 1.0f : 0.0f;

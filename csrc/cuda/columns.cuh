@@ -75,6 +75,25 @@ DLB_DEVICE void store_edge(X* row, int first, int classes, const float* in) {
   }
 }
 
+// The same, from packed words: half the registers for 16-bit elements that have to wait for their store.
+template <typename X, int V>
+DLB_DEVICE void pack_columns(const float* in, uint32_t* words) {
+  constexpr int per_word = 4 / static_cast<int>(sizeof(X));
+  DLB_UNROLL for (int w = 0; w < V / per_word; ++w) words[w] = pack<X>(in + w * per_word);
+}
+template <typename X, int V>
+DLB_DEVICE void store_packed_edge(X* row, int first, int classes, const uint32_t* words) {
+  DLB_UNROLL for (int e = 0; e < V; ++e) {
+    const int c = first + e;
+    if (c >= 0 && c < classes) {
+      if constexpr (sizeof(X) == 4)
+        store(reinterpret_cast<uint32_t*>(row + c), words[e]);
+      else
+        store(&row[c].bits, static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16)));
+    }
+  }
+}
+
 // The same columns, as one access where `aligned` (whole packets of the row are) and all of them lie inside.
 template <typename X, int V, bool once>
 DLB_DEVICE void load_columns(const X* row, int first, int classes, bool aligned, float fill, float* out) {

@@ -7,10 +7,9 @@ namespace cuda {
 
 static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
   DLB_SHARED(FinishShared, shared);
-  int64_t start, stored, taught_rows;
+  int start, stored, taught_rows;
   lay_out_pairs(a, start, stored, taught_rows);
-  const int64_t threads = static_cast<int64_t>(grid_blocks()) * block_threads();
-  const Counts n = count_rows(a, taught_rows, static_cast<int64_t>(block_index()) * block_threads() + thread_index(), threads);
+  const Counts n = count_rows(a, taught_rows, block_index() * block_threads() + thread_index(), grid_blocks() * block_threads());
   float v[count_fields] = {n.rows, n.weight, n.taught, n.mismatched};
   reduce_block<Sum>(v, shared.partial[0]);
   Workspace& w = *a.workspace;

@@ -48,11 +48,12 @@ DLB_DEVICE void sync_block() { __syncthreads(); }
 DLB_DEVICE void fence() { __threadfence(); }
 DLB_DEVICE uint32_t atomic_add(uint32_t* counter, uint32_t value) { return atomicAdd(counter, value); }
 
-// Clusters exist from sm_90 on. Below, the cluster kernels are compiled to a trap and never launched.
+// Clusters exist from sm_90 on. Below, the cluster kernels are compiled to a trap and never launched. The reads of special
+// registers are volatile: done where they are used, not kept in an ordinary register through the kernel.
 DLB_DEVICE int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   unsigned rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
 #else
   __trap();
@@ -62,7 +63,25 @@ DLB_DEVICE int cluster_rank() {
 DLB_DEVICE int cluster_blocks() {
 #if __CUDA_ARCH__ >= 900
   unsigned count;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  return static_cast<int>(count);
+#else
+  return 1;
+#endif
+}
+DLB_DEVICE int cluster_index() {
+#if __CUDA_ARCH__ >= 900
+  unsigned index;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return static_cast<int>(index);
+#else
+  return 0;
+#endif
+}
+DLB_DEVICE int clusters_in_grid() {
+#if __CUDA_ARCH__ >= 900
+  unsigned count;
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
   return static_cast<int>(count);
 #else
   return 1;
@@ -73,14 +92,22 @@ DLB_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-// Writes `value` to the place that `address` (in this block's shared memory) has in block `rank` of the cluster.
-DLB_DEVICE void cluster_store(float* address, int rank, float value) {
+// Writes N values to the place that `address` (in this block's shared memory) has in block `rank` of the cluster.
+template <int N>
+DLB_DEVICE void cluster_store(float* address, int rank, const float (&values)[N]) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t mine = static_cast<uint32_t>(__cvta_generic_to_shared(address));
   uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(mine), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+  DLB_UNROLL for (int i = 0; i < N; ++i)
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote + 4 * i), "f"(values[i]) : "memory");
 #endif
+}
+
+// The value, computed here: what follows from it is not hoisted out of the kernel's loop into a register of its own.
+DLB_DEVICE int computed_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 template <typename X>

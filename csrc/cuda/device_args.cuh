@@ -8,7 +8,7 @@ namespace cuda {
 
 inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, void* workspace) {
   DeviceArgs d;
-  d.batch = a.batch, d.classes = static_cast<int>(a.classes);
+  d.batch = static_cast<int>(a.batch), d.classes = static_cast<int>(a.classes);
   d.logits = a.logits, d.logits_stride = a.logits_stride, d.dtype = a.dtype;
   d.target = a.target, d.target_stride = a.target_stride;
   d.target_b = a.target_b, d.target_b_stride = a.target_b_stride;
@@ -16,10 +16,10 @@ inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, vo
   d.dense = static_cast<const float*>(a.dense), d.dense_stride = a.dense_stride;
   d.weight = static_cast<const float*>(a.weight);
   d.kind = a.kind, d.teacher_dtype = a.teacher_dtype;
-  d.buffer = a.buffer, d.capacity = a.capacity, d.slots = a.slots, d.ids = a.ids, d.num_old = a.num_old;
+  d.buffer = a.buffer, d.capacity = static_cast<int>(a.capacity), d.slots = a.slots, d.ids = a.ids, d.num_old = a.num_old;
   d.teacher = a.buffer != nullptr ? a.buffer : a.teacher;
   d.teacher_stride = a.buffer != nullptr ? a.classes : a.teacher_stride;
-  d.teacher_rows = a.buffer != nullptr ? a.capacity : a.teacher_rows;
+  d.teacher_rows = static_cast<int>(a.buffer != nullptr ? a.capacity : a.teacher_rows);
   d.kd_mask = a.kd_mask, d.kd_mask_rows = a.kd_mask_rows, d.correct_share = static_cast<float>(a.correct_share);
   d.alpha_ptr = static_cast<const float*>(a.alpha_ptr), d.temperature_ptr = static_cast<const float*>(a.temperature_ptr);
   d.alpha = static_cast<float>(a.alpha), d.temperature = static_cast<float>(a.temperature);
@@ -37,12 +37,10 @@ using Kernel = void (*)(DeviceArgs);
 template <typename T, Teach teach>
 Kernel held_kernel_of(Regime regime) {
   switch (regime) {
-    case Regime::lanes4: return &held_kernel<T, teach, 8, LaneGroup<4>>;
-    case Regime::lanes8: return &held_kernel<T, teach, 16, LaneGroup<8>>;
+    case Regime::lanes: return &held_kernel<T, teach, 16, LaneGroup<8>>;
     case Regime::warp: return &held_kernel<T, teach, held_columns, LaneGroup<32>>;
     case Regime::block: return &held_kernel<T, teach, held_columns, BlockGroup<512, 1>>;
-    case Regime::cluster:
-      if constexpr (teach != Teach::rule) return &held_kernel<T, teach, held_columns, ClusterGroup>;
+    case Regime::cluster: return &held_kernel<T, teach, held_columns, ClusterGroup>;
     default: return nullptr;
   }
 }
@@ -55,11 +53,7 @@ Kernel kernel_for(const LaunchPlan& plan, TeacherKind kind) {
     return plan.general ? &streamed_kernel<T, Teach::any, true, BlockGroup<256, 2>>
                         : &streamed_kernel<T, Teach::logits, false, BlockGroup<256, 3>>;
   }
-  switch (kind) {
-    case TeacherKind::none: return held_kernel_of<T, Teach::none>(plan.regime);
-    case TeacherKind::logits: return held_kernel_of<T, Teach::logits>(plan.regime);
-    default: return held_kernel_of<T, Teach::rule>(plan.regime);
-  }
+  return kind == TeacherKind::logits ? held_kernel_of<T, Teach::logits>(plan.regime) : held_kernel_of<T, Teach::none>(plan.regime);
 }
 
 // One per element type, each in its own file so that they compile side by side.

@@ -32,12 +32,14 @@ DLB_DEVICE void write_outputs(const DeviceArgs& a, const BatchState& s, const fl
 
 // Whose id slot j remembers from now on. Written by the pair's owner when the counts came from count_kernel; otherwise
 // other blocks may still be comparing ids, so the last block writes them all.
-DLB_DEVICE void write_id(const DeviceArgs& a, const BatchState& s, int64_t slot) {
+DLB_DEVICE void write_id(const DeviceArgs& a, const BatchState& s, int slot) {
   store(a.slots + slots_header + slot, a.ids != nullptr ? load(a.ids + s.start + slot) : unknown_id);
 }
 
-DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const Totals& totals, FinishShared& shared) {
-  float sum[total_fields] = {totals.ce, totals.kl, totals.square, totals.correct};
+// `totals` is read by leaders only.
+DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const Totals& totals, bool leader, FinishShared& shared) {
+  float sum[total_fields] = {0, 0, 0, 0};
+  if (leader) sum[0] = totals.ce, sum[1] = totals.kl, sum[2] = totals.square, sum[3] = totals.correct;
   reduce_block<Sum>(sum, shared.partial[0]);
   Workspace& w = *a.workspace;
   if (thread_index() == 0) {
@@ -56,12 +58,12 @@ DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const To
   }
   reduce_block<Sum>(sum, shared.partial[1]);
   if (a.buffer != nullptr && !a.precounted) {
-    for (int64_t slot = thread_index(); slot < s.stored; slot += block_threads()) write_id(a, s, slot);
+    for (int slot = thread_index(); slot < s.stored; slot += block_threads()) write_id(a, s, slot);
   }
   if (thread_index() == 0) {
     write_outputs(a, s, sum);
     if (a.buffer != nullptr) {
-      store(a.slots + slots_count, s.stored);
+      store(a.slots + slots_count, static_cast<int64_t>(s.stored));
       const int64_t mismatched = load(a.slots + slots_mismatched);
       store(a.slots + slots_mismatched, mismatched + static_cast<int64_t>(s.counts.mismatched));
     }

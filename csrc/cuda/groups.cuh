@@ -39,43 +39,42 @@ struct LaneGroup {
   DLB_DEVICE int first() const { return block_index() * (block_threads() / lanes); }  // first group of this block
   // The warp's rows go the same way through every shuffle: what one of them needs, all of them execute.
   DLB_DEVICE static bool any(bool value) { return lanes == warp_lanes ? value : warp_any(value); }
-  template <typename Op, int N>
+  template <typename Op, int buffer, int N>
   DLB_DEVICE void reduce(float (&v)[N]) {
     reduce_lanes<Op>(v, lanes);
   }
   DLB_DEVICE static void sync() { sync_warp(); }
 };
 
-// The block. Successive reductions alternate between two halves of the scratch: a thread can write half a again only
-// after the barrier of the reduction through half b, which every reader of a has passed; so one barrier each suffices.
+// The block. A row's reductions go through one scratch buffer each: a buffer is written again only after the barrier of
+// another one, which every reader of it has passed; so one barrier per reduction suffices.
 template <int threads_at_most, int blocks_at_least>
 struct BlockGroup {
   static constexpr int launch_threads = threads_at_most, min_blocks = blocks_at_least, fixed_size = 0;
   struct Shared {
-    float partial[2][max_sums][max_block_warps];
+    float partial[3][max_sums][max_block_warps];
   };
   Shared& shared;
-  int rank, half = 0;
+  int rank;
   static constexpr int index = 0;
   DLB_DEVICE explicit BlockGroup(Shared& s) : shared(s), rank(thread_index()) {}
   DLB_DEVICE int size() const { return block_threads(); }
   DLB_DEVICE static int groups_in_grid() { return grid_blocks(); }
   DLB_DEVICE int first() const { return block_index(); }
   DLB_DEVICE static bool any(bool value) { return value; }
-  template <typename Op, int N>
+  template <typename Op, int buffer, int N>
   DLB_DEVICE void reduce(float (&v)[N]) {
     static_assert(N <= max_sums, "scratch");
     reduce_lanes<Op>(v, warp_lanes);
-    const int lane = thread_index() % warp_lanes, warp = thread_index() / warp_lanes;
+    const int here = computed_here(rank), lane = here % warp_lanes, warp = here / warp_lanes;
     if (lane == 0) {
-      DLB_UNROLL for (int i = 0; i < N; ++i) shared_store(&shared.partial[half][i][warp], v[i]);
+      DLB_UNROLL for (int i = 0; i < N; ++i) shared_store(&shared.partial[buffer][i][warp], v[i]);
     }
     sync_block();
     const int other = lane % max_block_warps;
     const bool used = other < block_threads() / warp_lanes;
-    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = used ? shared_load(&shared.partial[half][i][other]) : Op::identity();
+    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = used ? shared_load(&shared.partial[buffer][i][other]) : Op::identity();
     reduce_lanes<Op>(v, max_block_warps);
-    half ^= 1;
   }
   DLB_DEVICE static void sync() { sync_block(); }
 };
@@ -85,36 +84,31 @@ struct BlockGroup {
 struct ClusterGroup {
   static constexpr int launch_threads = max_block_threads, min_blocks = 1, fixed_size = 0;
   struct Shared {
-    float partial[2][max_held_sums][max_cluster * max_block_warps];
+    float partial[2][max_cluster * max_block_warps][max_held_sums];  // an odd stride: no bank conflicts
   };
   Shared& shared;
-  int blocks, rank, half = 0;
+  int rank;
   static constexpr int index = 0;
-  DLB_DEVICE explicit ClusterGroup(Shared& s)
-      : shared(s), blocks(cluster_blocks()), rank(cluster_rank() * block_threads() + thread_index()) {
+  DLB_DEVICE explicit ClusterGroup(Shared& s) : shared(s), rank(cluster_rank() * block_threads() + thread_index()) {
     sync_cluster();  // every block of the cluster runs before anybody writes into its memory
   }
-  DLB_DEVICE int size() const { return blocks * block_threads(); }
-  DLB_DEVICE int groups_in_grid() const { return grid_blocks() / blocks; }
-  DLB_DEVICE int first() const { return block_index() / blocks; }
+  DLB_DEVICE int size() const { return cluster_blocks() * block_threads(); }
+  DLB_DEVICE int groups_in_grid() const { return clusters_in_grid(); }
+  DLB_DEVICE int first() const { return cluster_index(); }
   DLB_DEVICE static bool any(bool value) { return value; }
-  template <typename Op, int N>
+  template <typename Op, int buffer, int N>
   DLB_DEVICE void reduce(float (&v)[N]) {
     static_assert(N <= max_held_sums, "scratch");
     reduce_lanes<Op>(v, warp_lanes);
-    const int lane = thread_index() % warp_lanes, mine = rank / warp_lanes;
-    if (lane < blocks) {
-      DLB_UNROLL for (int i = 0; i < N; ++i) cluster_store(&shared.partial[half][i][mine], lane, v[i]);
-    }
+    const int here = computed_here(rank), lane = here % warp_lanes, mine = here / warp_lanes;
+    if (lane < cluster_blocks()) cluster_store(shared.partial[buffer][mine], lane, v);
     sync_cluster();
     const int warps = size() / warp_lanes;
-    DLB_UNROLL for (int i = 0; i < N; ++i) {
-      v[i] = Op::identity();
-      DLB_NO_UNROLL for (int w = lane; w < warps; w += warp_lanes)
-        v[i] = Op::combine(v[i], shared_load(&shared.partial[half][i][w]));
+    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = Op::identity();
+    DLB_NO_UNROLL for (int w = lane; w < warps; w += warp_lanes) {
+      DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = Op::combine(v[i], shared_load(&shared.partial[buffer][w][i]));
     }
     reduce_lanes<Op>(v, warp_lanes);
-    half ^= 1;
   }
   DLB_DEVICE static void sync() { sync_cluster(); }
 };

@@ -3,7 +3,8 @@
 // A group of threads (a few lanes, a warp, a block, a cluster) owns row j and row start + j; each thread holds E columns
 // of the row in registers: as exp(x), or, where there is a teacher, as the logit and the teacher's exp(y / tau). Keeping
 // exp(x) and exp(x / tau) as well would save 2 ex2 per taught logit and costs 32 registers more, which spill. Options that
-// read another array per class (dense targets, smoothing with class weights, given probabilities) are streamed.
+// read another array per class (dense targets, smoothing with class weights, given probabilities), two labels per row and
+// teachers by rule are streamed.
 //
 // Predicted traffic per logit of the batch, gradient and roll included: 12 bytes float32, 6 bytes bfloat16 and float16;
 // 5 ex2 per taught logit, 1 per other one. Registers: 64 for a row pair's values at E = 32, at most 128 in all. One launch.
@@ -19,22 +20,23 @@ struct HeldShared {
   typename Group::Shared group;
   StateShared state;
   FinishShared finish;
+  Totals totals[max_groups];
 };
 
 // The columns one thread of a group holds: packets rank, rank + size, ... Whole packets move as 16 bytes; of the two that
-// may stick out of the row, the first can only be a thread's packet 0 and the last is its packet `tail`. They go element
+// may stick out of the row, the first can only be a thread's packet 0 and the last is its packet `tail()`. They go element
 // by element, once per row and array, so that the code for it exists once and not per packet. Every array of a held
 // kernel is shifted alike (plan_launch sees to it), except the slot a row is stored in.
 template <typename T, int E>
 struct HeldColumns {
   static constexpr int V = packet_columns<T>, packets = E / V;
   int first, step;  // column at which the thread's packet 0 begins (may be negative), and columns between packets
-  int classes, tail;
-  DLB_DEVICE HeldColumns(int rank, int size, int shift, int c) : first(rank * V - shift), step(size * V), classes(c) {
-    const int last = c + shift - 1, packet = last / V;  // the row's last packet
-    const bool mine = (last + 1) % V != 0 && packet % size == rank;
-    tail = mine ? packet / size : -1;
-    if (tail == 0 && first < 0) tail = -1;  // the whole row lies in one packet, which counts as the first
+  int classes;
+  DLB_DEVICE HeldColumns(int rank, int size, int shift, int c) : first(rank * V - shift), step(size * V), classes(c) {}
+  // The thread's packet that begins inside the row and ends outside, or -1. (A row within one packet counts as the first.)
+  DLB_DEVICE int tail() const {
+    const int before = classes - 1 - first, p = before / step;
+    return before >= 0 && column(p) >= 0 && column(p) + V > classes ? p : -1;
   }
   DLB_DEVICE int column(int p) const { return first + p * step; }
   DLB_DEVICE bool head() const { return first < 0; }
@@ -49,12 +51,13 @@ DLB_DEVICE void load_held(const HeldColumns<T, E>& columns, const X* row, float*
     if (columns.whole(p)) load_aligned<X, V, once>(row + columns.column(p), out + p * V);
   }
   if (columns.head()) load_edge<X, V>(row, columns.first, columns.classes, out);
-  if (columns.tail >= 0) {
+  const int tail = columns.tail();
+  if (tail >= 0) {
     float edge[V];
-    load_edge<X, V>(row, columns.column(columns.tail), columns.classes, edge);
+    load_edge<X, V>(row, columns.column(tail), columns.classes, edge);
     DLB_UNROLL for (int p = 0; p < HeldColumns<T, E>::packets; ++p) {
       // A select per element: a branch would be turned into an indexed store, and `out` into local memory.
-      DLB_UNROLL for (int e = 0; e < V; ++e) out[p * V + e] = p == columns.tail ? edge[e] : out[p * V + e];
+      DLB_UNROLL for (int e = 0; e < V; ++e) out[p * V + e] = p == tail ? edge[e] : out[p * V + e];
     }
   }
 }
@@ -63,7 +66,7 @@ DLB_DEVICE void load_held(const HeldColumns<T, E>& columns, const X* row, float*
 template <typename T, typename X, int E, typename Value>
 DLB_DEVICE void store_held(const HeldColumns<T, E>& columns, X* row, Value value) {
   constexpr int V = HeldColumns<T, E>::V;
-  float edge[V];
+  uint32_t edge[V * sizeof(X) / 4];
   DLB_UNROLL for (int p = 0; p < HeldColumns<T, E>::packets; ++p) {
     if (columns.column(p) >= columns.classes) continue;
     float out[V];
@@ -73,15 +76,16 @@ DLB_DEVICE void store_held(const HeldColumns<T, E>& columns, X* row, Value value
     } else if (p == 0 && columns.head()) {
       store_edge<X, V>(row, columns.first, columns.classes, out);
     } else {
-      DLB_UNROLL for (int e = 0; e < V; ++e) edge[e] = out[e];
+      pack_columns<X, V>(out, edge);
     }
   }
-  if (columns.tail >= 0) store_edge<X, V>(row, columns.column(columns.tail), columns.classes, edge);
+  const int tail = columns.tail();
+  if (tail >= 0) store_packed_edge<X, V>(row, columns.column(tail), columns.classes, edge);
 }
 
 // Teacher and buffer of another dtype than the logits: float32 logits may keep 16-bit rows, the rest is streamed.
 template <typename T, int E>
-DLB_DEVICE void load_teacher(const DeviceArgs& a, const HeldColumns<T, E>& columns, int64_t row, float* out) {
+DLB_DEVICE void load_teacher(const DeviceArgs& a, const HeldColumns<T, E>& columns, int row, float* out) {
   const int64_t offset = row * a.teacher_stride;
   if constexpr (sizeof(T) == 2) {
     load_held<false>(columns, static_cast<const T*>(a.teacher) + offset, out);
@@ -113,8 +117,8 @@ DLB_DEVICE void store_slot_as(const DeviceArgs& a, const HeldColumns<T, E>& colu
 
 template <typename T, int E, typename Group>
 DLB_DEVICE void store_slot(const DeviceArgs& a, const HeldColumns<T, E>& columns, const Group& group, const T* z_row,
-                           int shift, int64_t slot, const float* z) {
-  const int64_t offset = slot * a.classes;
+                           int shift, int slot, const float* z) {
+  const int64_t offset = static_cast<int64_t>(slot) * a.classes;
   if constexpr (sizeof(T) == 2) {
     store_slot_as(a, columns, group, z_row, shift, static_cast<T*>(a.buffer) + offset, z);
   } else if (a.teacher_dtype == DType::f32) {
@@ -130,10 +134,9 @@ DLB_DEVICE void store_slot(const DeviceArgs& a, const HeldColumns<T, E>& columns
 // `taught_path`: whether the teacher's arithmetic is compiled in. slot < 0: the row is not stored.
 template <typename T, Teach teach, bool taught_path, int E, typename Group>
 DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group, const RowRole& role, bool exists,
-                         int64_t row, int64_t slot, Totals& totals) {
+                         int row, int slot, Totals& totals) {
   using Columns = HeldColumns<T, E>;
   constexpr int V = Columns::V;
-  constexpr bool reads_teacher = taught_path && teach == Teach::logits;
   const T* z_row = static_cast<const T*>(a.logits) + (exists ? row * a.logits_stride : 0);
   const int shift = shift_of<V>(z_row);
   const Columns columns(group.rank, group.size(), shift, a.classes);
@@ -141,23 +144,26 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
   DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = -infinity();
   if (exists && (role.active() || slot >= 0)) {
     load_held<true>(columns, z_row, z);
-    if (slot >= 0) store_slot(a, columns, group, z_row, shift, slot, z);
+    // A stored row is a new row, and new rows have no teacher (taught_rows <= start).
+    if constexpr (!taught_path) {
+      if (slot >= 0) store_slot(a, columns, group, z_row, shift, slot, z);
+    }
   }
-  T* grad_row = a.grad != nullptr && exists ? static_cast<T*>(a.grad) + row * a.classes : nullptr;
+  T* grad_row = a.grad != nullptr && exists ? static_cast<T*>(a.grad) + static_cast<int64_t>(row) * a.classes : nullptr;
   RowGradient g;
-  float et[reads_teacher ? E : 1];  // the teacher's logits, then exp(y / tau)
+  float et[taught_path ? E : 1];  // the teacher's logits, then exp(y / tau)
   float m = 0;
   if (Group::any(exists && role.active())) {
     float top[2] = {-infinity(), -infinity()};
     DLB_UNROLL for (int e = 0; e < E; ++e) top[0] = maximum(top[0], z[e]);
-    if constexpr (reads_teacher) {
+    if constexpr (taught_path) {
       DLB_UNROLL for (int e = 0; e < E; ++e) et[e] = -infinity();
       if (exists && role.taught) load_teacher(a, columns, row, et);
       DLB_UNROLL for (int e = 0; e < E; ++e) top[1] = maximum(top[1], et[e]);
-      group.template reduce<Max>(top);
+      group.template reduce<Max, 0>(top);
     } else {
       float only[1] = {top[0]};
-      group.template reduce<Max>(only);
+      group.template reduce<Max, 0>(only);
       top[0] = only[0];
     }
     // A row of nothing but -inf keeps x = -inf instead of NaN: its exponentials are 0.
@@ -166,7 +172,7 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
     RowSums n;
     n.top = m = top[0];
     float sum[max_held_sums] = {0, 0, 0, 0, 0};  // d1, d2, dt, gap, x_sum
-    if (s.scales.even > 0.0f || (taught_path && teach == Teach::rule)) {
+    if (s.scales.even > 0.0f) {
       DLB_UNROLL for (int p = 0; p < Columns::packets; ++p) {
         DLB_UNROLL for (int e = 0; e < V; ++e) {
           const bool inside = static_cast<unsigned>(columns.column(p) + e) < static_cast<unsigned>(a.classes);
@@ -179,22 +185,28 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
       DLB_UNROLL for (int e = p * V; e < p * V + V; ++e) {
         const float x = z[e] - m, e1 = exp2_fast(x * log2e);
         sum[0] += e1;
-        if constexpr (taught_path)
+        if constexpr (taught_path) {
           sum[1] += exp2_fast(x * s.log2e_over_t);
-        else
-          z[e] = e1;
-        if constexpr (reads_teacher) {
           const float y = et[e] - top[1];
           et[e] = exp2_fast(y * s.log2e_over_t);
           sum[2] += et[e];
           // A class without teacher mass costs nothing, also where the student's logit is -inf.
           sum[3] += et[e] == 0.0f ? 0.0f : et[e] * (y - x);
+        } else {
+          z[e] = e1;
         }
       }
     }
-    group.template reduce<Sum>(sum);
+    if constexpr (taught_path) {
+      group.template reduce<Sum, 1>(sum);
+    } else {
+      float both[2] = {sum[0], sum[4]};
+      group.template reduce<Sum, 1>(both);
+      sum[0] = both[0], sum[4] = both[1];
+    }
     n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2], n.gap = sum[3] * s.inverse, n.x_sum = sum[4];
-    if (exists && role.active()) g = finish_row<taught_path ? teach : Teach::none, false>(a, s, role, n, z_row, row, group.rank == 0, totals);
+    constexpr Teach by = taught_path ? teach : Teach::none;
+    if (exists && role.active()) g = finish_row<by, false>(a, s, role, n, z_row, row, group.rank == 0, totals);
   }
   if (!exists) return;
   if (!role.active()) finish_idle_row(a, row, group.rank == 0);
@@ -205,14 +217,13 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
       float v;
       if constexpr (taught_path) {
         const float x = z[p * V + e] - m;
-        v = g.a * exp2_fast(x * log2e) + g.b * exp2_fast(x * s.log2e_over_t) - g.constant;
+        v = g.a * exp2_fast(x * log2e) + (g.b * exp2_fast(x * s.log2e_over_t) - g.k * et[p * V + e]) - g.constant;
       } else {
         v = g.a * z[p * V + e] - g.constant;
       }
-      if constexpr (reads_teacher) v -= g.k * et[p * V + e];
       out[e] = active ? v : 0.0f;
     }
-    correct_labels<V>(g, columns.column(p), out);
+    correct_labels<V, false>(g, columns.column(p), out);
   });
 }
 
@@ -222,29 +233,30 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) held_kernel(DLB_
   prepare(a, shared.state);
   const BatchState& s = shared.state.state;
   Group group(shared.group);
-  Totals totals;
-  const int64_t pairs = s.start > a.batch - s.start ? s.start : a.batch - s.start, step = group.groups_in_grid();
-  // The bounds are the same for all threads of the block: groups without a pair still take part in shuffles.
-  DLB_NO_UNROLL for (int64_t base = group.first(); base < pairs; base += step) {
-    const int64_t pair = base + group.index;
-    DLB_NO_UNROLL for (int half = 0; half < 2; ++half) {
-      const int64_t row = half == 0 ? pair : s.start + pair, end = half == 0 ? s.start : a.batch;
-      const bool exists = row < end;
-      const RowRole role = exists ? row_role(a, s, row) : RowRole();
-      const int64_t slot = half == 1 && exists && pair < s.stored ? pair : -1;
-      if (half == 1) {
-        // Everybody has read slot `pair` and its id before they are overwritten. (Reading a teacher ends in a reduction,
-        // which is a barrier; the id alone does not.)
-        if (a.buffer != nullptr && (Group::fixed_size > 0 || a.precounted)) Group::sync();
-        if (a.precounted && slot >= 0 && group.rank == 0) write_id(a, s, slot);
-      }
-      if (teach != Teach::none && Group::any(role.taught))
-        held_row<T, teach, teach != Teach::none, E>(a, s, group, role, exists, row, slot, totals);
-      else
-        held_row<T, teach, false, E>(a, s, group, role, exists, row, slot, totals);
+  Totals& totals = shared.totals[group.index];
+  const bool leader = group.rank == 0;
+  if (leader) totals = {0, 0, 0, 0};
+  // The bounds are the same for all threads of the block: groups without a pair still take part in shuffles. Pair and half
+  // (row j, row start + j) share one counter: every register counts here.
+  DLB_NO_UNROLL for (int turn = 2 * group.first(); turn < 2 * pair_count(a, s);
+                     turn += turn % 2 == 0 ? 1 : 2 * group.groups_in_grid() - 1) {
+    const int half = turn % 2, pair = turn / 2 + group.index;
+    const int row = half == 0 ? pair : s.start + pair, end = half == 0 ? s.start : a.batch;
+    const bool exists = row < end;
+    const RowRole role = exists ? row_role<false>(a, s, row) : RowRole();
+    const int slot = half == 1 && exists && pair < s.stored ? pair : -1;
+    if (half == 1) {
+      // Everybody has read slot `pair` and its id before they are overwritten. (Reading a teacher ends in a reduction,
+      // which is a barrier; the id alone does not.)
+      if (a.buffer != nullptr && (Group::fixed_size > 0 || a.precounted)) Group::sync();
+      if (a.precounted && slot >= 0 && leader) write_id(a, s, slot);
     }
+    if (teach != Teach::none && Group::any(role.taught))
+      held_row<T, teach, teach != Teach::none, E>(a, s, group, role, exists, row, slot, totals);
+    else
+      held_row<T, teach, false, E>(a, s, group, role, exists, row, slot, totals);
   }
-  finish_launch(a, s, totals, shared.finish);
+  finish_launch(a, s, totals, leader, shared.finish);
 }
 
 }  // namespace cuda

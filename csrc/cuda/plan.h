@@ -9,7 +9,7 @@ namespace dlb_fast {
 namespace cuda {
 
 // Held: rows in registers. Streamed: rows read twice. `general` kernels are the streamed ones with all options.
-enum class Regime : int32_t { lanes4, lanes8, warp, block, cluster, streamed_warp, streamed_block };
+enum class Regime : int32_t { lanes, warp, block, cluster, streamed_warp, streamed_block };
 
 struct Device {
   int multiprocessors = 132;
@@ -30,9 +30,11 @@ constexpr int64_t held_columns = 32;  // per thread: a logit and a teacher value
 
 inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Options that read another array per class.
+// Options that read another array per class; two labels per row, whose registers the held kernels lack; and the teacher by
+// rule: kernels holding rows for it would add a third to the time nvcc takes, and reading them again from L1 costs little.
 inline bool needs_general(const LastBatchArgs& a) {
-  return a.dense != nullptr || a.kind == TeacherKind::probabilities || (a.weight != nullptr && a.label_smoothing > 0.0);
+  return a.dense != nullptr || a.kind == TeacherKind::probabilities || a.kind == TeacherKind::given_by_rule || a.target_b != nullptr ||
+         (a.weight != nullptr && a.label_smoothing > 0.0);
 }
 
 // Whether row i of all arrays starts equally far past a packet of `per_packet` elements, for every i: true of contiguous
@@ -59,15 +61,12 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
   // A teacher of another element type: only float32 logits with 16-bit rows have a held kernel.
   const bool foreign = a.kind == TeacherKind::logits && a.dtype != a.teacher_dtype && a.dtype != DType::f32;
   const bool held = !options && !foreign && shifted_alike(a, per_packet);
-  // Nobody has asked for a teacher by rule over more than 16k classes: it is not worth a cluster kernel.
-  const int64_t largest_cluster = a.kind == TeacherKind::given_by_rule ? 0 : device.largest_cluster;
+  const int64_t largest_cluster = device.largest_cluster;
   const int64_t pairs = (a.batch + 1) / 2;
 
   int64_t group = 0;  // threads per row
-  if (held && span <= 4 * 8) {
-    plan.regime = Regime::lanes4, group = 4;      // CIFAR-10: 8 pairs per warp
-  } else if (held && span <= 8 * 16) {
-    plan.regime = Regime::lanes8, group = 8;      // CIFAR-100: 4 pairs per warp
+  if (held && span <= 8 * 16) {
+    plan.regime = Regime::lanes, group = 8;       // CIFAR: 4 pairs per warp
   } else if (held && span <= 32 * held_columns) {
     plan.regime = Regime::warp, group = 32;       // ImageNet: a pair per warp, no block barrier
   } else if (held && span <= 512 * held_columns) {
@@ -84,8 +83,7 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
   const int64_t sms = device.multiprocessors;
   int64_t blocks = pairs;
   switch (plan.regime) {
-    case Regime::lanes4:
-    case Regime::lanes8:
+    case Regime::lanes:
     case Regime::warp:
     case Regime::streamed_warp: {
       // Spread a small batch over the chip: fewer warps per block while most multiprocessors would have none.
@@ -128,7 +126,7 @@ inline const char* refusal(const LastBatchArgs& a) {
   if (a.dtype == DType::f64 || a.teacher_dtype == DType::f64)
     return "float64 has no CUDA kernel: use impl=\"torch\", or float32 logits and buffer";
   if (a.classes < 1 || a.classes > (1 << 24)) return "the CUDA kernels take 1 to 16777216 classes";
-  if (a.batch > (1 << 24)) return "the CUDA kernels take at most 16777216 rows: their counters are exact float32 integers";
+  if (a.batch > (1 << 24) || a.capacity > (1 << 24) || a.teacher_rows > (1 << 24)) return "the CUDA kernels take at most 16777216 rows: their counters are exact float32 integers";
   if (a.kind == TeacherKind::given_by_rule && a.correct_share >= 0.0 && a.target == nullptr)
     return "a teacher by rule with correct_share needs integer labels";
   return nullptr;

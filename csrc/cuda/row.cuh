@@ -10,8 +10,8 @@
 namespace dlb_fast {
 namespace cuda {
 
-// Kind of teacher a kernel is compiled for. `any` reads it from the arguments (the general kernel).
-enum class Teach { none, logits, rule, any };
+// Kind of teacher a kernel is compiled for. `any`, the general kernel, reads it from the arguments.
+enum class Teach { none, logits, any };
 
 struct RowRole {
   bool counts = false, taught = false;
@@ -27,16 +27,18 @@ DLB_DEVICE float label_share(const DeviceArgs& a, int64_t label, float share, in
   return a.weight != nullptr ? share * load(a.weight + label) : share;
 }
 
-DLB_DEVICE RowRole row_role(const DeviceArgs& a, const BatchState& s, int64_t row) {
+template <bool general>
+DLB_DEVICE RowRole row_role(const DeviceArgs& a, const BatchState& s, int row) {
   RowRole r;
   r.taught = row < s.taught_rows && is_taught(a, row, id_differs(a, row));
   if (a.target != nullptr) {
     r.counts = label_counts(a, row);
     const int64_t label = load(a.target + row * a.target_stride);
     if (r.counts) {
-      const float lam = a.target_b != nullptr ? load(a.lam + row * a.lam_stride) : 1.0f;
+      const bool two = general && a.target_b != nullptr;
+      const float lam = two ? load(a.lam + row * a.lam_stride) : 1.0f;
       r.share = label_share(a, label, lam, r.label);
-      if (a.target_b != nullptr)
+      if (two)
         r.share_b = label_share(a, load(a.target_b + row * a.target_b_stride), 1.0f - lam, r.label_b);
     }
   } else {
@@ -61,9 +63,12 @@ struct RowGradient {
   float at_label = 0, at_label_b = 0;
 };
 
+// Sums over the rows of one group, in shared memory: its leader alone touches them, once per row, and they would cost
+// every thread four registers.
 struct Totals {
-  float ce = 0, kl = 0, square = 0, correct = 0;
+  float ce, kl, square, correct;
 };
+constexpr int max_groups = 16;
 
 // A teacher nobody trained: `right` on the label, `wrong` elsewhere.
 struct RuleShares {
@@ -78,7 +83,7 @@ DLB_DEVICE float p_log_p(float p) { return p > 0.0f ? p * log_accurate(p) : 0.0f
 
 template <Teach teach, bool general, typename T>
 DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, const RowRole& role, const RowSums& n,
-                                  const T* z_row, int64_t row, bool leader, Totals& totals) {
+                                  const T* z_row, int row, bool leader, Totals& totals) {
   RowGradient g;
   const TermScales<float>& scales = s.scales;
   float ce = 0, kl = 0, square = 0;
@@ -87,7 +92,7 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
     const float log_d1 = log_accurate(n.d1), lse = n.top + log_d1;
     float mass = scales.hard * role.share;
     float dot = mass == 0.0f ? 0.0f : mass * x_label;
-    if (role.label_b >= 0) {
+    if (general && role.label_b >= 0) {
       const float mass_b = scales.hard * role.share_b;
       mass += mass_b;
       dot += mass_b == 0.0f ? 0.0f : mass_b * (to_float(load(z_row + role.label_b)) - n.top);
@@ -113,7 +118,7 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
     if (leader && n.d1 == n.d1 && x_label >= 0.0f && role.share == role.share) totals.correct += 1.0f;
   }
   if (teach != Teach::none && role.taught) {
-    const TeacherKind kind = teach == Teach::any ? a.kind : teach == Teach::rule ? TeacherKind::given_by_rule : TeacherKind::logits;
+    const TeacherKind kind = teach == Teach::any ? a.kind : TeacherKind::logits;
     if (kind == TeacherKind::given_by_rule) {
       const RuleShares p = rule_shares(a);
       const float more = p.right - p.wrong;
@@ -149,17 +154,17 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
 }
 
 // For a row that takes no part: zeros, whatever it holds.
-DLB_DEVICE void finish_idle_row(const DeviceArgs& a, int64_t row, bool leader) {
+DLB_DEVICE void finish_idle_row(const DeviceArgs& a, int row, bool leader) {
   if (leader && a.reduction == Reduction::none) store(a.loss + row, 0.0f);
 }
 
 // Subtracts the label columns of a packet that starts at column `first`.
-template <int V>
+template <int V, bool general>
 DLB_DEVICE void correct_labels(const RowGradient& g, int first, float* values) {
   if (static_cast<unsigned>(g.label - first) < static_cast<unsigned>(V)) {
     DLB_UNROLL for (int e = 0; e < V; ++e) values[e] -= first + e == g.label ? g.at_label : 0.0f;
   }
-  if (static_cast<unsigned>(g.label_b - first) < static_cast<unsigned>(V)) {
+  if (general && static_cast<unsigned>(g.label_b - first) < static_cast<unsigned>(V)) {
     DLB_UNROLL for (int e = 0; e < V; ++e) values[e] -= first + e == g.label_b ? g.at_label_b : 0.0f;
   }
 }

@@ -1,6 +1,6 @@
 // Rows read twice: sums with a running maximum first, then, in reverse order so that it meets what the caches still
 // hold, the gradient. For rows too long to be held (C > 16384 without clusters) and for the general options, which
-// read another array per class: dense targets, smoothing with class weights, given probabilities.
+// read another array per class: dense targets, smoothing with class weights, given probabilities; and teachers by rule.
 //
 // Predicted traffic per logit, gradient and roll included: 12 bytes float32, 6 bytes 16-bit, when the second read hits L2;
 // 18 and 9 when none of it does. ex2: 6 per taught logit, 2 per other one. At most 64 registers. Not yet run on a GPU.
@@ -11,7 +11,7 @@ namespace dlb_fast {
 namespace cuda {
 
 template <int V, bool once>
-DLB_DEVICE void load_teacher_columns(const DeviceArgs& a, int64_t row, int first, int shift, float fill, float* out) {
+DLB_DEVICE void load_teacher_columns(const DeviceArgs& a, int row, int first, int shift, float fill, float* out) {
   const int64_t offset = row * a.teacher_stride;
   if (a.teacher_dtype == DType::f32) {
     const float* p = static_cast<const float*>(a.teacher) + offset;
@@ -26,8 +26,8 @@ DLB_DEVICE void load_teacher_columns(const DeviceArgs& a, int64_t row, int first
 }
 
 template <int V>
-DLB_DEVICE void store_slot_columns(const DeviceArgs& a, int64_t slot, int first, int shift, const float* in) {
-  const int64_t offset = slot * a.classes;
+DLB_DEVICE void store_slot_columns(const DeviceArgs& a, int slot, int first, int shift, const float* in) {
+  const int64_t offset = static_cast<int64_t>(slot) * a.classes;
   if (a.teacher_dtype == DType::f32) {
     float* p = static_cast<float*>(a.buffer) + offset;
     store_columns<float, V>(p, first, a.classes, shift_of<V>(p) == shift, in);
@@ -63,16 +63,15 @@ template <Teach teach>
 DLB_DEVICE TeacherUse teacher_use(const DeviceArgs& a, bool taught) {
   if (teach == Teach::none || !taught) return {false, false, false};
   if (teach == Teach::logits) return {true, false, false};
-  if (teach == Teach::rule) return {false, false, true};
   return {a.kind == TeacherKind::logits, a.kind == TeacherKind::probabilities, a.kind == TeacherKind::given_by_rule};
 }
 
 template <typename T, Teach teach, bool general, typename Group>
-DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& group, RowRole role, int64_t row, int64_t slot,
+DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& group, RowRole role, int row, int slot,
                              Totals& totals) {
   constexpr int V = packet_columns<T>;
   const T* z_row = static_cast<const T*>(a.logits) + row * a.logits_stride;
-  T* grad_row = a.grad != nullptr ? static_cast<T*>(a.grad) + row * a.classes : nullptr;
+  T* grad_row = a.grad != nullptr ? static_cast<T*>(a.grad) + static_cast<int64_t>(row) * a.classes : nullptr;
   const int shift = shift_of<V>(z_row), packets = (a.classes + shift + V - 1) / V;
   const bool active = role.active(), leader = group.rank == 0;
   if (!active && slot < 0) {  // reads nothing
@@ -162,11 +161,11 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
   float m = 0, mt = 0;
   if (active) {
     float tops[3] = {top.top, teacher_top.top, best_share};
-    group.template reduce<Max>(tops);
+    group.template reduce<Max, 0>(tops);
     m = shift_base(tops[0]), mt = shift_base(tops[1]);
     if (dense) {  // the right class of a dense target: the first of its largest shares
       float column[1] = {best_share == tops[2] ? -static_cast<float>(best_column) : -infinity()};
-      group.template reduce<Max>(column);
+      group.template reduce<Max, 1>(column);
       role.label = column[0] > -infinity() ? -static_cast<int>(column[0]) : 0;
     }
     const float own = top.top, own_teacher = teacher_top.top;
@@ -177,7 +176,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
       sum[2] *= factor;
       sum[3] = shrink_gap(sum[3], factor);
     }
-    group.template reduce<Sum>(sum);
+    group.template reduce<Sum, 2>(sum);
     RowSums n;
     n.top = m;
     const float moved = m - reference;
@@ -216,7 +215,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
         }
         value[e] = v;
       }
-      correct_labels<V>(g, first, value);
+      correct_labels<V, general>(g, first, value);
     } else {
       DLB_UNROLL for (int e = 0; e < V; ++e) value[e] = 0.0f;
     }
@@ -229,6 +228,7 @@ struct StreamedShared {
   typename Group::Shared group;
   StateShared state;
   FinishShared finish;
+  Totals totals[max_groups];
 };
 
 template <typename T, Teach teach, bool general, typename Group>
@@ -237,22 +237,23 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) streamed_kernel(
   prepare(a, shared.state);
   const BatchState& s = shared.state.state;
   Group group(shared.group);
-  Totals totals;
-  const int64_t pairs = s.start > a.batch - s.start ? s.start : a.batch - s.start, step = group.groups_in_grid();
-  DLB_NO_UNROLL for (int64_t pair = group.first() + group.index; pair < pairs; pair += step) {
+  Totals& totals = shared.totals[group.index];
+  const bool leader = group.rank == 0;
+  if (leader) totals = {0, 0, 0, 0};
+  DLB_NO_UNROLL for (int pair = group.first() + group.index; pair < pair_count(a, s); pair += group.groups_in_grid()) {
     DLB_NO_UNROLL for (int half = 0; half < 2; ++half) {
-      const int64_t row = half == 0 ? pair : s.start + pair, end = half == 0 ? s.start : a.batch;
+      const int row = half == 0 ? pair : s.start + pair, end = half == 0 ? s.start : a.batch;
       if (row >= end) continue;
-      const RowRole role = row_role(a, s, row);
-      const int64_t slot = half == 1 && pair < s.stored ? pair : -1;
+      const RowRole role = row_role<general>(a, s, row);
+      const int slot = half == 1 && pair < s.stored ? pair : -1;
       if (slot >= 0) {
         Group::sync();  // the whole group has read slot `pair`, twice, and its id, before they are overwritten
-        if (a.precounted && group.rank == 0) write_id(a, s, slot);
+        if (a.precounted && leader) write_id(a, s, slot);
       }
       streamed_row<T, teach, general>(a, s, group, role, row, slot, totals);
     }
   }
-  finish_launch(a, s, totals, shared.finish);
+  finish_launch(a, s, totals, leader, shared.finish);
 }
 
 }  // namespace cuda

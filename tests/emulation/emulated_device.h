@@ -39,11 +39,18 @@ inline void sync_block() { emulator::sync_block(); }
 inline void fence() { emulator::maybe_yield(); }
 inline int cluster_rank() { return emulator::here().cluster_rank; }
 inline int cluster_blocks() { return emulator::here().cluster_blocks; }
+inline int cluster_index() { return block_index() / cluster_blocks(); }
+inline int clusters_in_grid() { return grid_blocks() / cluster_blocks(); }
 inline void sync_cluster() { emulator::sync_cluster(); }
-inline void cluster_store(float* address, int rank, float value) {
-  emulator::maybe_yield();
-  *emulator::address_in_cluster(address, rank) = value;
+template <int N>
+void cluster_store(float* address, int rank, const float (&values)[N]) {
+  for (int i = 0; i < N; ++i) {
+    emulator::maybe_yield();
+    *emulator::address_in_cluster(address + i, rank) = values[i];
+  }
 }
+
+inline int computed_here(int value) { return value; }
 
 template <typename X>
 X load(const X* p) {

@@ -47,7 +47,7 @@ LastBatchArgs arguments(const py::dict& d) {
 }
 
 const char* name_of(Regime regime) {
-  constexpr const char* names[] = {"lanes4", "lanes8", "warp", "block", "cluster", "streamed_warp", "streamed_block"};
+  constexpr const char* names[] = {"lanes", "warp", "block", "cluster", "streamed_warp", "streamed_block"};
   return names[static_cast<int>(regime)];
 }
 
