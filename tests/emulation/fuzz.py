@@ -1,6 +1,6 @@
 """Random shapes, strides, options and values through the emulated kernels, seeded; alone or under sanitizers.
 
-``python tests/emulation/fuzz.py MODULE.so SEED COUNT`` (float32 logits) prints how many ran; a fault or a difference from
+``python tests/emulation/fuzz.py MODULE.so SEED COUNT`` (float32 logits) prints how many ran; a fault or difference from
 the reference ends it with a traceback that names the case.
 """
 
