@@ -199,25 +199,38 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. SEEDS-1 (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default: one per core, one on a GPU)")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default: a new one under runs/)")
+    parser.add_argument(
+        "--noises", help="shares of wrong labels, such as 0,0.2,0.4: a comparison for each, and a table over all"
+    )
     args, rest = parser.parse_known_args(argv)
     base = _config(preset, None) if preset else _config(None if args.config else args.preset, args.config)
     config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}")
     command = f"dlb-fast {prog} {shlex.join(argv)}".strip()
-    folder = comparison.run(
-        config,
-        methods=list(comparison.VARIANTS) if args.methods == "all" else args.methods.split(","),
-        seeds=args.seeds,
-        jobs=args.jobs,
-        folder=args.out,
-        label=prog,
-        command=command,
-    )
+    methods = list(comparison.VARIANTS) if args.methods == "all" else args.methods.split(",")
+    title = "DLB on handwritten digits" if preset else f"Comparison on {config.data.source}"
 
     from dlb_fast import report as pages
 
-    runs = [pages.read_run(path, label) for path, label in comparison.read_comparison(folder)]
-    title = "DLB on handwritten digits" if preset else f"Comparison on {config.data.source}"
-    page = pages.write_report(folder, runs, title=title, command=command)
+    def one(config: RunConfig, folder: Path | None) -> tuple[Path, list[pages.Run]]:
+        folder = comparison.run(
+            config, methods=methods, seeds=args.seeds, jobs=args.jobs, folder=folder, label=prog, command=command
+        )
+        runs = [pages.read_run(path, label) for path, label in comparison.read_comparison(folder)]
+        pages.write_report(folder, runs, title=title, command=command)
+        return folder, runs
+
+    if args.noises is not None:
+        from dlb_fast.train.config import override
+        from dlb_fast.train.run_folder import RunFolder
+
+        root = args.out or RunFolder.named(prog).path
+        shares = [float(share) for share in args.noises.split(",")]
+        found = {s: one(override(config, label_noise=s), root / f"noise-{s:g}")[1] for s in shares}
+        page = pages.write_noise_report(root, found, title=title, command=command)
+        print(f"\n{pages.noise_table(found)}\n\nwrote {page}, {root / 'noise.png'} and a page per share")
+        return 0
+    folder, runs = one(config, args.out)
+    page = folder / "report.md"
     print(f"\n{pages.compare_table(runs)}\n")
     if paired := pages.paired_table(runs, "DLB"):
         print(f"{paired}\n")

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from typing import Any
 from dlb_fast.train.config import RunConfig, load_config
 from dlb_fast.train.state import write_atomically
 
-__all__ = ["Run", "compare_table", "draw_curves", "paired_table", "read_run", "write_report"]
+__all__ = [
+    "Run", "compare_table", "draw_curves", "noise_table", "paired_table", "read_run", "write_noise_report",
+    "write_report",
+]  # fmt: skip
 
 Row = dict[str, float]
 
@@ -219,5 +222,51 @@ def write_report(folder: Path, runs: Sequence[Run], *, title: str, command: str,
     ]
     text = "\n\n".join(p for p in parts if p) + "\n"
     path = folder / "report.md"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def noise_table(found: Mapping[float, Sequence[Run]]) -> str:
+    """A row per method, a column per share of wrong training labels: test accuracy at the end of training."""
+    groups = {share: _groups(runs) for share, runs in found.items()}
+    labels = list(next(iter(groups.values())))
+    head = ["last top-1 %, mean ± standard deviation", "seeds", *(f"{100 * share:g} % wrong" for share in found)]
+    body = []
+    for label in labels:
+        tried = [groups[share].get(label, []) for share in found]
+        seeds = "/".join(sorted({str(len(runs)) for runs in tried}))
+        body.append([label, seeds, *(_spread([r.last("test_top1") for r in runs], 100) for runs in tried)])
+    return _table(head, body)
+
+
+def write_noise_report(root: Path, found: Mapping[float, Sequence[Run]], *, title: str, command: str) -> Path:
+    """Write `noise.png` and `report.md` over comparisons at several shares of wrong labels; returns the page's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    shares = list(found)
+    for label in _groups(found[shares[0]]):
+        scores = [[100 * r.last("test_top1") for r in _groups(found[s]).get(label, [])] for s in shares]
+        spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in scores]
+        axis.errorbar([100 * s for s in shares], [statistics.fmean(v) for v in scores], spread, label=label, capsize=2)
+    axis.set_xlabel("wrong training labels, %")
+    axis.set_ylabel("test top-1 at the end, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    write_atomically(root / "noise.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)
+    parts = [f"# {title}", f"Command: `{command}`", noise_table(found)]
+    for share, runs in found.items():
+        parts += [f"## {100 * share:g} % wrong labels", compare_table(runs), paired_table(runs, "DLB")]
+    first = found[shares[0]][0]
+    versions = ", ".join(f"{k} {v}" for k, v in first.versions.items() if v is not None)
+    numbers = "\n".join(f"- {line}" for line in _method_numbers(found[shares[0]]))
+    note = "One small data set and one small network: no promise for others. Test labels are never wrong."
+    parts += ["## What ran", numbers, note, "![accuracy over noise](noise.png)", f"Versions: {versions}"]
+    path = root / "report.md"
+    text = "\n\n".join(part for part in parts if part) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
     return path

@@ -173,6 +173,12 @@ class TestLogitBank:
         past = torch.softmax(z1.double(), 1)
         assert third.item() == pytest.approx(ref.ps_kd(z0.double(), y[order], past, alpha=0.6).item(), rel=1e-3)
 
+    def test_unseen_rows_of_a_used_bank_teach_their_label(self):
+        criterion = PsKDLoss(4, CLASSES, alpha=0.5)
+        z, y = torch.randn(2, CLASSES, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 2])
+        criterion(z, y, torch.tensor([0, 1]))
+        assert criterion(z, y, torch.tensor([2, 3])).item() == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
+
     def test_unseen_and_ignored_rows(self):
         criterion = PsKDLoss(4, CLASSES, alpha=0.5)
         z = torch.randn(2, CLASSES, generator=torch.Generator().manual_seed(1), requires_grad=True)

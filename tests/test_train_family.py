@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from test_train_resume import assert_same_run, final_state, stop_at, train
@@ -110,6 +112,29 @@ def test_variants_keep_their_own_numbers():
     assert (variant(base, "bake").loss.alpha, variant(base, "bake").loss.omega) == (1.0, 0.9)
     assert variant(base, "bake0").loss.alpha == 0.0
     assert {VARIANTS[name]["method"] for name in VARIANTS} == set(METHODS)
+
+
+def test_noise_levels_make_one_table(tmp_path, capsys):
+    flags = [
+        "compare", "--methods", "ce,dlb", "--seeds", "2", "--noises", "0,0.4", "--out", str(tmp_path / "c"),
+        "--jobs", "1", "--per-class", "4", "--batch-size", "12", "--max-steps", "4", "--eval-every", "2",
+    ]  # fmt: skip
+    assert cli.main(flags) == 0
+    out = capsys.readouterr().out
+    page = (tmp_path / "c" / "report.md").read_text()
+    for noise, column in (("0", 3), ("0.4", 4)):
+        runs = [report.read_run(p, n) for p, n in compare.read_comparison(tmp_path / "c" / f"noise-{noise}")]
+        assert {run.config.data.label_noise for run in runs} == {float(noise)} and len(runs) == 4
+        mean = statistics.fmean(100 * run.last("test_top1") for run in runs if run.label == "DLB")
+        row = next(line for line in out.splitlines() if line.startswith("| DLB "))
+        assert row.split("|")[column].strip().startswith(f"{mean:.2f} ±")
+        assert row in page
+    assert (tmp_path / "c" / "noise.png").stat().st_size > 5_000
+
+
+def test_cs_kd_partners_may_be_the_sample_itself():
+    trainer = build.build_trainer(config_of("cs_kd"))
+    assert trainer.loader.sampler.include_anchor and trainer.loader.sampler.companions == 1
 
 
 def test_a_comparison_of_all_methods(tmp_path, capsys):
