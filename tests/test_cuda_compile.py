@@ -22,7 +22,7 @@ TORCH_FLAGS = [
 ]
 BUILDS = [("kernels_bf16", 80), ("kernels_bf16", 90), ("kernels_bf16", 100), ("kernels_f32", 90), ("kernels_f16", 90)]
 IDS = [f"{unit}-sm_{arch}" for unit, arch in BUILDS]
-# Part of the mangled name -> registers a thread may use: what keeps 512 (held), 768 and 512 (streamed) threads resident.
+# Part of the mangled name -> registers a thread may use, so that 512 threads (768 of the plain streamed kernel) fit.
 REGIMES = {
     "held_kernel.*LaneGroupILi8E": 128,
     "held_kernel.*LaneGroupILi32E": 128,

@@ -5,6 +5,7 @@ No GPU: this proves indices, barriers, bounds and arithmetic, not speed.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 import pytest
@@ -224,6 +225,17 @@ def test_strides_and_offsets(classes: int, dtype: torch.dtype) -> None:
     every_second = torch.stack([target, target + 1], 1)[:, 0]
     run(harness.emulator(), plain, every_second, teacher)
     run(harness.emulator(), plain[:1].expand(rows, -1), target[:1].expand(rows), teacher)
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 1100, 17001])
+def test_rows_beyond_two_to_the_31_elements(classes: int) -> None:
+    """Offsets are 64 bits wide: five rows, 2^30 elements apart, in memory that is never touched in between."""
+    rows, apart, no_reserve = 5, 2**30, 0x4000  # mmap.MAP_NORESERVE has a name from Python 3.13 on
+    memory = mmap.mmap(-1, ((rows - 1) * apart + classes) * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    logits = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((rows, classes), (apart, 1))
+    plain, target, teacher = batch(rows, classes, torch.bfloat16)
+    logits.copy_(plain)
+    run(harness.emulator(), logits, target, teacher)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])

@@ -3,7 +3,8 @@
 // read another array per class: dense targets, smoothing with class weights, given probabilities; and teachers by rule.
 //
 // Predicted traffic per logit, gradient and roll included: 12 bytes float32, 6 bytes 16-bit, when the second read hits L2;
-// 18 and 9 when none of it does. ex2: 6 per taught logit, 2 per other one. At most 64 registers. Not yet run on a GPU.
+// 18 and 9 when none of it does. ex2: 6 per taught logit, 2 per other one. At most 85 registers plain
+// (768 threads per multiprocessor), 128 general. Not yet run on a GPU.
 #pragma once
 #include "held_kernel.cuh"
 
