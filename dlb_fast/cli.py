@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ COMMANDS = {
     "report": ("dlb_fast.cli:report", "tables and curves from run folders"),
     "presets": ("dlb_fast.cli:presets", "list, show and copy recipes"),
     "verify-data": ("dlb_fast.data.verify:main", "find damaged and odd files of a data set"),
+    "bench": ("dlb_fast.cli:bench", "measure on this machine: bench [last_batch | loader | methods] [options]"),
     "doctor": ("dlb_fast.doctor:main", "what works on this machine and why the rest does not"),
 }
 
@@ -237,6 +239,22 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     used = ", ".join(sorted({str(r.versions.get("implementation")) for r in runs}))
     print(f"loss implementation that ran: {used}\nwrote {page} and {folder / 'curves.png'}")
     return 0
+
+
+def bench(argv: list[str]) -> int:
+    """`dlb-fast bench [NAME] [options]`: the checkout's benchmarks, in a process apart."""
+    scripts = {"last_batch": ["-m", "benchmarks.bench_last_batch"], "loader": ["benchmarks/bench_loader.py"]}
+    scripts["methods"] = ["-m", "benchmarks.bench_methods"]
+    name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("last_batch", argv)
+    if name not in scripts:
+        raise ValueError(f"bench: expected one of {', '.join(scripts)}, got {name!r}")
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "harness.py").exists():
+        raise ValueError("bench: the benchmarks come with the source checkout, not with an installed package; clone it")
+    # The caller's folder is kept for --out; the checkout only has to be importable.
+    script = [str(checkout / part) if part.endswith(".py") else part for part in scripts[name]]
+    path = os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *script, *rest], env={**os.environ, "PYTHONPATH": path}).returncode
 
 
 def demo(argv: list[str]) -> int:

@@ -62,3 +62,14 @@ def test_proof_needs_every_test(tmp_path, monkeypatch, name):
 
 def test_no_report_proves_nothing(tmp_path):
     assert gpu_check.proven(tmp_path / "missing.xml") == {"cuda": False, "triton": False}
+
+
+def test_the_command_runs_a_benchmark_and_names_a_wrong_one(tmp_path, capfd, monkeypatch):
+    from dlb_fast import cli
+
+    monkeypatch.chdir(tmp_path)
+    options = ["--device", "cpu", "--classes", "100", "--seconds", "0.02", "--dtypes", "float32", "--variants", "eager"]
+    assert cli.main(["bench", "last_batch", *options, "--out", "here.jsonl"]) == 0
+    assert (tmp_path / "here.jsonl").exists()
+    assert cli.main(["bench", "nonsense"]) == 1
+    assert "expected one of last_batch, loader, methods, got 'nonsense'" in capfd.readouterr().err
