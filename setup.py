@@ -190,7 +190,7 @@ build_info = Extension(
     "dlb_fast._build",
     ["csrc/module.cpp", "csrc/cpu/isa.cpp"],
     language="c++",
-    extra_compile_args=["-std=c++17", "-O1", "-fvisibility=hidden"],
+    extra_compile_args=["-std=c++17", "-O1", "-g0", "-fvisibility=hidden"],
     define_macros=[("DLB_FAST_X86", "1")] if X86 else [],
 )
 
