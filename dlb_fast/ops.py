@@ -9,6 +9,7 @@ that is 1. Differentiable once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,6 +116,22 @@ def op_for(impl: str, name: str) -> Any:
     return op
 
 
+def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's ``once_differentiable``, and a gradient that says so where ``create_graph=True`` asks for its graph.
+
+    torch's looks at the arguments only, and the upstream gradient of a loss is a constant: the gradient would come out
+    as a constant too, and a penalty on it would silently not train.
+    """
+    once = once_differentiable(backward)
+
+    def wrapper(ctx: Any, upstream: Tensor | None, parts: None) -> Any:
+        if upstream is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            upstream = upstream.detach().requires_grad_()
+        return once(ctx, upstream, parts)
+
+    return wrapper
+
+
 class _LastBatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, impl: str, name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -126,7 +143,7 @@ class _LastBatch(torch.autograd.Function):
         return loss, parts
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, upstream: Tensor | None, _parts: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None

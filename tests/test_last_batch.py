@@ -169,6 +169,24 @@ def test_temperatures_and_device_scalars(impl, generator, tau):
     assert tensor.item() == pytest.approx(truth.item(), rel=2e-6)
 
 
+def test_a_second_derivative_is_refused_or_right(impl, generator):
+    z, y, t = problem(impl, generator, 8, 4, 5, torch.float64)
+    z.requires_grad_()
+    loss = fused_lb_loss(z, y, t, impl=impl)
+    (grad,) = torch.autograd.grad(loss, z, create_graph=True)
+    (first,) = torch.autograd.grad(eager_official(z, y, t), z)
+    torch.testing.assert_close(grad.detach(), first)
+    penalty = loss + grad.square().sum()  # beside the loss: a constant gradient would not be noticed
+    if impl != "torch":
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            penalty.backward()
+        return
+    (got,) = torch.autograd.grad(penalty, z)
+    (plain,) = torch.autograd.grad(eager_official(z, y, t), z, create_graph=True)
+    (want,) = torch.autograd.grad(eager_official(z, y, t) + plain.square().sum(), z)
+    torch.testing.assert_close(got, want)
+
+
 def test_float16_gradient_survives_a_loss_scale(impl, generator):
     z, y, t = problem(impl, generator, 64, 32, 1000, torch.float16)
     scale = 65536.0
