@@ -65,7 +65,16 @@ def check_target(op: str, logits: Tensor, target: Tensor) -> None:
     )
 
 
-def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+def check_label_ranges(
+    op: str, target: Tensor | None, target_b: Tensor | None, classes: int, ignore_index: int
+) -> None:
+    """:func:`check_label_range` of both labels of the mixup pair form, where they are given."""
+    for name, labels in (("target", target), ("target_b", target_b)):
+        if labels is not None:
+            check_label_range(op, labels, classes, ignore_index, name)
+
+
+def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int, name: str = "target") -> None:
     """Every label in [0, C) or equal to ``ignore_index``; reads CPU labels only, and not while compiling."""
     if target.dim() != 1 or target.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -73,7 +82,7 @@ def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int) 
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"{op}: target[{row}] = {int(target[row])} is not a class: expected 0 <= label < {classes} "
+            f"{op}: {name}[{row}] = {int(target[row])} is not a class: expected 0 <= label < {classes} "
             f"or ignore_index ({ignore_index}); check num_classes and the label mapping of the dataset"
         )
 
@@ -145,8 +154,19 @@ def check_options(op: str, label_smoothing: float, reduction: str) -> None:
     """``0 <= label_smoothing <= 1`` and a known reduction."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"{op}: label_smoothing must be a number, got {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+
+
+def check_ignore_index(op: str, ignore_index: int) -> None:
+    """A Python integer."""
+    if not isinstance(ignore_index, int):
+        raise TypeError(
+            f"{op}: ignore_index must be an integer, got {type(ignore_index).__name__}; "
+            "leave it at -100 when no row is to be ignored"
+        )
 
 
 def check_pair(
@@ -159,6 +179,8 @@ def check_pair(
     if target_b.dim() != 1:
         raise ValueError(f"{op}: target_b must hold labels of shape ({logits.shape[0]},), got {tuple(target_b.shape)}")
     if not isinstance(lam, Tensor):
+        if not isinstance(lam, (int, float)):
+            raise TypeError(f"{op}: lam must be a number or a tensor, got {type(lam).__name__}")
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"{op}: lam must be between 0 and 1, got {lam}")
     elif lam.shape not in ((), (logits.shape[0],)) or lam.device != logits.device:

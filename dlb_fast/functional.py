@@ -102,10 +102,12 @@ def row_loss(
     what ``execute`` makes of the op's arguments.
     """
     impl = _backends.pick(impl, logits.device.type)
+    _check.check_ignore_index(op, ignore_index)
     if target is not None and target.dim() == 1:
         target = target if target.dtype == torch.int64 else target.long()
+        target_b = None if target_b is None else target_b.long()
         if impl != "cpu":
-            _check.check_label_range(op, target, logits.shape[1], ignore_index)
+            _check.check_label_ranges(op, target, target_b, logits.shape[1], ignore_index)
     if buffer is not None:
         teacher_kind = "logits"
     elif teacher is None and teacher_kind != "virtual":
@@ -131,7 +133,6 @@ def row_loss(
     if target is not None and target.dim() == 2:
         target = _rows_contiguous(target.to(dtype))
     if target_b is not None:
-        target_b = target_b.long()
         lam = torch.as_tensor(1.0 if lam is None else lam, dtype=dtype, device=logits.device).contiguous()
     options: tuple[Any, ...] = (
         target, target_b, lam, None if weight is None else weight.to(dtype).contiguous(),
@@ -150,8 +151,7 @@ def row_loss(
         result = execute(impl, name, _rows_contiguous(logits), *tensors, *options)
     except RuntimeError:
         # The C++ op reads the labels anyway and refuses bad ones before it writes anything; say it in our words.
-        if target is not None:
-            _check.check_label_range(op, target, logits.shape[1], ignore_index)
+        _check.check_label_ranges(op, target, target_b, logits.shape[1], ignore_index)
         raise
     if buffer is not None:
         buffer.advance(logits.shape[0], num_old)

@@ -38,6 +38,9 @@ CASES = {
     "temperature negative": (dict(temperature=-3), ValueError, "> 0, got -3"),
     "temperature infinite": (dict(temperature=float("inf")), ValueError, "temperature"),
     "smoothing": (dict(label_smoothing=1.5), ValueError, "between 0 and 1, got 1.5"),
+    "smoothing type": (dict(label_smoothing="0.1"), TypeError, "label_smoothing must be a number, got str"),
+    "ignore_index": (dict(ignore_index=None), TypeError, "ignore_index must be an integer, got NoneType.*-100"),
+    "lam type": (dict(target_b=Y, lam="a"), TypeError, "lam must be a number or a tensor, got str"),
     "reduction": (dict(reduction="avg"), ValueError, "mean, sum, none, got 'avg'"),
     "impl": (dict(impl="gpu"), ValueError, "'auto' or one of cuda, triton, cpu, torch, got 'gpu'"),
 }
@@ -67,6 +70,8 @@ def test_label_range_on_every_cpu_implementation(impl):
     with pytest.raises(ValueError, match=r"fused_lb_loss: target\[0\] = 9 is not a class.*num_classes"):
         fused_lb_loss(Z, torch.full((6,), 9), impl=impl)
     fused_lb_loss(Z, torch.full((6,), 9), ignore_index=9, impl=impl)
+    with pytest.raises(ValueError, match=r"fused_lb_loss: target_b\[5\] = 4 is not a class.*num_classes"):
+        fused_lb_loss(Z, Y, target_b=torch.tensor([0, 0, 0, 0, 0, 4]), lam=0.5, impl=impl)
 
 
 def test_a_named_implementation_never_falls_back(monkeypatch):
