@@ -47,6 +47,10 @@ def _split_scalar(value: Scalar, device: torch.device, dtype: torch.dtype) -> tu
     return None, float(value)
 
 
+def _as_dtype(value: Scalar, dtype: torch.dtype) -> Scalar:
+    return value.detach().to(dtype) if isinstance(value, Tensor) else value
+
+
 def check_loss_inputs(
     op: str,
     logits: Tensor,
@@ -117,6 +121,10 @@ def row_loss(
         if buffer is not None:
             teacher, valid = buffer.teacher(logits, ids, num_old)
             kd_mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
+        # As in the kernels: only the logits get a gradient, and a scalar does not decide the dtype of the loss.
+        dtype = reference.compute_dtype(logits.dtype)
+        alpha, temperature = _as_dtype(alpha, dtype), _as_dtype(temperature, dtype)
+        target = None if target is None else target.detach()
         loss, parts = reference.last_batch_loss(
             logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
             weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction, target_b=target_b,

@@ -169,6 +169,18 @@ def test_temperatures_and_device_scalars(impl, generator, tau):
     assert tensor.item() == pytest.approx(truth.item(), rel=2e-6)
 
 
+def test_only_the_logits_get_a_gradient_and_decide_the_dtype(impl, generator):
+    z, _, t = problem(impl, generator, 8, 4, 5, torch.float32)
+    target = torch.rand(8, 5, device=z.device).requires_grad_()
+    alpha = torch.tensor(0.3, dtype=torch.float64, device=z.device, requires_grad=True)
+    temperature = torch.tensor(2.0, dtype=torch.float64, device=z.device, requires_grad=True)
+    loss = fused_lb_loss(z.requires_grad_(), target, t, alpha=alpha, temperature=temperature, impl=impl)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert z.grad.abs().sum() > 0
+    assert (target.grad, alpha.grad, temperature.grad) == (None, None, None)
+
+
 def test_a_second_derivative_is_refused_or_right(impl, generator):
     z, y, t = problem(impl, generator, 8, 4, 5, torch.float64)
     z.requires_grad_()
