@@ -174,11 +174,7 @@ class LogitBuffer:
         self.reset()
         trouble = _state_trouble(state, self.num_classes, self.capacity)
         if trouble:
-            warnings.warn(
-                f"LogitBuffer: the saved buffer does not fit ({trouble}); it restarts empty, so the next batch has no "
-                "last-batch term",
-                stacklevel=2,
-            )
+            _warn_of(trouble)
             return False
         count = state["count"]
         self.logits[:count] = state["logits"].to(self.logits)
@@ -189,23 +185,50 @@ class LogitBuffer:
         return True
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> LogitBuffer | None:
-        """A buffer as it was saved, on the CPU; None, with a warning, when the state cannot be read."""
-        try:
-            buffer = cls(state["num_classes"], state["capacity"], state["logits"].dtype)
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            warnings.warn(f"LogitBuffer: the saved buffer cannot be read ({error!r}); it restarts empty", stacklevel=2)
+    def from_state(
+        cls, state: dict[str, Any], num_classes: int | None = None, dtype: torch.dtype | None = None
+    ) -> LogitBuffer | None:
+        """A buffer as it was saved, on the CPU; None, with a warning, when the state cannot be read.
+
+        ``num_classes`` is what the state has to hold, ``dtype`` the storage; None takes those of the state.
+        """
+        known = state if isinstance(state, dict) else {}
+        classes, capacity = known.get("num_classes"), known.get("capacity")
+        if not isinstance(classes, int) or not isinstance(capacity, int) or classes < 1 or capacity < 1:
+            _warn_of(f"num_classes = {classes!r} and capacity = {capacity!r} are not sizes")
             return None
+        trouble = _state_trouble(state, num_classes or classes, capacity)
+        if trouble:
+            _warn_of(trouble)
+            return None
+        buffer = cls(classes, capacity, dtype or state["logits"].dtype)
         return buffer if buffer.load_state_dict(state) else None
 
 
+def _warn_of(trouble: str) -> None:
+    warnings.warn(
+        f"LogitBuffer: the saved buffer does not fit ({trouble}); it restarts empty, so the next batch has no "
+        "last-batch term",
+        stacklevel=3,
+    )
+
+
 def _state_trouble(state: dict[str, Any], num_classes: int, capacity: int) -> str:
+    if not isinstance(state, dict):
+        return f"a dict expected, got {type(state).__name__}"
     missing = [key for key in ("version", "count", "logits", "ids", "mismatched") if key not in state]
     if missing:
         return f"missing {', '.join(missing)}"
     if state["version"] != _VERSION:
         return f"version {_VERSION} expected, got {state['version']}"
     count, logits, ids = state["count"], state["logits"], state["ids"]
+    for name in ("count", "mismatched"):
+        if not isinstance(state[name], int) or state[name] < 0:
+            return f"{name} must be an integer >= 0, got {state[name]!r}"
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        return f"logits must be a floating tensor, got {getattr(logits, 'dtype', type(logits).__name__)}"
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        return f"ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
     if count > capacity:
         return f"room for {capacity} rows, saved {count}"
     if tuple(logits.shape) != (count, num_classes) or tuple(ids.shape) != (count,):

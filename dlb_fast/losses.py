@@ -150,13 +150,19 @@ class LastBatchLoss(nn.Module):
             _check.check_kd_mask(op, logits, kd_mask, logits.shape[0])
         if target_b is not None or lam is not None:
             _check.check_pair(op, logits, target, target_b, lam)
+        before, followed = self.buffer, self._dtype_follows
         buffer = self._ready_buffer(logits, num_old) if self.training else None
-        loss, parts = row_loss(
-            op, self.impl, logits, target, buffer=buffer, ids=ids, num_old=num_old, alpha=self.alpha,
-            temperature=self.temperature, label_smoothing=self.label_smoothing, weight=self.weight,
-            ignore_index=self.ignore_index, kd_mask=kd_mask if self.training else None, reduction=self.reduction,
-            target_b=target_b, lam=lam, z_loss=self.z_loss,
-        )  # fmt: skip
+        try:
+            loss, parts = row_loss(
+                op, self.impl, logits, target, buffer=buffer, ids=ids, num_old=num_old, alpha=self.alpha,
+                temperature=self.temperature, label_smoothing=self.label_smoothing, weight=self.weight,
+                ignore_index=self.ignore_index, kd_mask=kd_mask if self.training else None, reduction=self.reduction,
+                target_b=target_b, lam=lam, z_loss=self.z_loss,
+            )  # fmt: skip
+        except Exception:
+            # A refused batch changes nothing, not even the size that it would have given the buffer.
+            self.buffer, self._dtype_follows = before, followed
+            raise
         self._last[0] = parts
         return loss
 
@@ -192,12 +198,10 @@ class LastBatchLoss(nn.Module):
         if not state:
             self.reset()
         elif self._size_follows or self.buffer is None:
-            buffer = LogitBuffer.from_state(state) if state.get("num_classes", -1) == self.num_classes else None
-            if buffer is None and "num_classes" in state:
-                LogitBuffer(self.num_classes, 1).load_state_dict(state)  # warns with both shapes
-            self.buffer = buffer
+            self.buffer = LogitBuffer.from_state(state, self.num_classes, self.dtype)
         else:
-            dtype = state["logits"].dtype if self._dtype_follows and "logits" in state else self.buffer.logits.dtype
-            device = self.buffer.logits.device
-            self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, device)
+            saved = state.get("logits") if isinstance(state, dict) else None
+            dtype = saved.dtype if isinstance(saved, Tensor) and saved.is_floating_point() else None
+            if self._dtype_follows and dtype not in (None, self.buffer.logits.dtype):
+                self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, self.buffer.logits.device)
             self._dtype_follows = not self.buffer.load_state_dict(state) and self._dtype_follows

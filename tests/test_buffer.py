@@ -153,6 +153,20 @@ def test_a_refused_batch_leaves_the_buffer_alone(impl, generator):
     assert before == after
 
 
+@pytest.mark.parametrize("rows", [4, 12])
+def test_a_refused_batch_does_not_resize_the_buffer(impl, generator, rows):
+    if impl in ("cuda", "triton"):
+        pytest.skip("a GPU cannot refuse a label without a synchronisation; it poisons the row")
+    z, y, ids = overlapping(generator, [4])[0]
+    criterion = LastBatchLoss(6, impl=impl)
+    criterion(z, y, ids)
+    with pytest.raises(ValueError, match=r"target\[0\] = 6 is not a class"):
+        criterion(torch.zeros(rows, 6), torch.full((rows,), 6), torch.arange(rows))
+    assert (criterion.buffer.capacity, criterion.buffer.count) == (4, 4)
+    assert torch.equal(criterion.buffer.logits, z)
+    assert torch.equal(criterion.buffer.ids, ids)
+
+
 def test_eval_is_plain_cross_entropy_and_leaves_the_buffer_alone(impl, generator):
     batches = overlapping(generator, [4, 4, 4])
     criterion = LastBatchLoss(6, impl=impl)
@@ -234,6 +248,11 @@ def test_half_precision_storage_of_float32_logits(impl, generator):
         ({"version": 99}, "version 1 expected, got 99"),
         ({"count": 40, "logits": torch.zeros(40, 6), "ids": torch.arange(40)}, "room for 4 rows, saved 40"),
         ({"logits": torch.zeros(2, 6)}, "expected logits"),
+        ({"logits": None}, "logits must be a floating tensor, got NoneType"),
+        ({"logits": torch.zeros(4, 6, dtype=torch.long)}, "logits must be a floating tensor, got torch.int64"),
+        ({"ids": torch.rand(4)}, "ids must be an int64 tensor, got torch.float32"),
+        ({"count": "4"}, "count must be an integer >= 0, got '4'"),
+        ({"mismatched": None}, "mismatched must be an integer >= 0, got None"),
     ],
 )
 def test_a_foreign_buffer_is_dropped_with_a_warning(generator, change, said):
@@ -244,12 +263,39 @@ def test_a_foreign_buffer_is_dropped_with_a_warning(generator, change, said):
     state["_extra_state"].update(change)
     if change.get("num_classes"):
         state["_extra_state"]["logits"] = torch.zeros(4, 7)
-    fresh = LastBatchLoss(6, capacity=4, impl="torch")
-    with pytest.warns(UserWarning, match=said):
-        fresh.load_state_dict(state)
-    assert fresh.buffer.count == 0
     z, y, ids = batches[0]
-    assert fresh(z, y, ids).item() == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-6)
+    for capacity in (4, None):
+        fresh = LastBatchLoss(6, capacity=capacity, impl="torch")
+        with pytest.warns(UserWarning, match=said) as warned:
+            fresh.load_state_dict(state)
+        assert len(warned) == 1
+        assert fresh.buffer is None or fresh.buffer.count == 0
+        assert fresh(z, y, ids).item() == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("state", [[1], {"a": 1}, {"num_classes": 6, "capacity": -1}], ids=str)
+@pytest.mark.parametrize("capacity", [4, None])
+def test_what_is_no_state_at_all_is_said_once(state, capacity):
+    criterion = LastBatchLoss(6, capacity=capacity, impl="torch")
+    with pytest.warns(UserWarning, match="the saved buffer does not fit") as warned:
+        criterion.load_state_dict({"_extra_state": state})
+    assert len(warned) == 1
+
+
+def test_loading_keeps_the_address_and_the_dtype_asked_for(generator):
+    batch = overlapping(generator, [4])[0]
+    saved = LastBatchLoss(6, capacity=4, impl="torch")
+    saved(*batch)
+    fixed = LastBatchLoss(6, capacity=4, impl="torch")
+    buffer, address = fixed.buffer, fixed.buffer.logits.data_ptr()
+    fixed.load_state_dict(through_disk(saved.state_dict()))
+    assert fixed.buffer is buffer
+    assert fixed.buffer.logits.data_ptr() == address
+    assert torch.equal(fixed.buffer.logits, batch[0])
+    for capacity in (4, None):
+        halved = LastBatchLoss(6, capacity=capacity, dtype=torch.float16, impl="torch")
+        halved.load_state_dict(through_disk(saved.state_dict()))
+        assert halved.buffer.logits.dtype == torch.float16
 
 
 def test_copies_and_pickles_are_independent(generator):
