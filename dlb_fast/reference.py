@@ -182,7 +182,7 @@ def last_batch_loss(
     teacher_kind: str = "logits",
     correct_share: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The objective of DESIGN: ``ce_weight * L_CE + alpha * L_LB (+ z_loss * mean lse^2)``.
+    """The objective: ``ce_weight * L_CE + alpha * L_LB (+ z_loss * mean lse^2)``.
 
     ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), or ``"virtual"`` (nothing given: all rows are
     taught by :func:`virtual_teacher`). Returns ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached
