@@ -257,6 +257,10 @@ def test_images_that_are_not_uint8_or_do_not_match():
     data.targets = data.targets[:5]
     with pytest.raises(ValueError, match=r"must have shape \(23,\) like the images, got \(5,\)"):
         ResidentLoader(data, 4)
+    data = dataset()
+    data.targets = data.targets + 0.5
+    with pytest.raises(TypeError, match=r"targets must be integer class labels, got torch\.float32"):
+        ResidentLoader(data, 4)
 
 
 # Evaluation

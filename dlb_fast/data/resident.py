@@ -155,4 +155,9 @@ def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.
         raise ValueError(
             f"{operation}: dataset.targets must have shape ({len(images)},) like the images, got {tuple(targets.shape)}"
         )
+    if targets.is_floating_point() or targets.is_complex():
+        raise TypeError(
+            f"{operation}: dataset.targets must be integer class labels, got {targets.dtype}; a cast would round them, "
+            "so make them integers first"
+        )
     return images, targets.to(torch.int64)
