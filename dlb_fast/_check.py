@@ -136,18 +136,26 @@ def check_ids(op: str, logits: Tensor, ids: Tensor) -> None:
 
 
 def check_scalar(op: str, name: str, value: float | Tensor, *, positive: bool) -> None:
-    """A finite Python number (> 0 or >= 0), or a 0-d floating tensor, whose value is not read."""
+    """A finite Python number (> 0 or >= 0), or a 0-d floating tensor; on the CPU its value is read, elsewhere not."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.is_floating_point():
             raise ValueError(
                 f"{op}: {name} as a tensor must be 0-d and floating point, got {value.dtype} {tuple(value.shape)}"
             )
-        return
+        if not value.is_cpu or torch.compiler.is_compiling():
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number or a 0-d tensor, got {type(value).__name__}")
     if not (value > 0 if positive else value >= 0) or value == math.inf:
         bound = "> 0" if positive else ">= 0"
         raise ValueError(f"{op}: {name} must be finite and {bound}, got {value}")
+
+
+def check_num_old(op: str, num_old: int | None) -> None:
+    """A count of rows, or None."""
+    if num_old is not None and (isinstance(num_old, bool) or not isinstance(num_old, int)):
+        raise TypeError(f"{op}: num_old must be an integer or None, got {num_old!r}")
 
 
 def check_options(op: str, label_smoothing: float, reduction: str) -> None:

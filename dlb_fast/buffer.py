@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,10 +50,12 @@ class LogitBuffer:
                 raise ValueError(f"LogitBuffer: {name} must be an integer >= 1, got {value!r}")
         if not dtype.is_floating_point:
             raise TypeError(f"LogitBuffer: dtype must be floating point, got {dtype}")
-        self.logits = torch.zeros(capacity, num_classes, dtype=dtype, device=device)
-        # One tensor for the kernels: [count, mismatched, id of slot 0, id of slot 1, ...].
-        self.slots = torch.full((_HEADER + capacity,), UNKNOWN_ID, dtype=torch.int64, device=device)
-        self.slots[:_HEADER] = 0
+        # Made under inference_mode, the buffer still has to serve training.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self.logits = torch.zeros(capacity, num_classes, dtype=dtype, device=device)
+            # One tensor for the kernels: [count, mismatched, id of slot 0, id of slot 1, ...].
+            self.slots = torch.full((_HEADER + capacity,), UNKNOWN_ID, dtype=torch.int64, device=device)
+            self.slots[:_HEADER] = 0
         # The host's copy of the count follows from the batch shapes alone; nothing is read back from the device.
         self.count = 0
 

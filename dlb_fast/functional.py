@@ -307,6 +307,7 @@ def dlb_step(
     if ids is not None:
         _check.check_ids(op, logits, ids)
     _check.check_scalar(op, "upstream", upstream, positive=False)
+    _check.check_num_old(op, num_old)
     buffer.stored_rows(logits.shape[0], num_old)
     plain = _backends.pick(impl, logits.device.type) == "torch"
     leaf = logits.detach().requires_grad_(plain)

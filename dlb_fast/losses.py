@@ -144,6 +144,7 @@ class LastBatchLoss(nn.Module):
         )  # fmt: skip
         if logits.shape[1] != self.num_classes:
             raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
+        _check.check_num_old(op, num_old)
         if ids is not None:
             _check.check_ids(op, logits, ids)
         if kd_mask is not None:

@@ -37,6 +37,8 @@ CASES = {
     "temperature": (dict(temperature=0.0), ValueError, "temperature must be finite and > 0, got 0.0"),
     "temperature negative": (dict(temperature=-3), ValueError, "> 0, got -3"),
     "temperature infinite": (dict(temperature=float("inf")), ValueError, "temperature"),
+    "temperature tensor": (dict(temperature=torch.tensor(-1.0)), ValueError, "must be finite and > 0, got -1"),
+    "alpha tensor value": (dict(alpha=torch.tensor(float("nan"))), ValueError, "must be finite and >= 0, got nan"),
     "smoothing": (dict(label_smoothing=1.5), ValueError, "between 0 and 1, got 1.5"),
     "smoothing type": (dict(label_smoothing="0.1"), TypeError, "label_smoothing must be a number, got str"),
     "ignore_index": (dict(ignore_index=None), TypeError, "ignore_index must be an integer, got NoneType.*-100"),
@@ -116,3 +118,14 @@ def test_module_messages():
         criterion(Z, Y, torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match="LastBatchLoss: kd_mask"):
         criterion(Z, Y, kd_mask=torch.ones(3, dtype=torch.bool))
+    for wrong in (1.5, "a", True):
+        with pytest.raises(TypeError, match="LastBatchLoss: num_old must be an integer or None, got"):
+            criterion(Z, Y, num_old=wrong)
+
+
+def test_a_buffer_made_in_inference_mode_serves_training():
+    criterion = LastBatchLoss(4, impl="torch")
+    with torch.inference_mode():
+        criterion(Z, Y)
+    criterion(torch.zeros(9, 4, requires_grad=True), torch.zeros(9, dtype=torch.long)).backward()
+    assert criterion.buffer.count == 3
