@@ -217,7 +217,7 @@ def machine() -> dict[str, Any]:
     return {
         "what": "machine",
         "commit": commit + ("+changes" if dirty else ""),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["benchmarks/bench_loader.py", *sys.argv[1:]]),
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(os.getloadavg()[0], 2),
