@@ -176,7 +176,9 @@ def brute(logits, targets):
         bins[index][2] += confidence
     n = len(targets)
     ece = sum(count / n * abs(right / count - sure / count) for count, right, sure in bins if count)
-    return {"top1": top1 / n, "top5": top5 / n, "nll": nll / n, "ece": ece, "count": n}
+    means = [(count / n, right / max(1, count), sure / max(1, count)) for count, right, sure in bins]
+    calibration = dict(zip(("share", "accuracy", "confidence"), zip(*means, strict=True), strict=True))
+    return {"top1": top1 / n, "top5": top5 / n, "nll": nll / n, "ece": ece, "count": n}, calibration
 
 
 def test_evaluate_equals_the_count_by_hand():
@@ -185,7 +187,10 @@ def test_evaluate_equals_the_count_by_hand():
     pieces = list(zip(logits.split(50), targets.split(50), strict=True))  # the last one is short
     model = nn.Sequential(nn.Identity(), nn.Dropout(0.9)).train()
     got = evaluate(model, pieces)
-    assert got == pytest.approx(brute(logits, targets), abs=1e-6)
+    want, bins = brute(logits, targets)
+    calibration = got.pop("calibration")
+    assert got == pytest.approx(want, abs=1e-6)
+    assert {name: pytest.approx(values, abs=1e-6) for name, values in bins.items()} == calibration
     assert got["count"] == 203 and model.training and model[1].training
 
 

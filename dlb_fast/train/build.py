@@ -169,7 +169,7 @@ def _compare_versions(folder: RunFolder, log: RunLog) -> None:
 
 def evaluate_run(
     path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Scores of a run's exported weights (`best` or `last`) on its own test set or on another one of the same classes.
 
     Raises:

@@ -45,11 +45,12 @@ def predictions(
 
 def evaluate(
     model: nn.Module, batches: Iterable[Any], autocast: AbstractContextManager[Any] | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics of a model over a set, each image counted once.
 
     `top1`, `top5` in [0, 1] (top-5 over fewer than five classes is 1), `nll` the mean plain cross entropy in nats,
-    `ece` the expected calibration error over 15 equal bins of confidence, `count` the number of images.
+    `ece` the expected calibration error over 15 equal bins of confidence, `count` the number of images, `calibration`
+    those bins as lists: `share` of the images, `accuracy` and mean `confidence` (0 where a bin is empty).
 
     Example:
         >>> evaluate(nn.Identity(), [(torch.eye(3), torch.arange(3))])["top1"]
@@ -63,12 +64,14 @@ def evaluate(
             f"was it made with another num_classes?"
         )
     top = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
+    bins = reliability(logits, targets)[1:]
     return {
         "top1": top[:, 0].sum().item() / count,
         "top5": top.any(dim=1).sum().item() / count,
         "nll": F.cross_entropy(logits.double(), targets).item(),
         "ece": calibration_error(logits, targets),
         "count": count,
+        "calibration": dict(zip(("share", "accuracy", "confidence"), (b.tolist() for b in bins), strict=True)),
     }
 
 
