@@ -2,124 +2,12 @@
 // choosing the vectors; the loops are plain C++ that the compiler vectorises.
 //
 // Per row: one read of the logits (and of the teacher), exponentials kept in a per-thread scratch of 4 C numbers, one
-// write of the gradient. Sums run in blocks of 1024 columns, added up in double: at C = 21843 their error is that of a
-// short sum. The label's column is computed apart and rounded once.
-#include "batch_plan.h"
-#include "vec_math.h"
+// write of the gradient. The label's column is computed apart and rounded once.
+#include "row_loops.h"
 
 namespace dlb_fast {
 namespace DLB_FAST_ISA {
 namespace {
-
-constexpr int64_t block = 1024;
-
-template <typename A>
-struct Scratch {
-  A *z, *t, *e1, *e2;
-};
-
-template <typename A>
-Scratch<A> scratch_for(int64_t classes) {
-  const int64_t padded = (classes + 15) / 16 * 16;
-  A* memory = static_cast<A*>(thread_scratch(4 * padded * static_cast<int64_t>(sizeof(A))));
-  return {memory, memory + padded, memory + 2 * padded, memory + 3 * padded};
-}
-
-// The row in the compute dtype: itself when it already is, otherwise converted into the scratch.
-DLB_INLINE const float* converted(const float* row, int64_t, float*) { return row; }
-DLB_INLINE const double* converted(const double* row, int64_t, double*) { return row; }
-template <typename T, typename A>
-DLB_INLINE const A* converted(const T* row, int64_t n, A* out) {
-#pragma omp simd
-  for (int64_t c = 0; c < n; ++c) out[c] = to_acc(row[c]);
-  return out;
-}
-
-template <typename A>
-DLB_INLINE A maximum(const A* v, int64_t n) {
-  A m = v[0];
-#pragma omp simd reduction(max : m)
-  for (int64_t c = 0; c < n; ++c) m = v[c] > m ? v[c] : m;
-  return m;
-}
-
-// e[c] = exp((v[c] - m) * k), returns the sum.
-template <typename A>
-DLB_INLINE double exp_sum(const A* v, int64_t n, A m, A k, A* e) {
-  double total = 0;
-  for (int64_t start = 0; start < n; start += block) {
-    const int64_t stop = start + block < n ? start + block : n;
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = start; c < stop; ++c) {
-      const A value = exp_nonpositive((v[c] - m) * k);
-      e[c] = value;
-      sum += value;
-    }
-    total += sum;
-  }
-  return total;
-}
-
-struct TeacherSums {
-  double student = 0, teacher = 0, gap = 0;
-};
-
-// Student and teacher at one temperature in one pass: e2, et (over t) and the sums of row_math.h.
-template <typename A>
-DLB_INLINE TeacherSums teacher_sums(const A* z, const A* t, int64_t n, A mz, A mt, A k, A* e2, A* et) {
-  TeacherSums sums;
-  for (int64_t start = 0; start < n; start += block) {
-    const int64_t stop = start + block < n ? start + block : n;
-    A student = 0, teacher = 0, gap = 0;
-#pragma omp simd reduction(+ : student, teacher, gap)
-    for (int64_t c = start; c < stop; ++c) {
-      const A x = z[c] - mz, y = t[c] - mt;
-      const A es = exp_nonpositive(x * k), ep = exp_nonpositive(y * k);
-      // A class without teacher mass costs nothing, also where the student's logit is -inf.
-      const A term = ep == 0 ? A(0) : ep * ((y - x) * k);
-      e2[c] = es;
-      et[c] = ep;
-      student += es;
-      teacher += ep;
-      gap += term;
-    }
-    sums.student += student;
-    sums.teacher += teacher;
-    sums.gap += gap;
-  }
-  return sums;
-}
-
-// Given probabilities p: student sum, mass and sum p (ln p - x / tau).
-template <typename A>
-TeacherSums probability_sums(const A* z, const A* p, int64_t n, A mz, A k, A* e2) {
-  TeacherSums sums;
-  sums.student = exp_sum(z, n, mz, k, e2);
-  for (int64_t c = 0; c < n; ++c) {
-    sums.teacher += p[c];
-    if (p[c] != 0) sums.gap += p[c] * (std::log(static_cast<double>(p[c])) - static_cast<double>((z[c] - mz) * k));
-  }
-  return sums;
-}
-
-template <typename A>
-DLB_INLINE double weighted_sum(const A* z, const A* w, int64_t n, A mz) {
-  double total = 0;
-  for (int64_t start = 0; start < n; start += block) {
-    const int64_t stop = start + block < n ? start + block : n;
-    A sum = 0;
-    if (w) {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = start; c < stop; ++c) sum += w[c] * (z[c] - mz);
-    } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = start; c < stop; ++c) sum += z[c] - mz;
-    }
-    total += sum;
-  }
-  return total;
-}
 
 // Everything a gradient element is made of; null pointers and zeros where a term is absent.
 template <typename A>
@@ -128,14 +16,21 @@ struct Gradient {
   A constant = 0;             // of a teacher by rule: kl_grad * (share of a wrong class)
   const A *e1 = nullptr, *e2 = nullptr, *et = nullptr, *weight = nullptr, *dense = nullptr;
   A dense_scale = 0;
+  int power = 0;              // e1 is e2 to this power, where e1 is not given
   int64_t label = -1, label_b = -1;
   A label_b_scale = 0;
 };
 
 template <typename A>
+DLB_INLINE A power_of(A v, int power) {
+  return power == 1 ? v : power == 2 ? raised<2>(v) : power == 3 ? raised<3>(v) : raised<4>(v);
+}
+
+template <typename A>
 DLB_INLINE A gradient_element(const Gradient<A>& g, int64_t c) {
   A v = -g.constant;
   if (g.e1) v += g.at.a * g.e1[c];
+  if (g.power) v += g.at.a * power_of(g.e2[c], g.power);
   if (g.e2) v += g.at.b * g.e2[c];
   if (g.et) v -= g.at.k * g.et[c];
   if (g.at.s != 0) v -= g.at.s * (g.weight ? g.weight[c] : A(1));
@@ -145,12 +40,28 @@ DLB_INLINE A gradient_element(const Gradient<A>& g, int64_t c) {
   return v;
 }
 
+template <int power, typename T, typename A>
+DLB_INLINE void write_powered(const Gradient<A>& g, int64_t n, A constant, T* out) {
+  const A a = g.at.a, b = g.at.b, k = g.at.k;
+  const A *e2 = g.e2, *et = g.et;
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) store(a * raised<power>(e2[c]) + (b * e2[c] - k * et[c]) - constant, out + c);
+}
+
 template <typename T, typename A>
 DLB_INLINE void write_gradient(const Gradient<A>& g, int64_t n, T* out) {
   const A a = g.at.a, b = g.at.b, k = g.at.k, constant = g.constant + (g.weight ? A(0) : g.at.s);
   const A *e1 = g.e1, *e2 = g.e2, *et = g.et;
   const bool plain = !g.dense && (!g.weight || g.at.s == 0);
-  if (plain && e1 && e2 && et) {
+  if (plain && g.power == 1) {
+    write_powered<1>(g, n, constant, out);
+  } else if (plain && g.power == 2) {
+    write_powered<2>(g, n, constant, out);
+  } else if (plain && g.power == 3) {
+    write_powered<3>(g, n, constant, out);
+  } else if (plain && g.power == 4) {
+    write_powered<4>(g, n, constant, out);
+  } else if (plain && e1 && e2 && et) {
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) store(a * e1[c] + (b * e2[c] - k * et[c]) - constant, out + c);
   } else if (plain && e1 && !e2) {
@@ -171,8 +82,12 @@ struct RowKernel {
   const PairJob& job;
   const LastBatchArgs& args;
   Scratch<A> scratch;
+  int whole_temperature;  // 1 to 4, or 0
 
-  explicit RowKernel(const PairJob& j) : job(j), args(*j.args), scratch(scratch_for<A>(j.args->classes)) {}
+  explicit RowKernel(const PairJob& j) : job(j), args(*j.args), scratch(scratch_for<A>(j.args->classes)) {
+    const double tau = j.temperature;
+    whole_temperature = tau == 1 || tau == 2 || tau == 3 || tau == 4 ? static_cast<int>(tau) : 0;
+  }
 
   const T* logits(int64_t row) const { return static_cast<const T*>(args.logits) + row * args.logits_stride; }
 
@@ -225,13 +140,12 @@ struct RowKernel {
     g.at.s = static_cast<A>(r.s * scale);
     g.at.label = static_cast<A>(r.label * scale);
     g.dense_scale = static_cast<A>(s.ce * s.hard * scale);
-    g.e1 = scratch.e1;
     g.weight = w;
   }
 
   void distillation(int64_t row, const A* z, A m, Gradient<A>& g) {
     const int64_t n = args.classes;
-    const A k = static_cast<A>(1.0 / job.temperature);
+    const Exponent<A> k(1.0 / job.temperature);
     const double scale = job.scales.kl_grad * job.grad_scale;
     if (args.kind == TeacherKind::given_by_rule) {
       const bool corrected = args.correct_share >= 0;
@@ -253,23 +167,46 @@ struct RowKernel {
       }
       return;
     }
+    const A* t = teacher(row);
+    g.e2 = scratch.e2;
+    const TeacherSums sums = probability_sums(z, t, n, m, 1.0 / job.temperature, scratch.e2);
+    job.kl[row] = sums.gap + sums.teacher * std::log(sums.student);
+    g.at.b = static_cast<A>(scale * sums.teacher / sums.student);
+    g.at.k = static_cast<A>(scale);
+    g.et = t;
+  }
+
+  const A* teacher(int64_t row) const {
     const TT* source = args.buffer ? static_cast<const TT*>(args.buffer) + row * args.classes
                                    : static_cast<const TT*>(args.teacher) + row * args.teacher_stride;
-    const A* t = converted(source, n, scratch.t);
-    g.e2 = scratch.e2;
-    if (args.kind == TeacherKind::probabilities) {
-      const TeacherSums sums = probability_sums(z, t, n, m, k, scratch.e2);
-      job.kl[row] = sums.gap + sums.teacher * std::log(sums.student);
-      g.at.b = static_cast<A>(scale * sums.teacher / sums.student);
-      g.at.k = static_cast<A>(scale);
-      g.et = t;
-      return;
-    }
-    const TeacherSums sums = teacher_sums(z, t, n, m, maximum(t, n), k, scratch.e2, scratch.t);
-    job.kl[row] = sums.gap / sums.teacher + std::log(sums.student / sums.teacher);
+    return converted(source, args.classes, scratch.t);
+  }
+
+  // The KL to a teacher's logits; with a power also the sum that the CE needs.
+  template <int power>
+  double logit_distillation(int64_t row, const A* z, A m, Gradient<A>& g) {
+    const int64_t n = args.classes;
+    const A* t = teacher(row);
+    const double scale = job.scales.kl_grad * job.grad_scale;
+    const Exponent<A> k(1.0 / job.temperature);
+    const TeacherSums sums = teacher_sums<power>(z, t, n, m, maximum(t, n), k, scratch.e2, scratch.t);
+    job.kl[row] = sums.gap / (sums.teacher * job.temperature) + std::log(sums.student / sums.teacher);
     g.at.b = static_cast<A>(scale / sums.student);
     g.at.k = static_cast<A>(scale / sums.teacher);
+    g.e2 = scratch.e2;
     g.et = scratch.t;
+    g.power = power;
+    return sums.untempered;
+  }
+
+  double logit_distillation(int64_t row, int power, const A* z, A m, Gradient<A>& g) {
+    switch (power) {
+      case 1: return logit_distillation<1>(row, z, m, g);
+      case 2: return logit_distillation<2>(row, z, m, g);
+      case 3: return logit_distillation<3>(row, z, m, g);
+      case 4: return logit_distillation<4>(row, z, m, g);
+      default: return logit_distillation<0>(row, z, m, g);
+    }
   }
 
   void compute(int64_t row, bool taught) {
@@ -284,17 +221,23 @@ struct RowKernel {
     const A m = maximum(z, n);
     Gradient<A> g;
     const A* w = static_cast<const A*>(args.weight);
+    const bool by_logits = taught && args.kind == TeacherKind::logits;
+    double d1 = 0;
+    if (by_logits) d1 = logit_distillation(row, counts ? whole_temperature : 0, z, m, g);
     if (counts) {
+      if (g.power == 0) {
+        d1 = exp_sum(z, n, m, Exponent<A>(1.0), scratch.e1);
+        g.e1 = scratch.e1;
+      }
       int64_t y = args.target ? args.target[row * args.target_stride] : 0;
       if (args.dense) {
         const A* q = static_cast<const A*>(args.dense) + row * args.dense_stride;
         for (int64_t c = 1; c < n; ++c) y = q[c] > q[y] ? c : y;
       }
-      const double d1 = exp_sum(z, n, m, A(1), scratch.e1);
       job.correct[row] = d1 == d1 && z[y] >= m;
       cross_entropy(row, z, m, d1, w, g);
     }
-    if (taught) distillation(row, z, m, g);
+    if (taught && !by_logits) distillation(row, z, m, g);
     if (args.grad) write_gradient(g, n, static_cast<T*>(args.grad) + row * n);
   }
 
