@@ -14,7 +14,7 @@ from torch import nn
 
 from dlb_fast import _backends
 
-from .config import RunConfig, override
+from .config import RunConfig, override, to_dict
 from .engine import Trainer
 from .evaluate import evaluate
 from .log import RunLog
@@ -106,7 +106,7 @@ def train_run(config: RunConfig, folder: RunFolder, *, resume: bool = False, qui
     run leaves result.json.
     """
     config = resolve(config)
-    log = RunLog(folder.path, quiet=quiet)
+    log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
     reset_peak(resolve_device(config.train.device))
     trainer = build_trainer(config, folder=folder.path, log=log)
     loader: Any = trainer.loader

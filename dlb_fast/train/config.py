@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .sinks import SINKS
+
 __all__ = [
     "METHOD_FIELDS",
     "DataConfig",
@@ -218,6 +220,8 @@ class TrainConfig:
     """Checkpoints kept."""
     nan_check: bool = True
     """Stop when the loss is not finite; looked at only at log points, because looking waits for the device."""
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers beside metrics.csv and metrics.jsonl: tensorboard, trackio, wandb."""
     seed: int = 0
     device: str = "auto"
 
@@ -230,6 +234,10 @@ class TrainConfig:
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "above 0 or null", self.clip_grad)
         _require(self.ema is None or 0 < self.ema < 1, "ema", "in (0, 1) or null", self.ema)
         _require(self.seed >= 0, "seed", "at least 0", self.seed)
+        names = tuple(name for part in self.trackers for name in part.split(",") if name)  # tensorboard,wandb is two
+        ok = set(names) <= set(SINKS) and len(set(names)) == len(names)
+        _require(ok, "trackers", f"distinct names of {', '.join(SINKS)}", self.trackers)
+        object.__setattr__(self, "trackers", names)
 
 
 @dataclass(frozen=True)
@@ -351,8 +359,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             raise ValueError(f"config: {where} must be one of {', '.join(map(str, args))}, got {value!r}")
         return value
     if origin is tuple:
+        if isinstance(value, str) and args[0] is str:
+            value = [value]
         if not isinstance(value, (list, tuple)) or (Ellipsis not in args and len(value) != len(args)):
-            raise ValueError(f"config: {where} must be a list of numbers, got {value!r}")
+            kind = "names" if args[0] is str else "numbers"
+            raise ValueError(f"config: {where} must be a list of {kind}, got {value!r}")
         return tuple(_coerce(v, args[0], where) for v in value)
     if hint is bool or isinstance(value, bool):
         if hint is not bool or not isinstance(value, bool):

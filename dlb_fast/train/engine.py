@@ -45,7 +45,7 @@ class Trainer:
         evaluate: `model -> {"top1": ..., ...}`, called every `eval_every` steps; its values are logged as `test_*`.
         folder: the run folder for metrics and checkpoints; None writes nothing.
         config: how long, how precisely, what is written when.
-        log: console and metric files; made from `folder` by default.
+        log: console, metric files and trackers; made from `folder` and `config` by default.
         metadata: what exported weights say about themselves.
         **settings: single fields of `TrainConfig`, overriding `config`.
 
@@ -81,7 +81,7 @@ class Trainer:
         self.loader, self.evaluate = loader, evaluate
         self.device = next(model.parameters()).device
         self.folder = None if folder is None else Path(folder)
-        self.log = log or RunLog(self.folder)
+        self.log = log or RunLog(self.folder, trackers=config.trackers, config=dataclasses.asdict(config))
         self.metadata = dict(metadata or {})
         self.total_steps = total_steps(loader, config)
         self.eval_every = config.eval_every or max(1, length_of(loader) // config.accumulate)
