@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -206,6 +207,27 @@ class LogitBuffer:
             return None
         buffer = cls(classes, capacity, dtype or state["logits"].dtype)
         return buffer if buffer.load_state_dict(state) else None
+
+
+def pack_state(state: dict[str, Any]) -> Tensor:
+    """A state as one uint8 tensor: savers that know tensors only (safetensors) can write it."""
+    if not state:
+        return torch.empty(0, dtype=torch.uint8)
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def unpack_state(packed: Any) -> Any:
+    """What `pack_state` packed; anything else as it is, and a reason to complain where the bytes cannot be read."""
+    if not isinstance(packed, Tensor):
+        return packed
+    if packed.numel() == 0:
+        return {}
+    try:
+        return torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged archive makes of the reader
+        return {"unreadable": f"{type(error).__name__}: {error}"}
 
 
 def _warn_of(trouble: str) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _check
-from .buffer import LogitBuffer
+from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, unpack_state
 from .functional import LossParts, Scalar, check_loss_inputs, row_loss
+
+
+def _starts_with(ids: Tensor, stored: Tensor) -> bool:
+    return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
 
 
 class LastBatchLoss(nn.Module):
@@ -22,8 +27,9 @@ class LastBatchLoss(nn.Module):
 
     In ``eval()`` the criterion is plain cross entropy and does not touch the buffer. The buffer is not a registered
     buffer: DistributedDataParallel would overwrite every rank's teacher with rank 0's. It is part of ``state_dict()``
-    through ``get_extra_state`` (logits, ids, count, version); a saved buffer that does not fit is dropped with a
-    warning. With gradient accumulation every call is a batch: a micro-batch is taught by the previous micro-batch.
+    through ``get_extra_state`` (logits, ids, count, version, packed into one tensor that safetensors takes as well); a
+    saved buffer that does not fit, or a checkpoint without one, restarts it with a warning. With gradient accumulation
+    every call is a batch: a micro-batch is taught by the previous micro-batch.
 
     Args:
         num_classes: ``C``.
@@ -152,7 +158,7 @@ class LastBatchLoss(nn.Module):
         if target_b is not None or lam is not None:
             _check.check_pair(op, logits, target, target_b, lam)
         before, followed = self.buffer, self._dtype_follows
-        buffer = self._ready_buffer(logits, num_old) if self.training else None
+        buffer = self._ready_buffer(logits, num_old, ids) if self.training else None
         try:
             loss, parts = row_loss(
                 op, self.impl, logits, target, buffer=buffer, ids=ids, num_old=num_old, alpha=self.alpha,
@@ -167,7 +173,7 @@ class LastBatchLoss(nn.Module):
         self._last[0] = parts
         return loss
 
-    def _ready_buffer(self, logits: Tensor, num_old: int | None) -> LogitBuffer:
+    def _ready_buffer(self, logits: Tensor, num_old: int | None, ids: Tensor | None) -> LogitBuffer:
         """The buffer on the right device and large enough, every decision from shapes the host knows."""
         batch, buffer = logits.shape[0], self.buffer
         if buffer is None:
@@ -181,8 +187,12 @@ class LastBatchLoss(nn.Module):
             old = buffer.count if num_old is None else num_old
             if num_old is None and batch == buffer.count and batch % 2 == 0:
                 # Two batches of one size, all rows of the first stored: both were [old | new], and only the second
-                # half of the first is repeated now.
-                buffer = buffer.resized(batch // 2, skip=batch // 2)
+                # half of the first is repeated now. Or a stream that starts anew with as many new rows: that would
+                # shift every later pair, so here, and only here, the ids are read on the host.
+                if ids is None or _starts_with(ids, buffer.ids[batch // 2 :]):
+                    buffer = buffer.resized(batch // 2, skip=batch // 2)
+                else:
+                    buffer = buffer.resized(buffer.capacity, skip=buffer.count)
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
         buffer.stored_rows(batch, num_old)
@@ -190,12 +200,13 @@ class LastBatchLoss(nn.Module):
             self.buffer, self._dtype_follows = buffer, False
         return buffer
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The buffer's state for ``state_dict()``; empty before the first batch."""
-        return {} if self.buffer is None else self.buffer.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """The buffer's state for ``state_dict()``, packed into one uint8 tensor; empty before the first batch."""
+        return pack_state({} if self.buffer is None else self.buffer.state_dict())
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a saved buffer, or warn and restart it."""
+    def set_extra_state(self, state: Any) -> None:
+        """Take over a saved buffer (packed, or the dict of ``LogitBuffer.state_dict``), or warn and restart it."""
+        state = unpack_state(state)
         if not state:
             self.reset()
         elif self._size_follows or self.buffer is None:
@@ -206,3 +217,19 @@ class LastBatchLoss(nn.Module):
             if self._dtype_follows and dtype not in (None, self.buffer.logits.dtype):
                 self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, self.buffer.logits.device)
             self._dtype_follows = not self.buffer.load_state_dict(state) and self._dtype_follows
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        """As torch does, but weights saved without a last-batch criterion load strictly: the buffer starts empty."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)  # type: ignore[no-untyped-call]
+        key = prefix + "_extra_state"
+        if key in missing_keys:
+            missing_keys.remove(key)
+            self.reset()
+            warnings.warn(
+                f"LastBatchLoss: the checkpoint has no {key!r}; the buffer starts empty, so the next batch has no "
+                "last-batch term",
+                stacklevel=2,
+            )

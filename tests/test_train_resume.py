@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from dlb_fast.buffer import unpack_state
 from dlb_fast.presets import get_preset
 from dlb_fast.train import build, state
 from dlb_fast.train.config import override
@@ -135,7 +136,7 @@ def test_signals_are_given_back(tmp_path):
 
 def test_the_teacher_is_part_of_the_state(whole):
     """Forgetting the buffer's logits would go unnoticed by every other part of the state."""
-    saved = final_state(whole("dlb"))["criterion"]["_extra_state"]
+    saved = unpack_state(final_state(whole("dlb"))["criterion"]["_extra_state"])
     assert saved["logits"].shape == (10, 10) and saved["logits"].abs().sum() > 0 and len(saved["ids"]) == 10
 
 

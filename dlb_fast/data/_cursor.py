@@ -8,6 +8,7 @@ The rules, once for all of them:
 - One iteration delivers the rest of one epoch. An iteration that was left early starts again where it began (as with
   any DataLoader: looking at one batch first costs nothing), while `state_dict` still tells what was delivered.
 - A newer iteration, `set_epoch` to another epoch or a loaded state makes an older iteration stale: it raises.
+- Between a loaded state and its first batch `set_epoch` to an earlier epoch raises: it would silently undo the resume.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Cursor:
         self._next = (0, 0)  # the next batch to deliver
         self._begin = (0, 0)  # where the current iteration began
         self._current: weakref.ref[Iteration] | None = None
+        self._loaded = False  # a state was loaded and no batch asked for since
 
     @property
     def epoch(self) -> int:
@@ -88,6 +90,12 @@ class Cursor:
     def set_epoch(self, epoch: int) -> None:
         """Start epoch `epoch` from its first batch; nothing happens when it is the current one."""
         epoch = as_int(epoch, f"{self._owner}.set_epoch", "epoch", 0)
+        if self._loaded and epoch < self.epoch:
+            raise ValueError(
+                f"{self._owner}.set_epoch: epoch {epoch} would undo the state that was just loaded (epoch "
+                f"{self.epoch}, step {self.step}); whoever calls it (Accelerate's prepared DataLoader counts from 0 in "
+                "every process) has to go on from there, or must not be given this loader: see docs/integrations.md"
+            )
         if epoch != self.epoch:
             self._place(epoch, 0)
 
@@ -107,6 +115,7 @@ class Cursor:
         """Continue from `state`; raises while an iteration is active, and on any mismatch, changing nothing."""
         self._check_idle()
         self._place(*self._read_state(state))
+        self._loaded = True
 
     def _check_idle(self) -> None:
         current = self._current() if self._current is not None else None
@@ -173,6 +182,7 @@ class Cursor:
     def _place(self, epoch: int, step: int) -> None:
         self._next = self._begin = (epoch, step)
         self._current = None
+        self._loaded = False
 
     # The rest is for Iteration.
 
@@ -182,6 +192,7 @@ class Cursor:
             self._next = self._begin  # the iteration before was left early: start it again
         else:
             self._begin = self._next
+        self._loaded = False
         self._current = weakref.ref(iteration)
         return self._begin
 
