@@ -223,7 +223,7 @@ class LastBatchLoss(nn.Module):
         *rest: Any,
     ) -> None:  # fmt: skip
         """As torch does, but weights saved without a last-batch criterion load strictly: the buffer starts empty."""
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         key = prefix + "_extra_state"
         if key in missing_keys:
             missing_keys.remove(key)
