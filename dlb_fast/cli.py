@@ -26,7 +26,7 @@ COMMANDS = {
     "eval": ("dlb_fast.cli:evaluate", "evaluate a run's weights: accuracy, likelihood, calibration"),
     "compare": ("dlb_fast.cli:compare", "methods x seeds at equal images seen: table, curves, report"),
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
-    "report": ("dlb_fast.cli:report", "tables and curves from run folders"),
+    "report": ("dlb_fast.cli:report", "a page per run; tables, curves and calibration over several"),
     "presets": ("dlb_fast.cli:presets", "list, show and copy recipes"),
     "verify-data": ("dlb_fast.data.verify:main", "find damaged and odd files of a data set"),
     "bench": ("dlb_fast.cli:bench", "measure on this machine: bench [last_batch | loader | methods] [options]"),
@@ -96,6 +96,8 @@ def train(argv: list[str]) -> int:
     from dlb_fast.train.build import train_run
 
     train_run(args.run, folder, resume=args.resume, quiet=args.quiet)
+    if (folder.path / "metrics.csv").exists():  # a run may be stopped before its first evaluation
+        _write_page(folder.path, args.quiet)
     return 0
 
 
@@ -162,7 +164,11 @@ def presets(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     """`dlb-fast report RUN... [--out FOLDER]`."""
-    parser = argparse.ArgumentParser(prog="dlb-fast report", description="Tables and curves from run folders.")
+    parser = argparse.ArgumentParser(
+        prog="dlb-fast report",
+        description="Write report.html into every run's folder: one page that needs nothing else. Over all runs named: "
+        "a table (report.md) and curves with calibration (curves.png).",
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or the folder of a comparison")
     parser.add_argument("--out", type=Path, help="where to write report.md and curves.png (default: the first folder)")
     args = parser.parse_args(argv)
@@ -177,9 +183,22 @@ def report(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     command = "dlb-fast report " + shlex.join(argv)
     page = pages.write_report(folder, read, title="Report", command=command)
-    print(pages.compare_table(read))
-    print(f"\nwrote {page} and {folder / 'curves.png'}")
+    print(f"{pages.compare_table(read)}\n\nwrote {page}, {folder / 'curves.png'} and")
+    print("\n".join(f"  {pages.write_page(run)}" for run in read))
     return 0
+
+
+def _write_page(folder: Path, quiet: bool) -> None:
+    """The page of a run that has just been trained. Its failure is told and does not fail the training."""
+    from dlb_fast import report as pages
+
+    try:
+        page = pages.write_page(pages.read_run(folder))
+    except Exception as error:
+        print(f"the run is saved, but its page could not be written: {error}", file=sys.stderr)
+        return
+    if not quiet:
+        print(f"page: {page}", file=sys.stderr)
 
 
 def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None) -> int:
@@ -218,6 +237,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
             config, methods=methods, seeds=args.seeds, jobs=args.jobs, folder=folder, label=prog, command=command
         )
         runs = [pages.read_run(path, label) for path, label in comparison.read_comparison(folder)]
+        for each in runs:
+            pages.write_page(each)
         pages.write_report(folder, runs, title=title, command=command)
         return folder, runs
 

@@ -6,18 +6,23 @@ import pytest
 
 from dlb_fast import cli, report
 from dlb_fast.presets import get_preset
+from dlb_fast.report import comparison
 from dlb_fast.train.config import override
 from dlb_fast.train.log import RunLog
 from dlb_fast.train.run_folder import RunFolder
 
+BINS = {"share": [0.25, 0.0, 0.75], "accuracy": [0.5, 0.0, 1.0], "confidence": [0.25, 0.0, 0.875]}
 
-def make_run(path, method, seed, accuracies):
+
+def make_run(path, method, seed, accuracies, bins=BINS):
     folder = RunFolder(path)
     folder.create(override(get_preset("digits").config, method=method, seed=seed), "torch")
     log = RunLog(folder.path, quiet=True)
     for number, accuracy in enumerate(accuracies, 1):
         row = {"step": 10 * number, "epoch": float(number), "images_seen": 100 * number, "lr": 0.1, "loss": 1 / number}
-        log.result({**row, "test_top1": accuracy, "test_nll": 0.5, "test_ece": 0.1, "test_count": 50})
+        log.progress(row | {"step": row["step"] - 5})
+        scores = {"test_top1": accuracy, "test_nll": 0.5, "test_ece": 0.1, "test_count": 50}
+        log.result({**row, **scores, **({"test_calibration": bins} if bins else {})})
     return folder.path
 
 
@@ -58,7 +63,36 @@ def test_page_and_curves(runs, tmp_path, capsys):
     assert report.compare_table(runs) in text and "dlb-fast report" in text and "20 % of the training labels" in text
     image = (out / "curves.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 10_000
-    assert report.compare_table(runs) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert report.compare_table(runs) in said
+    for run in runs:
+        assert str(run.path / "report.html") in said and run.path.name in (run.path / "report.html").read_text()
+
+
+def test_curves_gain_a_panel_where_bins_are_stored(tmp_path):
+    from PIL import Image
+
+    widths = []
+    for name, bins in (("with", BINS), ("without", None)):
+        run = report.read_run(make_run(tmp_path / name, "dlb", 0, [0.5], bins))
+        assert (run.calibration is None) == (bins is None)
+        with Image.open(report.draw_curves([run], tmp_path / f"{name}.png")) as image:
+            widths.append(image.width)
+    assert widths[0] == pytest.approx(widths[1] * 4 / 3, rel=0.01)
+
+
+def test_reliability_of_several_seeds_is_pooled():
+    other = {"share": [0.75, 0.0, 0.25], "accuracy": [0.1, 0.0, 0.2], "confidence": [0.2, 0.0, 0.9]}
+    low, high = comparison.pooled_reliability([BINS, other])
+    assert low == pytest.approx((0.5, (0.25 * 0.25 + 0.75 * 0.2) / 1.0, (0.25 * 0.5 + 0.75 * 0.1) / 1.0))
+    assert high == pytest.approx((0.5, 0.75 * 0.875 + 0.25 * 0.9, 0.75 + 0.25 * 0.2))
+
+
+def test_a_row_cut_in_half_by_a_kill_is_left_out(tmp_path):
+    path = make_run(tmp_path / "run", "dlb", 0, [0.5, 0.6])
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "st')
+    assert [row["step"] for row in report.read_run(path).steps] == [5, 15]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +101,8 @@ def test_page_and_curves(runs, tmp_path, capsys):
         (lambda p: (p / "config.yaml").unlink(), "is not a run folder"),
         (lambda p: (p / "metrics.csv").unlink(), "no finished evaluation"),
         (lambda p: (p / "metrics.csv").write_text("step,loss\n1,abc\n"), r"metrics\.csv is damaged"),
+        (lambda p: (p / "metrics.jsonl").write_text("{\n{}\n"), r"metrics\.jsonl is damaged in line 1"),
+        (lambda p: (p / "versions.json").write_text("{"), r"versions\.json is damaged"),
     ],
 )
 def test_broken_folders_are_named(spoil, message, tmp_path):

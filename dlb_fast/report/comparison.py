@@ -1,79 +1,20 @@
-"""Tables, curves and a Markdown page from run folders; every figure is read from the runs' own files."""
+"""Several runs side by side: tables, curves and a Markdown page."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlb_fast.train.config import RunConfig, load_config
+from dlb_fast.train.config import RunConfig
 from dlb_fast.train.state import write_atomically
 
-__all__ = [
-    "Run", "compare_table", "draw_curves", "noise_table", "paired_table", "read_run", "write_noise_report",
-    "write_report",
-]  # fmt: skip
+from .runs import Run
 
-Row = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run as its folder tells it: label of its method, seed, config, and a row per evaluation."""
-
-    path: Path
-    label: str
-    config: RunConfig
-    versions: dict[str, Any]
-    rows: list[Row]
-    peak_mib: float = math.nan
-
-    @property
-    def seed(self) -> int:
-        """The run's seed."""
-        return self.config.train.seed
-
-    def last(self, column: str) -> float:
-        """A column at the end of the run."""
-        return self.rows[-1].get(column, math.nan)
-
-    def best(self, column: str = "test_top1") -> float:
-        """The largest value of a column over all evaluations."""
-        return max(row[column] for row in self.rows)
-
-
-def read_run(path: Path | str, label: str | None = None) -> Run:
-    """Read a run folder.
-
-    Raises:
-        ValueError: no config or no finished evaluation is there, or a file is damaged; names the file.
-    """
-    path = Path(path)
-    if not (path / "config.yaml").exists():
-        raise ValueError(f"report: {path} is not a run folder (it has no config.yaml)")
-    config = load_config(path / "config.yaml")
-    metrics = path / "metrics.csv"
-    try:
-        with open(metrics, newline="", encoding="utf-8") as file:
-            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    except FileNotFoundError:
-        rows = []
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"report: {metrics} is damaged: {error}") from error
-    if not rows:
-        raise ValueError(f"report: {path} has no finished evaluation yet")
-    versions = path / "versions.json"
-    known = json.loads(versions.read_text(encoding="utf-8")) if versions.exists() else {}
-    finished = path / "result.json"
-    result = json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else {}
-    peak = result.get("peak_mib")
-    return Run(path, label or config.loss.method, config, known, rows, math.nan if peak is None else peak)
+__all__ = ["compare_table", "draw_curves", "noise_table", "paired_table", "write_noise_report", "write_report"]
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -141,15 +82,21 @@ def paired_table(runs: Sequence[Run], against: str) -> str:
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> Path:
-    """Test accuracy, test NLL and training loss over images seen: mean over seeds, band of one standard deviation."""
+    """Test accuracy, test NLL and training loss over images seen, and the reliability of the last evaluation.
+
+    Curves are means over seeds with a band of one standard deviation. The reliability is that of all images of all
+    seeds: accuracy over mean confidence, a point per bin, as large as the bin is full.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = (("test_top1", "test top-1"), ("test_nll", "test NLL"), ("loss", "training loss"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained")
-    for axis, (column, title) in zip(axes, panels, strict=True):
+    calibrated = any(run.calibration for run in runs)
+    count = len(panels) + calibrated
+    figure, axes = plt.subplots(1, count, figsize=(5 * count, 4), layout="constrained")
+    for axis, (column, title) in zip(axes, panels, strict=not calibrated):
         for label, group in _groups(runs).items():
             length = min(len(r.rows) for r in group)
             x = [group[0].rows[i]["images_seen"] for i in range(length)]
@@ -163,9 +110,36 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
         axis.set_xlabel("images seen")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
+    if calibrated:
+        _draw_reliability(axes[-1], runs)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
     return path
+
+
+def _draw_reliability(axis: Any, runs: Sequence[Run]) -> None:
+    axis.plot([0, 1], [0, 1], linestyle="--", color="grey", linewidth=1)
+    for label, group in _groups(runs).items():
+        points = pooled_reliability([run.calibration for run in group if run.calibration])
+        drawn = axis.plot([x for _, x, _ in points], [y for _, _, y in points], label=label)[0]
+        sizes = [120 * share for share, _, _ in points]
+        axis.scatter([x for _, x, _ in points], [y for _, _, y in points], s=sizes, color=drawn.get_color())
+    axis.set_title("reliability, last evaluation")
+    axis.set_xlabel("mean confidence")
+    axis.set_ylabel("accuracy")
+    axis.grid(alpha=0.3)
+
+
+def pooled_reliability(found: Sequence[Mapping[str, Sequence[float]]]) -> list[tuple[float, float, float]]:
+    """(share, mean confidence, accuracy) of every bin that is not empty, over test sets of one size."""
+    points = []
+    for bins in zip(*(zip(c["share"], c["confidence"], c["accuracy"], strict=True) for c in found), strict=True):
+        full = sum(share for share, _, _ in bins)
+        if full:
+            sure = sum(share * confidence for share, confidence, _ in bins) / full
+            right = sum(share * accuracy for share, _, accuracy in bins) / full
+            points.append((full / len(bins), sure, right))
+    return points
 
 
 def _method_numbers(runs: Sequence[Run]) -> list[str]:
