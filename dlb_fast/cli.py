@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DLB_FAST_DEBUG") == "1":
             raise
-        print(f"dlb-fast {args[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        several = os.environ.get("WORLD_SIZE", "1") != "1"  # under torchrun
+        rank = f" (rank {os.environ.get('RANK')})" if several else ""
+        print(f"dlb-fast {args[0]}{rank}: {type(error).__name__}: {error}", file=sys.stderr)
         print("(DLB_FAST_DEBUG=1 shows where it happened)", file=sys.stderr)
         return 1
 
@@ -73,32 +75,73 @@ def train(argv: list[str]) -> int:
     early.add_argument("--out", type=Path)
     early.add_argument("--resume", action="store_true")
     first, _ = early.parse_known_args(argv)
-    from dlb_fast.train.config import TrainArgs, parse_flags, to_dict
+    from dlb_fast.train.config import TrainArgs, parse_flags
+    from dlb_fast.train.distributed import Ranks
     from dlb_fast.train.run_folder import RunFolder, newest_run
 
-    folder = None if first.out is None else RunFolder(first.out)
-    begun = None
-    if first.resume:
-        folder = folder or newest_run()
-        if folder.exists():
-            begun = folder.read_config()
-        elif first.preset is None and first.config is None:
-            raise ValueError(f"--resume: there is no run in {folder.path}; --preset or --config would start one there")
-    elif folder is not None and folder.exists():
-        raise ValueError(f"--out: {folder.path} already holds a run; --resume continues it, or choose another")
+    ranks = Ranks.join()  # under torchrun: rank 0 looks at the folders, and all do the same
+
+    def find() -> tuple[RunFolder | None, RunConfig | None]:
+        folder = None if first.out is None else RunFolder(first.out)
+        if first.resume:
+            folder = folder or newest_run()
+            if folder.exists():
+                return folder, folder.read_config()
+            if first.preset is None and first.config is None:
+                raise ValueError(f"--resume: there is no run in {folder.path}; --preset or --config would start one")
+        elif folder is not None and folder.exists():
+            raise ValueError(f"--out: {folder.path} already holds a run; --resume continues it, or choose another")
+        return folder, None
+
+    folder, begun = ranks.on_main(find)
     base = begun or _config(first.preset, first.config)
     args = parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
-    if begun is not None and args.run != begun:
-        old, new = to_dict(begun), to_dict(args.run)
-        changed = [f"{n} {old[g][n]} -> {new[g][n]}" for g in new for n in new[g] if old[g][n] != new[g][n]]
-        print(f"changed for the rest of the run: {', '.join(changed)}", file=sys.stderr)
-    folder = folder or RunFolder.named(f"{args.run.data.source.split(':')[0]}-{args.run.loss.method}")
+    if ranks.is_main and begun is not None and args.run != begun:
+        print(f"changed for the rest of the run: {_changes(begun, args.run)}", file=sys.stderr)
+    elif ranks.is_main and begun is None and not args.quiet:
+        print(_origin(first.preset, first.config, base, args.run), file=sys.stderr)
+    if args.smoke:
+        if args.resume:
+            raise ValueError("--smoke starts a rehearsal of its own; leave --resume out")
+        from dlb_fast.train.smoke import rehearse
+
+        named = any(flag.split("=")[0] == "--data" for flag in argv)
+        found = rehearse(args.run, first.out, real_data=named, quiet=args.quiet, ranks=ranks)
+        if ranks.is_main:
+            print(f"smoke: training, evaluation, checkpoint and resume work ({found['seconds']} seconds)")
+        ranks.leave()
+        return 0
+    label = f"{args.run.data.source.split(':')[0]}-{args.run.loss.method}"
+    folder = folder or ranks.on_main(lambda: RunFolder.named(label))
     from dlb_fast.train.build import train_run
 
-    train_run(args.run, folder, resume=args.resume, quiet=args.quiet)
-    if (folder.path / "metrics.csv").exists():  # a run may be stopped before its first evaluation
+    train_run(args.run, folder, resume=args.resume, quiet=args.quiet, ranks=ranks)
+    if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may be stopped before its first evaluation
         _write_page(folder.path, args.quiet)
+    ranks.leave()
     return 0
+
+
+def _changes(old: RunConfig, new: RunConfig) -> str:
+    """`lr 0.05 -> 0.1, epochs 30 -> 2`: where two configs differ."""
+    from dlb_fast.train.config import to_dict
+
+    before, after = to_dict(old), to_dict(new)
+    names = [(g, n) for g in after for n in after[g] if before[g][n] != after[g][n]]
+    return ", ".join(f"{n} {before[g][n]} -> {after[g][n]}" for g, n in names)
+
+
+def _origin(preset: str | None, file: Path | None, base: RunConfig, run: RunConfig) -> str:
+    """Where a run's numbers come from, each source overriding the one before."""
+    from dlb_fast.train.config import RunConfig
+
+    parts = [f"preset {preset or 'digits'}" if preset or file is None else "defaults"]
+    if file is not None:
+        under = RunConfig() if preset is None else _config(preset, None)
+        parts.append(f"{file}: {_changes(under, base) or 'no change'}")
+    if flags := _changes(base, run):
+        parts.append(f"flags: {flags}")
+    return "config from " + "; then ".join(parts)
 
 
 def _config(preset: str | None, path: Path | None) -> RunConfig:

@@ -78,7 +78,7 @@ def test_a_folder_is_evaluated_once_per_image(folder, tmp_path):
     for rows in (2, 3, 7, 100):
         config = override(BASE, source=f"imagefolder:{folder}", image_size=16, eval_batch_size=rows)
         opened = sets.open_sets(config.data)
-        labels = torch.cat([targets for _, targets in opened.test_batches(torch.device("cpu"))])
+        labels = torch.cat([batch.targets for batch in opened.test_batches(torch.device("cpu"))])
         assert labels.tolist() == [0] * 4 + [1] * 3
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from dlb_fast import _backends
 
 from .config import RunConfig, override, to_dict
+from .distributed import ALONE, Ranks
 from .engine import Trainer
 from .evaluate import evaluate
 from .log import RunLog
@@ -31,10 +32,20 @@ from .window import total_steps
 __all__ = ["build_trainer", "evaluate_run", "resolve_device", "train_run"]
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; raises ValueError for a device torch cannot use."""
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """`auto` is the GPU where there is one, and each rank's own; raises ValueError for a device torch cannot use."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.several and name.startswith("cuda"):
+        if ":" in name:
+            raise ValueError(f"config: device expects cuda, auto or cpu on {ranks.world_size} ranks, got {name!r}")
+        count = torch.cuda.device_count()
+        if ranks.local_size > count:
+            raise ValueError(
+                f"config: device {name!r}: {ranks.local_size} ranks on this machine expect as many GPUs, it has "
+                f"{count}; start fewer (torchrun --nproc-per-node {max(1, count)}) or use --device cpu"
+            )
+        name = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -51,33 +62,53 @@ def seed_everything(seed: int) -> None:
 
 
 def build_trainer(
-    config: RunConfig, *, sets: Sets | None = None, folder: Path | None = None, log: RunLog | None = None
+    config: RunConfig,
+    *,
+    sets: Sets | None = None,
+    folder: Path | None = None,
+    log: RunLog | None = None,
+    ranks: Ranks | None = None,
 ) -> Trainer:
     """The trainer of a config; the same config gives the same initial weights and the same batches.
+
+    `batch_size` counts the rows of a step over all ranks: a rank trains on `batch_size / world_size` of them, so the
+    same config means the same training on any number of ranks.
 
     Args:
         config: the run.
         sets: already opened data; None opens `config.data`.
         folder: run folder; None writes nothing.
         log: console and metric files.
+        ranks: this process among others; by default its place in the torch.distributed group, if there is one.
     """
-    config = resolve(config)
-    device = resolve_device(config.train.device)
+    config, ranks = resolve(config), ranks or Ranks.current()
+    device = resolve_device(config.train.device, ranks)
+    if config.data.batch_size % (2 * ranks.world_size):
+        unit = 2 * ranks.world_size
+        below = config.data.batch_size // unit * unit
+        raise ValueError(
+            f"config: batch_size counts the rows of all ranks; {ranks.world_size} ranks expect a multiple of {unit}, "
+            f"got {config.data.batch_size}; use {f'{below} or ' if below else ''}{below + unit}"
+        )
     sets = sets or open_sets(config.data)
     seed_everything(config.train.seed)
     model = create_model(config.model.model, sets.num_classes, sets.channels).to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    method, rows, seed = find(config.loss.method), config.data.batch_size, config.train.seed
+    if ranks.rank:  # the weights are alike by now; what the network draws from here on (dropout) must not be
+        seed_everything(config.train.seed + ranks.rank)
+    method, seed = find(config.loss.method), config.train.seed
+    rows = config.data.batch_size // ranks.world_size
     sampler = None
     if method.sampler is not None:
         sampler = method.sampler(torch.as_tensor(sets.train.targets), rows, numbers_of(config.loss), seed)
     loader = sets.train_loader(
-        overlap=method.overlap, seed=seed, device=device, channels_last=config.train.channels_last, sampler=sampler
-    )
+        overlap=method.overlap, seed=seed, device=device, channels_last=config.train.channels_last, sampler=sampler,
+        augment=config.augment, ranks=ranks,
+    )  # fmt: skip
     steps = total_steps(loader, config.train)
     passes = max(1, math.ceil(steps * config.train.accumulate / len(loader)))
-    task = Task(sets.num_classes, rows, len(sets.train), passes)
+    task = Task(sets.num_classes, rows, len(sets.train), passes, ranks.world_size)
     optimizer = make_optimizer(model, config.optim)
     scheduler = make_scheduler(
         optimizer,
@@ -91,33 +122,43 @@ def build_trainer(
         optimizer,
         loader,
         scheduler=scheduler,
-        evaluate=lambda network: evaluate(network, sets.test_batches(device)),
+        evaluate=lambda network: evaluate(network, sets.test_batches(device, ranks), ranks=ranks),
         folder=folder,
         config=config.train,
         log=log,
         metadata={"model": config.model.model, "num_classes": str(sets.num_classes), "channels": str(sets.channels)},
+        ranks=ranks,
     )
 
 
-def train_run(config: RunConfig, folder: RunFolder, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train_run(
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
     """Train in a run folder, from the start or from its newest valid checkpoint; returns the trainer's result.
 
     Everything that can be wrong with the config, the data or the model is found before the folder is made. A finished
-    run leaves result.json.
+    run leaves result.json. On several ranks all call this; rank 0 alone says and writes anything.
     """
-    config = resolve(config)
-    log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
-    reset_peak(resolve_device(config.train.device))
-    trainer = build_trainer(config, folder=folder.path, log=log)
+    config, ranks = resolve(config), ranks or Ranks.current()
+    log = RunLog(quiet=True)
+    if ranks.is_main:
+        log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
+    reset_peak(resolve_device(config.train.device, ranks))
+    trainer = build_trainer(config, folder=folder.path, log=log, ranks=ranks)
     loader: Any = trainer.loader
     impl = _backends.pick(config.loss.impl, trainer.device.type)
-    started = folder.exists()
-    if resume and started:
+    started = ranks.on_main(folder.exists)
+    if resume and started and ranks.is_main:
         _compare_versions(folder, log)
-    folder.create(config, impl)
+    ranks.on_main(lambda: folder.create(config, impl))
     log.say(
         f"{config.loss.method} with {config.model.model} ({_count(trainer.model):,} parameters) on "
-        f"{config.data.source}: {trainer.total_steps} steps of {config.data.batch_size} rows on {trainer.device}, "
+        f"{config.data.source}: {trainer.total_steps} steps of {_rows(config, trainer)}, "
         f"loss implementation {impl!r}\n"
         f"run folder {folder.path}"
     )
@@ -141,13 +182,23 @@ def train_run(config: RunConfig, folder: RunFolder, *, resume: bool = False, qui
         return result
     result["peak_mib"] = peak_mebibytes(trainer.device)
     data = json.dumps(result, indent=1).encode()
-    write_atomically(folder.path / "result.json", lambda file: file.write(data))
+    ranks.on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(data)))
     if result["best_top1"] is not None:
         log.say(
             f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
             f"at step {result['best_step']}"
         )
     return result
+
+
+def _rows(config: RunConfig, trainer: Trainer) -> str:
+    """What one optimiser step sees, and at which peak rate: `128 rows (2 ranks x 64, ddp) on cpu, lr 0.05`."""
+    ranks, batches = trainer.ranks, config.train.accumulate
+    parts = [f"{ranks.world_size} ranks"] * ranks.several + [f"{batches} batches"] * (batches > 1)
+    made = f"{' x '.join([*parts, str(config.data.batch_size // ranks.world_size)])}"
+    note = f" ({made}{f', {trainer.parallel.kind}' if ranks.several else ''})" if parts else ""
+    device = trainer.device.type if ranks.several else trainer.device
+    return f"{config.data.batch_size * batches} rows{note} on {device}, lr {config.optim.lr:g}"
 
 
 def _count(model: nn.Module) -> int:

@@ -7,9 +7,7 @@ resolved one is saved in the run folder. Field names are unique over all groups,
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +16,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .augment_config import AugmentConfig
+from .coerce import coerce, near
 from .sinks import SINKS
 
 __all__ = [
     "METHOD_FIELDS",
+    "AugmentConfig",
     "DataConfig",
     "LossConfig",
     "ModelConfig",
@@ -50,7 +51,7 @@ class DataConfig:
     source: Annotated[str, tyro.conf.arg(name="data")] = "digits"
     """KIND[:PATH]: digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, synthetic[:N,C,SIZE], ..."""
     batch_size: int = 128
-    """Rows the model sees per step; with DLB half of them repeat the step before. Even."""
+    """Rows the model sees per step, over all ranks; with DLB half of them repeat the step before. Even."""
     per_class: int | None = None
     """Keep only this many training images of each class."""
     label_noise: float = 0.0
@@ -65,6 +66,11 @@ class DataConfig:
     """Random horizontal flip."""
     image_size: int = 32
     """Height and width that images of a folder are brought to (ignored by sets of a fixed size)."""
+    eval_size: int | None = None
+    """The same in the evaluation; None: image_size. Training on smaller crops than one evaluates on is cheaper and no
+    worse (Touvron et al., NeurIPS 2019)."""
+    eval_resize: int | None = None
+    """Short side before the centre crop of the evaluation; None: the crop's side / 0.875."""
     eval_batch_size: int = 512
     """Rows per forward in the evaluation."""
     num_threads: int = 2
@@ -76,6 +82,10 @@ class DataConfig:
         _require(0 <= self.label_noise <= 1, "label_noise", "in [0, 1]", self.label_noise)
         _require(self.padding >= 0, "padding", "at least 0", self.padding)
         _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
+        _require(self.eval_size is None or self.eval_size >= 1, "eval_size", "at least 1 or null", self.eval_size)
+        crop = self.image_size if self.eval_size is None else self.eval_size
+        ok = self.eval_resize is None or self.eval_resize >= crop
+        _require(ok, "eval_resize", f"at least the crop of the evaluation ({crop}) or null", self.eval_resize)
         _require(self.eval_batch_size >= 1, "eval_batch_size", "at least 1", self.eval_batch_size)
         _require(self.num_threads >= 1, "num_threads", "at least 1", self.num_threads)
 
@@ -210,6 +220,14 @@ class TrainConfig:
     ema: float | None = None
     """Decay of averaged weights; they are then what is evaluated and exported."""
     channels_last: bool = False
+    distributed: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """auto: ddp under torchrun. ddp: a copy of the model on every rank. fsdp: a share of it (FSDP2)."""
+    sync_bn: bool = False
+    """BatchNorm statistics over all ranks' rows (SyncBatchNorm; GPUs only). Without, over each rank's own rows."""
+    compile: bool = False
+    """Train through torch.compile; the evaluation stays eager."""
+    graph: bool = False
+    """Forward, loss and backward as one CUDA graph: for small networks on one GPU."""
     eval_every: int | None = None
     """Steps between evaluations, each a row of metrics; None: every epoch."""
     log_every: int = 50
@@ -232,6 +250,12 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1 or null", value)
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "above 0 or null", self.clip_grad)
+        if self.graph:
+            for name, single in (("accumulate", 1), ("compile", False)):
+                value = getattr(self, name)
+                _require(value == single, name, f"{single} with graph (one whole step is captured, eager)", value)
+            ok = self.distributed in ("auto", "none")
+            _require(ok, "distributed", "auto or none with graph (it works on one GPU)", self.distributed)
         _require(self.ema is None or 0 < self.ema < 1, "ema", "in (0, 1) or null", self.ema)
         _require(self.seed >= 0, "seed", "at least 0", self.seed)
         names = tuple(name for part in self.trackers for name in part.split(",") if name)  # tensorboard,wandb is two
@@ -250,6 +274,7 @@ class RunConfig:
     """
 
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -270,6 +295,9 @@ class TrainArgs:
     """Run folder (default: a new one under runs/)."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue: alone, the newest run under runs/; with --out, that one."""
+    smoke: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A rehearsal of seconds: four short steps with evaluation, checkpoint and resume, on synthetic images of the right
+    size unless --data is given."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """No progress on the console."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -293,7 +321,7 @@ def override(config: RunConfig, **values: Any) -> RunConfig:
                 config = dataclasses.replace(config, **{group.name: part})
                 break
         else:
-            raise ValueError(f"config: no field {name!r}{_near(name, _all_fields())}")
+            raise ValueError(f"config: no field {name!r}{near(name, _all_fields())}")
     return config
 
 
@@ -311,15 +339,15 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
         raise TypeError(f"config: expected groups ({', '.join(groups)}), got {type(values).__name__}")
     for group, part in values.items():
         if group not in groups:
-            raise ValueError(f"config: unknown group {group!r}{_near(group, groups)}")
+            raise ValueError(f"config: unknown group {group!r}{near(group, groups)}")
         if not isinstance(part, Mapping):
             raise TypeError(f"config: {group} must hold fields, got {part!r}")
         current = getattr(config, group)
         hints = typing.get_type_hints(type(current))
         for name in part:
             if name not in hints:
-                raise ValueError(f"config: unknown field {group}.{name}{_near(name, hints)}")
-        new = {name: _coerce(value, hints[name], f"{group}.{name}") for name, value in part.items()}
+                raise ValueError(f"config: unknown field {group}.{name}{near(name, hints)}")
+        new = {name: coerce(value, hints[name], f"{group}.{name}") for name, value in part.items()}
         config = dataclasses.replace(config, **{group: dataclasses.replace(current, **new)})
     return config
 
@@ -340,45 +368,3 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
 
 def _all_fields() -> list[str]:
     return [f.name for g in dataclasses.fields(RunConfig) for f in dataclasses.fields(g.default_factory)]  # type: ignore[arg-type]
-
-
-def _near(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(known)}"
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """A YAML value as its field's type. YAML reads 1e-3 as a string, so numbers in strings are accepted."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _coerce(value, next(a for a in args if a is not type(None)), where)
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"config: {where} must be one of {', '.join(map(str, args))}, got {value!r}")
-        return value
-    if origin is tuple:
-        if isinstance(value, str) and args[0] is str:
-            value = [value]
-        if not isinstance(value, (list, tuple)) or (Ellipsis not in args and len(value) != len(args)):
-            kind = "names" if args[0] is str else "numbers"
-            raise ValueError(f"config: {where} must be a list of {kind}, got {value!r}")
-        return tuple(_coerce(v, args[0], where) for v in value)
-    if hint is bool or isinstance(value, bool):
-        if hint is not bool or not isinstance(value, bool):
-            raise ValueError(f"config: {where} must be {hint.__name__}, got {value!r}")
-        return value
-    if hint is str:
-        if not isinstance(value, str):
-            raise ValueError(f"config: {where} must be text, got {value!r}")
-        return value
-    try:
-        number = float(value)
-        if hint is int:
-            if not number.is_integer():
-                raise ValueError
-            return int(value) if isinstance(value, int) else int(number)
-        return number
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"config: {where} must be {hint.__name__}, got {value!r}") from None

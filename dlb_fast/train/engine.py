@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -17,11 +15,16 @@ from torch import nn
 
 from dlb_fast.data.batch import Batch
 
+from . import snapshot
 from . import state as files
 from .config import TrainConfig
+from .distributed import Ranks
+from .graphed import GraphedStep, check_graph
 from .log import RunLog
 from .optim import Ema
+from .parallel import Parallel, check_parallel, same_start, whole_states
 from .step import FORWARDS, accepted_inputs, training_loss
+from .stop import StopSignals
 from .window import Window, length_of, total_steps
 
 __all__ = ["Trainer", "TrainingDiverged"]
@@ -35,7 +38,8 @@ class Trainer:
     """Trains a model with a criterion that may remember the last mini-batch.
 
     Args:
-        model: maps images to logits `(n, C)`; on the device to train on.
+        model: maps images to logits `(n, C)`; on the device to train on. On several ranks it is the bare network: the
+            trainer wraps or shares it as `config.distributed` says, and gives the optimiser the shares.
         criterion: `LastBatchLoss`, a `TaughtLoss` or any `criterion(logits, targets)`. Where it has them,
             `attach(model)` is called once and `update()` after every optimiser step.
         optimizer: over the model's parameters.
@@ -45,7 +49,8 @@ class Trainer:
         evaluate: `model -> {"top1": ..., ...}`, called every `eval_every` steps; its values are logged as `test_*`.
         folder: the run folder for metrics and checkpoints; None writes nothing.
         config: how long, how precisely, what is written when.
-        log: console, metric files and trackers; made from `folder` and `config` by default.
+        log: console, metric files and trackers; made from `folder` and `config` by default. Only rank 0's is used.
+        ranks: this process among others; by default its place in the torch.distributed group, if there is one.
         metadata: what exported weights say about themselves.
         **settings: single fields of `TrainConfig`, overriding `config`.
 
@@ -72,20 +77,32 @@ class Trainer:
         config: TrainConfig | None = None,
         log: RunLog | None = None,
         metadata: Mapping[str, str] | None = None,
+        ranks: Ranks | None = None,
         **settings: Any,
     ) -> None:
         self.config = config = dataclasses.replace(config or TrainConfig(), **settings)
         if config.forward not in FORWARDS:
             raise ValueError(f"Trainer: forward must be one of {', '.join(FORWARDS)}, got {config.forward!r}")
+        self.ranks = ranks = ranks or Ranks.current()
+        self.device = next(model.parameters()).device
+        kind = check_parallel(config, ranks, criterion, self.device)
+        check_graph(config, criterion, self.device, kind)
+        if config.sync_bn:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.criterion, self.optimizer, self.scheduler = model, criterion, optimizer, scheduler
         self.loader, self.evaluate = loader, evaluate
-        self.device = next(model.parameters()).device
         self.folder = None if folder is None else Path(folder)
+        if not ranks.is_main:
+            log = RunLog(quiet=True)
         self.log = log or RunLog(self.folder, trackers=config.trackers, config=dataclasses.asdict(config))
         self.metadata = dict(metadata or {})
         self.total_steps = total_steps(loader, config)
         self.eval_every = config.eval_every or max(1, length_of(loader) // config.accumulate)
+        same_start(model, ranks)
         self.ema = None if config.ema is None else Ema(model, config.ema)
+        average = None if self.ema is None else self.ema.model
+        self.parallel = Parallel(model, optimizer, average, kind=kind, compiled=config.compile, ranks=ranks)
+        self.graphed = GraphedStep(self._backward, model.parameters()) if config.graph else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.accepts = accepted_inputs(criterion)
         # Teachers may look into the model and remember its steps.
@@ -96,10 +113,11 @@ class Trainer:
         self.step = 0  # optimiser steps done
         self.epoch = 0  # passes of the loader finished
         self.in_epoch = 0  # batches delivered of the running pass
-        self.images_seen = 0  # rows through the network, repeated ones included
+        self.images_seen = 0  # rows through the network on all ranks, repeated ones included
         self.seconds = 0.0  # training time up to the last evaluation, evaluations and checkpoints not included
         self.best: dict[str, float] = {}  # {"step", "top1"} of the best evaluation
         self.last: dict[str, Any] = {}  # the last row of metrics
+        self.stop = StopSignals(ranks)
         self.stopped_by: str | None = None
         self.window = Window(self.device)  # since the last evaluation
 
@@ -109,22 +127,27 @@ class Trainer:
         Returns:
             The last row of metrics, with `best_top1`, `best_step` and `stopped_by` (None, "SIGTERM" or "SIGINT").
         Raises:
-            TrainingDiverged: the loss is not finite at a log point.
+            TrainingDiverged: the loss of any rank is not finite at a log point.
             CheckpointError: the disk is full or not writable; the last good checkpoint is kept.
+            RankError: another rank ended; its own message says why.
         """
         config = self.config
-        if self.folder is not None:
+        if self.folder is not None and self.ranks.is_main:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.log.start(step=self.step, total=self.total_steps)
         self.model.train()
         self.criterion.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with self._signals_only_mark(), _closing(self.log):
+        with self.stop.marked(), _closing(self.log), self.ranks.naming_the_lost():
             stream = self._stream()
-            while self.step < self.total_steps and self.stopped_by is None:
+            while self.step < self.total_steps:
+                self.stopped_by = self.stop.wanted()
+                if self.stopped_by is not None:
+                    break
                 started = time.perf_counter()
-                for batch in islice(stream, config.accumulate):
-                    self._accumulate(batch)
+                for number, batch in enumerate(islice(stream, config.accumulate), 1):
+                    with self.parallel.accumulating(last=number == config.accumulate):
+                        self._accumulate(batch)
                 self._optimizer_step()
                 self.step += 1
                 due = self._due(self.eval_every)
@@ -155,8 +178,15 @@ class Trainer:
             batch = batch.to(self.device, non_blocking=True)
         if self.config.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+        loss = self._backward(batch) if self.graphed is None else self.graphed(batch)
+        counted = getattr(self.criterion, "counted", len(batch))  # CS-KD judges half of the rows
+        self.window.add(loss, getattr(self.criterion, "parts", None), counted)
+        self.images_seen += len(batch) * self.ranks.world_size
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """The loss of a batch, its gradient added to the parameters'."""
         loss = training_loss(
-            self.model,
+            self.parallel.network,
             self.criterion,
             batch,
             forward=self.config.forward,
@@ -164,9 +194,7 @@ class Trainer:
             accepts=self.accepts,
         )
         self.scaler.scale(loss / self.config.accumulate if self.config.accumulate > 1 else loss).backward()
-        counted = getattr(self.criterion, "counted", len(batch))  # CS-KD judges half of the rows
-        self.window.add(loss, getattr(self.criterion, "parts", None), counted)
-        self.images_seen += len(batch)
+        return loss
 
     def _optimizer_step(self) -> None:
         if self.config.clip_grad is not None:
@@ -218,8 +246,8 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=dtype)
 
     def _check_finite(self) -> None:
-        """Stop when the summed loss of the window is not finite. Reading it waits for the device."""
-        if self.config.nan_check and not self.window.is_finite():
+        """Stop when the summed loss of the window is not finite on any rank. Reading it waits for the device."""
+        if self.config.nan_check and not self.window.summed(self.ranks).is_finite():
             kept = "there is no checkpoint yet"
             if self.folder is not None and (found := sorted((self.folder / "checkpoints").glob("step-*.pt"))):
                 kept = f"the last good checkpoint is {found[-1]}"
@@ -234,13 +262,13 @@ class Trainer:
         row = self._row()
         if self.evaluate is not None:
             weights = self.model if self.ema is None else self.ema.model
-            scores = dict(self.evaluate(weights))
+            with self.parallel.evaluating(weights):
+                scores = self.ranks.from_main(dict(self.evaluate(weights)))
             row |= {f"test_{name}": value for name, value in scores.items()}
             self.model.train()
             if scores.get("top1", -1.0) > self.best.get("top1", -1.0):
                 self.best = {"top1": scores["top1"], "step": self.step}
-                if self.folder is not None:
-                    files.save_weights(self.folder / "checkpoints" / "best.safetensors", weights, self._labels())
+                self._export("best")
         self.last = row
         self.log.result(row)
         self.seconds += self.window.seconds
@@ -250,94 +278,52 @@ class Trainer:
         epoch = self.epoch + self.in_epoch / max(1, length_of(self.loader))
         lr = self.optimizer.param_groups[0]["lr"]
         seen = {"step": self.step, "epoch": round(epoch, 4), "images_seen": self.images_seen, "lr": lr}
-        return {**seen, **self.window.means(), "seconds": round(self.seconds + self.window.seconds, 3)}
+        window = self.window.summed(self.ranks)
+        return {**seen, **window.means(), "seconds": round(self.seconds + window.seconds, 3)}
 
-    def _labels(self) -> dict[str, str]:
-        return {**self.metadata, "step": str(self.step)}
+    def _export(self, name: str) -> None:
+        """Write the weights alone, as they are evaluated."""
+        if self.folder is None:
+            return
+        path = self.folder / "checkpoints" / f"{name}.safetensors"
+        weights = self.model if self.ema is None else self.ema.model
+        tensors, labels = whole_states(weights.state_dict()), {**self.metadata, "step": str(self.step)}
+        self.ranks.on_main(lambda: files.save_weights(path, tensors, labels))
 
     def save(self) -> Path | None:
-        """Write a checkpoint and the exported weights; returns the checkpoint's path."""
+        """Write a checkpoint of all ranks and the exported weights; returns the checkpoint's path."""
         if self.folder is None:
             return None
-        weights = self.model if self.ema is None else self.ema.model
-        folder = self.folder / "checkpoints"
-        path = files.save_checkpoint(folder, self.state_dict(), keep=self.config.keep)
-        files.save_weights(folder / "last.safetensors", weights, self._labels())
+        folder, state = self.folder / "checkpoints", self.state_dict()
+        path = self.ranks.on_main(lambda: files.save_checkpoint(folder, state, keep=self.config.keep))
+        self._export("last")
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a continuation depends on, as tensors and plain values."""
-        own = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "last")
-        return {
-            **{name: getattr(self, name) for name in own},
-            "metadata": self.metadata,
-            "model": self.model.state_dict(),
-            "criterion": self.criterion.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "loader": self.loader.state_dict() if hasattr(self.loader, "state_dict") else None,
-            "window": self.window.state_dict(),
-            "rng": files.get_rng_state(),
-            "logs": self.log.positions(),
-        }
+        """Everything a continuation depends on, as tensors and plain values; complete on rank 0."""
+        return snapshot.take(self)
 
     def load_state_dict(self, state: dict[str, Any], origin: str = "the checkpoint") -> None:
-        """Continue where `state_dict()` was taken.
+        """Continue where `state_dict()` was taken. On several ranks each is given rank 0's state.
 
         Raises:
             CheckpointError: the state belongs to another model, or was made with EMA and this run has none (or the
                 reverse).
         """
-        files.load_matching(self.model, state["model"], origin)
-        if (state["ema"] is None) != (self.ema is None):
-            made = "without" if self.ema else "with"
-            raise files.CheckpointError(f"{origin} was made {made} EMA; use the same setting")
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.criterion.load_state_dict(state["criterion"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        load = getattr(self.loader, "load_state_dict", None)
-        if load is not None and state["loader"] is not None:
-            load(state["loader"])
-        for name in ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "last"):
-            setattr(self, name, state[name])
-        self.window.load_state_dict(state["window"])
-        self.log.rewind(state["logs"])
-        files.set_rng_state(state["rng"])
+        snapshot.put(self, state, origin)
 
     def resume(self) -> Path | None:
         """Continue from the folder's newest valid checkpoint; None (and clean logs) when there is none."""
         if self.folder is None:
             raise ValueError("Trainer.resume: needs a run folder")
-        found = files.load_newest(self.folder / "checkpoints", self.load_state_dict, self.log.say)
+        found = files.load_newest(self.folder / "checkpoints", self.load_state_dict, self._warn, self.ranks)
         if found is None:
             self.log.rewind({})
         return found
 
-    @contextmanager
-    def _signals_only_mark(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the running step; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread only
-            return
-        before: dict[int, Any] = {}
-
-        def mark(number: int, frame: Any) -> None:
-            self.stopped_by = signal.Signals(number).name
-            signal.signal(number, before[number])
-
-        for wanted in (signal.SIGTERM, signal.SIGINT):
-            before[wanted] = signal.signal(wanted, mark)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _warn(self, text: str) -> None:
+        if self.ranks.is_main:
+            self.log.warn(text)
 
 
 @contextmanager

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed import ALONE, Ranks
+from .parallel import is_shared
+
 __all__ = ["ECE_BINS", "evaluate", "predictions"]
 
 ECE_BINS = 15  # Guo et al. 2017, and what everybody has used since
@@ -17,15 +20,27 @@ ECE_BINS = 15  # Guo et al. 2017, and what everybody has used since
 
 @torch.no_grad()
 def predictions(
-    model: nn.Module, batches: Iterable[Any], autocast: AbstractContextManager[Any] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    autocast: AbstractContextManager[Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Logits `(N, C)` in float32 (float64 stays) and targets `(N,)`, in eval mode; the model's mode is put back.
 
     Args:
         model: the network.
-        batches: pairs `(images, targets)`, or anything with `.images` and `.targets`.
+        batches: pairs `(images, targets)`, or anything with `.images` and `.targets`; on several ranks this rank's
+            share, with a length. Every rank then gets the rows of all, in rank order.
         autocast: context manager for the forwards.
+        ranks: those that evaluate together.
     """
+    extra = 0
+    if ranks.several:
+        rounds = len(batches)  # type: ignore[arg-type]
+        most, least = ranks.largest([rounds, -rounds])
+        if not least:
+            raise ValueError(f"evaluate: expected an image for each of {ranks.world_size} ranks; use fewer ranks")
+        extra = int(most) - rounds if is_shared(model) else 0
     was_training = model.training
     model.eval()
     logits, targets = [], []
@@ -36,17 +51,22 @@ def predictions(
                 out = model(images)
             logits.append(out if out.dtype == torch.float64 else out.float())
             targets.append(labels)
+        for _ in range(extra):  # the other ranks' forwards need this rank's share of the weights
+            model(images[:1])
     finally:
         model.train(was_training)
     if not logits:
         raise ValueError("evaluate: there is no image to evaluate on; is the test set empty?")
-    return torch.cat(logits), torch.cat(targets)
+    return ranks.joined(torch.cat(logits)), ranks.joined(torch.cat(targets))
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Any], autocast: AbstractContextManager[Any] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    autocast: AbstractContextManager[Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Metrics of a model over a set, each image counted once.
+    """Metrics of a model over a set, each image counted once, the same on all ranks. Arguments: `predictions`.
 
     `top1`, `top5` in [0, 1] (top-5 over fewer than five classes is 1), `nll` the mean plain cross entropy in nats,
     `ece` the expected calibration error over 15 equal bins of confidence, `count` the number of images, `calibration`
@@ -56,7 +76,7 @@ def evaluate(
         >>> evaluate(nn.Identity(), [(torch.eye(3), torch.arange(3))])["top1"]
         1.0
     """
-    logits, targets = predictions(model, batches, autocast)
+    logits, targets = predictions(model, batches, autocast, ranks)
     count, classes = logits.shape
     if int(targets.max()) >= classes or int(targets.min()) < 0:
         raise ValueError(

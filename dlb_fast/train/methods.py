@@ -59,11 +59,13 @@ class CrossEntropy(nn.Module):
         self.label_smoothing, self.impl = label_smoothing, impl
         self.parts: LossParts | None = None
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The mean loss `()` of logits `(B, C)`; smoothing applies in training only."""
+    def forward(
+        self, logits: Tensor, target: Tensor, *, target_b: Tensor | None = None, lam: Tensor | None = None
+    ) -> Tensor:
+        """The mean loss `()` of logits `(B, C)`; smoothing in training only. `target_b`, `lam`: mixed images."""
         smoothing = self.label_smoothing if self.training else 0.0
         loss, self.parts = fused_lb_loss(
-            logits, target, label_smoothing=smoothing, impl=self.impl, return_parts=True
+            logits, target, label_smoothing=smoothing, impl=self.impl, return_parts=True, target_b=target_b, lam=lam
         )
         return loss
 
@@ -76,6 +78,7 @@ class Task:
     rows: int  # per step
     samples: int  # of the training set
     epochs: int  # passes of the loader
+    ranks: int = 1  # processes; `rows` are those of one
 
 
 Numbers = Mapping[str, Any]
@@ -97,6 +100,7 @@ class Method:
     sampler: Sampler | None = None  # rows that belong together
     drawn: Callable[[int, Numbers], int] = lambda rows, numbers: rows
     forward: str | None = None  # a forward that the method cannot do without
+    mixes: bool = False  # its teacher still fits when two images are mixed
 
 
 def _last_batch(task: Task, alpha: float, numbers: Numbers, common: Numbers) -> nn.Module:
@@ -119,7 +123,9 @@ def _mr_kd(task: Task, n: Numbers, common: Numbers) -> nn.Module:
 def _ps_kd(task: Task, n: Numbers, common: Numbers) -> nn.Module:
     return PsKDLoss(
         task.samples, task.num_classes, alpha=n["alpha"], epochs=task.epochs, device=n["memory_device"],
-        dtype=_dtype(n["memory_dtype"]) or torch.float16, **common,
+        dtype=_dtype(n["memory_dtype"]) or torch.float16,
+        cross_rank=task.ranks > 1,  # a sample comes back on another rank
+        **common,
     )  # fmt: skip
 
 
@@ -137,16 +143,16 @@ _MR = {
 METHODS: dict[str, Method] = {
     "dlb": Method(
         "self-distillation from the last mini-batch", lambda t, n, c: _last_batch(t, n["alpha"], n, c), _COMMUNITY,
-        overlap=True, drawn=_half,
+        overlap=True, drawn=_half, mixes=True,
     ),
     "two_view": Method(
         "the same batches with alpha=0: two views, no KL", lambda t, n, c: _last_batch(t, 0.0, n, c), _COMMUNITY,
-        overlap=True, drawn=_half,
+        overlap=True, drawn=_half, mixes=True,
     ),
-    "ce": Method("cross entropy, no sample repeated", lambda t, n, c: CrossEntropy(**c)),
+    "ce": Method("cross entropy, no sample repeated", lambda t, n, c: CrossEntropy(**c), mixes=True),
     "lsr_kd": Method(
         "LsrKD: a uniform teacher at a temperature; correct_share: teacher correction",
-        lambda t, n, c: LsrKDLoss(**{k: n[k] for k in _LSR}, **c), _LSR,
+        lambda t, n, c: LsrKDLoss(**{k: n[k] for k in _LSR}, **c), _LSR, mixes=True,
     ),
     "tf_kd_reg": Method(
         "Tf-KD's regularisation by a virtual teacher",
@@ -155,7 +161,7 @@ METHODS: dict[str, Method] = {
         ),
         {"alpha": 0.1, "temperature": 20.0, "multiplier": 100.0},
     ),
-    "mr_kd": Method("MrKD: copies of the model along its training", _mr_kd, _MR),
+    "mr_kd": Method("MrKD: copies of the model along its training", _mr_kd, _MR, mixes=True),
     "bake": Method(
         "BAKE: the batch's knowledge, ensembled over companions of the class",
         lambda t, n, c: BakeLoss(alpha=n["alpha"], temperature=n["temperature"], omega=n["omega"], **c),
@@ -174,7 +180,7 @@ METHODS: dict[str, Method] = {
         "two views teach each other within the step (lag 0)",
         lambda t, n, c: DdgsdLoss(alpha=n["alpha"], temperature=n["temperature"], **c),
         {"alpha": 1.0, "temperature": 4.0},
-        sampler=lambda y, rows, n, seed: ViewPairSampler(len(y), rows, seed=seed), drawn=_half,
+        sampler=lambda y, rows, n, seed: ViewPairSampler(len(y), rows, seed=seed), drawn=_half, mixes=True,
     ),
     "ps_kd": Method(
         "PS-KD: the sample's own last prediction", _ps_kd, {"alpha": 0.8, "memory_dtype": None, "memory_device": None}
@@ -227,7 +233,7 @@ def _from_outside(name: str) -> Method:
     about = (found.__doc__ or attribute).strip().splitlines()[0]
     return Method(
         about, lambda t, n, c: TaughtLoss(found(), alpha=n["alpha"], temperature=n["temperature"], **c),
-        {"alpha": 1.0, "temperature": 1.0},
+        {"alpha": 1.0, "temperature": 1.0}, mixes=getattr(found, "mixes", False),
     )  # fmt: skip
 
 
@@ -258,14 +264,35 @@ def numbers_of(config: LossConfig) -> dict[str, Any]:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The config with the method's numbers and the forward it needs written into it: what a run folder holds."""
+    """The config with the method's numbers and the forward it needs written into it: what a run folder holds.
+
+    Raises:
+        ValueError: a number, a forward or mixed images that the method cannot use.
+    """
     method = find(config.loss.method)
+    _check_mixing(config, method)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **numbers_of(config.loss)))
     if method.forward is not None:
         return override(config, forward=method.forward)
     if config.train.forward == "partners":
         raise ValueError(f"config: forward=partners belongs to cs_kd, not to {config.loss.method}; use joint")
     return config
+
+
+def _check_mixing(config: RunConfig, method: Method) -> None:
+    name, numbers = config.loss.method, numbers_of(config.loss)
+    if config.augment.mix() is None:
+        return
+    single = [n for n in ("correct_share", "swap") if numbers.get(n)]
+    if method.mixes and not single:
+        return
+    why = f"{single[0]} needs" if single else "its teacher needs"
+    able = ", ".join(n for n, m in METHODS.items() if m.mixes)
+    raise ValueError(
+        f"config: mixup_alpha and cutmix_alpha must be 0 with method {name}: {why} one class per image, or remembers "
+        f"images that were not mixed like this; methods for mixed images: {able} (a Teacher class of your own: "
+        "mixes = True)"
+    )
 
 
 def drawn_rows(config: RunConfig) -> int:

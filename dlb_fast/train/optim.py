@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from .config import OptimConfig
+from .parallel import local, shared_like
 
 __all__ = ["Ema", "make_optimizer"]
 
@@ -53,8 +54,8 @@ class Ema:
         """Take in the model's weights after an optimiser step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        averages: list[torch.Tensor] = list(self.model.parameters())
-        weights: list[torch.Tensor] = list(model.parameters())
+        averages: list[torch.Tensor] = [local(p) for p in self.model.parameters()]
+        weights: list[torch.Tensor] = [local(p) for p in model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
@@ -65,5 +66,6 @@ class Ema:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.model.load_state_dict(state["model"])
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: shared_like(own[name], value) for name, value in state["model"].items()})
         self.updates = int(state["updates"])

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from .config import RunConfig, load_config, to_dict
+from .distributed import Ranks
 from .state import write_atomically
 
 __all__ = ["RunFolder", "newest_run", "versions"]
@@ -86,6 +87,7 @@ def versions() -> dict[str, Any]:
         "commit": _commit(Path(dlb_fast.__file__).parent),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "ranks": Ranks.current().world_size,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

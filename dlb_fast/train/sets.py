@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlb_fast.data.augment import NORMALISATION, Compose, Flip, PadCrop, eval_transform, train_transform
-from dlb_fast.data.batch import Batch
+from dlb_fast.data.augment import NORMALISATION, Compose, Flip, PadCrop, RandomResizedCrop, eval_transform
 from dlb_fast.data.datasets import open_dataset, subset, with_label_noise
-from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.evaluation import EvalLoader
 from dlb_fast.data.resident import ResidentLoader
 from dlb_fast.data.sampled_loader import SampledLoader
 
+from .augment_config import AugmentConfig
 from .config import DataConfig
+from .distributed import ALONE, Ranks
 
-__all__ = ["NewRows", "Sets", "open_sets"]
-
-
-class NewRows:
-    """Batches without repeated rows: the new halves of an overlap loader of twice the batch size.
-
-    Every epoch draws each sample once, in the same kind of stream and with the same augmentation as DLB's loader;
-    resuming is the loader's own. (The second views are made and dropped: that costs loading time, no training time.)
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            old = batch.num_old
-            yield Batch(batch.new, batch.targets[old:], batch.ids[old:], 0, batch.epoch, batch.step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The loader's position."""
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a position."""
-        self.loader.load_state_dict(state)
-
-    def close(self) -> None:
-        """Stop the loader."""
-        self.loader.close()
+__all__ = ["Sets", "open_sets"]
 
 
 @dataclass
@@ -78,62 +47,57 @@ class Sets:
         return self.train.images.shape[1] if self.resident else 3
 
     def train_loader(
-        self, *, overlap: bool, seed: int, device: torch.device, channels_last: bool, sampler: Any = None
+        self,
+        *,
+        overlap: bool,
+        seed: int,
+        device: torch.device,
+        channels_last: bool,
+        sampler: Any = None,
+        augment: AugmentConfig | None = None,
+        ranks: Ranks = ALONE,
     ) -> Any:
-        """Batches of `batch_size` rows: those of a row sampler; else half of them repeated with `overlap`, all distinct
-        without."""
+        """This rank's share of batches of `batch_size` rows: those of a row sampler; else half of them repeated with
+        `overlap`, all distinct without."""
+        augment = augment or AugmentConfig()
+        options: dict[str, Any] = {"device": device, "mean": self.mean, "std": self.std, "mix": augment.mix()}
+        options |= {"channels_last": channels_last, "transform": self._transform(augment)}
+        threads = self.config.num_threads
         if sampler is not None:
-            return self._sampled_loader(sampler, device, channels_last)
-        rows = self.config.batch_size if overlap else 2 * self.config.batch_size
-        if len(self.train) < rows // 2:
+            return SampledLoader(self.train, sampler, num_threads=threads, **options)
+        rows = self.config.batch_size
+        drawn = rows // 2 if overlap else rows
+        if len(self.train) < drawn:
             raise ValueError(
-                f"config: a step draws {rows // 2} new images, the training set has {len(self.train)}; lower batch_size"
+                f"config: a step draws {drawn} new images, the training set has {len(self.train)}; lower batch_size"
             )
-        options: dict[str, Any] = {"seed": seed, "device": device, "mean": self.mean, "std": self.std}
-        options["channels_last"] = channels_last
+        rows //= ranks.world_size
+        options |= {"seed": seed, "repeat": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
         if self.resident:
-            loader: Any = ResidentLoader(self.train, rows, transform=self._transform(), **options)
-        else:
-            from dlb_fast.data.overlap_loader import OverlapLoader
-
-            loader = OverlapLoader(
-                self.train, rows, transform=self._transform(), num_threads=self.config.num_threads, **options
-            )
-        return loader if overlap else NewRows(loader)
-
-    def _transform(self) -> Any:
-        if not self.resident:
-            return train_transform("imagenet", self.config.image_size)
-        steps: list[Any] = [PadCrop(self.config.padding)] if self.config.padding else []
-        steps += [Flip()] if self.config.flip else []
-        return Compose(steps) if steps else None
-
-    def _sampled_loader(self, sampler: Any, device: torch.device, channels_last: bool) -> SampledLoader:
-        return SampledLoader(
-            self.train, sampler, transform=self._transform(), device=device, mean=self.mean, std=self.std,
-            channels_last=channels_last, num_threads=self.config.num_threads,
-        )  # fmt: skip
-
-    def test_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test set once, in order, without augmentation."""
-        rows = self.config.eval_batch_size
-        if hasattr(self.test, "images"):
-            images, targets = torch.as_tensor(self.test.images), torch.as_tensor(self.test.targets).long()
-            normalise = Normalise(self.mean, self.std)
-            for start in range(0, len(images), rows):
-                part = images[start : start + rows].to(device).permute(0, 2, 3, 1).contiguous()
-                yield normalise(part), targets[start : start + rows].to(device)
-            return
+            return ResidentLoader(self.train, rows, **options)
         from dlb_fast.data.overlap_loader import OverlapLoader
 
-        # half a batch is new: with batches of twice the rows, the new rows of one epoch are the set, once
-        loader = OverlapLoader(
-            self.test, 2 * min(rows, len(self.test)), transform=eval_transform(self.config.image_size), shuffle=False,
-            drop_last=False, device=device, mean=self.mean, std=self.std, num_threads=self.config.num_threads,
+        return OverlapLoader(self.train, rows, num_threads=threads, **options)
+
+    def _transform(self, augment: AugmentConfig) -> Any:
+        config = self.config
+        if not self.resident:
+            steps: list[Any] = [RandomResizedCrop(config.image_size)]
+        else:
+            steps = [PadCrop(config.padding)] if config.padding else []
+        steps += [*([Flip()] if config.flip else []), *augment.transforms()]
+        return Compose(steps) if steps else None
+
+    def test_batches(self, device: torch.device, ranks: Ranks = ALONE) -> EvalLoader:
+        """This rank's share of the test set, once, in order, without augmentation; the shares differ by at most one
+        image and no image is in two."""
+        config = self.config
+        fixed = hasattr(self.test, "images")
+        views = None if fixed else eval_transform(config.eval_size or config.image_size, config.eval_resize)
+        return EvalLoader(
+            self.test, config.eval_batch_size, transform=views, device=device, mean=self.mean, std=self.std,
+            num_threads=config.num_threads, rank=ranks.rank, world_size=ranks.world_size,
         )  # fmt: skip
-        with loader:
-            for batch in NewRows(loader):
-                yield batch.images, batch.targets
 
 
 def open_sets(config: DataConfig) -> Sets:

@@ -11,13 +11,16 @@ import os
 import random
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .distributed import ALONE, Ranks
+from .parallel import shared_like, whole_states
 
 __all__ = [
     "CheckpointError",
@@ -126,8 +129,15 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     return state
 
 
-def load_newest(folder: Path, load: Callable[[dict[str, Any], str], None], say: Callable[[str], None]) -> Path | None:
+def load_newest(
+    folder: Path,
+    load: Callable[[dict[str, Any], str], None],
+    say: Callable[[str], None],
+    ranks: Ranks = ALONE,
+) -> Path | None:
     """Give the newest checkpoint that is valid and fits to `load(state, origin)`; name and skip the others.
+
+    Rank 0 reads; every rank is given the same state, and a checkpoint is skipped when it does not fit on any of them.
 
     Returns:
         Its path, or None where there is no checkpoint at all.
@@ -135,13 +145,22 @@ def load_newest(folder: Path, load: Callable[[dict[str, Any], str], None], say: 
         CheckpointError: there are checkpoints but none can be used. (Starting over would hide that work is lost.)
     """
     reasons = []
-    for path in _by_step(folder):
+    for path in ranks.on_main(lambda: _by_step(folder)):
+        error: str | None = None
         try:
-            load(read_checkpoint(path), str(path))
-            return path
-        except CheckpointError as error:
-            reasons.append(str(error))
-            say(f"skipped a checkpoint: {error}")
+            state = ranks.on_main(lambda path=path: read_checkpoint(path))  # type: ignore[misc]
+        except CheckpointError as refused:
+            error = str(refused)
+        else:
+            try:
+                load(state, str(path))
+            except CheckpointError as refused:
+                error = str(refused)
+            error = ranks.first_failure(error)
+            if error is None:
+                return path
+        reasons.append(error)
+        say(f"skipped a checkpoint: {error}")
     if reasons:
         raise CheckpointError(f"no checkpoint in {folder} can be used; start a new run. Reasons: {'; '.join(reasons)}")
     return None
@@ -151,12 +170,14 @@ def _by_step(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
-def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """Write the model's weights alone as safetensors, atomically; `metadata` says what they belong to."""
+def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a model's weights (or its whole `state_dict()`) alone as safetensors, atomically; `metadata` says what they
+    belong to."""
     from safetensors.torch import save
 
+    weights = whole_states(model.state_dict()) if isinstance(model, nn.Module) else model
     # clones: safetensors refuses tensors that share memory, and the file must not depend on tied weights
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}
     # one entry, because safetensors orders several at random and equal weights should make equal files
     note = {"dlb_fast": json.dumps(metadata)}
     write_atomically(path, lambda file: file.write(save(tensors, metadata=note)))
@@ -193,15 +214,15 @@ def load_matching(model: nn.Module, tensors: dict[str, Any], origin: str) -> Non
         raise CheckpointError(
             f"{origin} does not fit this model ({shown}); was it made with another model or number of classes?"
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: shared_like(own[name], tensor) for name, tensor in tensors.items()})
 
 
 def get_rng_state() -> dict[str, Any]:
-    """The state of every global generator: torch on the CPU and all GPUs, numpy, random."""
+    """The state of every global generator: torch on the CPU and on the current GPU, numpy, random."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *(float(r) for r in rest)],
         "python": [*random.getstate()[1], random.getstate()[2]],
     }
@@ -210,8 +231,8 @@ def get_rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put every global generator back."""
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))
     *internal, gauss = state["python"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
+from .distributed import Ranks
 
 __all__ = ["Window", "length_of", "total_steps"]
 
@@ -29,6 +30,18 @@ class Window:
         self.batches += 1
         self.with_parts += parts is not None
         self.rows += rows
+
+    def summed(self, ranks: Ranks) -> Window:
+        """A window of all ranks' rows, in their mean time; a collective that waits for the device."""
+        if not ranks.several:
+            return self
+        own = [self.batches, self.rows, self.with_parts, self.waited, self.seconds]
+        *sums, batches, rows, with_parts, waited, seconds = ranks.total([*self.sums.tolist(), *own])
+        found = Window(torch.device("cpu"))
+        found.sums = torch.tensor(sums, dtype=torch.float64)
+        found.batches, found.rows, found.with_parts = int(batches), int(rows), int(with_parts)
+        found.waited, found.seconds = waited / ranks.world_size, seconds / ranks.world_size
+        return found
 
     def is_finite(self) -> bool:
         """Whether every sum is finite; waits for the device."""

@@ -1,0 +1,459 @@
+"""Two ranks against one: the same weights where the mathematics says so, exact evaluation, agreement, nothing lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gang import Gang
+from test_train_resume import differences, final_state
+from torch import nn
+
+from dlb_fast import LastBatchLoss
+from dlb_fast.buffer import unpack_state
+from dlb_fast.data.evaluation import EvalLoader
+from dlb_fast.data.resident import ResidentLoader
+from dlb_fast.train import state as files
+from dlb_fast.train.config import TrainConfig
+from dlb_fast.train.distributed import Ranks
+from dlb_fast.train.engine import Trainer, TrainingDiverged
+from dlb_fast.train.evaluate import evaluate
+from dlb_fast.train.log import RunLog
+from dlb_fast.train.parallel import check_parallel, is_shared, whole_states
+
+torch.set_num_threads(1)
+
+CLASSES, ROWS = 5, 16  # rows of a step over all ranks
+
+
+@pytest.fixture(scope="module")
+def gang():
+    made = Gang()
+    yield made
+    made.close()
+
+
+class digits:
+    def __init__(self, count=56, seed=3):
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+        self.targets = torch.randint(0, CLASSES, (count,), generator=generator)
+
+    def __len__(self):
+        return len(self.targets)
+
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + torch.tanh(self.conv(x))
+
+
+def network(norm=nn.Identity, dropout=0.0, seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, 6, 3, stride=2), norm(6) if norm is not nn.Identity else norm(), nn.Tanh()]
+    layers += [Block(6), Block(6), nn.Flatten(), nn.Dropout(dropout), nn.Linear(6 * 9, CLASSES)]
+    return nn.Sequential(*layers).double()
+
+
+def make(kind="auto", folder=None, *, norm=nn.Identity, dropout=0.0, adam=False, alone=False, **settings):
+    """A trainer on this rank's share of the same batches, in float64."""
+    ranks = Ranks() if alone else Ranks.current()
+    model = network(norm, dropout)
+    torch.manual_seed(17 + ranks.rank)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01) if adam else torch.optim.SGD(
+        model.parameters(), lr=0.05, momentum=0.9
+    )  # fmt: skip
+    rows = ROWS // ranks.world_size
+    place = {"rank": ranks.rank, "world_size": ranks.world_size}
+    loader = ResidentLoader(digits(), rows, dtype=torch.float64, seed=1, **place)
+    shares = EvalLoader(digits(23, 4), 11, dtype=torch.float64, **place)
+    return Trainer(
+        model,
+        LastBatchLoss(CLASSES, capacity=rows // 2, alpha=1.3, temperature=2.0),
+        optimizer,
+        loader,
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5),
+        evaluate=lambda net: evaluate(net, shares, ranks=ranks),
+        folder=folder,
+        log=RunLog(folder if ranks.is_main else None, quiet=True),
+        ranks=ranks,
+        **{"distributed": kind, "epochs": 2, "log_every": 1, **settings},
+    )
+
+
+def whole(model):
+    return {name: value.clone() for name, value in whole_states(model.state_dict()).items()}
+
+
+def trained(*arguments, **options):
+    """Whole weights, the remembered rows and the result of a run."""
+    trainer = make(*arguments, **options)
+    result = trainer.fit()
+    average = None if trainer.ema is None else whole(trainer.ema.model)
+    buffer = trainer.criterion.buffer
+    return SimpleNamespace(
+        weights=whole(trainer.model), average=average, logits=buffer.logits.clone(), ids=buffer.ids.clone(), result=result,
+        shared=is_shared(trainer.model), mismatched=int(buffer.mismatched),
+    )  # fmt: skip
+
+
+def on_rank(arguments, options):
+    return trained(*arguments, **options)
+
+
+def distance(a, b):
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+SETTINGS = {
+    "plain": {},
+    "two_pass": {"forward": "two_pass"},
+    "accumulated": {"accumulate": 2},
+    "clipped": {"clip_grad": 0.05},
+    "adam-ema": {"adam": True, "ema": 0.9},
+    "all": {"forward": "two_pass", "accumulate": 3, "clip_grad": 0.2, "ema": 0.5, "epochs": 3},
+}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_ranks_train_like_one_process_on_the_joined_batch(name, kind, gang):
+    settings = SETTINGS[name]
+    one = trained(alone=True, **settings)
+    two = gang(on_rank, (kind,), settings)
+    start = {k: v for k, v in network().state_dict().items()}
+    assert distance(one.weights, start) > 1e-3  # it did train
+    assert two[0].shared == (kind == "fsdp") and not one.shared
+    for rank in two:
+        assert distance(one.weights, rank.weights) < 1e-12
+        if one.average is not None:
+            assert distance(one.average, rank.average) < 1e-12
+            assert distance(rank.average, rank.weights) > 1e-4
+        for name in ("loss", "ce", "lb", "train_top1", "test_nll", "images_seen", "step", "epoch", "lr"):
+            assert rank.result[name] == pytest.approx(one.result[name], rel=1e-12)
+        assert rank.mismatched == 0
+    # each rank remembers its own rows; joined they are the one process's
+    assert torch.equal(torch.cat([rank.ids for rank in two]), one.ids)
+    torch.testing.assert_close(torch.cat([rank.logits for rank in two]), one.logits, rtol=0, atol=1e-11)
+
+
+def test_clipping_is_by_the_norm_of_the_whole_gradient(gang):
+    """Clipping far below the norm makes the step's length `lr * clip_grad`, whoever holds which share."""
+    settings = {"clip_grad": 0.01, "max_steps": 1, "eval_every": 1}
+    for rank in gang(on_rank, ("fsdp",), settings):
+        start = network().state_dict()
+        moved = torch.cat([(rank.weights[k] - start[k]).flatten() for k in start]).norm().item()
+        assert moved == pytest.approx(0.05 * 0.01, rel=1e-5)
+
+
+def test_with_batchnorm_each_rank_normalises_its_own_rows(gang):
+    """What docs/distributed.md says is not equal, is not; the ranks still agree with each other."""
+    one = trained(alone=True, norm=nn.BatchNorm2d)
+    two = gang(on_rank, ("ddp",), {"norm": nn.BatchNorm2d})
+    shared = gang(on_rank, ("fsdp",), {"norm": nn.BatchNorm2d})
+    assert distance(one.weights, two[0].weights) > 1e-4
+    # the evaluation at the end gave all of them rank 0's statistics
+    assert distance(two[0].weights, two[1].weights) == 0.0
+    assert distance(two[0].weights, shared[0].weights) < 1e-12
+    assert two[0].result["test_nll"] == two[1].result["test_nll"]
+
+
+def drawn_ids(norm):
+    """Ids and weights of a rank, with random numbers of its own."""
+    trainer = make("ddp", dropout=0.5, max_steps=2, eval_every=2)
+    masks = []
+    trainer.model[6].register_forward_hook(lambda m, i, o: masks.append((o == 0).float()))
+    trainer.fit()
+    return masks[0]
+
+
+def test_ranks_drop_different_units(gang):
+    first, second = gang(drawn_ids, None)
+    assert first.shape == second.shape and not torch.equal(first, second)
+
+
+class WithCriterion(nn.Module):
+    """A user's own wrapping: the criterion inside of what DDP wraps."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.criterion = network(), LastBatchLoss(CLASSES, capacity=4)
+
+    def forward(self, images, targets):
+        return self.criterion(self.model(images), targets)
+
+
+def wrapped_buffer():
+    rank = torch.distributed.get_rank()
+    wrapper = WithCriterion()
+    parallel = nn.parallel.DistributedDataParallel(wrapper)  # broadcasts buffers by default
+    torch.manual_seed(rank)
+    seen = []
+    for rows in (4, 8):
+        images = torch.rand(rows, 1, 8, 8, dtype=torch.float64)
+        parallel(images, torch.zeros(rows, dtype=torch.long)).backward()
+        seen.append(images[-4:])
+    with torch.no_grad():
+        return wrapper.criterion.buffer.logits.clone(), wrapper.model(seen[-1])
+
+
+def test_ddp_leaves_the_remembered_rows_alone(gang):
+    (first, own_first), (second, own_second) = gang(wrapped_buffer)
+    assert torch.equal(first.double(), own_first.float().double()) or torch.allclose(first, own_first.to(first.dtype))
+    assert torch.allclose(second, own_second.to(second.dtype)) and not torch.allclose(first, second)
+
+
+# ---- evaluation
+
+
+def scores_of(kind, rows):
+    trainer = make(kind)
+    ranks = Ranks.current()
+    share = EvalLoader(digits(23, 4), rows, dtype=torch.float64, rank=ranks.rank, world_size=2)
+    return len(share), evaluate(trainer.model, share, ranks=ranks)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_every_test_image_counts_once(kind, gang):
+    alone = evaluate(network(), EvalLoader(digits(23, 4), 7, dtype=torch.float64))
+    assert alone["count"] == 23
+    for rows in (3, 11, 64):  # 23 images: 11 and 12; with 11 rows one rank has a batch more than the other
+        (steps, first), (others, second) = gang(scores_of, kind, rows)
+        assert first == second and (steps != others or rows != 11)
+        assert (first["count"], first["top1"], first["top5"]) == (23, alone["top1"], alone["top5"])
+        assert first["nll"] == pytest.approx(alone["nll"], rel=1e-12)
+        assert first["calibration"]["share"] == alone["calibration"]["share"]
+
+
+def too_few():
+    ranks = Ranks.current()
+    try:
+        evaluate(network(), EvalLoader(digits(1), 4, dtype=torch.float64), ranks=ranks)
+    except ValueError as error:
+        return str(error)
+
+
+def test_fewer_images_than_ranks_is_said_on_all(gang):
+    assert all("an image for each of 2 ranks" in said for said in gang(too_few))
+
+
+# ---- agreement
+
+
+def diverging(folder):
+    trainer = make("ddp", folder)
+    original = trainer._accumulate
+
+    def poisoned(batch):
+        if trainer.step == 4 and trainer.ranks.rank == 1:
+            batch.images = batch.images * float("nan")
+        original(batch)
+
+    trainer._accumulate = poisoned
+    try:
+        trainer.fit()
+    except TrainingDiverged as error:
+        return str(error)
+
+
+def test_a_loss_that_is_nan_on_one_rank_stops_all(gang, tmp_path):
+    said = gang(diverging, tmp_path)
+    assert all("NaN or infinite by step 5" in text for text in said), said
+
+
+def stopped(folder, who, kind, settings):
+    trainer = make(kind, folder, epochs=400, eval_every=10_000, **settings)
+    original = trainer._optimizer_step
+
+    def noticing():
+        if trainer.step == 6 and trainer.ranks.rank == who:
+            trainer.stop.number = signal.SIGTERM
+        original()
+
+    trainer._optimizer_step = noticing
+    result = trainer.fit()
+    return trainer.step, result["stopped_by"], result["images_seen"]
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_signal_on_any_rank_stops_all_at_one_step(who, gang, tmp_path):
+    (step, by, seen), other = gang(stopped, tmp_path, who, "ddp", {})
+    assert other == (step, by, seen) and by == "SIGTERM" and 6 < step < 300
+    saved = final_state(tmp_path)
+    assert saved["step"] == step and len(saved["others"]) == 1
+
+
+def failing_save(folder):
+    trainer = make("ddp", folder)
+
+    def full(*args, **kwargs):
+        raise files.CheckpointError("cannot write: the disk is full")
+
+    before, files.save_checkpoint = files.save_checkpoint, full
+    try:
+        trainer.fit()
+    except files.CheckpointError as error:
+        return str(error)
+    finally:
+        files.save_checkpoint = before
+
+
+def test_a_full_disk_is_everybodys_error(gang, tmp_path):
+    assert gang(failing_save, tmp_path) == ["cannot write: the disk is full"] * 2
+
+
+def decisions():
+    ranks = Ranks.current()
+    asked = []
+    value = ranks.on_main(lambda: asked.append(1) or "made")
+    try:
+        ranks.on_main(lambda: 1 / 0)
+        failed = ""
+    except ZeroDivisionError as error:
+        failed = str(error)
+    rows = torch.full((ranks.rank + 1, 2), ranks.rank)
+    return (
+        value, len(asked), failed, ranks.from_main(ranks.rank), ranks.gather(ranks.rank),
+        ranks.total([1.0, ranks.rank]), ranks.largest([ranks.rank, -ranks.rank]), ranks.joined(rows).tolist(),
+        ranks.first_failure("broken" if ranks.rank else None),
+    )  # fmt: skip
+
+
+def test_what_ranks_can_agree_on(gang):
+    common = ("division by zero", 0)
+    for rank, found in enumerate(gang(decisions)):
+        assert found[:2] == ("made", 1 - rank) and found[2:4] == common
+        assert found[4] == ([] if rank else [0, 1]) and found[5] == [2.0, 1.0] and found[6] == [1.0, 0.0]
+        assert found[7] == [[0, 0], [1, 1], [1, 1]] and found[8] == "rank 1: broken"
+
+
+# ---- nothing lost
+
+
+def run(folder, kind, settings, resume=False, stop_at=None, alone=False):
+    trainer = make(kind, folder, alone=alone, **settings)
+    if resume:
+        assert trainer.resume() is not None
+    if stop_at is not None:
+        original, last = trainer._optimizer_step, trainer.ranks.world_size - 1
+
+        def stopping():
+            trainer.stop._left = 1  # vote before every step
+            if trainer.step + 1 == stop_at and trainer.ranks.rank == last:
+                trainer.stop.number = signal.SIGTERM
+            original()
+
+        trainer._optimizer_step = stopping
+    result = trainer.fit()
+    assert stop_at is None or (trainer.step, result["stopped_by"]) == (stop_at, "SIGTERM")
+    return whole(trainer.model), result, trainer.state_dict()
+
+
+HARD = {"norm": nn.BatchNorm2d, "dropout": 0.3, "ema": 0.9, "epochs": 3, "checkpoint_every": 4, "eval_every": 4}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("adam", [False, True])
+def test_stopped_and_resumed_equals_uninterrupted(kind, adam, gang, tmp_path):
+    settings = {**HARD, "adam": adam, "amp": "none" if adam else "fp16"}
+    if settings["amp"] == "fp16":
+        settings["clip_grad"] = 1.0
+    full = gang(run, tmp_path / "whole", kind, settings)
+    gang(run, tmp_path / "part", kind, settings, False, 9)  # between two evaluations
+    part = gang(run, tmp_path / "part", kind, settings, True)
+    for a, b in zip(full, part, strict=True):
+        assert distance(a[0], b[0]) == 0.0
+    a, b = final_state(tmp_path / "whole"), final_state(tmp_path / "part")
+    assert differences(a, b) == [] and len(a["others"]) == 1
+    assert not torch.equal(a["rng"]["torch"], a["others"][0]["rng"]["torch"])
+    exported = [(tmp_path / n / "checkpoints" / "last.safetensors").read_bytes() for n in ("whole", "part")]
+    assert exported[0] == exported[1]
+
+
+CHANGES = [("ddp", None), ("fsdp", None), (None, "fsdp"), (None, "ddp"), ("fsdp", "ddp"), ("ddp", "fsdp")]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_a_run_goes_on_with_another_engine_or_number_of_ranks(before, after, gang, tmp_path):
+    """Same global batch: the samples, the remembered rows and the weights continue as if nothing had changed."""
+    settings = {"epochs": 2, "checkpoint_every": 3, "ema": 0.9}
+    expected = trained(alone=True, **settings)
+
+    def go(kind, resume, stop_at=None):
+        if kind is None:
+            return run(tmp_path, "none", settings, resume, stop_at, True)
+        return gang(run, tmp_path, kind, settings, resume, stop_at)[0]
+
+    go(before, False, 5)
+    weights, result, state = go(after, True)
+    assert distance(weights, expected.weights) < 1e-12
+    for name in ("lb", "train_top1", "images_seen"):
+        assert result[name] == pytest.approx(expected.result[name], rel=1e-12)
+    parts = [state, *state["others"]]
+    buffers = [unpack_state(part["criterion"]["_extra_state"]) for part in parts]
+    assert torch.equal(torch.cat([b["ids"] for b in buffers]), expected.ids)
+    assert sum(b["mismatched"] for b in buffers) == 0
+
+
+def resumed_with_damage(folder, kind):
+    trainer = make(kind, folder, checkpoint_every=3)
+    said = []
+    trainer.log.warn = said.append
+    found = trainer.resume()
+    return found.name, trainer.step, said
+
+
+def test_a_damaged_checkpoint_is_skipped_by_all(gang, tmp_path):
+    gang(run, tmp_path, "ddp", {"max_steps": 7, "checkpoint_every": 3})
+    newest = sorted((tmp_path / "checkpoints").glob("step-*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    first, second = gang(resumed_with_damage, tmp_path, "fsdp")
+    assert first[:2] == second[:2] == ("step-000000006.pt", 6)
+    assert newest.name in first[2][0] and second[2] == []
+
+
+# ---- refused
+
+
+def test_engines_are_refused_in_words(monkeypatch):
+    cpu, criterion = torch.device("cpu"), nn.CrossEntropyLoss()
+    two = Ranks(1, 2, grouped=True)
+    assert check_parallel(TrainConfig(), Ranks(), criterion, cpu) == "none"
+    assert check_parallel(TrainConfig(), two, criterion, cpu) == "ddp"
+    for settings, ranks, said in (
+        ({"distributed": "none"}, two, "distributed=none expects one process, got 2 ranks"),
+        ({"distributed": "ddp"}, Ranks(), "distributed=ddp expects ranks.*torchrun --nproc-per-node"),
+        ({"distributed": "fsdp"}, Ranks(), "distributed=fsdp expects ranks"),
+        ({"sync_bn": True}, two, "sync_bn expects GPUs.*got device cpu"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_parallel(TrainConfig(**settings), ranks, criterion, cpu)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    from dlb_fast.train import build
+    from dlb_fast.train.config import RunConfig, override
+
+    three = dataclasses.replace(Ranks(0, 3), grouped=True)
+    with pytest.raises(ValueError, match="rows of all ranks; 3 ranks expect a multiple of 6, got 128; use 126 or 132"):
+        build.build_trainer(override(RunConfig(), batch_size=128), ranks=three)
+
+
+def test_a_gpu_per_rank_is_asked_for(monkeypatch):
+    from dlb_fast.train.build import resolve_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    four = Ranks(0, 4, 0, 4, True)
+    with pytest.raises(ValueError, match="4 ranks on this machine expect as many GPUs, it has 2"):
+        resolve_device("auto", four)
+    with pytest.raises(ValueError, match="device expects cuda, auto or cpu on 4 ranks, got 'cuda:1'"):
+        resolve_device("cuda:1", four)
