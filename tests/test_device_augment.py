@@ -17,6 +17,7 @@ from dlb_fast.data.device_augment import ViewParameters, cut_torch, shrink_to
 from dlb_fast.data.device_ring import RingStage
 from dlb_fast.data.device_stream import Normalise
 from dlb_fast.data.overlap_loader import OverlapLoader
+from dlb_fast.data.slots import Slot
 from dlb_fast.data.view_rng import ViewRng
 
 CPU = torch.device("cpu")
@@ -107,8 +108,8 @@ def over_late_streams(seed: int, broken: str, monkeypatch: pytest.MonkeyPatch) -
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, api=streams, **{**options, "copy_stream": "copy"})
 
-        def _read_by(self, step: int) -> list[Any]:
-            return super()._read_by(step)[: 1 if broken == "own only" else 2]
+        def _read_by(self, slot: Slot) -> list[Any]:
+            return super()._read_by(slot)[: 1 if broken == "own only" else 2]
 
     monkeypatch.setattr(pipeline, "RingStage", Late)
     got = []

@@ -25,6 +25,7 @@ from dlb_fast.data.datasets import MapDataset, load_into_memory, open_dataset, s
 from dlb_fast.data.errors import DecodeError, LoaderTimeout, SampleError
 from dlb_fast.data.evaluation import EvalLoader
 from dlb_fast.data.files import ImageFolder, ListFile, TarShards, TinyImageNet
+from dlb_fast.data.mixing import Mix
 from dlb_fast.data.overlap_loader import OverlapLoader
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.data.rand_augment import RandAugment
@@ -50,6 +51,7 @@ __all__ = [
     "ListFile",
     "LoaderTimeout",
     "MapDataset",
+    "Mix",
     "OverlapBatchSampler",
     "OverlapLoader",
     "OverlapPlan",

@@ -1,15 +1,27 @@
-"""Which rank of how many this process is, and the checks every loader makes on its batch size."""
+"""The arguments that all loaders share: which rank of how many, the batch size, the plan they make, the device."""
 
 from __future__ import annotations
 
+import os
+import warnings
+
+import torch
 import torch.distributed as dist
 
-from dlb_fast.data.plan import as_int
+from dlb_fast.data.plan import OverlapPlan, as_bool, as_int
 
 
 def resolve_ranks(operation: str, rank: int | None, world_size: int | None) -> tuple[int, int]:
     """(rank, world_size), each from torch.distributed where it is None and a process group exists, else (0, 1)."""
     grouped = dist.is_available() and dist.is_initialized()
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if rank is None and world_size is None and not grouped and processes not in ("", "1"):
+        warnings.warn(
+            f"{operation}: WORLD_SIZE={processes}, but torch.distributed is not initialised yet, so this process takes "
+            "all of the data as rank 0 of 1, like every other; make the loader after the process group (in Lightning: "
+            "in train_dataloader()), or pass rank= and world_size=",
+            stacklevel=4,
+        )
     if world_size is None:
         world_size = dist.get_world_size() if grouped else 1
     if rank is None:
@@ -35,3 +47,31 @@ def half_of(operation: str, batch_size: int) -> int:
             f"use {batch_size - 1} or {batch_size + 1}"
         )
     return batch_size // 2
+
+
+def make_plan(
+    operation: str,
+    length: int,
+    batch_size: int,
+    *,
+    repeat: bool,
+    shuffle: bool,
+    seed: int,
+    drop_last: bool,
+    rank: int | None,
+    world_size: int | None,
+) -> tuple[OverlapPlan, int]:
+    """(plan, rank) of a loader. With `repeat` a step draws half of the batch anew, without all of it."""
+    drawn = half_of(operation, batch_size) if as_bool(repeat, operation, "repeat") else 0
+    drawn = drawn or as_int(batch_size, operation, "batch_size", 1)
+    rank, world_size = resolve_ranks(operation, rank, world_size)
+    plan = OverlapPlan(length, drawn, shuffle=shuffle, seed=seed, world_size=world_size, drop_last=drop_last)
+    return plan, rank
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device batches are made on; None is the CPU, and a GPU without a number the current one."""
+    found = torch.device("cpu" if device is None else device)
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())
+    return found

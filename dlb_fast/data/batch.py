@@ -19,6 +19,8 @@ class Batch:
         num_old: repeated rows; 0 only in the very first batch of a run.
         epoch: epoch the new rows were drawn in.
         step: index of the batch within its epoch.
+        target_b, lam: None, or (n,) int64 and (n,) float32 where the images are mixed (`Mix`): image i shows its own
+            content to the share `lam[i]` and that of a sample of class `target_b[i]` to the rest.
 
     Example:
         >>> batch = Batch(torch.zeros(4, 1, 8, 8), torch.zeros(4), torch.arange(4), num_old=2, epoch=0, step=1)
@@ -32,6 +34,8 @@ class Batch:
     num_old: int
     epoch: int
     step: int
+    target_b: torch.Tensor | None = None
+    lam: torch.Tensor | None = None
 
     @property
     def old(self) -> torch.Tensor:
@@ -60,12 +64,15 @@ class Batch:
         return self._with(torch.Tensor.pin_memory)
 
     def _with(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return replace(self, images=move(self.images), targets=move(self.targets), ids=move(self.ids))
+        pair = [None if tensor is None else move(tensor) for tensor in (self.target_b, self.lam)]
+        images, targets, ids = move(self.images), move(self.targets), move(self.ids)
+        return replace(self, images=images, targets=targets, ids=ids, target_b=pair[0], lam=pair[1])
 
     def __repr__(self) -> str:
         shown = ", ".join(
             f"{f.name}={tuple(v.shape) if isinstance(v, torch.Tensor) else v}"
             for f in fields(self)
             for v in (getattr(self, f.name),)
+            if v is not None
         )
         return f"Batch({shown})"

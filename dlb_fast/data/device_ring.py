@@ -119,9 +119,9 @@ class RingStage:
         assert isinstance(held, _Held)
         return held
 
-    def _read_by(self, step: int) -> list[_Held]:
-        """The slots whose buffers batch `step` reads (rule 7)."""
-        return [self._held(step), self._held(step - 1)]
+    def _read_by(self, slot: Slot) -> list[_Held]:
+        """The slots whose buffers a batch reads (rule 7)."""
+        return [self._held(slot.step), *([self._held(slot.step - 1)] if slot.num_old else [])]
 
     def _host_free(self, held: _Held) -> None:
         if held.copying:
@@ -158,10 +158,11 @@ class RingStage:
     def submit(self, slot: Slot) -> None:
         """A batch's rows are all there: copy its images, those of the half before if need be, and its table."""
         with self._api.device(), self._lock:
-            for step in (slot.step - 1, slot.step):
+            # A full batch has all of the half before, if it repeats it; else that one may still be incomplete.
+            for step in (slot.step - 1, slot.step) if slot.num_old else (slot.step,):
                 held = self._held(step)
                 if held.half != step or held.sent == step:
-                    continue  # there is no half before the first batch; or copied already
+                    continue  # copied already
                 if held.read:
                     self._api.wait(self.copy_stream, held.consumed)
                 self._api.copy(self.copy_stream, held.images[: held.used], held.host[: held.used])
@@ -192,7 +193,7 @@ class RingStage:
                 meta.copy_(own.table[:n, -2:].T)
 
             self._api.launch(stream, read)
-            for held in self._read_by(slot.step):
+            for held in self._read_by(slot):
                 self._api.record(held.consumed, stream)
                 held.read = True
         return out.permute(0, 3, 1, 2), meta

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlb_fast.data._ranks import resolve_ranks
+from dlb_fast.data._ranks import device_of, resolve_ranks
 from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.decode import ImageDecoder
@@ -67,7 +67,7 @@ class EvalLoader:
         self.batch_size = as_int(batch_size, name, "batch_size", 1)
         self._threads = as_int(num_threads, name, "num_threads", 1)
         rank, world_size = resolve_ranks(name, rank, world_size)
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = device_of(device)
         self._normalise = Normalise(mean, std, dtype, channels_last=channels_last)
         self._transform = transform
         own = hasattr(dataset, "targets") and (hasattr(dataset, "images") or hasattr(dataset, "read"))

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from dlb_fast.data._cursor import Cursor
-from dlb_fast.data._ranks import half_of, resolve_ranks
+from dlb_fast.data._ranks import device_of, make_plan
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.decode import ImageDecoder
 from dlb_fast.data.device_augment import ViewParameters
 from dlb_fast.data.device_stream import Normalise
 from dlb_fast.data.errors import LoaderTimeout
+from dlb_fast.data.mixing import Mix, check_mix
 from dlb_fast.data.pipeline import LoaderStats, Pipeline, Settings
-from dlb_fast.data.plan import OverlapPlan, as_int
+from dlb_fast.data.plan import as_int
 from dlb_fast.data.source import FailurePolicy, SampleSource
 from dlb_fast.data.view_rng import ViewRng
 
@@ -43,6 +44,7 @@ class OverlapLoader:
     Args:
         dataset: `read(i)` (bytes or a path) and `targets`, or `images` and `targets`, or anything with `load`.
         batch_size: rows the model sees on this rank: even; half of them are new.
+        repeat: False gives plain epochs: `batch_size` new samples per batch, one view of each, no second use.
         transform: `transform(image, rng)`: uint8 (c, h, w) and the view's `ViewRng` to a (c, h', w') tensor of one
             size; it runs in worker threads and must not change its input. None takes images as they are.
         device: where batches are yielded: cpu or cuda. None: cpu.
@@ -52,6 +54,7 @@ class OverlapLoader:
         mean, std: of images in [0, 1], per channel: `(x / 255 - mean) / std` on the device; both None: `x / 255`.
         dtype: of the images; torch.uint8 leaves pixels as they are. Views that are not uint8 are passed on unchanged.
         channels_last: memory format of the images.
+        mix: mixup and CutMix on the finished batch, both uses of a sample mixed alike.
         on_error: "raise" (a `SampleError` in the batch it belongs to) or "replace" (a substitute, for both uses).
         max_failures: with "replace", how many different samples may fail: an int, or a float fraction of the dataset.
         timeout: seconds `next` may wait before `LoaderTimeout` reports what each thread is doing; None: for ever.
@@ -83,6 +86,7 @@ class OverlapLoader:
         *,
         transform: Transform | None = None,
         device: torch.device | str | None = None,
+        repeat: bool = True,
         num_threads: int | None = None,
         depth: int = 2,
         seed: int = 0,
@@ -94,6 +98,7 @@ class OverlapLoader:
         std: Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
+        mix: Mix | None = None,
         on_error: str = "raise",
         max_failures: int | float = 0.01,
         timeout: float | None = None,
@@ -104,12 +109,12 @@ class OverlapLoader:
         max_ring_pixels: int = 400_000,
     ) -> None:
         name = type(self).__name__
-        half = half_of(name, batch_size)
-        rank, world_size = resolve_ranks(name, rank, world_size)
-        self.plan = OverlapPlan(
-            len(dataset), half, shuffle=shuffle, seed=seed, world_size=world_size, drop_last=drop_last
-        )
-        self.batch_size, self.half = 2 * half, half
+        self.plan, self.rank = make_plan(
+            name, len(dataset), batch_size, repeat=repeat, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank,
+            world_size=world_size,
+        )  # fmt: skip
+        self.half = self.plan.rows
+        self.batch_size = 2 * self.half if repeat else self.half
         if timeout is not None and not timeout > 0:
             raise ValueError(f"{name}: timeout: expected seconds above 0 or None, got {timeout!r}.")
         self.timeout = timeout
@@ -118,7 +123,7 @@ class OverlapLoader:
         self._policy = FailurePolicy(source, self.plan.seed, on_error, max_failures)
         self._settings = Settings(
             plan=self.plan,
-            rank=rank,
+            rank=self.rank,
             source=source,
             policy=self._policy,
             transform=transform,
@@ -130,6 +135,8 @@ class OverlapLoader:
             check_threads=check_threads,
             augment_on=augment_on,
             max_ring_pixels=as_int(max_ring_pixels, name, "max_ring_pixels", 1),
+            repeat=repeat,
+            mix=check_mix(name, mix, dtype),
         )
         if augment_on not in ("host", "device"):
             raise ValueError(f'{name}: augment_on: expected "host" or "device", got {augment_on!r}.')
@@ -260,11 +267,9 @@ def _threads(name: str, count: int | None) -> int:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    found = torch.device(device if device is not None else "cpu")
+    found = device_of(device)
     if found.type not in ("cpu", "cuda"):
         raise ValueError(
             f"OverlapLoader: device: expected a cpu or cuda device, got {found}; load on the cpu and call batch.to()."
         )
-    if found.type == "cuda" and found.index is None:
-        found = torch.device("cuda", torch.cuda.current_device())
     return found

@@ -15,6 +15,7 @@ from dlb_fast.data.batch import Batch
 from dlb_fast.data.device_ring import RingStage
 from dlb_fast.data.device_stream import CpuStage, CudaStage, Normalise, make_stage
 from dlb_fast.data.errors import LoaderTimeout, SampleError
+from dlb_fast.data.mixing import Mix
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.data.probe import check_threads
 from dlb_fast.data.slots import Item, Slot, SlotRing
@@ -79,6 +80,8 @@ class Settings:
     check_threads: bool
     augment_on: str = "host"
     max_ring_pixels: int = 0
+    repeat: bool = True
+    mix: Mix | None = None
     copy_stream: Any = None  # one for the loader's life, however often iterations are left early
 
 
@@ -111,8 +114,9 @@ class Pipeline:
             self._stage = self._host_stage = make_stage(settings.device, settings.normalise, settings.copy_stream)
         settings.copy_stream = self._stage.copy_stream
         self._ring = SlotRing(
-            settings.plan, settings.rank, start=position, depth=settings.depth, on_full=self._stage.submit
-        )
+            settings.plan, settings.rank, start=position, depth=settings.depth, repeat=settings.repeat,
+            on_full=self._stage.submit,
+        )  # fmt: skip
         if self._device_ring is not None:
             self._device_ring.prepare(self._ring.slots, settings.plan.rows)
         self._pool = WorkerPool(settings.num_threads, self._work)
@@ -149,6 +153,8 @@ class Pipeline:
         images, meta = self._stage.deliver(slot)
         epoch, step = divmod(slot.step, self._s.plan.halves_per_epoch)
         batch = Batch(images, meta[0], meta[1], slot.num_old, epoch, step)
+        if self._s.mix is not None:
+            batch = self._s.mix.of_plan(batch, self._s.plan, self._s.rank)
         stats = self._s.stats
         stats.batches += 1
         stats.views += slot.rows

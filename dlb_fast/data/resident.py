@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from dlb_fast.data._cursor import Cursor
-from dlb_fast.data._ranks import half_of, resolve_ranks
+from dlb_fast.data._ranks import device_of, make_plan
 from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.device_stream import Normalise
-from dlb_fast.data.plan import OverlapPlan
+from dlb_fast.data.mixing import Mix, check_mix
 from dlb_fast.data.resident_views import ResidentViews
 from dlb_fast.data.view_rng import ViewRngs
 
@@ -28,6 +28,7 @@ class ResidentLoader:
     Args:
         dataset: has `images` (N, c, h, w) uint8 and `targets` (N,), tensors or arrays.
         batch_size: rows the model sees on this rank: even; half of them are new.
+        repeat: False gives plain epochs: `batch_size` new samples per batch (odd sizes too), each seen once.
         transform: `transform(image, rng)`, or None. Those of `dlb_fast.data` run on the whole batch at once (a leading
             `PadCrop`, then `Flip`, is one gather from a set that was padded once); any other callable is called per
             image.
@@ -35,6 +36,7 @@ class ResidentLoader:
         seed, shuffle, drop_last, rank, world_size: as in `OverlapBatchSampler`.
         mean, std: of images in [0, 1], per channel: `(x / 255 - mean) / std`; both None: `x / 255`.
         dtype: of the images; torch.uint8 leaves pixels as they are. channels_last: their memory format.
+        mix: mixup and CutMix, both uses of a sample mixed alike.
 
     Raises:
         TypeError, ValueError: a set without uint8 images, targets that do not match, sizes as in `OverlapPlan`.
@@ -53,6 +55,7 @@ class ResidentLoader:
         *,
         transform: Transform | None = None,
         device: torch.device | str | None = None,
+        repeat: bool = True,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = True,
@@ -62,21 +65,18 @@ class ResidentLoader:
         std: Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
+        mix: Mix | None = None,
     ) -> None:
         name = "ResidentLoader"
         images, targets = resident_tensors(dataset, name)
-        self.half = half_of(name, batch_size)
-        self.batch_size = 2 * self.half
-        self.rank, world_size = resolve_ranks(name, rank, world_size)
-        self.plan = OverlapPlan(
-            len(images),
-            self.half,
-            shuffle=shuffle,
-            seed=seed,
+        self.plan, self.rank = make_plan(
+            name, len(images), batch_size, repeat=repeat, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank,
             world_size=world_size,
-            drop_last=drop_last,
-        )
-        self.device = torch.device("cpu" if device is None else device)
+        )  # fmt: skip
+        self.half, self.repeat = self.plan.rows, repeat
+        self.batch_size = 2 * self.half if repeat else self.half
+        self.mix = check_mix(name, mix, dtype)
+        self.device = device_of(device)
         self._views = ResidentViews(
             images.to(self.device),
             transform,
@@ -99,12 +99,14 @@ class ResidentLoader:
     def make(self, epoch: int, step: int) -> Batch:
         """Batch `step` of `epoch`: a pure function of its place."""
         old, new = self.plan.batch(epoch, step, self.rank)
+        old = old if self.repeat else old[:0]
         before = self.plan.before(epoch, step)
         drawn = np.repeat(np.array([epoch if before is None else before[0], epoch]), [len(old), len(new)])
         use = np.repeat(np.array([1, 0]), [len(old), len(new)])
         host_ids = np.concatenate([old, new])
         images, ids = self._views(ViewRngs(self.plan.seed, drawn, host_ids, use))
-        return Batch(images, self._targets[ids], ids, len(old), epoch, step)
+        batch = Batch(images, self._targets[ids], ids, len(old), epoch, step)
+        return batch if self.mix is None else self.mix.of_plan(batch, self.plan, self.rank)
 
     @property
     def epoch(self) -> int:

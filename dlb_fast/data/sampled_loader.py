@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from dlb_fast.data._ranks import device_of
 from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
+from dlb_fast.data.class_batches import ViewPairSampler
 from dlb_fast.data.decode import ImageDecoder
 from dlb_fast.data.device_stream import Normalise
 from dlb_fast.data.errors import SampleError
+from dlb_fast.data.mixing import Mix, check_mix
 from dlb_fast.data.plan import as_int
 from dlb_fast.data.resident import resident_tensors
 from dlb_fast.data.resident_views import ResidentViews
@@ -35,9 +38,11 @@ class SampledLoader:
         sampler: with `rows(epoch, step)`; its position is this loader's.
         transform, device, mean, std, dtype, channels_last: as in `ResidentLoader`.
         num_threads: that load, for sets not in memory.
+        mix: mixup and CutMix, both views of a sample mixed alike; with a `ViewPairSampler` only.
 
     Raises:
         SampleError: a file that cannot be read, naming path and index; other errors as `ResidentLoader`.
+        ValueError: `mix` with rows that belong together by their class.
 
     Example:
         >>> from types import SimpleNamespace
@@ -59,10 +64,17 @@ class SampledLoader:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
         num_threads: int = 2,
+        mix: Mix | None = None,
     ) -> None:
         self.sampler = sampler
         self.batch_size = sampler.batch_size
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = device_of(device)
+        self.mix = check_mix("SampledLoader", mix, dtype)
+        if mix is not None and not isinstance(sampler, ViewPairSampler):
+            raise ValueError(
+                f"SampledLoader: mix fits two views of the same samples (ViewPairSampler); the rows of a "
+                f"{type(sampler).__name__} belong together by their one class, which mixed images do not have"
+            )
         self._threads = as_int(num_threads, "SampledLoader", "num_threads", 1)
         self._normalise = Normalise(mean, std, dtype, channels_last=channels_last)
         self._transform = transform
@@ -106,7 +118,7 @@ class SampledLoader:
         assert self._views is not None
         rows, uses = self.sampler.rows(epoch, step)
         images, ids = self._views(ViewRngs(self.sampler.plan.seed, epoch, rows, uses))
-        return Batch(images, self._targets[ids], ids, 0, epoch, step)
+        return self._mixed(Batch(images, self._targets[ids], ids, 0, epoch, step))
 
     def _submit(self, pool: ThreadPoolExecutor, epoch: int, step: int) -> list[Future[tuple[torch.Tensor, int]]]:
         rows, uses = self.sampler.rows(epoch, step)
@@ -124,7 +136,13 @@ class SampledLoader:
         images = torch.stack([view for view, _ in views]).to(self.device).permute(0, 2, 3, 1).contiguous()
         targets = torch.tensor([target for _, target in views], dtype=torch.int64, device=self.device)
         ids = torch.from_numpy(self.sampler.rows(epoch, step)[0]).to(self.device)
-        return Batch(self._normalise(images), targets, ids, 0, epoch, step)
+        return self._mixed(Batch(self._normalise(images), targets, ids, 0, epoch, step))
+
+    def _mixed(self, batch: Batch) -> Batch:
+        if self.mix is None:
+            return batch
+        view = (len(batch) // 2, batch.epoch, batch.step)  # the same draws for both views of the samples
+        return self.mix.in_place(batch, [view, view], self.sampler.plan.seed, self.sampler.rank)
 
     @property
     def epoch(self) -> int:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
+from dlb_fast.data import _hash
 from dlb_fast.data._cursor import Cursor, Iteration
-from dlb_fast.data._ranks import half_of, resolve_ranks
+from dlb_fast.data._ranks import make_plan
 from dlb_fast.data.batch import Batch
-from dlb_fast.data.plan import OverlapPlan, as_int
+from dlb_fast.data.plan import as_int
 from dlb_fast.data.view_rng import ViewRng
 
 if TYPE_CHECKING:
@@ -96,10 +97,11 @@ class OverlapBatchSampler(Sampler[list[int]]):
         name = "OverlapBatchSampler"
         length = len(data_source_or_len) if isinstance(data_source_or_len, Sized) else data_source_or_len
         length = as_int(length, name, "data_source_or_len", 0)
-        half = half_of(name, batch_size)
-        self.rank, world_size = resolve_ranks(name, rank, world_size)
-        self.plan = OverlapPlan(length, half, shuffle=shuffle, seed=seed, world_size=world_size, drop_last=drop_last)
-        self.batch_size = 2 * half
+        self.plan, self.rank = make_plan(
+            name, length, batch_size, repeat=True, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank,
+            world_size=world_size,
+        )  # fmt: skip
+        self.batch_size = 2 * self.plan.rows
         self._cursor = Cursor(self.plan, name)
         self._delivered: int | None = None  # batches handed out by `track`; None where nobody counts
 
@@ -137,7 +139,15 @@ class OverlapBatchSampler(Sampler[list[int]]):
 
     def track(self, loader: Any) -> Iterator[Any]:
         """Iterate over `loader` (a DataLoader around this sampler) and count what it delivers, for `state_dict`."""
-        batches = iter(loader)  # asks this sampler for an iterator, and may draw at once
+        # A DataLoader's iterator takes the seed of its workers from torch's global random numbers. A resumed run makes
+        # one iterator more than an uninterrupted one, and its dropout would differ: so the seed is a function of the
+        # epoch, and the global numbers are given back.
+        random = torch.get_rng_state()
+        torch.default_generator.manual_seed(_hash.key_of(self.plan.seed, _hash.WORKERS, self.epoch, self.rank) >> 1)
+        try:
+            batches = iter(loader)  # asks this sampler for an iterator, and may draw at once
+        finally:
+            torch.set_rng_state(random)
         self._delivered = 0
         for count, batch in enumerate(batches, start=1):
             self._delivered = count

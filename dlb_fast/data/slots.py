@@ -9,6 +9,8 @@ threads run ahead into later batches. The rules, each held by a test:
 2. A slot is delivered only when its counter of missing rows is 0, and slots are delivered in order.
 3. A slot is reused (opened for step g + depth + 2) only after the consumer released it.
 4. A failed item still counts its rows; its error belongs to the first batch that holds the sample and is raised there.
+
+Without repeated halves (`repeat=False`) an item writes its first view only, needs slot g alone, in a ring of depth + 1.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Item:
 
     Attributes:
         epoch: epoch the half belongs to. sample: its id in the plan (a substitute may take its place).
-        targets: up to two of (use, slot, row); a half carried into a resumed run has its second use only.
+        targets: up to two of (use, slot, row); a half carried into a resumed run has its second use only, and without
+            repeated halves there is no second use.
     """
 
     epoch: int
@@ -81,6 +84,7 @@ class SlotRing:
 
     Args:
         plan, rank: which samples. start: the first step to deliver. depth: finished batches kept ahead, at least 1.
+        repeat: False shows every sample once: a batch is one half.
         on_full: called by the thread that wrote the last row of a slot, before the slot counts as ready
             (the device side launches its copy there).
 
@@ -92,11 +96,19 @@ class SlotRing:
     """
 
     def __init__(
-        self, plan: OverlapPlan, rank: int, *, start: int, depth: int, on_full: Callable[[Slot], None] | None = None
+        self,
+        plan: OverlapPlan,
+        rank: int,
+        *,
+        start: int,
+        depth: int,
+        repeat: bool = True,
+        on_full: Callable[[Slot], None] | None = None,
     ) -> None:
         self._plan, self._rank = plan, rank
         self._per_epoch = plan.halves_per_epoch
-        self.size = depth + 2
+        self._uses_after = int(repeat)  # batches after its own in which a half is used
+        self.size = depth + 1 + self._uses_after
         self.slots = [Slot() for _ in range(self.size)]
         self._on_full = on_full
         self._lock = threading.RLock()  # the collector may run `stop` inside a locked region
@@ -107,7 +119,7 @@ class SlotRing:
         self._released = start  # steps below are free
         self._delivered = start  # the next step to hand over
         self._opened = start  # steps below have a slot
-        self._half = start - 1 if start > 0 else start  # half whose samples are being handed out
+        self._half = max(0, start - self._uses_after)  # half whose samples are being handed out
         self._row = 0
         self._first = start
         self._ids = self._half_ids(self._half)
@@ -121,11 +133,12 @@ class SlotRing:
 
     def _open_next(self) -> None:
         step = self._opened
-        self.slots[step % self.size].open(step, self._rows(step - 1), self._rows(step))
+        old = self._rows(step - 1) if self._uses_after else 0
+        self.slots[step % self.size].open(step, old, self._rows(step))
         self._opened += 1
 
     def _may_take(self) -> bool:
-        return self._half + 1 < self._released + self.size
+        return self._half + self._uses_after < self._released + self.size
 
     def take(self) -> Item | None:
         """The next item, waiting for a free slot; None after `stop()`."""
@@ -135,7 +148,7 @@ class SlotRing:
             if self._stopped:
                 return None
             half, row = self._half, self._row
-            if half + 1 >= self._opened:
+            if half + self._uses_after >= self._opened:
                 self._open_next()
             item = self._item(half, row)
             self._row += 1
@@ -149,6 +162,8 @@ class SlotRing:
 
     def _item(self, half: int, row: int) -> Item:
         sample, epoch = int(self._ids[row]), half // self._per_epoch
+        if not self._uses_after:
+            return Item(epoch, sample, row, ((0, self.slots[half % self.size], row),))
         later = (1, self.slots[(half + 1) % self.size], row)
         if half < self._first:  # carried into this run: its first use was delivered before
             return Item(epoch, sample, row, (later,))

@@ -79,30 +79,24 @@ class ViewRng:
         return np.random.Generator(np.random.PCG64(self.bits()))
 
 
-class ViewRngs:
-    """The random numbers of n views at once, equal to those of n `ViewRng`s.
+class Draws:
+    """Random numbers of n independent keys at once, counted from 0.
 
     Args:
-        seed: the run's seed.
-        epochs, samples, uses: integers or (n,) integer arrays, broadcast against each other; see `view_key`.
+        keys: (n,) uint64, one per row.
     """
 
-    __slots__ = ("counter", "epochs", "keys", "samples", "seed", "uses")
+    __slots__ = ("counter", "keys")
 
-    def __init__(self, seed: int, epochs: ArrayLike, samples: ArrayLike, uses: ArrayLike) -> None:
-        epoch, sample, use = np.broadcast_arrays(*(np.asarray(a, dtype=np.int64) for a in (epochs, samples, uses)))
-        self.seed, self.epochs, self.samples, self.uses = seed, epoch, sample, use
-        self.keys = np.empty(sample.shape, dtype=np.uint64)
-        for one in np.unique(epoch):  # one or two epochs in a batch
-            rows = epoch == one
-            self.keys[rows] = _hash.fold_array(_epoch_key(seed, int(one)), 2 * sample[rows] + use[rows])
+    def __init__(self, keys: NDArray[np.uint64]) -> None:
+        self.keys = keys
         self.counter = 0
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def bits(self) -> NDArray[np.uint64]:
-        """The next 64 random bits of every view, (n,) uint64."""
+        """The next 64 random bits of every row, (n,) uint64."""
         self.counter += 1
         return _hash.mix_array(self.keys + np.uint64(self.counter * _hash.GOLDEN & _hash.MASK))
 
@@ -112,10 +106,30 @@ class ViewRngs:
         return low + (high - low) * unit
 
     def integer(self, bound: int | NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,) int64 in [0, bound); `bound` may differ per view."""
+        """(n,) int64 in [0, bound); `bound` may differ per row."""
         scaled = (self.bits() >> np.uint64(32)) * np.asarray(bound).astype(np.uint64)
         return (scaled >> np.uint64(32)).astype(np.int64)
 
     def skip(self, count: int) -> None:
-        """Leave out `count` draws of every view."""
+        """Leave out `count` draws of every row."""
         self.counter += count
+
+
+class ViewRngs(Draws):
+    """The random numbers of n views at once, equal to those of n `ViewRng`s.
+
+    Args:
+        seed: the run's seed.
+        epochs, samples, uses: integers or (n,) integer arrays, broadcast against each other; see `view_key`.
+    """
+
+    __slots__ = ("epochs", "samples", "seed", "uses")
+
+    def __init__(self, seed: int, epochs: ArrayLike, samples: ArrayLike, uses: ArrayLike) -> None:
+        epoch, sample, use = np.broadcast_arrays(*(np.asarray(a, dtype=np.int64) for a in (epochs, samples, uses)))
+        self.seed, self.epochs, self.samples, self.uses = seed, epoch, sample, use
+        keys = np.empty(sample.shape, dtype=np.uint64)
+        for one in np.unique(epoch):  # one or two epochs in a batch
+            rows = epoch == one
+            keys[rows] = _hash.fold_array(_epoch_key(seed, int(one)), 2 * sample[rows] + use[rows])
+        super().__init__(keys)

@@ -7,6 +7,9 @@ A batch is `[old | new]`: rows `[0, num_old)` repeat the new rows of the step be
 - `two_pass` (the official code, Meta-knowledge-Lab/DLB@8949a46 `dlb.py`): first the new rows, then the old rows, in
   two forwards. Each half is normalised with its own statistics, and the running statistics are updated twice, in that
   order. Without BatchNorm (and dropout) both give the same loss and gradient.
+
+Mixed images (`dlb_fast.data.Mix`) come with the class mixed in and the share of their own. A criterion that takes
+`target_b` and `lam` gets them, any other one the same as dense targets.
 """
 
 from __future__ import annotations
@@ -56,7 +59,26 @@ FORWARDS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
 
 def accepted_inputs(criterion: nn.Module) -> frozenset[str]:
     """Which fields of a batch the criterion takes: LastBatchLoss `ids` and `num_old`, `nn.CrossEntropyLoss` none."""
-    return frozenset(inspect.signature(criterion.forward).parameters) & {"ids", "num_old", "images", "epoch"}
+    fields = {"ids", "num_old", "images", "epoch", "target_b", "lam"}
+    return frozenset(inspect.signature(criterion.forward).parameters) & fields
+
+
+def labels_of(batch: Batch, pair: bool, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(target, further arguments) of a batch: labels `(n,)`; of mixed images the pair form, or dense targets `(n, C)`.
+
+    Of a pair, the class with the larger share comes first: it is the one that `parts.correct` (train_top1) counts.
+    """
+    own, other, share = batch.targets, batch.target_b, batch.lam
+    if other is None or share is None:
+        return own, {}
+    if pair:
+        swapped = share < 0.5
+        first, second = torch.where(swapped, other, own), torch.where(swapped, own, other)
+        return first, {"target_b": second, "lam": torch.where(swapped, 1 - share, share)}
+    dense = torch.zeros_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+    share = share.to(dense.dtype)
+    dense.scatter_add_(1, own[:, None], share[:, None])
+    return dense.scatter_add_(1, other[:, None], 1 - share[:, None]), {}
 
 
 def training_loss(
@@ -74,8 +96,8 @@ def training_loss(
 
     Args:
         model: maps images `(n, ch, h, w)` to logits `(n, C)`.
-        criterion: called as `criterion(logits, targets)`, plus `ids`, `num_old`, `images` and `epoch` where its
-            `forward` has them.
+        criterion: called as `criterion(logits, targets)`, plus `ids`, `num_old`, `images`, `epoch`, `target_b` and
+            `lam` where its `forward` has them.
         batch: rows `[old | new]`.
         forward: a name in `FORWARDS`.
         autocast: context manager for the network's forward; the loss itself runs outside it, in float32 inside.
@@ -94,4 +116,6 @@ def training_loss(
             logits = FORWARDS[forward](model, batch)
     if accepts is None:
         accepts = accepted_inputs(criterion)
-    return criterion(logits, batch.targets, **{name: getattr(batch, name) for name in accepts})
+    target, pair = labels_of(batch, "lam" in accepts, logits)
+    others = {name: getattr(batch, name) for name in accepts - {"target_b", "lam"}}
+    return criterion(logits, target, **others, **pair)

@@ -1,0 +1,132 @@
+"""`repeat=False`: plain epochs, every sample once, in the order and the views of an overlap loader's new rows."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from dlb_fast.data import Compose, Cutout, Flip, OverlapLoader, PadCrop, RandomResizedCrop, ResidentLoader, synthetic
+from dlb_fast.data.plan import OverlapPlan
+from dlb_fast.data.slots import SlotRing
+
+VIEWS = Compose([PadCrop(2), Flip(), Cutout(3)])
+
+
+def content(batch: Any, old: int = 0) -> tuple[Any, ...]:
+    tensors = batch.images[old:].contiguous().numpy().tobytes(), batch.targets[old:].tolist(), batch.ids[old:].tolist()
+    return *tensors, batch.epoch, batch.step
+
+
+def data(length: int = 23) -> Any:
+    return synthetic(length=length, num_classes=3, size=8)
+
+
+def make(kind: Any, batch_size: int, **options: Any) -> Any:
+    extra = {"num_threads": 3, "check_threads": False, "timeout": 20} if kind is OverlapLoader else {}
+    return kind(data(), batch_size, **{"transform": VIEWS, **options, **extra})
+
+
+def stream(loader: Any, count: int = 3, *, new_rows_only: bool = False) -> list[Any]:
+    with loader:
+        return [content(b, b.num_old if new_rows_only else 0) for _ in range(count) for b in loader]
+
+
+@pytest.mark.parametrize("kind", [ResidentLoader, OverlapLoader])
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("rows", [1, 4, 5, 23])
+def test_the_new_rows_of_twice_the_batch(kind: Any, drop_last: bool, rows: int) -> None:
+    options = {"seed": 3, "drop_last": drop_last}
+    expected = stream(make(ResidentLoader, 2 * rows, **options), new_rows_only=True)
+    plain = make(kind, rows, repeat=False, **options)
+    assert plain.batch_size == plain.half == rows and len(plain) == len(expected) // 3
+    assert stream(plain) == expected
+
+
+def test_ranks_share_the_epoch() -> None:
+    ranks = [stream(make(OverlapLoader, 4, repeat=False, rank=rank, world_size=2), 1) for rank in range(2)]
+    ids = [i for batches in ranks for batch in batches for i in batch[2]]
+    assert len(ids) == 16 and len(set(ids)) == 16
+
+
+def test_every_stop_point_resumes() -> None:
+    options = {"repeat": False, "drop_last": False}
+    whole = stream(make(OverlapLoader, 5, **options))
+    for stop in range(len(whole)):
+        with make(OverlapLoader, 5, **options) as first:
+            batches = (batch for _ in range(3) for batch in first)
+            for _ in range(stop):
+                next(batches)
+            state = first.state_dict()
+        for kind in (OverlapLoader, ResidentLoader):
+            with make(kind, 5, **options) as second:
+                second.load_state_dict(state)
+                assert content(next(iter(second))) == whole[stop]
+
+
+def test_one_view_and_one_read_per_sample_and_epoch() -> None:
+    """Nothing is made to be thrown away: that is what this mode is for."""
+    seen, guard, length = Counter[tuple[int, int, int]](), threading.Lock(), 24
+
+    def view(image: torch.Tensor, rng: Any) -> torch.Tensor:
+        with guard:
+            seen[rng.epoch, rng.sample, rng.use] += 1
+        return image
+
+    with OverlapLoader(data(length), 6, repeat=False, transform=view, num_threads=2, check_threads=False) as loader:
+        for _ in range(2):
+            assert [len(batch) for batch in loader] == [6] * 4
+        stats = loader.stats()
+    assert stats.views == 48 and stats.reads <= 48 + 6 * (2 + 1)
+    for epoch in range(2):
+        assert all(seen[epoch, sample, 0] == 1 for sample in range(length))
+    assert not any(use for _, _, use in seen)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_ring_runs_ahead_by_the_depth(depth: int) -> None:
+    ring = SlotRing(OverlapPlan(20, 4), 0, start=3, depth=depth, repeat=False)
+    items = []
+    while ring._may_take():
+        items.append(ring.take())
+    assert len(items) == 4 * (depth + 1) and len(ring.slots) == depth + 1
+    assert {len(item.targets) for item in items if item} == {1}
+    for item in items[4:]:
+        assert item is not None
+        ring.finish(item)
+    assert ring.wait(0) is None  # its own rows are missing, whatever came after
+    for item in items[:4]:
+        assert item is not None
+        ring.finish(item)
+    slot = ring.wait(0)
+    assert slot is not None and (slot.step, slot.num_old, slot.rows) == (3, 0, 4)
+
+
+def test_views_cut_on_the_device() -> None:
+    """Also when a later batch is complete before an earlier one: the ring must not take its images along half done."""
+    options: dict[str, Any] = {
+        "transform": Compose([RandomResizedCrop(6), Flip()]),
+        "drop_last": False,
+        "repeat": False,
+    }
+    expected = stream(make(OverlapLoader, 4, **options))
+
+    def slow(dataset: Any, index: int) -> Any:
+        if index % 5 == 0:
+            threading.Event().wait(0.02)
+        return dataset.images[index], int(dataset.targets[index])
+
+    for depth in (1, 3):
+        assert stream(make(OverlapLoader, 4, augment_on="device", load=slow, depth=depth, **options)) == expected
+
+
+def test_repeat_is_a_bool_and_sizes_are_checked() -> None:
+    with pytest.raises(TypeError, match="repeat must be True or False, got 'no'"):
+        make(ResidentLoader, 4, repeat="no")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        make(OverlapLoader, 0, repeat=False)
+    with pytest.raises(ValueError, match="batch_size must be even"):
+        make(ResidentLoader, 5)
