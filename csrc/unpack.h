@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -31,6 +32,25 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 inline void check_rows(const Tensor& t, const char* name, int64_t classes) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == classes, "last_batch: ", name, " must have ", classes, " columns");
   STD_TORCH_CHECK(classes <= 1 || t.size(0) == 0 || t.stride(1) == 1, "last_batch: ", name, " must have unit column stride");
+}
+
+// A contiguous tensor on the device of `like`, straight from its allocator: through the dispatcher the three outputs would
+// take as long as the rows of a small batch.
+inline Tensor allocated(const Tensor& like, ST dtype, const std::array<int64_t, 2>& sizes, int64_t dims) {
+  const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
+  int32_t device_type = 0, device_index = 0, code = 0;
+  switch (dtype) {
+    case ST::Double: code = aoti_torch_dtype_float64(); break;
+    case ST::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
+    case ST::Half: code = aoti_torch_dtype_float16(); break;
+    default: code = aoti_torch_dtype_float32();
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes.data(), strides, code, device_type, device_index, &handle));
+  return Tensor(handle);
 }
 
 // The options in the order of the schema (dlb_fast/ops.py); one list for both ops and all devices.
@@ -103,12 +123,10 @@ inline Outputs unpack(const Tensor& logits, const Options& o, LastBatchArgs& a) 
   STD_TORCH_CHECK(a.kind != TeacherKind::given_by_rule || a.correct_share < 0 || a.target,
                   "last_batch: a corrected teacher needs labels");
 
-  const int64_t rows[1] = {a.batch}, parts[1] = {part_count}, gradient[2] = {o.need_grad ? a.batch : 0, a.classes};
-  using torch::headeronly::IntHeaderOnlyArrayRef;
   const bool per_row = a.reduction == Reduction::none;
-  Tensor loss = torch::stable::new_empty(logits, IntHeaderOnlyArrayRef(rows, std::size_t(per_row ? 1 : 0)), acc);
-  Tensor parts_out = torch::stable::new_empty(logits, IntHeaderOnlyArrayRef(parts, std::size_t(1)), acc);
-  Tensor grad = torch::stable::new_empty(logits, IntHeaderOnlyArrayRef(gradient, std::size_t(2)));
+  Tensor loss = allocated(logits, acc, {a.batch}, per_row ? 1 : 0);
+  Tensor parts_out = allocated(logits, acc, {part_count}, 1);
+  Tensor grad = allocated(logits, logits.scalar_type(), {o.need_grad ? a.batch : 0, a.classes}, 2);
   a.loss = loss.mutable_data_ptr();
   a.parts = parts_out.mutable_data_ptr();
   a.grad = o.need_grad ? grad.mutable_data_ptr() : nullptr;

@@ -47,6 +47,14 @@ def _split_scalar(value: Scalar, device: torch.device, dtype: torch.dtype) -> tu
     return None, float(value)
 
 
+def plain_options(
+    alpha: float, temperature: float, label_smoothing: float, z_loss: float, ignore_index: int, reduction: str
+) -> tuple[Any, ...]:
+    """The op's options after ``target`` for labels, numbers and a teacher of logits."""
+    scalars = (float(alpha), float(temperature), 1.0, 0.0, label_smoothing, z_loss, -1.0)
+    return (*[None] * 6, *scalars, ignore_index, ops.TEACHER_KIND["logits"], ops.REDUCTION[reduction])
+
+
 def _as_dtype(value: Scalar, dtype: torch.dtype) -> Scalar:
     return value.detach().to(dtype) if isinstance(value, Tensor) else value
 

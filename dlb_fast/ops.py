@@ -9,7 +9,6 @@ that is 1. Differentiable once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,20 +115,22 @@ def op_for(impl: str, name: str) -> Any:
     return op
 
 
-def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's ``once_differentiable``, and a gradient that says so where ``create_graph=True`` asks for its graph.
+def _gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    grad, parts = ctx.saved_tensors
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        grad = grad.clone()  # retain_graph=True: the saved gradient has to survive for the next backward
+    # The op skips a factor of 1 by itself; on the CPU, where looking is free, even the call can be spared.
+    if grad.dtype is torch.float16 or not grad.is_cpu or upstream.dim() > 0 or upstream.item() != 1.0:
+        op_for(ctx.impl, "scale_grad_")(grad, upstream, parts)
+    return grad, None, None, None
 
-    torch's looks at the arguments only, and the upstream gradient of a loss is a constant: the gradient would come out
-    as a constant too, and a penalty on it would silently not train.
-    """
-    once = once_differentiable(backward)
 
-    def wrapper(ctx: Any, upstream: Tensor | None, parts: None) -> Any:
-        if upstream is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            upstream = upstream.detach().requires_grad_()
-        return once(ctx, upstream, parts)
-
-    return wrapper
+def _traced_gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    """The same without a write into what is saved, for torch.compile."""
+    grad, parts = ctx.saved_tensors
+    factor = upstream / parts[4]
+    factor = factor if factor.dim() == 0 else factor[:, None]
+    return (grad.to(parts.dtype) * factor).to(grad.dtype), None, None, None
 
 
 class _LastBatch(torch.autograd.Function):
@@ -143,22 +144,21 @@ class _LastBatch(torch.autograd.Function):
         return loss, parts
 
     @staticmethod
-    @_differentiable_once
     def backward(ctx: Any, upstream: Tensor | None, _parts: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None
-        grad, parts = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            factor = upstream / parts[4]
-            factor = factor if factor.dim() == 0 else factor[:, None]
-            return (grad.to(parts.dtype) * factor).to(grad.dtype), None, None, None
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            grad = grad.clone()  # retain_graph=True: the saved gradient has to survive for the next backward
-        # The op skips a factor of 1 by itself; on the CPU, where looking is free, even the call can be spared.
-        enlarged = grad.dtype == torch.float16
-        if enlarged or not grad.is_cpu or upstream.dim() > 0 or upstream.item() != 1.0:
-            op_for(ctx.impl, "scale_grad_")(grad, upstream, parts)
-        return grad, None, None, None
+            return _traced_gradient(ctx, upstream)
+        if torch.is_grad_enabled():
+            # create_graph=True. torch's once_differentiable refuses a second derivative where the arguments need one;
+            # the upstream gradient of a loss is a constant, and a penalty on the gradient would silently not train.
+            return _once(ctx, upstream.detach().requires_grad_())
+        return _gradient(ctx, upstream)
+
+
+_once = once_differentiable(_gradient)
+# What Function.apply calls once it has looked for functorch transforms and default arguments, in Python, at every call.
+_plain_apply = super(torch.autograd.Function, _LastBatch).apply  # type: ignore[misc]
 
 
 def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,9 @@ def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tenso
     """
     if logits.requires_grad and torch.is_grad_enabled():
         # One tuple, because autograd walks over every argument of a Function in Python.
-        return _LastBatch.apply(logits, impl, name, args)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return _LastBatch.apply(logits, impl, name, args)
+        return _plain_apply(logits, impl, name, args)
     loss, parts, _ = op_for(impl, name)(logits, *args, False)
     return loss, parts
 

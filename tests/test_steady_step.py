@@ -1,0 +1,150 @@
+"""The criterion's short cut for a call like the last: it changes no result, forgets nothing and hides no mistake."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import available
+from test_buffer import overlapping
+
+from dlb_fast import LastBatchLoss, ops
+
+HALVES = [4, 4, 3, 4, 1, 4, 4]
+
+
+@pytest.fixture
+def short_cuts(monkeypatch):
+    """Counts the calls that took the short cut."""
+    taken = []
+    steady = LastBatchLoss._steady_step
+
+    def counted(self, *args):
+        loss = steady(self, *args)
+        taken.append(loss is not None)
+        return loss
+
+    monkeypatch.setattr(LastBatchLoss, "_steady_step", counted)
+    return taken
+
+
+def run(criterion, batches, *, remember, **options):
+    """Loss, gradient, parts and buffer of every batch; without ``remember`` no call is like the last."""
+    seen = []
+    for z, y, ids in batches:
+        if not remember:
+            criterion.alpha = criterion.alpha  # setting anything forgets the last call
+        z = z.clone().requires_grad_()
+        loss = criterion(z, y, ids, **options)
+        loss.backward()
+        state = criterion.buffer.state_dict()
+        numbers = (loss.item(), *(part.item() for part in criterion.parts), state["count"], state["mismatched"])
+        seen.append((numbers, z.grad, state["logits"], state["ids"]))
+    return seen
+
+
+def assert_same(one, other):
+    for (numbers, *tensors), (more_numbers, *more_tensors) in zip(one, other, strict=True):
+        assert numbers == more_numbers
+        assert all(torch.equal(a, b) for a, b in zip(tensors, more_tensors, strict=True))
+
+
+@pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "reduction": "sum", "alpha": 0.3}])
+def test_a_stream_is_bit_identical_with_and_without_it(impl, generator, short_cuts, capacity, options):
+    batches = overlapping(generator, HALVES)
+    make = lambda: LastBatchLoss(6, capacity=capacity, impl=impl, temperature=3.0, **options)  # noqa: E731
+    one = run(make(), batches, remember=True)
+    compiled = impl in ("cpu", "cuda")
+    assert sum(short_cuts) == (len(HALVES) - 1 if compiled else 0)
+    short_cuts.clear()
+    assert_same(one, run(make(), batches, remember=False))
+    assert not any(short_cuts)
+
+
+def test_what_is_set_in_between_counts(impl, generator, short_cuts):
+    batches = overlapping(generator, [4] * 12)
+    changes = [
+        ("alpha", 0.25), ("temperature", 2.5), ("label_smoothing", 0.2), ("reduction", "sum"), ("ignore_index", 2),
+        ("z_loss", 0.01), ("alpha", torch.tensor(0.75)), ("weight", torch.rand(6) + 0.5), ("weight", None),
+    ]  # fmt: skip
+    criterion, plain = LastBatchLoss(6, impl=impl), LastBatchLoss(6, impl=impl)
+    assert_same(run(criterion, batches[:2], remember=True), run(plain, batches[:2], remember=False))
+    for batch, (name, value) in zip(batches[2:], changes, strict=False):
+        setattr(criterion, name, value)
+        setattr(plain, name, value)
+        assert_same(run(criterion, [batch], remember=True), run(plain, [batch], remember=False))
+    assert sum(short_cuts) == (1 if impl in ("cpu", "cuda") else 0)
+
+
+def test_eval_in_between_is_plain_cross_entropy(impl, generator):
+    (first, second, third) = overlapping(generator, [4, 4, 4])
+    criterion = LastBatchLoss(6, impl=impl)
+    run(criterion, [first, second], remember=True)
+    before = criterion.buffer.logits.clone()
+    loss = criterion.eval()(third[0], third[1], third[2])
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(third[0], third[1]))
+    assert torch.equal(criterion.buffer.logits, before)
+    plain = LastBatchLoss(6, impl=impl)
+    want = run(plain, [first, second, third], remember=False)
+    assert_same(run(criterion.train(), [third], remember=True), want[-1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_other_integers_and_strides_take_the_long_way(impl, generator, dtype):
+    batches = overlapping(generator, [4] * 4)
+    odd = [(z.t().contiguous().t(), y.to(dtype), ids.to(dtype)) for z, y, ids in batches]
+    want = run(LastBatchLoss(6, impl=impl), batches, remember=False)
+    assert_same(run(LastBatchLoss(6, impl=impl), odd, remember=True), want)
+
+
+def test_a_mistake_in_the_middle_is_named_and_changes_nothing(impl, generator):
+    first, second, third = overlapping(generator, [4, 4, 4])
+    criterion = LastBatchLoss(6, capacity=4, impl=impl)
+    run(criterion, [first, second], remember=True)
+    before = copy.deepcopy(criterion.buffer.state_dict())
+    z, y, ids = third
+    for args, error, words in (
+        ((z[:, :5], y, ids), ValueError, "C = 6 classes, got 5"),
+        ((z[0], y, ids), ValueError, r"shape \(B, C\)"),
+        ((z.long(), y, ids), TypeError, "logits must be float32"),
+        ((z, y[:3], ids), ValueError, r"target must have shape \(8,\)"),
+        ((z, y.float(), ids), TypeError, "integer class labels"),
+        ((z, y, ids[:3]), ValueError, "ids must be an integer tensor"),
+        ((z.tolist(), y, ids), TypeError, "logits must be a torch.Tensor"),
+        ((torch.cat([z, z]), torch.cat([y, y]), None), ValueError, "at most"),
+    ):
+        with pytest.raises(error, match=words):
+            criterion(*args)
+        after = criterion.buffer.state_dict()
+        assert all(torch.equal(before[k], after[k]) for k in ("logits", "ids"))
+        assert before["count"] == after["count"]
+    if impl not in ("cuda", "triton"):
+        with pytest.raises(ValueError, match=r"target\[1\] = 9 is not a class"):
+            criterion(z, torch.where(torch.arange(8) == 1, 9, y), ids)
+
+
+def test_a_state_taken_in_the_middle_continues_alike(impl, generator):
+    batches = overlapping(generator, HALVES)
+    want = run(LastBatchLoss(6, impl=impl), batches, remember=False)
+    criterion = LastBatchLoss(6, impl=impl)
+    run(criterion, batches[:3], remember=True)
+    other = LastBatchLoss(6, impl=impl)
+    run(other, batches[:2], remember=True)
+    other.load_state_dict(criterion.state_dict())
+    for resumed in (other, copy.deepcopy(criterion)):
+        assert_same(run(resumed, batches[3:], remember=True), want[3:])
+
+
+@pytest.mark.skipif(not available("cpu"), reason="nothing is compiled here")
+def test_the_count_stays_with_the_device_unless_it_is_given(generator, monkeypatch):
+    """A captured step is replayed when the host's count has moved on; only a caller may fix it."""
+    asked = []
+    plain = ops.run
+    monkeypatch.setattr(ops, "run", lambda impl, op, z, *args: asked.append(args[3]) or plain(impl, op, z, *args))
+    criterion = LastBatchLoss(6, impl="cpu")
+    *batches, (z, y, ids) = overlapping(generator, [4] * 4)
+    run(criterion, batches, remember=True)
+    criterion(z, y, ids, num_old=4)
+    assert asked == [-1, -1, 4]  # the first call had no last one
