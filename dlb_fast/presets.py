@@ -93,11 +93,12 @@ def _cifar(classes: int) -> RunConfig:
 
 def _controls(name: str, about: str, config: RunConfig, sources: dict[str, str]) -> dict[str, Preset]:
     """DLB and its controls over the same optimiser steps and rows per step."""
-    twice = {"epochs": 2 * config.train.epochs}
+    twice = {"epochs": 2 * config.train.epochs, "warmup_epochs": 2 * config.schedule.warmup_epochs}
     schedule = dataclasses.replace(config.schedule, milestones=tuple(2 * m for m in config.schedule.milestones))
     passes = "twice DLB's: an epoch of distinct samples has half the steps, so images seen are equal"
     ce = override(config, method="ce", schedule=schedule, **twice)
     ce_sources = {**sources, "epochs": passes, "milestones": "doubled with the epochs"}
+    ce_sources["warmup_epochs"] = "doubled with the epochs"
     smoothing = {**ce_sources, "label_smoothing": "the usual 0.1"}
     return {
         f"{name}-dlb": Preset(f"{about}: DLB", config, sources),
@@ -140,8 +141,54 @@ _BAKE_IMAGENET_SOURCES = {
     "weight_decay": f"{_BAKE_IMAGENET}: 5e-5",
     "epochs": f"{_BAKE_IMAGENET}: 100",
     "warmup_epochs": f"{_BAKE_IMAGENET}: 5",
-    "model": "ResNet-50 of timm",
+    "model": "ResNet-50, built in",
     "image_size": "224",
+}
+_TORCHVISION = "torchvision IMAGENET1K_V2"  # ResNet50_Weights; the command line is in pytorch/vision#3995
+# Its references/classification/train.py takes 2e-5 * rows * 32 / epochs of the weights into the average every 32 steps.
+_EMA = round((1 - 2e-5 * 1024 * 32 / 600) ** (1 / 32), 7)
+_IMAGENET_SOURCES = {
+    "batch_size": f"{_TORCHVISION}: 8 x 128 rows; with DLB half of them repeat the step before",
+    "image_size": f"{_TORCHVISION}: --train-crop-size 176",
+    "eval_size": f"{_TORCHVISION}: --val-crop-size 224",
+    "eval_resize": f"{_TORCHVISION}: --val-resize-size 232",
+    "eval_batch_size": "our choice",
+    "num_threads": "our choice: one machine's cores",
+    "model": "ResNet-50 v1.5, built in, torchvision's state names",
+    "label_smoothing": f"{_TORCHVISION}: 0.1",
+    "lr": f"{_TORCHVISION}: 0.5 at 1024 rows",
+    "momentum": f"{_TORCHVISION}: 0.9",
+    "nesterov": f"{_TORCHVISION}: off",
+    "weight_decay": f"{_TORCHVISION}: 2e-5",
+    "decay_norm_and_bias": f"{_TORCHVISION}: --norm-weight-decay 0",
+    "schedule": f"{_TORCHVISION}: cosine",
+    "warmup_epochs": f"{_TORCHVISION}: 5 passes, linear; an epoch of DLB shows every image twice",
+    "epochs": f"{_TORCHVISION}: 600 passes = 300 epochs that show every image twice",
+    "ema": f"{_TORCHVISION}: --model-ema-decay 0.99998 every 32 steps, as its train.py scales it, per step",
+    "amp": "ours; the recipe of torchvision ran in fp16 autocast or float32",
+    "channels_last": "ours: what Tensor Cores read",
+    "eval_every": "our choice: every epoch",
+    "alpha": _COMMUNITY,
+    "temperature": _COMMUNITY,
+}
+_NVIDIA = "NVIDIA DeepLearningExamples, ResNet-50 v1.5"
+_IMAGENET_SHORT_SOURCES = {
+    **_IMAGENET_SOURCES,
+    "batch_size": f"{_NVIDIA}: any, with the rate in proportion; 1024 as in the long recipe",
+    "image_size": f"{_NVIDIA}: 224",
+    "eval_size": "as the training crop",
+    "eval_resize": f"{_NVIDIA}: 256",
+    "label_smoothing": f"{_NVIDIA}: 0.1",
+    "lr": f"{_NVIDIA}: 0.256 per 256 rows",
+    "momentum": f"{_NVIDIA}: 0.875",
+    "nesterov": f"{_NVIDIA}: off",
+    "weight_decay": f"{_NVIDIA}: 1/32768",
+    "decay_norm_and_bias": f"{_NVIDIA}: none on BatchNorm",
+    "schedule": f"{_NVIDIA}: cosine",
+    "warmup_epochs": f"{_NVIDIA}: 5 passes, linear; an epoch of DLB shows every image twice",
+    "epochs": f"{_NVIDIA}: 90 passes = 45 epochs that show every image twice",
+    "ema": f"{_NVIDIA}: none",
+    "amp": "bf16 instead of NVIDIA's fp16",
 }
 _CSKD_SOURCES = {
     "batch_size": "alinlab/cs-kd: --batch-size 128 anchors, and as many partners",
@@ -169,6 +216,25 @@ _PSKD_SOURCES = {
 }
 
 
+def _imagenet() -> dict[str, Preset]:
+    """ResNet-50 by two published recipes, the passes halved because DLB shows every image twice per epoch."""
+    common: dict[str, Any] = {"source": "imagefolder:data", "batch_size": 1024, "num_threads": 16, "model": "resnet50"}
+    common |= {"eval_batch_size": 256, "label_smoothing": 0.1, "nesterov": False, "decay_norm_and_bias": False}
+    common |= {"schedule": "cosine", "warmup_epochs": 2.5, "amp": "bf16", "channels_last": True}
+    long = override(
+        RunConfig(), **common, image_size=176, eval_size=224, eval_resize=232, lr=0.5, momentum=0.9, weight_decay=2e-5,
+        epochs=300, ema=_EMA,
+    )  # fmt: skip
+    short = override(
+        RunConfig(), **common, image_size=224, lr=1.024, momentum=0.875, weight_decay=1 / 32768, epochs=45
+    )
+    about = "ImageNet, ResNet-50"
+    return {
+        **_controls("imagenet-resnet50", f"{about}, 600 passes", long, _IMAGENET_SOURCES),
+        **_controls("imagenet-resnet50-short", f"{about}, 90 passes", short, _IMAGENET_SHORT_SOURCES),
+    }
+
+
 def _steps_at(*milestones: float) -> Any:
     return dataclasses.replace(RunConfig().schedule, schedule="multistep", milestones=milestones)
 
@@ -184,7 +250,7 @@ def _family() -> dict[str, Preset]:
     tiny = override(bake, source="tinyimagenet:data", omega=0.9, companions=1, image_size=32)
     imagenet = override(
         RunConfig(), source="imagefolder:data", batch_size=512, method="bake", alpha=1.0, temperature=4.0, omega=0.5,
-        companions=1, model="timm:resnet50", lr=0.4, weight_decay=5e-5, epochs=100, warmup_epochs=5.0, image_size=224,
+        companions=1, model="resnet50", lr=0.4, weight_decay=5e-5, epochs=100, warmup_epochs=5.0, image_size=224,
         channels_last=True,
     )  # fmt: skip
     cs_kd = override(
@@ -202,7 +268,7 @@ def _family() -> dict[str, Preset]:
             "CIFAR-100, ResNet-18: control, BAKE's batches without the KL", override(bake, alpha=0.0), control
         ),
         "tinyimagenet-resnet18-bake": Preset("TinyImageNet at 32x32, ResNet-18: BAKE", tiny, _BAKE_SOURCES),
-        "imagenet-resnet50-bake": Preset("ImageNet, ResNet-50 (timm): BAKE", imagenet, _BAKE_IMAGENET_SOURCES),
+        "imagenet-resnet50-bake": Preset("ImageNet, ResNet-50: BAKE", imagenet, _BAKE_IMAGENET_SOURCES),
         "cifar100-resnet18-cskd": Preset("CIFAR-100, ResNet-18: CS-KD", cs_kd, _CSKD_SOURCES),
         "cifar100-resnet18-pskd": Preset("CIFAR-100, ResNet-18: PS-KD", ps_kd, _PSKD_SOURCES),
     }
@@ -225,6 +291,7 @@ PRESETS: dict[str, Preset] = {
     **{n: p for n, p in _controls("digits", "digits", _DIGITS, _DIGITS_SOURCES).items() if n != "digits-dlb"},
     **_controls("cifar10-resnet32", "CIFAR-10, ResNet-32", _cifar(10), _CIFAR_SOURCES),
     **_controls("cifar100-resnet32", "CIFAR-100, ResNet-32", _cifar(100), _CIFAR_SOURCES),
+    **_imagenet(),
     **_family(),
 }
 

@@ -29,6 +29,7 @@ from dlb_fast.train.models import MODELS, create_model, list_models
 #   58680; final norm 264; fc 1330; stem 648 -> 47880+4800+55080+7440+58680+264+1330+648 = 176122
 # densenet100_12, published as 0.8 M: 769162
 # small_cnn, one channel: 144+32 + 4608+64 + 18432+128 + 650 = 24058
+# resnet18 and resnet50 of ImageNet: the counts that torchvision documents for its weights
 COUNTS = {
     ("resnet32a", 10, 3): 464_154,
     ("resnet32", 10, 3): 466_906,
@@ -40,6 +41,8 @@ COUNTS = {
     ("densenet40_12", 10, 3): 176_122,
     ("densenet100_12", 10, 3): 769_162,
     ("small_cnn", 10, 1): 24_058,
+    ("resnet18_imagenet", 1000, 3): 11_689_512,
+    ("resnet50", 1000, 3): 25_557_032,
 }
 
 
@@ -78,6 +81,36 @@ def test_every_network_gives_logits_at_both_sizes(name, size):
     with torch.device("meta"):  # shapes only: no arithmetic, so the large networks cost nothing
         model = create_model(name, 7, 2).eval()
         assert model(torch.empty(3, 2, size, size)).shape == (3, 7)
+
+
+def torchvision_names(blocks: tuple[int, ...], convolutions: int, first_projects: bool) -> set[str]:
+    """State names of torchvision's ResNets, from their naming rule rather than from our modules."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{part}" for part in norm)}
+    for stage, count in enumerate(blocks, 1):
+        for block in range(count):
+            here = f"layer{stage}.{block}"
+            for number in range(1, convolutions + 1):
+                names |= {f"{here}.conv{number}.weight", *(f"{here}.bn{number}.{part}" for part in norm)}
+            if block == 0 and (stage > 1 or first_projects):
+                names |= {f"{here}.downsample.0.weight", *(f"{here}.downsample.1.{part}" for part in norm)}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "convolutions", "first_projects"),
+    [("resnet18_imagenet", (2, 2, 2, 2), 2, False), ("resnet50", (3, 4, 6, 3), 3, True)],
+)
+def test_imagenet_networks_have_torchvisions_state_names(name, blocks, convolutions, first_projects):
+    with torch.device("meta"):
+        model = create_model(name, 1000, 3)
+    assert set(model.state_dict()) == torchvision_names(blocks, convolutions, first_projects)
+    convs = {n: m.stride[0] for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    assert {n: stride for n, stride in convs.items() if stride != 1} == {
+        "conv1": 2,
+        **{f"layer{stage}.0.conv{2 if convolutions == 3 else 1}": 2 for stage in (2, 3, 4)},  # v1.5: in the 3x3
+        **{f"layer{stage}.0.downsample.0": 2 for stage in (2, 3, 4)},
+    }
 
 
 def test_forward_and_gradient_are_finite():

@@ -1,4 +1,4 @@
-"""The backbones the DLB code offers, for 32x32 images, and a small one for digits.
+"""The backbones the DLB code offers, for 32x32 images, a small one for digits, and two for ImageNet.
 
 The architectures follow the official repository (Meta-knowledge-Lab/DLB@8949a46, `models/`) layer by
 layer, because its names do not always mean what the literature means by them:
@@ -13,6 +13,8 @@ layer, because its names do not always mean what the literature means by them:
 ``vgg16/19``     VGG with BatchNorm and the official three-layer classifier 512-512-C
 ``densenet40_12``  DenseNet-BC, L=40, k=12, compression 0.5; ``densenet100_12`` likewise
 ``small_cnn``    three 3x3 convolutions; trains in seconds on 8x8 digits
+``resnet50``     the ImageNet network (7x7 stem, max-pool), torchvision's state names; also
+                 ``resnet18_imagenet``; see `imagenet_models.py`
 ===============  ========================================================================
 
 Every network takes any input of at least 8x8 pixels and any number of channels. Any other name goes to
@@ -27,6 +29,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .imagenet_models import ImageNetResNet
 
 __all__ = ["MODELS", "create_model", "list_models"]
 
@@ -237,6 +241,8 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "densenet40_12": lambda n, c: DenseNet(n, c, depth=40, growth=12),
     "densenet100_12": lambda n, c: DenseNet(n, c, depth=100, growth=12),
     "small_cnn": lambda n, c: SmallCNN(n, c),
+    "resnet18_imagenet": lambda n, c: ImageNetResNet(n, c, depth=18),
+    "resnet50": lambda n, c: ImageNetResNet(n, c, depth=50),
 }
 
 
