@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _backends, _check, ops
+from . import _check
 from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, unpack_state
-from .functional import LossParts, Scalar, check_loss_inputs, plain_options, row_loss
+from .functional import LossParts, Scalar, Settled, check_loss_inputs, row_loss, settle, settled_step
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
@@ -101,12 +101,12 @@ class LastBatchLoss(nn.Module):
         # In a list: assigning a module's attribute costs as much as a small kernel, and this happens at every step.
         self._last: list[Tensor | None] = [None]
 
-    # Implementation and options of the last ordinary call, for the next one like it; None after any attribute was set.
-    _steady: tuple[str, tuple[Any, ...]] | None = None
+    # What the checks of the last ordinary call found out, for the next one like it; None after any attribute was set.
+    _settled: Settled | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        self.__dict__["_steady"] = None
+        self.__dict__["_settled"] = None
 
     def extra_repr(self) -> str:
         rows = None if self.buffer is None else self.buffer.capacity
@@ -153,10 +153,11 @@ class LastBatchLoss(nn.Module):
         op = "LastBatchLoss"
         compiling = torch.compiler.is_compiling()
         ordinary = kd_mask is None and target_b is None and lam is None
-        if ordinary and not compiling and self._steady is not None:
-            again = self._steady_step(logits, target, ids, num_old)
-            if again is not None:
-                return again
+        if ordinary and not compiling and self._settled is not None:
+            found = settled_step(self._settled, logits, target, self.buffer, ids, num_old)
+            if found is not None:
+                self._last[0] = found[1]
+                return found[0]
         check_loss_inputs(
             op, logits, target, alpha=self.alpha, temperature=self.temperature, label_smoothing=self.label_smoothing,
             weight=self.weight, reduction=self.reduction,
@@ -184,44 +185,11 @@ class LastBatchLoss(nn.Module):
             self.buffer, self._dtype_follows = before, followed
             raise
         self._last[0] = parts
-        if ordinary and not compiling and buffer is not None:
-            self._remember_ordinary(logits)
-        return loss
-
-    def _remember_ordinary(self, logits: Tensor) -> None:
-        """Keep what the checks found out, where the compiled op checks all the rest by itself."""
-        impl = _backends.pick(self.impl, logits.device.type)
-        numbers = not isinstance(self.alpha, Tensor) and not isinstance(self.temperature, Tensor)
-        if impl in ("cpu", "cuda") and numbers and self.weight is None:
-            tail = plain_options(
-                self.alpha, self.temperature, self.label_smoothing, self.z_loss, self.ignore_index, self.reduction
-            )
-            self.__dict__["_steady"] = impl, tail
-
-    def _steady_step(
-        self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None
-    ) -> Tensor | None:
-        """One more call like the last, without its checks, which take as long as a small kernel.
-
-        None where the call is not like the last, or where the op, which checks its tensors before it writes anything,
-        refuses them: then the long way says why.
-        """
-        buffer, steady = self.buffer, self._steady
-        if steady is None or buffer is None or not isinstance(logits, Tensor) or logits.dim() != 2:
-            return None
-        if not isinstance(target, Tensor) or target.dtype is not torch.int64:
-            return None
-        old, batch = buffer.count, logits.shape[0]
-        if num_old not in (None, old) or old == 0 or not 0 < batch - old <= buffer.capacity:
-            return None
-        # None leaves the count to the device: a captured step is replayed with counts of its own.
-        args = (buffer.logits, buffer.slots, ids, -1 if num_old is None else num_old, target, *steady[1])
-        try:
-            loss, parts = ops.run(steady[0], "last_batch_roll", logits, *args)
-        except (RuntimeError, TypeError):
-            return None
-        buffer.count = batch - old
-        self._last[0] = parts
+        if ordinary and not compiling and buffer is not None and self.weight is None:
+            self.__dict__["_settled"] = settle(
+                self.impl, logits, alpha=self.alpha, temperature=self.temperature, reduction=self.reduction,
+                label_smoothing=self.label_smoothing, z_loss=self.z_loss, ignore_index=self.ignore_index,
+            )  # fmt: skip
         return loss
 
     def _ready_buffer(self, logits: Tensor, num_old: int | None, ids: Tensor | None) -> LogitBuffer:
