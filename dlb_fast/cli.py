@@ -27,11 +27,14 @@ COMMANDS = {
     "compare": ("dlb_fast.cli:compare", "methods x seeds at equal images seen: table, curves, report"),
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
     "report": ("dlb_fast.cli:report", "a page per run; tables, curves and calibration over several"),
+    "export": ("dlb_fast.train.export:main", "a run's model alone, without the loss: safetensors, ONNX or torch.export"),
     "presets": ("dlb_fast.cli:presets", "list, show and copy recipes"),
     "verify-data": ("dlb_fast.data.verify:main", "find damaged and odd files of a data set"),
     "bench": ("dlb_fast.cli:bench", "measure on this machine: bench [last_batch | loader | methods] [options]"),
     "doctor": ("dlb_fast.doctor:main", "what works on this machine and why the rest does not"),
 }
+# What `pip install "dlb_fast[train]"` brings; without it the losses and `doctor` work, the other commands name it.
+_TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         several = os.environ.get("WORLD_SIZE", "1") != "1"  # under torchrun
         rank = f" (rank {os.environ.get('RANK')})" if several else ""
         print(f"dlb-fast {args[0]}{rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        if isinstance(error, ModuleNotFoundError) and error.name in _TRAIN_EXTRA:
+            print('the trainer\'s libraries: pip install "dlb_fast[train]"', file=sys.stderr)
         print("(DLB_FAST_DEBUG=1 shows where it happened)", file=sys.stderr)
         return 1
 

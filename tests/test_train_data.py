@@ -148,7 +148,10 @@ def test_exported_weights_say_what_they_are(tmp_path):
     path = tmp_path / "checkpoints" / "last.safetensors"
     with safe_open(path, "pt") as file:
         note = json.loads(file.metadata()["dlb_fast"])
-    assert note == {"model": "small_cnn", "num_classes": "4", "channels": "3", "step": "10"}
+    assert {"model": "small_cnn", "num_classes": "4", "channels": "3", "step": "10"}.items() <= note.items()
+    assert json.loads(note["size"]) == [8, 8]
+    assert len(json.loads(note["mean"])) == len(json.loads(note["std"])) == 3
+    assert json.loads(note["classes"]) == build.open_sets(config.data).train.classes
     model = build.create_model("small_cnn", 4, 3)
     load_weights(path, model)
 

@@ -18,6 +18,7 @@ from .config import RunConfig, override, to_dict
 from .distributed import ALONE, Ranks
 from .engine import Trainer
 from .evaluate import evaluate
+from .export import describe
 from .log import RunLog
 from .memory import peak_mebibytes, reset_peak
 from .methods import Task, find, make_criterion, numbers_of, resolve
@@ -126,7 +127,7 @@ def build_trainer(
         folder=folder,
         config=config.train,
         log=log,
-        metadata={"model": config.model.model, "num_classes": str(sets.num_classes), "channels": str(sets.channels)},
+        metadata=describe(config, sets),
         ranks=ranks,
     )
 
