@@ -34,6 +34,11 @@ class Iteration:
         self._started = False
 
     @property
+    def epoch(self) -> int | None:
+        """The epoch it passes over; None before its first batch."""
+        return self._epoch if self._started else None
+
+    @property
     def exhausted(self) -> bool:
         """Whether all batches of the epoch were delivered."""
         return self._started and self._next >= self._cursor.plan.halves_per_epoch
@@ -98,6 +103,15 @@ class Cursor:
             )
         if epoch != self.epoch:
             self._place(epoch, 0)
+
+    def announce(self, epoch: int) -> None:
+        """`set_epoch` by somebody who may come late: nothing happens while an iteration of that epoch is held.
+
+        A DataLoader with workers may have drawn all of the epoch before its first batch is used.
+        """
+        current = self._current() if self._current is not None else None
+        if current is None or current.epoch != epoch:
+            self.set_epoch(epoch)
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
         """The position after the delivered batches, or after `delivered` batches of the latest iteration."""
@@ -201,7 +215,8 @@ class Cursor:
         if self._current is None or self._current() is not iteration:
             raise RuntimeError(
                 f"{self._owner}: this iterator is stale: a newer one was started, or set_epoch or load_state_dict was "
-                "called; use the newest iterator only"
+                "called; use the newest iterator only (where a framework did this when it resumed around a DataLoader "
+                "that had drawn ahead: wrap the DataLoader in TrackedLoader, see docs/integrations.md)"
             )
 
     def moved(self, epoch: int, step: int) -> None:

@@ -118,6 +118,11 @@ class OverlapBatchSampler(Sampler[list[int]]):
         """Epoch of the next batch to draw."""
         return self._cursor.epoch
 
+    @property
+    def sampler(self) -> EpochListener:
+        """For frameworks that announce the epoch by `batch_sampler.sampler.set_epoch` (Lightning)."""
+        return EpochListener(self._cursor)
+
     def set_epoch(self, epoch: int) -> None:
         """Start `epoch` from its first batch; nothing happens when it is the current one (so a resume stays exact)."""
         if as_int(epoch, "OverlapBatchSampler.set_epoch", "epoch", 0) != self.epoch:
@@ -173,6 +178,17 @@ class OverlapBatchSampler(Sampler[list[int]]):
         """
         self._cursor.load_state_dict(state)
         self._delivered = None
+
+
+class EpochListener:
+    """Takes the epochs a framework announces, also when a DataLoader has drawn from that epoch already."""
+
+    def __init__(self, cursor: Cursor) -> None:
+        self._cursor = cursor
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of `epoch`, unless the stream is there or an iteration of it is under way."""
+        self._cursor.announce(epoch)
 
 
 class _BatchIterator:
