@@ -201,12 +201,14 @@ class Flip:
         self.p, self.alternate = float(p), alternate
 
     def __call__(self, image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+        return image.flip(2) if self.flips(rng) else image
+
+    def flips(self, rng: ViewRng) -> bool:
+        """Whether this view is flipped."""
         if self.alternate:
             start = _hash.fold(_hash.key_of(rng.seed, _hash.FLIP), rng.sample)
-            flipped = bool((start ^ rng.epoch ^ rng.use) & 1)
-        else:
-            flipped = rng.uniform() < self.p
-        return image.flip(2) if flipped else image
+            return bool((start ^ rng.epoch ^ rng.use) & 1)
+        return rng.uniform() < self.p
 
     def chosen(self, rngs: ViewRngs) -> NDArray[np.bool_]:
         """(n,) which views are flipped."""

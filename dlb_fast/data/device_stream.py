@@ -148,15 +148,25 @@ class CpuStage:
             slot.meta = torch.zeros((2, rows), dtype=torch.int64)
             slot.numbers = slot.meta.numpy()
 
+    def row(self, slot: Slot, row: int) -> torch.Tensor | None:
+        """Where a view's pixels belong, (1, c, h, w); None when `write` has to convert them."""
+        if self._normalise.dtype != torch.uint8 or self._dtype != torch.uint8:
+            return None
+        return row_of(self._images(slot), row)
+
     def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
-        """One view (c, h, w) into its row; the first one of a batch gets the batch its memory."""
+        """One view (c, h, w) into its row."""
+        self._normalise.into(self._images(slot)[row : row + 1], view.permute(1, 2, 0)[None])
+
+    def _images(self, slot: Slot) -> torch.Tensor:
+        """The batch being made; its first view gets it its memory."""
         if slot.fresh:
             with self._lock:
                 if slot.fresh:
                     slot.images = self._normalise.empty((slot.rows, *self._shape), self._dtype, pool=self._pool)
                     slot.fresh = False
         assert slot.images is not None
-        self._normalise.into(slot.images[row : row + 1], view.permute(1, 2, 0)[None])
+        return slot.images
 
     def submit(self, slot: Slot) -> None:
         """A slot is full: nothing to launch."""
@@ -173,6 +183,13 @@ class CpuStage:
 
     def close(self) -> None:
         """Nothing is under way."""
+
+
+def row_of(images: torch.Tensor, row: int) -> torch.Tensor:
+    """Image `row` of (n, h, w, c) as (1, c, h, w), in one call."""
+    n, h, w, c = images.stride()
+    _, height, width, channels = images.shape
+    return images.as_strided((1, channels, height, width), (n, c, h, w), images.storage_offset() + row * n)
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -283,14 +300,18 @@ class CudaStage:
         slot.stage = held
         self._slots.append(held)
 
-    def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
-        """One view (c, h, w) into its row of the pinned buffer, after the copy engine has read the old one (rule 4)."""
+    def row(self, slot: Slot, row: int) -> torch.Tensor:
+        """A view's row of the pinned buffer, (1, c, h, w), after the copy engine has read the old one (rule 4)."""
         held = slot.stage
         assert isinstance(held, _DeviceSlot) and slot.images is not None
         if held.copying:
             self._api.synchronize(held.copied)  # several threads may: the event is not recorded again meanwhile
             held.copying = False
-        slot.images[row].permute(2, 0, 1).copy_(view)
+        return row_of(slot.images, row)
+
+    def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
+        """One view (c, h, w) into its row of the pinned buffer."""
+        self.row(slot, row)[0].copy_(view)
 
     def submit(self, slot: Slot) -> None:
         """Launch the copy of a full slot (rules 2 and 3); called by the thread that filled it."""

@@ -14,6 +14,7 @@ import torch
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.device_ring import RingStage
 from dlb_fast.data.device_stream import CpuStage, CudaStage, Normalise, make_stage
+from dlb_fast.data.direct import direct_writer
 from dlb_fast.data.errors import LoaderTimeout, SampleError
 from dlb_fast.data.mixing import Mix
 from dlb_fast.data.plan import OverlapPlan
@@ -120,6 +121,7 @@ class Pipeline:
         if self._device_ring is not None:
             self._device_ring.prepare(self._ring.slots, settings.plan.rows)
         self._pool = WorkerPool(settings.num_threads, self._work)
+        self._writer = direct_writer(settings.transform)
         self._buffers = threading.Lock()
         self._form: tuple[tuple[int, int, int], torch.dtype] | None = None
 
@@ -199,8 +201,23 @@ class Pipeline:
             return
         for use, slot, row in item.targets:
             status.set(f"making view {use} of", sample)
-            view = self._view(image, item.epoch, sample, use)
-            self._write(slot, row, view, sample, target)
+            if not self._direct(image, item.epoch, sample, use, slot, row):
+                self._write(slot, row, self._view(image, item.epoch, sample, use), sample)
+            assert slot.numbers is not None
+            slot.numbers[0, row] = target
+            slot.numbers[1, row] = sample
+
+    def _direct(self, image: torch.Tensor, epoch: int, sample: int, use: int, slot: Slot, row: int) -> bool:
+        """Make the view in its row where that is possible; the first view of a run, for one, goes the general way."""
+        if self._writer is None or self._form is None or image.dtype != torch.uint8:
+            return False
+        (_, _, c), dtype = self._form
+        assert self._host_stage is not None
+        place = self._host_stage.row(slot, row) if dtype == torch.uint8 and image.shape[0] == c else None
+        if place is None:
+            return False
+        self._writer(image, ViewRng(self._s.plan.seed, epoch, sample, use), place)
+        return True
 
     def _view(self, image: torch.Tensor, epoch: int, sample: int, use: int) -> torch.Tensor:
         transform = self._s.transform
@@ -218,7 +235,7 @@ class Pipeline:
             raise TypeError(f"OverlapLoader: transform: expected a (c, h, w) tensor, got {got}.")
         return view
 
-    def _write(self, slot: Slot, row: int, view: torch.Tensor, sample: int, target: int) -> None:
+    def _write(self, slot: Slot, row: int, view: torch.Tensor, sample: int) -> None:
         assert self._host_stage is not None
         c, h, w = view.shape
         form = (h, w, c), view.dtype
@@ -235,10 +252,6 @@ class Pipeline:
                 "to one size"
             )
         self._host_stage.write(slot, row, view)
-        numbers = slot.numbers
-        assert numbers is not None
-        numbers[0, row] = target
-        numbers[1, row] = sample
 
     def _try_views(self) -> None:
         """One sample's whole work, for the probe; nothing is kept."""

@@ -1,0 +1,102 @@
+"""Views written straight into the batch are those of the transform, bit for bit, whatever the memory layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dlb_fast.data import Compose, Cutout, Flip, OverlapLoader, RandomResizedCrop, ViewRng, pipeline
+from dlb_fast.data.direct import direct_writer
+
+FLIPS: list[Any] = [None, Flip(), Flip(1.0), Flip(0.0), Flip(alternate=True)]
+
+
+def picture(layout: str, channels: int, height: int, width: int) -> torch.Tensor:
+    rng = np.random.default_rng(height * width)
+    pixels = torch.from_numpy(rng.integers(0, 256, (height + 2, width + 3, channels), dtype=np.uint8))
+    pixels = pixels[1 : height + 1, 2 : width + 2]  # neither contiguous nor at the start of its storage
+    if layout == "channels first":
+        return pixels.permute(2, 0, 1).contiguous()
+    return (pixels if layout == "window" else pixels.contiguous()).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("layout", ["channels last", "channels first", "window"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("flip", FLIPS, ids=repr)
+def test_equal_to_the_transform(layout: str, channels: int, flip: Any) -> None:
+    crop = RandomResizedCrop(8, scale=(0.05, 1.0))
+    transform = Compose([crop] if flip is None else [crop, flip])
+    write = direct_writer(transform)
+    assert write is not None
+    for height, width in ((8, 8), (13, 29), (40, 7), (1, 5)):
+        image = picture(layout, channels, height, width)
+        for rows in (torch.zeros(3, 8, 8, channels), torch.zeros(3, channels, 8, 8).permute(0, 2, 3, 1)):
+            batch = rows.to(torch.uint8)
+            for sample in range(6):
+                wanted = transform(image, ViewRng(1, 2, sample, sample % 2))
+                write(image, ViewRng(1, 2, sample, sample % 2), batch[1:2].permute(0, 3, 1, 2))
+                assert torch.equal(batch[1].permute(2, 0, 1), wanted)
+            assert not batch[0].any() and not batch[2].any()
+
+
+def test_only_what_is_known_is_written_directly() -> None:
+    class Mine(RandomResizedCrop):
+        pass
+
+    assert direct_writer(RandomResizedCrop(8)) is not None
+    for other in (None, Flip(), Mine(8), Compose([Flip(), RandomResizedCrop(8)]), lambda image, rng: image):
+        assert direct_writer(other) is None
+    assert direct_writer(Compose([RandomResizedCrop(8), Flip(), Cutout(2)])) is None
+
+
+class Pictures:
+    """Sizes, layouts and dtypes mixed; sample 5 is grey when `odd` says so."""
+
+    def __init__(self, odd: str = "") -> None:
+        self.targets, self.odd = list(range(12)), odd
+
+    def __len__(self) -> int:
+        return 12
+
+    def get(self, i: int) -> torch.Tensor:
+        if i == 5 and self.odd:
+            return picture("window", 1, 20, 20) if self.odd == "grey" else picture("window", 3, 20, 20).float()
+        return picture(["channels last", "channels first", "window"][i % 3], 3, 10 + 3 * i, 40 - 2 * i)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_loader_batches_do_not_change(
+    dtype: torch.dtype, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def batches(direct: bool) -> list[torch.Tensor]:
+        def writer(transform: object) -> Any:
+            write = direct_writer(transform)
+            assert write is not None
+            return (lambda *args: (written.append(1), write(*args))) if direct else None
+
+        monkeypatch.setattr(pipeline, "direct_writer", writer)
+        options: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "check_threads": False}
+        with OverlapLoader(
+            Pictures(), 4, transform=Compose([RandomResizedCrop(8), Flip()]), num_threads=2,
+            load=lambda d, i: (d.get(i), d.targets[i]), **options,
+        ) as loader:  # fmt: skip
+            return [batch.images for _ in range(2) for batch in loader]
+
+    for mine, general in zip(batches(True), batches(False), strict=True):
+        assert torch.equal(mine, general) and mine.stride() == general.stride()
+    assert bool(written) == (dtype == torch.uint8)  # else there is a conversion to make
+
+
+@pytest.mark.parametrize("odd", ["grey", "float"])
+def test_an_image_that_does_not_fit_is_named(odd: str) -> None:
+    with OverlapLoader(
+        Pictures(odd), 4, transform=RandomResizedCrop(8), num_threads=2, dtype=torch.uint8, check_threads=False,
+        shuffle=False, load=lambda d, i: (d.get(i), d.targets[i]),
+    ) as loader, pytest.raises(ValueError, match="views of one size are needed: sample 5"):  # fmt: skip
+        list(loader)
