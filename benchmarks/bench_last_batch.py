@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dlb_fast import LastBatchLoss, _backends, ops
 
-from . import harness, shapes
+from . import harness, memory, shapes
 
 TAU = 3.0
 
@@ -132,7 +132,7 @@ def main() -> None:
     ours = ["cuda", "triton", "compile-ro", "liger"] if on_gpu else ["cpu"]
     wanted = args.variants or ["eager", "official", "compile", *ours]
     env = harness.environment(args.device)
-    roof = harness.copy_bandwidth() if on_gpu else None
+    roof = harness.copy_bandwidth(args.device) if on_gpu else None
     sizes = [*shapes.GPU_LAUNCH, *shapes.GPU_BANDWIDTH] if on_gpu else list(shapes.CPU)
     for shape in sizes:
         if args.classes and shape.classes not in args.classes:
@@ -154,7 +154,7 @@ def main() -> None:
                     record |= {"rows": shape.rows, "classes": shape.classes, "missing": missing, **env}
                     if on_gpu:
                         record["launches"] = harness.launches(work[name])
-                        record["peak_bytes"] = harness.peak_bytes(work[name])
+                        record["peak_bytes"] = memory.peak_bytes(work[name], args.device)
                         record["copy_bandwidth"] = roof
                         achieved = minimal_bytes(shape, dtype) / (time["median_us"] * 1e-6)
                         record["of_copy_bandwidth"] = achieved / (roof or 1)

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,14 +21,27 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 Work = Callable[[], object]
 
+ROOT = Path(__file__).parent.parent
+GPU = "cuda"
+FLUSH = 256 << 20  # bytes written to make the second-level cache cold: five times the largest in use
+
+
+def command() -> str:
+    """The command line that runs this again, without this machine's paths."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [Path(sys.argv[0]).name]
+    return shlex.join(["python", *start, *sys.argv[1:]])
+
 
 def environment(device: str) -> dict[str, Any]:
     """What a published number has to carry besides itself."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -43,7 +57,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or "unknown",
-        "command": " ".join(["python", "-m", Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": command(),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -65,8 +79,8 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(variants: dict[str, Work], device: str, *, seconds: float) -> dict[str, Any]:
-    """Wall time of one call of each variant, in rounds of shuffled order for about ``seconds`` in all."""
+def in_rounds(variants: dict[str, Work], device: str, *, seconds: float, least: int = 10) -> dict[str, list[float]]:
+    """Wall times in microseconds of every variant, round by round in shuffled order, for about ``seconds`` in all."""
     order = random.Random(0)
     names = list(variants)
     for name in names:
@@ -75,7 +89,7 @@ def interleaved(variants: dict[str, Work], device: str, *, seconds: float) -> di
     synchronize(device)
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[names[0]]) < 10:
+    while time.perf_counter() < end or len(samples[names[0]]) < least:
         order.shuffle(names)
         for name in names:
             synchronize(device)
@@ -83,13 +97,32 @@ def interleaved(variants: dict[str, Work], device: str, *, seconds: float) -> di
             variants[name]()
             synchronize(device)
             samples[name].append((time.perf_counter() - start) * 1e6)
-    return {name: spread(times) for name, times in samples.items()}
+    return samples
+
+
+def interleaved(variants: dict[str, Work], device: str, *, seconds: float) -> dict[str, Any]:
+    """Median, quantiles and n of ``in_rounds``, by variant; nothing for no variants."""
+    if not variants:
+        return {}
+    return {name: spread(times) for name, times in in_rounds(variants, device, seconds=seconds).items()}
+
+
+def paired(samples: list[float], base: list[float], resamples: int = 4000) -> dict[str, float]:
+    """Median over the rounds of ``sample / base`` of the same round, with its 95 % interval by bootstrap over rounds.
+
+    What slows a whole round down (another process, a clock that sinks) falls out of the ratio, which is why it can tell
+    one percent where two medians cannot.
+    """
+    ratios = np.asarray(samples) / np.asarray(base)
+    picks = np.random.default_rng(0).integers(0, len(ratios), (resamples, len(ratios)))
+    low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
+    return {"ratio": float(np.median(ratios)), "ratio_low": float(low), "ratio_high": float(high)}
 
 
 def device_times(variants: dict[str, Work], *, seconds: float, cold: bool) -> dict[str, Any]:
     """Device time of one call of each variant by events; ``cold`` overwrites 256 MiB before each call."""
     order = random.Random(0)
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda") if cold else None
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=GPU) if cold else None
     names = list(variants)
     for name in names:
         for _ in range(3):
@@ -132,11 +165,15 @@ def captured(work: Work) -> Work | None:
     return graph.replay
 
 
-def copy_bandwidth(seconds: float = 1.0) -> float:
-    """Bytes per second, read plus written, of a device copy of 1 GiB: the roof of everything measured beside it."""
-    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
+def copy_bandwidth(device: str, seconds: float = 1.0) -> float:
+    """Bytes per second, read plus written, of a copy larger than any cache: the roof for all that runs beside it."""
+    source = torch.ones((1 << 28) if device == "cuda" else (1 << 26), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    times = device_times({"copy": lambda: target.copy_(source)}, seconds=seconds, cold=False)
+    copy = {"copy": lambda: target.copy_(source)}
+    if device == "cuda":
+        times: dict[str, Any] = device_times(copy, seconds=seconds, cold=False)
+    else:
+        times = interleaved(copy, device, seconds=seconds)
     return 2 * source.numel() * 4 / (times["copy"]["median_us"] * 1e-6)
 
 
@@ -149,17 +186,6 @@ def launches(work: Work) -> int:
         torch.cuda.synchronize()
     kernels = [e for e in record.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     return len([e for e in kernels if not e.name.lower().startswith(("memcpy htod", "memcpy dtoh"))])
-
-
-def peak_bytes(work: Work) -> int:
-    """Largest extra device memory during one call."""
-    work()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def write(path: Path | None, records: list[dict[str, Any]]) -> None:

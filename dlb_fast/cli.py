@@ -27,10 +27,10 @@ COMMANDS = {
     "compare": ("dlb_fast.cli:compare", "methods x seeds at equal images seen: table, curves, report"),
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
     "report": ("dlb_fast.cli:report", "a page per run; tables, curves and calibration over several"),
-    "export": ("dlb_fast.train.export:main", "a run's model alone, without the loss: safetensors, ONNX or torch.export"),
+    "export": ("dlb_fast.train.export:main", "a run's model alone: safetensors, ONNX or torch.export"),
     "presets": ("dlb_fast.cli:presets", "list, show and copy recipes"),
     "verify-data": ("dlb_fast.data.verify:main", "find damaged and odd files of a data set"),
-    "bench": ("dlb_fast.cli:bench", "measure on this machine: bench [last_batch | loader | methods] [options]"),
+    "bench": ("dlb_fast.cli:bench", "measure on this machine: bench [last_batch | loader | methods | step] [options]"),
     "doctor": ("dlb_fast.doctor:main", "what works on this machine and why the rest does not"),
 }
 # What `pip install "dlb_fast[train]"` brings; without it the losses and `doctor` work, the other commands name it.
@@ -313,7 +313,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
 def bench(argv: list[str]) -> int:
     """`dlb-fast bench [NAME] [options]`: the checkout's benchmarks, in a process apart."""
     scripts = {"last_batch": ["-m", "benchmarks.bench_last_batch"], "loader": ["benchmarks/bench_loader.py"]}
-    scripts["methods"] = ["-m", "benchmarks.bench_methods"]
+    scripts |= {name: ["-m", f"benchmarks.bench_{name}"] for name in ("methods", "step")}
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("last_batch", argv)
     if name not in scripts:
         raise ValueError(f"bench: expected one of {', '.join(scripts)}, got {name!r}")

@@ -72,4 +72,4 @@ def test_the_command_runs_a_benchmark_and_names_a_wrong_one(tmp_path, capfd, mon
     assert cli.main(["bench", "last_batch", *options, "--out", "here.jsonl"]) == 0
     assert (tmp_path / "here.jsonl").exists()
     assert cli.main(["bench", "nonsense"]) == 1
-    assert "expected one of last_batch, loader, methods, got 'nonsense'" in capfd.readouterr().err
+    assert "expected one of last_batch, loader, methods, step, got 'nonsense'" in capfd.readouterr().err

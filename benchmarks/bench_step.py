@@ -1,0 +1,119 @@
+"""What a whole training step costs with DLB, beside plain cross entropy over the same number of rows.
+
+    python -m benchmarks.bench_step --device cpu --seconds 200 --out benchmarks/results/step-cpu.jsonl
+    python -m benchmarks.bench_step --device cuda --models resnet18_imagenet resnet50 --modes eager graph compile
+
+The variants (`benchmarks/step_variants.py`) run in turn, in shuffled order, in one process. One percent is less than
+what a shared machine varies from minute to minute, so the verdict comes from paired differences: every round gives one
+ratio of a variant's time to that round's CE, and the median of the ratios has a 95 % interval by bootstrap over the
+rounds. `ce_again` is a second copy of CE: its ratio shows what the method reads where nothing differs. Peak memory is
+all that is allocated from before the model is made until its steps are done: parameters, momentum, batch, buffer,
+activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import harness, memory
+from .step_variants import VARIANTS, Setting, build
+
+BAR_TIME, BAR_MEMORY = 1.03, 1.01  # DLB over CE, from the project's requirements
+
+
+def verdict(low: float, high: float, bar: float) -> str:
+    """`met` or `missed` where the whole interval lies on one side of the bar, otherwise `undecided`."""
+    return "met" if high <= bar else "missed" if low > bar else "undecided"
+
+
+def measure(setting: Setting, wanted: list[str], seconds: float) -> list[dict[str, Any]]:
+    """A record per variant; the first of ``wanted`` is what the others are divided by."""
+    calls = 6 if setting.mode == "graph" else 3  # a graph is captured after three ordinary steps
+    peaks = {
+        name: memory.peak_of(lambda name=name: build(name, setting), setting.device, calls)  # type: ignore[misc]
+        for name in wanted
+        if not (name == "official" and setting.mode == "graph")
+    }
+    steps = {name: step for name in wanted if (step := build(name, setting)) is not None}
+    for step in steps.values():
+        for _ in range(calls):
+            step()
+    samples = harness.in_rounds(steps, setting.device, seconds=seconds)
+    base = wanted[0]
+    shape = {"model": setting.model, "rows": setting.rows, "classes": setting.classes, "size": setting.size}
+    how = {"mode": setting.mode, "dtype": "bfloat16" if setting.bf16 else "float32"}
+    missing = [f"{name} (reads values on the host in the step)" for name in wanted if name not in steps]
+    return [
+        {
+            "bench": "step", "variant": name, **harness.spread(times), **shape, **how, "base": base,
+            **harness.paired(times, samples[base]), "peak_bytes": peaks[name],
+            "peak_ratio": peaks[name] / peaks[base], "missing": missing,
+        }
+        for name, times in samples.items()
+    ]  # fmt: skip
+
+
+def report(records: list[dict[str, Any]]) -> None:
+    """A line per variant, and DLB's two verdicts."""
+    first = records[0]
+    size = f"{first['size']}x{first['size']}"
+    print(f"\n{first['model']} {size}, {first['rows']} rows, {first['dtype']}, {first['mode']}")
+    for r in records:
+        print(
+            f"  {r['variant']:<10}{r['median_us'] / 1e3:>10.2f} ms [{r['p20_us'] / 1e3:.2f}, {r['p80_us'] / 1e3:.2f}]  "
+            f"n={r['n']}  time over {r['base']} {r['ratio']:.4f} [{r['ratio_low']:.4f}, {r['ratio_high']:.4f}]  "
+            f"peak {r['peak_bytes'] / 1e6:.1f} MB, {r['peak_ratio']:.4f}"
+        )
+        if r["variant"] == "dlb" and r["base"] == "ce":
+            times, peak = verdict(r["ratio_low"], r["ratio_high"], BAR_TIME), r["peak_ratio"]
+            print(f"{'':12}at most {BAR_TIME:.2f} x the time of ce: {times}; ", end="")
+            print(f"at most {BAR_MEMORY:.2f} x its peak memory: {verdict(peak, peak, BAR_MEMORY)}")
+    for name in first["missing"]:
+        print(f"  missing: {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench_step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", help="default: resnet32; on a GPU resnet18_imagenet and resnet50")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "graph", "compile"), help="default: all on a GPU")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--rows", type=int, default=128, help="the model sees, half of them repeated (default: 128)")
+    parser.add_argument("--classes", type=int, help="default: 100; on a GPU 1000")
+    parser.add_argument("--size", type=int, help="pixels (default: 32; on a GPU 224)")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of timed steps per model and mode (default: 60)")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="start no model and mode after this time, s")
+    parser.add_argument("--out", type=Path, help="JSON lines file to append to")
+    args = parser.parse_args()
+    gpu, began = args.device == "cuda", time.perf_counter()
+    modes = args.modes or (["eager", "graph", "compile"] if gpu else ["eager"])
+    if "graph" in modes and not gpu:
+        parser.error("--modes graph needs --device cuda: a CUDA graph is captured")
+    if args.rows < 2 or args.rows % 2:
+        parser.error(f"--rows must be even and at least 2, got {args.rows}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    for mode in modes:
+        for model in args.models or (["resnet18_imagenet", "resnet50"] if gpu else ["resnet32"]):
+            if time.perf_counter() - began > args.limit:
+                print(f"\n{model}, {mode}: left out, {args.limit:.0f} s are over")
+                continue
+            torch._dynamo.reset()
+            shape = {"rows": args.rows, "classes": args.classes or (1000 if gpu else 100)}
+            size = args.size or (224 if gpu else 32)
+            setting = Setting(model, **shape, size=size, device=args.device, mode=mode, bf16=gpu)
+            records = measure(setting, args.variants, args.seconds)
+            report(records)
+            env = harness.environment(args.device)
+            harness.write(args.out, [{**record, **env} for record in records])
+
+
+if __name__ == "__main__":
+    main()
