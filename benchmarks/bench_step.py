@@ -21,14 +21,8 @@ from typing import Any
 import torch
 
 from . import harness, memory
+from .results_file import BAR_MEMORY, BAR_TIME, verdict
 from .step_variants import VARIANTS, Setting, build
-
-BAR_TIME, BAR_MEMORY = 1.03, 1.01  # DLB over CE, from the project's requirements
-
-
-def verdict(low: float, high: float, bar: float) -> str:
-    """`met` or `missed` where the whole interval lies on one side of the bar, otherwise `undecided`."""
-    return "met" if high <= bar else "missed" if low > bar else "undecided"
 
 
 def measure(setting: Setting, wanted: list[str], seconds: float) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def in_rounds(variants: dict[str, Work], device: str, *, seconds: float, least: int = 10) -> dict[str, list[float]]:
+def in_rounds(variants: dict[Any, Work], device: str, *, seconds: float, least: int = 10) -> dict[Any, list[float]]:
     """Wall times in microseconds of every variant, round by round in shuffled order, for about ``seconds`` in all."""
     order = random.Random(0)
     names = list(variants)
@@ -87,7 +87,7 @@ def in_rounds(variants: dict[str, Work], device: str, *, seconds: float, least: 
         for _ in range(3):
             variants[name]()
     synchronize(device)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[Any, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples[names[0]]) < least:
         order.shuffle(names)
@@ -100,7 +100,7 @@ def in_rounds(variants: dict[str, Work], device: str, *, seconds: float, least: 
     return samples
 
 
-def interleaved(variants: dict[str, Work], device: str, *, seconds: float) -> dict[str, Any]:
+def interleaved(variants: dict[Any, Work], device: str, *, seconds: float) -> dict[str, Any]:
     """Median, quantiles and n of ``in_rounds``, by variant; nothing for no variants."""
     if not variants:
         return {}
@@ -119,7 +119,7 @@ def paired(samples: list[float], base: list[float], resamples: int = 4000) -> di
     return {"ratio": float(np.median(ratios)), "ratio_low": float(low), "ratio_high": float(high)}
 
 
-def device_times(variants: dict[str, Work], *, seconds: float, cold: bool) -> dict[str, Any]:
+def device_times(variants: dict[Any, Work], *, seconds: float, cold: bool) -> dict[str, Any]:
     """Device time of one call of each variant by events; ``cold`` overwrites 256 MiB before each call."""
     order = random.Random(0)
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=GPU) if cold else None
@@ -127,7 +127,7 @@ def device_times(variants: dict[str, Work], *, seconds: float, cold: bool) -> di
     for name in names:
         for _ in range(3):
             variants[name]()
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[Any, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples[names[0]]) < 10:
         order.shuffle(names)
@@ -145,6 +145,17 @@ def device_times(variants: dict[str, Work], *, seconds: float, cold: bool) -> di
             torch.cuda.synchronize()
             samples[name].append(start.elapsed_time(stop) * 1e3)
     return {name: spread(times) for name, times in samples.items()}
+
+
+def all_times(variants: dict[Any, Work], device: str, *, seconds: float) -> dict[str, dict[Any, Any]]:
+    """Kind of timing -> variant -> spread: the wall, and on a GPU device time (warm and cold) and graph replay."""
+    times = {"wall": interleaved(variants, device, seconds=seconds)}
+    if device == "cuda":
+        times["device_warm"] = device_times(variants, seconds=seconds, cold=False)
+        times["device_cold"] = device_times(variants, seconds=seconds, cold=True)
+        graphs = {name: graph for name, step in variants.items() if (graph := captured(step)) is not None}
+        times["graph"] = interleaved(graphs, device, seconds=seconds / 2)
+    return times
 
 
 def captured(work: Work) -> Work | None:

@@ -29,4 +29,30 @@ GPU_LAUNCH = (
     Shape(256, 100, "CIFAR-100 batch: launches and host time decide"),
     Shape(512, 1000, "ImageNet batch: one microsecond of traffic"),
 )
+SWEEPS = {
+    "classes": tuple(
+        Shape(
+            256,
+            classes,
+            "from ten classes to ImageNet-21k at the usual batch, odd numbers among them",
+        )
+        for classes in (10, 33, 100, 333, 1000, 3333, 10000, 21843)
+    ),
+    "batch": tuple(
+        Shape(rows, 1000, "ImageNet-1k from a batch that is all host time to one that is all traffic")
+        for rows in (8, 32, 128, 512, 2048, 8192)
+    ),
+}
+GPU_SWEEP_ROWS = 16384  # enough to fill a card at every number of classes
+
+
+def of(device: str, sweep: str | None) -> tuple[Shape, ...]:
+    """The shapes of a run: the published ones of a device, or a sweep."""
+    if sweep is None:
+        return (*GPU_LAUNCH, *GPU_BANDWIDTH) if device == "cuda" else CPU
+    if sweep == "classes" and device == "cuda":
+        return tuple(shape._replace(rows=GPU_SWEEP_ROWS) for shape in SWEEPS[sweep])
+    return SWEEPS[sweep]
+
+
 EMULATED = Shape(8, 1000, "small enough for Triton's interpreter")

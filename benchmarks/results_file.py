@@ -1,0 +1,55 @@
+"""Reading results files: JSON lines, one record a line, as `harness.write` wrote them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+LABELS = {
+    "eager": "eager", "official": "official code's form", "compile": "torch.compile",
+    "compile-ro": "torch.compile, reduce-overhead", "liger": "Liger CE + KL",
+    "cpu": "ours (C++)", "cuda": "ours (CUDA)", "triton": "ours (Triton)",
+}  # fmt: skip
+OURS = ("cuda", "triton", "cpu")
+BAR_TIME, BAR_MEMORY = 1.03, 1.01  # a whole step with DLB over one with CE, from the project's requirements
+
+
+def verdict(low: float, high: float, bar: float) -> str:
+    """`met` or `missed` where the whole interval lies on one side of the bar, otherwise `undecided`."""
+    return "met" if high <= bar else "missed" if low > bar else "undecided"
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """The records of all files, in order. ValueError names a file and line that is no record."""
+    records = []
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not a JSON record ({error})") from None
+            if record.get("bench") == "last_batch":  # files from before there were two paths
+                record.setdefault("path", "gradient" if record["variant"].endswith("-step") else "autograd")
+            records.append(record)
+    return records
+
+
+def label(variant: str, path: str = "autograd") -> str:
+    """How a contender is called in tables and plots."""
+    if variant.removesuffix("-op") in OURS and variant.endswith("-op"):
+        return f"{LABELS[variant.removesuffix('-op')]}, bare op"
+    if variant in OURS and path == "gradient":
+        return f"{LABELS[variant]}, dlb_step"
+    return LABELS.get(variant, variant)
+
+
+def machine(record: Record) -> str:
+    """`AMD EPYC, 2 threads, torch 2.13.0+cpu, commit abc, 2026-11-21`: where and when a record was measured."""
+    torch, date = record["versions"]["torch"], record["date"][:10]
+    return f"{record['hardware']}, {record['threads']} threads, torch {torch}, commit {record['commit']}, {date}"
