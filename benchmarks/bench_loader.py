@@ -5,7 +5,9 @@
 One process, rounds interleaved in shuffled order, medians and quartiles. "per core" divides by the CPU seconds of this
 process and its workers. JPEGs are made from scikit-learn's photographs in a temporary folder; after the first pass
 they lie in the page cache for everybody. Nothing here uses a GPU: the copy to a device is counted in bytes by
-arithmetic, not timed. B8, our loader and the others hand over uint8 (the device normalises) unless named float32.
+arithmetic, not timed (`loader_gpu.py` does that). B8, our loader and the others hand over uint8 (the device normalises)
+unless named float32. `others` is the CPU time per second that processes other than the contender's took meanwhile.
+That threads, descriptors and memory do not grow over 200 epochs is a test: `tests/test_overlap_loader_lifecycle.py`.
 """
 
 from __future__ import annotations
@@ -23,29 +25,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from loader_contenders import (
-    MEAN,
     SEED,
     SIZE,
-    STD,
     Contender,
     Files,
+    Halves,
     contenders,
     make_files,
+    naive,
+    ours,
     pil_open,
     pil_view,
+    published,
     running,
 )
+from loader_resident import compare as compare_resident
+from loader_stalls import machine_busy, stalls
 
-from dlb_fast.data import OverlapLoader, ViewRng, train_transform
+from dlb_fast.data import ViewRng, train_transform
 from dlb_fast.data.decode import ImageDecoder
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+SECTIONS = ("pixels", "stall", "resident", "throughput")
 
 
 def cpu_seconds() -> float:
@@ -81,16 +88,17 @@ def measure(contender: Contender, files: Files, half: int, batches: int, warm: i
         first = time.perf_counter() - begun
         for _ in range(warm):
             next(iterator)
-        wall, cpu, views = time.perf_counter(), cpu_seconds(), 0
+        wall, cpu, busy, views = time.perf_counter(), cpu_seconds(), machine_busy(), 0
         for _ in range(batches):
             views += sum(map(len, next(iterator)))
-        wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+        wall, cpu, busy = time.perf_counter() - wall, cpu_seconds() - cpu, machine_busy() - busy
         memory = resident_mb()
     return {
         "views_per_s": views / wall,
         "views_per_cpu_s": views / cpu,
         "first_batch_s": first,
         "resident_mb": memory,
+        "others": (busy - cpu) / wall,
     }
 
 
@@ -163,38 +171,39 @@ def pixels(files: Files, count: int = 16) -> dict[str, Any]:
     return {"what": "pixels", "mean_difference": round(stacked.mean().item(), 5), "max": stacked.max().item()}
 
 
-def stalls(files: Files, half: int, steps: int, load: float, threads: int) -> dict[str, Any]:
-    """Time inside `next` when the model's step takes `load` times as long as a batch takes to make (depth 2)."""
-    transform = train_transform("imagenet", SIZE)
-    options: dict[str, Any] = {"transform": transform, "num_threads": threads, "dtype": torch.uint8, "seed": SEED}
-    with OverlapLoader(files, 2 * half, mean=MEAN, std=STD, check_threads=False, **options) as loader:
-        batches = (batch for _ in range(10**6) for batch in loader)
-        for _ in range(4):
-            next(batches)
-        started = time.perf_counter()
-        for _ in range(12):
-            next(batches)
-        step = load * (time.perf_counter() - started) / 12
-        waits = []
-        for number in range(steps + 4):
-            time.sleep(step)
-            started = time.perf_counter()
-            next(batches)
-            if number >= 4:
-                waits.append((time.perf_counter() - started) / step)
-        stats = loader.stats()
-    waits.sort()
-    return {
-        "what": "stall",
-        "step_over_batch_time": load,
-        "step_ms": round(1e3 * step, 2),
-        "steps": steps,
-        "share_of_step_p50": round(waits[len(waits) // 2], 4),
-        "share_of_step_p99": round(waits[min(len(waits) - 1, int(0.99 * len(waits)))], 4),
-        "share_of_step_mean": round(statistics.fmean(waits), 4),
-        "reads_per_view": round(stats.reads / stats.views, 4),
-        "bytes_read_per_view": round(stats.bytes_read / stats.views),
+class Counting(Files):
+    """Files that count what is read from them."""
+
+    def __init__(self, files: Files) -> None:
+        self.paths, self.targets, self.reads, self.bytes = files.paths, files.targets, 0, 0
+
+    def read(self, index: int) -> bytes:
+        data = super().read(index)
+        self.reads, self.bytes = self.reads + 1, self.bytes + len(data)
+        return data
+
+
+def traffic(files: Files, half: int) -> list[dict[str, Any]]:
+    """Reads, decodes and bytes per view of A, B and ours, counted over whole epochs; each read is decoded once."""
+    rows = []
+    makers: dict[str, Callable[[Files], Iterator[Halves]]] = {
+        "A": lambda f: naive(f, half, 0),
+        "B": lambda f: published(f, half, 0),
+        "ours": lambda f: ours(f, half, 2, torch.uint8),
     }
+    pixels = ImageDecoder()(files.read(0)).nbytes
+    for name, make in makers.items():
+        counted, views = Counting(files), 0
+        iterator = make(counted)
+        for _ in range(2 * (len(files) // half)):
+            views += sum(map(len, next(iterator)))
+        iterator.close()  # type: ignore[attr-defined]
+        rows.append({
+            "what": "traffic", "name": name, "views": views, "decodes_per_view": round(counted.reads / views, 3),
+            "bytes_read_per_view": round(counted.bytes / views),
+            "bytes_decoded_per_view": round(counted.reads * pixels / views),
+        })  # fmt: skip
+    return rows
 
 
 def copied(half: int) -> dict[str, Any]:
@@ -231,27 +240,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and print; with --out, write one JSON object per line."""
     parser = argparse.ArgumentParser("bench_loader", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", help="JSON lines file to write")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--append", action="store_true", help="add to the file instead of replacing it")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of the default, comma separated")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=8, help="timed batches per contender and round")
     parser.add_argument("--half", type=int, default=32, help="new samples per batch")
     parser.add_argument("--files", type=int, default=256)
-    parser.add_argument("--stall-steps", type=int, default=100)
+    parser.add_argument("--stall-steps", type=int, default=40, help="steps per load and round")
+    parser.add_argument("--loads", default="1.0,1.05,1.1", help="step lengths, in times a batch takes to make")
     parser.add_argument("--only", default="", help="names (parts, comma separated) to run beside anchors A and B")
     options = parser.parse_args(argv)
+    sections = options.sections.split(",")
+    if unknown := set(sections) - set(SECTIONS):
+        parser.error(f"--sections: expected some of {','.join(SECTIONS)}, got {','.join(sorted(unknown))}")
     rows = [machine()]
     with tempfile.TemporaryDirectory() as folder:
         files = make_files(Path(folder), options.files)
         mean = statistics.fmean(len(files.read(i)) for i in range(len(files)))
         rows.append({"what": "files", "count": len(files), "mean_bytes": round(mean)})
-        rows.append(pixels(files))
-        rows.append(second_view(files, options.rounds + 2))
-        rows.append(copied(options.half))
-        rows += [stalls(files, max(1, options.half // 2), options.stall_steps, load, 2) for load in (1.0, 1.25)]
-        rows += compare(files, options.half, options.rounds, options.batches, options.only)
+        if "pixels" in sections:
+            rows += [pixels(files), second_view(files, options.rounds), copied(options.half)]
+            rows += traffic(files, options.half)
+        if "stall" in sections:
+            loads = [float(load) for load in options.loads.split(",")]
+            rows += stalls(files, options.half, options.rounds, options.stall_steps, loads)
+        if "resident" in sections:
+            rows += compare_resident(options.rounds, cpu_seconds)
+        if "throughput" in sections:
+            rows += compare(files, options.half, options.rounds, options.batches, options.only)
     for row in rows:
         print(json.dumps(row))
     if options.out:
-        Path(options.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with Path(options.out).open("a" if options.append else "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     return 0
 
 

@@ -9,7 +9,9 @@ ours: `OverlapLoader`. Others are built when their library imports.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from dlb_fast.data.sampler import SampleIndex
 SIZE, SEED = 224, 7
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BOX = RandomResizedCrop(SIZE)
+_OPERATORS: Any = None  # a torch library lives as long as its object
 Halves = Sequence[torch.Tensor]  # the images of one batch, in one tensor or two
 
 
@@ -188,9 +191,29 @@ def spdl(files: Files, half: int, workers: int) -> Iterator[Halves]:
         yield from _paired(pipeline.get_iterator())
 
 
+def import_timm() -> Any:
+    """timm's loader module.
+
+    Beside a CPU build of torch, the torchvision of PyPI lacks its compiled operators and fails where it describes two
+    of them; timm's loader uses none, so naming them is enough to import it.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        global _OPERATORS
+        _OPERATORS = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import timm.data.loader
+
+    return timm.data.loader
+
+
 def timm_prefetcher(files: Files, half: int, workers: int) -> Iterator[Halves]:
     """timm's PrefetchLoader (uint8 transport, normalisation on the device) over the published two-view items."""
-    from timm.data.loader import PrefetchLoader
+    loader_module = import_timm()
 
     def flat(items: list[Any]) -> Any:
         return torch.cat([views for views, _ in items]), torch.tensor([t for _, t in items])
@@ -199,7 +222,7 @@ def timm_prefetcher(files: Files, half: int, workers: int) -> Iterator[Halves]:
         TwoViewItems(files, floats=False), batch_sampler=HalfSampler(len(files), half),  # type: ignore[arg-type]
         num_workers=workers, persistent_workers=workers > 0, collate_fn=flat,
     )
-    fetched = PrefetchLoader(
+    fetched = loader_module.PrefetchLoader(
         loader, mean=MEAN, std=STD, device=torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
     yield from _paired(images.unflatten(0, (-1, 2)) for images, _ in _epochs(fetched))
@@ -235,7 +258,7 @@ class Contender:
         if not self.library:
             return ""
         try:
-            __import__(self.library)
+            import_timm() if self.library == "timm" else importlib.import_module(self.library)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return ""
@@ -254,7 +277,7 @@ def contenders() -> list[Contender]:
         Contender("ours 2 threads, uint8, OpenCV (aliased)", lambda f, h: ours(f, h, 2, torch.uint8, "cv"), "cv2"),
         Contender("torchdata nodes 2 threads, our decode, uint8", lambda f, h: torchdata_nodes(f, h, 2), "torchdata"),
         Contender("SPDL 2 threads, our decode, uint8", lambda f, h: spdl(f, h, 2), "spdl.pipeline"),
-        Contender("timm PrefetchLoader 2 workers, PIL", lambda f, h: timm_prefetcher(f, h, 2), "timm.data.loader"),
+        Contender("timm PrefetchLoader 2 workers, PIL, float32", lambda f, h: timm_prefetcher(f, h, 2), "timm"),
     ]
     return found
 

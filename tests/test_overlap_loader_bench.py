@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SHORT = ["--rounds", "1", "--batches", "1", "--half", "4", "--files", "16", "--stall-steps", "3"]
+SHORT = ["--rounds", "1", "--batches", "1", "--half", "4", "--files", "16", "--stall-steps", "4", "--loads", "1.0"]
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import bench_loader
 
     yield bench_loader
-    for name in ("bench_loader", "loader_contenders"):
+    for name in ("bench_loader", "loader_contenders", "loader_stalls", "loader_resident"):
         sys.modules.pop(name, None)
 
 
@@ -57,9 +57,42 @@ def test_the_whole_benchmark_writes_its_lines(bench: Any, tmp_path: Path) -> Non
     assert bench.main([*SHORT, "--out", str(out), "--only", "ours 2 threads, uint8"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     by_kind = {row["what"] for row in rows}
-    assert {"machine", "files", "pixels", "second view", "stall", "throughput"} <= by_kind
+    assert {"machine", "files", "pixels", "second view", "traffic", "stall", "resident", "throughput"} <= by_kind
     measured = [row for row in rows if row["what"] == "throughput" and "missing" not in row]
     assert measured[0]["over_A"]["median"] == 1.0 and measured[1]["over_B"]["median"] == 1.0
     assert all(row["views_per_s"]["median"] > 0 for row in measured)
-    stall = next(row for row in rows if row["what"] == "stall")
-    assert 0.5 <= stall["reads_per_view"] < 0.8  # one read, two views (a few are read ahead)
+    decodes = {row["name"]: row["decodes_per_view"] for row in rows if row["what"] == "traffic"}
+    assert decodes["A"] >= 1 and 0.5 <= decodes["B"] < 0.7 and 0.5 <= decodes["ours"] < 0.7  # a few are read ahead
+    stalls = [row for row in rows if row["what"] == "stall"]
+    assert {row["step"] for row in stalls} == {"sleeping", "computing on one core"}
+    assert all(row["n"] == 4 and row["share_of_step_p50"] <= row["share_of_step_max"] for row in stalls)
+    ratio = next(row for row in rows if row["what"] == "resident" and row["name"] == "ratio")
+    assert ratio["largest_difference"] < 1e-5 and ratio["over_per_sample"]["median"] > 1
+
+
+def test_an_unknown_section_is_refused(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--sections", "stall,nonsense"])
+    assert "got nonsense" in capsys.readouterr().err
+
+
+def test_replay_of_a_queue_by_hand(bench: Any) -> None:
+    """Depth 1: batch k + 2 begins when batch k is taken; a slow batch costs what the one ahead does not cover."""
+    from loader_stalls import replay
+
+    steady = replay([2.0] * 40, 2.0, 1)
+    assert steady == [0.0] * 34
+    # made at 0, +1, ... while the consumer asks every 2: the slow batch 20 begins when 18 is taken and costs 8 - 4.
+    waits = replay([1.0] * 20 + [8.0] + [1.0] * 19, 2.0, 1)
+    assert sum(w > 0 for w in waits) == 1 and max(waits) == pytest.approx(4.0)
+    assert max(replay([1.0] * 20 + [8.0] + [1.0] * 19, 2.0, 2)) == pytest.approx(2.0)  # one batch more ahead
+
+
+def test_equal_work_counts_what_it_says(bench: Any, tmp_path: Path) -> None:
+    import loader_contenders as lc
+    from loader_stalls import equal_work
+
+    files = lc.make_files(tmp_path, 1, size=(64, 48))
+    for threads in (1, 2):
+        times = equal_work(files.read(0), threads, 3, 5)
+        assert len(times) == 5 and min(times) > 0
