@@ -13,12 +13,13 @@ from test_overlap_loader import _after, facts, stream
 
 from dlb_fast.data import pipeline
 from dlb_fast.data.augment import Compose, Cutout, Flip, PadCrop, RandomResizedCrop, train_transform
-from dlb_fast.data.device_augment import ViewParameters, cut_torch, shrink_to
+from dlb_fast.data.device_augment import COLUMNS, ViewParameters, cut_torch, shrink_to
 from dlb_fast.data.device_ring import RingStage
-from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.erasing import RandomErasing
+from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.overlap_loader import OverlapLoader
 from dlb_fast.data.slots import Slot
-from dlb_fast.data.view_rng import ViewRng
+from dlb_fast.data.view_rng import ViewRng, ViewRngs
 
 CPU = torch.device("cpu")
 VIEWS = [
@@ -128,7 +129,7 @@ def test_right_pixels_on_late_streams_and_one_copy_per_image(monkeypatch: pytest
         got, stats = over_late_streams(seed, "", monkeypatch)
         assert got == expected
         held = sum(-(-picture(i).size // 16) * 16 for batch in got for i in batch[3][batch[2] :])
-        assert stats.bytes_to_device == held + len(got) * 6 * 13 * 8
+        assert stats.bytes_to_device == held + len(got) * 6 * len(COLUMNS) * 8
 
 
 @pytest.mark.parametrize("rule", ["copy waits", "consumer waits", "host waits", "own only"])
@@ -144,12 +145,12 @@ def test_dropping_a_rule_gives_wrong_pixels(rule: str, monkeypatch: pytest.Monke
     assert wrong > 0
 
 
-def compare_kernel(views: Any, dtype: torch.dtype, channels_last: bool) -> None:
+def compare_kernel(views: Any, dtype: torch.dtype, channels_last: bool, erase: Any = None) -> None:
     """The Triton kernel (through its interpreter) against `cut_torch`, to one grey level."""
     from dlb_fast.data.device_kernel import cut_triton
 
     parameters = ViewParameters(views)
-    normalise = Normalise((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), dtype, channels_last=channels_last)
+    normalise = Normalise((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), dtype, channels_last=channels_last, erase=erase)
     buffers, table = [torch.zeros(40_000, dtype=torch.uint8) for _ in range(2)], []
     used = [16, 48]
     for i in range(4):
@@ -157,7 +158,8 @@ def compare_kernel(views: Any, dtype: torch.dtype, channels_last: bool) -> None:
         flat = torch.from_numpy(image).flatten()
         buffers[own][used[own] : used[own] + len(flat)] = flat
         h, w = image.shape[:2]
-        table.append([own, used[own], h, w, *parameters.draw(h, w, ViewRng(0, 1, i, 0)), 0, i])
+        box = (0,) * 5 if erase is None else erase.draw(ViewRngs(0, 1, [i], 0), 16, 16)[:, 0].tolist()
+        table.append([own, used[own], h, w, *parameters.draw(h, w, ViewRng(0, 1, i, 0)), *box, 0, i])
         used[own] += len(flat) + 16
     numbers = np.array(table, dtype=np.int64)
     outs = [normalise.empty((4, 16, 16, 3), torch.uint8, CPU) for _ in range(2)]
@@ -178,6 +180,9 @@ def test_triton_kernel_against_torch(views: Any, dtype: torch.dtype, channels_la
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs Triton's interpreter (conftest turns it on where there is no GPU)")
     compare_kernel(views, dtype, channels_last)
+    if dtype == torch.float32:
+        for mode in ("const", "rand", "pixel"):
+            compare_kernel(views, dtype, channels_last, RandomErasing(0.8, mode=mode))
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
 from dlb_fast.data.plan import as_int
-from dlb_fast.data.view_rng import ViewRng, ViewRngs
+from dlb_fast.data.view_rng import Draws, ViewRng, ViewRngs
 
 __all__ = [
     "NORMALISATION",
@@ -87,6 +87,15 @@ def windows(
         (full_h * row, row, channels, row, 1),
     )
     return strided[rows, top, left].view(-1, h, w, channels).permute(0, 3, 1, 2)
+
+
+def box_mask(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(n, height, width) bool, true inside the boxes (4, n): top, left, height and width, which may reach outside."""
+    inside = []
+    for start, size, side in ((boxes[0], boxes[2], height), (boxes[1], boxes[3], width)):
+        at = torch.arange(side, device=boxes.device)
+        inside.append((at >= start[:, None]) & (at < (start + size)[:, None]))
+    return inside[0][:, :, None] & inside[1][:, None, :]
 
 
 class Compose:
@@ -230,11 +239,15 @@ class Flip:
 class Cutout:
     """A square of `size` pixels around a uniform centre is filled; it may reach over the border.
 
+    A transform like the others, on uint8; or `erase=Cutout(...)` of a loader, after the normalisation.
+
     Args:
         size: side in pixels. fill: one grey value or one per channel, 0 to 255 (the set's mean is customary).
 
     Source: DeVries and Taylor, arXiv 1708.04552.
     """
+
+    mode = "const"
 
     def __init__(self, size: int, fill: int | Sequence[int] = 0) -> None:
         self.size = as_int(size, "Cutout", "size", 1)
@@ -254,13 +267,21 @@ class Cutout:
 
     def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
         """The squares as one mask."""
-        inside = []
-        for side in images.shape[2:]:
-            start = to_device(rngs.integer(side) - self.size // 2, images.device)[:, None]
-            at = torch.arange(side, device=images.device)
-            inside.append((at >= start) & (at < start + self.size))
-        mask = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-        return torch.where(mask, self._fill(images), images)
+        height, width = images.shape[2:]
+        boxes = to_device(self._squares(rngs, height, width), images.device)
+        return torch.where(box_mask(boxes, height, width)[:, None], self._fill(images), images)
+
+    def _squares(self, draws: Draws, height: int, width: int) -> NDArray[np.int64]:
+        """(4, n): top, left, height, width; they may reach over the border."""
+        corners = [draws.integer(side) - self.size // 2 for side in (height, width)]
+        return np.stack([*corners, *[np.full(len(draws), self.size)] * 2])
+
+    def draw(self, rngs: ViewRngs, height: int, width: int) -> NDArray[np.int64]:
+        """(5, n) boxes cut off at the border, for a loader's `erase`."""
+        top, left, h, w = self._squares(Draws(_hash.fold_array(rngs.keys, np.array(_hash.ERASE))), height, width)
+        bottom, right = np.minimum(top + h, height), np.minimum(left + w, width)
+        top, left = np.maximum(top, 0), np.maximum(left, 0)
+        return np.stack([top, left, np.maximum(bottom - top, 0), np.maximum(right - left, 0), np.zeros_like(top)])
 
     def _fill(self, images: torch.Tensor) -> torch.Tensor:
         found = self._fills.get(images.device)

@@ -14,17 +14,20 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data.augment import Compose, Cutout, Flip, RandomResizedCrop, resize
-from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.erasing import BOX_COLUMNS
+from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.view_rng import ViewRng
 
 __all__ = ["COLUMNS", "ViewParameters", "cut", "cut_torch", "shrink_to"]
 
 # One row per view. own: 1 where the image lies in this batch's buffer, 0 in that of the batch before; offset: its first
-# byte there; then its size, the crop, the flip, the cut-out corner (after the flip), the target and the sample id.
+# byte there; then its size, the crop, the flip, the cut-out corner (after the flip), the box to erase with the key of
+# its noise, the target and the sample id.
 COLUMNS = (
-    "own", "offset", "height", "width", "top", "left", "crop_h", "crop_w", "flip", "hole_top", "hole_left", "target",
-    "id",
+    "own", "offset", "height", "width", "top", "left", "crop_h", "crop_w", "flip", "hole_top", "hole_left",
+    "erase_top", "erase_left", "erase_h", "erase_w", "erase_key", "target", "id",
 )  # fmt: skip
+BOX_START = COLUMNS.index("erase_top")
 _FLIPPED = torch.tensor([[[0, 1]]])
 
 
@@ -90,7 +93,7 @@ def cut_torch(
     """The definition: view i of `table` into `out[i]` (size, size, c); `before` and `own` are flat uint8 buffers."""
     channels = out.shape[3]
     fill = torch.tensor(parameters.fill, dtype=torch.uint8, device=out.device).expand(channels)
-    for i, (mine, at, h, w, top, left, ch, cw, flip, hole_top, hole_left, _, _) in enumerate(table.tolist()):
+    for i, (mine, at, h, w, top, left, ch, cw, flip, hole_top, hole_left, *_) in enumerate(table.tolist()):
         source = own if mine else before
         image = source[at : at + h * w * channels].view(h, w, channels).permute(2, 0, 1)
         view = resize(image[:, top : top + ch, left : left + cw], (parameters.size, parameters.size))
@@ -100,7 +103,8 @@ def cut_torch(
             view = view.clone()
             rows = slice(max(0, hole_top), max(0, hole_top + parameters.hole))
             view[rows, max(0, hole_left) : max(0, hole_left + parameters.hole)] = fill
-        normalise.into(out[i : i + 1], view[None].contiguous())
+        boxes = torch.from_numpy(table[i : i + 1, BOX_START : BOX_START + BOX_COLUMNS].T)
+        normalise.into(out[i : i + 1], view[None].contiguous(), boxes if normalise.erase else None)
 
 
 def cut(
@@ -112,7 +116,7 @@ def cut(
     normalise: Normalise,
     out: torch.Tensor,
 ) -> None:
-    """`cut_torch`, by the Triton kernel on a CUDA device. `device_table`: the same rows (n, 13) there."""
+    """`cut_torch`, by the Triton kernel on a CUDA device. `device_table`: the same rows (n, 18) there."""
     if out.device.type == "cuda":
         from dlb_fast.data.device_kernel import cut_triton
 

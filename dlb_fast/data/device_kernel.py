@@ -10,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dlb_fast.data.device_augment import COLUMNS, ViewParameters
-from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.device_augment import BOX_START, COLUMNS, ViewParameters
+from dlb_fast.data.erasing import MODES
+from dlb_fast.data.finish_kernel import erased
+from dlb_fast.data.normalise import Normalise
 
 __all__ = ["cut_kernel", "cut_triton"]
 
@@ -26,10 +28,10 @@ def _field(table, view, k: tl.constexpr, FIELDS: tl.constexpr):
 @triton.jit
 def cut_kernel(
     before, own, table, out, scale, bias, fill, stride_n, stride_y, stride_x, stride_c,
-    SIZE: tl.constexpr, HOLE: tl.constexpr, C: tl.constexpr, FIELDS: tl.constexpr, INTEGER: tl.constexpr,
-    BLOCK: tl.constexpr,
+    blank, SIZE: tl.constexpr, HOLE: tl.constexpr, C: tl.constexpr, FIELDS: tl.constexpr, INTEGER: tl.constexpr,
+    ERASE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`BLOCK` pixels of a view: Pillow's antialiased bilinear (both passes rounded to integers), scale and bias."""
+    """`BLOCK` pixels of a view: Pillow's antialiased bilinear (both passes rounded to integers), scale, bias, box."""
     view = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < SIZE * SIZE
@@ -77,6 +79,8 @@ def cut_kernel(
             grey = tl.where(in_hole, tl.load(fill + c), grey)
         if not INTEGER:
             grey = grey * tl.load(scale + c) + tl.load(bias + c)
+        if ERASE >= 0:
+            grey = erased(grey, table + view * FIELDS + BOX, 1, blank, y, x, c, SIZE, C, ERASE)
         target = out + view * stride_n + y.to(tl.int64) * stride_y + x * stride_x + c * stride_c
         tl.store(target, grey.to(out.dtype.element_ty), mask=inside)
 
@@ -89,12 +93,13 @@ def cut_triton(
     normalise: Normalise,
     out: torch.Tensor,
 ) -> None:
-    """Launch `cut_kernel`: `table` (n, 13) int64, flat uint8 buffers, `out` (n, size, size, c), all on the device."""
+    """Launch `cut_kernel`: `table` (n, 18) int64, flat uint8 buffers, `out` (n, size, size, c), all on the device."""
     n, size, _, channels = out.shape
     scale, bias = normalise.per_channel(out.device, channels)
     fill = torch.tensor(parameters.fill, dtype=torch.float32).expand(channels).contiguous().to(out.device)
     cut_kernel[(n, triton.cdiv(size * size, _BLOCK))](
         before, own, table, out, scale, bias, fill, *out.stride(),
-        SIZE=size, HOLE=parameters.hole, C=channels, FIELDS=len(COLUMNS), INTEGER=out.dtype == torch.uint8,
-        BLOCK=_BLOCK,
+        normalise.fill(out.device, channels), SIZE=size, HOLE=parameters.hole, C=channels, FIELDS=len(COLUMNS),
+        INTEGER=out.dtype == torch.uint8, BOX=BOX_START, BLOCK=_BLOCK,
+        ERASE=-1 if normalise.erase is None else MODES.index(normalise.erase.mode),
     )  # fmt: skip

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dlb_fast.data.device_augment import COLUMNS, ViewParameters, cut, shrink_to
+from dlb_fast.data.device_augment import BOX_START, COLUMNS, ViewParameters, cut, shrink_to
 from dlb_fast.data.device_stream import CudaApi, Normalise, StreamApi, pinned
+from dlb_fast.data.erasing import BOX_COLUMNS
 from dlb_fast.data.memory import BufferPool
 from dlb_fast.data.slots import Item, Slot
 from dlb_fast.data.view_rng import ViewRng
@@ -31,6 +32,7 @@ from dlb_fast.data.view_rng import ViewRng
 __all__ = ["RingStage"]
 
 _CHANNELS, _ALIGN = 3, 16
+_WHOLE = (0,) * BOX_COLUMNS  # nothing is erased
 
 
 class _AtOnce:
@@ -153,7 +155,16 @@ class RingStage:
             mine = self._held(slot.step)
             with self._lock:
                 self._host_free(mine)
-            mine.numbers[row] = (1 - use, offset, h, w, *drawn, target, sample)
+            mine.numbers[row] = (1 - use, offset, h, w, *drawn, *_WHOLE, target, sample)
+
+    def ids(self, slot: Slot) -> NDArray[np.int64]:
+        """(rows,) sample ids of a full slot."""
+        return self._held(slot.step).numbers[: slot.rows, -1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) of the views."""
+        return self._parameters.size, self._parameters.size
 
     def submit(self, slot: Slot) -> None:
         """A batch's rows are all there: copy its images, those of the half before if need be, and its table."""
@@ -169,6 +180,8 @@ class RingStage:
                 self._api.record(held.copied, self.copy_stream)
                 held.sent, held.copying = step, True
             held = self._held(slot.step)
+            if slot.boxes is not None:
+                held.numbers[: slot.rows, BOX_START : BOX_START + BOX_COLUMNS] = slot.boxes.T
             if held.read:
                 self._api.wait(self.copy_stream, held.consumed)
             self._api.copy(self.copy_stream, held.table, held.host_table)

@@ -26,106 +26,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from dlb_fast.data.erasing import BOX_COLUMNS
 from dlb_fast.data.memory import BufferPool
+from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.slots import Slot
 
 __all__ = ["CpuStage", "CudaStage", "Normalise", "make_stage"]
 
 _LOG = logging.getLogger("dlb_fast.data")
-
-
-class Normalise:
-    """uint8 (n, h, w, c) to (n, c, h, w) of `dtype`: `(x / 255 - mean) / std`, one multiply-add per value.
-
-    Args:
-        mean, std: one number per channel, of images scaled to [0, 1]; None for both means plain `x / 255`.
-        dtype: floating, or torch.uint8 to hand the pixels over as they are.
-        channels_last: memory format of the result (its shape is always (n, c, h, w)).
-
-    Errors: ValueError when std has a zero or the channel counts differ.
-
-    Example:
-        >>> Normalise(None, None, torch.float32)(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)).max()
-        tensor(1.)
-    """
-
-    def __init__(
-        self,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        dtype: torch.dtype = torch.float32,
-        *,
-        channels_last: bool = True,
-    ) -> None:
-        if (mean is None) != (std is None):
-            raise ValueError("Normalise: mean and std: expected both or neither, got only one of them.")
-        if mean is not None and std is not None and (len(mean) != len(std) or not all(s > 0 for s in std)):
-            raise ValueError(f"Normalise: expected as many positive std as mean, got mean={mean}, std={std}.")
-        if not (dtype.is_floating_point or dtype == torch.uint8):
-            raise ValueError(f"Normalise: dtype: expected a floating dtype or torch.uint8, got {dtype}.")
-        self.mean = None if mean is None else tuple(float(m) for m in mean)
-        self.std = None if std is None else tuple(float(s) for s in std)
-        self.dtype = dtype
-        self.channels_last = channels_last
-        self._rows: dict[tuple[torch.device, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def _factors(self, device: torch.device, width: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and bias of one image row (width * channels): a broadcast over whole rows vectorises."""
-        found = self._rows.get((device, width, channels))
-        if found is None:
-            scale, bias = self.per_channel(device, channels)
-            found = self._rows[device, width, channels] = (scale.repeat(width), bias.repeat(width))
-        return found
-
-    def per_channel(self, device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 (channels,) scale and bias: a normalised value is `x * scale + bias`."""
-        found = self._rows.get((device, 1, channels))
-        if found is None:
-            mean, std = self.mean or (0.0,) * channels, self.std or (1.0,) * channels
-            if len(mean) != channels:
-                raise ValueError(f"Normalise: mean has {len(mean)} channels, the images have {channels}.")
-            factors = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
-            pairs = torch.tensor(factors, dtype=torch.float64)
-            scale, bias = (pairs[:, k].float().to(device) for k in (0, 1))
-            found = self._rows[device, 1, channels] = (scale, bias)
-        return found
-
-    def empty(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device | None = None,
-        *,
-        pool: BufferPool | None = None,
-    ) -> torch.Tensor:
-        """The result's memory as (n, h, w, c), for views of `shape` (n, h, w, c) and `dtype`; from `pool` on a host."""
-        out_dtype = self.dtype if dtype == torch.uint8 else dtype
-        n, h, w, c = shape
-        order = (n, h, w, c) if self.channels_last else (n, c, h, w)
-        out = pool.empty(order, out_dtype) if pool else torch.empty(order, dtype=out_dtype, device=device)
-        return out if self.channels_last else out.permute(0, 2, 3, 1)
-
-    def into(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """`out[...] = normalised x`, both (n, h, w, c). Views that are not uint8 are the user's to normalise."""
-        if x.dtype != torch.uint8 or self.dtype == torch.uint8:
-            out.copy_(x)
-            return
-        n, h, w, c = x.shape
-        scale, bias = self._factors(x.device, w, c)
-        if self.channels_last:
-            x, out = x.reshape(n * h, w * c), out.view(n * h, w * c)
-        else:
-            scale, bias = scale.view(w, c), bias.view(w, c)
-        if x.device.type == "cpu" and out.dtype == torch.float32:
-            x = out.copy_(x)  # a CPU would convert into a temporary first; the values are the same
-        torch.addcmul(bias, x, scale, out=out)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.empty(x.shape, x.dtype, x.device)
-        self.into(out, x)
-        return out.permute(0, 3, 1, 2)
 
 
 class CpuStage:
@@ -168,8 +80,21 @@ class CpuStage:
         assert slot.images is not None
         return slot.images
 
+    def ids(self, slot: Slot) -> NDArray[np.int64]:
+        """(rows,) sample ids of a full slot."""
+        assert slot.numbers is not None
+        return slot.numbers[1, : slot.rows]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) of the views."""
+        return self._shape[0], self._shape[1]
+
     def submit(self, slot: Slot) -> None:
-        """A slot is full: nothing to launch."""
+        """A slot is full: nothing to launch, boxes to erase."""
+        if slot.boxes is not None:
+            assert slot.images is not None
+            self._normalise.blank(slot.images, torch.from_numpy(slot.boxes))
 
     def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (rows, c, h, w) and meta (2, rows); the slot forgets both."""
@@ -280,14 +205,16 @@ class CudaStage:
         self._api: StreamApi = api or CudaApi(device)
         self.copy_stream = copy_stream if copy_stream is not None else torch.cuda.Stream(device)
         self._slots: list[_DeviceSlot] = []
+        self.size = (0, 0)  # (h, w) of the views, once they are known
 
     def prepare(self, slots: Sequence[Slot], rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         """Pinned and device buffers of all slots (rule 1); views are (h, w, c) = `shape`."""
         for slot in slots:
             slot.images = pinned((rows, *shape), dtype, self.device)
-            slot.meta = pinned((2, rows), torch.int64, self.device)
+            slot.meta = pinned((2 + (BOX_COLUMNS if self._normalise.erase else 0), rows), torch.int64, self.device)
             slot.numbers = slot.meta.numpy()
             self._prepare_device(slot, slot.images, slot.meta)
+        self.size = shape[0], shape[1]
 
     def _prepare_device(self, slot: Slot, images: torch.Tensor, meta: torch.Tensor) -> None:
         with self._api.device():
@@ -313,10 +240,18 @@ class CudaStage:
         """One view (c, h, w) into its row of the pinned buffer."""
         self.row(slot, row)[0].copy_(view)
 
+    def ids(self, slot: Slot) -> NDArray[np.int64]:
+        """(rows,) sample ids of a full slot."""
+        assert slot.numbers is not None
+        return slot.numbers[1, : slot.rows]
+
     def submit(self, slot: Slot) -> None:
         """Launch the copy of a full slot (rules 2 and 3); called by the thread that filled it."""
         held, n = slot.stage, slot.rows
         assert isinstance(held, _DeviceSlot) and slot.images is not None and slot.meta is not None
+        if slot.boxes is not None:
+            assert slot.numbers is not None
+            slot.numbers[2:, :n] = slot.boxes
         with self._api.device():
             if held.read:
                 self._api.wait(self.copy_stream, held.consumed)
@@ -334,11 +269,12 @@ class CudaStage:
             self._api.wait(stream, held.copied)
             source, numbers = held.images[:n], held.meta[:, :n]
             out = self._normalise.empty(source.shape, source.dtype, self.device)
-            meta = torch.empty(numbers.shape, dtype=numbers.dtype, device=self.device)
+            meta = torch.empty((2, n), dtype=numbers.dtype, device=self.device)
+            boxes = numbers[2:] if self._normalise.erase else None
 
             def read() -> None:
-                self._normalise.into(out, source)
-                meta.copy_(numbers)
+                self._normalise.into(out, source, boxes)
+                meta.copy_(numbers[:2])
 
             self._api.launch(stream, read)
             self._api.record(held.consumed, stream)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
-from dlb_fast.data.augment import to_device
+from dlb_fast.data.augment import box_mask, to_device
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.plan import OverlapPlan, as_int
 from dlb_fast.data.view_rng import Draws
@@ -31,7 +31,7 @@ __all__ = ["Mix", "check_mix", "partners", "symmetric_beta"]
 
 MODES = ("batch", "elem")
 # One column per row of the batch: the row mixed in, the own share outside the box, the own share of the label, the box.
-_PARTNER, _SHARE, _LAM, _TOP, _BOTTOM, _LEFT, _RIGHT = range(7)
+_PARTNER, _SHARE, _LAM, _TOP, _LEFT, _HEIGHT, _WIDTH = range(7)
 
 
 def partners(rows: int) -> NDArray[np.int64]:
@@ -168,11 +168,11 @@ class Mix:
         # In float32, the type of the shares: pixels and labels then have exactly the same.
         table[_SHARE] = np.where(mixed & ~boxed, lam.astype(np.float32), 1.0)
         side = np.sqrt(1 - lam)
-        for first, length in ((_TOP, size[0]), (_LEFT, size[1])):
+        for start, extent, length in ((_TOP, _HEIGHT, size[0]), (_LEFT, _WIDTH, size[1])):
             centre, reach = draws.integer(length), (length * side).astype(np.int64) // 2
-            table[first] = np.where(boxed, np.clip(centre - reach, 0, length), 0)
-            table[first + 1] = np.where(boxed, np.clip(centre + reach, 0, length), 0)
-        area = (table[_BOTTOM] - table[_TOP]) * (table[_RIGHT] - table[_LEFT])
+            table[start] = np.clip(centre - reach, 0, length)
+            table[extent] = np.where(boxed, np.clip(centre + reach, 0, length) - table[start], 0)
+        area = table[_HEIGHT] * table[_WIDTH]
         table[_LAM] = np.where(boxed, (1 - area / (size[0] * size[1])).astype(np.float32), table[_SHARE])
         return table
 
@@ -205,12 +205,8 @@ def check_mix(operation: str, mix: Mix | None, dtype: torch.dtype) -> Mix | None
 def _own_share(numbers: torch.Tensor, table: NDArray[np.float64], size: tuple[int, int]) -> torch.Tensor:
     """float32 (n, 1, h, w), or (n, 1, 1, 1) where no row has a box: the share of a pixel that is the row's own."""
     share = numbers[_SHARE].float()[:, None, None]
-    if (table[_BOTTOM] > table[_TOP]).any():
-        inside = []
-        for first, length in ((_TOP, size[0]), (_LEFT, size[1])):
-            at = torch.arange(length, device=numbers.device)
-            inside.append((at >= numbers[first][:, None]) & (at < numbers[first + 1][:, None]))
-        share = torch.where(inside[0][:, :, None] & inside[1][:, None, :], 0.0, share)
+    if table[_HEIGHT].any():
+        share = torch.where(box_mask(numbers[_TOP:], *size), 0.0, share)
     return share[:, None]
 
 

@@ -16,9 +16,10 @@ from dlb_fast.data._ranks import device_of, make_plan
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.decode import ImageDecoder
 from dlb_fast.data.device_augment import ViewParameters
-from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.erasing import Eraser
 from dlb_fast.data.errors import LoaderTimeout
 from dlb_fast.data.mixing import Mix, check_mix
+from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.pipeline import LoaderStats, Pipeline, Settings
 from dlb_fast.data.plan import as_int
 from dlb_fast.data.source import FailurePolicy, SampleSource
@@ -54,6 +55,7 @@ class OverlapLoader:
         mean, std: of images in [0, 1], per channel: `(x / 255 - mean) / std` on the device; both None: `x / 255`.
         dtype: of the images; torch.uint8 leaves pixels as they are. Views that are not uint8 are passed on unchanged.
         channels_last: memory format of the images.
+        erase: `RandomErasing` or `Cutout`: a box of every view, drawn from the view's own numbers, after the rest.
         mix: mixup and CutMix on the finished batch, both uses of a sample mixed alike.
         on_error: "raise" (a `SampleError` in the batch it belongs to) or "replace" (a substitute, for both uses).
         max_failures: with "replace", how many different samples may fail: an int, or a float fraction of the dataset.
@@ -98,6 +100,7 @@ class OverlapLoader:
         std: Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
+        erase: Eraser | None = None,
         mix: Mix | None = None,
         on_error: str = "raise",
         max_failures: int | float = 0.01,
@@ -130,7 +133,7 @@ class OverlapLoader:
             num_threads=_threads(name, num_threads),
             depth=as_int(depth, name, "depth", 1),
             device=_device(device),
-            normalise=Normalise(mean, std, dtype, channels_last=channels_last),
+            normalise=Normalise(mean, std, dtype, channels_last=channels_last, erase=erase),
             stats=LoaderStats(),
             check_threads=check_threads,
             augment_on=augment_on,

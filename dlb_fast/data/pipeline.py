@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from dlb_fast.data.batch import Batch
@@ -21,7 +22,7 @@ from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.data.probe import check_threads
 from dlb_fast.data.slots import Item, Slot, SlotRing
 from dlb_fast.data.source import FailurePolicy, SampleSource
-from dlb_fast.data.view_rng import ViewRng
+from dlb_fast.data.view_rng import ViewRng, ViewRngs
 from dlb_fast.data.workers import Status, WorkerPool
 
 __all__ = ["LoaderStats", "Pipeline", "Settings"]
@@ -116,7 +117,7 @@ class Pipeline:
         settings.copy_stream = self._stage.copy_stream
         self._ring = SlotRing(
             settings.plan, settings.rank, start=position, depth=settings.depth, repeat=settings.repeat,
-            on_full=self._stage.submit,
+            on_full=self._full,
         )  # fmt: skip
         if self._device_ring is not None:
             self._device_ring.prepare(self._ring.slots, settings.plan.rows)
@@ -178,6 +179,16 @@ class Pipeline:
         self._ring.stop()
         if not self._pool.join(_JOIN):
             self._stage.close()
+
+    def _full(self, slot: Slot) -> None:
+        """All rows of a slot are written: draw what is erased in them and hand it to the device side."""
+        plan, normalise = self._s.plan, self._s.normalise
+        if normalise.erase is not None:
+            uses = (np.arange(slot.rows) < slot.num_old).astype(np.int64)
+            epochs = (slot.step - uses) // plan.halves_per_epoch
+            rngs = ViewRngs(plan.seed, epochs, self._stage.ids(slot), uses)
+            slot.boxes = normalise.boxes(rngs, *self._stage.size)
+        self._stage.submit(slot)
 
     def _work(self, status: Status) -> None:
         try:

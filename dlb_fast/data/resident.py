@@ -13,8 +13,9 @@ from dlb_fast.data._cursor import Cursor
 from dlb_fast.data._ranks import device_of, make_plan
 from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
-from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.erasing import Eraser
 from dlb_fast.data.mixing import Mix, check_mix
+from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.resident_views import ResidentViews
 from dlb_fast.data.view_rng import ViewRngs
 
@@ -36,6 +37,7 @@ class ResidentLoader:
         seed, shuffle, drop_last, rank, world_size: as in `OverlapBatchSampler`.
         mean, std: of images in [0, 1], per channel: `(x / 255 - mean) / std`; both None: `x / 255`.
         dtype: of the images; torch.uint8 leaves pixels as they are. channels_last: their memory format.
+        erase: `RandomErasing` or `Cutout`: a box of every view, drawn from the view's own numbers, after the rest.
         mix: mixup and CutMix, both uses of a sample mixed alike.
 
     Raises:
@@ -65,6 +67,7 @@ class ResidentLoader:
         std: Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
+        erase: Eraser | None = None,
         mix: Mix | None = None,
     ) -> None:
         name = "ResidentLoader"
@@ -80,7 +83,7 @@ class ResidentLoader:
         self._views = ResidentViews(
             images.to(self.device),
             transform,
-            Normalise(mean, std, dtype, channels_last=channels_last),
+            Normalise(mean, std, dtype, channels_last=channels_last, erase=erase),
         )
         self._targets = targets.to(self.device)
         self._cursor = Cursor(self.plan, name)

@@ -80,7 +80,7 @@ class ResidentViews:
         else:
             moved = to_device(places, self._images.device)  # all the host knows, in one copy
             views, ids = gather_on_device(self._images, moved, size), moved[0]
-        return self._normalised(self._transformed(views.permute(0, 3, 1, 2), rngs)), ids
+        return self._normalised(self._transformed(views.permute(0, 3, 1, 2), rngs), rngs), ids
 
     def _transformed(self, views: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
         if self._batched:
@@ -92,12 +92,15 @@ class ResidentViews:
             singles.append(self._rest(view, rng))
         return torch.stack(singles)
 
-    def _normalised(self, views: torch.Tensor) -> torch.Tensor:
+    def _normalised(self, views: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
         pixels = views.permute(0, 2, 3, 1).contiguous()
         if not self._on_host:
-            return self._normalise(pixels)
+            return self._normalise(pixels, rngs)
         out = self._normalise.empty(pixels.shape, pixels.dtype, pixels.device)
         rows = max(1, _CPU_CHUNK // max(1, pixels[0].numel()))
         for start in range(0, len(pixels), rows):
             self._normalise.into(out[start : start + rows], pixels[start : start + rows])
+        boxes = self._normalise.boxes(rngs, *pixels.shape[1:3])
+        if boxes is not None:
+            self._normalise.blank(out, torch.from_numpy(boxes))
         return out.permute(0, 3, 1, 2)

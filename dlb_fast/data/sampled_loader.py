@@ -15,9 +15,10 @@ from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.class_batches import ViewPairSampler
 from dlb_fast.data.decode import ImageDecoder
-from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.erasing import Eraser
 from dlb_fast.data.errors import SampleError
 from dlb_fast.data.mixing import Mix, check_mix
+from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.plan import as_int
 from dlb_fast.data.resident import resident_tensors
 from dlb_fast.data.resident_views import ResidentViews
@@ -38,6 +39,7 @@ class SampledLoader:
         sampler: with `rows(epoch, step)`; its position is this loader's.
         transform, device, mean, std, dtype, channels_last: as in `ResidentLoader`.
         num_threads: that load, for sets not in memory.
+        erase: `RandomErasing` or `Cutout`: a box of every view, drawn from the view's own numbers, after the rest.
         mix: mixup and CutMix, both views of a sample mixed alike; with a `ViewPairSampler` only.
 
     Raises:
@@ -64,6 +66,7 @@ class SampledLoader:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
         num_threads: int = 2,
+        erase: Eraser | None = None,
         mix: Mix | None = None,
     ) -> None:
         self.sampler = sampler
@@ -76,7 +79,7 @@ class SampledLoader:
                 f"{type(sampler).__name__} belong together by their one class, which mixed images do not have"
             )
         self._threads = as_int(num_threads, "SampledLoader", "num_threads", 1)
-        self._normalise = Normalise(mean, std, dtype, channels_last=channels_last)
+        self._normalise = Normalise(mean, std, dtype, channels_last=channels_last, erase=erase)
         self._transform = transform
         self._views: ResidentViews | None = None
         if hasattr(dataset, "images"):
@@ -136,7 +139,8 @@ class SampledLoader:
         images = torch.stack([view for view, _ in views]).to(self.device).permute(0, 2, 3, 1).contiguous()
         targets = torch.tensor([target for _, target in views], dtype=torch.int64, device=self.device)
         ids = torch.from_numpy(self.sampler.rows(epoch, step)[0]).to(self.device)
-        return self._mixed(Batch(self._normalise(images), targets, ids, 0, epoch, step))
+        rngs = ViewRngs(self.sampler.plan.seed, epoch, *self.sampler.rows(epoch, step))
+        return self._mixed(Batch(self._normalise(images, rngs), targets, ids, 0, epoch, step))
 
     def _mixed(self, batch: Batch) -> Batch:
         if self.mix is None:

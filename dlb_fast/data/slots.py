@@ -38,12 +38,12 @@ class Slot:
         fresh: no view of this step was written yet.
         meta: (2, max rows) int64: targets and sample ids. numbers: the same memory as a NumPy array.
         missing: rows not yet written. error: the failure of the lowest row, if any.
-        ready: monotonic time at which the last row came.
+        ready: monotonic time at which the last row came. boxes: (5, rows) to erase, drawn once all rows are there.
     """
 
     __slots__ = (
-        "error", "error_row", "fresh", "images", "meta", "missing", "num_old", "numbers", "ready", "rows", "stage",
-        "step",
+        "boxes", "error", "error_row", "fresh", "images", "meta", "missing", "num_old", "numbers", "ready", "rows",
+        "stage", "step",
     )
 
     def __init__(self) -> None:
@@ -56,6 +56,7 @@ class Slot:
         self.error: BaseException | None = None
         self.error_row = 0
         self.ready = 0.0
+        self.boxes: NDArray[np.int64] | None = None
         self.stage: object = None  # what the device side keeps per slot (events, device buffers)
 
     def open(self, step: int, num_old: int, num_new: int) -> None:

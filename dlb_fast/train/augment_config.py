@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dlb_fast.data.augment import Cutout
+from dlb_fast.data.erasing import RandomErasing
 from dlb_fast.data.mixing import Mix
 from dlb_fast.data.rand_augment import RandAugment
 
@@ -20,6 +21,12 @@ class AugmentConfig:
     """N,M: RandAugment with N operations of magnitude M (0 to 30); 2,9 is usual."""
     cutout: int = 0
     """Side of the square that Cutout blackens; 0 turns it off."""
+    erase_prob: float = 0.0
+    """Probability that a rectangle of a view is erased after the normalisation (random erasing); 0.25 is usual."""
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    """Range of the rectangle's share of the image."""
+    erase_mode: Literal["const", "rand", "pixel"] = "const"
+    """Zeros (the mean), noise per channel, or noise per pixel."""
     mixup_alpha: float = 0.0
     """Mixup with shares from Beta(alpha, alpha); 0 turns it off. Both uses of a sample are mixed alike."""
     cutmix_alpha: float = 0.0
@@ -34,6 +41,7 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         try:
             self.mix()
+            self.erase()
             self.transforms()
         except (ValueError, TypeError) as error:
             raise ValueError(f"config: {error}") from None
@@ -43,6 +51,12 @@ class AugmentConfig:
         if self.mixup_alpha == 0 and self.cutmix_alpha == 0:
             return None
         return Mix(self.mixup_alpha, self.cutmix_alpha, self.mix_prob, self.mix_switch_prob, self.mix_mode)
+
+    def erase(self) -> RandomErasing | None:
+        """Random erasing, or None."""
+        if self.erase_prob == 0:
+            return None
+        return RandomErasing(self.erase_prob, area=self.erase_area, mode=self.erase_mode)
 
     def transforms(self) -> list[Any]:
         """What follows the crop and the flip, on uint8."""

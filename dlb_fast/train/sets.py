@@ -61,7 +61,7 @@ class Sets:
         `overlap`, all distinct without."""
         augment = augment or AugmentConfig()
         options: dict[str, Any] = {"device": device, "mean": self.mean, "std": self.std, "mix": augment.mix()}
-        options |= {"channels_last": channels_last, "transform": self._transform(augment)}
+        options |= {"channels_last": channels_last, "transform": self._transform(augment), "erase": augment.erase()}
         threads = self.config.num_threads
         if sampler is not None:
             return SampledLoader(self.train, sampler, num_threads=threads, **options)

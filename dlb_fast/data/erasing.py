@@ -1,0 +1,173 @@
+"""Rectangles of finished views that are overwritten: random erasing, and Cutout as another setting of the same stage.
+
+Boxes are drawn on the host, a pure function of the view (seed, epoch, sample, use), so they are the same in every tier.
+Noise is not drawn but computed: a value is a hash of the view's key and of its place, in integers, so that every device
+writes the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dlb_fast.data import _hash
+from dlb_fast.data.augment import box_mask
+from dlb_fast.data.view_rng import Draws, ViewRngs
+
+__all__ = ["BOX_COLUMNS", "MODES", "NOISE_START", "NOISE_UNIT", "Eraser", "RandomErasing", "erase_", "noise"]
+
+BOX_COLUMNS = 5  # top, left, height, width (0: nothing is erased), key of the noise
+MODES = ("const", "rand", "pixel")
+NOISE_START = 1 << 20  # counters below belong to the boxes
+NOISE_UNIT = math.sqrt(3) / 65536  # makes the variance of four summed 16-bit uniforms 1
+
+
+class Eraser(Protocol):
+    """What the `erase` option of a loader is: `RandomErasing` or `Cutout`."""
+
+    @property
+    def mode(self) -> str:
+        """One of `MODES`."""
+
+    @property
+    def fill(self) -> list[int] | None:
+        """Grey values of mode "const"; None is the mean."""
+
+    def draw(self, rngs: ViewRngs, height: int, width: int) -> NDArray[np.int64]:
+        """(5, n): the box of every view, inside the image, and the key of its noise."""
+
+
+class RandomErasing:
+    """A rectangle of random area and aspect is erased after the normalisation; `erase=` of a loader.
+
+    Args:
+        prob: probability that a view is erased. area: range of the box's share of the image. aspect: range of its
+            height / width, drawn on a logarithmic scale.
+        mode: what is written: "const" zeros (the mean, after normalisation), "rand" one value per channel, "pixel" one
+            per value. Noise has mean 0 and variance 1: the sum of four uniforms, nearly normal, within 3.5.
+
+    Raises:
+        ValueError: a number out of range, an unknown mode.
+
+    Source: Zhong et al., arXiv 1708.04896; defaults and modes as in timm's `RandomErasing`, whose noise is normal.
+
+    Example:
+        >>> boxes = RandomErasing(prob=1.0).draw(ViewRngs(0, 0, np.arange(3), 0), 32, 32)
+        >>> boxes.shape, bool((boxes[2:4] > 0).all())
+        ((5, 3), True)
+    """
+
+    ATTEMPTS = 10
+    fill: list[int] | None = None
+
+    def __init__(
+        self,
+        prob: float = 0.25,
+        *,
+        area: tuple[float, float] = (0.02, 1 / 3),
+        aspect: tuple[float, float] = (0.3, 1 / 0.3),
+        mode: str = "const",
+    ) -> None:
+        if not 0 <= prob <= 1:
+            raise ValueError(f"RandomErasing: prob must be in [0, 1], got {prob}")
+        if not 0 < area[0] <= area[1] < 1:
+            raise ValueError(f"RandomErasing: area must be 0 < low <= high < 1, got {area}")
+        if not 0 < aspect[0] <= aspect[1] < math.inf:
+            raise ValueError(f"RandomErasing: aspect must be 0 < low <= high, got {aspect}")
+        if mode not in MODES:
+            raise ValueError(f"RandomErasing: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.prob, self.area, self.aspect, self.mode = prob, area, aspect, mode
+
+    def draw(self, rngs: ViewRngs, height: int, width: int) -> NDArray[np.int64]:
+        """(5, n) boxes: of ten attempts the first that fits; a view for which none does stays whole."""
+        keys = erase_keys(rngs)
+        draws, boxes = Draws(keys), np.zeros((BOX_COLUMNS, len(rngs)), np.int64)
+        missing = draws.uniform() < self.prob
+        for _ in range(self.ATTEMPTS):
+            area = height * width * draws.uniform(*self.area)
+            aspect = np.exp(draws.uniform(math.log(self.aspect[0]), math.log(self.aspect[1])))
+            h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+            found = missing & (h >= 1) & (w >= 1) & (h < height) & (w < width)
+            boxes[2, found], boxes[3, found] = h[found], w[found]
+            missing &= ~found
+        boxes[0], boxes[1] = draws.integer(height - boxes[2] + 1), draws.integer(width - boxes[3] + 1)
+        boxes[4] = keys.view(np.int64)
+        return boxes
+
+    def __repr__(self) -> str:
+        return f"RandomErasing({self.prob}, area={self.area}, aspect={self.aspect}, mode={self.mode!r})"
+
+
+def erase_keys(rngs: ViewRngs) -> NDArray[np.uint64]:
+    """(n,) keys of the erasing, apart from the numbers that the views' transforms draw."""
+    return _hash.fold_array(rngs.keys, np.array(_hash.ERASE, np.int64))
+
+
+def noise(key: int, places: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Values of mean 0 and variance 1 at `places` (numbers below 2**40) of one view; exact in float32 up to one
+    rounding."""
+    counters = (places + NOISE_START).astype(np.uint64)
+    bits = _hash.mix_array(np.uint64(key & _hash.MASK) + counters * np.uint64(_hash.GOLDEN))
+    parts = [(bits >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)]
+    total = sum(part.astype(np.int64) for part in parts) - 2 * 65535
+    return total.astype(np.float32) * np.float32(NOISE_UNIT)
+
+
+def erase_(out: torch.Tensor, boxes: torch.Tensor, mode: str, fill: torch.Tensor) -> None:
+    """Overwrite the boxes of `out` (n, h, w, c) in place, by slices on a CPU: the definition.
+
+    Args:
+        boxes: (5, n) int64 on the device of `out`. fill: (c,) float32 values of mode "const", there too.
+    """
+    if out.device.type != "cpu":
+        erase_by_mask(out, boxes, mode, fill)
+        return
+    _, height, width, channels = out.shape
+    for view, (top, left, h, w, key) in zip(out, boxes.T.tolist(), strict=True):
+        if h == 0 or w == 0:
+            continue
+        window: Any = fill
+        if mode == "rand":
+            window = torch.from_numpy(noise(key, np.arange(channels)))
+        elif mode == "pixel":
+            rows, columns = np.arange(top, top + h)[:, None, None], np.arange(left, left + w)[:, None]
+            window = torch.from_numpy(noise(key, (rows * width + columns) * channels + np.arange(channels)))
+        view[top : top + h, left : left + w] = window
+
+
+def erase_by_mask(out: torch.Tensor, boxes: torch.Tensor, mode: str, fill: torch.Tensor) -> None:
+    """`erase_` on a device, for views that no kernel makes (float ones); nothing waits for the host."""
+    value = fill if mode == "const" else _device_noise(boxes[4], out, mode)
+    mask = box_mask(boxes[:4], out.shape[1], out.shape[2])[..., None]
+    out.copy_(torch.where(mask, value.to(out.dtype), out))
+
+
+def _device_noise(keys: torch.Tensor, out: torch.Tensor, mode: str) -> torch.Tensor:
+    """float32 noise of all places of `out`, by int64 arithmetic modulo 2**64."""
+    n, height, width, channels = out.shape
+    count = channels if mode == "rand" else height * width * channels
+    counters = torch.arange(NOISE_START, NOISE_START + count, device=out.device)
+    z = keys[:, None] + counters * _signed(_hash.GOLDEN)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    total = (z & 0xFFFF) + ((z >> 16) & 0xFFFF) + ((z >> 32) & 0xFFFF) + ((z >> 48) & 0xFFFF) - 2 * 65535
+    values = total.float() * torch.tensor(NOISE_UNIT, dtype=torch.float32, device=out.device)
+    return values.view(n, 1, 1, channels) if mode == "rand" else values.view(n, height, width, channels)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def check_erase(erase: Any, dtype: torch.dtype) -> None:
+    """Raise unless `erase` is an eraser (or None) and the images are floating."""
+    if erase is None:
+        return
+    if not hasattr(erase, "draw") or not hasattr(erase, "mode"):
+        raise TypeError(f"erase: expected RandomErasing, Cutout or None, got {type(erase).__name__}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"erase: needs a floating dtype, got {dtype}; on uint8 use Cutout as a transform")
