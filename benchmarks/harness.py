@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,24 +79,32 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def in_rounds(variants: dict[Any, Work], device: str, *, seconds: float, least: int = 10) -> dict[Any, list[float]]:
-    """Wall times in microseconds of every variant, round by round in shuffled order, for about ``seconds`` in all."""
+class Times(NamedTuple):
+    """Microseconds of every round. ``cpu`` is what this process used: time that others took from it is not in there."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def in_rounds(variants: dict[Any, Work], device: str, *, seconds: float, least: int = 10) -> dict[Any, Times]:
+    """Times of every variant, round by round in shuffled order, for about ``seconds`` in all."""
     order = random.Random(0)
     names = list(variants)
     for name in names:
         for _ in range(3):
             variants[name]()
     synchronize(device)
-    samples: dict[Any, list[float]] = {name: [] for name in names}
+    samples = {name: Times([], []) for name in names}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[names[0]]) < least:
+    while time.perf_counter() < end or len(samples[names[0]].wall) < least:
         order.shuffle(names)
         for name in names:
             synchronize(device)
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             variants[name]()
             synchronize(device)
-            samples[name].append((time.perf_counter() - start) * 1e6)
+            samples[name].wall.append((time.perf_counter() - start) * 1e6)
+            samples[name].cpu.append((time.process_time() - used) * 1e6)
     return samples
 
 
@@ -104,7 +112,7 @@ def interleaved(variants: dict[Any, Work], device: str, *, seconds: float) -> di
     """Median, quantiles and n of ``in_rounds``, by variant; nothing for no variants."""
     if not variants:
         return {}
-    return {name: spread(times) for name, times in in_rounds(variants, device, seconds=seconds).items()}
+    return {name: spread(times.wall) for name, times in in_rounds(variants, device, seconds=seconds).items()}
 
 
 def paired(samples: list[float], base: list[float], resamples: int = 4000) -> dict[str, float]:

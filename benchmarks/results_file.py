@@ -18,9 +18,27 @@ OURS = ("cuda", "triton", "cpu")
 BAR_TIME, BAR_MEMORY = 1.03, 1.01  # a whole step with DLB over one with CE, from the project's requirements
 
 
-def verdict(low: float, high: float, bar: float) -> str:
-    """`met` or `missed` where the whole interval lies on one side of the bar, otherwise `undecided`."""
-    return "met" if high <= bar else "missed" if low > bar else "undecided"
+def verdicts(dlb: Record, records: list[Record]) -> str:
+    """Whether a step with DLB keeps the bars, beside records of the same run.
+
+    In time, `met` or `missed` where the whole interval lies on one side of the bar and the control, a second copy of
+    the baseline, stays within it; otherwise `undecided`.
+    """
+    control = [r for r in records if r["variant"] == "ce_again" and same_step(r, dlb)]
+    quiet = bool(control) and all(1 / BAR_TIME <= r["ratio_low"] <= r["ratio_high"] <= BAR_TIME for r in control)
+    time = "met" if dlb["ratio_high"] <= BAR_TIME else "missed" if dlb["ratio_low"] > BAR_TIME else "undecided"
+    peak = "met" if dlb["peak_ratio"] <= BAR_MEMORY else "missed"
+    return (
+        f"at most {BAR_TIME:.2f} x the time of ce: {time if quiet else 'undecided'}; "
+        f"at most {BAR_MEMORY:.2f} x its peak memory: {peak}"
+    )
+
+
+def same_step(a: Record, b: Record) -> bool:
+    """Whether two records of `bench_step` are of one model, shape, mode and moment."""
+    return all(
+        a[name] == b[name] for name in ("model", "rows", "size", "mode", "dtype", "command", "date") if name in b
+    )
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
