@@ -1,4 +1,4 @@
-"""Everything a GPU has to prove, in under nine minutes: tests, compute-sanitizer where present, benchmarks, one table.
+"""Everything a GPU has to prove, in under ten minutes: tests, compute-sanitizer where present, benchmarks, one table.
 
     make gpu-check PYTHON=python3 VENV=none
 
@@ -17,6 +17,7 @@ import time
 import xml.etree.ElementTree
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,8 +61,12 @@ def table(path: Path) -> None:
         print("no results were written")
         return
     rows: dict[tuple[int, int, str, str], dict[str, float]] = {}
+    loader = []
     for line in path.read_text().splitlines():
         r = json.loads(line)
+        if r.get("what") == "loader on a GPU":
+            loader.append(r)
+            continue
         cell = rows.setdefault((r["classes"], r["rows"], r["dtype"], r["variant"]), {})
         cell[r["kind"]] = r["median_us"]
         cell["launches"] = r.get("launches", 0)
@@ -74,6 +79,21 @@ def table(path: Path) -> None:
         forms = (".1f", ".1%", ".1f", ".1f", ".0f")
         shown = ["-" if n is None else format(n, form) for n, form in zip(numbers, forms, strict=True)]
         print(f"{classes:>7} {count:>6} {dtype:>9} {variant:<14}" + "".join(f"{cell:>10}" for cell in shown))
+    for r in loader:
+        print(loader_line(r))
+
+
+def loader_line(r: dict[str, Any]) -> str:
+    """One result of `loader_gpu.py`: its waits, its copies, or why there is none."""
+    if "missing" in r:
+        told = f"not measured: {r['missing']}"
+    elif "hidden" in r:
+        told = f"{r['hidden']:.1%} of {r['copy_ms']:.1f} ms"
+    elif "share_of_steps_waiting" in r:
+        told = f"{r['share_of_steps_waiting']:.1%} of {r['n']} steps wait (p99 {r['wait_over_step_p99']:.1%} of a step)"
+    else:
+        told = str(r.get("hardware", ""))
+    return f"loader: {r['name']:<36} {told}"
 
 
 def main() -> int:
@@ -100,11 +120,12 @@ def main() -> int:
         print("compute-sanitizer is not on this machine: left out")
     bench = [python, "-m", "benchmarks.bench_last_batch", "--device", "cuda", "--seconds", "0.7", "--out", str(results)]
     benches = run("benchmarks", bench, 200)
+    loader = run("loader", [python, "benchmarks/loader_gpu.py", "--out", str(results)], 60)
     print(f"\n{gpu}, torch {torch.__version__}; results in {results.relative_to(ROOT)}")
     table(results)
     for name, good in verdict.items():
         print(f"{name}: {'every GPU test passed' if good else 'NOT proven: see the failures above'}")
-    return max(tests != 0, clean != 0, benches != 0)
+    return max(tests != 0, clean != 0, benches != 0, loader != 0)
 
 
 if __name__ == "__main__":
