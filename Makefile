@@ -19,7 +19,7 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint pytest gpu-check bench doctor wheel clean
+.PHONY: setup demo test lint pytest gpu-check bench doctor wheel sdist docs clean
 setup: $(READY)
 
 # One version-pinned torch, and only where there is none: nothing after it may drag in a second one.
@@ -60,8 +60,18 @@ bench: $(READY)
 doctor: $(READY)
 	$(PY) -m dlb_fast doctor --self-test
 
+# One file for every Python >= 3.10 and torch >= 2.10 on this platform. The earlier build/lib would be packed along.
 wheel: $(READY)
+	rm -rf build/lib* build/bdist*
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
+sdist: $(READY)
+	$(PY) -c "from setuptools.build_meta import build_sdist; print('dist/' + build_sdist('dist'))"
+
+# The site lands in site/; anything doubtful (a dead link, a page outside the navigation) is an error.
+docs: $(READY)
+	$(PY) -c "import mkdocstrings" 2>/dev/null || $(PY) -m pip install -q --no-build-isolation -e ".[docs]"
+	$(PY) -m mkdocs build --strict
+
 clean:
-	rm -rf build dist .built *.egg-info dlb_fast/lib dlb_fast/_build*.so
+	rm -rf build dist site .built *.egg-info dlb_fast/lib dlb_fast/_build*.so

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -186,6 +187,14 @@ class BuildOps(build_ext):
         super().build_extension(ext)
 
 
+class AnyPythonWheel(bdist_wheel):
+    """One wheel per platform for every Python: the op library knows none, and a build-info module of another Python is
+    just not found there."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 build_info = Extension(
     "dlb_fast._build",
     ["csrc/module.cpp", "csrc/cpu/isa.cpp"],
@@ -195,4 +204,7 @@ build_info = Extension(
 )
 
 if __name__ == "__main__":
-    setup(ext_modules=[build_info], cmdclass={"build_ext": BuildOps})
+    setup(
+        ext_modules=[] if MODE == "none" else [build_info],
+        cmdclass={"build_ext": BuildOps, "bdist_wheel": AnyPythonWheel},
+    )

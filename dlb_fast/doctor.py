@@ -40,6 +40,12 @@ def _torch() -> dict[str, Any]:
     }
 
 
+def _built() -> dict[str, Any]:
+    from dlb_fast._build import build_info  # type: ignore[import-not-found, unused-ignore]
+
+    return dict(build_info())
+
+
 def _library(name: str) -> dict[str, Any]:
     import importlib
     import importlib.metadata
@@ -116,6 +122,7 @@ def examine(*, with_self_test: bool = False) -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": _guarded(_torch),
         "dlb_fast": _guarded(lambda: __import__("dlb_fast").__version__),
+        "built": _guarded(_built),
         "implementations": _guarded(_implementations),
         "auto": _guarded(_picks),
         "libraries": {name: _guarded(partial(_library, name)) for name in OPTIONAL},
@@ -134,6 +141,13 @@ def _lines(report: dict[str, Any]) -> list[str]:
     else:
         gpus = ", ".join(torch["gpus"]) or "no GPU visible"
         lines.append(f"torch {torch['version']} (CUDA {torch['built_for_cuda']}), {torch['threads']} threads, {gpus}")
+    if "error" not in report["built"]:  # absent beside another Python than the builder's, and in pure Python installs
+        built = report["built"]
+        cuda = f"CUDA {built['cuda_archs']}" if built["cuda_archs"] else "no CUDA"
+        lines.append(
+            f"compiled by {built['compiler']} against torch {built['torch']}, {cuda}; "
+            f"on this CPU: {built['cpu_instruction_set']}"
+        )
     lines.append("implementations of the loss:")
     found = report["implementations"]
     for name, state in found.items() if "error" not in found else ():
