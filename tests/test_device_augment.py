@@ -12,10 +12,10 @@ from test_device_stream import Streams
 from test_overlap_loader import _after, facts, stream
 
 from dlb_fast.data import pipeline
-from dlb_fast.data.augment import Compose, Cutout, Flip, PadCrop, RandomResizedCrop, train_transform
+from dlb_fast.data.augment import Compose, Flip, PadCrop, RandomResizedCrop, train_transform
 from dlb_fast.data.device_augment import COLUMNS, ViewParameters, cut_torch, shrink_to
 from dlb_fast.data.device_ring import RingStage
-from dlb_fast.data.erasing import RandomErasing
+from dlb_fast.data.erasing import Cutout, RandomErasing
 from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.overlap_loader import OverlapLoader
 from dlb_fast.data.slots import Slot

@@ -11,7 +11,6 @@ from dlb_fast.data.augment import (
     NORMALISATION,
     CenterCrop,
     Compose,
-    Cutout,
     Flip,
     PadCrop,
     RandomResizedCrop,
@@ -22,7 +21,7 @@ from dlb_fast.data.augment import (
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.class_batches import ClassBatchSampler, ViewPairSampler, collate_rows
 from dlb_fast.data.datasets import MapDataset, load_into_memory, open_dataset, subset, with_label_noise
-from dlb_fast.data.erasing import RandomErasing
+from dlb_fast.data.erasing import Cutout, RandomErasing
 from dlb_fast.data.errors import DecodeError, LoaderTimeout, SampleError
 from dlb_fast.data.evaluation import EvalLoader
 from dlb_fast.data.files import ImageFolder, ListFile, TarShards, TinyImageNet

@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
 from dlb_fast.data.plan import as_int
-from dlb_fast.data.view_rng import Draws, ViewRng, ViewRngs
+from dlb_fast.data.view_rng import ViewRng, ViewRngs
 
 __all__ = [
     "NORMALISATION",
     "BatchTransform",
     "CenterCrop",
     "Compose",
-    "Cutout",
     "Flip",
     "PadCrop",
     "RandomResizedCrop",
@@ -87,15 +86,6 @@ def windows(
         (full_h * row, row, channels, row, 1),
     )
     return strided[rows, top, left].view(-1, h, w, channels).permute(0, 3, 1, 2)
-
-
-def box_mask(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(n, height, width) bool, true inside the boxes (4, n): top, left, height and width, which may reach outside."""
-    inside = []
-    for start, size, side in ((boxes[0], boxes[2], height), (boxes[1], boxes[3], width)):
-        at = torch.arange(side, device=boxes.device)
-        inside.append((at >= start[:, None]) & (at < (start + size)[:, None]))
-    return inside[0][:, :, None] & inside[1][:, None, :]
 
 
 class Compose:
@@ -234,64 +224,6 @@ class Flip:
 
     def __repr__(self) -> str:
         return f"Flip({self.p}, alternate={self.alternate})"
-
-
-class Cutout:
-    """A square of `size` pixels around a uniform centre is filled; it may reach over the border.
-
-    A transform like the others, on uint8; or `erase=Cutout(...)` of a loader, after the normalisation.
-
-    Args:
-        size: side in pixels. fill: one grey value or one per channel, 0 to 255 (the set's mean is customary).
-
-    Source: DeVries and Taylor, arXiv 1708.04552.
-    """
-
-    mode = "const"
-
-    def __init__(self, size: int, fill: int | Sequence[int] = 0) -> None:
-        self.size = as_int(size, "Cutout", "size", 1)
-        self.fill = [fill] if isinstance(fill, int) else list(fill)
-        if not all(0 <= value <= 255 for value in self.fill):
-            raise ValueError(f"Cutout: fill must be in [0, 255], got {fill}")
-        self._fills: dict[torch.device, torch.Tensor] = {}
-
-    def __call__(self, image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
-        top, left = (
-            rng.integer(image.shape[1]) - self.size // 2,
-            rng.integer(image.shape[2]) - self.size // 2,
-        )
-        image = image.clone()
-        image[:, max(0, top) : max(0, top + self.size), max(0, left) : max(0, left + self.size)] = self._fill(image)
-        return image
-
-    def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
-        """The squares as one mask."""
-        height, width = images.shape[2:]
-        boxes = to_device(self._squares(rngs, height, width), images.device)
-        return torch.where(box_mask(boxes, height, width)[:, None], self._fill(images), images)
-
-    def _squares(self, draws: Draws, height: int, width: int) -> NDArray[np.int64]:
-        """(4, n): top, left, height, width; they may reach over the border."""
-        corners = [draws.integer(side) - self.size // 2 for side in (height, width)]
-        return np.stack([*corners, *[np.full(len(draws), self.size)] * 2])
-
-    def draw(self, rngs: ViewRngs, height: int, width: int) -> NDArray[np.int64]:
-        """(5, n) boxes cut off at the border, for a loader's `erase`."""
-        top, left, h, w = self._squares(Draws(_hash.fold_array(rngs.keys, np.array(_hash.ERASE))), height, width)
-        bottom, right = np.minimum(top + h, height), np.minimum(left + w, width)
-        top, left = np.maximum(top, 0), np.maximum(left, 0)
-        return np.stack([top, left, np.maximum(bottom - top, 0), np.maximum(right - left, 0), np.zeros_like(top)])
-
-    def _fill(self, images: torch.Tensor) -> torch.Tensor:
-        found = self._fills.get(images.device)
-        if found is None:  # made once per device: a copy from pageable memory would stop the host every time
-            found = torch.tensor(self.fill, dtype=torch.uint8, device=images.device)[:, None, None]
-            self._fills[images.device] = found
-        return found
-
-    def __repr__(self) -> str:
-        return f"Cutout({self.size}, fill={self.fill})"
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

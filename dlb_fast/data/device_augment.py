@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dlb_fast.data.augment import Compose, Cutout, Flip, RandomResizedCrop, resize
-from dlb_fast.data.erasing import BOX_COLUMNS
+from dlb_fast.data.augment import Compose, Flip, RandomResizedCrop, resize
+from dlb_fast.data.erasing import BOX_COLUMNS, Cutout
 from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.view_rng import ViewRng
 

@@ -8,6 +8,7 @@ writes the same bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,10 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
-from dlb_fast.data.augment import box_mask
-from dlb_fast.data.view_rng import Draws, ViewRngs
+from dlb_fast.data.augment import to_device
+from dlb_fast.data.plan import as_int
+from dlb_fast.data.view_rng import Draws, ViewRng, ViewRngs
 
-__all__ = ["BOX_COLUMNS", "MODES", "NOISE_START", "NOISE_UNIT", "Eraser", "RandomErasing", "erase_", "noise"]
+__all__ = [
+    "BOX_COLUMNS", "MODES", "NOISE_START", "NOISE_UNIT", "Cutout", "Eraser", "RandomErasing", "box_mask", "erase_",
+    "noise",
+]  # fmt: skip
 
 BOX_COLUMNS = 5  # top, left, height, width (0: nothing is erased), key of the noise
 MODES = ("const", "rand", "pixel")
@@ -39,6 +44,64 @@ class Eraser(Protocol):
 
     def draw(self, rngs: ViewRngs, height: int, width: int) -> NDArray[np.int64]:
         """(5, n): the box of every view, inside the image, and the key of its noise."""
+
+
+class Cutout:
+    """A square of `size` pixels around a uniform centre is filled; it may reach over the border.
+
+    A transform like the others, on uint8; or `erase=Cutout(...)` of a loader, after the normalisation.
+
+    Args:
+        size: side in pixels. fill: one grey value or one per channel, 0 to 255 (the set's mean is customary).
+
+    Source: DeVries and Taylor, arXiv 1708.04552.
+    """
+
+    mode = "const"
+
+    def __init__(self, size: int, fill: int | Sequence[int] = 0) -> None:
+        self.size = as_int(size, "Cutout", "size", 1)
+        self.fill = [fill] if isinstance(fill, int) else list(fill)
+        if not all(0 <= value <= 255 for value in self.fill):
+            raise ValueError(f"Cutout: fill must be in [0, 255], got {fill}")
+        self._fills: dict[torch.device, torch.Tensor] = {}
+
+    def __call__(self, image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+        top, left = (
+            rng.integer(image.shape[1]) - self.size // 2,
+            rng.integer(image.shape[2]) - self.size // 2,
+        )
+        image = image.clone()
+        image[:, max(0, top) : max(0, top + self.size), max(0, left) : max(0, left + self.size)] = self._fill(image)
+        return image
+
+    def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
+        """The squares as one mask."""
+        height, width = images.shape[2:]
+        boxes = to_device(self._squares(rngs, height, width), images.device)
+        return torch.where(box_mask(boxes, height, width)[:, None], self._fill(images), images)
+
+    def _squares(self, draws: Draws, height: int, width: int) -> NDArray[np.int64]:
+        """(4, n): top, left, height, width; they may reach over the border."""
+        corners = [draws.integer(side) - self.size // 2 for side in (height, width)]
+        return np.stack([*corners, *[np.full(len(draws), self.size)] * 2])
+
+    def draw(self, rngs: ViewRngs, height: int, width: int) -> NDArray[np.int64]:
+        """(5, n) boxes cut off at the border, for a loader's `erase`."""
+        top, left, h, w = self._squares(Draws(erase_keys(rngs)), height, width)
+        bottom, right = np.minimum(top + h, height), np.minimum(left + w, width)
+        top, left = np.maximum(top, 0), np.maximum(left, 0)
+        return np.stack([top, left, np.maximum(bottom - top, 0), np.maximum(right - left, 0), np.zeros_like(top)])
+
+    def _fill(self, images: torch.Tensor) -> torch.Tensor:
+        found = self._fills.get(images.device)
+        if found is None:  # made once per device: a copy from pageable memory would stop the host every time
+            found = torch.tensor(self.fill, dtype=torch.uint8, device=images.device)[:, None, None]
+            self._fills[images.device] = found
+        return found
+
+    def __repr__(self) -> str:
+        return f"Cutout({self.size}, fill={self.fill})"
 
 
 class RandomErasing:
@@ -115,6 +178,15 @@ def noise(key: int, places: NDArray[np.int64]) -> NDArray[np.float32]:
     parts = [(bits >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)]
     total = sum(part.astype(np.int64) for part in parts) - 2 * 65535
     return total.astype(np.float32) * np.float32(NOISE_UNIT)
+
+
+def box_mask(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(n, height, width) bool, true inside the boxes (4, n): top, left, height and width, which may reach outside."""
+    inside = []
+    for start, size, side in ((boxes[0], boxes[2], height), (boxes[1], boxes[3], width)):
+        at = torch.arange(side, device=boxes.device)
+        inside.append((at >= start[:, None]) & (at < (start + size)[:, None]))
+    return inside[0][:, :, None] & inside[1][:, None, :]
 
 
 def erase_(out: torch.Tensor, boxes: torch.Tensor, mode: str, fill: torch.Tensor) -> None:

@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
-from dlb_fast.data.augment import box_mask, to_device
+from dlb_fast.data.augment import to_device
 from dlb_fast.data.batch import Batch
+from dlb_fast.data.erasing import box_mask
 from dlb_fast.data.plan import OverlapPlan, as_int
 from dlb_fast.data.view_rng import Draws
 
