@@ -19,7 +19,7 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint pytest gpu-check bench doctor wheel sdist docs clean
+.PHONY: setup demo test lint pytest gpu-check bench bench-regress doctor wheel sdist docs clean
 setup: $(READY)
 
 # One version-pinned torch, and only where there is none: nothing after it may drag in a second one.
@@ -56,6 +56,10 @@ gpu-check: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks.bench_last_batch
+
+# Against a baseline of this machine: python -m benchmarks.regress --save FILE.json makes one.
+bench-regress: $(READY)
+	$(PY) -m benchmarks.regress
 
 doctor: $(READY)
 	$(PY) -m dlb_fast doctor --self-test

@@ -61,24 +61,32 @@ def table(path: Path) -> None:
         print("no results were written")
         return
     rows: dict[tuple[int, int, str, str], dict[str, float]] = {}
-    loader = []
+    loader, steps = [], []
     for line in path.read_text().splitlines():
         r = json.loads(line)
         if r.get("what") == "loader on a GPU":
             loader.append(r)
             continue
-        cell = rows.setdefault((r["classes"], r["rows"], r["dtype"], r["variant"]), {})
+        if r["bench"] == "step":
+            steps.append(r)
+            continue
+        name = r["variant"] if r["path"] == "autograd" else f"{r['variant']} grad"
+        cell = rows.setdefault((r["classes"], r["rows"], r["dtype"], name), {})
         cell[r["kind"]] = r["median_us"]
         cell["launches"] = r.get("launches", 0)
         if r["kind"] == "device_cold":
             cell["share"] = r["of_copy_bandwidth"]
     heads = ("device us", "of copy", "graph us", "wall us", "launches")
-    print(f"{'C':>7} {'rows':>6} {'dtype':>9} {'variant':<14}" + "".join(f"{head:>10}" for head in heads))
+    print(f"{'C':>7} {'rows':>6} {'dtype':>9} {'variant':<16}" + "".join(f"{head:>10}" for head in heads))
     for (classes, count, dtype, variant), cell in sorted(rows.items()):
         numbers = [cell.get("device_cold"), cell.get("share"), cell.get("graph"), cell.get("wall"), cell["launches"]]
         forms = (".1f", ".1%", ".1f", ".1f", ".0f")
         shown = ["-" if n is None else format(n, form) for n, form in zip(numbers, forms, strict=True)]
-        print(f"{classes:>7} {count:>6} {dtype:>9} {variant:<14}" + "".join(f"{cell:>10}" for cell in shown))
+        print(f"{classes:>7} {count:>6} {dtype:>9} {variant:<16}" + "".join(f"{cell:>10}" for cell in shown))
+    for r in steps:
+        ratio = f"{r['ratio']:.4f} [{r['ratio_low']:.4f}, {r['ratio_high']:.4f}] x {r['base']}"
+        what = f"{r['model']} {r['mode']:<8}{r['variant']:<10}"
+        print(f"step: {what}{r['median_us'] / 1e3:9.2f} ms, {ratio}, peak {r['peak_ratio']:.4f} x")
     for r in loader:
         print(loader_line(r))
 
@@ -108,24 +116,27 @@ def main() -> int:
     report.unlink(missing_ok=True)
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    tests = run("GPU tests", [*pytest, f"--junitxml={report}"], 210)
+    tests = run("GPU tests", [*pytest, f"--junitxml={report}"], 190)
     verdict = proven(report)
     record(verdict, gpu)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer:
         only = ["tests/test_gpu.py", "-k", "every_regime and float32 and (100 or 1000 or 32000)"]
-        clean = run("compute-sanitizer", [sanitizer, "--error-exitcode", "9", *pytest, *only], 90)
+        clean = run("compute-sanitizer", [sanitizer, "--error-exitcode", "9", *pytest, *only], 70)
     else:
         clean = 0
         print("compute-sanitizer is not on this machine: left out")
     bench = [python, "-m", "benchmarks.bench_last_batch", "--device", "cuda", "--seconds", "0.7", "--out", str(results)]
-    benches = run("benchmarks", bench, 200)
-    loader = run("loader", [python, "benchmarks/loader_gpu.py", "--out", str(results)], 60)
+    benches = run("benchmarks of the loss", bench, 170)
+    # It writes after each model and mode: what time does not allow is missing, not wrong.
+    steps = [python, "-m", "benchmarks.bench_step", "--device", "cuda", "--seconds", "3", "--limit", "30"]
+    stepped = run("benchmarks of whole steps", [*steps, "--out", str(results)], 55)
+    loader = run("loader", [python, "benchmarks/loader_gpu.py", "--out", str(results)], 55)
     print(f"\n{gpu}, torch {torch.__version__}; results in {results.relative_to(ROOT)}")
     table(results)
     for name, good in verdict.items():
         print(f"{name}: {'every GPU test passed' if good else 'NOT proven: see the failures above'}")
-    return max(tests != 0, clean != 0, benches != 0, loader != 0)
+    return max(tests != 0, clean != 0, benches != 0, stepped not in (0, 124), loader != 0)
 
 
 if __name__ == "__main__":

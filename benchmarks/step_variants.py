@@ -145,7 +145,7 @@ def official_step(setting: Setting) -> Callable[[], object]:
     held: tuple[Tensor, Tensor] | None = None
     held_logits: Tensor | None = None
 
-    def step() -> float:
+    def step() -> tuple[float, float]:
         nonlocal held, held_logits
         views, labels = (value.to(device) for value in loader_item)
         with setting.autocast():
@@ -158,7 +158,7 @@ def official_step(setting: Setting) -> Callable[[], object]:
                 student, teacher = F.log_softmax(old / TAU, 1), F.softmax(held_logits.detach() / TAU, 1)
                 loss = F.cross_entropy(torch.cat((old, logits)), torch.cat((old_labels, labels)))
                 loss = loss + ALPHA * TAU**2 * F.kl_div(student, teacher, reduction="batchmean")
-        seen = loss.item() + (logits.argmax(1) == labels).float().mean().item()
+        seen = loss.item(), (logits.argmax(1) == labels).float().mean().item()
         held, held_logits = loader_item, logits
         optimizer.zero_grad()
         loss.backward()

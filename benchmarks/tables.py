@@ -31,10 +31,16 @@ def generated(paths: Iterable[Path] | None = None) -> str:
     for path in committed() if paths is None else paths:
         records = read([path])
         for bench, table in TABLES.items():
-            wanted = [r for r in records if r.get("bench") == bench and "sweep" not in r]
+            wanted = latest([r for r in records if r.get("bench") == bench and "sweep" not in r])
             if wanted:
                 sections.append(f"{table(wanted)}\n\n{origin(path, wanted)}")
     return "\n\n".join(sections) + "\n"
+
+
+def latest(records: list[Record]) -> list[Record]:
+    """Without what the same file measured again later."""
+    names = ("kind", "variant", "path", "rows", "classes", "dtype", "model", "size", "mode")
+    return list({tuple(r.get(name) for name in names): r for r in records}.values())
 
 
 def origin(path: Path, records: list[Record]) -> str:
