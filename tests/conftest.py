@@ -67,3 +67,13 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A seeded generator on the device of the test: tests never depend on the global one."""
     device = device_of(request.getfixturevalue("impl")) if "impl" in request.fixturenames else "cpu"
     return torch.Generator(device).manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def gang():
+    """Two ranks on the CPU that call a test module's functions: `gang(function, *arguments)`."""
+    from gang import Gang
+
+    made = Gang()
+    yield made
+    made.close()

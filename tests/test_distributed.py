@@ -1,116 +1,31 @@
-"""Two ranks against one: the same weights where the mathematics says so, exact evaluation, agreement, nothing lost."""
+"""Two ranks against one: the same weights where the mathematics says so, exact evaluation, agreement."""
 
 from __future__ import annotations
 
 import dataclasses
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
-from gang import Gang
-from test_train_resume import differences, final_state
+from ranks import CLASSES, digits, distance, make, network, trained
+from test_train_resume import final_state
 from torch import nn
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.buffer import unpack_state
 from dlb_fast.data.evaluation import EvalLoader
-from dlb_fast.data.resident import ResidentLoader
+from dlb_fast.train import build
 from dlb_fast.train import state as files
-from dlb_fast.train.config import TrainConfig
+from dlb_fast.train.config import RunConfig, TrainConfig, override
 from dlb_fast.train.distributed import Ranks
-from dlb_fast.train.engine import Trainer, TrainingDiverged
+from dlb_fast.train.engine import TrainingDiverged
 from dlb_fast.train.evaluate import evaluate
-from dlb_fast.train.log import RunLog
-from dlb_fast.train.parallel import check_parallel, is_shared, whole_states
+from dlb_fast.train.parallel import check_parallel
 
 torch.set_num_threads(1)
-
-CLASSES, ROWS = 5, 16  # rows of a step over all ranks
-
-
-@pytest.fixture(scope="module")
-def gang():
-    made = Gang()
-    yield made
-    made.close()
-
-
-class digits:
-    def __init__(self, count=56, seed=3):
-        generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
-        self.targets = torch.randint(0, CLASSES, (count,), generator=generator)
-
-    def __len__(self):
-        return len(self.targets)
-
-
-class Block(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return x + torch.tanh(self.conv(x))
-
-
-def network(norm=nn.Identity, dropout=0.0, seed=0):
-    torch.manual_seed(seed)
-    layers = [nn.Conv2d(1, 6, 3, stride=2), norm(6) if norm is not nn.Identity else norm(), nn.Tanh()]
-    layers += [Block(6), Block(6), nn.Flatten(), nn.Dropout(dropout), nn.Linear(6 * 9, CLASSES)]
-    return nn.Sequential(*layers).double()
-
-
-def make(kind="auto", folder=None, *, norm=nn.Identity, dropout=0.0, adam=False, alone=False, **settings):
-    """A trainer on this rank's share of the same batches, in float64."""
-    ranks = Ranks() if alone else Ranks.current()
-    model = network(norm, dropout)
-    torch.manual_seed(17 + ranks.rank)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01) if adam else torch.optim.SGD(
-        model.parameters(), lr=0.05, momentum=0.9
-    )  # fmt: skip
-    rows = ROWS // ranks.world_size
-    place = {"rank": ranks.rank, "world_size": ranks.world_size}
-    loader = ResidentLoader(digits(), rows, dtype=torch.float64, seed=1, **place)
-    shares = EvalLoader(digits(23, 4), 11, dtype=torch.float64, **place)
-    return Trainer(
-        model,
-        LastBatchLoss(CLASSES, capacity=rows // 2, alpha=1.3, temperature=2.0),
-        optimizer,
-        loader,
-        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5),
-        evaluate=lambda net: evaluate(net, shares, ranks=ranks),
-        folder=folder,
-        log=RunLog(folder if ranks.is_main else None, quiet=True),
-        ranks=ranks,
-        **{"distributed": kind, "epochs": 2, "log_every": 1, **settings},
-    )
-
-
-def whole(model):
-    return {name: value.clone() for name, value in whole_states(model.state_dict()).items()}
-
-
-def trained(*arguments, **options):
-    """Whole weights, the remembered rows and the result of a run."""
-    trainer = make(*arguments, **options)
-    result = trainer.fit()
-    average = None if trainer.ema is None else whole(trainer.ema.model)
-    buffer = trainer.criterion.buffer
-    return SimpleNamespace(
-        weights=whole(trainer.model), average=average, logits=buffer.logits.clone(), ids=buffer.ids.clone(), result=result,
-        shared=is_shared(trainer.model), mismatched=int(buffer.mismatched),
-    )  # fmt: skip
 
 
 def on_rank(arguments, options):
     return trained(*arguments, **options)
-
-
-def distance(a, b):
-    assert a.keys() == b.keys()
-    return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
 SETTINGS = {
@@ -335,91 +250,6 @@ def test_what_ranks_can_agree_on(gang):
         assert found[7] == [[0, 0], [1, 1], [1, 1]] and found[8] == "rank 1: broken"
 
 
-# ---- nothing lost
-
-
-def run(folder, kind, settings, resume=False, stop_at=None, alone=False):
-    trainer = make(kind, folder, alone=alone, **settings)
-    if resume:
-        assert trainer.resume() is not None
-    if stop_at is not None:
-        original, last = trainer._optimizer_step, trainer.ranks.world_size - 1
-
-        def stopping():
-            trainer.stop._left = 1  # vote before every step
-            if trainer.step + 1 == stop_at and trainer.ranks.rank == last:
-                trainer.stop.number = signal.SIGTERM
-            original()
-
-        trainer._optimizer_step = stopping
-    result = trainer.fit()
-    assert stop_at is None or (trainer.step, result["stopped_by"]) == (stop_at, "SIGTERM")
-    return whole(trainer.model), result, trainer.state_dict()
-
-
-HARD = {"norm": nn.BatchNorm2d, "dropout": 0.3, "ema": 0.9, "epochs": 3, "checkpoint_every": 4, "eval_every": 4}
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("adam", [False, True])
-def test_stopped_and_resumed_equals_uninterrupted(kind, adam, gang, tmp_path):
-    settings = {**HARD, "adam": adam, "amp": "none" if adam else "fp16"}
-    if settings["amp"] == "fp16":
-        settings["clip_grad"] = 1.0
-    full = gang(run, tmp_path / "whole", kind, settings)
-    gang(run, tmp_path / "part", kind, settings, False, 9)  # between two evaluations
-    part = gang(run, tmp_path / "part", kind, settings, True)
-    for a, b in zip(full, part, strict=True):
-        assert distance(a[0], b[0]) == 0.0
-    a, b = final_state(tmp_path / "whole"), final_state(tmp_path / "part")
-    assert differences(a, b) == [] and len(a["others"]) == 1
-    assert not torch.equal(a["rng"]["torch"], a["others"][0]["rng"]["torch"])
-    exported = [(tmp_path / n / "checkpoints" / "last.safetensors").read_bytes() for n in ("whole", "part")]
-    assert exported[0] == exported[1]
-
-
-CHANGES = [("ddp", None), ("fsdp", None), (None, "fsdp"), (None, "ddp"), ("fsdp", "ddp"), ("ddp", "fsdp")]
-
-
-@pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_a_run_goes_on_with_another_engine_or_number_of_ranks(before, after, gang, tmp_path):
-    """Same global batch: the samples, the remembered rows and the weights continue as if nothing had changed."""
-    settings = {"epochs": 2, "checkpoint_every": 3, "ema": 0.9}
-    expected = trained(alone=True, **settings)
-
-    def go(kind, resume, stop_at=None):
-        if kind is None:
-            return run(tmp_path, "none", settings, resume, stop_at, True)
-        return gang(run, tmp_path, kind, settings, resume, stop_at)[0]
-
-    go(before, False, 5)
-    weights, result, state = go(after, True)
-    assert distance(weights, expected.weights) < 1e-12
-    for name in ("lb", "train_top1", "images_seen"):
-        assert result[name] == pytest.approx(expected.result[name], rel=1e-12)
-    parts = [state, *state["others"]]
-    buffers = [unpack_state(part["criterion"]["_extra_state"]) for part in parts]
-    assert torch.equal(torch.cat([b["ids"] for b in buffers]), expected.ids)
-    assert sum(b["mismatched"] for b in buffers) == 0
-
-
-def resumed_with_damage(folder, kind):
-    trainer = make(kind, folder, checkpoint_every=3)
-    said = []
-    trainer.log.warn = said.append
-    found = trainer.resume()
-    return found.name, trainer.step, said
-
-
-def test_a_damaged_checkpoint_is_skipped_by_all(gang, tmp_path):
-    gang(run, tmp_path, "ddp", {"max_steps": 7, "checkpoint_every": 3})
-    newest = sorted((tmp_path / "checkpoints").glob("step-*.pt"))[-1]
-    newest.write_bytes(newest.read_bytes()[:1000])
-    first, second = gang(resumed_with_damage, tmp_path, "fsdp")
-    assert first[:2] == second[:2] == ("step-000000006.pt", 6)
-    assert newest.name in first[2][0] and second[2] == []
-
-
 # ---- refused
 
 
@@ -439,21 +269,16 @@ def test_engines_are_refused_in_words(monkeypatch):
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    from dlb_fast.train import build
-    from dlb_fast.train.config import RunConfig, override
-
     three = dataclasses.replace(Ranks(0, 3), grouped=True)
     with pytest.raises(ValueError, match="rows of all ranks; 3 ranks expect a multiple of 6, got 128; use 126 or 132"):
         build.build_trainer(override(RunConfig(), batch_size=128), ranks=three)
 
 
 def test_a_gpu_per_rank_is_asked_for(monkeypatch):
-    from dlb_fast.train.build import resolve_device
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     four = Ranks(0, 4, 0, 4, True)
     with pytest.raises(ValueError, match="4 ranks on this machine expect as many GPUs, it has 2"):
-        resolve_device("auto", four)
+        build.resolve_device("auto", four)
     with pytest.raises(ValueError, match="device expects cuda, auto or cpu on 4 ranks, got 'cuda:1'"):
-        resolve_device("cuda:1", four)
+        build.resolve_device("cuda:1", four)

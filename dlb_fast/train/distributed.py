@@ -8,6 +8,7 @@ stop together. Small decisions travel between the hosts (gloo), never through th
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +95,7 @@ class Ranks:
     def leave(self) -> None:
         """Dissolve the process group, after a run that ended well. (A failing process just ends: the others notice.)"""
         if self.grouped and dist.is_initialized():
+            gc.collect()  # a wrapped model keeps the group, whose threads must not outlive the interpreter
             dist.destroy_process_group()
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -172,7 +174,7 @@ class Ranks:
             lost = isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST)
             if not self.several or not lost or isinstance(error, RankError):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].split(". ")[0]
             raise RankError(
                 f"rank {self.rank} of {self.world_size} lost the others ({reason}): another rank ended, its own "
                 f"message says why; continue from the last checkpoint with --resume"
