@@ -43,6 +43,8 @@ def measure(shape: shapes.Shape, dtype_name: str, args: argparse.Namespace, roof
     dtype = getattr(torch, dtype_name)
     torch._dynamo.reset()
     work, missing = variants(shape, dtype, args.device, args.variants, args.paths)
+    if not work:
+        raise SystemExit(f"bench_last_batch: nothing to time; missing: {', '.join(missing) or 'nothing'}")
     check_alike(work)
     times = harness.all_times(work, args.device, seconds=args.seconds)
     inside = {key: {"peak_bytes": memory.peak_bytes(step, args.device)} for key, step in work.items()}
@@ -79,7 +81,7 @@ def main() -> None:
     sizes = shapes.of(args.device, args.sweep)
     dtypes = args.dtypes or (["bfloat16" if on_gpu else "float32"] if args.sweep else ["float32", "bfloat16"])
     env = harness.environment(args.device)
-    roof = harness.copy_bandwidth(args.device)
+    roof = harness.copy_bandwidth(args.device, min(1.0, args.seconds))
     print(f"{env['hardware']}, {env['threads']} threads, torch {env['versions']['torch']}; copy {roof / 1e9:.1f} GB/s")
     for shape in sizes:
         if args.classes and shape.classes not in args.classes:
@@ -92,8 +94,6 @@ def main() -> None:
 
 def report(records: list[dict[str, Any]]) -> None:
     """One line per variant: its time, how many times ours is faster by the same path, and its memory."""
-    if not records:
-        return
     first = records[0]
     missing = ", ".join(first["missing"]) or "nothing"
     print(f"\n{first['rows']} x {first['classes']} {first['dtype']}   missing: {missing}")
