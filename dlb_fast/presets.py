@@ -152,6 +152,10 @@ _IMAGENET_SOURCES = {
     "image_size": f"{_TORCHVISION}: --train-crop-size 176",
     "eval_size": f"{_TORCHVISION}: --val-crop-size 224",
     "eval_resize": f"{_TORCHVISION}: --val-resize-size 232",
+    "rand_augment": f"{_TORCHVISION}: TrivialAugment (ta_wide), which is not built in; 2,9 is the usual RandAugment",
+    "erase_prob": f"{_TORCHVISION}: --random-erase 0.1",
+    "mixup_alpha": f"{_TORCHVISION}: 0.2",
+    "cutmix_alpha": f"{_TORCHVISION}: 1",
     "eval_batch_size": "our choice",
     "num_threads": "our choice: one machine's cores",
     "model": "ResNet-50 v1.5, built in, torchvision's state names",
@@ -178,6 +182,10 @@ _IMAGENET_SHORT_SOURCES = {
     "image_size": f"{_NVIDIA}: 224",
     "eval_size": "as the training crop",
     "eval_resize": f"{_NVIDIA}: 256",
+    "rand_augment": f"{_NVIDIA}: none",
+    "erase_prob": f"{_NVIDIA}: none",
+    "mixup_alpha": f"{_NVIDIA}: none in 90 epochs (0.2 in its 250)",
+    "cutmix_alpha": f"{_NVIDIA}: none",
     "label_smoothing": f"{_NVIDIA}: 0.1",
     "lr": f"{_NVIDIA}: 0.256 per 256 rows",
     "momentum": f"{_NVIDIA}: 0.875",
@@ -223,7 +231,7 @@ def _imagenet() -> dict[str, Preset]:
     common |= {"schedule": "cosine", "warmup_epochs": 2.5, "amp": "bf16", "channels_last": True}
     long = override(
         RunConfig(), **common, image_size=176, eval_size=224, eval_resize=232, lr=0.5, momentum=0.9, weight_decay=2e-5,
-        epochs=300, ema=_EMA,
+        epochs=300, ema=_EMA, erase_prob=0.1, mixup_alpha=0.2, cutmix_alpha=1.0,
     )  # fmt: skip
     short = override(
         RunConfig(), **common, image_size=224, lr=1.024, momentum=0.875, weight_decay=1 / 32768, epochs=45
