@@ -1,22 +1,35 @@
 """What works on this machine and why the rest does not. Never crashes: a check that fails is itself a finding.
 
-Only the standard library is imported here; everything else inside checks that catch whatever comes.
+Only the standard library is imported here. Everything else is imported by checks that catch whatever is raised, and
+first of all in a process apart, because a broken library may also end its process, print, or never come back.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 __all__ = ["examine", "main", "self_test"]
 
-OPTIONAL = ("numpy", "triton", "tyro", "yaml", "safetensors", "tqdm", "matplotlib", "sklearn", "PIL", "simplejpeg")
+OPTIONAL = (
+    "numpy", "triton", "tyro", "yaml", "safetensors", "tqdm", "matplotlib", "sklearn", "PIL", "simplejpeg", "onnx",
+    "onnxscript", "onnxruntime", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
 FRAMEWORKS = ("torchvision", "timm", "lightning", "accelerate", "transformers")
+DISTRIBUTIONS = {"yaml": "PyYAML", "sklearn": "scikit-learn", "PIL": "pillow"}  # where the names differ
+VARIABLES = ("DLB_FAST_", "TRITON_", "CUDA_VISIBLE", "CUDA_HOME", "OMP_NUM", "MKL_NUM", "LD_PRELOAD", "LD_LIBRARY")
+TOOLS = ("c++", "g++", "clang++", "ninja", "nvcc")
+PATIENCE = 240.0  # seconds for one process of checks; importing large frameworks from a cold disk takes a minute
 
 
 def _guarded(check: Callable[[], Any]) -> Any:
@@ -33,7 +46,7 @@ def _torch() -> dict[str, Any]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "version": torch.__version__,
+        **_versions(torch),
         "threads": torch.get_num_threads(),
         "built_for_cuda": torch.version.cuda,
         "gpus": gpus,
@@ -46,15 +59,37 @@ def _built() -> dict[str, Any]:
     return dict(build_info())
 
 
+def _package() -> dict[str, Any]:
+    import dlb_fast
+
+    return {**_versions(dlb_fast), "folder": str(Path(dlb_fast.__file__).parent)}
+
+
+def _versions(module: Any) -> dict[str, Any]:
+    """`version` of what was loaded; `installed_version` as well, where the package manager thinks of another one."""
+    import importlib.metadata
+
+    try:
+        installed = importlib.metadata.version(DISTRIBUTIONS.get(module.__name__, module.__name__))
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    loaded = str(getattr(module, "__version__", None) or installed or "unknown")
+    return {"version": loaded, **({"installed_version": installed} if installed not in (None, loaded) else {})}
+
+
 def _library(name: str) -> dict[str, Any]:
     import importlib
-    import importlib.metadata
     import importlib.util
 
     if importlib.util.find_spec(name) is None:
         return {"installed": False}
-    module = importlib.import_module(name)
-    return {"installed": True, "version": str(getattr(module, "__version__", "unknown"))}
+    return {"installed": True, **_versions(importlib.import_module(name))}
+
+
+def _environment() -> dict[str, Any]:
+    """Variables that change what runs, and the compilers that an installation would find."""
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    return {"variables": variables, "tools": {name: shutil.which(name) for name in TOOLS}}
 
 
 def _implementations() -> dict[str, Any]:
@@ -110,37 +145,97 @@ def self_test() -> dict[str, Any]:
     return report
 
 
+def _checks() -> dict[str, Callable[[], Any]]:
+    libraries = {f"library {name}": partial(_library, name) for name in (*OPTIONAL, *FRAMEWORKS)}
+    own = {"torch": _torch, "dlb_fast": _package, "built": _built, "implementations": _implementations, "auto": _picks}
+    return {**own, "self_test": self_test, **libraries}
+
+
+def _serve(names: Sequence[str]) -> None:
+    """The process apart: run checks in order, a line of JSON for each; what libraries print goes nowhere."""
+    answers = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    checks = _checks()
+    for name in names:
+        os.write(answers, json.dumps([name, _guarded(checks[name])]).encode() + b"\n")
+
+
+def _apart(names: Sequence[str]) -> dict[str, Any]:
+    """Results of checks that were run in a process apart; one that ends that process is blamed and the rest go on."""
+    results: dict[str, Any] = {}
+    while left := [name for name in names if name not in results]:
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from dlb_fast import doctor; doctor._serve({left!r}); "
+            "import os; os._exit(0)"  # how libraries behave at exit is not the question
+        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=PATIENCE,
+            )  # fmt: skip
+            output, end = done.stdout, _how_it_ended(done.returncode)
+        except subprocess.TimeoutExpired as error:
+            output, end = error.stdout or b"", f"did not come back within {PATIENCE:g} seconds"
+        except OSError:  # no process can be started here: all that is left is to try it in this one
+            return {**results, **{name: _guarded(_checks()[name]) for name in left}}
+        for line in output.splitlines():
+            results.update([json.loads(line)])
+        lost = [name for name in left if name not in results]
+        if lost:
+            results[lost[0]] = {"error": end}
+    return results
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended its process with exit code {code}"
+    try:
+        return f"ended its process by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"ended its process by signal {-code}"
+
+
 def examine(*, with_self_test: bool = False) -> dict[str, Any]:
     """The whole report as plain values.
 
     Example:
         >>> sorted(examine())[:3]
-        ['auto', 'dlb_fast', 'frameworks']
+        ['auto', 'built', 'dlb_fast']
     """
+    own = {name: check for name, check in _checks().items() if name != "self_test"}
+    apart = _apart([*own, *(["self_test"] if with_self_test else [])])
+
+    def here(name: str) -> Any:
+        """In this process, where its twin came through: a torch that is imported by halves crashes the exit."""
+        if isinstance(apart[name], dict) and "error" in apart[name]:
+            return apart[name]
+        return _guarded(own[name])
+
     report = {
         "python": sys.version.split()[0],
+        "executable": sys.executable,
         "platform": platform.platform(),
-        "torch": _guarded(_torch),
-        "dlb_fast": _guarded(lambda: __import__("dlb_fast").__version__),
-        "built": _guarded(_built),
-        "implementations": _guarded(_implementations),
-        "auto": _guarded(_picks),
-        "libraries": {name: _guarded(partial(_library, name)) for name in OPTIONAL},
-        "frameworks": {name: _guarded(partial(_library, name)) for name in FRAMEWORKS},
+        "environment": _guarded(_environment),
+        **{name: here(name) for name in ("torch", "dlb_fast", "built", "implementations", "auto")},
+        "libraries": {name: apart[f"library {name}"] for name in OPTIONAL},
+        "frameworks": {name: apart[f"library {name}"] for name in FRAMEWORKS},
     }
     if with_self_test:
-        report["self_test"] = _guarded(self_test)
+        report["self_test"] = apart["self_test"]
     return report
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
-    lines = [f"dlb_fast {_short(report['dlb_fast'])}, Python {report['python']}, {report['platform']}"]
+    package = report["dlb_fast"]
+    where = f" in {package['folder']}" if "folder" in package else ""
+    lines = [f"dlb_fast {_short(package)}{where}", f"Python {report['python']} ({report['executable']})"]
+    lines.append(report["platform"])
     torch = report["torch"]
     if "error" in torch:
         lines.append(f"torch: {torch['error']}")
     else:
         gpus = ", ".join(torch["gpus"]) or "no GPU visible"
-        lines.append(f"torch {torch['version']} (CUDA {torch['built_for_cuda']}), {torch['threads']} threads, {gpus}")
+        lines.append(f"torch {_short(torch)} (CUDA {torch['built_for_cuda']}), {torch['threads']} threads, {gpus}")
     if "error" not in report["built"]:  # absent beside another Python than the builder's, and in pure Python installs
         built = report["built"]
         cuda = f"CUDA {built['cuda_archs']}" if built["cuda_archs"] else "no CUDA"
@@ -159,6 +254,13 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"  auto: {report['auto']['error']}")
     else:
         lines += [f'  impl="auto" on {device}: {name}' for device, name in report["auto"].items()]
+    environment = report["environment"]
+    if "error" in environment:
+        lines.append(f"environment: {environment['error']}")
+    else:
+        found = [name for name, path in environment["tools"].items() if path]
+        lines.append(f"compilers: {', '.join(found) or 'none on the PATH'}")
+        lines.append("set: " + (", ".join(f"{k}={v}" for k, v in environment["variables"].items()) or "nothing"))
     for title in ("libraries", "frameworks"):
         lines.append(f"{title}: " + ", ".join(f"{name} {_short(state)}" for name, state in report[title].items()))
     for name, result in report.get("self_test", {}).items():
@@ -173,21 +275,31 @@ def _lines(report: dict[str, Any]) -> list[str]:
 
 
 def _short(state: Any) -> str:
-    if not isinstance(state, dict):
-        return str(state)
     if "error" in state:
         return f"broken ({state['error']})"
-    return state["version"] if state["installed"] else "not installed"
+    if not state.get("installed", True):
+        return "not installed"
+    if "installed_version" in state:
+        return f"{state['version']} LOADED, {state['installed_version']} INSTALLED"
+    return state["version"]
+
+
+def _failed(report: dict[str, Any]) -> bool:
+    if any("error" in report[name] for name in ("torch", "dlb_fast", "implementations", "auto")):
+        return True
+    tests = report.get("self_test", {})
+    return "error" in tests or any(test["ran"] and not test["passed"] for test in tests.values())
 
 
 def main(argv: list[str]) -> int:
-    """`dlb-fast doctor [--json] [--self-test]`; 0, or 1 when a self-test fails."""
+    """`dlb-fast doctor [--json] [--self-test]`; 1 when the losses cannot run here or a self-test fails, else 0."""
     parser = argparse.ArgumentParser(prog="dlb-fast doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--self-test", action="store_true", help="run every implementation against the reference")
     args = parser.parse_args(argv)
     report = examine(with_self_test=args.self_test)
-    print(json.dumps(report, indent=1) if args.json else "\n".join(_lines(report)))
-    tests = report.get("self_test", {})
-    failed = "error" in tests or any(isinstance(t, dict) and t.get("ran") and not t["passed"] for t in tests.values())
-    return int(failed)
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print("\n".join(["Copy everything below into an issue.", "", *_lines(report)]))
+    return int(_failed(report))
