@@ -61,7 +61,7 @@ def erased(value, box, stride, fill, y, x, c, WIDTH: tl.constexpr, C: tl.constex
 
 @triton.jit
 def finish_kernel(
-    source, out, boxes, scale, bias, fill, rows, stride_n, stride_y, stride_x, stride_c,
+    source, out, boxes, scale, bias, fill, stride_box, stride_n, stride_y, stride_x, stride_c,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`BLOCK` values of one view; `source` (n, h, w, c) contiguous uint8."""
@@ -72,7 +72,7 @@ def finish_kernel(
     y, x = pixel // WIDTH, pixel % WIDTH
     value = tl.load(source + view * (HEIGHT * WIDTH * C) + place, mask=valid, other=0).to(tl.float32)
     value = value * tl.load(scale + c) + tl.load(bias + c)
-    value = erased(value, boxes + view, rows, fill, y, x, c, WIDTH, C, MODE)
+    value = erased(value, boxes + view, stride_box, fill, y, x, c, WIDTH, C, MODE)
     target = out + view * stride_n + y.to(tl.int64) * stride_y + x * stride_x + c * stride_c
     tl.store(target, value.to(out.dtype.element_ty), mask=valid)
 
@@ -82,8 +82,8 @@ def finish_triton(normalise: Normalise, out: torch.Tensor, x: torch.Tensor, boxe
     assert normalise.erase is not None and boxes.shape == (BOX_COLUMNS, len(x))
     n, height, width, channels = x.shape
     scale, bias = normalise.per_channel(out.device, channels)
-    boxes, x = boxes.contiguous(), x.contiguous()
+    assert x.is_contiguous() and boxes.stride(1) == 1
     finish_kernel[(n, triton.cdiv(height * width * channels, _BLOCK))](
-        x, out, boxes, scale, bias, normalise.fill(out.device, channels), n, *out.stride(),
+        x, out, boxes, scale, bias, normalise.fill(out.device, channels), boxes.stride(0), *out.stride(),
         HEIGHT=height, WIDTH=width, C=channels, MODE=MODES.index(normalise.erase.mode), BLOCK=_BLOCK,
     )  # fmt: skip
