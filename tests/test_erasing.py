@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_device_stream import Streams
 
 from dlb_fast.data import (
     Compose,
@@ -22,8 +23,10 @@ from dlb_fast.data import (
     SampledLoader,
     ViewPairSampler,
     _hash,
+    pipeline,
     synthetic,
 )
+from dlb_fast.data.device_stream import CudaStage
 from dlb_fast.data.erasing import NOISE_UNIT, erase_, erase_by_mask, erase_keys, noise
 from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.view_rng import ViewRng, ViewRngs
@@ -109,6 +112,21 @@ def test_views_cut_on_the_device_are_erased_alike(erase: Any, repeat: bool) -> N
     options: dict[str, Any] = {"transform": Compose([RandomResizedCrop(8), Flip(), Cutout(3)]), "erase": erase}
     options |= {"num_threads": 3, "check_threads": False, "drop_last": False, "repeat": repeat, **NORM}
     same(*(epochs(OverlapLoader(data(), 8, augment_on=where, **options)) for where in ("device", "host")))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_cuda_erases_alike(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes travel with the targets, so streams that run late erase the right views."""
+    streams = Streams(seed)
+
+    def make_stage(device: torch.device, normalise: Normalise, copy_stream: Any = None) -> CudaStage:
+        return CudaStage(torch.device("cpu"), normalise, api=streams, copy_stream="copy")
+
+    monkeypatch.setattr(pipeline, "make_stage", make_stage)
+    options: dict[str, Any] = {"transform": VIEWS, "seed": 4, "drop_last": False, "erase": ERASERS[2], **NORM}
+    got = epochs(OverlapLoader(data(), 8, num_threads=3, depth=1, check_threads=False, **options), 20)
+    streams.finish()
+    same(got, epochs(ResidentLoader(data(), 8, **options), 20))
 
 
 def test_row_samplers_erase_too() -> None:
@@ -197,7 +215,8 @@ def finished(erase: Any, road: Any, dtype: torch.dtype, channels_last: bool, cha
     normalise = Normalise(**norm, dtype=dtype, channels_last=channels_last, erase=erase)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (6, 17, 13, channels), dtype=torch.uint8, generator=generator)
-    boxes = torch.from_numpy(erase.draw(ViewRngs(0, 1, np.arange(6), 0), 17, 13))
+    boxes = torch.zeros(7, 9, dtype=torch.int64)[2:, :6]  # rows of a larger table, as they arrive on a device
+    boxes.copy_(torch.from_numpy(erase.draw(ViewRngs(0, 1, np.arange(6), 0), 17, 13)))
     boxes[2:4, 2] = 0
     out = normalise.empty(x.shape, x.dtype, torch.device("cpu"))
     road(normalise, out, x, boxes)
