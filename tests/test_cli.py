@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import yaml
 
 from dlb_fast import cli
 from dlb_fast.presets import PRESETS, get_preset, to_yaml
-from dlb_fast.train.config import load_config
+from dlb_fast.train.config import load_config, override
 from dlb_fast.train.methods import resolve
 from dlb_fast.train.run_folder import RunFolder
 
@@ -59,6 +60,52 @@ def test_flags_override_the_file_and_the_file_the_preset(here):
     assert (config.optim.lr, config.loss.alpha) == (0.5, 0.75)
     assert (config.data.source, config.data.flip) == ("synthetic:40,3,8", False)
     assert config.data.label_noise == get_preset("digits").config.data.label_noise  # from the preset
+
+
+def test_the_start_says_where_the_numbers_come_from(here, capsys):
+    Path("c.yaml").write_text("optim: {lr: 0.5}\ndata: {source: 'synthetic:40,2,8', per_class: null}\n")
+    flags = ["--batch-size", "20", "--max-steps", "2", "--lr", "0.25"]
+    assert cli.main(["train", "--preset", "digits", "--config", "c.yaml", *flags, "--out", "r"]) == 0
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == (
+        "config from preset digits; then c.yaml: source digits -> synthetic:40,2,8, per_class 20 -> None, "
+        "lr 0.05 -> 0.5; then flags: batch_size 40 -> 20, lr 0.5 -> 0.25, max_steps None -> 2"
+    )
+    assert cli.main(["train", "--config", "c.yaml", "--batch-size", "20", "--max-steps", "2", "--out", "s"]) == 0
+    assert capsys.readouterr().err.startswith("config from defaults; then c.yaml: source digits -> synthetic")
+
+
+def test_smoke_goes_through_everything_and_leaves_nothing(here, capsys, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(here))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    flags = ["--preset", "cifar100-resnet32-dlb", "--model", "small_cnn", "--trackers", "wandb"]  # never started
+    assert cli.main(["train", "--smoke", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "training, evaluation, checkpoint and resume work" in out
+    assert "synthetic:160,10,32: 2 steps of 16 rows" in err and "continuing from" in err
+    assert list(here.iterdir()) == []
+
+
+def test_smoke_on_real_data_in_a_named_folder(here, capsys):
+    assert cli.main(["train", "--smoke", "--preset", "digits", "--data", "digits", "--out", "r", "--quiet"]) == 0
+    config = RunFolder("r").read_config()
+    assert (config.data.source, config.train.max_steps, config.data.per_class) == ("digits", 4, 20)
+    assert json.loads(Path("r/result.json").read_text())["step"] == 4
+    assert "leave --resume out" in failing(["train", "--smoke", "--resume", "--out", "r"], capsys)
+
+
+def test_smoke_finds_what_would_fail_later(here, capsys, monkeypatch):
+    monkeypatch.setattr("dlb_fast.train.smoke.evaluate_run", lambda *a, **k: {"top1": 2.0})
+    assert "top-1 of the written weights is 2.0" in failing(["train", "--smoke", "--preset", "digits"], capsys)
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith("imagenet")])
+def test_every_recipe_can_be_rehearsed(name):
+    from dlb_fast.train.distributed import Ranks
+    from dlb_fast.train.smoke import rehearse
+
+    config = override(get_preset(name).config, model="small_cnn")
+    assert rehearse(config, quiet=True, ranks=Ranks())["count"] > 0
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, capsys):

@@ -296,8 +296,8 @@ class TrainArgs:
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue: alone, the newest run under runs/; with --out, that one."""
     smoke: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A rehearsal of seconds: four short steps with evaluation, checkpoint and resume, on synthetic images of the right
-    size unless --data is given."""
+    """A rehearsal of seconds: four short steps with evaluation, checkpoint and resume, on synthetic images unless --data
+    is given."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """No progress on the console."""
     run: RunConfig = field(default_factory=RunConfig)

@@ -15,13 +15,13 @@ from .run_folder import RunFolder
 
 __all__ = ["rehearse", "shortened"]
 
-STEPS, ROWS, CLASSES = 4, 16, 10
+STEPS, ROWS, CLASSES, PIXELS = 4, 16, 10, 64
 
 
 def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
     """The config cut down to four steps of at most 16 rows, evaluated and saved at every second, without trackers.
 
-    Its images become random ones of ten classes and of the size it asks for, unless `real_data`.
+    Its images become random ones of ten classes, of the size it asks for but at most 64 pixels, unless `real_data`.
 
     Example:
         >>> from dlb_fast.presets import get_preset
@@ -29,7 +29,7 @@ def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
         'synthetic:160,10,32'
     """
     if not real_data:
-        size = {"digits": 8, "synthetic": 8}.get(config.data.source.split(":")[0], config.data.image_size)
+        size = {"digits": 8, "synthetic": 8}.get(config.data.source.split(":")[0], min(PIXELS, config.data.image_size))
         source = f"synthetic:{ROWS * CLASSES},{CLASSES},{size}"
         # asymmetric noise confuses the classes of one certain set
         config = override(config, source=source, per_class=None, noise_kind="symmetric")
