@@ -105,11 +105,13 @@ def test_one_wheel_serves_every_python(tmp_path):
 def test_the_sdist_holds_all_sources_and_no_tests(sources, tmp_path):
     sdist = build("build_sdist", sources, tmp_path, "none")
     with tarfile.open(sdist) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-        files = {name for name in names if "." in Path(name).name and ".egg-info" not in name}
+        files = {
+            member.name.split("/", 1)[1] for member in archive if member.isfile() and ".egg-info/" not in member.name
+        }
     kept = {"setup.py", "pyproject.toml", "setup.cfg", "MANIFEST.in", "CMakeLists.txt", "README.md", "CHANGELOG.md"}
+    kept |= {"LICENSE", "PKG-INFO", "dlb_fast/py.typed"}
     csrc = {str(path.relative_to(sources)) for path in (sources / "csrc").rglob("*") if path.is_file()}
-    assert csrc and files == kept | {"PKG-INFO", "dlb_fast/py.typed"} | python_files(sources) | csrc
+    assert csrc and files == kept | python_files(sources) | csrc
 
 
 def undefined_symbols(library: Path) -> set[str]:
