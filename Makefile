@@ -19,7 +19,7 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint pytest gpu-check bench bench-regress doctor wheel sdist docs clean
+.PHONY: setup integrations demo test lint pytest gpu-check bench bench-regress doctor wheel sdist docs clean
 setup: $(READY)
 
 # One version-pinned torch, and only where there is none: nothing after it may drag in a second one.
@@ -34,6 +34,11 @@ $(VENV)/.ready: $(SOURCES)
 .built: $(SOURCES)
 	$(PY) setup.py build_ext --inplace
 	touch $@
+
+# The frameworks whose integrations CI tests with the real thing; torch has to be there first. timm is left out: wheels of
+# torchvision want a torch of their own.
+integrations: $(READY)
+	$(PY) -m pip install -q "lightning>=2.6" "transformers>=5.0" "accelerate>=1.10"
 
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 

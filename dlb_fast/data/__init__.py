@@ -32,6 +32,7 @@ from dlb_fast.data.rand_augment import RandAugment
 from dlb_fast.data.resident import ResidentLoader
 from dlb_fast.data.sampled_loader import SampledLoader
 from dlb_fast.data.sampler import IndexedDataset, OverlapBatchSampler, SampleIndex, collate_overlap
+from dlb_fast.data.tracked import TrackedLoader
 from dlb_fast.data.two_views import TwoViews, pair_halves
 from dlb_fast.data.view_rng import ViewRng, ViewRngs, view_key
 
@@ -66,6 +67,7 @@ __all__ = [
     "SampledLoader",
     "TarShards",
     "TinyImageNet",
+    "TrackedLoader",
     "TwoViews",
     "ViewPairSampler",
     "ViewRng",

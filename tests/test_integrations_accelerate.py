@@ -1,0 +1,127 @@
+"""register_last_batch with a real Accelerator: save_state in the middle of an epoch, load_state, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from frameworks import reason_against
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dlb_fast import LastBatchLoss
+from dlb_fast.data import (
+    IndexedDataset,
+    OverlapBatchSampler,
+    OverlapLoader,
+    ResidentLoader,
+    collate_overlap,
+    synthetic,
+)
+
+if REASON := reason_against("accelerate"):
+    pytest.skip(REASON, allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import send_to_device, set_seed  # noqa: E402
+
+from dlb_fast.integrations.accelerate import register_last_batch  # noqa: E402
+
+DATA = synthetic("train", length=56, num_classes=4, size=8)
+EPOCHS = 3  # of 7 steps
+
+
+def torch_loader(workers=0):
+    data = IndexedDataset(DATA, lambda image, rng: image.float() / 255)
+    sampler = OverlapBatchSampler(data, 16)
+    return DataLoader(data, batch_sampler=sampler, collate_fn=collate_overlap, num_workers=workers)
+
+
+LOADERS = {
+    "resident": lambda: ResidentLoader(DATA, 16),
+    "overlap": lambda: OverlapLoader(DATA, 16, num_threads=1),
+    "DataLoader": torch_loader,
+    "DataLoader with workers": lambda: torch_loader(2),
+}
+
+
+def run(folder, kind, *, save_after=None, resume=False, register=register_last_batch, accumulate=1):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    set_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    net, optimizer = accelerator.prepare(net, optimizer)
+    criterion = LastBatchLoss(4)
+    loader = register(accelerator, criterion, LOADERS[kind]())
+    if resume:
+        accelerator.load_state(folder)
+    steps = 0
+    while loader.epoch < EPOCHS:
+        for batch in loader:
+            with accelerator.accumulate(net):
+                batch = send_to_device(batch, accelerator.device)
+                accelerator.backward(criterion(net(batch.images), batch.targets, batch.ids))
+                optimizer.step()
+                optimizer.zero_grad()
+            steps += 1
+            if steps == save_after:
+                accelerator.save_state(folder)
+    assert criterion.buffer.mismatched == 0
+    return torch.cat([value.flatten() for value in net.state_dict().values()])
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("save_after", [3, 7, 11])
+def test_resume_is_bit_identical(tmp_path, kind, save_after):
+    whole = run(tmp_path, kind, save_after=save_after)
+    assert torch.equal(run(tmp_path, kind, resume=True), whole)
+
+
+def test_accumulation_is_continued_where_it_was(tmp_path):
+    whole = run(tmp_path, "DataLoader", save_after=5, accumulate=2)
+    assert torch.equal(run(tmp_path, "DataLoader", resume=True, accumulate=2), whole)
+
+
+def test_registering_criterion_and_loader_alone_does_for_one_process(tmp_path):
+    def register(accelerator, criterion, loader):
+        accelerator.register_for_checkpointing(criterion, loader)
+        return accelerator.prepare(loader)  # leaves our loaders as they are
+
+    whole = run(tmp_path, "overlap", save_after=11, register=register)
+    assert torch.equal(run(tmp_path, "overlap", resume=True, register=register), whole)
+
+
+def test_a_prepared_criterion_is_saved_as_a_model_is(tmp_path):
+    """safetensors takes tensors only, and the memory is one."""
+    accelerator = Accelerator(cpu=True)
+    criterion = accelerator.prepare(LastBatchLoss(4))
+    criterion(torch.randn(4, 4), torch.arange(4), torch.arange(4))
+    accelerator.save_state(tmp_path)
+    kept = criterion.buffer.logits.clone()
+    criterion.reset()
+    accelerator.load_state(tmp_path)
+    assert torch.equal(criterion.buffer.logits, kept)
+
+
+def test_refusals():
+    accelerator, criterion = Accelerator(cpu=True), LastBatchLoss(4)
+    with pytest.raises(TypeError, match="went through accelerator.prepare"):
+        register_last_batch(accelerator, criterion, accelerator.prepare(torch_loader()))
+    with pytest.raises(TypeError, match="expected a DataLoader with batch_sampler=OverlapBatchSampler"):
+        register_last_batch(accelerator, criterion, DataLoader(DATA))
+    with pytest.raises(ValueError, match="made as rank 1 of 2, but this process is rank 0 of 1"):
+        register_last_batch(accelerator, criterion, ResidentLoader(DATA, 16, rank=1, world_size=2))
+    with pytest.raises(ValueError, match=r"makes batches on meta, the model is on cpu"):
+        loader = ResidentLoader(DATA, 16)
+        loader.device = torch.device("meta")
+        register_last_batch(accelerator, criterion, loader)
+    with pytest.raises(TypeError, match="expected an accelerate.Accelerator, got str"):
+        register_last_batch("cpu", criterion, LOADERS["resident"]())
+
+
+def test_a_prepared_loader_cannot_undo_a_resume():
+    """What happens to those who prepare the DataLoader all the same: an error instead of the first epoch again."""
+    loader = torch_loader()
+    loader.batch_sampler.load_state_dict({**loader.batch_sampler.state_dict(), "epoch": 2, "step": 3})
+    with pytest.raises(ValueError, match=r"epoch 0 would undo the state that was just loaded \(epoch 2, step 3\)"):
+        next(iter(Accelerator(cpu=True).prepare(loader)))

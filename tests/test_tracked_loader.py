@@ -1,0 +1,141 @@
+"""TrackedLoader, and what loaders do when frameworks announce epochs, rewind them, or start them on the wrong rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from dlb_fast.data import (
+    Batch,
+    IndexedDataset,
+    OverlapBatchSampler,
+    ResidentLoader,
+    TrackedLoader,
+    collate_overlap,
+    synthetic,
+)
+
+N, ROWS = 40, 8  # 10 steps an epoch
+DATA = TensorDataset(torch.arange(N))
+
+
+def as_is(image, rng):
+    return image
+
+
+def loader(workers=0, collate=None, **options):
+    data = IndexedDataset(synthetic("train", length=N, num_classes=4, size=8), as_is) if collate else DATA
+    sampler = OverlapBatchSampler(N, ROWS, seed=3)
+    return DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=collate, **options)
+
+
+def ids(batches):
+    return [batch[0].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_resumes_exactly_whatever_was_prefetched(workers):
+    whole = TrackedLoader(loader(workers))
+    want = [ids(whole) for _ in range(3)]
+    for stop in (1, 4, 9, 10):
+        first = TrackedLoader(loader(workers))
+        for _, _batch in zip(range(stop), first, strict=False):
+            pass
+        state = first.state_dict()
+        assert (state["epoch"], state["step"]) == divmod(stop, 10)
+        second = TrackedLoader(loader(workers))
+        second.load_state_dict(state)
+        got = [ids(second) for _ in range(2)]
+        assert (got[0] == want[0][stop:]) if stop < 10 else (got == want[1:])
+        assert second.epoch == (2 if stop < 10 else 3)
+
+
+def test_its_face_is_that_of_the_loaders():
+    tracked = TrackedLoader(loader(collate=collate_overlap), device="cpu")
+    assert (len(tracked), tracked.batch_size, tracked.plan.length, tracked.rank) == (10, ROWS, N, 0)
+    assert all(isinstance(batch, Batch) for batch in tracked)
+    tracked.set_epoch(5)
+    assert tracked.epoch == 5 and next(iter(tracked)).epoch == 5
+    tracked.close()
+
+
+def test_batches_of_every_shape_are_moved():
+    made = {"a": [torch.ones(2)], "b": (torch.ones(1), "x"), "c": 3}
+    batch = next(iter(TrackedLoader(loader(collate=lambda rows: made), "meta")))
+    assert batch["a"][0].device.type == batch["b"][0].device.type == "meta"
+    assert (batch["b"][1], batch["c"]) == ("x", 3)
+
+
+@pytest.mark.parametrize("wrong", [DataLoader(DATA, batch_size=4), [1, 2]], ids=["plain DataLoader", "list"])
+def test_other_loaders_are_refused(wrong):
+    with pytest.raises(TypeError, match=r"expected a DataLoader with batch_sampler=OverlapBatchSampler"):
+        TrackedLoader(wrong)
+
+
+def test_making_an_iterator_leaves_the_random_numbers_alone():
+    """A resumed run makes one iterator more: dropout must not notice."""
+    torch.manual_seed(1)
+    want = torch.rand(3)
+    torch.manual_seed(1)
+    tracked = TrackedLoader(loader())
+    next(iter(tracked))
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_the_seeds_of_the_workers_differ_between_epochs_and_not_between_runs():
+    drawn = []
+    sampler = OverlapBatchSampler(N, ROWS, seed=3)
+
+    class Probe:
+        def __iter__(self):
+            drawn.append(torch.empty((), dtype=torch.int64).random_().item())
+            return iter(sampler)
+
+    for _ in range(3):
+        list(sampler.track(Probe()))
+    assert len(set(drawn)) == 3
+    again, drawn[:] = list(drawn), []
+    sampler = OverlapBatchSampler(N, ROWS, seed=3)
+    for _ in range(3):
+        list(sampler.track(Probe()))
+    assert drawn == again
+
+
+@pytest.mark.parametrize("make", [lambda: ResidentLoader(synthetic("train", length=N, num_classes=4, size=8), ROWS),
+                                  lambda: TrackedLoader(loader())], ids=["resident", "tracked"])  # fmt: skip
+def test_a_resume_is_not_undone_silently(make):
+    first = make()
+    for _ in range(2):
+        list(first)
+    second = make()
+    second.load_state_dict(first.state_dict())
+    second.set_epoch(2)
+    with pytest.raises(ValueError, match=r"epoch 0 would undo the state that was just loaded \(epoch 2, step 0\)"):
+        second.set_epoch(0)
+    next(iter(second))
+    second.set_epoch(0)  # once batches are taken it is a choice like any other
+    assert second.epoch == 0
+
+
+def test_an_announced_epoch_does_not_rewind_what_was_drawn_ahead():
+    """Lightning makes the iterator, workers draw a short epoch to its end, then the same epoch is announced."""
+    source = loader(workers=2, prefetch_factor=8)
+    batches = iter(source)
+    assert source.batch_sampler.epoch == 1  # all drawn, nothing delivered
+    source.batch_sampler.sampler.set_epoch(0)
+    assert len(list(batches)) == 10
+    source.batch_sampler.sampler.set_epoch(1)
+    assert next(iter(source))[0].tolist() == source.batch_sampler.indices(1, 0)
+    resident = ResidentLoader(synthetic("train", length=N, num_classes=4, size=8), ROWS)
+    resident.sampler.set_epoch(4)
+    assert resident.epoch == 4
+
+
+def test_a_loader_made_before_the_process_group_says_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match=r"WORLD_SIZE=2, but torch.distributed is not initialised yet"):
+        OverlapBatchSampler(N, ROWS)
+    OverlapBatchSampler(N, ROWS, rank=1, world_size=2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    OverlapBatchSampler(N, ROWS)
