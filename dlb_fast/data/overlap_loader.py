@@ -173,6 +173,11 @@ class OverlapLoader:
         """Worker threads."""
         return self._settings.num_threads
 
+    @property
+    def sampler(self) -> OverlapLoader:
+        """Itself, for frameworks that announce the epoch by `loader.sampler.set_epoch` (Lightning, timm)."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Start `epoch` from its first batch; nothing happens when it is the current one."""
         self._cursor.set_epoch(epoch)

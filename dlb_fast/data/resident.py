@@ -116,6 +116,11 @@ class ResidentLoader:
         """Epoch of the next batch to deliver."""
         return self._cursor.epoch
 
+    @property
+    def sampler(self) -> ResidentLoader:
+        """Itself, for frameworks that announce the epoch by `loader.sampler.set_epoch` (Lightning, timm)."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Start `epoch` from its first batch; nothing happens when it is the current one (so a resume stays exact)."""
         self._cursor.set_epoch(epoch)
