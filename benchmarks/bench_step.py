@@ -6,7 +6,7 @@
 The variants (`benchmarks/step_variants.py`) run in turn, in shuffled order, in one process. One percent is less than
 what a shared machine varies from minute to minute, so the verdict comes from paired differences: every round gives one
 ratio of a variant's time to that round's CE, and the median of the ratios has a 95 % interval by bootstrap over the
-rounds. `ce_again` is a second copy of CE: its ratio shows what the method reads where nothing differs, and where that
+rounds. `ce_again` is CE once more: its ratio shows what the method reads where nothing differs, and where that
 strays as far as the bar there is no verdict. On the CPU the ratios are of CPU time (one thread by default), which
 leaves out what other processes took; `wall_ratio` is recorded beside it. Peak memory is all that is allocated from
 before the model is made until its steps are done: parameters, momentum, batch, buffer, activations.
@@ -23,18 +23,19 @@ import torch
 
 from . import harness, memory
 from .results_file import verdicts
-from .step_variants import VARIANTS, Setting, build
+from .step_variants import VARIANTS, Rig, Setting, able, build
 
 
 def measure(setting: Setting, wanted: list[str], seconds: float) -> list[dict[str, Any]]:
     """A record per variant; the first of ``wanted`` is what the others are divided by."""
     calls = 6 if setting.mode == "graph" else 2  # a graph is captured after three ordinary steps
     peaks = {
-        name: memory.peak_of(lambda name=name: build(name, setting), setting.device, calls)  # type: ignore[misc]
+        name: memory.peak_of(lambda name=name: build(name, setting, Rig(setting)), setting.device, calls)  # type: ignore[misc]
         for name in wanted
-        if not (name == "official" and setting.mode == "graph")
+        if able(name, setting)
     }
-    steps = {name: step for name in wanted if (step := build(name, setting)) is not None}
+    rig = Rig(setting)
+    steps = {name: build(name, setting, rig) for name in peaks}
     for step in steps.values():
         for _ in range(calls):
             step()

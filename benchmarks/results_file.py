@@ -21,8 +21,8 @@ BAR_TIME, BAR_MEMORY = 1.03, 1.01  # a whole step with DLB over one with CE, fro
 def verdicts(dlb: Record, records: list[Record]) -> str:
     """Whether a step with DLB keeps the bars, beside records of the same run.
 
-    In time, `met` or `missed` where the whole interval lies on one side of the bar and the control, a second copy of
-    the baseline, stays within it; otherwise `undecided`.
+    In time, `met` or `missed` where the whole interval lies on one side of the bar and the control, the
+    baseline once more, stays within it; otherwise `undecided`.
     """
     control = [r for r in records if r["variant"] == "ce_again" and same_step(r, dlb)]
     quiet = bool(control) and all(1 / BAR_TIME <= r["ratio_low"] <= r["ratio_high"] <= BAR_TIME for r in control)

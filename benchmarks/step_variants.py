@@ -1,9 +1,10 @@
 """Whole training steps that do the same work on the same rows, each written as its users write it.
 
-A step is forward, loss, backward and SGD on one model of its own. The batch is ``[old | new]``, two views of as many
-samples. ``official`` is the published loop (Meta-knowledge-Lab/DLB@8949a46 ``dlb.py``): the loader's two-view batch
-and the one before it wait on the host and are both moved in every step, the halves go through the network one after
-the other, the last logits are kept with their graph, and loss and accuracy are read on the host.
+A step is forward, loss, backward and SGD. The variants of a run take turns on one network, because two copies of one
+need not take the same time. The batch is ``[old | new]``, two views of as many samples. ``official`` is the published
+loop (Meta-knowledge-Lab/DLB@8949a46 ``dlb.py``): the loader's two-view batch and the one before it wait on the host and
+are both moved in every step, the halves go through the network one after the other, the last logits are kept with their
+graph, and loss and accuracy are read on the host.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dlb_fast.train.step import accepted_inputs, training_loss
 TAU, ALPHA = 3.0, 1.0
 VARIANTS = {
     "ce": "plain cross entropy over the same rows, one forward",
-    "ce_again": "a second copy of ce: what this measurement calls a difference where there is none",
+    "ce_again": "the same once more: what this measurement calls a difference where there is none",
     "dlb": "LastBatchLoss, one forward",
     "eager": "the DLB loss in plain PyTorch with a copied buffer, one forward",
     "official": "the official code's loop: two forwards, eager loss",
@@ -86,25 +87,30 @@ def two_views(setting: Setting) -> tuple[Tensor, Tensor]:
     return (views.pin_memory(), labels.pin_memory()) if setting.device == "cuda" else (views, labels)
 
 
-def build(variant: str, setting: Setting) -> Callable[[], object] | None:
-    """One training step of a variant; None where it cannot be: a graph cannot hold the official loop's host reads."""
-    if variant == "official":
-        return None if setting.mode == "graph" else official_step(setting)
-    return joint_step(variant, setting)
+class Rig:
+    """The network that is trained, as it is called (compiled or not), and its optimiser."""
+
+    def __init__(self, setting: Setting, lr: float = 1e-3) -> None:
+        self.model = setting.network()
+        self.network: Any = torch.compile(self.model) if setting.mode == "compile" else self.model
+        numbers = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, **numbers)
 
 
-def compiled(model: nn.Module, setting: Setting) -> Any:
-    return torch.compile(model) if setting.mode == "compile" else model
+def able(variant: str, setting: Setting) -> bool:
+    """Whether a variant can run: a graph cannot hold the official loop's reads on the host."""
+    return not (variant == "official" and setting.mode == "graph")
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
+def build(variant: str, setting: Setting, rig: Rig) -> Callable[[], Any]:
+    """One training step of a variant."""
+    return official_step(setting, rig) if variant == "official" else joint_step(variant, setting, rig)
 
 
-def joint_step(variant: str, setting: Setting) -> Callable[[], object]:
+def joint_step(variant: str, setting: Setting, rig: Rig) -> Callable[[], Tensor]:
     """As the trainer does it, with the batch on the device already."""
-    model, half, device = setting.network(), setting.rows // 2, setting.device
-    network, optimizer = compiled(model, setting), sgd(model)
+    model, network, optimizer = rig.model, rig.network, rig.optimizer
+    half, device = setting.rows // 2, setting.device
     criterion: nn.Module
     if variant == "dlb":
         criterion = LastBatchLoss(setting.classes, capacity=half, temperature=TAU, alpha=ALPHA, device=device)
@@ -137,10 +143,9 @@ def joint_step(variant: str, setting: Setting) -> Callable[[], object]:
     return step
 
 
-def official_step(setting: Setting) -> Callable[[], object]:
-    """The published loop's body."""
-    model, device = setting.network(), setting.device
-    network, optimizer = compiled(model, setting), sgd(model)
+def official_step(setting: Setting, rig: Rig) -> Callable[[], tuple[float, float]]:
+    """The published loop's body; gives the loss and the accuracy that it reads."""
+    network, optimizer, device = rig.network, rig.optimizer, setting.device
     loader_item = two_views(setting)
     held: tuple[Tensor, Tensor] | None = None
     held_logits: Tensor | None = None

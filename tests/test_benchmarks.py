@@ -149,6 +149,15 @@ def test_gpu_timing_reads_the_events(fake_gpu):
     assert fake_gpu  # every timed call was queued behind a kernel
 
 
+@pytest.mark.parametrize("cold", [True, False])
+def test_cold_calls_follow_a_flush_and_warm_ones_a_call(fake_gpu, monkeypatch, cold):
+    done = []
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda tensor: done.append(tensor.nbytes))
+    harness.device_times({"ours": lambda: done.append("call")}, seconds=0.0, cold=cold)
+    assert done[:3] == ["call"] * 3  # to warm up
+    assert done[3:] == [1024 if cold else "call", "call"] * 10
+
+
 def test_what_cannot_be_captured_has_no_graph_time(fake_gpu, monkeypatch):
     class Refusing(Within):
         def __exit__(self, *problem):
