@@ -114,12 +114,18 @@ def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int) -> None:
 
 
 def check_weight(op: str, logits: Tensor, weight: Tensor) -> None:
-    """A class weight per class."""
+    """A class weight per class, beside the logits."""
     _tensor(op, "weight", weight)
     _same_device(op, "weight", weight, logits)
-    if weight.shape != (logits.shape[1],) or not weight.is_floating_point():
+    check_weight_form(op, weight, logits.shape[1])
+
+
+def check_weight_form(op: str, weight: Tensor, classes: int) -> None:
+    """A class weight per class, wherever it is."""
+    _tensor(op, "weight", weight)
+    if weight.shape != (classes,) or not weight.is_floating_point():
         raise ValueError(
-            f"{op}: weight must be floating with shape ({logits.shape[1]},), one entry per class, "
+            f"{op}: weight must be floating with shape ({classes},), one entry per class, "
             f"got {weight.dtype} {tuple(weight.shape)}"
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import _check
 from .family_teachers import BankTeacher, BatchTeacher, CopiesTeacher, MirrorTeacher, PartnerTeacher, RankTeacher
-from .functional import LossParts, Scalar, check_loss_inputs, row_loss
+from .functional import LossParts, Scalar, check_impl, check_loss_inputs, row_loss
 from .lessons import tf_kd_share
 from .memories import LogitBank
 from .teachers import Scene, Teacher, VirtualTeacher, taught_loss
@@ -64,6 +64,7 @@ class TaughtLoss(nn.Module):
         _check.check_scalar(op, "alpha", alpha, positive=False)
         _check.check_scalar(op, "temperature", temperature, positive=True)
         _check.check_options(op, label_smoothing, reduction)
+        check_impl(op, impl)
         if not isinstance(teacher, Teacher):
             raise TypeError(f"{op}: teacher must be a dlb_fast.Teacher, got {type(teacher).__name__}")
         self.teacher = teacher

@@ -51,6 +51,12 @@ def _as_dtype(value: Scalar, dtype: torch.dtype) -> Scalar:
     return value.detach().to(dtype) if isinstance(value, Tensor) else value
 
 
+def check_impl(op: str, impl: str) -> None:
+    """A name of an implementation, whether or not it works here."""
+    if impl not in ("auto", *_backends.IMPLEMENTATIONS):
+        raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(_backends.IMPLEMENTATIONS)}, got {impl!r}")
+
+
 def check_loss_inputs(
     op: str,
     logits: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import _check
 from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, unpack_state
-from .functional import LossParts, Scalar, Settled, check_loss_inputs, row_loss, settle, settled_step
+from .functional import LossParts, Scalar, Settled, check_impl, check_loss_inputs, row_loss, settle, settled_step
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
@@ -83,6 +83,9 @@ class LastBatchLoss(nn.Module):
         _check.check_scalar(op, "alpha", alpha, positive=False)
         _check.check_scalar(op, "temperature", temperature, positive=True)
         _check.check_options(op, label_smoothing, reduction)
+        check_impl(op, impl)
+        if weight is not None:
+            _check.check_weight_form(op, weight, num_classes)
         self.num_classes = num_classes
         self.dtype = dtype
         self.alpha, self.temperature = alpha, temperature

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dlb_fast import LastBatchLoss, _backends, fused_lb_loss
+from dlb_fast import LastBatchLoss, LsrKDLoss, _backends, fused_lb_loss
 
 Z, Y, T = torch.zeros(6, 4), torch.zeros(6, dtype=torch.long), torch.zeros(3, 4)
 
@@ -111,6 +111,15 @@ def test_module_messages():
         LastBatchLoss(0)
     with pytest.raises(ValueError, match="LastBatchLoss: temperature must be finite and > 0"):
         LastBatchLoss(4, temperature=-1)
+    for wrong in (torch.ones(3), torch.ones(4, 1), torch.ones(4, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"LastBatchLoss: weight must be floating with shape \(4,\), one entry"):
+            LastBatchLoss(4, weight=wrong)
+    with pytest.raises(TypeError, match="LastBatchLoss: weight must be a torch.Tensor, got list"):
+        LastBatchLoss(4, weight=[1.0] * 4)
+    for make in (lambda impl: LastBatchLoss(4, impl=impl), lambda impl: LsrKDLoss(impl=impl)):
+        with pytest.raises(ValueError, match="Loss: impl must be 'auto' or one of cuda, triton, cpu, torch, got 'foo'"):
+            make("foo")
+        make("cuda")  # a name: whether it runs is asked where there are tensors
     criterion = LastBatchLoss(4)
     with pytest.raises(ValueError, match="LastBatchLoss: logits must have C = 4 classes, got 5"):
         criterion(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))

@@ -69,9 +69,17 @@ def make_plan(
     return plan, rank
 
 
-def device_of(device: torch.device | str | None) -> torch.device:
+def device_of(operation: str, device: torch.device | str | None) -> torch.device:
     """The device batches are made on; None is the CPU, and a GPU without a number the current one."""
-    found = torch.device("cpu" if device is None else device)
+    try:
+        found = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{operation}: device: expected cpu, cuda or cuda:N, got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{operation}: device: {str(found)!r} is not there, torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices; pass device='cpu', or see `dlb-fast doctor`"
+        )
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     return found

@@ -67,7 +67,7 @@ class EvalLoader:
         self.batch_size = as_int(batch_size, name, "batch_size", 1)
         self._threads = as_int(num_threads, name, "num_threads", 1)
         rank, world_size = resolve_ranks(name, rank, world_size)
-        self.device = device_of(device)
+        self.device = device_of(name, device)
         self._normalise = Normalise(mean, std, dtype, channels_last=channels_last)
         self._transform = transform
         own = hasattr(dataset, "targets") and (hasattr(dataset, "images") or hasattr(dataset, "read"))

@@ -275,7 +275,7 @@ def _threads(name: str, count: int | None) -> int:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    found = device_of(device)
+    found = device_of("OverlapLoader", device)
     if found.type not in ("cpu", "cuda"):
         raise ValueError(
             f"OverlapLoader: device: expected a cpu or cuda device, got {found}; load on the cpu and call batch.to()."

@@ -79,7 +79,7 @@ class ResidentLoader:
         self.half, self.repeat = self.plan.rows, repeat
         self.batch_size = 2 * self.half if repeat else self.half
         self.mix = check_mix(name, mix, dtype)
-        self.device = device_of(device)
+        self.device = device_of(name, device)
         self._views = ResidentViews(
             images.to(self.device),
             transform,

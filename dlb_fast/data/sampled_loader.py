@@ -71,7 +71,7 @@ class SampledLoader:
     ) -> None:
         self.sampler = sampler
         self.batch_size = sampler.batch_size
-        self.device = device_of(device)
+        self.device = device_of("SampledLoader", device)
         self.mix = check_mix("SampledLoader", mix, dtype)
         if mix is not None and not isinstance(sampler, ViewPairSampler):
             raise ValueError(
