@@ -52,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"dlb-fast: unknown command {args[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if args[0] in ("compare", "demo", "eval", "export") and os.environ.get("WORLD_SIZE", "1") != "1":
+        print(
+            f"dlb-fast {args[0]}: expects one process, torchrun started {os.environ['WORLD_SIZE']}; start it without",
+            file=sys.stderr,
+        )
+        return 2
     module, function = COMMANDS[args[0]][0].split(":")
     try:
         return int(getattr(importlib.import_module(module), function)(args[1:]))
@@ -197,7 +203,9 @@ def presets(argv: list[str]) -> int:
     from dlb_fast import presets as recipes
 
     if args.verb in (None, "list"):
-        print("\n".join(f"{name:<26} {preset.about}" for name, preset in recipes.PRESETS.items()))
+        width = max(map(len, recipes.PRESETS))
+        print("\n".join(f"{name:<{width}}  {preset.about}" for name, preset in recipes.PRESETS.items()))
+        print("\nshow NAME prints a recipe with the sources of its numbers, copy NAME FILE writes it", file=sys.stderr)
         return 0
     text = recipes.to_yaml(recipes.get_preset(args.name))
     if args.verb == "show":
@@ -205,6 +213,7 @@ def presets(argv: list[str]) -> int:
         return 0
     if args.file.exists() and not args.force:
         raise ValueError(f"presets copy: {args.file} exists; --force overwrites it")
+    args.file.parent.mkdir(parents=True, exist_ok=True)
     args.file.write_text(text, encoding="utf-8")
     print(f"wrote {args.file}; train with: dlb-fast train --config {args.file}")
     return 0

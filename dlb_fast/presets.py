@@ -316,9 +316,9 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         import difflib
 
-        near = difflib.get_close_matches(name, PRESETS, n=2)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown preset {name!r}; {hint}Known: {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(name, PRESETS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(PRESETS)}"
+        raise ValueError(f"unknown preset {name!r}; {hint} (`dlb-fast presets` lists all)")
     return PRESETS[name]
 
 

@@ -231,6 +231,42 @@ def test_presets_list_show_and_copy(here, capsys):
     assert load_config("c.yaml") == resolve(get_preset("cifar100-resnet32-dlb").config)
     assert "exists; --force" in failing(["presets", "copy", "digits", "c.yaml"], capsys)
     assert cli.main(["presets", "copy", "digits", "c.yaml", "--force"]) == 0
+    assert cli.main(["presets", "copy", "digits", "new/folder/c.yaml"]) == 0
+    assert load_config("new/folder/c.yaml") == resolve(get_preset("digits").config)
+    said = failing(["presets", "show", "cifar10-dlb"], capsys)
+    assert "did you mean" in said and "cifar10-resnet32-dlb" in said and "presets` lists all" in said
+    assert "known: digits, digits-alpha0" in failing(["presets", "show", "zzz"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 0.1}", "unknown field optim.lrr; did you mean 'lr'?"),
+        ("optm: {lr: 0.1}", "unknown group 'optm'; did you mean 'optim'?"),
+        ("lr: 0.1", "unknown group 'lr'; lr is a field of optim: write optim: {lr: ...}"),
+        ("optim: {epochs: 3}", "unknown field optim.epochs; epochs is a field of train: write train: {epochs: ...}"),
+        ("optim: {lr: fast}", "optim.lr must be float, got 'fast'"),
+        ("data: {flip: 'no'}", "data.flip must be bool, got 'no'"),
+        ("train: {amp: fp8}", "train.amp must be one of none, bf16, fp16, got 'fp8'"),
+        ("loss: {method: dbl}", "got 'dbl'; did you mean 'dlb'?"),
+        ("optim: [lr]", "optim must hold fields, got ['lr']"),
+        ("- lr", "expected groups (data, augment, model"),
+        ("optim: {lr: [", "cannot read c.yaml"),
+        (
+            "train: {trackers: [mlflow]}",
+            "trackers must be distinct names of tensorboard, trackio, wandb, got ('mlflow',)",
+        ),
+    ],
+)
+def test_a_wrong_config_file_is_told_with_what_was_meant(text, message, here, capsys):
+    Path("c.yaml").write_text(text)
+    said = failing(["train", "--config", "c.yaml", "--out", "r"], capsys)
+    assert message in said and "c.yaml" in said and not Path("r").exists()
+
+
+def test_a_wrong_flag_is_told_with_what_was_meant(here, capsys):
+    assert "--lr" in failing(["train", "--lrr", "0.1"], capsys)
+    assert "float" in failing(["train", "--lr", "fast"], capsys)
 
 
 @pytest.mark.parametrize("name", PRESETS)

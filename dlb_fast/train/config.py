@@ -296,8 +296,8 @@ class TrainArgs:
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue: alone, the newest run under runs/; with --out, that one."""
     smoke: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A rehearsal of seconds: four short steps with evaluation, checkpoint and resume, on synthetic images unless --data
-    is given."""
+    """A rehearsal of seconds: four short steps, evaluation, checkpoint and resume, on synthetic images unless --data is
+    given."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """No progress on the console."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -339,14 +339,14 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
         raise TypeError(f"config: expected groups ({', '.join(groups)}), got {type(values).__name__}")
     for group, part in values.items():
         if group not in groups:
-            raise ValueError(f"config: unknown group {group!r}{near(group, groups)}")
+            raise ValueError(f"config: unknown group {group!r}{_home(group) or near(group, groups)}")
         if not isinstance(part, Mapping):
             raise TypeError(f"config: {group} must hold fields, got {part!r}")
         current = getattr(config, group)
         hints = typing.get_type_hints(type(current))
         for name in part:
             if name not in hints:
-                raise ValueError(f"config: unknown field {group}.{name}{near(name, hints)}")
+                raise ValueError(f"config: unknown field {group}.{name}{_home(name) or near(name, hints)}")
         new = {name: coerce(value, hints[name], f"{group}.{name}") for name, value in part.items()}
         config = dataclasses.replace(config, **{group: dataclasses.replace(current, **new)})
     return config
@@ -364,6 +364,12 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
         return from_dict({} if values is None else values, base)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _home(name: Any) -> str:
+    """A hint for a field that is known, but in another group."""
+    homes = {f.name: g.name for g in dataclasses.fields(RunConfig) for f in dataclasses.fields(g.default_factory)}  # type: ignore[arg-type]
+    return f"; {name} is a field of {homes[name]}: write {homes[name]}: {{{name}: ...}}" if name in homes else ""
 
 
 def _all_fields() -> list[str]:
