@@ -49,6 +49,8 @@ def make(kind="auto", folder=None, *, norm=nn.Identity, dropout=0.0, adam=False,
     """A trainer on this rank's share of the same batches, in float64."""
     ranks = Ranks() if alone else Ranks.current()
     model = network(norm, dropout)
+    if settings.get("channels_last"):
+        model = model.to(memory_format=torch.channels_last)
     torch.manual_seed(17 + ranks.rank)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01) if adam else torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9

@@ -34,6 +34,7 @@ SETTINGS = {
     "accumulated": {"accumulate": 2},
     "clipped": {"clip_grad": 0.05},
     "adam-ema": {"adam": True, "ema": 0.9},
+    "channels-last": {"channels_last": True},
     "all": {"forward": "two_pass", "accumulate": 3, "clip_grad": 0.2, "ema": 0.5, "epochs": 3},
 }
 

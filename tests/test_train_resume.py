@@ -239,10 +239,11 @@ def test_a_bad_checkpoint_is_named_and_skipped(damage, reason, whole, tmp_path, 
 
     _, newest = interrupted(tmp_path, monkeypatch)
     damage(newest)
-    build.train_run(SMALL, RunFolder(tmp_path), resume=True)
+    quiet = damage is truncate  # what is lost is said in any case
+    build.train_run(SMALL, RunFolder(tmp_path), resume=True, quiet=quiet)
     said = capsys.readouterr().err
     assert re.search(f"skipped a checkpoint: .*{newest.name}.*({reason})", said), said
-    assert "continuing from" in said and "step-000000008.pt" in said
+    assert quiet or ("continuing from" in said and "step-000000008.pt" in said)
     assert_same_run(whole("dlb"), tmp_path)
 
 

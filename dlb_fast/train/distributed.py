@@ -79,8 +79,7 @@ class Ranks:
         rank, size = dist.get_rank(), dist.get_world_size()
         local_rank = _number("LOCAL_RANK", default=rank % max(1, torch.cuda.device_count()))
         local_size = _number("LOCAL_WORLD_SIZE", default=size)
-        hosts = None if "gloo" in dist.get_backend_config() else dist.new_group(backend="gloo")
-        return cls(rank, size, local_rank, local_size, True, hosts)
+        return cls(rank, size, local_rank, local_size, True, _hosts())
 
     @property
     def is_main(self) -> bool:
@@ -182,6 +181,22 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _hosts() -> Any:
+    """The group in which hosts talk: the default one if it can (None), else one of gloo, made once per default group.
+
+    Making a group is a collective, so all ranks get here for the first time together.
+    """
+    if "gloo" in dist.get_backend_config():
+        return None
+    default = dist.group.WORLD
+    if _made.get("for") is not default:
+        _made.update({"for": default, "group": dist.new_group(backend="gloo")})
+    return _made["group"]
+
+
+_made: dict[str, Any] = {}
 
 
 def _number(*names: str, default: int = 0) -> int:

@@ -140,9 +140,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with self.stop.marked(), _closing(self.log), self.ranks.naming_the_lost():
             stream = self._stream()
-            while self.step < self.total_steps:
-                self.stopped_by = self.stop.wanted()
-                if self.stopped_by is not None:
+            while True:
+                over = self.step >= self.total_steps
+                self.stopped_by = self.stop.wanted(now=over)
+                if over or self.stopped_by is not None:
                     break
                 started = time.perf_counter()
                 for number, batch in enumerate(islice(stream, config.accumulate), 1):

@@ -106,6 +106,8 @@ def _share(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
 
     if optimizer is not None and optimizer.state:
         raise ValueError("Trainer: distributed=fsdp needs an optimiser that has made no step yet; make a new one")
+    for parameter in model.parameters():  # FSDP2 knows no channels_last weights; the images may still be so
+        parameter.data = parameter.data.contiguous()
     before = {id(p): name for name, p in model.named_parameters()}
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     for block in _blocks(model):

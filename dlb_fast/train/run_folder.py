@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from .config import RunConfig, load_config, to_dict
-from .distributed import Ranks
 from .state import write_atomically
 
 __all__ = ["RunFolder", "newest_run", "versions"]
@@ -87,7 +87,7 @@ def versions() -> dict[str, Any]:
         "commit": _commit(Path(dlb_fast.__file__).parent),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "ranks": Ranks.current().world_size,
+        "ranks": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -30,16 +30,17 @@ class StopSignals:
         self._interval = self._left = 1  # steps
         self._voted = time.perf_counter()
 
-    def wanted(self) -> str | None:
-        """Asked once before every step, by all ranks: the name of the signal that ends the run, or None."""
+    def wanted(self, *, now: bool = False) -> str | None:
+        """Asked once before every step, by all ranks: the name of the signal that ends the run, or None. `now`: vote
+        whether or not it is time (the same on all ranks)."""
         number = self.number
         if self.ranks.several:
             self._left -= 1
-            if self._left > 0:
+            if self._left > 0 and not now:
                 return None
-            now = time.perf_counter()
-            agreed, pace = self.ranks.largest([number, (now - self._voted) / self._interval])
-            number, self._voted = int(agreed), now
+            clock = time.perf_counter()
+            agreed, pace = self.ranks.largest([number, (clock - self._voted) / self._interval])
+            number, self._voted = int(agreed), clock
             self._interval = self._left = max(1, min(int(SECONDS / max(pace, 1e-6)), 2 * self._interval, LONGEST))
         return signal.Signals(number).name if number else None
 
