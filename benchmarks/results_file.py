@@ -70,4 +70,5 @@ def label(variant: str, path: str = "autograd") -> str:
 def machine(record: Record) -> str:
     """`AMD EPYC, 2 threads, torch 2.13.0+cpu, commit abc, 2026-11-21`: where and when a record was measured."""
     torch, date = record["versions"]["torch"], record["date"][:10]
-    return f"{record['hardware']}, {record['threads']} threads, torch {torch}, commit {record['commit']}, {date}"
+    threads = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
+    return f"{record['hardware']}, {threads}, torch {torch}, commit {record['commit']}, {date}"
