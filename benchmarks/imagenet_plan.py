@@ -11,6 +11,7 @@ and the rate is yours to measure (`images/s` of the run's own log after the firs
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def steps_of(config: RunConfig) -> tuple[int, int, int]:
     return per_epoch, steps, steps * config.data.batch_size - first
 
 
+@functools.cache
 def saved_bytes_per_row(model: str, size: int) -> int:
     """Bytes autograd keeps per image for the backward, in bfloat16: storages of one forward on the meta device."""
 
