@@ -2,7 +2,7 @@
 #
 #   docker build -t dlb_fast .                       (no GPU needed to build)
 #   docker run --rm --gpus all dlb_fast doctor --self-test
-#   docker run --rm --gpus all --ipc host -v /data/imagenet:/data:ro -v $PWD/runs:/work/runs dlb_fast \
+#   docker run --rm --gpus all --ipc host -v /data/imagenet:/data:ro -v $PWD/runs:/workspace/runs dlb_fast \
 #       train --preset imagenet-resnet50-short-dlb --data imagefolder:/data
 #
 # The first stage has nvcc and compiles the wheel, the second runs it. Any pytorch/pytorch image of torch 2.10 or newer
@@ -29,9 +29,9 @@ COPY --from=build /src/dist/*.whl /tmp/wheels/
 # torch is there already, so nothing drags in a second one.
 RUN python -m pip install "$(echo /tmp/wheels/*.whl)[train]" && rm -rf /tmp/wheels
 # Runs are written as this user; give a mounted folder to it, or say --user "$(id -u):$(id -g)".
-RUN useradd --create-home --uid 10001 dlb && mkdir -p /work/runs && chown -R dlb /work
+RUN useradd --create-home --uid 10001 dlb && mkdir -p /workspace/runs && chown -R dlb /workspace
 USER dlb
-WORKDIR /work
+WORKDIR /workspace
 RUN dlb-fast --version
 ENTRYPOINT ["dlb-fast"]
 CMD ["doctor"]
