@@ -13,55 +13,28 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from .imagenet_plan import BLOCKS, RESULTS, newest, table
+from .imagenet_plan import BLOCKS, RESULTS, newest, newest_file, table
+from .tables import generated
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _MARK = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
 
 
-def origin(row: dict[str, Any]) -> str:
-    """Where a number comes from, in one line."""
-    return (
-        f"`{row['command']}`; {row['hardware']}, {row['cores']} cores, {row['threads']} threads, "
-        f"torch {row['versions']['torch']}, commit {row['commit']}, {row['date'][:10]}."
-    )
+def measured(pattern: str) -> Callable[[], str]:
+    """The tables that `benchmarks.tables` makes of the newest results file of a name."""
 
+    def made() -> str:
+        return generated([newest_file(pattern)]).strip()
 
-def timed_table(pattern: str, kind: str, baseline: str) -> str:
-    """Medians with their 20 and 80 % quantiles, a line per variant, and the ratio to a baseline of the same setting."""
-    rows = [row for row in newest(pattern) if row.get("kind") == kind]
-    settings: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:  # a setting measured twice: the later one counts
-        keys = ("model", "rows", "classes", "size", "dtype", "path")
-        settings.setdefault(tuple(row[key] for key in keys if key in row), {})[row["variant"]] = row
-    lines = []
-    for setting, variants in settings.items():
-        for name, row in variants.items():
-            base = variants.get(baseline)
-            ratio = "" if base is None else f"{base['median_us'] / row['median_us']:.2f}"
-            spread = f"{row['p20_us']:,.0f} to {row['p80_us']:,.0f}"
-            lines.append((", ".join(map(str, setting)), name, f"{row['median_us']:,.0f}", spread, row["n"], ratio))
-    head = ("setting", "variant", "median us", "20 to 80 %", "n", f"{baseline} / variant")
-    commands = list(dict.fromkeys(origin(row) for row in rows))
-    return "\n\n".join([*commands, table(head, lines)])
-
-
-def loss_table() -> str:
-    """The loss alone, forward and backward."""
-    return timed_table("cpu-*.jsonl", "wall", "eager")
-
-
-def methods_table() -> str:
-    """A training step of every method."""
-    return timed_table("methods-cpu-*.jsonl", "step", "ce")
+    return made
 
 
 def views_table() -> str:
     """The loaders' views per second."""
-    rows = newest("loader-cpu-*.jsonl")
+    rows = newest("loader-cpu-[0-9]*.jsonl")
     (machine,) = [row for row in rows if row["what"] == "machine"]
     lines = []
     for row in rows:
@@ -92,8 +65,9 @@ def noise_table() -> str:
 
 TABLES = {
     **BLOCKS,
-    "loss": loss_table,
-    "methods": methods_table,
+    "loss": measured("cpu-[0-9]*.jsonl"),
+    "steps": measured("step-cpu-[0-9]*.jsonl"),
+    "methods": measured("methods-cpu-[0-9]*.jsonl"),
     "loaders": views_table,
     "label noise": noise_table,
 }

@@ -88,12 +88,17 @@ def memory_of(config: RunConfig, ranks: int) -> dict[str, int]:
     return held
 
 
-def newest(pattern: str) -> list[dict[str, Any]]:
-    """The rows of the newest results file of that name; none raises."""
+def newest_file(pattern: str) -> Path:
+    """The newest results file of that name; none raises."""
     files = sorted(RESULTS.glob(pattern))
     if not files:
-        raise FileNotFoundError(f"imagenet_plan: no {RESULTS / pattern}; run the benchmark first")
-    return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
+        raise FileNotFoundError(f"no {RESULTS / pattern}; run the benchmark first")
+    return files[-1]
+
+
+def newest(pattern: str) -> list[dict[str, Any]]:
+    """The rows of the newest results file of that name."""
+    return [json.loads(line) for line in newest_file(pattern).read_text(encoding="utf-8").splitlines()]
 
 
 def steps_table() -> str:
@@ -136,7 +141,7 @@ def decodes_per_view(rows: list[dict[str, Any]]) -> float:
 
 def loader_table(rates: Sequence[int] = RATES) -> str:
     """Cores that decoding takes at a rate of rows, from the measured views per CPU second."""
-    rows = newest("loader-cpu-*.jsonl")
+    rows = newest("loader-cpu-[0-9]*.jsonl")
     (ours,) = [row for row in rows if row.get("name") == "ours 2 threads, uint8"]
     (machine,) = [row for row in rows if row["what"] == "machine"]
     (files,) = [row for row in rows if row["what"] == "files"]
@@ -168,7 +173,7 @@ def hours_table(rates: Sequence[int] = RATES) -> str:
 
 def dry_run_table() -> str:
     """The stages of the newest dry run, and what it left."""
-    rows = newest("imagenet-dry-run-*.jsonl")
+    rows = newest("imagenet-dry-run-cpu-[0-9]*.jsonl")
     result = rows[-1]
     stopped = "stopped by SIGTERM and continued" if result["stopped_mid_run"] else "NOT STOPPED"
     told = (
