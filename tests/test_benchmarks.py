@@ -175,6 +175,7 @@ def test_gpu_records_carry_launches_and_their_share_of_the_copy(fake_gpu, monkey
 
     work = {("cuda", "autograd"): takes(0.001), ("eager", "autograd"): takes(0.009)}
     monkeypatch.setattr(bench_last_batch, "variants", lambda *a: (work, ["liger (not installed)"]))
+    monkeypatch.setattr(bench_last_batch, "check_alike", lambda work: None)
     monkeypatch.setattr(harness, "launches", lambda step: 1 if step is work["cuda", "autograd"] else 12)
     monkeypatch.setattr(bench_last_batch.memory, "peak_bytes", lambda step, device: 77)
     options = argparse.Namespace(device="cuda", variants=[], paths=["autograd"], seconds=0.01, sweep=None)
