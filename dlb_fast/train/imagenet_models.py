@@ -58,6 +58,10 @@ class _Bottleneck(nn.Module):
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
+_Block = type[_Basic] | type[_Bottleneck]
+_DEPTHS: dict[int, tuple[_Block, tuple[int, ...]]] = {18: (_Basic, (2, 2, 2, 2)), 50: (_Bottleneck, (3, 4, 6, 3))}
+
+
 class ImageNetResNet(nn.Module):
     """Residual network with the 7x7 stride-2 stem and max-pooling of He et al. 2016.
 
@@ -76,8 +80,7 @@ class ImageNetResNet(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, *, depth: int) -> None:
         super().__init__()
-        block: type[_Basic] | type[_Bottleneck]
-        block, counts = {18: (_Basic, (2, 2, 2, 2)), 50: (_Bottleneck, (3, 4, 6, 3))}[depth]
+        block, counts = _DEPTHS[depth]
         self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -95,7 +98,7 @@ class ImageNetResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _stages(block: type[_Basic] | type[_Bottleneck], counts: Sequence[int]) -> list[nn.Sequential]:
+def _stages(block: _Block, counts: Sequence[int]) -> list[nn.Sequential]:
     stages, channels = [], 64
     for index, count in enumerate(counts):
         planes, layers = 64 * 2**index, []
