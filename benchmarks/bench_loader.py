@@ -13,7 +13,9 @@ That threads, descriptors and memory do not grow over 200 epochs is a test: `tes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -216,6 +218,15 @@ def copied(half: int) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Of what decodes and of the other loaders, where they are installed."""
+    found = {}
+    for name in ("pillow", "simplejpeg", "torchvision", "opencv-python-headless", "torchdata", "spdl", "timm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def machine() -> dict[str, Any]:
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
@@ -233,6 +244,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "decoder": ImageDecoder().name,
+        "priority": os.getpriority(os.PRIO_PROCESS, 0),
+        "versions": versions(),
     }
 
 

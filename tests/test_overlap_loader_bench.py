@@ -56,6 +56,7 @@ def test_the_whole_benchmark_writes_its_lines(bench: Any, tmp_path: Path) -> Non
     out = tmp_path / "loader.jsonl"
     assert bench.main([*SHORT, "--out", str(out), "--only", "ours 2 threads, uint8"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["versions"]["pillow"] and rows[0]["commit"] and rows[0]["command"]
     by_kind = {row["what"] for row in rows}
     assert {"machine", "files", "pixels", "second view", "traffic", "stall", "resident", "throughput"} <= by_kind
     measured = [row for row in rows if row["what"] == "throughput" and "missing" not in row]
