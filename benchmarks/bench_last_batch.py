@@ -78,14 +78,15 @@ def main() -> None:
     on_gpu = args.device == "cuda"
     if args.variants is None:
         args.variants = [name for name in NAMES if name not in (("cpu",) if on_gpu else ("cuda", "triton"))]
-    sizes = shapes.of(args.device, args.sweep)
+    sizes = [shape for shape in shapes.of(args.device, args.sweep) if not args.classes or shape.classes in args.classes]
+    if not sizes:
+        there = sorted({shape.classes for shape in shapes.of(args.device, args.sweep)})
+        parser.error(f"--classes: expected some of {there}, got {args.classes}")
     dtypes = args.dtypes or (["bfloat16" if on_gpu else "float32"] if args.sweep else ["float32", "bfloat16"])
     env = harness.environment(args.device)
     roof = harness.copy_bandwidth(args.device, min(1.0, args.seconds))
     print(f"{env['hardware']}, {env['threads']} threads, torch {env['versions']['torch']}; copy {roof / 1e9:.1f} GB/s")
     for shape in sizes:
-        if args.classes and shape.classes not in args.classes:
-            continue
         for dtype_name in dtypes:
             records = measure(shape, dtype_name, args, roof)
             harness.write(args.out, [{**record, **env} for record in records])

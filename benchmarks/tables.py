@@ -154,7 +154,10 @@ def main() -> int:
     parser.add_argument("results", nargs="*", type=Path, help="default: the committed files")
     parser.add_argument("--write", type=Path, help="markdown file with the two markers")
     args = parser.parse_args()
-    tables = generated(args.results or None)
+    try:
+        tables = generated(args.results or None)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     if args.write is None:
         print(tables, end="")
     else:

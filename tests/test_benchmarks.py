@@ -56,6 +56,13 @@ def test_nothing_to_time_is_said(monkeypatch):
         bench_last_batch.main()
 
 
+def test_classes_that_are_not_measured_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--classes", "5"])
+    with pytest.raises(SystemExit):
+        bench_last_batch.main()
+    assert "--classes: expected some of [100, 1000, 21843], got [5]" in capsys.readouterr().err
+
+
 def test_contenders_with_another_gradient_are_not_timed(monkeypatch):
     shape, names = shapes.Shape(8, 5, ""), ["eager", "official"]
     work, _ = loss_variants.variants(shape, torch.bfloat16, "cpu", names, ["gradient"])
