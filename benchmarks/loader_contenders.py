@@ -197,12 +197,14 @@ def import_timm() -> Any:
     Beside a CPU build of torch, the torchvision of PyPI lacks its compiled operators and fails where it describes two
     of them; timm's loader uses none, so naming them is enough to import it.
     """
+    global _OPERATORS
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
+        if _OPERATORS is not None:
+            raise  # they are named, and it lacks something else
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        global _OPERATORS
         _OPERATORS = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
