@@ -50,7 +50,7 @@ def run(folder, epochs, *, loader=ResidentLoader, resume="", accumulate=1, **opt
             if accumulate > 1:
                 loss /= accumulate  # in place, as train.py does
             loss.backward()
-            if (step + 1) % accumulate == 0:
+            if (step + 1) % accumulate == 0 or step + 1 == len(batches):
                 optimizer.step()
                 optimizer.zero_grad()
                 task.update_ema()

@@ -65,6 +65,7 @@ class LastBatchTrainer(_hf.Trainer):  # type: ignore[misc]
         self.criterion = criterion.to(self.args.device)
         self.train_loader = None if train_loader is None else stateful(train_loader)
         self.image_key = image_key
+        self.label_names = self.label_names or ["labels"]  # found in the model's forward, which needs no labels here
         # The Trainer then counts the items of an accumulated batch and leaves the scale of the loss to us.
         self.model_accepts_loss_kwargs = True
         self.memory = LastBatchCallback(self.criterion)
