@@ -220,6 +220,19 @@ def test_plain_lines_when_there_is_no_terminal(tmp_path, monkeypatch):
     assert len(lines) == 3 and "\r" not in stream.getvalue()
 
 
+def test_a_bar_tells_throughput_and_the_wait_for_data(tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    log = logs.RunLog(tmp_path, stream=Terminal())
+    log.start(step=0, total=4)
+    log.advance()
+    log.progress({"step": 1, "loss": 0.5, "lr": 0.1, "images_per_second": 1234.0, "data_wait": 0.25})
+    log.close()
+    assert "images/s 1234  waiting for data 25 %" in log.stream.getvalue() and "1/4" in log.stream.getvalue()
+
+
 def test_the_real_trackio_continues_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "database"))
     trackio = pytest.importorskip("trackio")
