@@ -35,17 +35,18 @@ $(VENV)/.ready: $(SOURCES)
 	$(PY) setup.py build_ext --inplace
 	touch $@
 
-# The frameworks whose integrations CI tests with the real thing; torch has to be there first. timm is left out: wheels of
-# torchvision want a torch of their own.
-integrations: $(READY)
-	$(PY) -m pip install -q "lightning>=2.6" "transformers>=5.0" "accelerate>=1.10"
-
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
 demo: $(READY)
 	$(PY) -m dlb_fast demo
 
 test: $(READY) lint pytest
+
+# The integrations with the real frameworks, after the tests that need none. torch has to be there first; timm is left out:
+# wheels of torchvision want a torch of their own.
+integrations: $(READY)
+	$(PY) -m pip install -q "lightning>=2.6" "transformers>=5.0" "accelerate>=1.10"
+	$(PY) -m pytest -n $(JOBS) --dist loadfile tests/test_examples.py tests/test_integrations*.py
 
 lint: $(READY)
 	$(PY) -m ruff check .
