@@ -108,6 +108,11 @@ def test_a_run_with_hardly_anything_makes_a_page(tmp_path):
     assert page.count.get("svg", 0) == 0 and "no evaluation to draw" in page.text
 
 
+def test_bins_of_a_model_that_answers_nan_are_left_out(tmp_path):
+    nan = {"share": [0.5, 0.5], "accuracy": [0.5, math.nan], "confidence": [0.5, math.nan]}
+    assert "stored no reliability bins" in page_of(make_run(tmp_path / "run", "dlb", 0, [0.5], bins=nan)).text
+
+
 def test_training_leaves_a_page_and_its_failure_is_no_failure_of_the_run(tmp_path, monkeypatch, capsys):
     flags = ["train", "--data", "synthetic:40,2,8", "--batch-size", "20", "--per-class", "None", "--epochs", "2"]
     flags += ["--label-noise", "0", "--log-every", "1"]

@@ -74,7 +74,8 @@ def read_run(path: Path | str, label: str | None = None) -> Run:
     if not rows:
         raise ValueError(f"report: {path} has no finished evaluation yet")
     lines = _json_lines(path / "metrics.jsonl")
-    bins = [line["test_calibration"] for line in lines if line.get("test_calibration")]
+    found = [line["test_calibration"] for line in lines if line.get("test_calibration")]
+    bins = [c for c in found if all(value is not None for part in c.values() for value in part)]  # null: it was nan
     return Run(
         path,
         label or config.loss.method,
