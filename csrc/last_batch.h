@@ -55,7 +55,8 @@ struct LastBatchArgs {
   // Outputs.
   void* loss = nullptr;                  // (A) 0-d, or (B,) for Reduction::none
   void* parts = nullptr;                 // (A) (part_count,)
-  void* grad = nullptr;                  // (B, C) contiguous in `dtype`, or null: no gradient wanted
+  void* grad = nullptr;                  // (B, C) contiguous in `dtype`, or null: no gradient wanted. It may be `logits`
+                                         // itself, then contiguous: the gradient replaces them. No other overlap.
 };
 
 }  // namespace dlb_fast

@@ -1,20 +1,51 @@
-// The op's options as C++ parameters and as schema text: written once, used by the CPU and the CUDA registration.
+// The ops' signatures, as C++ and as schema text: written once, used by the CPU and the CUDA registration.
 #pragma once
+#include "unpack.h"
 
 #define DLB_OPTION_PARAMETERS                                                                                         \
   MaybeTensor target, MaybeTensor target_b, MaybeTensor lam, MaybeTensor weight, MaybeTensor kd_mask,                 \
       MaybeTensor alpha_t, MaybeTensor temperature_t, double alpha, double temperature, double ce_weight,             \
       double ce_alpha, double label_smoothing, double z_loss, double correct_share, int64_t ignore_index,             \
-      int64_t teacher_kind, int64_t reduction, bool need_grad
+      int64_t teacher_kind, int64_t reduction
 
 #define DLB_OPTIONS                                                                                                   \
   Options {                                                                                                           \
     target, target_b, lam, weight, kd_mask, alpha_t, temperature_t, alpha, temperature, ce_weight, ce_alpha,          \
-        label_smoothing, z_loss, correct_share, ignore_index, teacher_kind, reduction, need_grad                      \
+        label_smoothing, z_loss, correct_share, ignore_index, teacher_kind, reduction                                 \
   }
 
 #define DLB_OPTION_SCHEMA                                                                                             \
   "Tensor? target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? kd_mask, Tensor? alpha_t, "                 \
   "Tensor? temperature_t, float alpha, float temperature, float ce_weight, float ce_alpha, float label_smoothing, "   \
-  "float z_loss, float correct_share, int ignore_index, int teacher_kind, int reduction, bool need_grad) "            \
-  "-> (Tensor loss, Tensor parts, Tensor grad)"
+  "float z_loss, float correct_share, int ignore_index, int teacher_kind, int reduction"
+#define DLB_RETURNS "(Tensor loss, Tensor parts, Tensor grad)"
+#define DLB_RETURNS_IN_PLACE "(Tensor loss, Tensor parts)"
+
+namespace dlb_fast {
+
+// The four ops around a device's `run` of each kind. Those that end in an underscore replace the logits by their gradient.
+template <auto run>
+Outputs last_batch(Tensor logits, MaybeTensor teacher, DLB_OPTION_PARAMETERS, bool need_grad) {
+  return run(logits, teacher, DLB_OPTIONS, need_grad ? GradTo::new_tensor : GradTo::nowhere);
+}
+
+template <auto run>
+LossAndParts last_batch_(Tensor logits, MaybeTensor teacher, DLB_OPTION_PARAMETERS) {
+  const Outputs outputs = run(logits, teacher, DLB_OPTIONS, GradTo::logits);
+  return {std::get<0>(outputs), std::get<1>(outputs)};
+}
+
+template <auto run>
+Outputs last_batch_roll(Tensor logits, Tensor buffer, Tensor slots, MaybeTensor ids, int64_t num_old, DLB_OPTION_PARAMETERS,
+                        bool need_grad) {
+  return run(logits, buffer, slots, ids, num_old, DLB_OPTIONS, need_grad ? GradTo::new_tensor : GradTo::nowhere);
+}
+
+template <auto run>
+LossAndParts last_batch_roll_(Tensor logits, Tensor buffer, Tensor slots, MaybeTensor ids, int64_t num_old,
+                              DLB_OPTION_PARAMETERS) {
+  const Outputs outputs = run(logits, buffer, slots, ids, num_old, DLB_OPTIONS, GradTo::logits);
+  return {std::get<0>(outputs), std::get<1>(outputs)};
+}
+
+}  // namespace dlb_fast

@@ -17,6 +17,8 @@ namespace dlb_fast {
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, parts, grad
+using LossAndParts = std::tuple<Tensor, Tensor>;     // of the ops that write the gradient over the logits
+enum class GradTo { nowhere, new_tensor, logits };
 using ST = torch::headeronly::ScalarType;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
@@ -58,7 +60,6 @@ struct Options {
   const MaybeTensor &target, &target_b, &lam, &weight, &kd_mask, &alpha_t, &temperature_t;
   double alpha, temperature, ce_weight, ce_alpha, label_smoothing, z_loss, correct_share;
   int64_t ignore_index, teacher_kind, reduction;
-  bool need_grad;
 };
 
 // Reads a tensor's address after checking that the kernel will read what it believes to read.
@@ -71,12 +72,14 @@ inline const void* address(const MaybeTensor& t, const Tensor& logits, const cha
   return t->const_data_ptr();
 }
 
-inline Outputs unpack(const Tensor& logits, const Options& o, LastBatchArgs& a) {
+inline Outputs unpack(const Tensor& logits, const Options& o, GradTo grad_to, LastBatchArgs& a) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "last_batch: logits must have shape (B, C) with C >= 1");
   a.batch = logits.size(0);
   a.classes = logits.size(1);
   a.dtype = dtype_of(logits, "logits");
   check_rows(logits, "logits", a.classes);
+  const bool in_place = grad_to == GradTo::logits;
+  STD_TORCH_CHECK(!in_place || logits.is_contiguous(), "last_batch: logits must be contiguous to be replaced by their gradient");
   a.logits = logits.const_data_ptr();
   a.logits_stride = logits.stride(0);
   const ST acc = a.dtype == DType::f64 ? ST::Double : ST::Float;
@@ -126,10 +129,11 @@ inline Outputs unpack(const Tensor& logits, const Options& o, LastBatchArgs& a) 
   const bool per_row = a.reduction == Reduction::none;
   Tensor loss = allocated(logits, acc, {a.batch}, per_row ? 1 : 0);
   Tensor parts_out = allocated(logits, acc, {part_count}, 1);
-  Tensor grad = allocated(logits, logits.scalar_type(), {o.need_grad ? a.batch : 0, a.classes}, 2);
+  const int64_t rows = grad_to == GradTo::new_tensor ? a.batch : 0;
+  Tensor grad = in_place ? logits : allocated(logits, logits.scalar_type(), {rows, a.classes}, 2);
   a.loss = loss.mutable_data_ptr();
   a.parts = parts_out.mutable_data_ptr();
-  a.grad = o.need_grad ? grad.mutable_data_ptr() : nullptr;
+  a.grad = grad_to == GradTo::nowhere ? nullptr : grad.mutable_data_ptr();
   return {loss, parts_out, grad};
 }
 

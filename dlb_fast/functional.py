@@ -103,6 +103,7 @@ def row_loss(
     lam: Scalar | None = None,
     z_loss: float = 0.0,
     correct_share: float | None = None,
+    inplace_grad: bool = False,
     execute: Callable[..., Any] = ops.run,
 ) -> Any:
     """The one road from checked arguments to an implementation; every method of the family passes here.
@@ -113,6 +114,9 @@ def row_loss(
     """
     impl = _backends.pick(impl, logits.device.type)
     _check.check_ignore_index(op, ignore_index)
+    if inplace_grad and logits.requires_grad and torch.is_grad_enabled():  # otherwise there is nothing to write
+        _check.check_inplace_grad(op, impl, logits, last_logits=teacher, target=target, weight=weight, lam=lam)
+        execute = functools.partial(ops.run_in_place, op)
     if target is not None and target.dim() == 1:
         target = target if target.dtype == torch.int64 else target.long()
         target_b = None if target_b is None else target_b.long()
@@ -240,6 +244,7 @@ def fused_lb_loss(
     target_b: Tensor | None = None,
     lam: Scalar | None = None,
     z_loss: float = 0.0,
+    inplace_grad: bool = False,
 ) -> Any:
     """Cross entropy plus consistency with the logits of the last mini-batch (DLB), loss and gradient in one pass.
 
@@ -251,7 +256,8 @@ def fused_lb_loss(
     are what the community uses with this method, not values read from the paper.
 
     Args:
-        logits: ``(B, C)`` float32, bfloat16, float16 or float64; any strides; never written to.
+        logits: ``(B, C)`` float32, bfloat16, float16 or float64; any strides; never written to, unless you ask for it
+            with ``inplace_grad``.
         target: ``(B,)`` integer labels, ``(B, C)`` class probabilities, or None for the KL term alone.
         last_logits: ``(H, C)`` with ``H <= B``: the previous logits of rows ``[0, H)``; None gives plain CE. Detached.
         alpha: weight of the KL term, a number >= 0 or a 0-d tensor (a schedule that never recompiles).
@@ -267,6 +273,11 @@ def fused_lb_loss(
         target_b, lam: the mixup pair form: labels ``(B,)`` of the mixed-in images and the share of ``target``, a number
             or ``(B,)``. The same as the dense target ``lam * onehot(target) + (1 - lam) * onehot(target_b)``, unread.
         z_loss: weight of the mean squared log-sum-exp of the rows that count in the CE; 0 leaves it out.
+        inplace_grad: write the gradient over the logits instead of into memory of its own: ``B C`` elements less. The
+            logits must be contiguous and no leaf, and their values are lost: take what you need of them (``parts``
+            has the top-1 count) before. Another use of them that needs a derivative raises a RuntimeError in backward,
+            before the loss ("modified by an inplace operation") or after it. Where no gradient is wanted nothing is
+            written. Not for ``impl="torch"``, nor inside torch.compile.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-d or ``(B,)``; with ``return_parts`` a pair. The gradient
@@ -305,7 +316,7 @@ def fused_lb_loss(
     loss, parts = row_loss(
         op, impl, logits, target, teacher=last_logits, alpha=alpha, temperature=temperature,
         label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction,
-        target_b=target_b, lam=lam, z_loss=z_loss,
+        target_b=target_b, lam=lam, z_loss=z_loss, inplace_grad=inplace_grad,
     )  # fmt: skip
     return (loss, LossParts.unpack(parts)) if return_parts else loss
 
@@ -324,6 +335,7 @@ def dlb_step(
     ignore_index: int = -100,
     upstream: Scalar = 1.0,
     impl: str = "auto",
+    inplace_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient of one batch, the buffer rolled on, without an autograd node.
 
@@ -335,9 +347,13 @@ def dlb_step(
             impl: as in :func:`fused_lb_loss`. ids, num_old: as in :class:`LastBatchLoss`.
         buffer: :class:`LogitBuffer` with ``C`` classes on the device of the logits.
         upstream: what the loss will be multiplied by (a loss scale), a number or a 0-d tensor; already in the gradient.
+        inplace_grad: write the gradient over the logits, which must be contiguous and no leaf that requires grad. Their
+            version moves, so a node that saved them raises in backward; what reads them afterwards gets the gradient.
+            Not for ``impl="torch"``, nor inside torch.compile.
 
     Returns:
-        ``(loss, grad)``: 0-d float32 (float64 for float64 logits), and ``(B, C)`` in the dtype of the logits.
+        ``(loss, grad)``: 0-d float32 (float64 for float64 logits), and ``(B, C)`` in the dtype of the logits, with
+        ``inplace_grad`` in their memory.
 
     Raises:
         ValueError, TypeError: as :func:`fused_lb_loss`, and for a buffer of other classes or another device.
@@ -366,12 +382,15 @@ def dlb_step(
     _check.check_scalar(op, "upstream", upstream, positive=False)
     _check.check_num_old(op, num_old)
     buffer.stored_rows(logits.shape[0], num_old)
-    plain = _backends.pick(impl, logits.device.type) == "torch"
+    impl = _backends.pick(impl, logits.device.type)
+    if inplace_grad:
+        _check.check_inplace_grad(op, impl, logits, target=target, weight=weight, buffer=buffer.logits)
+    plain = impl == "torch"
     leaf = logits.detach().requires_grad_(plain)
     result = row_loss(
         op, impl, leaf, target, buffer=buffer, ids=ids, num_old=num_old, alpha=alpha, temperature=temperature,
         label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index,
-        execute=functools.partial(ops.step, upstream=upstream),
+        execute=functools.partial(ops.step, upstream=upstream, in_place=inplace_grad),
     )  # fmt: skip
     if not plain:
         return result[0], result[2]

@@ -39,6 +39,7 @@ class LastBatchLoss(nn.Module):
             The defaults are community values, not values read from the paper.
         label_smoothing, weight, ignore_index, reduction, z_loss, impl: as in :func:`fused_lb_loss`. ``weight`` goes
             where the module goes.
+        inplace_grad: as in :func:`fused_lb_loss`, in ``train()`` only.
         device: where to allocate the buffer when ``capacity`` is given; it follows the logits otherwise.
 
     Attributes:
@@ -75,6 +76,7 @@ class LastBatchLoss(nn.Module):
         z_loss: float = 0.0,
         impl: str = "auto",
         device: torch.device | str | None = None,
+        inplace_grad: bool = False,
     ) -> None:
         super().__init__()
         op = "LastBatchLoss"
@@ -93,6 +95,7 @@ class LastBatchLoss(nn.Module):
         self.reduction, self.impl = reduction, impl
         _check.check_scalar(op, "z_loss", z_loss, positive=False)
         self.z_loss = z_loss
+        self.inplace_grad = inplace_grad
         self.register_buffer("weight", weight, persistent=False)
         self.buffer: LogitBuffer | None = None
         self._size_follows = capacity is None
@@ -181,14 +184,14 @@ class LastBatchLoss(nn.Module):
                 op, self.impl, logits, target, buffer=buffer, ids=ids, num_old=num_old, alpha=self.alpha,
                 temperature=self.temperature, label_smoothing=self.label_smoothing, weight=self.weight,
                 ignore_index=self.ignore_index, kd_mask=kd_mask if self.training else None, reduction=self.reduction,
-                target_b=target_b, lam=lam, z_loss=self.z_loss,
+                target_b=target_b, lam=lam, z_loss=self.z_loss, inplace_grad=self.inplace_grad and self.training,
             )  # fmt: skip
         except Exception:
             # A refused batch changes nothing, not even the size that it would have given the buffer.
             self.buffer, self._dtype_follows = before, followed
             raise
         self._last[0] = parts
-        if ordinary and not compiling and buffer is not None and self.weight is None:
+        if ordinary and not compiling and buffer is not None and self.weight is None and not self.inplace_grad:
             self.__dict__["_settled"] = settle(
                 self.impl, logits, alpha=self.alpha, temperature=self.temperature, reduction=self.reduction,
                 label_smoothing=self.label_smoothing, z_loss=self.z_loss, ignore_index=self.ignore_index,

@@ -62,6 +62,16 @@ def impl(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(params=["cpu", *(ON_GPU if torch.cuda.is_available() else [])])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Like ``impl``, without plain PyTorch."""
+    name: str = request.param
+    if not available(name):
+        pytest.skip(f"{name}: {_backends.implementations()[name].reason}")
+    with torch.device(device_of(name)):
+        yield name
+
+
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A seeded generator on the device of the test: tests never depend on the global one."""

@@ -10,7 +10,9 @@ from emulation.oracle import batch, compare
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
 
 
-def outcome(mutation: tuple[str, str, str], classes: int, *, clusters: int = 8, rows: int = 6) -> str:
+def outcome(
+    mutation: tuple[str, str, str], classes: int, *, clusters: int = 8, rows: int = 6, in_place: bool = False
+) -> str:
     """What is wrong with a mutant: the emulator's fault, or which comparison failed; "" when it passes.
 
     Six rows: with an odd number of classes row 3 + j and slot j lie differently on packets, and threads meet.
@@ -21,8 +23,10 @@ def outcome(mutation: tuple[str, str, str], classes: int, *, clusters: int = 8, 
         logits, target, teacher = batch(rows, classes, seed=seed)
         stored, slots = teacher.clone(), torch.full((2 + len(teacher),), -(2**63))
         slots[0], slots[1] = len(teacher), 0
+        given = logits.clone()
+        target[-1] = -100  # a row that is stored and counts for nothing
         try:
-            result = emulator.last_batch(logits, target, buffer=stored, slots=slots)
+            result = emulator.last_batch(given, target, buffer=stored, slots=slots, in_place=in_place)
             compare(result, logits, target, teacher)
             assert torch.equal(stored, logits[rows - len(teacher) :]), "stored rows"
         except (RuntimeError, AssertionError) as error:
@@ -47,6 +51,29 @@ def test_the_kernels_as_they_are_pass(classes: int, clusters: int) -> None:
 def test_a_removed_barrier_is_caught(file: str, barrier: str, classes: int, clusters: int) -> None:
     without = barrier.replace("sync_block();", "").replace("sync_cluster();", "").replace("Group::sync();", "")
     assert outcome((file, barrier, without), classes, clusters=clusters)
+
+
+HELD = ("held_kernel.cuh", "  if (a.in_place) Group::sync();\n")
+STREAMED = ("streamed_kernel.cuh", "  if (a.in_place) Group::sync();")
+
+
+@pytest.mark.parametrize(
+    ("barrier", "classes", "clusters"),
+    [(HELD, 100, 8), (HELD, 1001, 8), (HELD, 1501, 8), (HELD, 17001, 8), (STREAMED, 17001, 0)],
+    ids=["lanes", "warp", "block", "cluster", "streamed"],
+)
+def test_a_gradient_stored_over_logits_that_others_still_read_is_caught(
+    barrier: tuple[str, str], classes: int, clusters: int
+) -> None:
+    """In place a thread may store a gradient where others still read the label's column, or a row to be stored."""
+    file, text = barrier
+    assert outcome((file, text, text), classes, clusters=clusters, in_place=True) == ""
+    assert outcome((file, text, ""), classes, clusters=clusters, in_place=True)
+
+
+def test_a_read_only_load_of_what_the_launch_writes_is_caught() -> None:
+    mutation = ("held_kernel.cuh", "load_held(columns, z_row, z, !a.in_place)", "load_held(columns, z_row, z, true)")
+    assert "read-only path" in outcome(mutation, 100, in_place=True)
 
 
 def test_a_wrong_pair_index_is_caught() -> None:

@@ -46,6 +46,12 @@ def test_opcheck(generator, dtype, reduction):
         torch.ops.dlb_fast.last_batch_roll.default,
         (z, buffer.logits, buffer.slots, torch.arange(8), -1, *options(y, reduction=reduction)),
     )
+    in_place = options(y, reduction=reduction)[:-1]
+    torch.library.opcheck(torch.ops.dlb_fast.last_batch_.default, (z.clone(), t, *in_place))
+    torch.library.opcheck(
+        torch.ops.dlb_fast.last_batch_roll_.default,
+        (z.clone(), buffer.logits, buffer.slots, torch.arange(8), -1, *in_place),
+    )
     loss, parts, grad = torch.ops.dlb_fast.last_batch(z, t, *options(y, reduction=reduction))
     torch.library.opcheck(torch.ops.dlb_fast.scale_grad_.default, (grad, torch.full_like(loss, 0.5), parts))
 

@@ -2,7 +2,8 @@
 // choosing the vectors; the loops are plain C++ that the compiler vectorises.
 //
 // Per row: one read of the logits (and of the teacher), exponentials kept in a per-thread scratch of 4 C numbers, one
-// write of the gradient. The label's column is computed apart and rounded once.
+// write of the gradient, for which the row is not read again: it may replace the row. The label's column is computed
+// apart and rounded once.
 #include "row_loops.h"
 
 namespace dlb_fast {
@@ -257,8 +258,8 @@ void pairs(const PairJob& job, int64_t begin, int64_t end) {
     if (j < job.split) kernel.compute(j, j < job.taught_size && job.taught[j]);
     const int64_t second = job.split + j;
     if (second < job.args->batch) {
+      if (j < job.stored) kernel.keep(second, j);  // before its gradient, which may replace the row
       kernel.compute(second, false);
-      if (j < job.stored) kernel.keep(second, j);
     }
   }
 }

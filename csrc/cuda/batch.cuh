@@ -49,6 +49,7 @@ struct DeviceArgs {
   TeacherKind kind;
   Reduction reduction;
   bool precounted;
+  bool in_place;  // grad is logits: coherent loads, and a barrier between the last load of a row and its first store
 };
 
 // Derived once per block, then read by everybody from shared memory.

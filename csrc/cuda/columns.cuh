@@ -21,12 +21,12 @@ DLB_DEVICE int shift_of(const X* row) {
 }
 
 // V columns of type X at p, which is aligned to V * sizeof(X) bytes.
-template <typename X, int V, bool once>
-DLB_DEVICE void load_aligned(const X* p, float* out) {
+template <typename X, int V>
+DLB_DEVICE void load_aligned(const X* p, float* out, bool once) {
   constexpr int per_word = 4 / static_cast<int>(sizeof(X)), words = V / per_word;
   if constexpr (words >= 4) {
     DLB_UNROLL for (int w = 0; w < words; w += 4) {
-      const Packet packet = load_packet<once>(p + w * per_word);
+      const Packet packet = load_packet(p + w * per_word, once);
       DLB_UNROLL for (int i = 0; i < 4; ++i) unpack<X>(packet.word[i], out + (w + i) * per_word);
     }
   } else {  // a 16-bit teacher of float32 logits
@@ -95,10 +95,10 @@ DLB_DEVICE void store_packed_edge(X* row, int first, int classes, const uint32_t
 }
 
 // The same columns, as one access where `aligned` (whole packets of the row are) and all of them lie inside.
-template <typename X, int V, bool once>
-DLB_DEVICE void load_columns(const X* row, int first, int classes, bool aligned, float fill, float* out) {
+template <typename X, int V>
+DLB_DEVICE void load_columns(const X* row, int first, int classes, bool aligned, float fill, float* out, bool once = false) {
   if (aligned && first >= 0 && first + V <= classes)
-    load_aligned<X, V, once>(row + first, out);
+    load_aligned<X, V>(row + first, out, once);
   else
     load_edge<X, V>(row, first, classes, out, fill);
 }

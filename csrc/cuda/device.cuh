@@ -129,10 +129,9 @@ DLB_DEVICE X shared_load(const X* p) {
   return *p;
 }
 // `once`: read-only for the launch and not needed again, so it need not evict what L1 holds.
-template <bool once>
-DLB_DEVICE Packet load_packet(const void* p) {
+DLB_DEVICE Packet load_packet(const void* p, bool once) {
   Packet r;
-  if constexpr (once) {
+  if (once) {
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(r.word[0]), "=r"(r.word[1]), "=r"(r.word[2]), "=r"(r.word[3])
         : "l"(p));

@@ -29,6 +29,7 @@ inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, vo
   d.loss = static_cast<float*>(a.loss), d.parts = static_cast<float*>(a.parts), d.grad = a.grad;
   d.workspace = static_cast<Workspace*>(workspace);
   d.precounted = plan.count_blocks > 0;
+  d.in_place = a.grad != nullptr && a.grad == a.logits;
   return d;
 }
 

@@ -44,11 +44,11 @@ struct HeldColumns {
 };
 
 // Not through the read-only path unless `once`: teacher rows may be overwritten by this launch. Columns outside: -inf.
-template <bool once, typename T, typename X, int E>
-DLB_DEVICE void load_held(const HeldColumns<T, E>& columns, const X* row, float* out) {
+template <typename T, typename X, int E>
+DLB_DEVICE void load_held(const HeldColumns<T, E>& columns, const X* row, float* out, bool once = false) {
   constexpr int V = HeldColumns<T, E>::V;
   DLB_UNROLL for (int p = 0; p < HeldColumns<T, E>::packets; ++p) {
-    if (columns.whole(p)) load_aligned<X, V, once>(row + columns.column(p), out + p * V);
+    if (columns.whole(p)) load_aligned<X, V>(row + columns.column(p), out + p * V, once);
   }
   if (columns.head()) load_edge<X, V>(row, columns.first, columns.classes, out);
   const int tail = columns.tail();
@@ -88,13 +88,13 @@ template <typename T, int E>
 DLB_DEVICE void load_teacher(const DeviceArgs& a, const HeldColumns<T, E>& columns, int row, float* out) {
   const int64_t offset = row * a.teacher_stride;
   if constexpr (sizeof(T) == 2) {
-    load_held<false>(columns, static_cast<const T*>(a.teacher) + offset, out);
+    load_held(columns, static_cast<const T*>(a.teacher) + offset, out);
   } else if (a.teacher_dtype == DType::f32) {
-    load_held<false>(columns, static_cast<const float*>(a.teacher) + offset, out);
+    load_held(columns, static_cast<const float*>(a.teacher) + offset, out);
   } else if (a.teacher_dtype == DType::bf16) {
-    load_held<false>(columns, static_cast<const Bf16*>(a.teacher) + offset, out);
+    load_held(columns, static_cast<const Bf16*>(a.teacher) + offset, out);
   } else {
-    load_held<false>(columns, static_cast<const F16*>(a.teacher) + offset, out);
+    load_held(columns, static_cast<const F16*>(a.teacher) + offset, out);
   }
 }
 
@@ -143,7 +143,7 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
   float z[E];  // the logits; without a teacher, exp(x) later on
   DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = -infinity();
   if (exists && (role.active() || slot >= 0)) {
-    load_held<true>(columns, z_row, z);
+    load_held(columns, z_row, z, !a.in_place);
     // A stored row is a new row, and new rows have no teacher (taught_rows <= start).
     if constexpr (!taught_path) {
       if (slot >= 0) store_slot(a, columns, group, z_row, shift, slot, z);
@@ -208,6 +208,8 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
     constexpr Teach by = taught_path ? teach : Teach::none;
     if (exists && role.active()) g = finish_row<by, false>(a, s, role, n, z_row, row, group.rank == 0, totals);
   }
+  // Everybody has read the label's column and, for a slot shifted otherwise, the others' columns.
+  if (a.in_place) Group::sync();
   if (!exists) return;
   if (!role.active()) finish_idle_row(a, row, group.rank == 0);
   if (grad_row == nullptr) return;

@@ -32,7 +32,7 @@ DLB_KERNEL DLB_BOUNDS(256, 4) scale_kernel(DLB_CONSTANT ScaleArgs a) {
     if (first >= 0 && first + V <= a.elements && (common || (row + 1) * a.classes >= end)) {
       if (factor == 1.0f) continue;
       float value[V];
-      load_aligned<T, V, false>(grad + first, value);
+      load_aligned<T, V>(grad + first, value, false);
       DLB_UNROLL for (int e = 0; e < V; ++e) value[e] *= factor;
       store_aligned<T, V>(grad + first, value);
     } else {

@@ -11,18 +11,18 @@
 namespace dlb_fast {
 namespace cuda {
 
-template <int V, bool once>
+template <int V>
 DLB_DEVICE void load_teacher_columns(const DeviceArgs& a, int row, int first, int shift, float fill, float* out) {
   const int64_t offset = row * a.teacher_stride;
   if (a.teacher_dtype == DType::f32) {
     const float* p = static_cast<const float*>(a.teacher) + offset;
-    load_columns<float, V, once>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
+    load_columns<float, V>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
   } else if (a.teacher_dtype == DType::bf16) {
     const Bf16* p = static_cast<const Bf16*>(a.teacher) + offset;
-    load_columns<Bf16, V, once>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
+    load_columns<Bf16, V>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
   } else {
     const F16* p = static_cast<const F16*>(a.teacher) + offset;
-    load_columns<F16, V, once>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
+    load_columns<F16, V>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
   }
 }
 
@@ -94,7 +94,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
   float teacher_reference = 0.0f;
   if (use.logits) {
     float first[V];
-    load_teacher_columns<V, false>(a, row, -shift, shift, 0.0f, first);
+    load_teacher_columns<V>(a, row, -shift, shift, 0.0f, first);
     DLB_UNROLL for (int e = 0; e < V; ++e) teacher_reference = e == shift ? finite_or_zero(first[e]) : teacher_reference;
   }
 
@@ -105,7 +105,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
   DLB_NO_UNROLL for (int p = group.rank; p < packets; p += group.size()) {
     const int first = p * V - shift;
     float z[V];
-    load_columns<T, V, false>(z_row, first, a.classes, true, -infinity(), z);
+    load_columns<T, V>(z_row, first, a.classes, true, -infinity(), z);
     if (slot >= 0) store_slot_columns<V>(a, slot, first, shift, z);
     if (!active) continue;
     float packet_top = z[0];
@@ -122,7 +122,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
     }
     if (use.logits) {
       float t[V];
-      load_teacher_columns<V, false>(a, row, first, shift, -infinity(), t);
+      load_teacher_columns<V>(a, row, first, shift, -infinity(), t);
       float t_top = t[0];
       DLB_UNROLL for (int e = 1; e < V; ++e) t_top = maximum(t_top, t[e]);
       const float factor = teacher_top.move(t_top, s.log2e_over_t), t_base = shift_base(teacher_top.top);
@@ -136,7 +136,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
     }
     if (general && use.probabilities) {
       float t[V];
-      load_teacher_columns<V, false>(a, row, first, shift, 0.0f, t);
+      load_teacher_columns<V>(a, row, first, shift, 0.0f, t);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         sum[2] += t[e];
         if (t[e] != 0.0f) sum[3] += t[e] * (log_accurate(t[e]) - (z[e] - reference) * s.inverse);
@@ -192,14 +192,15 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
     finish_idle_row(a, row, leader);
   }
   if (grad_row == nullptr) return;
+  if (a.in_place) Group::sync();  // everybody has read the label's column; from here on each thread reads what it writes
   const bool aligned = shift_of<V>(grad_row) == shift;
   const int last = (packets - 1 - group.rank) / group.size() * group.size() + group.rank;
   DLB_NO_UNROLL for (int p = last; p >= 0 && packets > group.rank; p -= group.size()) {
     const int first = p * V - shift;
     float value[V], t[V];
     if (active) {
-      load_columns<T, V, true>(z_row, first, a.classes, true, 0.0f, value);
-      if (use.logits || use.probabilities) load_teacher_columns<V, false>(a, row, first, shift, 0.0f, t);
+      load_columns<T, V>(z_row, first, a.classes, true, 0.0f, value, !a.in_place);
+      if (use.logits || use.probabilities) load_teacher_columns<V>(a, row, first, shift, 0.0f, t);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         const float x = value[e] - m;
         float v = g.a * exp2_fast(x * log2e) - g.constant;

@@ -74,7 +74,8 @@ def last_batch_kernel(
     KIND: tl.constexpr, ROLL: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
     LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
-    MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, COUNTING: tl.constexpr,
+    MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
+    COUNTING: tl.constexpr,
 ):  # fmt: skip
     """See ``last_batch_triton``. Partial sums: (PARTIALS, MAX_PROGRAMS); counts: (3, COUNT_PROGRAMS)."""
     program = tl.program_id(0)
@@ -142,6 +143,7 @@ def last_batch_kernel(
                 ce_mult, kl_mult, z_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
                 KIND, False, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, HAS_Z, ROW_LOSS, NEED_GRAD,
+                IN_PLACE,
             )  # fmt: skip
             ce, lb, square, hits = ce + row_ce, lb + row_lb, square + row_z, hits + hit
             valid += taught.to(COMPUTE)
@@ -164,6 +166,7 @@ def last_batch_kernel(
                 ce_mult, kl_mult, z_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
                 NONE, ROLL, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, HAS_Z, ROW_LOSS, NEED_GRAD,
+                IN_PLACE,
             )  # fmt: skip
             ce, square, hits = ce + row_ce, square + row_z, hits + hit
 

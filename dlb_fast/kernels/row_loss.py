@@ -105,7 +105,7 @@ def rows_loss(
     LOGITS_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr, DENSE_STRIDE: tl.constexpr,
     KIND: tl.constexpr, STORE: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
     LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_Z: tl.constexpr,
-    ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr,
+    ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Rows ``rows`` (ROWS,), taught by ``slots`` where ``taught``; returns per row the CE, KL, lse^2 and hit."""
     SPREAD: tl.constexpr = HAS_CE and (DENSE or SMOOTH)
@@ -242,6 +242,8 @@ def rows_loss(
         tl.store(loss_ptr + rows, row_loss, mask=row_ok)
 
     if NEED_GRAD:
+        if IN_PLACE:
+            tl.debug_barrier()  # every thread has read the label's column before any of them stores a gradient there
         at_a, at_b = share_a * ce_mult, share_b * ce_mult
         if TILES == 1:
             g = tile_grad(

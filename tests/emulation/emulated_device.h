@@ -82,9 +82,9 @@ X shared_load(const X* p) {
   emulator::check_shared(p, sizeof(X));
   return *p;
 }
-template <bool once>
-Packet load_packet(const void* p) {
+inline Packet load_packet(const void* p, bool once) {
   emulator::check_global(p, 16, 16, false);
+  if (once) emulator::check_read_only(p, 16);
   Packet packet;
   std::memcpy(&packet, p, 16);
   return packet;

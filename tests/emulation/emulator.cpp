@@ -212,6 +212,14 @@ void check_global(const void* p, size_t bytes, size_t alignment, bool write) {
   fault(std::string("out of bounds ") + verb + ", far from every array");
 }
 
+void check_read_only(const void* p, size_t bytes) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+  for (const Range& range : memory) {
+    if (range.writable && at < range.end && at + bytes > range.begin)
+      fault("load through the read-only path from " + range.name + ", which the launch writes");
+  }
+}
+
 void check_shared(const void* p, size_t bytes) {
   const auto* at = static_cast<const unsigned char*>(p);
   if (at < current->block->shared || at + bytes > current->block->shared + current->block->shared_used)

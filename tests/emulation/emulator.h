@@ -37,6 +37,7 @@ struct Coordinates {
 const Coordinates& here();
 [[noreturn]] void fault(const std::string& what);
 void check_global(const void* p, size_t bytes, size_t alignment, bool write);
+void check_read_only(const void* p, size_t bytes);  // the launch may write none of it
 void check_shared(const void* p, size_t bytes);
 void maybe_yield();
 void* shared_memory(size_t bytes);

@@ -61,7 +61,9 @@ def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -
         target = torch.softmax(torch.randn(rows, classes, generator=g), 1)
     if kind == "virtual" and form == "labels" and pick.random() < 0.5:
         options["correct_share"] = 0.9
-    teacher = None
+    teacher, original = None, logits.clone()
+    in_place = logits.is_contiguous() and pick.random() < 0.5
+    where = ["in place"] if in_place else []
     if kind == "roll":
         capacity = pick.randint(max(1, rows - 2), rows + 1)
         buffer = LogitBuffer(classes, capacity, pick.choice([dtype, dtype, *FLOATS]))
@@ -71,13 +73,15 @@ def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -
         old = pick.randint(max(0, rows - capacity), rows)
         stored, slots = buffer.logits.clone(), buffer.slots.clone()
         ids = torch.arange(rows)
-        result = emulator.last_batch(logits, target, buffer=stored, slots=slots, ids=ids, num_old=old, **options)
-        teacher, valid = buffer.teacher(logits, ids, old)
+        result = emulator.last_batch(
+            logits, target, buffer=stored, slots=slots, ids=ids, num_old=old, in_place=in_place, **options
+        )
+        teacher, valid = buffer.teacher(original, ids, old)
         teacher = teacher.clone()
-        compare(result, logits, target, teacher, kd_mask=valid, **options)
-        buffer.roll(logits, ids, old)
+        compare(result, original, target, teacher, kd_mask=valid, **options)
+        buffer.roll(original, ids, old)
         assert torch.equal(stored, buffer.logits) and torch.equal(slots, buffer.slots)
-        return " ".join([kind, form, *options])
+        return " ".join([kind, form, *options, *where])
     if kind in ("logits", "probabilities"):
         taught = pick.randint(0, rows)
         teacher = strided(max(taught, 1), classes, pick.choice([dtype, *FLOATS]), pick, g, 2.0)[:taught]
@@ -86,8 +90,9 @@ def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -
         if pick.random() < 0.3:
             options["kd_mask"] = torch.rand(taught, generator=g) < 0.6
     call = {"kind": kind, **options}
-    compare(emulator.last_batch(logits, target, teacher=teacher, **call), logits, target, teacher, **call)
-    return " ".join([kind, form, *options])
+    result = emulator.last_batch(logits, target, teacher=teacher, in_place=in_place, **call)
+    compare(result, original, target, teacher, **call)
+    return " ".join([kind, form, *options, *where])
 
 
 def main(path: str, first: int, count: int) -> None:

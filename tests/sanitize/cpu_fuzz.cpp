@@ -118,6 +118,7 @@ void one(uint64_t seed) {
   a.loss = loss.bytes.get();
   a.parts = parts.bytes.get();
   a.grad = draw(4) ? grad.bytes.get() : nullptr;
+  if (a.logits_stride == a.classes && draw(2)) a.grad = logits.bytes.get();  // over the logits
 
   const BatchPlan plan = plan_batch(a);
   if (!plan.error.empty()) return;
