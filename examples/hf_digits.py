@@ -46,7 +46,7 @@ def train(folder: str, resume_from_checkpoint: str | None = None) -> LastBatchTr
         )
     )  # fmt: skip
     arguments = TrainingArguments(
-        folder, use_cpu=not torch.cuda.is_available(), num_train_epochs=2, per_device_train_batch_size=64,
+        folder, use_cpu=not torch.cuda.is_available(), num_train_epochs=4, per_device_train_batch_size=64,
         gradient_accumulation_steps=2, learning_rate=3e-3, save_steps=15, logging_strategy="no", report_to=[],
         disable_tqdm=True, dataloader_drop_last=True, dataloader_pin_memory=False,
     )  # fmt: skip

@@ -20,7 +20,7 @@ __all__ = ["LastBatch", "fused_lb_loss"]
 _core: Any = need("composer.core", "pip install mosaicml")
 
 
-class LastBatch(_core.Algorithm):  # type: ignore[misc]
+class LastBatch(_core.Algorithm):
     """Adds `alpha * tau^2 * KL` towards the logits of the last mini-batch to the loss, at AFTER_LOSS.
 
     At INIT the criterion becomes the model's submodule `last_batch`, so that checkpoints hold what it remembers. A
@@ -65,7 +65,7 @@ class LastBatch(_core.Algorithm):  # type: ignore[misc]
 
     def _start(self, state: Any) -> None:
         loader = state.dataloader
-        source = loader if hasattr(loader, "set_epoch") else getattr(loader, "batch_sampler", None)
+        source: Any = loader if hasattr(loader, "set_epoch") else getattr(loader, "batch_sampler", None)
         if not hasattr(source, "set_epoch") or not hasattr(source, "plan"):
             raise TypeError(
                 f"LastBatch: expected a loader of dlb_fast.data, or a DataLoader with batch_sampler="

@@ -29,7 +29,7 @@ _hf: Any = need("transformers", "pip install 'dlb_fast[hf]'")
 _EXTRA = ("ids", "num_old")
 
 
-class LastBatchTrainer(_hf.Trainer):  # type: ignore[misc]
+class LastBatchTrainer(_hf.Trainer):
     """`transformers.Trainer` with self-distillation from the last mini-batch.
 
     `per_device_train_batch_size` is the rows the model sees, so it must be even; an epoch has twice the usual number of
@@ -65,7 +65,8 @@ class LastBatchTrainer(_hf.Trainer):  # type: ignore[misc]
         self.criterion = criterion.to(self.args.device)
         self.train_loader = None if train_loader is None else stateful(train_loader)
         self.image_key = image_key
-        self.label_names = self.label_names or ["labels"]  # found in the model's forward, which needs no labels here
+        # The Trainer finds their names in the model's forward, which needs no labels here.
+        self.label_names: list[str] = list(getattr(self, "label_names", [])) or ["labels"]
         # The Trainer then counts the items of an accumulated batch and leaves the scale of the loss to us.
         self.model_accepts_loss_kwargs = True
         self.memory = LastBatchCallback(self.criterion)
@@ -97,8 +98,8 @@ class LastBatchTrainer(_hf.Trainer):  # type: ignore[misc]
         if model.training:
             loss = self._training_loss(logits, labels, inputs, num_items_in_batch)
         else:
-            options = {"weight": self.criterion.weight, "ignore_index": self.criterion.ignore_index}
-            loss = fused_lb_loss(logits, labels, impl=self.criterion.impl, **options)
+            plain = self.criterion
+            loss = fused_lb_loss(logits, labels, weight=plain.weight, ignore_index=plain.ignore_index, impl=plain.impl)
         return (loss, outputs if isinstance(outputs, Mapping) else {"logits": logits}) if return_outputs else loss
 
     def _training_loss(self, logits: torch.Tensor, labels: torch.Tensor, inputs: dict[str, Any], items: Any) -> Any:
@@ -137,7 +138,7 @@ class LastBatchTrainer(_hf.Trainer):  # type: ignore[misc]
         return TrackedLoader(loader)
 
 
-class LastBatchCallback(_hf.TrainerCallback):  # type: ignore[misc]
+class LastBatchCallback(_hf.TrainerCallback):
     """Writes criterion and position into every checkpoint, and gives them back at the start of a resumed run.
 
     `LastBatchTrainer` has one. For another Trainer: `LastBatchCallback(criterion, loader, folder)`, `folder` being the

@@ -24,7 +24,7 @@ _KEY = "dlb_fast"
 _pl: Any = need("lightning.pytorch", "pip install 'dlb_fast[lightning]'")
 
 
-class LastBatchCallback(_pl.Callback):  # type: ignore[misc]
+class LastBatchCallback(_pl.Callback):
     """Keeps a last-batch criterion and its loader through fit, validation and checkpoints.
 
     A new fit starts with an empty criterion; `fit(ckpt_path=...)` continues where the checkpoint was made: position in

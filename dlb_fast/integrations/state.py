@@ -92,8 +92,9 @@ def give_back(criterion: nn.Module, states: list[dict[str, Any]]) -> None:
 
 def forget(criterion: nn.Module) -> None:
     """Reset a criterion that can be reset."""
-    if hasattr(criterion, "reset"):
-        criterion.reset()
+    reset: Any = getattr(criterion, "reset", None)
+    if reset is not None:
+        reset()
 
 
 def stateful(loader: Any) -> Any:

@@ -29,7 +29,7 @@ if not hasattr(_tasks.TrainingTask, "get_task_state"):
     raise ImportError(f"dlb_fast.integrations: this timm's tasks have no state of their own; {_INSTALL}")
 
 
-class LastBatchTask(_tasks.ClassificationTask):  # type: ignore[misc]
+class LastBatchTask(_tasks.ClassificationTask):
     """Classification with self-distillation from the last mini-batch; compile, DDP and EMA are `ClassificationTask`'s.
 
     The result has the keys of timm's distillation tasks: `loss`, `output`, `task_loss` (cross entropy) and `kd_loss`
