@@ -51,10 +51,12 @@ def trainer(folder, loader=None, rows=16, **options):
 def test_resume_is_bit_identical(tmp_path):
     net, whole = trainer(tmp_path / "whole")
     whole.fit()
+    whole.close()
     assert net.last_batch.buffer.mismatched == 0 and net.last_batch.parts.lb > 0
     for batch in (5, 10, 15, 20):
         again, resumed = trainer(tmp_path / str(batch), load_path=str(tmp_path / "whole" / f"{batch}.pt"))
         resumed.fit()
+        resumed.close()
         assert again.last_batch.buffer.mismatched == 0
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True)), batch
 

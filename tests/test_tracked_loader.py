@@ -124,7 +124,7 @@ def test_an_announced_epoch_does_not_rewind_what_was_drawn_ahead():
     batches = iter(source)
     assert source.batch_sampler.epoch == 1  # all drawn, nothing delivered
     source.batch_sampler.sampler.set_epoch(0)
-    assert len(list(batches)) == 10
+    assert source.batch_sampler.epoch == 1 and len(list(batches)) == 10
     source.batch_sampler.sampler.set_epoch(1)
     assert next(iter(source))[0].tolist() == source.batch_sampler.indices(1, 0)
     resident = ResidentLoader(synthetic("train", length=N, num_classes=4, size=8), ROWS)
