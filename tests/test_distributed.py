@@ -283,3 +283,18 @@ def test_a_gpu_per_rank_is_asked_for(monkeypatch):
         build.resolve_device("auto", four)
     with pytest.raises(ValueError, match="device expects cuda, auto or cpu on 4 ranks, got 'cuda:1'"):
         build.resolve_device("cuda:1", four)
+
+
+def test_only_training_runs_through_compile(monkeypatch):
+    """`torch.compile` itself is torch's; here: what is given to it, and who calls the result."""
+    calls = []
+
+    def compiled(network, **options):
+        assert options == {"dynamic": False}
+        return lambda images: calls.append(network.training) or network(images)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    through = trained(alone=True, compile=True)
+    assert calls == [True] * through.result["step"]
+    plain = trained(alone=True)
+    assert distance(through.weights, plain.weights) == 0.0
