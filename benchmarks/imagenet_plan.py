@@ -202,7 +202,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=int, help="your images per second: one more line")
     args = parser.parse_args(argv)
     for name, block in BLOCKS.items():
-        print(f"\n### {name}\n\n{block()}")
+        try:
+            print(f"\n### {name}\n\n{block()}")
+        except FileNotFoundError as error:  # a part that has not been measured yet
+            print(f"\n### {name}\n\n{error}")
     if args.rate:
         for name in RECIPES:
             print(
