@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from dlb_fast.data.augment import Compose, Flip, PadCrop, Transform, has_batch, to_device, windows
 from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.normalise import CPU_CHUNK
 from dlb_fast.data.view_rng import ViewRng, ViewRngs
-
-# Values per normalisation call on a CPU: below torch's grain for threads, because waking threads for 100 kB costs more
-# than it saves, and on a busy machine waiting for them takes 20 ms an operation (measured: 2 cores, load 8).
-_CPU_CHUNK = 32768
 
 Places = NDArray[np.int64]
 
@@ -22,14 +20,24 @@ Places = NDArray[np.int64]
 def gather_on_host(images: NDArray[np.uint8], places: Places, size: tuple[int, int]) -> torch.Tensor:
     """Crop and flip by copying windows: (n, h, w, c) uint8. `places` as in `gather_on_device`.
 
-    A loop over images, yet twice as fast as torch's gathers on one core: each turn is one strided copy of a few kB.
+    Every window is one block of an array of all windows, so numpy copies it row by row; those to be flipped go through
+    torch's flip, which knows interleaved channels. Three times as fast as a copy per image, more than torch's gathers.
     """
-    h, w = size
-    out = np.empty((places.shape[1], h, w, images.shape[3]), dtype=np.uint8)
-    for view, row, top, left, flipped in zip(out, *places.tolist(), strict=True):
-        window = images[row, top : top + h, left : left + w]
-        view[...] = window[:, ::-1] if flipped else window
-    return torch.from_numpy(out)
+    (h, w), channels = size, images.shape[3]
+    every = sliding_window_view(images.reshape(*images.shape[:2], -1), (h, w * channels), axis=(1, 2))  # type: ignore
+    row, top, left, flipped = places
+    out = np.empty((places.shape[1], h, w * channels), dtype=np.uint8)
+    for mirrored in (False, True):
+        chosen = np.flatnonzero(flipped.astype(bool) == mirrored)
+        if not len(chosen):
+            continue
+        views = every[row[chosen], top[chosen], left[chosen] * channels]
+        if mirrored:
+            pixels = torch.from_numpy(views).view(-1, h, w, channels).permute(0, 3, 1, 2)
+            for part in pixels.split(max(1, CPU_CHUNK // max(1, pixels[0].numel()))):
+                part.copy_(part.flip(3))
+        out[chosen] = views
+    return torch.from_numpy(out).view(-1, h, w, channels)
 
 
 def gather_on_device(images: torch.Tensor, places: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -97,9 +105,7 @@ class ResidentViews:
         if not self._on_host:
             return self._normalise(pixels, rngs)
         out = self._normalise.empty(pixels.shape, pixels.dtype, pixels.device)
-        rows = max(1, _CPU_CHUNK // max(1, pixels[0].numel()))
-        for start in range(0, len(pixels), rows):
-            self._normalise.into(out[start : start + rows], pixels[start : start + rows])
+        self._normalise.into(out, pixels)
         boxes = self._normalise.boxes(rngs, *pixels.shape[1:3])
         if boxes is not None:
             self._normalise.blank(out, torch.from_numpy(boxes))

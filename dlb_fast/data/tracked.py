@@ -1,4 +1,4 @@
-"""A torch DataLoader with the face of our loaders: its state counts the batches it delivered, not those it prefetched."""
+"""A torch DataLoader with the face of our loaders: its state counts the batches it delivered, not those prefetched."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TrackedLoader:
 
     Args:
         loader: `DataLoader(dataset, batch_sampler=OverlapBatchSampler(...), ...)`, with any collate function.
-        device: where the tensors of a batch are moved (batches with `to`, tensors, and lists, tuples and dicts of them);
-            None leaves them where they are.
+        device: where the tensors of a batch are moved (batches with `to`, tensors, and lists, tuples and dicts of
+            them); None leaves them where they are.
 
     Raises:
         TypeError: a loader without an `OverlapBatchSampler`, or one that a framework has re-sharded.
