@@ -24,7 +24,7 @@ def gather_on_host(images: NDArray[np.uint8], places: Places, size: tuple[int, i
     torch's flip, which knows interleaved channels. Three times as fast as a copy per image, more than torch's gathers.
     """
     (h, w), channels = size, images.shape[3]
-    every = sliding_window_view(images.reshape(*images.shape[:2], -1), (h, w * channels), axis=(1, 2))  # type: ignore
+    every = sliding_window_view(images.reshape(*images.shape[:2], -1), (h, w * channels), axis=(1, 2))
     row, top, left, flipped = places
     out = np.empty((places.shape[1], h, w * channels), dtype=np.uint8)
     for mirrored in (False, True):
