@@ -1,6 +1,7 @@
 """Every instruction set that this machine can run computes the losses: the row kernels are compiled once for each.
 
-The rule of tests/test_last_batch.py: no further from float64 than plain PyTorch, plus four units in the last place of the largest.
+The rule of tests/test_last_batch.py: no further from float64 than plain PyTorch, plus four units in the
+last place of the largest element.
 """
 
 from __future__ import annotations
