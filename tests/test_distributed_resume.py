@@ -117,7 +117,7 @@ def launch(folder, *flags, wait=True):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(files.__file__).parents[2])}
     command = [*torchrun, "-m", "dlb_fast", "train", *flags]
     process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-    return process.communicate(timeout=60)[1] if wait else process
+    return process.communicate(timeout=200)[1] if wait else process
 
 
 def ranks_of(process):
@@ -132,35 +132,36 @@ def _parent(path):
         return None
 
 
-FLAGS = ["--batch-size", "20", "--max-steps", "150", "--eval-every", "50", "--checkpoint-every", "9"]
+FLAGS = ["--batch-size", "20", "--max-steps", "60", "--eval-every", "20", "--checkpoint-every", "6"]
 
 
 def expected_run(folder):
-    config = override(get_preset("digits").config, batch_size=20, max_steps=150, eval_every=50, checkpoint_every=9)
+    config = override(get_preset("digits").config, batch_size=20, max_steps=60, eval_every=20, checkpoint_every=6)
     build.train_run(config, RunFolder(folder), quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks in /proc")
 def test_killed_and_resumed_by_torchrun(gang, tmp_path):
     """kill -9 takes one rank, torchrun the other; the bare command goes on, to the same bits."""
     gang(expected_run, tmp_path / "expected")
     process = launch(tmp_path, *FLAGS, "--out", "run", wait=False)
-    until = time.time() + 60
+    until = time.time() + 120
     while not list(tmp_path.glob("run/checkpoints/step-*.pt")):
         assert process.poll() is None and time.time() < until
         time.sleep(0.01)
     os.kill(max(ranks_of(process)), signal.SIGKILL)
     began = time.time()
-    _, said = process.communicate(timeout=45)
-    assert process.returncode != 0 and time.time() - began < 20, said
-    assert final_state(tmp_path / "run")["step"] < 150
+    _, said = process.communicate(timeout=100)
+    assert process.returncode != 0 and time.time() - began < 60, said  # seconds on a free machine
+    assert final_state(tmp_path / "run")["step"] < 60
     said = launch(tmp_path, "--resume", "--out", "run")
     assert "continuing from" in said and said.count("done: test top-1") == 1
-    assert "150 steps of 20 rows (2 ranks x 10, ddp) on cpu, lr 0.05" in said
+    assert "60 steps of 20 rows (2 ranks x 10, ddp) on cpu, lr 0.05" in said
     assert_same_run(tmp_path / "expected", tmp_path / "run")
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks in /proc")
+@pytest.mark.slow
 def test_one_rank_s_error_ends_the_other_at_once(tmp_path):
     """A file that only one rank reads is damaged."""
     for split, count in (("train", 12), ("val", 2)):
@@ -175,6 +176,6 @@ def test_one_rank_s_error_ends_the_other_at_once(tmp_path):
         tmp_path, "--data", "imagefolder:images", "--image-size", "16", "--batch-size", "8", "--max-steps", "50",
         "--num-threads", "1", "--per-class", "None", "--label-noise", "0", "--out", "run",
     )  # fmt: skip
-    assert time.time() - began < 40
+    assert time.time() - began < 120  # nobody waited for a time-out
     assert "SampleError" in said and "5.png" in said, said
     assert "another rank ended" in said or "SIGTERM" in said
