@@ -27,18 +27,20 @@ DLB_INLINE A power_of(A v, int power) {
   return power == 1 ? v : power == 2 ? raised<2>(v) : power == 3 ? raised<3>(v) : raised<4>(v);
 }
 
+// The two terms apart: each is a difference of near numbers, and their sum must not round before them.
 template <typename A>
 DLB_INLINE A gradient_element(const Gradient<A>& g, int64_t c) {
-  A v = -g.constant;
-  if (g.e1) v += g.at.a * g.e1[c];
-  if (g.power) v += g.at.a * power_of(g.e2[c], g.power);
-  if (g.e2) v += g.at.b * g.e2[c];
-  if (g.et) v -= g.at.k * g.et[c];
-  if (g.at.s != 0) v -= g.at.s * (g.weight ? g.weight[c] : A(1));
-  if (g.dense) v -= g.dense_scale * g.dense[c] * (g.weight ? g.weight[c] : A(1));
-  if (c == g.label) v -= g.at.label;
-  if (c == g.label_b) v -= g.label_b_scale;
-  return v;
+  const A w = g.weight ? g.weight[c] : A(1);
+  A ce = 0, kl = -g.constant;
+  if (g.e1) ce += g.at.a * g.e1[c];
+  if (g.power) ce += g.at.a * power_of(g.e2[c], g.power);
+  if (c == g.label) ce -= g.at.label;
+  if (c == g.label_b) ce -= g.label_b_scale;
+  if (g.at.s != 0) ce -= g.at.s * w;
+  if (g.dense) ce -= g.dense_scale * g.dense[c] * w;
+  if (g.e2) kl += g.at.b * g.e2[c];
+  if (g.et) kl -= g.at.k * g.et[c];
+  return ce + kl;
 }
 
 template <int power, typename T, typename A>
