@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12       the interpreter to make .venv with
 #   PYTHON=python3 VENV=none  use an interpreter that already has torch and the test tools (an offline GPU machine)
+#   GPU_CHECK="--copy FOLDER"  what gpu-check is given: --budget SECONDS, --copy FOLDER
 #   DLB_FAST_BUILD=...      auto (default), require, cpu, cuda, none: see setup.py
 
 PYTHON ?= python3
@@ -58,7 +59,7 @@ pytest: $(READY)
 # On a machine with a GPU: builds, proves and measures; see benchmarks/gpu_check.py.
 gpu-check: export DLB_FAST_BUILD := cuda
 gpu-check: $(READY)
-	$(PY) -m benchmarks.gpu_check
+	$(PY) -m benchmarks.gpu_check $(GPU_CHECK)
 
 bench: $(READY)
 	$(PY) -m benchmarks.bench_last_batch

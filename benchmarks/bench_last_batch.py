@@ -12,6 +12,10 @@ their gradients are compared before they are timed.
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ import torch
 
 from . import harness, memory, shapes
 from .loss_variants import NAMES, OURS, PATHS, Key, check_alike, variants
+
+SMALL = 1 << 22  # logits up to which a step is also timed warm and as a graph
 
 
 def minimal_bytes(shape: shapes.Shape, dtype: torch.dtype) -> int:
@@ -46,11 +52,12 @@ def measure(shape: shapes.Shape, dtype_name: str, args: argparse.Namespace, roof
     if not work:
         raise SystemExit(f"bench_last_batch: nothing to time; missing: {', '.join(missing) or 'nothing'}")
     check_alike(work)
-    times = harness.all_times(work, args.device, seconds=args.seconds)
+    small = shape.rows * shape.classes <= SMALL
+    times = harness.all_times(work, args.device, seconds=args.seconds, small=small)
     inside = {key: {"peak_bytes": memory.peak_bytes(step, args.device)} for key, step in work.items()}
     if args.device == "cuda":
-        for key, step in work.items():
-            inside[key]["launches"] = harness.launches(step)
+        for key, count in harness.launches(work).items():
+            inside[key]["launches"] = count
     shared = {"dtype": dtype_name, "rows": shape.rows, "classes": shape.classes, "missing": missing}
     if args.sweep:
         shared["sweep"] = args.sweep
@@ -73,8 +80,9 @@ def main() -> None:
     parser.add_argument("--classes", nargs="+", type=int, help="only these numbers of classes")
     parser.add_argument("--sweep", choices=tuple(shapes.SWEEPS), help="over numbers of classes or rows instead")
     parser.add_argument("--seconds", type=float, default=4.0, help="per shape and kind of timing (default: 4)")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="start no shape and dtype after this time, s")
     parser.add_argument("--out", type=Path, help="JSON lines file to append to")
-    args = parser.parse_args()
+    args, began = parser.parse_args(), time.perf_counter()
     on_gpu = args.device == "cuda"
     if args.variants is None:
         args.variants = [name for name in NAMES if name not in (("cpu",) if on_gpu else ("cuda", "triton"))]
@@ -82,15 +90,32 @@ def main() -> None:
     if not sizes:
         there = sorted({shape.classes for shape in shapes.of(args.device, args.sweep)})
         parser.error(f"--classes: expected some of {there}, got {args.classes}")
-    dtypes = args.dtypes or (["bfloat16" if on_gpu else "float32"] if args.sweep else ["float32", "bfloat16"])
+    both = ["bfloat16", "float32"] if on_gpu else ["float32", "bfloat16"]
+    dtypes = args.dtypes or (both[:1] if args.sweep else both)
     env = harness.environment(args.device)
     roof = harness.copy_bandwidth(args.device, min(1.0, args.seconds))
     print(f"{env['hardware']}, {env['threads']} threads, torch {env['versions']['torch']}; copy {roof / 1e9:.1f} GB/s")
-    for shape in sizes:
-        for dtype_name in dtypes:
+    failed = []
+    # By dtype first: a run that is cut has one dtype whole.
+    for dtype_name, shape in itertools.product(dtypes, sizes):
+        name = f"{shape.rows} x {shape.classes} {dtype_name}"
+        if time.perf_counter() - began > args.limit:
+            print(f"\n{name}: left out, {args.limit:.0f} s are over")
+            continue
+        try:
             records = measure(shape, dtype_name, args, roof)
-            harness.write(args.out, [{**record, **env} for record in records])
-            report(records)
+        except Exception:  # the other shapes are worth having; the exit status tells
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        finally:
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+        harness.write(args.out, [{**record, **env} for record in records])
+        report(records)
+    if failed:
+        raise SystemExit(f"bench_last_batch: failed at {', '.join(failed)}")
 
 
 def report(records: list[dict[str, Any]]) -> None:

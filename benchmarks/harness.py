@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,8 @@ Work = Callable[[], object]
 
 ROOT = Path(__file__).parent.parent
 GPU = "cuda"
+SLEEP = 1_500_000  # clock cycles, 0.8 ms: what eager code takes to launch forward and backward
+IN_A_GRAPH = 20  # steps in one captured graph: the launch of the graph is then a small share of a step
 FLUSH = 256 << 20  # bytes written to make the second-level cache cold: five times the largest in use
 
 
@@ -41,7 +44,7 @@ def command() -> str:
 def environment(device: str) -> dict[str, Any]:
     """What a published number has to carry besides itself."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -146,7 +149,7 @@ def device_times(variants: dict[Any, Work], *, seconds: float, cold: bool) -> di
                 variants[name]()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             # The events must not wait for the host: a kernel long enough to hide its launches goes first.
-            torch.cuda._sleep(200_000)
+            torch.cuda._sleep(SLEEP)
             start.record()
             variants[name]()
             stop.record()
@@ -155,29 +158,42 @@ def device_times(variants: dict[Any, Work], *, seconds: float, cold: bool) -> di
     return {name: spread(times) for name, times in samples.items()}
 
 
-def all_times(variants: dict[Any, Work], device: str, *, seconds: float) -> dict[str, dict[Any, Any]]:
-    """Kind of timing -> variant -> spread: the wall, and on a GPU device time (warm and cold) and graph replay."""
+def all_times(
+    variants: dict[Any, Work], device: str, *, seconds: float, small: bool = True
+) -> dict[str, dict[Any, Any]]:
+    """Kind of timing -> variant -> spread: wall, and on a GPU device time (cold; warm and in graphs where ``small``).
+
+    ``graph`` is the wall time of one replayed step, ``graph_each`` the device time of a step inside a graph of many.
+    """
     times = {"wall": interleaved(variants, device, seconds=seconds)}
     if device == "cuda":
-        times["device_warm"] = device_times(variants, seconds=seconds, cold=False)
         times["device_cold"] = device_times(variants, seconds=seconds, cold=True)
-        graphs = {name: graph for name, step in variants.items() if (graph := captured(step)) is not None}
-        times["graph"] = interleaved(graphs, device, seconds=seconds / 2)
+        if small:  # a graph keeps the memory of its steps: several of them do not fit beside large shapes
+            times["device_warm"] = device_times(variants, seconds=seconds, cold=False)
+            graphs = {name: graph for name, step in variants.items() if (graph := captured(step)) is not None}
+            times["graph"] = interleaved(graphs, device, seconds=seconds / 2)
+            many = {name: graph for name in graphs if (graph := captured(variants[name], IN_A_GRAPH)) is not None}
+            found = device_times(many, seconds=seconds / 2, cold=False) if many else {}
+            times["graph_each"] = {
+                name: {k: v if k == "n" else v / IN_A_GRAPH for k, v in time.items()} for name, time in found.items()
+            }
     return times
 
 
-def captured(work: Work) -> Work | None:
-    """``work`` as a CUDA graph, or None where it cannot be captured (a host synchronisation inside)."""
+def captured(work: Work, steps: int = 1) -> Work | None:
+    """``steps`` calls of ``work`` as one CUDA graph, or None where it cannot be captured (it waits for the device)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             work()
     torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            work()
+            for _ in range(steps):
+                work()
     except RuntimeError:
         torch.cuda.synchronize()
         return None
@@ -196,15 +212,28 @@ def copy_bandwidth(device: str, seconds: float = 1.0) -> float:
     return 2 * source.numel() * 4 / (times["copy"]["median_us"] * 1e-6)
 
 
-def launches(work: Work) -> int:
-    """Kernels one call of ``work`` starts on the device."""
+def launches(works: dict[Any, Work]) -> dict[Any, int]:
+    """Kernels one call of each starts on the device. One profile for all of them: each costs a tenth of a second."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
-        work()
+        for work in works.values():
+            torch.cuda._sleep(1)  # the mark before each
+            work()
         torch.cuda.synchronize()
-    kernels = [e for e in record.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return len([e for e in kernels if not e.name.lower().startswith(("memcpy htod", "memcpy dtoh"))])
+    found = [e for e in record.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return dict(zip(works, kernels_between_marks([(e.time_range.start, e.name) for e in found]), strict=True))
+
+
+def kernels_between_marks(events: list[tuple[float, str]]) -> list[int]:
+    """Events after each mark of ``launches``, without copies between host and device and annotations."""
+    counts: list[int] = []
+    for _, name in sorted(events):
+        if "spin_kernel" in name:
+            counts.append(0)
+        elif counts and not name.lower().startswith(("memcpy htod", "memcpy dtoh", "## ", "torch-compiled")):
+            counts[-1] += 1
+    return counts
 
 
 def write(path: Path | None, records: list[dict[str, Any]]) -> None:

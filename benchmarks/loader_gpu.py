@@ -230,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args(argv)
     device = torch.device(options.device)
+    makers: list[Callable[[], list[dict[str, Any]]]] = []
     rows: list[dict[str, Any]] = [{
         "what": "loader on a GPU", "name": "machine", "command": " ".join(["benchmarks/loader_gpu.py", *sys.argv[1:]]),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" and torch.cuda.is_available() else "cpu",
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         torch.backends.cudnn.benchmark = True
         small, steps = device.type == "cpu", options.steps
-        makers: list[Callable[[], list[dict[str, Any]]]] = [
+        makers = [
             lambda: resident_rows(
                 device, create_model("small_cnn" if small else "resnet18", 10), 16 if small else 512, 2 * steps
             ),
@@ -251,13 +252,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 32 if small else 224, 32 if small else 768,
             ),
         ]  # fmt: skip
-        for make in makers:
-            rows += make()
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    if options.out:
-        with Path(options.out).open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def show(rows: list[dict[str, Any]]) -> None:
+        """Printed and written at once: what comes later may be cut."""
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        if options.out:
+            with Path(options.out).open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    show(rows)
+    for make in makers:
+        show(make())
     return 0
 
 

@@ -61,11 +61,11 @@ def variants(
     shape: Shape, dtype: torch.dtype, device: str, wanted: list[str], paths: list[str]
 ) -> tuple[dict[Key, Callable[[], object]], list[str]]:
     """(variant, path) -> one step of the loss; and what was wanted but cannot run here, with the reason."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)  # a thousand million numbers take a CPU half a minute
     rows, classes, half = shape.rows, shape.classes, shape.rows // 2
-    values = (2 * torch.randn(rows, classes, generator=generator)).to(device, dtype)
-    target = torch.randint(0, classes, (rows,), generator=generator).to(device)
-    teacher = values[:half] + 0.1 * torch.randn(half, classes, generator=generator).to(device, dtype)
+    values = (2 * torch.randn(rows, classes, generator=generator, device=device)).to(dtype)
+    target = torch.randint(0, classes, (rows,), generator=generator, device=device)
+    teacher = values[:half] + 0.1 * torch.randn(half, classes, generator=generator, device=device).to(dtype)
     found: dict[Key, Callable[[], object]] = {}
     missing: list[str] = []
 

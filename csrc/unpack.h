@@ -36,6 +36,9 @@ inline void check_rows(const Tensor& t, const char* name, int64_t classes) {
   STD_TORCH_CHECK(classes <= 1 || t.size(0) == 0 || t.stride(1) == 1, "last_batch: ", name, " must have unit column stride");
 }
 
+// torch's own macro for this has another name in each version of the stable ABI.
+inline void must(AOTITorchError error) { STD_TORCH_CHECK(error == 0, "last_batch: torch could not allocate its outputs"); }
+
 // A contiguous tensor on the device of `like`, straight from its allocator: through the dispatcher the three outputs would
 // take as long as the rows of a small batch.
 inline Tensor allocated(const Tensor& like, ST dtype, const std::array<int64_t, 2>& sizes, int64_t dims) {
@@ -48,10 +51,9 @@ inline Tensor allocated(const Tensor& like, ST dtype, const std::array<int64_t, 
     default: code = aoti_torch_dtype_float32();
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes.data(), strides, code, device_type, device_index, &handle));
+  must(aoti_torch_get_device_type(like.get(), &device_type));
+  must(aoti_torch_get_device_index(like.get(), &device_index));
+  must(aoti_torch_empty_strided(dims, sizes.data(), strides, code, device_type, device_index, &handle));
   return Tensor(handle);
 }
 

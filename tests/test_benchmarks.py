@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_last_batch, gpu_check, harness, loss_variants, shapes
+from benchmarks import bench_last_batch, harness, loss_variants, shapes
 from dlb_fast import _backends
 
 
@@ -147,12 +147,13 @@ def takes(milliseconds):
 def test_gpu_timing_reads_the_events(fake_gpu):
     work = {("cuda", "autograd"): takes(0.25), ("eager", "autograd"): takes(2.0)}
     times = harness.all_times(work, "cuda", seconds=0.01)
-    assert list(times) == ["wall", "device_warm", "device_cold", "graph"]
+    assert list(times) == ["wall", "device_cold", "device_warm", "graph", "graph_each"]
     for kind in ("device_warm", "device_cold"):
         assert times[kind]["cuda", "autograd"]["median_us"] == pytest.approx(250)
         assert times[kind]["eager", "autograd"]["median_us"] == pytest.approx(2000)
         assert times[kind]["eager", "autograd"]["n"] >= 10
-    assert set(times["graph"]) == set(work)
+    assert set(times["graph"]) == set(times["graph_each"]) == set(work)
+    assert times["graph_each"]["eager", "autograd"]["median_us"] == pytest.approx(1000 / harness.IN_A_GRAPH)
     assert fake_gpu  # every timed call was queued behind a kernel
 
 
@@ -172,7 +173,7 @@ def test_what_cannot_be_captured_has_no_graph_time(fake_gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", Refusing)
     times = harness.all_times({"official": takes(1.0)}, "cuda", seconds=0.01)
-    assert times["graph"] == {}
+    assert times["graph"] == times["graph_each"] == {}
     assert times["device_cold"]["official"]["n"] >= 10
 
 
@@ -183,7 +184,7 @@ def test_gpu_records_carry_launches_and_their_share_of_the_copy(fake_gpu, monkey
     work = {("cuda", "autograd"): takes(0.001), ("eager", "autograd"): takes(0.009)}
     monkeypatch.setattr(bench_last_batch, "variants", lambda *a: (work, ["liger (not installed)"]))
     monkeypatch.setattr(bench_last_batch, "check_alike", lambda work: None)
-    monkeypatch.setattr(harness, "launches", lambda step: 1 if step is work["cuda", "autograd"] else 12)
+    monkeypatch.setattr(harness, "launches", lambda works: {key: 1 if key[0] == "cuda" else 12 for key in works})
     monkeypatch.setattr(bench_last_batch.memory, "peak_bytes", lambda step, device: 77)
     options = argparse.Namespace(device="cuda", variants=[], paths=["autograd"], seconds=0.01, sweep=None)
     found = bench_last_batch.measure(shapes.Shape(100, 1000, ""), "bfloat16", options, roof=1e12)
@@ -194,36 +195,6 @@ def test_gpu_records_carry_launches_and_their_share_of_the_copy(fake_gpu, monkey
     assert cold["eager"]["copy_bytes_per_logit"] == pytest.approx(90)
     assert (cold["cuda"]["launches"], cold["eager"]["launches"]) == (1, 12)
     assert cold["cuda"]["missing"] == ["liger (not installed)"]
-
-
-CASES = {
-    "all passed": ("", {"cuda": True, "triton": True}),
-    "one failed": ("<failure/>", {"cuda": False, "triton": True}),
-    "skipped only": ("<skipped/>", {"cuda": False, "triton": True}),
-    "error": ("<error/>", {"cuda": False, "triton": True}),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_proof_needs_every_test(tmp_path, monkeypatch, name):
-    inside, want = CASES[name]
-    report = tmp_path / "tests.xml"
-    report.write_text(
-        f'<testsuite><testcase name="test_a[cuda-8]">{inside}</testcase><testcase name="test_b[8-triton]"/>'
-        '<testcase name="test_c[cpu]"><failure/></testcase></testsuite>'
-    )
-    assert gpu_check.proven(report) == want
-    monkeypatch.setattr(gpu_check, "PROOF", tmp_path / "proof.txt")
-    gpu_check.record(want, "Some GPU")
-    proof = (tmp_path / "proof.txt").read_text()
-    assert ("cuda: tested on Some GPU" in proof) == want["cuda"]
-    assert "triton: tested on Some GPU" in proof
-    gpu_check.record({"cuda": False, "triton": False}, "Some GPU")
-    assert not (tmp_path / "proof.txt").exists()
-
-
-def test_no_report_proves_nothing(tmp_path):
-    assert gpu_check.proven(tmp_path / "missing.xml") == {"cuda": False, "triton": False}
 
 
 def test_the_command_runs_a_benchmark_and_names_a_wrong_one(tmp_path, capfd, monkeypatch):

@@ -14,11 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from .augment_config import AugmentConfig
 from .coerce import coerce, near
 from .sinks import SINKS
+
+try:  # what turns flags into configs; configs made in Python, and graphed steps, work without it
+    import tyro
+except ImportError:
+    _CALLED_DATA = _NO_OPPOSITE = None
+else:
+    _CALLED_DATA, _NO_OPPOSITE = tyro.conf.arg(name="data"), tyro.conf.FlagCreatePairsOff
 
 __all__ = [
     "METHOD_FIELDS",
@@ -48,7 +53,7 @@ def _require(condition: bool, name: str, expected: str, got: Any) -> None:
 class DataConfig:
     """Which images, how many rows a step sees, how they are augmented."""
 
-    source: Annotated[str, tyro.conf.arg(name="data")] = "digits"
+    source: Annotated[str, _CALLED_DATA] = "digits"
     """KIND[:PATH]: digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, synthetic[:N,C,SIZE], ..."""
     batch_size: int = 128
     """Rows the model sees per step, over all ranks; with DLB half of them repeat the step before. Even."""
@@ -293,18 +298,20 @@ class TrainArgs:
     """YAML config, on top of the preset if both are given."""
     out: Path | None = None
     """Run folder (default: a new one under runs/)."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    resume: Annotated[bool, _NO_OPPOSITE] = False
     """Continue: alone, the newest run under runs/; with --out, that one."""
-    smoke: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    smoke: Annotated[bool, _NO_OPPOSITE] = False
     """A rehearsal of seconds: four short steps, evaluation, checkpoint and resume, on synthetic images unless --data is
     given."""
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    quiet: Annotated[bool, _NO_OPPOSITE] = False
     """No progress on the console."""
     run: RunConfig = field(default_factory=RunConfig)
 
 
 def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) -> Any:
     """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group."""
+    import tyro  # missing: said here, by its name
+
     return tyro.cli(form, prog=prog, args=list(flags), default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -1,0 +1,52 @@
+"""What `gpu_check` asks of pytest: each test's outcome written down as it comes, and an end in time.
+
+    python -m pytest -p benchmarks.gpu_report      with DLB_FAST_TEST_REPORT=FILE and DLB_FAST_TEST_SECONDS=N
+
+A run that is killed writes no JUnit file, so every outcome goes to FILE at once, a JSON line each; the last line says
+whether the run came to its end. When the seconds are over the run stops after the test that is running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FILE, SECONDS = "DLB_FAST_TEST_REPORT", "DLB_FAST_TEST_SECONDS"
+
+
+class Report:
+    """Writes outcomes; stops the run when its time is over."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path, self.end, self.over = path, time.monotonic() + seconds, False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            text = {"text": report.longreprtext[-3000:]} if report.failed else {}
+            self.write({"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), **text})
+        if time.monotonic() > self.end and not self.over:
+            self.over = True
+            pytest.exit("the time for the GPU tests is over; what has not run is not proven")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.write({"test": report.nodeid, "outcome": "not collected", "text": report.longreprtext[-3000:]})
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self.write({"finished": not self.over and int(exitstatus) in (0, 1), "exit": int(exitstatus)})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if FILE in os.environ and not hasattr(config, "workerinput"):  # once, not in the workers of pytest-xdist
+        config.pluginmanager.register(Report(Path(os.environ[FILE]), float(os.environ.get(SECONDS, "1e9"))))

@@ -1,0 +1,171 @@
+"""The run on a GPU, without one: what it proves, what it does when time runs out, what it needs of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_last_batch, gpu_check, gpu_report, harness, shapes
+
+ROOT = Path(__file__).parent.parent
+
+
+def written(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+CASES = {
+    "all passed": ("passed", {"finished": True}, True),
+    "one failed": ("failed", {"finished": True}, False),
+    "skipped only": ("skipped", {"finished": True}, False),
+    "time was over": ("passed", {"finished": False}, False),
+    "killed": ("passed", {}, False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_proof_needs_every_test_of_a_whole_run(tmp_path, monkeypatch, name):
+    outcome, end, want = CASES[name]
+    tests = [("test_a[cuda-8]", outcome), ("test_b[8-triton]", "passed"), ("test_c[cpu]", "failed")]
+    report = written(tmp_path / "t.jsonl", [*({"test": f"f.py::{t}", "outcome": o} for t, o in tests), end])
+    report.write_text(report.read_text() + '{"test": "cut in the mid')
+    assert gpu_check.proven(report, "cuda") == want
+    assert gpu_check.proven(report, "triton") == bool(end.get("finished"))
+    monkeypatch.setattr(gpu_check, "PROOF", tmp_path / "proof.txt")
+    gpu_check.record({"cuda": want, "triton": True}, "Some GPU")
+    proof = (tmp_path / "proof.txt").read_text()
+    assert ("cuda: tested on Some GPU" in proof) == want
+    assert "triton: tested on Some GPU" in proof
+    gpu_check.record({"cuda": False, "triton": False}, "Some GPU")
+    assert not (tmp_path / "proof.txt").exists()
+
+
+def test_no_report_proves_nothing(tmp_path):
+    assert not gpu_check.proven(tmp_path / "missing.jsonl", "cuda")
+
+
+TESTS = """
+import time, pytest
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_a(impl): assert impl != "triton"
+@pytest.mark.parametrize("n", range(40))
+def test_b(n): time.sleep({pause})
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(("seconds", "pause"), [("60", 0.0), ("3", 0.5)])
+def test_outcomes_are_written_as_they_come_and_the_run_ends_in_time(tmp_path, workers, seconds, pause):
+    if workers != "0":
+        pytest.importorskip("xdist")
+    (tmp_path / "test_it.py").write_text(TESTS.replace("{pause}", str(pause)))
+    (tmp_path / "test_absent.py").write_text("import no_such_package")
+    report = tmp_path / "report.jsonl"
+    environment = {
+        **os.environ, gpu_report.FILE: str(report), gpu_report.SECONDS: seconds, "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_report", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", str(tmp_path)]
+    command += ["-n", workers] if workers != "0" else []
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=100)
+    found = gpu_check.records(report)
+    outcomes = {r["test"].partition("::")[2]: r["outcome"] for r in found if "test" in r}
+    assert "not collected" in outcomes.values()  # and the others ran
+    assert found[-1]["finished"] == (pause == 0.0)
+    if pause == 0.0:
+        assert (outcomes["test_a[cuda]"], outcomes["test_a[triton]"]) == ("passed", "failed") and len(outcomes) == 43
+        assert (gpu_check.proven(report, "cuda"), gpu_check.proven(report, "triton")) == (True, False)
+    else:
+        assert 0 < len(outcomes) < 43 and not gpu_check.proven(report, "cuda")
+
+
+def test_a_stage_that_overruns_ends_with_what_it_started_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(gpu_check, "PROOF", tmp_path / "proof.txt")
+    results = written(tmp_path / "results.jsonl", [{"a": 1}])
+    stages = gpu_check.Stages(60.0, results, tmp_path / "copy")
+    code = "import subprocess, time; p = subprocess.Popen(['sleep', '300']); print(p.pid, flush=True); time.sleep(300)"
+    began = time.monotonic()
+    monkeypatch.setattr(stages, "left", lambda: 6.0)
+    assert stages.run("long one", [sys.executable, "-c", code], 100.0) == gpu_check.TIME_OVER
+    assert time.monotonic() - began < 30.0
+    child = int((tmp_path / "copy" / "long-one.log").read_text())
+    stat = Path(f"/proc/{child}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    assert stages.run("next", [sys.executable, "-c", "import sys; print('here'); sys.exit(3)"], 6.0) == 3
+    assert (tmp_path / "copy" / "next.log").read_text() == "here\n" and (tmp_path / "copy" / "results.jsonl").exists()
+    assert "here" in capsys.readouterr().out
+    monkeypatch.setattr(stages, "left", lambda: 1.0)
+    assert stages.run("last", ["false"], 6.0) == gpu_check.TIME_OVER
+    assert stages.codes == {"long one": 124, "next": 3, "last": 124}
+
+
+def loss(classes, rows, kind, path, **numbers):
+    names = {"bench": "last_batch", "variant": "cuda", "dtype": "bfloat16", "classes": classes, "rows": rows}
+    return {**names, "kind": kind, "path": path, "launches": 1, "of_copy_bandwidth": 0.88, "median_us": 9.0, **numbers}
+
+
+def test_the_bars_are_read_from_the_results(tmp_path):
+    lines = gpu_check.bars(written(tmp_path / "r.jsonl", [
+        loss(1000, 32768, "device_cold", "gradient"), loss(32000, 8192, "device_cold", "gradient"),
+        loss(1000, 512, "wall", "gradient"), loss(1000, 512, "graph_each", "gradient"),
+        loss(100, 256, "wall", "autograd", median_us=15.1), loss(100, 256, "wall", "gradient", launches=2),
+        loss(100, 256, "device_cold", "gradient"), {**loss(100, 256, "wall", "gradient"), "dtype": "float32"},
+    ]))  # fmt: skip
+    text = "\n".join(lines)
+    assert "C=1000 rows=32768 gradient: 88.0% of the copy bandwidth (bar 85%): met" in text
+    assert "C=32000 rows=8192 gradient: 88.0% of the copy bandwidth (bar 90%): MISSED" in text
+    assert "C=1000 rows=512 gradient: wall 9.0 us (bar 15): met" in text
+    assert "C=1000 rows=512 gradient: graph_each 9.0 us (bar 4): MISSED" in text
+    assert "C=100 rows=256 autograd: wall 15.1 us (bar 15): MISSED" in text
+    assert "C=100 rows=256 gradient: 2 launches (bar 1): MISSED" in text
+    assert len(lines) == 8
+
+
+def test_kernels_are_counted_between_the_marks():
+    spin = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+    events = [(5.0, "held_kernel"), (1.0, spin), (4.0, spin), (2.0, "add"), (3.0, "Memcpy DtoH (Device -> Pinned)")]
+    assert harness.kernels_between_marks([*events, (6.0, spin), (7.0, "Memset (Device)")]) == [1, 1, 1]
+
+
+def test_a_shape_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(shape, dtype_name, args, roof):
+        measured.append(shape.classes)
+        if shape.classes == 1000:
+            raise MemoryError("too large")
+        return [{"bench": "last_batch", "classes": shape.classes}]
+
+    monkeypatch.setattr(bench_last_batch, "measure", measure)
+    monkeypatch.setattr(bench_last_batch, "report", lambda records: None)
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda device, seconds: 1e9)
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--dtypes", "float32", "--out", str(out)])
+    with pytest.raises(SystemExit, match="failed at 256 x 1000 float32"):
+        bench_last_batch.main()
+    assert measured == [shape.classes for shape in shapes.CPU]
+    assert [r["classes"] for r in gpu_check.records(out)] == [100, 21843]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--limit", "-1"])
+    bench_last_batch.main()
+    assert len(measured) == 3 and "left out, -1 s are over" in capsys.readouterr().out
+
+
+ABSENT = "tyro simplejpeg ruff mypy mkdocs mkdocstrings trackio wandb"
+
+
+def test_what_it_imports_is_on_a_gpu_machine():
+    """torch, triton, numpy and pytest: nothing of the trainer's command line, nothing else that pip brings."""
+    names = ABSENT.split()
+    code = f"import sys; sys.modules.update(dict.fromkeys({names!r})); "
+    code += "import benchmarks.gpu_check, benchmarks.bench_last_batch, benchmarks.bench_step, dlb_fast.train.graphed; "
+    code += "from dlb_fast.train.engine import Trainer; from dlb_fast.train.config import TrainConfig; TrainConfig()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
