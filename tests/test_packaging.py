@@ -155,6 +155,13 @@ def test_the_doctor_tells_how_it_was_built_and_does_without(monkeypatch, capsys)
     assert "compiled by" not in out and "implementations of the loss" in out
 
 
+def test_the_sources_use_no_macro_that_older_headers_lack():
+    """torch renamed the stable ABI's macros from version to version; these two are in 2.10 and in all since."""
+    text = "".join(p.read_text() for p in (ROOT / "csrc").glob("*.*"))
+    used = set(re.findall(r"\b(?:STABLE_)?TORCH_\w*(?:LIBRARY|CHECK|CODE)\w*", text))
+    assert used <= {"STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL"}, used
+
+
 def test_a_command_without_its_extra_names_it():
     code = "import sys; sys.modules['tyro'] = None; from dlb_fast.cli import main; sys.exit(main(['demo']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
