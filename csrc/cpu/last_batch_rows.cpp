@@ -47,8 +47,10 @@ template <int power, typename T, typename A>
 DLB_INLINE void write_powered(const Gradient<A>& g, int64_t n, A constant, T* out) {
   const A a = g.at.a, b = g.at.b, k = g.at.k;
   const A *e2 = g.e2, *et = g.et;
-#pragma omp simd
-  for (int64_t c = 0; c < n; ++c) store(a * raised<power>(e2[c]) + (b * e2[c] - k * et[c]) - constant, out + c);
+  write_row<A>(n, out, [=](int64_t c) {
+    const auto v = load<A>(e2 + c);
+    return a * raised<power>(v) + (b * v - k * load<A>(et + c)) - constant;
+  });
 }
 
 template <typename T, typename A>
@@ -65,14 +67,13 @@ DLB_INLINE void write_gradient(const Gradient<A>& g, int64_t n, T* out) {
   } else if (plain && g.power == 4) {
     write_powered<4>(g, n, constant, out);
   } else if (plain && e1 && e2 && et) {
-#pragma omp simd
-    for (int64_t c = 0; c < n; ++c) store(a * e1[c] + (b * e2[c] - k * et[c]) - constant, out + c);
+    write_row<A>(n, out, [=](int64_t c) {
+      return a * load<A>(e1 + c) + (b * load<A>(e2 + c) - k * load<A>(et + c)) - constant;
+    });
   } else if (plain && e1 && !e2) {
-#pragma omp simd
-    for (int64_t c = 0; c < n; ++c) store(a * e1[c] - constant, out + c);
+    write_row<A>(n, out, [=](int64_t c) { return a * load<A>(e1 + c) - constant; });
   } else if (plain && e1 && e2) {
-#pragma omp simd
-    for (int64_t c = 0; c < n; ++c) store(a * e1[c] + b * e2[c] - constant, out + c);
+    write_row<A>(n, out, [=](int64_t c) { return a * load<A>(e1 + c) + b * load<A>(e2 + c) - constant; });
   } else {
     for (int64_t c = 0; c < n; ++c) store(gradient_element(g, c), out + c);
   }
@@ -85,9 +86,11 @@ struct RowKernel {
   const PairJob& job;
   const LastBatchArgs& args;
   Scratch<A> scratch;
+  Exponent<A> plain, tempered;
   int whole_temperature;  // 1 to 4, or 0
 
-  explicit RowKernel(const PairJob& j) : job(j), args(*j.args), scratch(scratch_for<A>(j.args->classes)) {
+  explicit RowKernel(const PairJob& j)
+      : job(j), args(*j.args), scratch(scratch_for<A>(j.args->classes)), plain(1.0), tempered(1.0 / j.temperature) {
     const double tau = j.temperature;
     whole_temperature = tau == 1 || tau == 2 || tau == 3 || tau == 4 ? static_cast<int>(tau) : 0;
   }
@@ -146,15 +149,15 @@ struct RowKernel {
     g.weight = w;
   }
 
-  void distillation(int64_t row, const A* z, A m, Gradient<A>& g) {
+  void distillation(int64_t row, const Row<A>& of_row, Gradient<A>& g) {
     const int64_t n = args.classes;
-    const Exponent<A> k(1.0 / job.temperature);
+    const A *z = of_row.v, m = of_row.max;
     const double scale = job.scales.kl_grad * job.grad_scale;
     if (args.kind == TeacherKind::given_by_rule) {
       const bool corrected = args.correct_share >= 0;
       const double right = corrected ? args.correct_share : 1.0 / n;
       const double wrong = corrected ? (n > 1 ? (1.0 - right) / (n - 1) : 0.0) : right;
-      const double d2 = exp_sum(z, n, m, k, scratch.e2);
+      const double d2 = exp_sum(of_row, tempered, scratch.e2);
       const int64_t y = corrected ? args.target[row * args.target_stride] : 0;
       const double x_right = static_cast<double>(z[y] - m) / job.temperature;
       const double x_all = wrong == 0 ? 0 : weighted_sum<A>(z, nullptr, n, m) / job.temperature;
@@ -170,45 +173,43 @@ struct RowKernel {
       }
       return;
     }
-    const A* t = teacher(row);
+    const A* t = load_row<A>(teacher(row), n, A(0), scratch.t).v;
     g.e2 = scratch.e2;
-    const TeacherSums sums = probability_sums(z, t, n, m, 1.0 / job.temperature, scratch.e2);
+    const TeacherSums sums = probability_sums(of_row, t, n, tempered, 1.0 / job.temperature, scratch.e2);
     job.kl[row] = sums.gap + sums.teacher * std::log(sums.student);
     g.at.b = static_cast<A>(scale * sums.teacher / sums.student);
     g.at.k = static_cast<A>(scale);
     g.et = t;
   }
 
-  const A* teacher(int64_t row) const {
-    const TT* source = args.buffer ? static_cast<const TT*>(args.buffer) + row * args.classes
-                                   : static_cast<const TT*>(args.teacher) + row * args.teacher_stride;
-    return converted(source, args.classes, scratch.t);
+  const TT* teacher(int64_t row) const {
+    return args.buffer ? static_cast<const TT*>(args.buffer) + row * args.classes
+                       : static_cast<const TT*>(args.teacher) + row * args.teacher_stride;
   }
 
   // The KL to a teacher's logits; with a power also the sum that the CE needs.
   template <int power>
-  double logit_distillation(int64_t row, const A* z, A m, Gradient<A>& g) {
-    const int64_t n = args.classes;
-    const A* t = teacher(row);
+  double logit_distillation(int64_t row, const Row<A>& of_row, Gradient<A>& g) {
+    const Row<A> t = load_row<A>(teacher(row), args.classes, nothing<A>, scratch.t);
     const double scale = job.scales.kl_grad * job.grad_scale;
-    const Exponent<A> k(1.0 / job.temperature);
-    const TeacherSums sums = teacher_sums<power>(z, t, n, m, maximum(t, n), k, scratch.e2, scratch.t);
-    job.kl[row] = sums.gap / (sums.teacher * job.temperature) + std::log(sums.student / sums.teacher);
+    const TeacherSums sums = teacher_sums<power>(of_row, t, tempered, scratch.e2, scratch.t);
+    const double of_teacher = 1.0 / sums.teacher;
+    job.kl[row] = sums.gap * of_teacher / job.temperature + std::log(sums.student * of_teacher);
     g.at.b = static_cast<A>(scale / sums.student);
-    g.at.k = static_cast<A>(scale / sums.teacher);
+    g.at.k = static_cast<A>(scale * of_teacher);
     g.e2 = scratch.e2;
     g.et = scratch.t;
     g.power = power;
     return sums.untempered;
   }
 
-  double logit_distillation(int64_t row, int power, const A* z, A m, Gradient<A>& g) {
+  double logit_distillation(int64_t row, int power, const Row<A>& of_row, Gradient<A>& g) {
     switch (power) {
-      case 1: return logit_distillation<1>(row, z, m, g);
-      case 2: return logit_distillation<2>(row, z, m, g);
-      case 3: return logit_distillation<3>(row, z, m, g);
-      case 4: return logit_distillation<4>(row, z, m, g);
-      default: return logit_distillation<0>(row, z, m, g);
+      case 1: return logit_distillation<1>(row, of_row, g);
+      case 2: return logit_distillation<2>(row, of_row, g);
+      case 3: return logit_distillation<3>(row, of_row, g);
+      case 4: return logit_distillation<4>(row, of_row, g);
+      default: return logit_distillation<0>(row, of_row, g);
     }
   }
 
@@ -220,16 +221,16 @@ struct RowKernel {
       if (args.target_b) counts = counts && args.target_b[row * args.target_b_stride] != args.ignore_index;
     }
     if (!counts && !taught) return zero_gradient(row);
-    const A* z = converted(logits(row), n, scratch.z);
-    const A m = maximum(z, n);
+    const Row<A> of_row = load_row<A>(logits(row), n, nothing<A>, scratch.z);
+    const A *z = of_row.v, m = of_row.max;
     Gradient<A> g;
     const A* w = static_cast<const A*>(args.weight);
     const bool by_logits = taught && args.kind == TeacherKind::logits;
     double d1 = 0;
-    if (by_logits) d1 = logit_distillation(row, counts ? whole_temperature : 0, z, m, g);
+    if (by_logits) d1 = logit_distillation(row, counts ? whole_temperature : 0, of_row, g);
     if (counts) {
       if (g.power == 0) {
-        d1 = exp_sum(z, n, m, Exponent<A>(1.0), scratch.e1);
+        d1 = exp_sum(of_row, plain, scratch.e1);
         g.e1 = scratch.e1;
       }
       int64_t y = args.target ? args.target[row * args.target_stride] : 0;
@@ -240,7 +241,7 @@ struct RowKernel {
       job.correct[row] = d1 == d1 && z[y] >= m;
       cross_entropy(row, z, m, d1, w, g);
     }
-    if (taught && !by_logits) distillation(row, z, m, g);
+    if (taught && !by_logits) distillation(row, of_row, g);
     if (args.grad) write_gradient(g, n, static_cast<T*>(args.grad) + row * n);
   }
 
@@ -248,8 +249,12 @@ struct RowKernel {
   void keep(int64_t row, int64_t slot) const {
     const T* from = logits(row);
     TT* to = static_cast<TT*>(args.buffer) + slot * args.classes;
+    if constexpr (std::is_same_v<T, TT>) {
+      std::memcpy(to, from, args.classes * sizeof(T));
+    } else {
 #pragma omp simd
-    for (int64_t c = 0; c < args.classes; ++c) store(to_acc(from[c]), to + c);
+      for (int64_t c = 0; c < args.classes; ++c) store(to_acc(from[c]), to + c);
+    }
   }
 };
 
