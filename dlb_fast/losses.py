@@ -241,7 +241,9 @@ class LastBatchLoss(nn.Module):
             dtype = saved.dtype if isinstance(saved, Tensor) and saved.is_floating_point() else None
             if self._dtype_follows and dtype not in (None, self.buffer.logits.dtype):
                 self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, self.buffer.logits.device)
-            self._dtype_follows = not self.buffer.load_state_dict(state) and self._dtype_follows
+            # A state saved before the first batch holds no logits whose dtype could have been chosen.
+            chosen = self.buffer.load_state_dict(state) and self.buffer.count > 0
+            self._dtype_follows = self._dtype_follows and not chosen
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],

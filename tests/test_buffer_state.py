@@ -43,3 +43,12 @@ def test_weights_saved_without_a_criterion_load_strictly(generator):
     assert both["criterion"].buffer.count == 0
     with pytest.raises(RuntimeError, match='Missing key.*"net.bias"'), pytest.warns(UserWarning, match="no 'crit"):
         both.load_state_dict({"net.weight": weights["net.weight"]})
+
+
+def test_a_state_from_before_the_first_batch_chooses_no_dtype(generator):
+    """It holds no logits; float64 ones would else be taught by their float32 roundings."""
+    fresh, criterion = (LastBatchLoss(6, capacity=4, impl="torch") for _ in range(2))
+    criterion.load_state_dict(fresh.state_dict())
+    logits = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    criterion(logits, torch.zeros(4, dtype=torch.int64))
+    assert torch.equal(criterion.buffer.logits, logits)
