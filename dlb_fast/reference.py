@@ -144,7 +144,8 @@ def reduce_rows(terms: RowTerms, reduction: str) -> Tensor:
     total = terms.rows.sum()
     if reduction == "sum":
         return total
-    return total / torch.where(terms.norm == 0, torch.ones_like(terms.norm), terms.norm)
+    # An infinite divisor gives 0 with zero gradient, also where weightless rows still have a smoothed loss.
+    return total / torch.where(terms.norm == 0, torch.full_like(terms.norm, float("inf")), terms.norm)
 
 
 def top1_correct(logits: Tensor, target: Tensor | None, ignore_index: int = -100) -> Tensor:

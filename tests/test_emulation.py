@@ -276,6 +276,16 @@ def test_float16_gradient_of_a_large_batch_does_not_underflow() -> None:
     assert float(result.parts[4]) == 65536.0 and (result.grad == 0).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("classes", [300, 2000])
+def test_float16_with_several_right_classes_stays_finite(classes: int) -> None:
+    logits, _, _ = batch(4, classes, torch.float16)
+    target = (torch.arange(classes) < 200).float().repeat(4, 1)  # its rows sum to 200, not to 1
+    result = harness.emulator().last_batch(logits, target, reduction="sum")
+    assert result.grad is not None
+    wanted = 200 * torch.softmax(logits.double(), 1) - target
+    torch.testing.assert_close(result.grad.double() / result.parts[4].double(), wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_without_a_gradient_nothing_but_the_losses_is_written() -> None:
     logits, target, teacher = batch(8, 1000)
     result = run(harness.emulator(), logits, target, teacher, need_grad=False)

@@ -213,6 +213,31 @@ def test_float16_gradient_survives_a_loss_scale(impl, generator):
         assert ((grad == 0) & (wanted.abs() > 6.2e-5)).sum() == 0
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("right", [1, 200])
+def test_float16_with_several_right_classes_stays_finite(impl, generator, right, reduction):
+    """Dense targets need not sum to 1; a gradient enlarged for one right class would overflow at any loss scale."""
+    z = torch.randn(4, 300, generator=generator).half()
+    y = (torch.arange(300) < right).float().expand(4, 300)
+    _, grad = value_and_gradient(lambda v: fused_lb_loss(v, y, reduction=reduction, impl=impl), z, torch.tensor(8.0))
+    _, truth = value_and_gradient(
+        lambda v: torch.nn.functional.cross_entropy(v, y.double(), reduction=reduction), z.double(), torch.tensor(8.0)
+    )
+    assert (grad - truth).abs().max() <= 2e-3 * truth.abs().max()
+
+
+def test_smoothing_over_weightless_rows_is_zero(impl, generator):
+    """Their labels weigh nothing, so there is nothing to divide by, though the other classes' share is not 0."""
+    z, y, t = problem(impl, generator, 4, 2, 5, torch.float32)
+    weight = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
+    for dtype in (torch.float32, torch.float16):
+        loss, grad = value_and_gradient(
+            lambda v: fused_lb_loss(v, torch.zeros_like(y), weight=weight, label_smoothing=0.5, impl=impl),
+            z.to(dtype), torch.tensor(1.0),
+        )
+        assert loss == 0 and grad.abs().max() == 0
+
+
 def test_layouts(impl, generator):
     """Transposed, strided, expanded, offset and empty inputs are read as what they are."""
     z, y, t = problem(impl, generator, 12, 6, 20, torch.float32)

@@ -106,6 +106,15 @@ def test_float16_with_a_loss_scale_does_not_underflow():
     assert (mine == 0).double().mean() < 0.01
 
 
+def test_float16_with_several_right_classes_and_with_weightless_rows():
+    z, y, _ = problem(4, 2, 300, F16)
+    right = (torch.arange(300, device=z.device) < 200).to(F16).expand(4, 300)  # a row of its sums to 200, not to 1
+    check(z, right, torch.tensor(8.0))
+    weight = torch.ones(300, device=z.device).index_fill(0, y, 0.0)
+    loss, _, grad = check(z, y, weight=weight, label_smoothing=0.5)
+    assert loss == 0 and grad.abs().max() == 0
+
+
 TEACHERS = {
     "none": {},
     "logits": {"teacher": "logits", "temperature": 2.0, "alpha": 0.5},

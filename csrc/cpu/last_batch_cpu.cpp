@@ -129,7 +129,8 @@ BatchPlan plan_batch(const LastBatchArgs& args) {
   s.hard = 1.0 - args.label_smoothing;
   if (args.dtype == DType::f16) {
     // |p - q| <= 1 for both terms; the z-loss adds 2 lse p, with lse below 100 for any float16 model worth training.
-    plan.grad_scale = float16_grad_scale(std::fabs(s.ce) * largest_weight + std::fabs(s.kl_grad) + 200.0 * s.z);
+    const double largest_ce = std::fabs(s.ce) * largest_weight * (args.dense ? dense_target_room : 1.0);
+    plan.grad_scale = float16_grad_scale(largest_ce + std::fabs(s.kl_grad) + 200.0 * s.z);
   }
   return plan;
 }

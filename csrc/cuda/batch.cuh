@@ -201,7 +201,8 @@ DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
     if (a.dtype == DType::f16) {
       // |p - q| <= 1 for both terms; the z-loss adds 2 lse p, with lse below 100 for any float16 model worth training.
       const float ce = s.scales.ce, kl = s.scales.kl_grad;
-      const float bound = (ce < 0 ? -ce : ce) * largest[0] + (kl < 0 ? -kl : kl) + 200.0f * s.scales.z;
+      const float room = a.dense != nullptr ? static_cast<float>(dense_target_room) : 1.0f;
+      const float bound = (ce < 0 ? -ce : ce) * largest[0] * room + (kl < 0 ? -kl : kl) + 200.0f * s.scales.z;
       s.grad_scale = static_cast<float>(float16_grad_scale(bound));
     }
     shared_store(&shared.state, s);

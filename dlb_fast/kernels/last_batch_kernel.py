@@ -113,15 +113,17 @@ def last_batch_kernel(
         if DENSE or not HAS_CE:
             norm_z = batch.to(COMPUTE)
             norm_ce = norm_z
-    # A term to which no row counts is 0.
-    norm_z = tl.where(norm_z == 0.0, 1.0, norm_z)
-    norm_ce = tl.where(norm_ce == 0.0, 1.0, norm_ce)
-    norm_lb = tl.where(norm_lb == 0.0, 1.0, norm_lb)
+    # A term to which no row counts is 0, and so is its gradient.
+    norm_z = tl.where(norm_z == 0.0, float("inf"), norm_z)
+    norm_ce = tl.where(norm_ce == 0.0, float("inf"), norm_ce)
+    norm_lb = tl.where(norm_lb == 0.0, float("inf"), norm_lb)
     ce_mult, z_mult = ce_factor / norm_ce, z_factor / norm_z
     kl_mult = alpha * tau / norm_lb
     grad_scale = tl.full([], 1.0, COMPUTE)
     if NEED_GRAD and grad_ptr.dtype.element_ty == tl.float16:
         ce_size = ce_mult if HAS_CE else 0.0 * ce_mult
+        if DENSE:
+            ce_size *= 64.0  # a dense target need not sum to 1: up to 256 the gradient stays finite
         kl_size = kl_mult if KIND != NONE else 0.0 * kl_mult
         grad_scale = half_scale(ce_size, kl_size, z_mult, weight_ptr, COMPUTE, CLASSES, HAS_WEIGHT and HAS_CE)
     ce_mult, kl_mult, z_mult = ce_mult * grad_scale, kl_mult * grad_scale, 2.0 * z_mult * grad_scale
