@@ -154,27 +154,34 @@ def train_run(
     loader: Any = trainer.loader
     impl = _backends.pick(config.loss.impl, trainer.device.type)
     started = ranks.on_main(folder.exists)
-    if resume and started and ranks.is_main:
-        _compare_versions(folder, log)
-    ranks.on_main(lambda: folder.create(config, impl))
-    log.say(
-        f"{config.loss.method} with {config.model.model} ({_count(trainer.model):,} parameters) on "
-        f"{config.data.source}: {trainer.total_steps} steps of {_rows(config, trainer)}, "
-        f"loss implementation {impl!r}\n"
-        f"run folder {folder.path}"
-    )
-    cost: Any = getattr(trainer.criterion, "cost", None)
-    if cost is not None:
-        log.say(f"{config.loss.method}: {cost()}")
-    if resume and started:
-        found = trainer.resume()
-        log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
-        if trainer.step >= trainer.total_steps:
-            log.say(f"the run is already complete ({trainer.step} steps)")
+    ranks.on_main(folder.hold)
     try:
-        result = trainer.fit()
+        if resume and started and ranks.is_main:
+            _compare_versions(folder, log)
+        if not (resume and started):
+            ranks.on_main(lambda: folder.create(config, impl))
+        log.say(
+            f"{config.loss.method} with {config.model.model} ({_count(trainer.model):,} parameters) on "
+            f"{config.data.source}: {trainer.total_steps} steps of {_rows(config, trainer)}, "
+            f"loss implementation {impl!r}\n"
+            f"run folder {folder.path}"
+        )
+        cost: Any = getattr(trainer.criterion, "cost", None)
+        if cost is not None:
+            log.say(f"{config.loss.method}: {cost()}")
+        if resume and started:
+            found = trainer.resume()
+            # Not before: a continuation that is refused leaves the run's config as it was.
+            ranks.on_main(lambda: folder.create(config, impl))
+            log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
+            if trainer.step >= trainer.total_steps:
+                log.say(f"the run is already complete ({trainer.step} steps)")
+        try:
+            result = trainer.fit()
+        finally:
+            loader.close()
     finally:
-        loader.close()
+        folder.release()
     if result["stopped_by"] is not None and trainer.step < trainer.total_steps:
         log.say(
             f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "

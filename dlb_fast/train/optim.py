@@ -19,7 +19,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """SGD or AdamW over the model's parameters that need a gradient.
 
     With `decay_norm_and_bias=False`, parameters with at most one dimension (norms, biases) form a group without weight
-    decay. The official code decays everything, which is the default.
+    decay. The official code decays everything, which is the default. A state that is loaded later brings its moments
+    and leaves these numbers as they are.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
@@ -29,9 +30,20 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]
+    optimizer: Optimizer
     if config.optimizer == "adamw":
-        return AdamW(groups, lr=config.lr, betas=config.betas)
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        optimizer = AdamW(groups, lr=config.lr, betas=config.betas)
+    else:
+        optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    names = ("weight_decay", "momentum", "nesterov", "betas")
+    configured = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+    def keep(loaded: Optimizer) -> None:  # torch takes them from the saved state; the rates are the schedule's business
+        for group, own in zip(loaded.param_groups, configured, strict=True):
+            group.update(own)
+
+    optimizer.register_load_state_dict_post_hook(keep)
+    return optimizer
 
 
 class Ema:

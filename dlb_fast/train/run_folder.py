@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -17,6 +18,11 @@ import yaml
 
 from .config import RunConfig, load_config, to_dict
 from .state import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where a run folder is not guarded
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["RunFolder", "newest_run", "versions"]
 
@@ -35,6 +41,39 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
+        self._held: int | None = None
+
+    def hold(self) -> None:
+        """Make the folder, and keep other processes from training in it until `release()` or the end of this one.
+
+        Raises:
+            ValueError: another process trains there, or the folder cannot be made.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                return
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"run folder: cannot make {self.path} ({error}); name another one with --out") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(
+                f"run folder: another process is training in {self.path}, and two would spoil each other's files; wait "
+                "for it or end it, or name another folder with --out"
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return
+        self._held = handle
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     @classmethod
     def named(cls, label: str) -> RunFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,10 +34,23 @@ def lr_factor(step: int, config: ScheduleConfig, *, total_steps: int, steps_per_
     return 1.0
 
 
+class _ConfiguredLR(LambdaLR):
+    """Takes the step from a saved state and nothing else: the rates are those of this run's config."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        self._last_lr = [
+            base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        for group, base, lr in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = base, lr
+
+
 def make_scheduler(
     optimizer: Optimizer, config: ScheduleConfig, *, total_steps: int, steps_per_epoch: float
 ) -> LambdaLR:
-    """A torch scheduler for the config, to be stepped once per optimiser step.
+    """A torch scheduler for the config, to be stepped once per optimiser step. A continuation with another rate or
+    length goes on at its own rates.
 
     Args:
         optimizer: its current rates are the peak.
@@ -45,7 +59,7 @@ def make_scheduler(
         steps_per_epoch: turns epochs (warm-up, milestones) into steps.
     """
     peak = max(group["lr"] for group in optimizer.param_groups)
-    return LambdaLR(
+    return _ConfiguredLR(
         optimizer,
         lambda step: lr_factor(step, config, total_steps=total_steps, steps_per_epoch=steps_per_epoch, peak=peak),
     )

@@ -64,18 +64,39 @@ def put(trainer: Trainer, state: dict[str, Any], origin: str) -> None:
         raise files.CheckpointError(f"{origin} was made {made} EMA; use the same setting")
     if trainer.ema is not None:
         trainer.ema.load_state_dict(state["ema"])
-    trainer.optimizer.load_state_dict(share_optimizer_state(trainer.optimizer, state["optimizer"]))
+    _put_optimizer(trainer.optimizer, state["optimizer"], origin)
     if trainer.scheduler is not None and state["scheduler"] is not None:
         trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.scaler.load_state_dict(state["scaler"])
     for name in COUNTERS:
         setattr(trainer, name, state[name])
-    trainer.log.rewind(state["logs"])
-    _put_own(trainer, _part_of(trainer, state))
+    _put_own(trainer, _part_of(trainer, state), origin)
+    trainer.log.rewind(state["logs"])  # last: what is refused cuts nothing off
 
 
-def _put_own(trainer: Trainer, own: dict[str, Any]) -> None:
-    trainer.criterion.load_state_dict(own["criterion"])
+def _put_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], origin: str) -> None:
+    def form(groups: list[dict[str, Any]]) -> str:
+        known = [name for name in ("momentum", "betas") if any(name in group for group in groups)]
+        return f"{len(groups)} groups with {' and '.join(known) or 'neither momentum nor betas'}"
+
+    saved, own = form(state["param_groups"]), form(optimizer.param_groups)
+    if saved != own:
+        raise files.CheckpointError(
+            f"{origin} was made with another optimiser ({saved}), here are {own}; use the same optimizer and "
+            "decay_norm_and_bias"
+        )
+    optimizer.load_state_dict(share_optimizer_state(optimizer, state))
+
+
+def _put_own(trainer: Trainer, own: dict[str, Any], origin: str) -> None:
+    try:
+        trainer.criterion.load_state_dict(own["criterion"])
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:  # whatever a foreign state makes of it
+        why = " ".join(str(error).split())
+        raise files.CheckpointError(
+            f"{origin} does not fit {type(trainer.criterion).__name__} ({why}); was it made with another method or "
+            "other numbers of it? Use the same, or start a new run"
+        ) from error
     load = getattr(trainer.loader, "load_state_dict", None)
     if load is not None and own["loader"] is not None:
         load(own["loader"])

@@ -88,6 +88,8 @@ def _free_space(folder: Path) -> str:
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Path:
     """Write `step-<step>.pt` into `folder` and, once it is safe, delete all but the newest `keep`.
 
+    What lies beyond this step counts as older than everything before it: a resume has just passed it over as unusable.
+
     Raises:
         CheckpointError: naming the file, the cause and the last good checkpoint, which is kept.
     """
@@ -100,7 +102,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Pa
         kept = _by_step(folder)
         last = f"the last good checkpoint is {kept[0]}" if kept else "there is no earlier checkpoint"
         raise CheckpointError(f"{error}; {last}") from error
-    for old in _by_step(folder)[keep:]:
+    for old in sorted(_by_step(folder), key=lambda found: found <= path, reverse=True)[keep:]:
         old.unlink(missing_ok=True)
     return path
 

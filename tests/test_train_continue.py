@@ -1,0 +1,148 @@
+"""A continuation with other numbers: it takes them, or is refused and leaves the run as it was."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlb_fast.presets import get_preset
+from dlb_fast.train import build, state
+from dlb_fast.train.config import override
+from dlb_fast.train.optim import make_optimizer
+from dlb_fast.train.run_folder import RunFolder
+from dlb_fast.train.schedule import lr_factor
+
+torch.set_num_threads(1)
+
+# 4 steps per epoch
+SMALL = override(get_preset("digits").config, per_class=4, batch_size=20, epochs=2, eval_every=None, log_every=1)
+
+
+def train(config, path, *, resume=False):
+    return build.train_run(config, RunFolder(path), resume=resume, quiet=True)
+
+
+def saved(path):
+    return state.read_checkpoint(sorted(Path(path, "checkpoints").glob("step-*.pt"))[-1])
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    path = tmp_path_factory.mktemp("begun")
+    train(SMALL, path)
+    return path
+
+
+@pytest.fixture
+def run(begun, tmp_path):
+    import shutil
+
+    return Path(shutil.copytree(begun, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("first", "changed", "expected"),
+    [
+        ({}, {"momentum": 0.1, "nesterov": False, "weight_decay": 0.1},
+         {"momentum": 0.1, "nesterov": False, "weight_decay": 0.1}),
+        ({"optimizer": "adamw"}, {"betas": (0.5, 0.6)}, {"betas": (0.5, 0.6)}),
+    ],
+)  # fmt: skip
+def test_a_continuation_uses_the_numbers_it_says(first, changed, expected, tmp_path):
+    config = override(SMALL, **first)
+    train(config, tmp_path)
+    longer = override(config, epochs=4, lr=0.2, **changed)
+    train(longer, tmp_path, resume=True)
+    (group,) = saved(tmp_path)["optimizer"]["param_groups"]
+    assert {name: type(value)(group[name]) for name, value in expected.items()} == expected
+    assert group["initial_lr"] == 0.2 and saved(tmp_path)["scheduler"]["base_lrs"] == [0.2]
+
+
+def test_the_rate_of_the_first_step_after_a_resume_is_that_of_the_new_length(run, monkeypatch):
+    from dlb_fast.train.engine import Trainer
+
+    used, original = [], Trainer._optimizer_step
+
+    def noting(self):
+        used.append(self.optimizer.param_groups[0]["lr"])
+        original(self)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", noting)
+    config = override(SMALL, epochs=4, lr=0.2)
+    train(config, run, resume=True)
+    rates = [0.2 * lr_factor(s, config.schedule, total_steps=16, steps_per_epoch=4, peak=0.2) for s in range(8, 16)]
+    assert used == rates
+
+
+def test_an_optimiser_keeps_its_decay_groups(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    config = override(SMALL, decay_norm_and_bias=False, weight_decay=0.5).optim
+    other = make_optimizer(model, override(SMALL, decay_norm_and_bias=False, weight_decay=0.1).optim)
+    optimizer = make_optimizer(model, config)
+    optimizer.load_state_dict(other.state_dict())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"batch_size": 10}, "half . world_size was"),
+        ({"seed": 3}, "seed was 0"),
+        ({"method": "ce"}, "does not fit CrossEntropy .*another method"),
+        ({"method": "mr_kd"}, "does not fit MrKDLoss .*another method"),
+        ({"optimizer": "adamw"}, "another optimiser .1 groups with momentum., here are 1 groups with betas"),
+        ({"decay_norm_and_bias": False}, "another optimiser .1 groups with momentum., here are 2"),
+        ({"ema": 0.9}, "without EMA"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:LogitBuffer", "ignore:Using a non-tuple sequence")
+def test_a_refused_continuation_leaves_the_run_as_it_was(changed, said, run):
+    def files():
+        return {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    before = files()
+    with pytest.raises((ValueError, state.CheckpointError), match=said):
+        train(override(SMALL, epochs=4, lr=0.2, **changed), run, resume=True)
+    assert files() == before
+    assert train(override(SMALL, epochs=4), run, resume=True)["step"] == 16
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_checkpoint_beyond_the_resume_makes_room_first(keep, tmp_path):
+    """It could not be used; were it counted as the newest, it would outlive every good one."""
+    (tmp_path / "step-000000009.pt").write_bytes(b"damaged")
+    for step in (5, 6, 7):
+        path = state.save_checkpoint(tmp_path, {"step": step}, keep=keep)
+        assert path.exists()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [f"step-{step:09d}.pt" for step in range(8 - keep, 8)]
+
+
+def test_two_processes_do_not_train_in_one_folder(run):
+    first = RunFolder(run)
+    first.hold()
+    code = (
+        "import sys; from dlb_fast.cli import main; "
+        "sys.exit(main(['train', '--resume', '--epochs', '3', '--quiet', '--out', sys.argv[1]]))"
+    )
+    command = [sys.executable, "-c", code, str(run)]
+    root = str(Path(build.__file__).parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    try:
+        second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finally:
+        first.release()
+    assert second.returncode == 1 and "another process is training in" in second.stderr, second.stderr
+    assert saved(run)["step"] == 8
+    assert train(override(SMALL, epochs=3), run, resume=True)["step"] == 12  # released, and again after this one
+    first.hold()
+    first.release()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run folder: cannot make .*file/run .*--out"):
+        train(SMALL, tmp_path / "file" / "run")
