@@ -81,6 +81,11 @@ def test_numbers_of_other_methods_are_refused():
         resolve(override(SMALL, method="bakes"))
     with pytest.raises(ValueError, match="forward=partners belongs to cs_kd"):
         resolve(override(SMALL, forward="partners"))
+    with pytest.raises(ValueError, match="forward=two_pass belongs to dlb and two_view, whose batches repeat rows"):
+        resolve(override(SMALL, forward="two_pass", method="bake"))
+    two = override(SMALL, forward="two_pass")
+    assert resolve(two).train.forward == variant(two, "two_view").train.forward == "two_pass"
+    assert variant(two, "ce").train.forward == "joint" and variant(two, "cs_kd").train.forward == "partners"
 
 
 class Mixer(Teacher):

@@ -276,6 +276,12 @@ def resolve(config: RunConfig) -> RunConfig:
         return override(config, forward=method.forward)
     if config.train.forward == "partners":
         raise ValueError(f"config: forward=partners belongs to cs_kd, not to {config.loss.method}; use joint")
+    if config.train.forward == "two_pass" and not method.overlap:
+        able = " and ".join(name for name, other in METHODS.items() if other.overlap)
+        raise ValueError(
+            f"config: forward=two_pass belongs to {able}, whose batches repeat rows, not to {config.loss.method}; use "
+            "joint"
+        )
     return config
 
 
@@ -321,6 +327,7 @@ def variant(config: RunConfig, name: str) -> RunConfig:
     dropped = [n for n in METHOD_FIELDS if n not in used]
     if fields["method"] not in (config.loss.method, "two_view"):
         dropped += ["alpha", "temperature"]
-    if find(fields["method"]).forward is None and config.train.forward == "partners":
+    method, forward = find(fields["method"]), config.train.forward
+    if method.forward is None and (forward == "partners" or (forward == "two_pass" and not method.overlap)):
         fields["forward"] = "joint"
     return resolve(override(config, **{**dict.fromkeys(dropped), **fields}))
