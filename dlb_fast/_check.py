@@ -17,7 +17,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _tensor(op: str, name: str, value: object) -> Tensor:
+def check_tensor(op: str, name: str, value: object) -> Tensor:
+    """A tensor, whatever it holds."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     return value
@@ -33,7 +34,7 @@ def _same_device(op: str, name: str, value: Tensor, logits: Tensor) -> None:
 
 def check_logits(op: str, logits: Tensor) -> None:
     """Logits (B, C), C >= 1, floating point."""
-    _tensor(op, "logits", logits)
+    check_tensor(op, "logits", logits)
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(
             f"{op}: logits must have shape (B, C) with C >= 1, got {tuple(logits.shape)}; "
@@ -45,7 +46,7 @@ def check_logits(op: str, logits: Tensor) -> None:
 
 def check_target(op: str, logits: Tensor, target: Tensor) -> None:
     """Integer labels (B,) or a floating distribution (B, C)."""
-    _tensor(op, "target", target)
+    check_tensor(op, "target", target)
     _same_device(op, "target", target, logits)
     batch, classes = logits.shape
     if target.dim() == 1 and target.shape[0] == batch:
@@ -89,7 +90,7 @@ def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int, 
 
 def check_teacher(op: str, logits: Tensor, last_logits: Tensor) -> None:
     """Teacher rows (H, C) with H <= B."""
-    _tensor(op, "last_logits", last_logits)
+    check_tensor(op, "last_logits", last_logits)
     _same_device(op, "last_logits", last_logits, logits)
     batch, classes = logits.shape
     if last_logits.dim() != 2 or last_logits.shape[1] != classes or last_logits.shape[0] > batch:
@@ -104,7 +105,7 @@ def check_teacher(op: str, logits: Tensor, last_logits: Tensor) -> None:
 
 def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int) -> None:
     """A bool per taught row."""
-    _tensor(op, "kd_mask", kd_mask)
+    check_tensor(op, "kd_mask", kd_mask)
     _same_device(op, "kd_mask", kd_mask, logits)
     if kd_mask.dtype != torch.bool or kd_mask.shape != (rows,):
         raise ValueError(
@@ -115,14 +116,14 @@ def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int) -> None:
 
 def check_weight(op: str, logits: Tensor, weight: Tensor) -> None:
     """A class weight per class, beside the logits."""
-    _tensor(op, "weight", weight)
+    check_tensor(op, "weight", weight)
     _same_device(op, "weight", weight, logits)
     check_weight_form(op, weight, logits.shape[1])
 
 
 def check_weight_form(op: str, weight: Tensor, classes: int) -> None:
     """A class weight per class, wherever it is."""
-    _tensor(op, "weight", weight)
+    check_tensor(op, "weight", weight)
     if weight.shape != (classes,) or not weight.is_floating_point():
         raise ValueError(
             f"{op}: weight must be floating with shape ({classes},), one entry per class, "
@@ -130,9 +131,34 @@ def check_weight_form(op: str, weight: Tensor, classes: int) -> None:
         )
 
 
+def check_rows(op: str, name: str, value: object, logits: Tensor) -> Tensor:
+    """Floating rows (B, C), one for every row of the logits and beside them."""
+    rows = check_tensor(op, name, value)
+    _same_device(op, name, rows, logits)
+    if rows.shape != logits.shape or not rows.is_floating_point():
+        raise ValueError(
+            f"{op}: {name} must be floating with the shape of the logits, {tuple(logits.shape)}, got {rows.dtype} "
+            f"{tuple(rows.shape)}"
+        )
+    return rows
+
+
+def check_ce_share(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: float) -> None:
+    """``ce_weight + ce_alpha * alpha >= 0``: otherwise training would drive the cross entropy up."""
+    if isinstance(alpha, Tensor):
+        if not alpha.is_cpu or torch.compiler.is_compiling():
+            return
+        alpha = alpha.item()
+    if ce_weight + ce_alpha * alpha < 0 <= ce_weight:
+        raise ValueError(
+            f"{op}: alpha must be at most {-ce_weight / ce_alpha:g}, got {alpha}: the cross entropy has the weight "
+            f"{ce_weight:g} - {-ce_alpha:g} alpha, which must not be negative"
+        )
+
+
 def check_ids(op: str, logits: Tensor, ids: Tensor) -> None:
     """An integer sample id per row."""
-    _tensor(op, "ids", ids)
+    check_tensor(op, "ids", ids)
     _same_device(op, "ids", ids, logits)
     if ids.shape != (logits.shape[0],) or ids.dtype not in INTEGERS:
         raise ValueError(

@@ -49,8 +49,8 @@ class LogitBuffer:
         for name, value in (("num_classes", num_classes), ("capacity", capacity)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"LogitBuffer: {name} must be an integer >= 1, got {value!r}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"LogitBuffer: dtype must be floating point, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"LogitBuffer: dtype must be a floating point torch.dtype, got {dtype!r}")
         # Made under inference_mode, the buffer still has to serve training.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self.logits = torch.zeros(capacity, num_classes, dtype=dtype, device=device)

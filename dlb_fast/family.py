@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._check import check_kd_mask
+from ._check import check_kd_mask, check_logits, check_rows, check_scalar, check_tensor
 from .functional import LossParts, Scalar
 from .lessons import (
     average_copies,
@@ -23,7 +23,7 @@ from .lessons import (
     ranked,
     tf_kd_share,
 )
-from .teachers import Lesson, taught_loss
+from .teachers import Lesson, check_share, taught_loss
 
 __all__ = [
     "bake_loss", "cs_kd_loss", "ddgsd_loss", "lsr_kd_loss", "mr_kd_loss", "ps_kd_loss", "tf_kd_reg_loss", "zipf_loss",
@@ -69,6 +69,7 @@ def lsr_kd_loss(
     >>> round(lsr_kd_loss(z, y, alpha=0.1).item(), 4) == round(0.9 * 1.386294, 4)
     True
     """
+    check_logits("lsr_kd_loss", logits)
     lesson = Lesson("virtual", correct_share=correct_share)
     if kd_mask is not None:
         check_kd_mask("lsr_kd_loss", logits, kd_mask, logits.shape[0])
@@ -102,10 +103,13 @@ def tf_kd_reg_loss(
     >>> tf_kd_reg_loss(z, y).shape
     torch.Size([])
     """
+    op = "tf_kd_reg_loss"
+    check_logits(op, logits)
+    check_scalar(op, "multiplier", multiplier, positive=True)
     classes = logits.shape[1]
     lesson = Lesson("virtual", correct_share=tf_kd_share(classes, temperature, share), weight=multiplier / classes)
     settings = {"alpha": alpha, "temperature": 1.0, "ce_alpha": -1.0, **options}
-    return _finish("tf_kd_reg_loss", logits, target, lesson, return_parts, settings)
+    return _finish(op, logits, target, lesson, return_parts, settings)
 
 
 def mr_kd_loss(
@@ -137,14 +141,18 @@ def mr_kd_loss(
     >>> round(mr_kd_loss(z, y, z[None]).item(), 4) == round(0.5 * 1.386294, 4)
     True
     """
+    op = "mr_kd_loss"
+    check_logits(op, logits)
+    check_tensor(op, "copies_logits", copies_logits)
+    check_share(op, correct_share)
     if copies_logits.dim() != 3 or copies_logits.shape[0] < 1 or copies_logits.shape[1:] != logits.shape:
         raise ValueError(
-            f"mr_kd_loss: copies_logits must have shape (K, {', '.join(map(str, logits.shape))}) with K >= 1, "
+            f"{op}: copies_logits must have shape (K, {', '.join(map(str, logits.shape))}) with K >= 1, "
             f"got {tuple(copies_logits.shape)}"
         )
     teacher = average_copies(copies_logits, target, temperature, correct_share, swap)
     settings = {"alpha": alpha, "temperature": temperature, "ce_alpha": -1.0, **options}
-    return _finish("mr_kd_loss", logits, target, Lesson("probabilities", teacher), return_parts, settings)
+    return _finish(op, logits, target, Lesson("probabilities", teacher), return_parts, settings)
 
 
 def bake_loss(
@@ -177,6 +185,7 @@ def bake_loss(
     >>> round(bake_loss(z, f, y).item(), 4) == round(1.386294, 4)
     True
     """
+    check_logits("bake_loss", logits)
     check_omega("bake_loss", omega)
     check_features("bake_loss", features, logits)
     teacher = ensemble_batch(features, logits, temperature, omega, cross_rank)
@@ -207,7 +216,8 @@ def cs_kd_loss(
     >>> round(cs_kd_loss(z, y, z).item(), 4) == round(1.386294, 4)
     True
     """
-    lesson = Lesson("logits", partner_logits.detach())
+    check_logits("cs_kd_loss", logits)
+    lesson = Lesson("logits", check_rows("cs_kd_loss", "partner_logits", partner_logits, logits).detach())
     settings = {"alpha": alpha, "temperature": temperature, **options}
     return _finish("cs_kd_loss", logits, target, lesson, return_parts, settings)
 
@@ -238,6 +248,7 @@ def ddgsd_loss(
     >>> round(ddgsd_loss(z, y).item(), 4) == round(1.386294, 4)
     True
     """
+    check_logits("ddgsd_loss", logits)
     settings = {"alpha": alpha, "temperature": temperature, "ce_weight": ce_weight, **options}
     return _finish("ddgsd_loss", logits, target, mirrored("ddgsd_loss", logits), return_parts, settings)
 
@@ -267,11 +278,8 @@ def ps_kd_loss(
     >>> round(ps_kd_loss(z, y, torch.tensor([[0.1, 0.7, 0.1, 0.1]])).item(), 4) == round(1.386294, 4)
     True
     """
-    if past.shape != logits.shape or not past.is_floating_point():
-        raise ValueError(
-            f"ps_kd_loss: past must hold probabilities of shape {tuple(logits.shape)}, "
-            f"got {past.dtype} {tuple(past.shape)}"
-        )
+    check_logits("ps_kd_loss", logits)
+    check_rows("ps_kd_loss", "past", past, logits)
     settings = {"alpha": alpha, "temperature": 1.0, "ce_alpha": -1.0, **options}
     return _finish("ps_kd_loss", logits, target, ps_lesson(past), return_parts, settings)
 
@@ -300,6 +308,8 @@ def zipf_loss(
     >>> zipf_loss(z, y, return_parts=True)[1].lb > 0
     tensor(True)
     """
+    check_logits("zipf_loss", logits)
+    check_tensor("zipf_loss", "target", target)
     lesson = ranked(logits, target, power, options.get("ignore_index", -100))
     settings = {"alpha": alpha, "temperature": 1.0, **options}
     return _finish("zipf_loss", logits, target, lesson, return_parts, settings)

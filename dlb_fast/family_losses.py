@@ -63,6 +63,7 @@ class TaughtLoss(nn.Module):
         op = type(self).__name__
         _check.check_scalar(op, "alpha", alpha, positive=False)
         _check.check_scalar(op, "temperature", temperature, positive=True)
+        _check.check_ce_share(op, alpha, ce_weight, ce_alpha)
         _check.check_options(op, label_smoothing, reduction)
         check_impl(op, impl)
         if not isinstance(teacher, Teacher):

@@ -13,9 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._check import check_scalar, check_tensor
 from .functional import Scalar
 from .reference import compute_dtype
-from .teachers import Lesson
+from .teachers import Lesson, check_share
 
 __all__ = [
     "average_copies", "check_features", "check_omega", "ensemble_batch", "gathered", "mirrored", "ps_lesson", "ranked",
@@ -29,7 +30,12 @@ def tf_kd_share(num_classes: int, temperature: float = 20.0, share: float = 0.99
     >>> round(tf_kd_share(100, 20.0), 4)                      # next to uniform
     0.0105
     """
-    right, other = math.exp(share / temperature), math.exp((1.0 - share) / max(num_classes - 1, 1) / temperature)
+    op = "tf_kd_reg"
+    check_share(op, share)
+    check_scalar(op, "temperature", temperature, positive=True)
+    # as a softmax does it: relative to the larger of the two, so that no temperature overflows
+    gap = (share - (1.0 - share) / max(num_classes - 1, 1)) / temperature
+    right, other = math.exp(min(gap, 0.0)), math.exp(-max(gap, 0.0))
     return right / (right + (num_classes - 1) * other)
 
 
@@ -107,6 +113,7 @@ def check_omega(op: str, omega: float) -> None:
 
 def check_features(op: str, features: Tensor, logits: Tensor) -> None:
     """A row of features per row of logits, on the same device."""
+    check_tensor(op, "features", features)
     if features.dim() < 2 or features.shape[0] != logits.shape[0] or features.device != logits.device:
         raise ValueError(
             f"{op}: features must have shape ({logits.shape[0]}, D) on {logits.device}, one row per row of the logits, "

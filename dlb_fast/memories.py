@@ -30,6 +30,14 @@ def _check_count(op: str, name: str, value: Any) -> int:
     return value
 
 
+def _check_device(op: str, device: torch.device | str | None) -> torch.device | str | None:
+    """None, or what torch knows as a device."""
+    try:
+        return device if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{op}: device must be None or one such as 'cpu' or 'cuda:0', got {device!r}") from error
+
+
 class LogitBank:
     """The last prediction for every sample of a set: ``(num_samples, C)`` log-probabilities, found by sample id.
 
@@ -64,7 +72,7 @@ class LogitBank:
         self.num_samples = _check_count("LogitBank", "num_samples", num_samples)
         self.num_classes = _check_count("LogitBank", "num_classes", num_classes)
         self.dtype = dtype
-        self._device = device
+        self._device = _check_device("LogitBank", device)
         self._rows: Tensor | None = None  # made when the first logits show the device
         self._seen: Tensor | None = None
 
@@ -92,7 +100,7 @@ class LogitBank:
     def rows(self, ids: Tensor, near: torch.device | str) -> tuple[Tensor, Tensor]:
         """Stored log-probabilities (n, C) of these samples and which (n,) have any, on device ``near``."""
         rows, seen = self._ready(near)
-        at = ids.to(rows.device)
+        at = ids.to(rows.device, torch.int64)  # bytes would select as a mask
         return rows[at].to(near), seen[at].to(near)
 
     @torch.no_grad()
@@ -100,7 +108,7 @@ class LogitBank:
         """Replace the rows of these samples by ``log_softmax(logits)``; of repeated ids the last one counts."""
         rows, seen = self._ready(logits.device)
         values = torch.log_softmax(logits.detach().float(), 1).to(rows.device, self.dtype)
-        at = ids.to(rows.device)
+        at = ids.to(rows.device, torch.int64)
         rows.index_copy_(0, at, values)
         seen.index_fill_(0, at, True)
 
@@ -151,7 +159,7 @@ class ModelCopies:
     ) -> None:
         self.copies = _check_count("ModelCopies", "copies", copies)
         self.interval = _check_count("ModelCopies", "interval", interval)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, _check_device("ModelCopies", device)
         self.steps = 0
         self.ring: list[dict[str, Tensor]] = []
         self._next = 0

@@ -190,6 +190,7 @@ def taught_loss(
     ce: dict[str, Any] = {"label_smoothing": label_smoothing, "weight": weight}
     if lesson.kind == "none":
         return row_loss(op, logits=logits, target=target, **shared, **ce)
+    _check.check_ce_share(op, alpha, ce_weight, ce_alpha)
     alpha = alpha * lesson.schedule
     kd_alpha = alpha * lesson.weight
     kd: dict[str, Any] = {

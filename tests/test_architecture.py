@@ -30,7 +30,7 @@ ALLOWED = {
     "teachers": {"_check", "buffer", "reference", "functional"},
     "reference_family": set(),
     "memories": set(),
-    "lessons": {"functional", "reference", "teachers"},
+    "lessons": {"_check", "functional", "reference", "teachers"},
     "family": {"_check", "functional", "lessons", "teachers"},
     "family_teachers": {"lessons", "memories", "teachers"},
     "family_losses": {"_check", "family_teachers", "functional", "lessons", "memories", "teachers"},

@@ -231,6 +231,11 @@ def test_bake_sends_no_gradient_to_the_features(generator):
     assert f.grad is None and z.grad is not None
 
 
+def reassigned(criterion, alpha):
+    criterion.alpha = alpha
+    return criterion
+
+
 WRONG = {
     "omega": (lambda z, y: dlb_fast.bake_loss(z, z, y, omega=1.0), "omega must be a number in \\[0, 1\\)"),
     "features": (lambda z, y: dlb_fast.bake_loss(z, z[:2], y), "features must have shape"),
@@ -238,8 +243,17 @@ WRONG = {
     "odd": (lambda z, y: dlb_fast.ddgsd_loss(z[:3], y[:3]), "an even number, got 3"),
     "share": (lambda z, y: dlb_fast.lsr_kd_loss(z, y, correct_share=1.5), "correct_share must be None"),
     "dense share": (lambda z, y: dlb_fast.lsr_kd_loss(z, z.softmax(1), correct_share=0.5), "needs labels"),
-    "past": (lambda z, y: dlb_fast.ps_kd_loss(z, y, z[:2]), "past must hold probabilities"),
-    "partner": (lambda z, y: dlb_fast.cs_kd_loss(z, y, z[:, :2]), "H <= 4 and C = 5"),
+    "past": (lambda z, y: dlb_fast.ps_kd_loss(z, y, z[:2]), "past must be floating with the shape of the logits"),
+    "partner": (lambda z, y: dlb_fast.cs_kd_loss(z, y, z[:, :2]), "partner_logits must be floating with the shape"),
+    "fewer partners": (lambda z, y: dlb_fast.cs_kd_loss(z, y, z[:2]), "partner_logits must be floating with the sh"),
+    "copies' share": (lambda z, y: dlb_fast.mr_kd_loss(z, y, z[None], correct_share=2.0), "correct_share must be No"),
+    "cross entropy": (lambda z, y: dlb_fast.lsr_kd_loss(z, y, alpha=2.0), "lsr_kd_loss: alpha must be at most 1, got"),
+    "the same on the CPU": (lambda z, y: dlb_fast.lsr_kd_loss(z, y, alpha=torch.tensor(2.0)), "alpha must be at most"),
+    "module": (lambda z, y: dlb_fast.MrKDLoss(alpha=1.5), "MrKDLoss: alpha must be at most 1, got 1.5"),
+    "reassigned": (lambda z, y: reassigned(dlb_fast.LsrKDLoss(), 1.5)(z, y), "LsrKDLoss: alpha must be at most 1"),
+    "virtual": (lambda z, y: dlb_fast.tf_kd_reg_loss(z, y, temperature=0.0), "temperature must be finite and > 0"),
+    "virtual share": (lambda z, y: dlb_fast.tf_kd_reg_loss(z, y, share=3.0), "correct_share must be None"),
+    "multiplier": (lambda z, y: dlb_fast.tf_kd_reg_loss(z, y, multiplier=0.0), "multiplier must be finite and > 0"),
     "mask": (lambda z, y: dlb_fast.lsr_kd_loss(z, y, kd_mask=torch.ones(3).bool()), "kd_mask must be a bool"),
     "alpha": (lambda z, y: dlb_fast.zipf_loss(z, y, alpha=-1.0), "alpha must be finite and >= 0"),
 }
@@ -250,6 +264,32 @@ def test_misuse_is_named(name, generator):
     call, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         call(torch.randn(4, 5, generator=generator), torch.tensor([0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda z, y: dlb_fast.lsr_kd_loss([1.0], y),
+        lambda z, y: dlb_fast.tf_kd_reg_loss([1.0], y),
+        lambda z, y: dlb_fast.mr_kd_loss(z, y, [z]),
+        lambda z, y: dlb_fast.bake_loss(z, [1.0], y),
+        lambda z, y: dlb_fast.cs_kd_loss(z, y, None),
+        lambda z, y: dlb_fast.ddgsd_loss([1.0], y),
+        lambda z, y: dlb_fast.ps_kd_loss(z, y, [1.0]),
+        lambda z, y: dlb_fast.zipf_loss(z, None),
+    ],
+)
+def test_what_is_no_tensor_is_named(call, generator):
+    with pytest.raises(TypeError, match=r"_loss: \w+ must be a torch.Tensor, got (list|NoneType)"):
+        call(torch.randn(4, 5, generator=generator), torch.tensor([0, 1, 2, 3]))
+
+
+def test_tf_kd_share_at_any_temperature():
+    """The softmax of (share, rest, rest, ...) / temperature, also where its exponentials overflow."""
+    for temperature in (1e-4, 1e-2, 1.0, 40.0):
+        virtual = torch.tensor([0.99, *[0.01 / 4] * 4], dtype=torch.float64)
+        wanted = torch.softmax(virtual / temperature, 0)[0].item()
+        assert tf_kd_share(5, temperature) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("module", ["teachers", "memories", "lessons", "family", "family_losses"])

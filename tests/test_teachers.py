@@ -156,6 +156,13 @@ def test_missing_needs_are_named(name):
 
 
 class TestLogitBank:
+    def test_ids_of_bytes_are_ids_and_no_mask(self):
+        bank = LogitBank(4, 2)
+        bank.store(torch.tensor([3, 1, 0, 1], dtype=torch.uint8), torch.tensor([[9.0, 0], [0, 9], [9, 0], [9, 0]]))
+        rows, seen = bank.rows(torch.tensor([1, 0, 1, 2], dtype=torch.uint8), "cpu")
+        assert rows.shape == (4, 2) and seen.tolist() == [True, True, True, False]
+        assert rows[0].argmax() == 0
+
     def test_ps_kd_is_taught_by_the_last_visit(self, impl):
         device = device_of(impl)
         criterion = PsKDLoss(10, CLASSES, alpha=0.8, epochs=4, impl=impl)
@@ -189,6 +196,11 @@ class TestLogitBank:
         bank = LogitBank(50_000, 100)
         assert bank.nbytes == 50_000 * 201 and bank._rows is None  # nothing allocated yet
         assert "50000 x 100 float16" in PsKDLoss(50_000, 100).cost() and "9.6 MiB" in PsKDLoss(50_000, 100).cost()
+
+    def test_a_device_that_torch_does_not_know_is_refused_before_training(self):
+        for make in (lambda: LogitBank(4, 3, device="foo"), lambda: ModelCopies(device="foo")):
+            with pytest.raises(ValueError, match="device must be None or one such as 'cpu' or 'cuda:0', got 'foo'"):
+                make()
 
     def test_another_set_is_refused(self):
         bank = LogitBank(4, 3)
