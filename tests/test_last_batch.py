@@ -293,6 +293,13 @@ def test_infinities_and_nan(impl, generator):
     assert poisoned.grad.isnan().any(1).tolist() == [i == 5 for i in range(8)]
 
 
+@pytest.mark.parametrize("classes", [2, 10, 100, 1001])
+def test_a_teacher_that_says_the_same_costs_exactly_nothing(impl, generator, classes):
+    z, y, _ = problem(impl, generator, 16, 8, classes, torch.float32)
+    _, parts = fused_lb_loss(z, y, z[:8].clone(), impl=impl, return_parts=True)
+    assert parts.lb == 0
+
+
 def test_a_common_offset_does_not_hurt(impl, generator):
     z, y, t = problem(impl, generator, 8, 4, 30, torch.float32)
     truth = eager_official(z.double(), y, t.double()).item()

@@ -194,7 +194,7 @@ struct RowKernel {
     const double scale = job.scales.kl_grad * job.grad_scale;
     const TeacherSums sums = teacher_sums<power>(of_row, t, tempered, scratch.e2, scratch.t);
     const double of_teacher = 1.0 / sums.teacher;
-    job.kl[row] = sums.gap * of_teacher / job.temperature + std::log(sums.student * of_teacher);
+    job.kl[row] = sums.gap * of_teacher / job.temperature + std::log(sums.student / sums.teacher);  // equal: exactly 0
     g.at.b = static_cast<A>(scale / sums.student);
     g.at.k = static_cast<A>(scale * of_teacher);
     g.e2 = scratch.e2;
