@@ -69,6 +69,20 @@ def test_png_under_any_name(backend: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_keep_their_range(backend: str, kind: str) -> None:
+    grey = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16)
+    pixels = ImageDecoder(backend)(encoded(Image.fromarray(grey), kind))
+    assert np.array_equal(pixels, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_known_range_are_refused(mode: str) -> None:
+    with pytest.raises(DecodeError, match="TIFF with 32-bit pixels.*save 8 or 16 bits"):
+        ImageDecoder("pillow")(encoded(photo().convert("L").convert(mode), "TIFF"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_cmyk_has_pillows_colours(backend: str) -> None:
     data = encoded(photo(16, 16).convert("CMYK"), quality=95)
     decoder = ImageDecoder(backend)

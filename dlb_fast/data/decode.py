@@ -54,6 +54,11 @@ def _pillow() -> Callable[[bytes], Array]:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode == "P" and "transparency" in image.info:  # keeps Pillow from warning
                 image = image.convert("RGBA")
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+                # 16 bits of grey: the upper byte, as Pillow takes it of 16-bit colours; its own conversion clips at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"{image.format} with 32-bit pixels, whose range is not known; save 8 or 16 bits")
             # a copy: the array of a Pillow image is read-only
             return np.array(image.convert("RGB"))
 
