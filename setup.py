@@ -11,6 +11,7 @@ The op library is loaded by torch and tied to neither a Python nor (through the 
 2.10. It is compiled here directly, because torch's CUDAExtension refuses to work beside a CPU build of torch.
 """
 
+import itertools
 import os
 import platform
 import shlex
@@ -40,6 +41,8 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",
 }
+# The resize's weights are rounded as torch's are: a * b + c in two roundings, also where the machine has one for both.
+EXACT = {"cpu/resized_crop_cpu.cpp": ["-ffp-contract=off"]}
 CUDA_SOURCES = ("last_batch_cuda.cu", "kernels_f32.cu", "kernels_bf16.cu", "kernels_f16.cu")
 EVERY_ARCH = "80,90,100+ptx"  # Ampere, Hopper, Blackwell, and PTX for what comes after
 
@@ -110,17 +113,17 @@ def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]
     cxx, csrc = compiler(), ROOT / "csrc"
     define = ["-DDLB_FAST_X86"] if X86 else []
     commands = []
-    for isa, flags in ISA_FLAGS.items():
+    for stem, (isa, flags) in itertools.product(("last_batch_rows", "resized_crop_rows"), ISA_FLAGS.items()):
         if X86 or isa == "portable":
-            target = out / f"last_batch_rows_{isa}.o"
-            source = str(csrc / "cpu" / "last_batch_rows.cpp")
+            target = out / f"{stem}_{isa}.o"
+            source = str(csrc / "cpu" / f"{stem}.cpp")
             extra = [f"-DDLB_FAST_ISA={isa}", *flags.split()]
             commands.append((target, [*cxx, *CXX_FLAGS, *extra, "-c", source, "-o", str(target)]))
     cuda = nvcc()
-    bindings = ["last_batch.cpp", *(["last_batch_on_cuda.cpp"] if cuda else [])]
-    for source in ("cpu/last_batch_cpu.cpp", "cpu/isa.cpp", *bindings):
+    bindings = ["last_batch.cpp", "resized_crops.cpp", *(["last_batch_on_cuda.cpp"] if cuda else [])]
+    for source in ("cpu/last_batch_cpu.cpp", "cpu/resized_crop_cpu.cpp", "cpu/isa.cpp", *bindings):
         target = out / (Path(source).stem + ".o")
-        include = [STABLE_ABI, f"-I{torch_dir / 'include'}"] if source in bindings else []
+        include = [STABLE_ABI, f"-I{torch_dir / 'include'}"] if source in bindings else EXACT.get(source, [])
         commands.append((target, [*cxx, *CXX_FLAGS, *define, *include, "-c", str(csrc / source), "-o", str(target)]))
     for source in CUDA_SOURCES if cuda else ():
         target = out / (Path(source).stem + f"_{cuda_archs()}.o")

@@ -1,4 +1,4 @@
-"""The C++ CPU op under AddressSanitizer and UBSan on seeded random batches, and the proof that they would speak."""
+"""The C++ CPU ops under AddressSanitizer and UBSan on seeded random inputs, and the proof that they would speak."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ CSRC = ROOT / "csrc" / "cpu"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
+FLAGS = ["-std=c++17", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
 def widest() -> str:
     """The compiler flags for the widest vectors that this machine runs: other lanes, other ends of rows."""
     words = Path("/proc/cpuinfo").read_text().split()
@@ -23,24 +27,38 @@ def widest() -> str:
     return "-mavx2 -mfma -mf16c" if "avx2" in words else ""
 
 
-def build(folder: Path, rows: Path, vectors: str = "") -> Path:
-    """The fuzz program with ``rows`` as its row kernels, and with vectors of those flags."""
-    program = folder / "cpu_fuzz"
-    flags = f"{vectors} -std=c++17 -O1 -g -fno-math-errno -fno-trapping-math -fopenmp-simd -DDLB_FAST_ISA=portable"
-    sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-    sources = [ROOT / "tests" / "sanitize" / "cpu_fuzz.cpp", CSRC / "last_batch_cpu.cpp", CSRC / "isa.cpp", rows]
+def compiled(command: list[str]) -> None:
     assert COMPILER is not None
-    command = [COMPILER, *flags.split(), *sanitizers.split(), f"-I{CSRC}", *map(str, sources), "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([COMPILER, *FLAGS, *SANITIZERS, f"-I{CSRC}", *command], capture_output=True, text=True)
     if "cannot find" in done.stderr and "san" in done.stderr:
         pytest.skip("this compiler has no sanitizer libraries")
     assert done.returncode == 0, done.stderr
+
+
+def build(folder: Path, rows: Path, vectors: str = "") -> Path:
+    """The fuzz program with ``rows`` as its row kernels, and with vectors of those flags."""
+    program = folder / "cpu_fuzz"
+    sources = [ROOT / "tests" / "sanitize" / "cpu_fuzz.cpp", CSRC / "last_batch_cpu.cpp", CSRC / "isa.cpp", rows]
+    compiled([*vectors.split(), "-DDLB_FAST_ISA=portable", *map(str, sources), "-o", str(program)])
     return program
 
 
-def run(program: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run([str(program), "600"], capture_output=True, text=True, env=environment)
+def build_crops(folder: Path, around: Path) -> Path:
+    """The fuzz program of the resize with ``around`` as what surrounds its kernels, for every instruction set."""
+    program, x86 = folder / "crop_fuzz", platform.machine().lower() in ("x86_64", "amd64")
+    sets = {"portable": "", **({"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512bw -mavx512vl"} if x86 else {})}
+    for name, flags in sets.items():
+        source, target = str(CSRC / "resized_crop_rows.cpp"), str(folder / f"{name}.o")
+        compiled([f"-DDLB_FAST_ISA={name}", *flags.split(), "-c", source, "-o", target])
+    sources = [ROOT / "tests" / "sanitize" / "crop_fuzz.cpp", CSRC / "isa.cpp", around]
+    objects = [str(folder / f"{name}.o") for name in sets]
+    compiled([*(["-DDLB_FAST_X86"] if x86 else []), *map(str, sources), *objects, "-o", str(program)])
+    return program
+
+
+def run(program: Path, count: int = 600, isa: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "DLB_FAST_CPU_ISA": isa}
+    return subprocess.run([str(program), str(count)], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.slow
@@ -77,3 +95,26 @@ def test_random_batches_are_clean_and_one_column_too_many_is_not(tmp_path):
     done = run(build(tmp_path, mutated))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None or platform.system() != "Linux", reason="needs g++ or clang++ on Linux")
+def test_random_crops_are_clean_and_a_line_read_too_far_is_not(tmp_path):
+    program = build_crops(tmp_path, CSRC / "resized_crop_cpu.cpp")
+    for isa in ("portable", "avx2", "avx512"):
+        done = run(program, 2000, isa)
+        assert done.stdout.endswith(" 2000 crops\n"), done.stderr[-3000:]
+        vectors = not done.stdout.startswith("portable")
+
+    source = (CSRC / "resized_crop_cpu.cpp").read_text()
+    mutants = [("rounded_up(out_bytes, 32) + 32", "1", "use-after-poison")]
+    if vectors:  # what they read beyond the last line
+        mutants.append(("end - line < reach", "end - line < 0", "heap-buffer-overflow"))
+    for number, (old, new, said) in enumerate(mutants):
+        assert old in source, old
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "around.cpp").write_text(source.replace(old, new))
+        done = run(build_crops(folder, folder / "around.cpp"), 2000)
+        assert done.returncode != 0, (old, new)
+        assert said in done.stderr, (old, new)

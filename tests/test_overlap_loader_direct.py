@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlb_fast.data import Compose, Cutout, Flip, OverlapLoader, RandomResizedCrop, ViewRng, pipeline
+from dlb_fast.data import Compose, Cutout, Flip, OverlapLoader, RandomResizedCrop, ViewRng, direct, pipeline
+from dlb_fast.data.compiled import resized_crops
 from dlb_fast.data.direct import direct_writer
 
 FLIPS: list[Any] = [None, Flip(), Flip(1.0), Flip(0.0), Flip(alternate=True)]
@@ -23,23 +24,36 @@ def picture(layout: str, channels: int, height: int, width: int) -> torch.Tensor
     return (pixels if layout == "window" else pixels.contiguous()).permute(2, 0, 1)
 
 
+@pytest.fixture(params=["op", "torch"])
+def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of making a view in its row."""
+    if request.param == "torch":
+        monkeypatch.setattr(direct, "resized_crops", lambda: None)
+    elif resized_crops() is None:
+        pytest.skip("the op is not built here")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("layout", ["channels last", "channels first", "window"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("flip", FLIPS, ids=repr)
-def test_equal_to_the_transform(layout: str, channels: int, flip: Any) -> None:
+def test_equal_to_the_transform(layout: str, channels: int, flip: Any, maker: str) -> None:
     crop = RandomResizedCrop(8, scale=(0.05, 1.0))
     transform = Compose([crop] if flip is None else [crop, flip])
     write = direct_writer(transform)
-    assert write is not None
+    assert write is not None and write.__qualname__.startswith(f"_by_{maker}")
     for height, width in ((8, 8), (13, 29), (40, 7), (1, 5)):
         image = picture(layout, channels, height, width)
         for rows in (torch.zeros(3, 8, 8, channels), torch.zeros(3, channels, 8, 8).permute(0, 2, 3, 1)):
             batch = rows.to(torch.uint8)
+            other = torch.zeros_like(batch)
             for sample in range(6):
-                wanted = transform(image, ViewRng(1, 2, sample, sample % 2))
-                write(image, ViewRng(1, 2, sample, sample % 2), batch[1:2].permute(0, 3, 1, 2))
-                assert torch.equal(batch[1].permute(2, 0, 1), wanted)
-            assert not batch[0].any() and not batch[2].any()
+                wanted = [transform(image, ViewRng(1, 2, sample, use)) for use in (0, 1)]
+                places = [(ViewRng(1, 2, sample, 0), batch, 1), (ViewRng(1, 2, sample, 1), other, 2)]
+                write(image, places if sample % 3 else places[:1])
+                assert torch.equal(batch[1].permute(2, 0, 1), wanted[0])
+                assert not sample % 3 or torch.equal(other[2].permute(2, 0, 1), wanted[1])
+            assert not batch[0].any() and not batch[2].any() and not other[:2].any()
 
 
 def test_only_what_is_known_is_written_directly() -> None:
@@ -70,7 +84,7 @@ class Pictures:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_loader_batches_do_not_change(
-    dtype: torch.dtype, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, channels_last: bool, maker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
 

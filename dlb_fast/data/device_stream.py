@@ -60,11 +60,11 @@ class CpuStage:
             slot.meta = torch.zeros((2, rows), dtype=torch.int64)
             slot.numbers = slot.meta.numpy()
 
-    def row(self, slot: Slot, row: int) -> torch.Tensor | None:
-        """Where a view's pixels belong, (1, c, h, w); None when `write` has to convert them."""
+    def rows(self, slot: Slot) -> torch.Tensor | None:
+        """The rows that views are written into, (n, h, w, c); None when `write` has to convert them."""
         if self._normalise.dtype != torch.uint8 or self._dtype != torch.uint8:
             return None
-        return row_of(self._images(slot), row)
+        return self._images(slot)
 
     def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
         """One view (c, h, w) into its row."""
@@ -108,13 +108,6 @@ class CpuStage:
 
     def close(self) -> None:
         """Nothing is under way."""
-
-
-def row_of(images: torch.Tensor, row: int) -> torch.Tensor:
-    """Image `row` of (n, h, w, c) as (1, c, h, w), in one call."""
-    n, h, w, c = images.stride()
-    _, height, width, channels = images.shape
-    return images.as_strided((1, channels, height, width), (n, c, h, w), images.storage_offset() + row * n)
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -227,18 +220,18 @@ class CudaStage:
         slot.stage = held
         self._slots.append(held)
 
-    def row(self, slot: Slot, row: int) -> torch.Tensor:
-        """A view's row of the pinned buffer, (1, c, h, w), after the copy engine has read the old one (rule 4)."""
+    def rows(self, slot: Slot) -> torch.Tensor:
+        """The rows of the pinned buffer, (n, h, w, c), after the copy engine has read the old ones (rule 4)."""
         held = slot.stage
         assert isinstance(held, _DeviceSlot) and slot.images is not None
         if held.copying:
             self._api.synchronize(held.copied)  # several threads may: the event is not recorded again meanwhile
             held.copying = False
-        return row_of(slot.images, row)
+        return slot.images
 
     def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
         """One view (c, h, w) into its row of the pinned buffer."""
-        self.row(slot, row)[0].copy_(view)
+        self.rows(slot)[row].copy_(view.permute(1, 2, 0))
 
     def ids(self, slot: Slot) -> NDArray[np.int64]:
         """(rows,) sample ids of a full slot."""

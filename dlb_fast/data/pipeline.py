@@ -15,7 +15,7 @@ import torch
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.device_ring import RingStage
 from dlb_fast.data.device_stream import CpuStage, CudaStage, Normalise, make_stage
-from dlb_fast.data.direct import direct_writer
+from dlb_fast.data.direct import Place, direct_writer
 from dlb_fast.data.errors import LoaderTimeout, SampleError
 from dlb_fast.data.mixing import Mix
 from dlb_fast.data.plan import OverlapPlan
@@ -210,25 +210,33 @@ class Pipeline:
             status.set("keeping", sample)
             self._device_ring.add(item, image, sample, target)
             return
+        places = self._places(image, item, sample)
+        if places is not None and self._writer is not None:
+            status.set("making the views of", sample)
+            self._writer(image, places)
         for use, slot, row in item.targets:
-            status.set(f"making view {use} of", sample)
-            if not self._direct(image, item.epoch, sample, use, slot, row):
+            if places is None:
+                status.set(f"making view {use} of", sample)
                 self._write(slot, row, self._view(image, item.epoch, sample, use), sample)
             assert slot.numbers is not None
             slot.numbers[0, row] = target
             slot.numbers[1, row] = sample
 
-    def _direct(self, image: torch.Tensor, epoch: int, sample: int, use: int, slot: Slot, row: int) -> bool:
-        """Make the view in its row where that is possible; the first view of a run, for one, goes the general way."""
+    def _places(self, image: torch.Tensor, item: Item, sample: int) -> list[Place] | None:
+        """Where the views can be made in their rows; None for the general way, as for the first of a run."""
         if self._writer is None or self._form is None or image.dtype != torch.uint8:
-            return False
+            return None
         (_, _, c), dtype = self._form
+        if dtype != torch.uint8 or image.shape[0] != c:
+            return None
         assert self._host_stage is not None
-        place = self._host_stage.row(slot, row) if dtype == torch.uint8 and image.shape[0] == c else None
-        if place is None:
-            return False
-        self._writer(image, ViewRng(self._s.plan.seed, epoch, sample, use), place)
-        return True
+        places = []
+        for use, slot, row in item.targets:
+            images = self._host_stage.rows(slot)
+            if images is None:
+                return None
+            places.append((ViewRng(self._s.plan.seed, item.epoch, sample, use), images, row))
+        return places
 
     def _view(self, image: torch.Tensor, epoch: int, sample: int, use: int) -> torch.Tensor:
         transform = self._s.transform
