@@ -1,5 +1,5 @@
 // The op `dlb_fast::resized_crops_`: up to two views of one decoded image into their rows of two batches, in one call
-// that needs the interpreter for nothing. Checks; last_batch.cpp declares it with all others, cpu/resized_crop_cpu.cpp computes.
+// that needs the interpreter for nothing. Only checks: last_batch.cpp declares it, cpu/resized_crop_cpu.cpp computes.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>

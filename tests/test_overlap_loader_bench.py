@@ -97,3 +97,20 @@ def test_equal_work_counts_what_it_says(bench: Any, tmp_path: Path) -> None:
     for threads in (1, 2):
         times = equal_work(files.read(0), threads, 3, 5)
         assert len(times) == 5 and min(times) > 0
+
+
+def test_full_speed_does_not_count_the_batches_that_lay_ready(bench: Any) -> None:
+    """After a paced stretch the ring is full: its batches would shorten the step that is to be as long as one takes."""
+    import time
+
+    from loader_stalls import WARM, timed
+
+    def batches(ready: int) -> Iterator[int]:
+        for number in range(100):
+            time.sleep(0.0 if number < ready else 0.004)
+            yield number
+
+    rest = batches(WARM)
+    times = timed(rest, 5)
+    assert len(times) == 5 and min(times) >= 0.004
+    assert next(rest) == WARM + 5
