@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -173,6 +173,11 @@ def pick(impl: str, device_type: str) -> str:
             require(impl, device_type)
         picked = _PICKED[impl, device_type] = _auto(device_type) if impl == "auto" else impl
     return picked
+
+
+def picked(impl: str, logits: Any) -> str | None:
+    """What :func:`pick` has answered before for this device type, or None."""
+    return _PICKED.get((impl, logits.device.type)) if isinstance(logits, torch.Tensor) else None
 
 
 def forget_picks() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import _check
 from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, unpack_state
-from .functional import LossParts, Scalar, Settled, check_impl, check_loss_inputs, row_loss, settle, settled_step
+from .functional import LossParts, check_impl, check_loss_inputs, row_loss
+from .settled import Scalar, Settled, settle, settled_step
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:

@@ -305,6 +305,18 @@ def test_traffic_is_the_floor(classes: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("classes", [96, 1000, 8000, 32000])
+def test_every_row_is_asked_for_once_before_it_is_read(classes: int, dtype: torch.dtype) -> None:
+    """By groups that take several pairs too. Rows of less than a cache line are not worth asking for."""
+    rows = {96: 600, 1000: 160, 8000: 36, 32000: 12}[classes]
+    logits, target, teacher = batch(rows, classes, dtype)
+    plan = run(harness.emulator(multiprocessors=1), logits, target, teacher).plan
+    assert plan["prefetched"] == (rows + len(teacher)) * classes * logits.element_size()
+    plan = run(harness.emulator(), logits[:4, :7].contiguous(), target[:4] % 7).plan
+    assert plan["prefetched"] == 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_scale_grad(dtype: torch.dtype) -> None:
     emulator = harness.emulator()
     grad = torch.randn(7, 13).to(dtype)

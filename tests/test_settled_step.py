@@ -9,7 +9,7 @@ import torch
 from conftest import available
 from test_buffer import overlapping
 
-from dlb_fast import LastBatchLoss, losses, ops
+from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step, functional, losses, ops
 
 HALVES = [4, 4, 3, 4, 1, 4, 4]
 
@@ -148,3 +148,39 @@ def test_the_count_stays_with_the_device_unless_it_is_given(generator, monkeypat
     run(criterion, batches, remember=True)
     criterion(z, y, ids, num_old=4)
     assert asked == [-1, -1, 4]  # the first call had no last one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_step_like_the_last_is_spared_its_checks_and_changes_no_result(impl, monkeypatch, dtype):
+    """`dlb_step`: the same loss, gradient and buffer, whatever changes between the calls; mistakes are still named."""
+    if impl in ("torch", "triton"):
+        pytest.skip("their ops do not check their tensors themselves")
+    taken = []
+    short = functional.settled_step
+
+    def counted(*args):
+        found = short(*args)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(functional, "settled_step", counted)
+    results = []
+    for remember in (True, False):
+        functional.SETTLED_STEPS.clear()
+        torch.manual_seed(0)
+        buffer, seen = LogitBuffer(6, 4, dtype), []
+        for step, temperature in enumerate([3.0, 3.0, 3.0, 2.0, 2.0, 3.0]):
+            z, y = torch.randn(4 if step == 0 else 8, 6).to(dtype), torch.randint(0, 6, (4 if step == 0 else 8,))
+            upstream = 0.5 if step == 4 else 1.0
+            if not remember:
+                functional.SETTLED_STEPS.clear()
+            loss, grad = dlb_step(z, y, buffer, temperature=temperature, upstream=upstream, impl=impl)
+            seen += [loss, grad, buffer.logits.clone(), torch.tensor(buffer.count)]
+        results.append(seen)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    assert taken == [True] * 3  # not the first one with a number, nor with an upstream gradient
+    with pytest.raises(ValueError, match="classes on"):
+        dlb_step(torch.randn(8, 5), y, buffer, impl=impl)
+    with pytest.raises((ValueError, TypeError)):
+        dlb_step(z, y[:3], buffer, impl=impl)
+    assert torch.equal(buffer.logits, results[0][-2]) and buffer.count == 4

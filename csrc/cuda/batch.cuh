@@ -109,13 +109,26 @@ DLB_DEVICE bool is_taught(const DeviceArgs& a, int row, bool other_sample) {
 DLB_DEVICE Counts count_rows(const DeviceArgs& a, int taught_rows, int thread, int threads) {
   Counts n;
   if (a.target != nullptr) {
-    for (int row = thread; row < a.batch; row += threads) {
-      if (!label_counts(a, row)) continue;
-      n.rows += 1.0f;
-      if (a.weight != nullptr && a.target_b == nullptr)
-        n.weight += load(a.weight + clamped(load(a.target + row * a.target_stride), a.classes - 1));
-      else
-        n.weight += 1.0f;
+    // Several labels on their way at a time: with one, this loop would be most of a small launch.
+    constexpr int at_once = 8;
+    DLB_NO_UNROLL for (int first = thread; first < a.batch; first += at_once * threads) {
+      int64_t label[at_once];
+      DLB_UNROLL for (int k = 0; k < at_once; ++k) {
+        const int row = first + k * threads;
+        label[k] = row < a.batch ? load(a.target + row * a.target_stride) : a.ignore_index;
+      }
+      if (a.target_b != nullptr) {
+        DLB_UNROLL for (int k = 0; k < at_once; ++k) {
+          const int row = first + k * threads;
+          if (row < a.batch && load(a.target_b + row * a.target_b_stride) == a.ignore_index) label[k] = a.ignore_index;
+        }
+      }
+      const bool weighted = a.weight != nullptr && a.target_b == nullptr;
+      DLB_UNROLL for (int k = 0; k < at_once; ++k) {
+        if (label[k] == a.ignore_index) continue;
+        n.rows += 1.0f;
+        n.weight += weighted ? load(a.weight + clamped(label[k], a.classes - 1)) : 1.0f;
+      }
     }
   } else if (a.dense != nullptr && thread == 0) {
     n.rows = n.weight = static_cast<float>(a.batch);

@@ -36,6 +36,17 @@ DLB_DEVICE void load_aligned(const X* p, float* out, bool once) {
   }
 }
 
+// -inf in every element of a word.
+template <typename X>
+DLB_DEVICE uint32_t lowest_word() {
+  const float lowest[2] = {-infinity(), -infinity()};
+  return pack<X>(lowest);
+}
+template <typename X, int V>
+DLB_DEVICE void unpack_packet(const Packet& packet, float* out) {
+  DLB_UNROLL for (int i = 0; i < 4; ++i) unpack<X>(packet.word[i], out + i * (V / 4));
+}
+
 template <typename X, int V>
 DLB_DEVICE void store_aligned(X* p, const float* in) {
   constexpr int per_word = 4 / static_cast<int>(sizeof(X)), words = V / per_word;

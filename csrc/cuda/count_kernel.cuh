@@ -19,12 +19,14 @@ static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
     shared_store(&shared.last, atomic_add(&w.count_ticket, 1u) == static_cast<uint32_t>(grid_blocks()) - 1u);
   }
   sync_block();
-  if (!shared_load(&shared.last) || thread_index() != 0) return;
+  if (!shared_load(&shared.last)) return;
   fence();
-  DLB_UNROLL for (int i = 0; i < count_fields; ++i) {
-    v[i] = 0.0f;
-    for (int block = 0; block < grid_blocks(); ++block) v[i] += load_other_block(&w.count_partial[i][block]);
-  }
+  // A partial per thread: one thread alone would wait for memory once for every few of them.
+  const int block = thread_index();
+  DLB_UNROLL for (int i = 0; i < count_fields; ++i)
+    v[i] = block < grid_blocks() ? load_other_block(&w.count_partial[i][block]) : 0.0f;
+  reduce_block<Sum>(v, shared.partial[1]);
+  if (thread_index() != 0) return;
   store(&w.counts.rows, v[0]);
   store(&w.counts.weight, v[1]);
   store(&w.counts.taught, v[2]);

@@ -141,8 +141,39 @@ DLB_DEVICE Packet load_packet(const void* p, bool once) {
   }
   return r;
 }
+// The same under a condition, otherwise `fill` in every word, without a branch: loads of several packets stay side by side
+// and are all on their way before the first is waited for. In a block of its own each would wait for the one before.
+DLB_DEVICE Packet load_packet_if(bool wanted, const void* p, bool once, uint32_t fill) {
+  Packet r;
+  r.word[0] = r.word[1] = r.word[2] = r.word[3] = fill;
+  if (once) {
+    asm volatile(
+        "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
+        "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "+r"(r.word[0]), "+r"(r.word[1]), "+r"(r.word[2]), "+r"(r.word[3])
+        : "l"(p), "r"(static_cast<uint32_t>(wanted)));
+  } else {
+    asm volatile(
+        "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
+        "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "+r"(r.word[0]), "+r"(r.word[1]), "+r"(r.word[2]), "+r"(r.word[3])
+        : "l"(p), "r"(static_cast<uint32_t>(wanted))
+        : "memory");
+  }
+  return r;
+}
 DLB_DEVICE void store_packet(void* p, const Packet& v) {
   *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+
+// A hint that `bytes` from p on are wanted soon: into the second-level cache, by one instruction, without a register or a
+// thread waiting. Whole 16-byte pieces; what is cut off at the end comes with its cache line. Nothing before sm_90.
+DLB_DEVICE void prefetch(const void* p, int64_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  const uint64_t at = __cvta_generic_to_global(p), begin = at & ~uint64_t(15);
+  const uint32_t size = static_cast<uint32_t>(at + static_cast<uint64_t>(bytes) - begin) & ~15u;
+  if (size > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin), "r"(size));
+#endif
 }
 
 // 2 ulp; results below 2^-126 become 0. -inf gives 0, NaN stays.

@@ -51,10 +51,10 @@ DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const To
   sync_block();
   if (!shared_load(&shared.last)) return;
   fence();
-  DLB_UNROLL for (int i = 0; i < total_fields; ++i) {
-    sum[i] = 0.0f;
-    for (int block = thread_index(); block < grid_blocks(); block += block_threads())
-      sum[i] += load_other_block(&w.partial[i][block]);
+  DLB_UNROLL for (int i = 0; i < total_fields; ++i) sum[i] = 0.0f;
+  // The fields inside: their loads are then on the way together.
+  for (int block = thread_index(); block < grid_blocks(); block += block_threads()) {
+    DLB_UNROLL for (int i = 0; i < total_fields; ++i) sum[i] += load_other_block(&w.partial[i][block]);
   }
   reduce_block<Sum>(sum, shared.partial[1]);
   if (a.buffer != nullptr && !a.precounted) {

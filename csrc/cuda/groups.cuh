@@ -37,6 +37,9 @@ struct LaneGroup {
   DLB_DEVICE int size() const { return lanes; }
   DLB_DEVICE static int groups_in_grid() { return grid_blocks() * (block_threads() / lanes); }
   DLB_DEVICE int first() const { return block_index() * (block_threads() / lanes); }  // first group of this block
+  DLB_DEVICE static int part() { return 0; }  // of a row that this block's first thread prefetches
+  DLB_DEVICE static int parts() { return 1; }
+  DLB_DEVICE bool prefetches() const { return rank == 0; }
   // The warp's rows go the same way through every shuffle: what one of them needs, all of them execute.
   DLB_DEVICE static bool any(bool value) { return lanes == warp_lanes ? value : warp_any(value); }
   template <typename Op, int buffer, int N>
@@ -61,6 +64,9 @@ struct BlockGroup {
   DLB_DEVICE int size() const { return block_threads(); }
   DLB_DEVICE static int groups_in_grid() { return grid_blocks(); }
   DLB_DEVICE int first() const { return block_index(); }
+  DLB_DEVICE static int part() { return 0; }
+  DLB_DEVICE static int parts() { return 1; }
+  DLB_DEVICE bool prefetches() const { return rank == 0; }
   DLB_DEVICE static bool any(bool value) { return value; }
   template <typename Op, int buffer, int N>
   DLB_DEVICE void reduce(float (&v)[N]) {
@@ -95,6 +101,9 @@ struct ClusterGroup {
   DLB_DEVICE int size() const { return cluster_blocks() * block_threads(); }
   DLB_DEVICE int groups_in_grid() const { return clusters_in_grid(); }
   DLB_DEVICE int first() const { return cluster_index(); }
+  DLB_DEVICE static int part() { return cluster_rank(); }
+  DLB_DEVICE static int parts() { return cluster_blocks(); }
+  DLB_DEVICE static bool prefetches() { return thread_index() == 0; }
   DLB_DEVICE static bool any(bool value) { return value; }
   template <typename Op, int buffer, int N>
   DLB_DEVICE void reduce(float (&v)[N]) {

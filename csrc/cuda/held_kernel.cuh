@@ -1,13 +1,14 @@
 // Rows held in registers: every logit and teacher logit is read from memory once, every gradient element written once.
 //
 // A group of threads (a few lanes, a warp, a block, a cluster) owns row j and row start + j; each thread holds E columns
-// of the row in registers: as exp(x), or, where there is a teacher, as the logit and the teacher's exp(y / tau). Keeping
+// of the row in registers: as exp(x), or, where there is a teacher, as x and the teacher's exp(y / tau). Keeping
 // exp(x) and exp(x / tau) as well would save 2 ex2 per taught logit and costs 32 registers more, which spill. Options that
 // read another array per class (dense targets, smoothing with class weights, given probabilities), two labels per row and
 // teachers by rule are streamed.
 //
 // Predicted traffic per logit of the batch, gradient and roll included: 12 bytes float32, 6 bytes bfloat16 and float16;
-// 5 ex2 per taught logit, 1 per other one. Registers: 64 for a row pair's values at E = 32, at most 128 in all. One launch.
+// 5 ex2 per taught logit, 1 per other one (benchmarks/sass_budget.py counts what else). The next pair is asked for while one
+// is worked on. Registers: 64 for a row pair's values at E = 32, at most 128 in all. One launch.
 // Not yet run on a GPU.
 #pragma once
 #include "finish.cuh"
@@ -47,8 +48,22 @@ struct HeldColumns {
 template <typename T, typename X, int E>
 DLB_DEVICE void load_held(const HeldColumns<T, E>& columns, const X* row, float* out, bool once = false) {
   constexpr int V = HeldColumns<T, E>::V;
-  DLB_UNROLL for (int p = 0; p < HeldColumns<T, E>::packets; ++p) {
-    if (columns.whole(p)) load_aligned<X, V>(row + columns.column(p), out + p * V, once);
+  constexpr int packets = HeldColumns<T, E>::packets;
+  if constexpr (V * sizeof(X) == 16) {
+    Packet raw[packets];
+    if (once) {
+      DLB_UNROLL for (int p = 0; p < packets; ++p)
+        raw[p] = load_packet_if(columns.whole(p), row + columns.column(p), true, lowest_word<X>());
+    } else {
+      DLB_UNROLL for (int p = 0; p < packets; ++p)
+        raw[p] = load_packet_if(columns.whole(p), row + columns.column(p), false, lowest_word<X>());
+    }
+    DLB_UNROLL for (int p = 0; p < packets; ++p) unpack_packet<X, V>(raw[p], out + p * V);
+  } else {
+    DLB_UNROLL for (int e = 0; e < E; ++e) out[e] = -infinity();
+    DLB_UNROLL for (int p = 0; p < packets; ++p) {
+      if (columns.whole(p)) load_aligned<X, V>(row + columns.column(p), out + p * V, once);
+    }
   }
   if (columns.head()) load_edge<X, V>(row, columns.first, columns.classes, out);
   const int tail = columns.tail();
@@ -140,9 +155,11 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
   const T* z_row = static_cast<const T*>(a.logits) + (exists ? row * a.logits_stride : 0);
   const int shift = shift_of<V>(z_row);
   const Columns columns(group.rank, group.size(), shift, a.classes);
-  float z[E];  // the logits; without a teacher, exp(x) later on
-  DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = -infinity();
-  if (exists && (role.active() || slot >= 0)) {
+  float z[E];  // the logits; later x, without a teacher exp(x)
+  const bool read = exists && (role.active() || slot >= 0);
+  if (!read) {
+    DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = -infinity();
+  } else {
     load_held(columns, z_row, z, !a.in_place);
     // A stored row is a new row, and new rows have no teacher (taught_rows <= start).
     if constexpr (!taught_path) {
@@ -157,8 +174,11 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
     float top[2] = {-infinity(), -infinity()};
     DLB_UNROLL for (int e = 0; e < E; ++e) top[0] = maximum(top[0], z[e]);
     if constexpr (taught_path) {
-      DLB_UNROLL for (int e = 0; e < E; ++e) et[e] = -infinity();
-      if (exists && role.taught) load_teacher(a, columns, row, et);
+      if (exists && role.taught) {
+        load_teacher(a, columns, row, et);
+      } else {
+        DLB_UNROLL for (int e = 0; e < E; ++e) et[e] = -infinity();
+      }
       DLB_UNROLL for (int e = 0; e < E; ++e) top[1] = maximum(top[1], et[e]);
       group.template reduce<Max, 0>(top);
     } else {
@@ -186,12 +206,13 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
         const float x = z[e] - m, e1 = exp2_fast(x * log2e);
         sum[0] += e1;
         if constexpr (taught_path) {
+          z[e] = x;
           sum[1] += exp2_fast(x * s.log2e_over_t);
           const float y = et[e] - top[1];
           et[e] = exp2_fast(y * s.log2e_over_t);
           sum[2] += et[e];
           // A class without teacher mass costs nothing, also where the student's logit is -inf.
-          sum[3] += et[e] == 0.0f ? 0.0f : et[e] * (y - x);
+          sum[3] += et[e] * (et[e] == 0.0f ? 0.0f : y - x);
         } else {
           z[e] = e1;
         }
@@ -213,28 +234,53 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
   if (!exists) return;
   if (!role.active()) finish_idle_row(a, row, group.rank == 0);
   if (grad_row == nullptr) return;
-  const bool active = role.active();
+  // Of an idle row nothing is left but zeros: in the taught path by exp(-inf) and coefficients of 0, here by hand.
+  if constexpr (!taught_path) {
+    if (!role.active()) {
+      DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = 0.0f;
+    }
+  }
   store_held(columns, grad_row, [&](int p, float* out) {
     DLB_UNROLL for (int e = 0; e < V; ++e) {
       float v;
       if constexpr (taught_path) {
-        const float x = z[p * V + e] - m;
-        v = g.a * exp2_fast(x * log2e) + (g.b * exp2_fast(x * s.log2e_over_t) - g.k * et[p * V + e]) - g.constant;
+        const float x = z[p * V + e];
+        v = -g.k * et[p * V + e] - g.constant;  // the small difference first: student and teacher are one step apart
+        v = g.b * exp2_fast(x * s.log2e_over_t) + v;
+        v = g.a * exp2_fast(x * log2e) + v;
       } else {
         v = g.a * z[p * V + e] - g.constant;
       }
-      out[e] = active ? v : 0.0f;
+      out[e] = v;
     }
     correct_labels<V, false>(g, columns.column(p), out);
   });
 }
 
+// Asks for row `row` of the logits, and of the teacher where it has one, before anybody waits for them.
+template <typename T, Teach teach, typename Group>
+DLB_DEVICE void prefetch_row(const DeviceArgs& a, const Group& group, int row, bool taught) {
+  if (!group.prefetches()) return;
+  const int share = (a.classes + Group::parts() - 1) / Group::parts(), first = share * Group::part();
+  const int columns = smaller(share, a.classes - first);
+  if (columns * static_cast<int>(sizeof(T)) < 128) return;  // less than a cache line
+  prefetch(static_cast<const T*>(a.logits) + row * a.logits_stride + first, columns * static_cast<int64_t>(sizeof(T)));
+  if (teach == Teach::none || !taught) return;
+  const int64_t size = a.teacher_dtype == DType::f32 ? 4 : 2;
+  prefetch(static_cast<const char*>(a.teacher) + (row * a.teacher_stride + first) * size, columns * size);
+}
+
 template <typename T, Teach teach, int E, typename Group>
 DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) held_kernel(DLB_CONSTANT DeviceArgs a) {
   DLB_SHARED(HeldShared<Group>, shared);
+  Group group(shared.group);
+  // The first pair is on its way while the batch is counted: the first half for certain, the second where it usually begins.
+  if (const int pair = group.first() + group.index; pair < a.batch / 2) {
+    prefetch_row<T, teach>(a, group, pair, pair < a.teacher_rows);
+    prefetch_row<T, Teach::none>(a, group, (a.batch + 1) / 2 + pair, false);
+  }
   prepare(a, shared.state);
   const BatchState& s = shared.state.state;
-  Group group(shared.group);
   Totals& totals = shared.totals[group.index];
   const bool leader = group.rank == 0;
   if (leader) totals = {0, 0, 0, 0};
@@ -248,6 +294,10 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) held_kernel(DLB_
     const RowRole role = exists ? row_role<false>(a, s, row) : RowRole();
     const int slot = half == 1 && exists && pair < s.stored ? pair : -1;
     if (half == 1) {
+      // The next pair while this row is worked on; its second row was asked for together with the first.
+      const int next = pair + group.groups_in_grid();
+      if (next < s.start) prefetch_row<T, teach>(a, group, next, next < s.taught_rows);
+      if (s.start + next < a.batch) prefetch_row<T, Teach::none>(a, group, s.start + next, false);
       // Everybody has read slot `pair` and its id before they are overwritten. (Reading a teacher ends in a reduction,
       // which is a barrier; the id alone does not.)
       if (a.buffer != nullptr && (Group::fixed_size > 0 || a.precounted)) Group::sync();

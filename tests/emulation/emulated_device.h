@@ -89,11 +89,16 @@ inline Packet load_packet(const void* p, bool once) {
   std::memcpy(&packet, p, 16);
   return packet;
 }
+inline Packet load_packet_if(bool wanted, const void* p, bool once, uint32_t fill) {
+  return wanted ? load_packet(p, once) : Packet{{fill, fill, fill, fill}};
+}
 inline void store_packet(void* p, const Packet& packet) {
   emulator::maybe_yield();
   emulator::check_global(p, 16, 16, true);
   std::memcpy(p, &packet, 16);
 }
+
+inline void prefetch(const void* p, int64_t bytes) { emulator::check_prefetch(p, static_cast<size_t>(bytes)); }
 
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);

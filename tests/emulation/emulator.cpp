@@ -212,6 +212,13 @@ void check_global(const void* p, size_t bytes, size_t alignment, bool write) {
   fault(std::string("out of bounds ") + verb + ", far from every array");
 }
 
+void check_prefetch(const void* p, size_t bytes) {
+  const Counters before = counters;
+  check_global(p, bytes, 1, false);
+  counters = before;
+  counters.prefetched += bytes;
+}
+
 void check_read_only(const void* p, size_t bytes) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   for (const Range& range : memory) {

@@ -26,7 +26,7 @@ void clear_memory();
 void add_memory(const void* begin, size_t bytes, bool writable, const std::string& name);
 
 struct Counters {
-  uint64_t loads16 = 0, stores16 = 0, loads = 0, stores = 0, bytes_loaded = 0, bytes_stored = 0;
+  uint64_t loads16 = 0, stores16 = 0, loads = 0, stores = 0, bytes_loaded = 0, bytes_stored = 0, prefetched = 0;
 };
 extern Counters counters;  // of global memory, since the last clear_memory()
 
@@ -37,6 +37,7 @@ struct Coordinates {
 const Coordinates& here();
 [[noreturn]] void fault(const std::string& what);
 void check_global(const void* p, size_t bytes, size_t alignment, bool write);
+void check_prefetch(const void* p, size_t bytes);  // moves nothing, but stays inside the arrays
 void check_read_only(const void* p, size_t bytes);  // the launch may write none of it
 void check_shared(const void* p, size_t bytes);
 void maybe_yield();

@@ -82,6 +82,7 @@ py::dict last_batch(const py::dict& d, const py::list& ranges, uintptr_t workspa
   const emulator::Counters& n = emulator::counters;
   result["bytes_loaded"] = n.bytes_loaded, result["bytes_stored"] = n.bytes_stored;
   result["loads16"] = n.loads16, result["stores16"] = n.stores16, result["loads"] = n.loads, result["stores"] = n.stores;
+  result["prefetched"] = n.prefetched;
   return result;
 }
 
