@@ -133,27 +133,42 @@ def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]
     return commands  # the slow ones first
 
 
+def node_command(out: Path, torch_dir: Path, version: str) -> tuple[Path, list[str]]:
+    """(object, command) of the autograd node, which belongs to one version of torch (see csrc/autograd_node.cpp)."""
+    target = out / f"autograd_node-{version}.o"
+    include = [f"-isystem{torch_dir / 'include' / part}" for part in (".", "torch/csrc/api/include")]
+    flags = [flag if flag != "-O3" else "-O2" for flag in CXX_FLAGS]
+    return target, [*compiler(), *flags, *include, "-c", str(ROOT / "csrc" / "autograd_node.cpp"), "-o", str(target)]
+
+
 def build_library(destination: Path, scratch: Path) -> None:
-    """Compile csrc/ and link libdlb_fast_ops.so into ``destination``."""
+    """Compile csrc/ and link libdlb_fast_ops.so and the autograd node into ``destination``."""
     torch_dir, version = torch_home()
     scratch.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    commands = compile_commands(scratch, torch_dir)
+    objects = compile_commands(scratch, torch_dir)
+    node, compile_node = node_command(scratch, torch_dir, version)
+    commands = [*objects, (node, compile_node)]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         list(pool.map(run, [command for _, command in commands]))
     destination.mkdir(parents=True, exist_ok=True)
     library = destination / "libdlb_fast_ops.so"
     # libtorch has to stay in NEEDED: torch.ops.load_library resolves symbols through it.
-    link = ["-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    libtorch = ["-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    link = list(libtorch)
     cuda = nvcc()
     if cuda:
         # The static runtime: the library then loads on machines without CUDA, and beside any CUDA torch.
         home = Path(cuda).resolve().parent.parent
         where = [f"-L{home / part}" for part in ("lib64", "targets/x86_64-linux/lib", "lib")]
         link += [*where, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-    fresh = library.with_suffix(".new")
-    run([*compiler(), "-shared", "-o", str(fresh), *[str(target) for target, _ in commands], *link])
-    os.replace(fresh, library)  # a process that has the old file mapped keeps it
+    for made, parts, needs in (
+        (library, [target for target, _ in objects], link),
+        (destination / f"libdlb_fast_node-{version}.so", [node], libtorch),
+    ):
+        fresh = made.with_suffix(".new")
+        run([*compiler(), "-shared", "-o", str(fresh), *map(str, parts), *needs])
+        os.replace(fresh, made)  # a process that has the old file mapped keeps it
     parts = f"C++ and CUDA {cuda_archs()}" if cuda else "C++"
     print(f"dlb_fast: built {library.name} ({parts}) against torch {version} in {time.perf_counter() - start:.0f} s")
 

@@ -1,5 +1,6 @@
-// The ops' signatures, as C++ and as schema text: written once, used by the CPU and the CUDA registration.
+// The ops' signatures as C++ (last_batch_schema.h: as schema text): written once, used by the CPU and the CUDA registration.
 #pragma once
+#include "last_batch_schema.h"
 #include "unpack.h"
 
 #define DLB_OPTION_PARAMETERS                                                                                         \
@@ -13,13 +14,6 @@
     target, target_b, lam, weight, kd_mask, alpha_t, temperature_t, alpha, temperature, ce_weight, ce_alpha,          \
         label_smoothing, z_loss, correct_share, ignore_index, teacher_kind, reduction                                 \
   }
-
-#define DLB_OPTION_SCHEMA                                                                                             \
-  "Tensor? target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? kd_mask, Tensor? alpha_t, "                 \
-  "Tensor? temperature_t, float alpha, float temperature, float ce_weight, float ce_alpha, float label_smoothing, "   \
-  "float z_loss, float correct_share, int ignore_index, int teacher_kind, int reduction"
-#define DLB_RETURNS "(Tensor loss, Tensor parts, Tensor grad)"
-#define DLB_RETURNS_IN_PLACE "(Tensor loss, Tensor parts)"
 
 namespace dlb_fast {
 

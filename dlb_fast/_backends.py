@@ -19,6 +19,8 @@ log = logging.getLogger("dlb_fast")
 
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
 LIBRARY = Path(__file__).parent / "lib" / "libdlb_fast_ops.so"
+# Unlike the ops it belongs to one version of torch, and says to which.
+NODE = LIBRARY.with_name(f"libdlb_fast_node-{torch.__version__}.so")
 UNPROVEN = "not yet run on a GPU"
 ABOUT = {
     "cuda": "CUDA C++, sm_80, sm_90, sm_100 and PTX",
@@ -49,6 +51,28 @@ def load_library() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:  # a library of another platform or an older torch
         return f"{LIBRARY.name} could not be loaded into torch {torch.__version__}: {error}"
+    return ""
+
+
+@functools.cache
+def load_node() -> str:
+    """Load the compiled ops' autograd node once; an empty string when it is there, else why Python does its work."""
+    wished = os.environ.get("DLB_FAST_NODE", "auto")
+    if wished not in ("auto", "python"):
+        raise ValueError(f"DLB_FAST_NODE must be auto or python, got {wished!r}")
+    if wished == "python":
+        return "DLB_FAST_NODE=python"
+    missing = load_library()
+    if missing:
+        return missing
+    if not NODE.exists():
+        others = sorted(path.stem.split("-", 1)[1] for path in NODE.parent.glob("libdlb_fast_node-*.so"))
+        built = f"it was built for torch {', '.join(others)}" if others else "it was not built"
+        return f"{built}, this is torch {torch.__version__}; reinstall with: pip install --no-build-isolation -e ."
+    try:
+        torch.ops.load_library(str(NODE))
+    except OSError as error:
+        return f"{NODE.name} could not be loaded: {error}"
     return ""
 
 

@@ -61,8 +61,10 @@ def _built() -> dict[str, Any]:
 
 def _package() -> dict[str, Any]:
     import dlb_fast
+    from dlb_fast import _backends
 
-    return {**_versions(dlb_fast), "folder": str(Path(dlb_fast.__file__).parent)}
+    where = {"folder": str(Path(dlb_fast.__file__).parent)}
+    return {**_versions(dlb_fast), **where, "autograd_node": _backends.load_node() or "C++"}
 
 
 def _versions(module: Any) -> dict[str, Any]:
@@ -243,6 +245,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"compiled by {built['compiler']} against torch {built['torch']}, {cuda}; "
             f"on this CPU: {built['cpu_instruction_set']}"
         )
+    if "autograd_node" in package:
+        node = package["autograd_node"]
+        lines.append(f"autograd node of the compiled losses: {node if node == 'C++' else f'Python ({node})'}")
     lines.append("implementations of the loss:")
     found = report["implementations"]
     for name, state in found.items() if "error" not in found else ():

@@ -4,8 +4,9 @@ One op computes the loss, its gradient and the top-1 count in one call; ``last_b
 the logit buffer and replaces it. The compiled ops are declared in ``csrc/last_batch.cpp`` with the schema below (a test
 compares the two); the Triton ones are declared here. The derivative is a plain ``autograd.Function`` around the op: the
 gradient is ready when backward arrives, which multiplies it by the upstream gradient, in place, and not at all when
-that is 1. Differentiable once. The ops that end in an underscore write the gradient over the logits; autograd is told
-(``_Overwritten``).
+that is 1. Differentiable once. Where it was built for this torch, a node in C++ (``csrc/autograd_node.cpp``) does the
+same for eager calls of the compiled ops and spares them Python's time; ``DLB_FAST_NODE=python`` leaves it out. The ops
+that end in an underscore write the gradient over the logits; autograd is told (``_Overwritten``).
 """
 
 from __future__ import annotations
@@ -133,6 +134,15 @@ def op_for(impl: str, name: str) -> Any:
     return op
 
 
+def node_for(impl: str, name: str) -> Any:
+    """The op that makes the autograd node in C++, or None where Python has to; looked up once."""
+    key = (impl, name + "_node")
+    if key not in _FOUND:
+        there = impl in ("cpu", "cuda") and not _backends.load_node()
+        _FOUND[key] = getattr(torch.ops.dlb_fast, name + "_node").default if there else None
+    return _FOUND[key]
+
+
 def _gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
     grad, parts = ctx.saved_tensors
     if torch._C._autograd._get_current_graph_task_keep_graph():
@@ -184,11 +194,19 @@ def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tenso
 
     Returns the loss, differentiable with respect to the logits, and ``parts``.
     """
+    if torch.compiler.is_compiling() and logits.requires_grad and torch.is_grad_enabled():
+        return _LastBatch.apply(logits, impl, name, args)
+    return run_eagerly(impl, name, logits, *args)
+
+
+def run_eagerly(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The same outside torch.compile."""
     if logits.requires_grad and torch.is_grad_enabled():
         # One tuple, because autograd walks over every argument of a Function in Python.
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
             return _LastBatch.apply(logits, impl, name, args)
-        return _plain_apply(logits, impl, name, args)
+        node = node_for(impl, name)
+        return _plain_apply(logits, impl, name, args) if node is None else node(logits, *args)
     loss, parts, _ = op_for(impl, name)(logits, *args, False)
     return loss, parts
 

@@ -88,6 +88,7 @@ def test_one_wheel_serves_every_python(tmp_path):
     assert inside - compiled == python_files(source) | {"dlb_fast/py.typed"}
     assert {re.sub(r"\.cpython.*", "", name) for name in compiled} == {
         "dlb_fast/lib/libdlb_fast_ops.so",
+        f"dlb_fast/lib/libdlb_fast_node-{torch_version()}.so",  # its version in its name: other torches pass it by
         "dlb_fast/_build",
     }
     # Installed where the checkout is out of reach, as for another Python: without the build-info module.
@@ -112,6 +113,12 @@ def test_the_sdist_holds_all_sources_and_no_tests(sources, tmp_path):
     kept |= {"LICENSE", "PKG-INFO", "dlb_fast/py.typed"}
     csrc = {str(path.relative_to(sources)) for path in (sources / "csrc").rglob("*") if path.is_file()}
     assert csrc and files == kept | python_files(sources) | csrc
+
+
+def torch_version() -> str:
+    import torch
+
+    return torch.__version__
 
 
 def undefined_symbols(library: Path) -> set[str]:

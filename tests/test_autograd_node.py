@@ -1,0 +1,150 @@
+"""The autograd node in C++ and the one in Python: one contract, two makers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dlb_fast import LastBatchLoss, _backends, fused_lb_loss, ops
+
+pytestmark = pytest.mark.skipif(bool(_backends.load_node()), reason=_backends.load_node() or "there")
+
+
+@pytest.fixture(params=["C++", "Python"])
+def maker(request, monkeypatch):
+    if request.param == "Python":
+        monkeypatch.setattr(ops, "node_for", lambda impl, name: None)
+    return request.param
+
+
+def batch(dtype=torch.float32, rows=8, classes=11):
+    g = torch.Generator().manual_seed(3)
+    z = (2 * torch.randn(rows, classes, generator=g)).to(dtype)
+    return z, torch.randint(0, classes, (rows,), generator=g), z[: rows // 2].detach() + 0.25
+
+
+def test_each_makes_its_own_node(maker):
+    z, y, t = batch()
+    name = fused_lb_loss(z.requires_grad_(), y, t, impl="cpu").grad_fn.name()
+    assert ("LastBatchNode" in name) == (maker == "C++"), name
+    assert ("_LastBatchBackward" in name) == (maker == "Python"), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, -0.37, 65536.0])
+def test_the_gradient_is_that_of_the_op_times_the_upstream(maker, dtype, factor):
+    z, y, t = batch(dtype)
+    leaf = z.clone().requires_grad_()
+    (fused_lb_loss(leaf, y, t, impl="cpu") * factor).backward()
+    reference = z.double().requires_grad_()
+    (fused_lb_loss(reference, y, t.double(), impl="torch") * factor).backward()
+    unit = torch.finfo(dtype).eps * reference.grad.abs().max().item()
+    assert leaf.grad.dtype == dtype
+    assert (leaf.grad.double() - reference.grad).abs().max().item() <= 8 * unit
+
+
+def test_a_loss_per_row_has_an_upstream_per_row(maker):
+    z, y, t = batch(torch.float64)
+    weights = torch.linspace(-1, 2, len(z), dtype=torch.float64)
+    grads = []
+    for impl in ("cpu", "torch"):
+        leaf = z.clone().requires_grad_()
+        fused_lb_loss(leaf, y, t, reduction="none", impl=impl).backward(weights)
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_the_criterion_rolls_and_teaches_alike(monkeypatch):
+    """The settled call included; bit by bit, because both run the same op."""
+    found = {}
+    for maker in ("C++", "Python"):
+        with monkeypatch.context() as patched:
+            if maker == "Python":
+                patched.setattr(ops, "node_for", lambda impl, name: None)
+            criterion, seen = LastBatchLoss(11, impl="cpu"), []
+            for step in range(4):
+                z, y, _ = batch()
+                leaf = (z + 0.1 * step).requires_grad_()
+                loss = criterion(leaf, y)
+                loss.backward()
+                seen += [loss.detach(), leaf.grad, criterion.parts.lb, criterion.buffer.logits.clone()]
+        found[maker] = seen
+    assert all(torch.equal(a, b) for a, b in zip(found["C++"], found["Python"], strict=True))
+
+
+def test_backward_a_second_time(maker):
+    z, y, t = batch()
+    leaf = z.clone().requires_grad_()
+    loss = fused_lb_loss(leaf, y, t, impl="cpu")
+    first = torch.autograd.grad(loss * 3, leaf, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(loss * 3, leaf)[0]
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_second_derivative_is_refused_and_not_zero(maker):
+    z, y, t = batch()
+    leaf = z.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(fused_lb_loss(leaf, y, t, impl="cpu"), leaf, create_graph=True)
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+
+
+def test_parts_have_no_derivative_and_need_none(maker):
+    z, y, t = batch()
+    leaf = z.clone().requires_grad_()
+    loss, parts = fused_lb_loss(leaf, y, t, impl="cpu", return_parts=True)
+    assert not parts.loss.requires_grad and not parts.lb.requires_grad
+    (leaf.sum() + 0 * parts.ce).backward()  # a graph that does not reach the loss
+    assert torch.equal(leaf.grad, torch.ones_like(leaf))
+
+
+def test_hooks_see_what_is_saved(maker):
+    """As torch.autograd.graph.save_on_cpu does: what is unpacked is what backward uses."""
+    z, y, t = batch()
+    leaf, plain = z.clone().requires_grad_(), z.clone().requires_grad_()
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: packed.append(s.shape) or s.clone(), lambda s: s):
+        loss = fused_lb_loss(leaf, y, t, impl="cpu")
+    loss.backward()
+    fused_lb_loss(plain, y, t, impl="cpu").backward()
+    assert z.shape in packed and torch.equal(leaf.grad, plain.grad)
+
+
+def test_a_refused_batch_is_refused_in_our_words(maker):
+    z, y, t = batch()
+    with pytest.raises(ValueError, match="target"):
+        fused_lb_loss(z.requires_grad_(), y + 11, t, impl="cpu")
+
+
+def test_under_no_grad_no_node_is_made(maker):
+    z, y, t = batch()
+    with torch.no_grad():
+        assert fused_lb_loss(z.requires_grad_(), y, t, impl="cpu").grad_fn is None
+
+
+@pytest.mark.parametrize("wished, told", [("python", "True"), ("auto", "False")])
+def test_the_variable_leaves_it_out(wished, told):
+    code = "from dlb_fast import _backends; print(bool(_backends.load_node()))"
+    environment = {**os.environ, "DLB_FAST_NODE": wished}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == told, done.stderr
+
+
+def test_another_value_of_the_variable_is_an_error(monkeypatch):
+    monkeypatch.setenv("DLB_FAST_NODE", "yes")
+    with pytest.raises(ValueError, match=r"DLB_FAST_NODE must be auto or python, got 'yes'"):
+        _backends.load_node.__wrapped__()
+
+
+def test_a_node_of_another_torch_is_passed_by(tmp_path, monkeypatch):
+    (tmp_path / "libdlb_fast_node-2.0.0.so").write_bytes(b"of another torch")
+    monkeypatch.setattr(_backends, "NODE", tmp_path / f"libdlb_fast_node-{torch.__version__}.so")
+    reason = _backends.load_node.__wrapped__()
+    assert "built for torch 2.0.0" in reason and torch.__version__ in reason
