@@ -29,7 +29,8 @@ def batch(dtype=torch.float32, rows=8, classes=11):
 
 def test_each_makes_its_own_node(maker):
     z, y, t = batch()
-    name = repr(fused_lb_loss(z.requires_grad_(), y, t, impl="cpu").grad_fn)
+    loss = fused_lb_loss(z.requires_grad_(), y, t, impl="cpu")
+    name = loss.grad_fn.name()  # the repr of a node in C++ differs between versions of torch
     assert ("LastBatchNode" in name) == (maker == "C++"), name
     assert ("_LastBatchBackward" in name) == (maker == "Python"), name
 
