@@ -17,6 +17,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -133,12 +134,27 @@ def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]
     return commands  # the slow ones first
 
 
-def node_command(out: Path, torch_dir: Path, version: str) -> tuple[Path, list[str]]:
-    """(object, command) of the autograd node, which belongs to one version of torch (see csrc/autograd_node.cpp)."""
-    target = out / f"autograd_node-{version}.o"
-    include = [f"-isystem{torch_dir / 'include' / part}" for part in (".", "torch/csrc/api/include")]
+def python_tag() -> str:
+    """As in 311 or 313t: whose modules this Python loads; empty where its headers are not installed."""
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    parts = str(sysconfig.get_config_var("SOABI")).split("-")  # cpython-311-x86_64-linux-gnu
+    return parts[1] if headers.exists() and len(parts) > 1 else ""
+
+
+def node_commands(out: Path, torch_dir: Path, version: str) -> list[tuple[Path, list[str]]]:
+    """(object, command) of the autograd node and of the call that goes straight to it. Both belong to one version of
+    torch (see csrc/autograd_node.cpp), the call to this Python as well."""
     flags = [flag if flag != "-O3" else "-O2" for flag in CXX_FLAGS]
-    return target, [*compiler(), *flags, *include, "-c", str(ROOT / "csrc" / "autograd_node.cpp"), "-o", str(target)]
+    include = [f"-isystem{torch_dir / 'include' / part}" for part in (".", "torch/csrc/api/include")]
+    tag, sources = python_tag(), {"autograd_node": include}
+    if tag:
+        sources["settled_call"] = [*include, f"-isystem{sysconfig.get_path('include')}", f"-DDLB_FAST_PYTHON={tag}"]
+    commands = []
+    for stem, more in sources.items():
+        target = out / f"{stem}-{version}-{tag}.o"
+        source = str(ROOT / "csrc" / f"{stem}.cpp")
+        commands.append((target, [*compiler(), *flags, *more, "-c", source, "-o", str(target)]))
+    return commands
 
 
 def build_library(destination: Path, scratch: Path) -> None:
@@ -146,11 +162,15 @@ def build_library(destination: Path, scratch: Path) -> None:
     torch_dir, version = torch_home()
     scratch.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    objects = compile_commands(scratch, torch_dir)
-    node, compile_node = node_command(scratch, torch_dir, version)
-    commands = [*objects, (node, compile_node)]
+    objects, node = compile_commands(scratch, torch_dir), node_commands(scratch, torch_dir, version)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        list(pool.map(run, [command for _, command in commands]))
+        needed = [pool.submit(run, command) for _, command in objects]
+        wished = [pool.submit(run, command) for _, command in node]
+        for compiled in needed:
+            compiled.result()
+        node_error = next((error for compiled in wished if (error := compiled.exception())), None)
+    if node_error and MODE != "auto":
+        raise node_error
     destination.mkdir(parents=True, exist_ok=True)
     library = destination / "libdlb_fast_ops.so"
     # libtorch has to stay in NEEDED: torch.ops.load_library resolves symbols through it.
@@ -162,12 +182,15 @@ def build_library(destination: Path, scratch: Path) -> None:
         home = Path(cuda).resolve().parent.parent
         where = [f"-L{home / part}" for part in ("lib64", "targets/x86_64-linux/lib", "lib")]
         link += [*where, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-    for made, parts, needs in (
-        (library, [target for target, _ in objects], link),
-        (destination / f"libdlb_fast_node-{version}.so", [node], libtorch),
-    ):
+    targets = [(library, objects, link)]
+    if node_error:  # Python does its work, slower
+        print(f"dlb_fast: the autograd node in C++ was not built ({str(node_error).strip().splitlines()[-1]})")
+    else:
+        python = ["-ltorch_python"] if python_tag() else []
+        targets.append((destination / f"libdlb_fast_node-{version}.so", node, [*libtorch, *python]))
+    for made, parts, needs in targets:
         fresh = made.with_suffix(".new")
-        run([*compiler(), "-shared", "-o", str(fresh), *map(str, parts), *needs])
+        run([*compiler(), "-shared", "-o", str(fresh), *(str(target) for target, _ in parts), *needs])
         os.replace(fresh, made)  # a process that has the old file mapped keeps it
     parts = f"C++ and CUDA {cuda_archs()}" if cuda else "C++"
     print(f"dlb_fast: built {library.name} ({parts}) against torch {version} in {time.perf_counter() - start:.0f} s")

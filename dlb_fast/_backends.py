@@ -7,9 +7,11 @@ device. A kernel that has not yet passed ``make gpu-check`` on a GPU is never ch
 from __future__ import annotations
 
 import functools
+import importlib.machinery
 import importlib.util
 import logging
 import os
+import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +76,21 @@ def load_node() -> str:
     except OSError as error:
         return f"{NODE.name} could not be loaded: {error}"
     return ""
+
+
+@functools.cache
+def load_settled_call() -> Any:
+    """``settled_call`` of csrc/settled_call.cpp, a part of the node's library; None where that is missing or was built
+    for another Python."""
+    if load_node():
+        return None
+    tag = str(sysconfig.get_config_var("SOABI")).split("-")[1:2]  # cpython-311-x86_64-linux-gnu
+    loader = importlib.machinery.ExtensionFileLoader("".join(["settled_call_", *tag]), str(NODE))
+    try:
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        return importlib.util.module_from_spec(spec).settled_call if spec is not None else None
+    except ImportError:  # the library has no module of that name
+        return None
 
 
 def compiled_for(device: str) -> str:

@@ -320,7 +320,7 @@ def dlb_step(
     simple = weight is None and not inplace_grad and type(alpha) is type(temperature) is type(upstream) is float
     simple = simple and bool(upstream == 1.0) and not torch.compiler.is_compiling()
     if simple and (like_last := SETTLED_STEPS.get((_backends.picked(impl, logits), numbers))) is not None:
-        found = settled_step(like_last, logits, target, buffer, ids, num_old, ops.step)
+        found = settled_step(like_last, logits, target, buffer, ids, num_old)
         if found is not None:
             return found[0], found[2]
     check_loss_inputs(
@@ -351,7 +351,7 @@ def dlb_step(
         if simple:
             settled = settle(
                 impl, logits, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, z_loss=0.0,
-                ignore_index=ignore_index, reduction="mean",
+                ignore_index=ignore_index, reduction="mean", gradient=True,
             )  # fmt: skip
             if len(SETTLED_STEPS) >= 64:  # a schedule of numbers
                 SETTLED_STEPS.clear()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import _check
 from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, unpack_state
@@ -115,6 +116,10 @@ class LastBatchLoss(nn.Module):
         super().__setattr__(name, value)
         self.__dict__["_settled"] = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The settled call is a function of this process.
+        return {name: value for name, value in self.__dict__.items() if name != "_settled"}
+
     def extra_repr(self) -> str:
         rows = None if self.buffer is None else self.buffer.capacity
         return (
@@ -158,7 +163,7 @@ class LastBatchLoss(nn.Module):
                 share they had as new rows, or mask them: their teacher saw that image.
         """
         op = "LastBatchLoss"
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         ordinary = kd_mask is None and target_b is None and lam is None
         if ordinary and not compiling and self._settled is not None:
             found = settled_step(self._settled, logits, target, self.buffer, ids, num_old)

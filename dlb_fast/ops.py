@@ -11,11 +11,13 @@ that end in an underscore write the gradient over the logits; autograd is told (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._device import DeviceContext
 
 from . import _backends
 from .reference import compute_dtype
@@ -289,3 +291,13 @@ def step(
         factor = torch.as_tensor(upstream, dtype=parts.dtype, device=parts.device)
         op_for(impl, "scale_grad_")(grad, factor, parts)
     return loss, parts, grad
+
+
+def roll_call(impl: str, options: tuple[Any, ...], *, gradient: bool) -> Callable[..., tuple[Tensor, ...] | None]:
+    """``call(logits, buffer, slots, ids, num_old, target)``, one op with the same options again and again: what
+    ``run_eagerly`` returns, with ``gradient`` what ``step`` does, or None where a call has to go by them."""
+    settled_call = _backends.load_settled_call() if impl in ("cpu", "cuda") else None
+    if settled_call is not None:
+        return settled_call(options, gradient, DeviceContext)
+    run_it = step if gradient else run_eagerly
+    return lambda logits, *args: run_it(impl, "last_batch_roll", logits, *args, *options)

@@ -149,3 +149,9 @@ def test_a_node_of_another_torch_is_passed_by(tmp_path, monkeypatch):
     monkeypatch.setattr(_backends, "NODE", tmp_path / f"libdlb_fast_node-{torch.__version__}.so")
     reason = _backends.load_node.__wrapped__()
     assert "built for torch 2.0.0" in reason and torch.__version__ in reason
+
+
+def test_a_call_built_by_another_python_is_passed_by(monkeypatch):
+    assert _backends.load_settled_call() is not None
+    monkeypatch.setattr(_backends.sysconfig, "get_config_var", lambda name: "cpython-999-x86_64-linux-gnu")
+    assert _backends.load_settled_call.__wrapped__() is None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import pickle
+import threading
+import time
 
 import pytest
 import torch
 from conftest import available
 from test_buffer import overlapping
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step, functional, losses, ops
+from dlb_fast import LastBatchLoss, LogitBuffer, _backends, dlb_step, functional, losses, ops
 
 HALVES = [4, 4, 3, 4, 1, 4, 4]
 
@@ -137,14 +143,174 @@ def test_a_state_taken_in_the_middle_continues_alike(impl, generator):
         assert_same(run(resumed, batches[3:], remember=True), want[3:])
 
 
-@pytest.mark.skipif(not available("cpu"), reason="nothing is compiled here")
-def test_the_count_stays_with_the_device_unless_it_is_given(generator, monkeypatch):
+needs_cpu = pytest.mark.skipif(not available("cpu"), reason="nothing is compiled here")
+
+
+@pytest.fixture(params=["C++", "Python"])
+def caller(request, monkeypatch):
+    """Who goes to the op: csrc/settled_call.cpp, or Python where that was not built for this torch and Python."""
+    if request.param == "Python":
+        monkeypatch.setattr(_backends, "load_settled_call", lambda: None)
+    elif _backends.load_settled_call() is None:
+        pytest.skip("there is none for this torch and Python")
+    return request.param
+
+
+@needs_cpu
+@pytest.mark.parametrize("wanted", ["gradient", "no gradient", "inference"])
+def test_the_short_cut_knows_whether_a_gradient_is_wanted(generator, short_cuts, caller, wanted):
+    batches = overlapping(generator, [4] * 4)
+    mode = {"gradient": torch.enable_grad, "no gradient": torch.no_grad, "inference": torch.inference_mode}[wanted]
+    criteria = [LastBatchLoss(6, impl="cpu") for _ in range(2)]
+    for (z, y, ids), remember in itertools.product(batches, (True, False)):
+        criterion = criteria[remember]
+        if not remember:
+            criterion.alpha = criterion.alpha
+        with mode():
+            loss = criterion(z.clone().requires_grad_(wanted != "inference"), y, ids)
+        assert loss.requires_grad == (wanted == "gradient") and not criterion.parts.loss.requires_grad
+        if not remember:
+            assert all(torch.equal(a, b) for a, b in zip(*(c.parts for c in criteria), strict=True))
+            assert torch.equal(*(c.buffer.logits for c in criteria))
+    asked_for = caller == "C++" and wanted == "inference"  # a mode that torch's dispatcher has to see
+    assert sum(short_cuts) == (0 if asked_for else len(batches) - 1)
+
+
+@needs_cpu
+def test_a_functorch_transform_takes_the_long_way_and_is_refused_there(generator, short_cuts, caller):
+    first, second, (z, y, ids) = overlapping(generator, [4] * 3)
+    criterion = LastBatchLoss(6, impl="cpu")
+    run(criterion, [first, second], remember=True)
+    before = criterion.buffer.logits.clone()
+    with pytest.raises(RuntimeError, match="setup_context|functorch"):
+        torch.func.grad(lambda logits: criterion(logits, y, ids))(z)
+    assert short_cuts == [True, False] and torch.equal(criterion.buffer.logits, before)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_cpu
+@pytest.mark.parametrize("z_grad", [True, False])
+def test_who_watches_torch_sees_the_op(generator, caller, z_grad):
+    *before, (z, y, ids) = overlapping(generator, [4] * 3)
+    criterion = LastBatchLoss(6, impl="cpu")
+    run(criterion, before, remember=True)
+    with Seen() as seen:
+        criterion(z.clone().requires_grad_(z_grad), y, ids)
+    assert "dlb_fast.last_batch_roll.default" in seen.ops
+
+
+@needs_cpu
+def test_a_default_device_and_autocast_are_no_reason_for_the_long_way(generator, short_cuts, caller):
+    *before, third, fourth = overlapping(generator, [4] * 4)
+    criterion, plain = LastBatchLoss(6, impl="cpu"), LastBatchLoss(6, impl="cpu")
+    run(criterion, before, remember=True)
+    with torch.device("cpu"), torch.autocast("cpu", torch.bfloat16):
+        found = run(criterion, [third, fourth], remember=True)
+    assert_same(found, run(plain, [*before, third, fourth], remember=False)[2:])
+    assert short_cuts == [True] * 3
+
+
+@needs_cpu
+def test_a_subclass_of_tensor_takes_the_long_way(generator, short_cuts, caller):
+    class Named(torch.Tensor):
+        pass
+
+    *before, (z, y, ids) = overlapping(generator, [4] * 3)
+    criterion, plain = LastBatchLoss(6, impl="cpu"), LastBatchLoss(6, impl="cpu")
+    run(criterion, before, remember=True)
+    loss = criterion(z.as_subclass(Named), y, ids)
+    assert short_cuts == [True, caller == "Python"]
+    run(plain, before, remember=False)
+    assert float(loss) == float(plain(z, y, ids))
+
+
+@needs_cpu
+def test_a_criterion_is_pickled_and_copied_between_two_calls(generator, caller):
+    *before, last = overlapping(generator, [4] * 4)
+    criterion = LastBatchLoss(6, impl="cpu")
+    run(criterion, before, remember=True)
+    others = [copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
+    want = run(criterion, [last], remember=True)
+    for other in others:
+        assert_same(run(other, [last], remember=True), want)
+
+
+@needs_cpu
+def test_threads_are_let_go_on_while_the_op_runs(generator):
+    """A loader's threads need the interpreter while the loss is computed."""
+    criterion = LastBatchLoss(20000, impl="cpu")
+    z, y = torch.randn(256, 20000), torch.randint(0, 20000, (256,))
+    for half in (z[:128], z, z):
+        criterion(half, y[: len(half)])
+    counted, stop = [0], threading.Event()
+
+    def count():
+        while not stop.is_set():
+            counted[0] += 1
+            time.sleep(0)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        before = counted[0]
+        with torch.no_grad():
+            settled = criterion._settled
+            settled(z, criterion.buffer.logits, criterion.buffer.slots, None, -1, y)
+        during = counted[0] - before
+    finally:
+        stop.set()
+        thread.join()
+    assert during > 0
+
+
+def test_what_settled_call_is_given_is_looked_at():
+    settled_call = _backends.load_settled_call()
+    if settled_call is None:
+        pytest.skip("there is none for this torch and Python")
+    numbers = [None] * 6 + [1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 1, 0]
+    for options, words in (
+        (numbers[:-1], "expected 16 options, got 15"),
+        (["mean", *numbers[1:]], r"options\[0\], target_b, has another type"),
+        ([*numbers[:6], 1, *numbers[7:]], r"options\[6\], alpha, has another type"),
+        ([*numbers[:-1], True], r"options\[15\], reduction, has another type"),
+        ([*numbers[:-1], 2**70], "too (large|big)"),
+    ):
+        with pytest.raises((TypeError, OverflowError), match=words):
+            settled_call(tuple(options), False, None)
+    with pytest.raises(TypeError, match="options, gradient, DeviceContext"):
+        settled_call(tuple(numbers))
+    call = settled_call(tuple(numbers), False, DeviceContext)
+    with pytest.raises(TypeError, match="expected 6 arguments, got 1"):
+        call(torch.zeros(1))
+    assert call(torch.zeros(2, 2), None, None, None, -1, None) is None  # the buffer is no tensor
+    with pytest.raises(TypeError):
+        call(torch.zeros(2, 2), torch.zeros(1, 2), torch.zeros(3), None, "all", None)
+    with pytest.raises(RuntimeError, match="slots"):
+        call(torch.zeros(2, 2), torch.zeros(1, 2), torch.zeros(3), None, -1, None)
+
+
+@needs_cpu
+def test_the_count_stays_with_the_device_unless_it_is_given(generator, monkeypatch, caller):
     """A captured step is replayed when the host's count has moved on; only a caller may fix it."""
     asked = []
-    plain = ops.run_eagerly
-    monkeypatch.setattr(
-        ops, "run_eagerly", lambda impl, op, z, *args: asked.append(args[3]) or plain(impl, op, z, *args)
-    )
+    plain, short = ops.run_eagerly, ops.roll_call
+
+    def counted(*args, **options):
+        call = short(*args, **options)
+        return lambda *given: asked.append(given[4]) or call(*given)
+
+    monkeypatch.setattr(ops, "roll_call", counted)
+    first = lambda impl, op, *args: (asked.append(args[4]) if not asked else None) or plain(impl, op, *args)  # noqa: E731
+    monkeypatch.setattr(ops, "run_eagerly", first)
     criterion = LastBatchLoss(6, impl="cpu")
     *batches, (z, y, ids) = overlapping(generator, [4] * 4)
     run(criterion, batches, remember=True)
