@@ -109,6 +109,12 @@ def run(command: list[str]) -> None:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
 
+def first_error(words: str) -> str:
+    """The line of a compiler's report to show."""
+    lines = words.strip().splitlines() or [words]
+    return next((line for line in lines if "error:" in line), lines[0])
+
+
 def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]:
     """(object, command) of every source of the op library."""
     cxx, csrc = compiler(), ROOT / "csrc"
@@ -184,7 +190,7 @@ def build_library(destination: Path, scratch: Path) -> None:
         link += [*where, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
     targets = [(library, objects, link)]
     if node_error:  # Python does its work, slower
-        print(f"dlb_fast: the autograd node in C++ was not built ({str(node_error).strip().splitlines()[-1]})")
+        print(f"dlb_fast: the autograd node in C++ was not built ({first_error(str(node_error))})")
     else:
         python = ["-ltorch_python"] if python_tag() else []
         targets.append((destination / f"libdlb_fast_node-{version}.so", node, [*libtorch, *python]))

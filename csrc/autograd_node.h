@@ -16,11 +16,18 @@ using torch::autograd::variable_list;
 // A gradient that is no function of anything: asked for its derivative, it says so in the words of torch's
 // once_differentiable instead of giving none.
 struct Once : torch::autograd::Function<Once> {
-  static Tensor forward(AutogradContext*, const Tensor& grad) { return grad.view_as(grad); }
+  static Tensor forward(AutogradContext*, const Tensor& grad, const Tensor&) { return grad.view_as(grad); }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(false, "trying to differentiate twice a function that was marked with @once_differentiable");
   }
 };
+
+// It stands between the gradient and what the logits come from: whoever wants a derivative by any of that gets there.
+inline Tensor once(const Tensor& grad) {
+  const Tensor origin = at::empty({0}, grad.options());
+  torch::autograd::impl::set_gradient_edge(origin, torch::autograd::get_current_node()->next_edge(0));
+  return Once::apply(grad.detach(), origin);
+}
 
 // Looking costs nothing on the CPU, and spares the op's call. float16 gradients are stored enlarged.
 inline bool leaves_as_it_is(const Tensor& upstream, const Tensor& grad) {
@@ -58,7 +65,7 @@ struct LastBatchNode : torch::autograd::Function<LastBatchNode> {
       if (torch::autograd::get_current_graph_task_keep_graph()) grad = grad.clone();
       if (!leaves_as_it_is(upstream, grad)) scale(grad, upstream, saved[1]);
     }
-    if (create_graph) grad = Once::apply(grad.detach().requires_grad_());
+    if (create_graph) grad = once(grad);
     return {grad, Tensor()};
   }
 };

@@ -51,15 +51,17 @@ DLB_HD RowCoefficients<A> row_coefficients(const TermScales<A>& scales, bool cou
   return r;
 }
 
-// The largest power of two <= 65536 that keeps |gradient| * scale two octaves inside float16's range. Powers of two
-// are exact, so a float16 gradient is stored enlarged and shrinks in the backward, where the loss scale is known.
 // For the bound of a row's cross entropy: how much a dense target may sum to (several right classes) instead of 1; with
-// the two octaves above, rows of up to 256 keep a finite gradient.
+// the two octaves below, rows of up to 256 keep a finite gradient.
 constexpr double dense_target_room = 64.0;
+// |lse| of float16 logits is below this: 65504 + log C.
+constexpr double float16_largest_lse = 65600.0;
 
+// The largest power of two in [2^-20, 65536] that keeps |gradient| * scale two octaves inside float16's range. Powers of
+// two are exact, so a float16 gradient is stored enlarged and shrinks in the backward, where the loss scale is known.
 DLB_HD double float16_grad_scale(double bound) {
   double scale = 65536.0;
-  while (scale > 1.0 && scale * bound > 16384.0) scale *= 0.5;
+  while (scale > 9.5367431640625e-07 && scale * bound > 16384.0) scale *= 0.5;
   return scale;
 }
 

@@ -44,14 +44,16 @@ bool nobody_listens(const Settled& settled) {
   return true;
 }
 
-// A tensor or None of a call, as the op takes it; nothing where it is something else.
+// A tensor or None of a call, as the op takes it; nothing where it is something else or carries a forward derivative.
 bool push(PyObject* object, bool or_none, torch::jit::Stack& stack) {
   if (or_none && object == Py_None) {
     stack.emplace_back();
     return true;
   }
   if (!THPVariable_CheckExact(object)) return false;
-  stack.emplace_back(THPVariable_Unpack(object));
+  const Tensor& tensor = THPVariable_Unpack(object);
+  if (tensor._fw_grad(/*level=*/0).defined()) return false;
+  stack.emplace_back(tensor);
   return true;
 }
 
@@ -92,11 +94,13 @@ PyObject* packed(std::array<Tensor, 3>& results, Py_ssize_t count) {
   return tuple;
 }
 
-// What the caller hears is that the call failed; it goes the ordinary way then, whose words are better.
+// A refusal of the op sends the caller the ordinary way, whose words are better; what a hook of Python raised stays what it is.
 template <typename F>
 PyObject* guarded(const F& work) {
   try {
     return work();
+  } catch (python_error& error) {
+    error.restore();
   } catch (const c10::Error& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
   } catch (const std::exception& error) {
@@ -117,6 +121,7 @@ PyObject* call(PyObject* self, PyObject* const* given, Py_ssize_t count) {
     stack.reserve(call_arguments + settled->options.size() + 1);
     bool known = nobody_listens(*settled);
     for (Py_ssize_t i = 0; known && i < 4; ++i) known = push(given[i], i == 3, stack);
+    known = known && THPVariable_Unpack(given[0]).device() == THPVariable_Unpack(given[1]).device();
     if (known) {
       const long long num_old = PyLong_AsLongLong(given[4]);
       if (num_old == -1 && PyErr_Occurred()) return nullptr;

@@ -202,7 +202,7 @@ def check_options(op: str, label_smoothing: float, reduction: str) -> None:
 
 def check_ignore_index(op: str, ignore_index: int) -> None:
     """A Python integer."""
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(
             f"{op}: ignore_index must be an integer, got {type(ignore_index).__name__}; "
             "leave it at -100 when no row is to be ignored"
@@ -285,3 +285,7 @@ def check_pair(
             f"{op}: lam must have shape () or ({logits.shape[0]},) on {logits.device}, got {tuple(lam.shape)} on "
             f"{lam.device}"
         )
+    elif not lam.is_floating_point():
+        raise TypeError(f"{op}: lam must be floating point, got {lam.dtype}")
+    elif lam.is_cpu and not torch.compiler.is_compiling() and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"{op}: lam must be between 0 and 1, got {lam.min().item():g} to {lam.max().item():g}")

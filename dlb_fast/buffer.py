@@ -49,8 +49,7 @@ class LogitBuffer:
         for name, value in (("num_classes", num_classes), ("capacity", capacity)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"LogitBuffer: {name} must be an integer >= 1, got {value!r}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"LogitBuffer: dtype must be a floating point torch.dtype, got {dtype!r}")
+        check_buffer_dtype("LogitBuffer", dtype)
         # Made under inference_mode, the buffer still has to serve training.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self.logits = torch.zeros(capacity, num_classes, dtype=dtype, device=device)
@@ -207,6 +206,12 @@ class LogitBuffer:
             return None
         buffer = cls(classes, capacity, dtype or state["logits"].dtype)
         return buffer if buffer.load_state_dict(state) else None
+
+
+def check_buffer_dtype(op: str, dtype: object) -> None:
+    """A dtype that the kernels can keep logits in."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"{op}: dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
 
 
 def pack_state(state: dict[str, Any]) -> Tensor:

@@ -269,7 +269,7 @@ def ps_kd_loss(
     Args:
         logits: ``(B, C)``. target: ``(B,)``. past: ``(B, C)`` **probabilities** (not logits), detached here.
         alpha: ``a_t = a_T (epoch + 1) / epochs`` with ``a_T = 0.8`` in the official code. Others as in
-            :func:`lsr_kd_loss`; the temperature is 1.
+            :func:`lsr_kd_loss`; the temperature is 1. A row with an ignored label costs nothing.
 
     Source: **official** code lgcnsai/PS-KD-Pytorch (Kim et al., ICCV 2021).
 
@@ -281,7 +281,8 @@ def ps_kd_loss(
     check_logits("ps_kd_loss", logits)
     check_rows("ps_kd_loss", "past", past, logits)
     settings = {"alpha": alpha, "temperature": 1.0, "ce_alpha": -1.0, **options}
-    return _finish("ps_kd_loss", logits, target, ps_lesson(past), return_parts, settings)
+    lesson = ps_lesson(past)._replace(mask=target != options.get("ignore_index", -100))
+    return _finish("ps_kd_loss", logits, target, lesson, return_parts, settings)
 
 
 def zipf_loss(

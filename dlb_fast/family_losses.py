@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _check
+from .buffer import pack_state, unpack_state
 from .family_teachers import BankTeacher, BatchTeacher, CopiesTeacher, MirrorTeacher, PartnerTeacher, RankTeacher
 from .functional import LossParts, Scalar, check_impl, check_loss_inputs, row_loss
 from .lessons import tf_kd_share
@@ -65,6 +66,7 @@ class TaughtLoss(nn.Module):
         _check.check_scalar(op, "temperature", temperature, positive=True)
         _check.check_ce_share(op, alpha, ce_weight, ce_alpha)
         _check.check_options(op, label_smoothing, reduction)
+        _check.check_ignore_index(op, ignore_index)
         check_impl(op, impl)
         if not isinstance(teacher, Teacher):
             raise TypeError(f"{op}: teacher must be a dlb_fast.Teacher, got {type(teacher).__name__}")
@@ -127,6 +129,8 @@ class TaughtLoss(nn.Module):
             "reduction": self.reduction, "impl": self.impl,
         }  # fmt: skip
         if not self.training:
+            if target is None:
+                raise ValueError(f"{op}: target is None in eval(), where nobody teaches; nothing is left to compute")
             check_loss_inputs(
                 op, logits, target, alpha=self.alpha, temperature=self.temperature, weight=self.weight,
                 label_smoothing=self.label_smoothing, reduction=self.reduction,
@@ -151,13 +155,24 @@ class TaughtLoss(nn.Module):
         self.teacher.observe(scene)
         return loss
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The teacher's memory, for ``state_dict()``."""
-        return self.teacher.state_dict()
+    def get_extra_state(self) -> Any:
+        """The teacher's memory, for ``state_dict()``: a dict, which nothing copies. A teacher without memory gives an
+        empty tensor, which savers that know tensors only (safetensors) can write."""
+        return self.teacher.state_dict() or pack_state({})
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Any) -> None:
         """Give the teacher its memory back."""
-        self.teacher.load_state_dict(state)
+        self.teacher.load_state_dict(unpack_state(state))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        """As torch does, but a teacher without memory misses none in weights saved without it."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        key = prefix + "_extra_state"
+        if key in missing_keys and type(self.teacher).state_dict is Teacher.state_dict:
+            missing_keys.remove(key)
 
 
 class LsrKDLoss(TaughtLoss):

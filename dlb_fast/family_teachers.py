@@ -193,6 +193,11 @@ class BankTeacher(Teacher):
         if target is None or target.dim() != 1:
             raise ValueError("PS-KD: needs labels (B,); mixed or dense targets belong to no single sample")
         assert ids is not None
+        if scene.logits.shape[1] != self.bank.num_classes:
+            raise ValueError(
+                f"PS-KD: logits must have C = {self.bank.num_classes} classes, the num_classes of the bank, got "
+                f"{scene.logits.shape[1]}"
+            )
         rows, seen = self.bank.rows(ids, scene.logits.device)
         past = torch.softmax(rows.float(), 1)  # float16 rows sum to 1 only nearly
         label = torch.zeros_like(past).scatter(1, target.long().clamp(0, past.shape[1] - 1)[:, None], 1.0)

@@ -111,11 +111,15 @@ def row_loss(
     tensor, the rows of ``buffer`` (which then takes the new rows of the batch), or virtual. Returns loss and parts, or
     what ``execute`` makes of the op's arguments.
     """
-    impl = _backends.pick(impl, logits.device.type)
+    wished, impl = impl, _backends.pick(impl, logits.device.type)
     _check.check_ignore_index(op, ignore_index)
     if inplace_grad and logits.requires_grad and torch.is_grad_enabled():  # otherwise there is nothing to write
         _check.check_inplace_grad(op, impl, logits, last_logits=teacher, target=target, weight=weight, lam=lam)
         execute = functools.partial(ops.run_in_place, op)
+    if impl != "torch" and (unknown := ops.unknown_to_ops(logits)):
+        if wished != "auto" or inplace_grad:
+            raise RuntimeError(f"{op}: impl={impl!r} does not know {unknown}; use impl='torch', plain autograd")
+        impl = "torch"
     if target is not None and target.dim() == 1:
         target = target if target.dtype == torch.int64 else target.long()
         target_b = None if target_b is None else target_b.long()
@@ -133,7 +137,8 @@ def row_loss(
         # As in the kernels: only the logits get a gradient, and a scalar does not decide the dtype of the loss.
         dtype = reference.compute_dtype(logits.dtype)
         alpha, temperature = _as_dtype(alpha, dtype), _as_dtype(temperature, dtype)
-        target = None if target is None else target.detach()
+        target, weight = (None if tensor is None else tensor.detach() for tensor in (target, weight))
+        lam = lam.detach() if isinstance(lam, Tensor) else lam
         loss, parts = reference.last_batch_loss(
             logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
             weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction, target_b=target_b,
@@ -340,23 +345,26 @@ def dlb_step(
     impl = _backends.pick(impl, logits.device.type)
     if inplace_grad:
         _check.check_inplace_grad(op, impl, logits, target=target, weight=weight, buffer=buffer.logits)
-    plain = impl == "torch"
-    leaf = logits.detach().requires_grad_(plain)
-    result = row_loss(
-        op, impl, leaf, target, buffer=buffer, ids=ids, num_old=num_old, alpha=alpha, temperature=temperature,
-        label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index,
-        execute=functools.partial(ops.step, upstream=upstream, in_place=inplace_grad),
-    )  # fmt: skip
-    if not plain:
-        if simple:
-            settled = settle(
-                impl, logits, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, z_loss=0.0,
-                ignore_index=ignore_index, reduction="mean", gradient=True,
-            )  # fmt: skip
-            if len(SETTLED_STEPS) >= 64:  # a schedule of numbers
-                SETTLED_STEPS.clear()
-            if settled is not None:
-                SETTLED_STEPS[impl, numbers] = settled
-        return result[0], result[2]
-    (grad,) = torch.autograd.grad(result[0] * upstream, leaf)
-    return result[0].detach(), grad
+    options: dict[str, Any] = {
+        "buffer": buffer, "ids": ids, "num_old": num_old, "alpha": alpha, "temperature": temperature,
+        "label_smoothing": label_smoothing, "weight": weight, "ignore_index": ignore_index,
+    }  # fmt: skip
+    if impl == "torch":  # whose gradient is autograd's, whatever mode the caller is in
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = logits.clone() if logits.is_inference() else logits
+            leaf = leaf.detach().requires_grad_()
+            loss, _ = row_loss(op, impl, leaf, target, **options)
+            (grad,) = torch.autograd.grad(loss * upstream, leaf)
+        return loss.detach(), grad
+    step = functools.partial(ops.step, upstream=upstream, in_place=inplace_grad)
+    result = row_loss(op, impl, logits.detach(), target, **options, execute=step)
+    if simple:
+        settled = settle(
+            impl, logits, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, z_loss=0.0,
+            ignore_index=ignore_index, reduction="mean", gradient=True,
+        )  # fmt: skip
+        if len(SETTLED_STEPS) >= 64:  # a schedule of numbers
+            SETTLED_STEPS.clear()
+        if settled is not None:
+            SETTLED_STEPS[impl, numbers] = settled
+    return result[0], result[2]

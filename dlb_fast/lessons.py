@@ -137,6 +137,7 @@ def ps_lesson(past: Tensor, schedule: float = 1.0) -> Lesson:
 
 def ranked(logits: Tensor, target: Tensor, power: float = 1.0, ignore_index: int = -100) -> Lesson:
     """Zipf's teacher: ``rank^-power`` on the wrong classes; the student is the logits without the right class."""
+    check_scalar("zipf_loss", "power", power, positive=False)
     if target.dim() != 1 or logits.shape[1] < 2:
         raise ValueError(
             f"zipf_loss: needs labels (B,) and at least 2 classes, got {target.dim()}-d target, C = {logits.shape[1]}"
@@ -146,7 +147,8 @@ def ranked(logits: Tensor, target: Tensor, power: float = 1.0, ignore_index: int
     with torch.no_grad():
         z = logits.detach().to(compute_dtype(logits.dtype)).contiguous()
         larger = classes - torch.searchsorted(z.sort(1).values, z, right=True)  # ties share the smallest rank
-        share = (1.0 + larger).to(z.dtype).pow(-power).scatter(1, at, 0.0)
-        teacher = share / share.sum(1, keepdim=True)
+        # By logarithms: a large power leaves nothing of rank 2 and more, and rank 1 may be the right class.
+        share = -power * (1.0 + larger).to(z.dtype).log()
+        teacher = share.scatter(1, at, -math.inf).softmax(1)
     right = torch.zeros_like(logits, dtype=torch.bool).scatter(1, at, True)
     return Lesson("probabilities", teacher, mask=target != ignore_index, student=logits.masked_fill(right, -math.inf))

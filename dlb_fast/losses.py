@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import _check
-from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, unpack_state
+from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
 from .functional import LossParts, check_impl, check_loss_inputs, row_loss
 from .settled import Scalar, Settled, settle, settled_step
 
@@ -87,7 +87,10 @@ class LastBatchLoss(nn.Module):
         _check.check_scalar(op, "alpha", alpha, positive=False)
         _check.check_scalar(op, "temperature", temperature, positive=True)
         _check.check_options(op, label_smoothing, reduction)
+        _check.check_ignore_index(op, ignore_index)
         check_impl(op, impl)
+        if dtype is not None:
+            check_buffer_dtype(op, dtype)
         if weight is not None:
             _check.check_weight_form(op, weight, num_classes)
         self.num_classes = num_classes
@@ -174,6 +177,8 @@ class LastBatchLoss(nn.Module):
             op, logits, target, alpha=self.alpha, temperature=self.temperature, label_smoothing=self.label_smoothing,
             weight=self.weight, reduction=self.reduction,
         )  # fmt: skip
+        if target is None and not self.training:
+            raise ValueError(f"{op}: target is None in eval(), which knows no last batch; nothing is left to compute")
         if logits.shape[1] != self.num_classes:
             raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
         _check.check_num_old(op, num_old)

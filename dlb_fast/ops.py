@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from . import _backends
@@ -180,15 +180,27 @@ class _LastBatch(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return _traced_gradient(ctx, upstream)
         if torch.is_grad_enabled():
-            # create_graph=True. torch's once_differentiable refuses a second derivative where the arguments need one;
-            # the upstream gradient of a loss is a constant, and a penalty on the gradient would silently not train.
-            return _once(ctx, upstream.detach().requires_grad_())
+            # Somebody wants a derivative of this gradient. torch's once_differentiable would refuse it only where the
+            # upstream gradient needs one: that of a loss is a constant, and a penalty would silently train on a part.
+            raise RuntimeError(
+                "the compiled losses are differentiable once, and backward was called with create_graph=True; use "
+                "impl='torch' for second derivatives"
+            )
         return _gradient(ctx, upstream)
 
 
-_once = once_differentiable(_gradient)
 # What Function.apply calls once it has looked for functorch transforms and default arguments, in Python, at every call.
 _plain_apply = super(torch.autograd.Function, _LastBatch).apply
+
+
+def unknown_to_ops(logits: Tensor) -> str:
+    """What asks for more than the ops can give: a transform of torch.func (vmap too) or a forward derivative; or ""."""
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func"
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None
+    return "forward mode" if dual else ""
 
 
 def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -205,8 +217,6 @@ def run_eagerly(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tenso
     """The same outside torch.compile."""
     if logits.requires_grad and torch.is_grad_enabled():
         # One tuple, because autograd walks over every argument of a Function in Python.
-        if torch._C._are_functorch_transforms_active():
-            return _LastBatch.apply(logits, impl, name, args)
         node = node_for(impl, name)
         return _plain_apply(logits, impl, name, args) if node is None else node(logits, *args)
     loss, parts, _ = op_for(impl, name)(logits, *args, False)
@@ -300,4 +310,8 @@ def roll_call(impl: str, options: tuple[Any, ...], *, gradient: bool) -> Callabl
     if settled_call is not None:
         return settled_call(options, gradient, DeviceContext)
     run_it = step if gradient else run_eagerly
-    return lambda logits, *args: run_it(impl, "last_batch_roll", logits, *args, *options)
+
+    def call(logits: Tensor, *args: Any) -> tuple[Tensor, ...] | None:
+        return None if unknown_to_ops(logits) else run_it(impl, "last_batch_roll", logits, *args, *options)
+
+    return call

@@ -34,7 +34,7 @@ ALLOWED = {
     "lessons": {"_check", "functional", "reference", "teachers"},
     "family": {"_check", "functional", "lessons", "teachers"},
     "family_teachers": {"lessons", "memories", "teachers"},
-    "family_losses": {"_check", "family_teachers", "functional", "lessons", "memories", "teachers"},
+    "family_losses": {"_check", "buffer", "family_teachers", "functional", "lessons", "memories", "teachers"},
     "losses": {"_check", "functional", "settled", "buffer", "teachers"},
     "data": {"_backends"},  # where the compiled library is: it has an op of this room
     "train": {*LOSS_FACES, "data", "_backends", "_version", "presets"},

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from dlb_fast import LastBatchLoss, _backends, fused_lb_loss, ops
 
@@ -88,13 +89,76 @@ def test_backward_a_second_time(maker):
         loss.backward()
 
 
-def test_a_second_derivative_is_refused_and_not_zero(maker):
+def penalised(loss_of, how):
+    """A penalty on the gradient by the inputs, with which the logits' derivative varies only in part."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(11, 11), torch.randn(8, 11, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss_of(model(x)), x, create_graph=True)
+    penalty = grad.square().sum()
+    if how == "backward":
+        penalty.backward()
+    else:
+        torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True)
+
+
+@pytest.mark.parametrize("how", ["backward", "grad"])
+def test_a_second_derivative_is_refused_and_neither_zero_nor_a_part(maker, how):
+    _, y, t = batch()
+    with pytest.raises(RuntimeError, match="differentiate twice|differentiable once"):
+        penalised(lambda z: fused_lb_loss(z, y, t, impl="cpu"), how)
+    penalised(lambda z: fused_lb_loss(z, y, t, impl="torch"), how)
+
+
+def test_a_hessian_is_refused_and_not_zero(maker):
+    z, y, t = batch()
+    with pytest.raises(RuntimeError, match="differentiate twice|differentiable once"):
+        torch.autograd.functional.hessian(lambda z: fused_lb_loss(z, y, t, impl="cpu"), z)
+
+
+def test_create_graph_alone_gives_the_gradient():
+    """With the node in C++; Python's cannot tell who will ask."""
     z, y, t = batch()
     leaf = z.clone().requires_grad_()
     (grad,) = torch.autograd.grad(fused_lb_loss(leaf, y, t, impl="cpu"), leaf, create_graph=True)
-    assert grad.requires_grad
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.square().sum().backward()
+    (plain,) = torch.autograd.grad(fused_lb_loss(leaf, y, t, impl="cpu"), leaf)
+    assert grad.requires_grad and torch.equal(grad, plain)
+
+
+TRANSFORMS = {
+    "jvp": lambda f, z: torch.func.jvp(f, (z,), (torch.ones_like(z),))[1],
+    "jacfwd": lambda f, z: torch.func.jacfwd(f)(z),
+    "jacrev": lambda f, z: torch.func.jacrev(f)(z),
+    "vmap": lambda f, z: torch.func.vmap(f)(torch.stack([z, z + 1])),
+    "vmap and grad": lambda f, z: torch.func.vmap(torch.func.grad(f))(torch.stack([z, z + 1])),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_of_torch_func_runs_in_plain_torch_or_is_refused(maker, name):
+    z, y, t = batch(torch.float64)
+    run = lambda impl: TRANSFORMS[name](lambda z: fused_lb_loss(z, y, t, impl=impl), z)  # noqa: E731
+    torch.testing.assert_close(run("auto"), run("torch"))
+    with pytest.raises(RuntimeError, match=r"fused_lb_loss: impl='cpu' does not know torch.func; use impl='torch'"):
+        run("cpu")
+
+
+@pytest.mark.parametrize("criterion", [False, True], ids=["function", "settled criterion"])
+def test_a_forward_derivative_is_not_dropped(maker, criterion):
+    z, y, t = batch(torch.float64)
+    found = {}
+    for impl in ("auto", "torch", "cpu"):
+        module = LastBatchLoss(11, impl=impl, capacity=4, dtype=torch.float64)
+        for logits in (t, z, z):
+            module(logits, y[: len(logits)])
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(z, torch.ones_like(z).cumsum(1))
+            call = module if criterion else lambda z, y, impl=impl: fused_lb_loss(z, y, t, impl=impl)
+            if impl == "cpu":
+                with pytest.raises(RuntimeError, match="does not know forward mode"):
+                    call(dual, y)
+            else:
+                found[impl] = forward_ad.unpack_dual(call(dual, y)).tangent
+    torch.testing.assert_close(found["auto"], found["torch"])
 
 
 def test_parts_have_no_derivative_and_need_none(maker):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dlb_fast import LastBatchLoss, LsrKDLoss, _backends, fused_lb_loss
+from dlb_fast import LastBatchLoss, LogitBuffer, LsrKDLoss, PsKDLoss, _backends, fused_lb_loss, zipf_loss
 
 Z, Y, T = torch.zeros(6, 4), torch.zeros(6, dtype=torch.long), torch.zeros(3, 4)
 
@@ -42,6 +42,10 @@ CASES = {
     "smoothing": (dict(label_smoothing=1.5), ValueError, "between 0 and 1, got 1.5"),
     "smoothing type": (dict(label_smoothing="0.1"), TypeError, "label_smoothing must be a number, got str"),
     "ignore_index": (dict(ignore_index=None), TypeError, "ignore_index must be an integer, got NoneType.*-100"),
+    "ignore_index bool": (dict(ignore_index=True), TypeError, "ignore_index must be an integer, got bool"),
+    "lam tensor": (dict(target_b=Y, lam=torch.tensor(5.0)), ValueError, "lam must be between 0 and 1, got 5 to 5"),
+    "lam nan": (dict(target_b=Y, lam=torch.full((6,), float("nan"))), ValueError, "lam must be between 0 and 1"),
+    "lam dtype": (dict(target_b=Y, lam=torch.tensor(1)), TypeError, "lam must be floating point, got torch.int64"),
     "lam type": (dict(target_b=Y, lam="a"), TypeError, "lam must be a number or a tensor, got str"),
     "reduction": (dict(reduction="avg"), ValueError, "mean, sum, none, got 'avg'"),
     "impl": (dict(impl="gpu"), ValueError, "'auto' or one of cuda, triton, cpu, torch, got 'gpu'"),
@@ -138,3 +142,31 @@ def test_a_buffer_made_in_inference_mode_serves_training():
         criterion(Z, Y)
     criterion(torch.zeros(9, 4, requires_grad=True), torch.zeros(9, dtype=torch.long)).backward()
     assert criterion.buffer.count == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, "float32"])
+def test_a_buffer_keeps_what_the_kernels_read(dtype):
+    for op, make in (
+        ("LogitBuffer", lambda: LogitBuffer(3, 2, dtype)),
+        ("LastBatchLoss", lambda: LastBatchLoss(3, dtype=dtype)),
+    ):
+        with pytest.raises(TypeError, match=f"{op}: dtype must be torch.float32, float16, bfloat16 or float64, got"):
+            make()
+
+
+@pytest.mark.parametrize("make", [lambda i: LastBatchLoss(3, ignore_index=i), lambda i: LsrKDLoss(ignore_index=i)])
+def test_a_criterion_is_refused_at_once_where_it_could_not_run(make):
+    with pytest.raises(TypeError, match="ignore_index must be an integer, got float"):
+        make(1.5)
+
+
+def test_logits_of_another_number_of_classes_than_the_bank():
+    criterion = PsKDLoss(num_samples=4, num_classes=3)
+    with pytest.raises(ValueError, match="PS-KD: logits must have C = 3 classes, the num_classes of the bank, got 5"):
+        criterion(torch.zeros(2, 5), torch.tensor([0, 1]), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("power", [float("nan"), -1.0])
+def test_a_power_of_zipf(power):
+    with pytest.raises(ValueError, match="zipf_loss: power must be finite and >= 0"):
+        zipf_loss(Z, Y, power=power)

@@ -296,3 +296,16 @@ def test_tf_kd_share_at_any_temperature():
 def test_examples_run(module):
     found = doctest.testmod(importlib.import_module(f"dlb_fast.{module}"))
     assert found.failed == 0 and found.attempted > 0
+
+
+def test_zipf_with_a_large_power_teaches_the_best_wrong_class():
+    z, y = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([0])
+    _, parts = dlb_fast.zipf_loss(z, y, power=200.0, return_parts=True)
+    assert abs(parts.lb.item() - torch.nn.functional.cross_entropy(z[:, 1:], torch.tensor([0])).item()) < 1e-6
+
+
+def test_an_ignored_label_leaves_ps_kd_as_a_function_too():
+    z, y, past = torch.randn(3, 4), torch.tensor([0, -100, 2]), torch.softmax(torch.randn(3, 4), 1)
+    _, both = dlb_fast.ps_kd_loss(z, y, past, return_parts=True)
+    _, kept = dlb_fast.ps_kd_loss(z[[0, 2]], y[[0, 2]], past[[0, 2]], return_parts=True)
+    torch.testing.assert_close(both, kept)

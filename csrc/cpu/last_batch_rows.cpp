@@ -162,9 +162,9 @@ struct RowKernel {
       const double x_right = static_cast<double>(z[y] - m) / job.temperature;
       const double x_all = wrong == 0 ? 0 : weighted_sum<A>(z, nullptr, n, m) / job.temperature;
       const double entropy = (right > 0 ? right * std::log(right) : 0) + (wrong > 0 ? (n - 1) * wrong * std::log(wrong) : 0);
-      const double more = right - wrong;
-      job.kl[row] = entropy + std::log(d2) - wrong * x_all - (more == 0 ? 0 : more * x_right);
-      g.at.b = static_cast<A>(scale / d2);
+      const double more = right - wrong, mass = n > 1 ? 1.0 : right;
+      job.kl[row] = entropy + mass * std::log(d2) - wrong * x_all - (more == 0 ? 0 : more * x_right);
+      g.at.b = static_cast<A>(scale * mass / d2);
       g.e2 = scratch.e2;
       g.constant = static_cast<A>(scale * wrong);
       if (corrected) {
@@ -215,13 +215,18 @@ struct RowKernel {
 
   void compute(int64_t row, bool taught) {
     const int64_t n = args.classes;
-    bool counts = args.dense != nullptr;
+    bool counts = args.dense != nullptr, labelled = counts;
     if (args.target) {
-      counts = args.target[row * args.target_stride] != args.ignore_index;
+      counts = labelled = args.target[row * args.target_stride] != args.ignore_index;
       if (args.target_b) counts = counts && args.target_b[row * args.target_b_stride] != args.ignore_index;
     }
-    if (!counts && !taught) return zero_gradient(row);
+    if (!labelled && !taught) return zero_gradient(row);
     const Row<A> of_row = load_row<A>(logits(row), n, nothing<A>, scratch.z);
+    if (labelled && !counts) {  // no cross entropy for want of the second label; the first may be right all the same
+      const A label = of_row.v[args.target[row * args.target_stride]];
+      job.correct[row] = label >= of_row.max && exp_sum(of_row, plain, scratch.e1) >= 0;  // false where a logit is NaN
+      if (!taught) return zero_gradient(row);
+    }
     const A *z = of_row.v, m = of_row.max;
     Gradient<A> g;
     const A* w = static_cast<const A*>(args.weight);

@@ -1,0 +1,78 @@
+"""Where implementations are apt to differ: one class, a second label ignored, float16 beside large logits, modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dlb_fast import LastBatchLoss, LogitBuffer, LsrKDLoss, dlb_step, fused_lb_loss, lsr_kd_loss
+
+HERE = ["torch", "cpu", "triton"]
+
+
+def ready(impl):
+    from conftest import available, device_of
+
+    if not available(impl) or device_of(impl) != "cpu":
+        pytest.skip(f"{impl} does not run on CPU tensors here")
+    return impl
+
+
+@pytest.mark.parametrize("impl", HERE)
+def test_one_class_teaches_nothing_whatever_share_is_right(impl):
+    z, y = torch.tensor([[1.5], [-2.0], [0.0]], requires_grad=True), torch.zeros(3, dtype=torch.long)
+    loss = lsr_kd_loss(z, y, alpha=1.0, temperature=2.0, correct_share=0.9, impl=ready(impl))
+    (grad,) = torch.autograd.grad(loss, z)
+    assert torch.equal(grad, torch.zeros(3, 1))
+    want = lsr_kd_loss(z, y, alpha=1.0, temperature=2.0, correct_share=0.9, impl="torch")
+    torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("impl", HERE)
+@pytest.mark.parametrize("taught", [0, 2])
+def test_a_row_is_right_by_its_first_label_though_the_second_is_ignored(impl, taught):
+    z = 5 * torch.eye(4) + torch.tensor([0.0, 0.0, 0.0, float("nan")])[:, None]
+    y, other = torch.tensor([0, 1, -100, 3]), torch.tensor([-100, 0, 0, -100])
+    options = {"target_b": other, "lam": 0.7, "return_parts": True}
+    loss, parts = fused_lb_loss(z, y, z[:taught] if taught else None, impl=ready(impl), **options)
+    want, want_parts = fused_lb_loss(z, y, z[:taught] if taught else None, impl="torch", **options)
+    assert parts.correct == want_parts.correct == 2
+    torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("impl", HERE)
+@pytest.mark.parametrize(
+    "value, z_loss, reduction", [(2000.0, 1e-2, "mean"), (1200.0, 1.0, "sum"), (60000.0, 1e-4, "mean")]
+)
+def test_a_float16_gradient_of_the_z_loss_stays_finite_beside_large_logits(impl, value, z_loss, reduction):
+    z, y = torch.tensor([[value, 0.0, 0.0]]).half().requires_grad_(), torch.tensor([0])
+    (grad,) = torch.autograd.grad(fused_lb_loss(z, y, z_loss=z_loss, reduction=reduction, impl=ready(impl)), z)
+    torch.testing.assert_close(grad, torch.tensor([[2 * value * z_loss, 0.0, 0.0]]).half())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_step_gives_its_gradient_in_any_mode(impl, generator, mode):
+    z, y = torch.randn(8, 5, generator=generator), torch.randint(0, 5, (8,), generator=generator)
+    want_buffer, buffer = LogitBuffer(5, 4), LogitBuffer(5, 4)
+    dlb_step(z[4:], y[4:], want_buffer, impl=impl)
+    want = dlb_step(z, y, want_buffer, impl=impl)
+    with mode():
+        inside = z.clone()
+        dlb_step(inside[4:], y[4:], buffer, impl=impl)
+        found = dlb_step(inside, y, buffer, impl=impl)
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, want, strict=True))
+    assert torch.equal(buffer.logits, want_buffer.logits) and buffer.count == 4
+
+
+def test_only_the_logits_get_a_gradient(impl, generator):
+    z = torch.randn(6, 5, generator=generator, requires_grad=True)
+    y, other = (torch.randint(0, 5, (6,), generator=generator) for _ in range(2))
+    weight, lam = torch.ones(5, requires_grad=True), torch.rand(6, generator=generator).requires_grad_()
+    fused_lb_loss(z, y, z[:3].detach() + 1, weight=weight, target_b=other, lam=lam, impl=impl).backward()
+    assert z.grad is not None and weight.grad is None and lam.grad is None
+
+
+@pytest.mark.parametrize("criterion", [LastBatchLoss(3), LsrKDLoss()], ids=lambda c: type(c).__name__)
+def test_without_labels_nothing_is_left_in_eval(criterion):
+    with pytest.raises(ValueError, match=f"{type(criterion).__name__}: target is None in eval"):
+        criterion.eval()(torch.zeros(2, 3), None)
