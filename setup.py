@@ -225,10 +225,13 @@ class BuildOps(build_ext):
             print(f"dlb_fast: the compiled parts were not built ({reason}); the losses run in plain PyTorch")
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         torch_dir, version = torch_home()
-        ext.include_dirs.append(pybind11.get_include())
+        try:
+            import pybind11
+
+            ext.include_dirs.append(pybind11.get_include())
+        except ImportError:  # torch brings the same headers along
+            ext.include_dirs.append(str(torch_dir / "include"))
         ext.define_macros.append(("DLB_FAST_TORCH_VERSION", f'"{version}"'))
         ext.define_macros.append(("DLB_FAST_CUDA_ARCHS", f'"{cuda_archs()}"' if nvcc() else '""'))
         super().build_extension(ext)

@@ -71,10 +71,14 @@ class Stages:
         """Copy the files that exist to the folder that was asked for; a full disk there stops nothing here."""
         if self.copy is not None:
             self.copy.mkdir(parents=True, exist_ok=True)
-            for file in (self.results, PROOF, *LOGS.glob("*")):
+            for file in (self.results, PROOF, *LOGS.glob("*-tests.jsonl")):
                 with contextlib.suppress(OSError):
                     if file.exists():
                         shutil.copy2(file, self.copy)
+            # One file of all logs is easier to carry away than ten.
+            with contextlib.suppress(OSError), (self.copy / "gpu-check.log").open("w") as whole:
+                for log in sorted(LOGS.glob("*.log"), key=lambda path: path.stat().st_mtime):
+                    whole.write(f"==== {log.name}\n{log.read_text(errors='replace')}\n")
 
 
 def run_logged(command: Sequence[str], limit: float, log: Path, environment: dict[str, str]) -> int:
@@ -197,7 +201,7 @@ def bars(path: Path) -> list[str]:
         if small and kind in ("wall", "graph_each"):
             bar, time_us = BAR_WALL_US if kind == "wall" else BAR_GRAPH_US, r["median_us"]
             lines.append(f"{name}: {kind} {time_us:.1f} us (bar {bar:.0f}): {verdict(time_us <= bar)}")
-        if small and kind == "wall" and way == "gradient":
+        if small and kind == "wall" and way == "gradient" and "launches" in r:
             lines.append(f"{name}: {r['launches']} launches (bar 1): {verdict(r['launches'] == 1)}")
     return lines
 
@@ -242,12 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.get_device_name()
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     results = ROOT / "benchmarks" / "results" / f"{slug}-{date.today().isoformat()}.jsonl"
+    for old in LOGS.glob("*"):  # of an earlier run on the same machine
+        old.unlink()
     stages, proof = Stages(options.budget, results, options.copy), {"cuda": False, "triton": False}
     bench = [sys.executable, "-m", "benchmarks.bench_last_batch", "--device", "cuda", "--out", str(results)]
 
     # In the order of what is missed most if the time runs out.
     proof["cuda"] = test_stage(stages, "cuda", 150)
     record(proof, gpu)
+    stages.save()
     plain = ["--seconds", "0.5", "--limit", "90", "--variants", "cuda", "triton", "eager", "official"]
     stages.run("loss", [*bench, *plain], 130)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -261,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("compute-sanitizer is not on this machine: left out")
     proof["triton"] = test_stage(stages, "triton", 130)
     record(proof, gpu)
+    stages.save()
     # These write after each shape or model: what time does not allow is missing.
     step = [sys.executable, "-m", "benchmarks.bench_step", "--device", "cuda", "--seconds", "3", "--limit", "30"]
     stages.run("steps", [*step, "--modes", "eager", "graph", "--out", str(results)], 60)
@@ -278,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if cut:
         print(f"cut or left out for time: {', '.join(cut)}")
     stages.save()
-    may_be_cut = ("steps", "loader", "compiled loss")
+    may_be_cut = ("compute-sanitizer", "steps", "loader", "compiled loss")
     failed = [n for n, code in stages.codes.items() if code and not (code == TIME_OVER and n in may_be_cut)]
     return int(bool(failed) or not all(proof.values()))
 

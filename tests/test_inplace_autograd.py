@@ -14,10 +14,10 @@ from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step, fused_lb_loss
 
 def problem(rows=8, taught=4, classes=37):
     g = torch.Generator().manual_seed(0)
-    z = 3 * torch.randn(rows, classes, generator=g)
-    t = 3 * torch.randn(taught, classes, generator=g)
-    y = torch.randint(0, classes, (rows,), generator=g)
     device = torch.empty(0).device
+    z = 3 * torch.randn(rows, classes, generator=g, device="cpu")
+    t = 3 * torch.randn(taught, classes, generator=g, device="cpu")
+    y = torch.randint(0, classes, (rows,), generator=g, device="cpu")
     return z.to(device), y.to(device), t.to(device)
 
 
@@ -204,13 +204,13 @@ def test_torch_compile(kernel):
     leaf = z.clone().requires_grad_()
     torch.compile(step, backend="aot_eager")(leaf).backward()
     assert torch.equal(leaf.grad, torch.autograd.grad(fused_lb_loss(leaf, y, t, impl=kernel), leaf)[0])
-    buffer = LogitBuffer(37, 8)
+    buffer = LogitBuffer(37, 8, device=z.device)
     other = z.clone()
     _, grad = torch.compile(lambda v: dlb_step(v, y, buffer, impl=kernel, inplace_grad=True), backend="aot_eager")(
         other
     )
     assert grad.data_ptr() == other.data_ptr()
-    assert torch.equal(other, dlb_step(z, y, LogitBuffer(37, 8), impl=kernel)[1])
+    assert torch.equal(other, dlb_step(z, y, LogitBuffer(37, 8, device=z.device), impl=kernel)[1])
     model = torch.nn.Linear(37, 37)  # the usual way: a compiled model, an eager loss
     grads = []
     for run, in_place in ((model, False), (torch.compile(model, backend="aot_eager"), True)):

@@ -15,9 +15,9 @@ from dlb_fast.functional import row_loss
 
 def problem(rows=8, taught=4, classes=37, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    z = (3 * torch.randn(rows, classes, generator=g)).to(dtype)
-    t = (3 * torch.randn(taught, classes, generator=g)).to(dtype)
-    y = torch.randint(0, classes, (rows,), generator=g)
+    z = (3 * torch.randn(rows, classes, generator=g, device="cpu")).to(dtype)
+    t = (3 * torch.randn(taught, classes, generator=g, device="cpu")).to(dtype)
+    y = torch.randint(0, classes, (rows,), generator=g, device="cpu")
     device = torch.empty(0).device
     return z.to(device), y.to(device), t.to(device)
 
@@ -197,11 +197,12 @@ def test_dlb_step(kernel):
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
     with torch.inference_mode():
         plain = z.clone()
-        assert dlb_step(plain, y, LogitBuffer(37, 8), impl=kernel, inplace_grad=True)[1].data_ptr() == plain.data_ptr()
+        buffer = LogitBuffer(37, 8, device=z.device)
+        assert dlb_step(plain, y, buffer, impl=kernel, inplace_grad=True)[1].data_ptr() == plain.data_ptr()
     with pytest.raises(ValueError, match="dlb_step: logits must be computed"):
-        dlb_step(z.requires_grad_(), y, LogitBuffer(37, 8), impl=kernel, inplace_grad=True)
+        dlb_step(z.requires_grad_(), y, LogitBuffer(37, 8, device=z.device), impl=kernel, inplace_grad=True)
     with pytest.raises(ValueError, match="buffer must not share memory"):
-        buffer = LogitBuffer(37, 8)
+        buffer = LogitBuffer(37, 8, device=z.device)
         dlb_step(buffer.logits, y, buffer, impl=kernel, inplace_grad=True)
 
 

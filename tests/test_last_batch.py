@@ -114,10 +114,16 @@ OPTIONS = {
 }
 
 
+# Where Triton is compiled (a second each), these pairs only.
+COMPILED = (("mean", torch.float32), ("mean", torch.float16), ("none", torch.bfloat16), ("sum", torch.float64))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option(impl, generator, name, reduction, dtype):
+    if impl == "triton" and (reduction, dtype) not in COMPILED:
+        pytest.skip("each is a compilation of its own; every option, reduction and dtype has one")
     o = OPTIONS[name]
     rows, taught, classes = 12, 6, 37
     z, y, t = problem(impl, generator, rows, taught, classes, dtype)
@@ -349,7 +355,7 @@ def test_seeded_random_shapes_and_options(impl, generator):
     def draw(high: int) -> int:
         return int(torch.randint(0, high, (), generator=generator))
 
-    for _ in range(200):
+    for _ in range(20 if impl == "triton" else 200):  # each is a compilation there
         rows, classes = 1 + draw(9), 1 + draw(70)
         taught = draw(rows + 1)
         dtype = dtypes[draw(len(dtypes))]

@@ -53,7 +53,7 @@ def test_a_float16_gradient_of_the_z_loss_stays_finite_beside_large_logits(impl,
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_step_gives_its_gradient_in_any_mode(impl, generator, mode):
     z, y = torch.randn(8, 5, generator=generator), torch.randint(0, 5, (8,), generator=generator)
-    want_buffer, buffer = LogitBuffer(5, 4), LogitBuffer(5, 4)
+    want_buffer, buffer = (LogitBuffer(5, 4, device=z.device) for _ in range(2))
     dlb_step(z[4:], y[4:], want_buffer, impl=impl)
     want = dlb_step(z, y, want_buffer, impl=impl)
     with mode():

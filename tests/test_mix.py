@@ -239,7 +239,7 @@ def test_two_ranks_mix_by_id_as_one(mix, kind):
 def test_the_pair_form_has_the_gradient_of_the_dense_target(impl, smoothing):
     """On every implementation, with teachers in the buffer."""
     generator = torch.Generator().manual_seed(0)
-    logits = [torch.randn(8, 23, generator=generator).to(torch.get_default_device()) for _ in range(12)]
+    logits = [torch.randn(8, 23, generator=generator, device="cpu").to(torch.get_default_device()) for _ in range(12)]
     batches = [b.to(logits[0].device) for b in epochs(ResidentLoader(numbered(), 8, mix=MIXES[2]))]
     pair, dense = (LastBatchLoss(23, impl=impl, label_smoothing=smoothing) for _ in range(2))
     for values, batch in zip(logits, batches, strict=False):

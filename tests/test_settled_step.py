@@ -361,7 +361,7 @@ def test_a_step_like_the_last_is_spared_its_checks_and_changes_no_result(impl, m
     for remember in (True, False):
         functional.SETTLED_STEPS.clear()
         torch.manual_seed(0)
-        buffer, seen = LogitBuffer(6, 4, dtype), []
+        buffer, seen = LogitBuffer(6, 4, dtype, torch.empty(0).device), []
         for step, temperature in enumerate([3.0, 3.0, 3.0, 2.0, 2.0, 3.0]):
             z, y = torch.randn(4 if step == 0 else 8, 6).to(dtype), torch.randint(0, 6, (4 if step == 0 else 8,))
             upstream = 0.5 if step == 4 else 1.0

@@ -167,7 +167,7 @@ class TestLogitBank:
         device = device_of(impl)
         criterion = PsKDLoss(10, CLASSES, alpha=0.8, epochs=4, impl=impl)
         g = torch.Generator().manual_seed(0)
-        z0, z1 = (2 * torch.randn(3, CLASSES, generator=g).to(device) for _ in range(2))
+        z0, z1 = (2 * torch.randn(3, CLASSES, generator=g, device="cpu").to(device) for _ in range(2))
         y, ids = torch.tensor([0, 1, 2], device=device), torch.tensor([7, 3, 5], device=device)
         first = criterion(z0, y, ids, epoch=0)  # nothing seen: the label teaches, which is plain CE
         assert first.item() == pytest.approx(F.cross_entropy(z0, y).item(), rel=1e-5)
