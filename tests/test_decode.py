@@ -69,7 +69,7 @@ def test_png_under_any_name(backend: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_of_grey_keep_their_range(backend: str, kind: str) -> None:
     grey = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16)
     pixels = ImageDecoder(backend)(encoded(Image.fromarray(grey), kind))

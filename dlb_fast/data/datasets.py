@@ -26,7 +26,7 @@ from dlb_fast.data.arrays import (
 from dlb_fast.data.augment import Transform
 from dlb_fast.data.files import ImageFolder, ListFile, TarShards, TinyImageNet
 from dlb_fast.data.plan import as_int
-from dlb_fast.data.source import as_image
+from dlb_fast.data.source import as_image, as_pair
 from dlb_fast.data.view_rng import ViewRng
 
 _LOG = logging.getLogger("dlb_fast.data")
@@ -218,7 +218,8 @@ class MapDataset:
 
     Args:
         dataset: has `__len__` and whatever `load` uses.
-        load: None is `dataset[i]`. Images are tensors (c, h, w), or arrays or PIL images (h, w[, c]), uint8.
+        load: None is `dataset[i]`. Images are uint8 tensors (c, h, w), arrays (h, w[, c]), or PIL images: grey ones have
+            one channel, all others are RGB.
         targets, classes: None takes the dataset's own attributes; without `targets` all samples are loaded once to
             learn them, at the first use.
     """
@@ -240,14 +241,14 @@ class MapDataset:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, target = self.load(self.dataset, index)
+        image, target = as_pair(self.load(self.dataset, index))
         return as_image(image), int(target)
 
     @property
     def targets(self) -> NDArray[np.int64]:
         """(N,) class indices."""
         if self._targets is None:
-            self._targets = [int(self.load(self.dataset, index)[1]) for index in range(len(self))]
+            self._targets = [int(as_pair(self.load(self.dataset, index))[1]) for index in range(len(self))]
         self._targets = np.asarray(self._targets, dtype=np.int64)
         return self._targets
 
@@ -268,7 +269,7 @@ def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_th
     """Load a dataset once into memory as uint8, so that `ResidentLoader` can serve it.
 
     Args:
-        dataset: `dataset[i]` gives (uint8 image (c, h, w), target).
+        dataset: `dataset[i]` gives (image, target); the image a uint8 tensor (c, h, w), or an array or PIL image.
         transform: a fixed transform that brings all images to one size, such as `eval_transform(64)`.
         num_threads: that load and decode.
 
@@ -283,7 +284,7 @@ def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_th
         raise ValueError(f"load_into_memory: {dataset!r} has no samples")
 
     def one(index: int) -> torch.Tensor:
-        image: torch.Tensor = data[index][0]
+        image = as_image(data[index][0])
         return image if transform is None else transform(image, ViewRng(0, 0, index, 0))
 
     first = one(0)

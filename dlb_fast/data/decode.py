@@ -10,6 +10,7 @@ handed to them unless ``strict=False``.
 from __future__ import annotations
 
 import io
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import numpy as np
 from dlb_fast.data.errors import DecodeError
 from dlb_fast.data.jpeg_header import JpegHeader, parse_header, zero_run
 
-__all__ = ["BACKENDS", "ImageDecoder", "available_backends"]
+__all__ = ["BACKENDS", "ImageDecoder", "available_backends", "is_pillow", "plain_pixels"]
 
 BACKENDS = ("simplejpeg", "torchvision", "pillow")
 _MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: 512 MiB of RGB
@@ -47,20 +48,48 @@ def _torchvision() -> Callable[[bytes], Array]:
     return decode
 
 
+def _plain(image: Any) -> Any:
+    """A Pillow image of any mode as 8 bits of grey or of RGB."""
+    from PIL import Image
+
+    if image.mode == "P" and "transparency" in image.info:  # keeps Pillow from warning
+        image = image.convert("RGBA")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # 16 bits of grey: the upper byte, as Pillow takes it of 16-bit colours; its own conversion clips at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = image.format or f"an image of mode {image.mode}"
+        raise ValueError(f"{kind} with 32-bit pixels, whose range is not known; save 8 or 16 bits")
+    return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+
+
+def is_pillow(value: Any) -> bool:
+    """Whether `value` is a Pillow image; Pillow is not imported to find out."""
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(value, module.Image)
+
+
+def plain_pixels(image: Any) -> Array:
+    """uint8 pixels of a Pillow image: (height, width) of a grey one, (height, width, 3) of any other.
+
+    Raises:
+        ValueError: 32-bit pixels, whose range is not known.
+
+    Example:
+        >>> from PIL import Image
+        >>> plain_pixels(Image.new("RGBA", (8, 6))).shape
+        (6, 8, 3)
+    """
+    return np.array(_plain(image))
+
+
 def _pillow() -> Callable[[bytes], Array]:
     from PIL import Image
 
     def decode(data: bytes) -> Array:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode == "P" and "transparency" in image.info:  # keeps Pillow from warning
-                image = image.convert("RGBA")
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-                # 16 bits of grey: the upper byte, as Pillow takes it of 16-bit colours; its own conversion clips at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError(f"{image.format} with 32-bit pixels, whose range is not known; save 8 or 16 bits")
             # a copy: the array of a Pillow image is read-only
-            return np.array(image.convert("RGB"))
+            return np.array(_plain(image).convert("RGB"))
 
     return decode
 

@@ -37,10 +37,15 @@ class SampleError(RuntimeError):
         self.reason = reason
 
     def __str__(self) -> str:
+        # a dataset without paths has no file that could be repaired
+        remedy = (
+            "Look at what the dataset or `load` gives for it"
+            if self.path == f"sample {self.index}"
+            else "Repair or remove the file (`dlb-fast verify-data` lists all of them)"
+        )
         return (
             f"sample {self.index} of epoch {self.epoch} could not be loaded: {self.path}: "
-            f"{self.reason}. Repair or remove the file (`dlb-fast verify-data` lists all of them) "
-            'or pass on_error="replace".'
+            f'{self.reason}. {remedy} or pass on_error="replace".'
         )
 
 

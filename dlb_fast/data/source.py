@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
+from dlb_fast.data.decode import is_pillow, plain_pixels
 from dlb_fast.data.errors import SampleError
 
-__all__ = ["FailurePolicy", "SampleSource", "as_image"]
+__all__ = ["FailurePolicy", "SampleSource", "as_image", "as_pair"]
 
 _LOG = logging.getLogger("dlb_fast.data")
 _SUBSTITUTE = 0x73756273
@@ -25,7 +26,12 @@ _LISTED = 100  # failures remembered with their reason
 def as_image(value: Any) -> torch.Tensor:
     """An image as a (channels, height, width) tensor; NumPy and PIL images come as (height, width[, channels]).
 
-    The strides stay channels-last, which is what torch's antialiased uint8 resize is fastest on.
+    PIL images become what the decoder makes of such a file, but that grey ones keep their one channel; arrays and
+    tensors keep the channels they have. The strides stay channels-last, which is what torch's antialiased uint8 resize
+    is fastest on.
+
+    Raises:
+        TypeError: not an image, or of integers other than uint8, whose range is not known.
 
     Example:
         >>> as_image(np.zeros((4, 6, 3), np.uint8)).shape
@@ -34,15 +40,58 @@ def as_image(value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         tensor = value
     else:
-        array = np.asarray(value)
-        if not array.flags.writeable:
-            array = array.copy()
-        if array.ndim == 2:
-            array = array[:, :, None]
-        tensor = torch.from_numpy(array).permute(2, 0, 1) if array.ndim == 3 else torch.from_numpy(array)
+        tensor = _as_tensor(plain_pixels(value) if is_pillow(value) else value)
+        tensor = tensor[:, :, None] if tensor.ndim == 2 else tensor
+        tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+        raise TypeError(f"an image must be uint8 or floating, got {tensor.dtype} of shape {tuple(tensor.shape)}")
     if tensor.ndim != 3:
         raise TypeError(f"an image must have 3 dimensions, got shape {tuple(tensor.shape)}")
     return tensor
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    """A tensor with the axes of `value`, sharing its memory where torch can."""
+    if isinstance(value, torch.Tensor):
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind not in "uifb":
+        raise TypeError(
+            f"an image must be a tensor (c, h, w), an array (h, w[, c]) or a PIL image, got {type(value).__name__} of "
+            f"{array.dtype}"
+        )
+    if not array.flags.writeable or min(array.strides, default=0) < 0:  # torch has no such tensors
+        array = array.copy()
+    return torch.from_numpy(array)
+
+
+def as_pair(item: Any) -> tuple[Any, Any]:
+    """(image, target) as `load` or `dataset[i]` gave it.
+
+    Raises:
+        TypeError: anything else, saying what it is and what is wanted.
+
+    Example:
+        >>> as_pair(("image", 3))
+        ('image', 3)
+    """
+    wanted = "expected a pair (image, class index) of load or dataset[i]"
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        got = type(item).__name__
+        if isinstance(item, (tuple, list)):
+            got += f" of {len(item)}"
+        elif isinstance(item, dict):
+            got += f" with the keys {', '.join(map(repr, list(item)[:5]))}"
+        raise TypeError(f"{wanted}, got {got}; pass load=lambda dataset, i: (image, target) that picks them")
+    image, target = item
+    size = target.numel() if isinstance(target, torch.Tensor) else np.size(target)
+    if size != 1 or target is None or isinstance(target, str):
+        got = f"{type(target).__name__} of shape {tuple(np.shape(target))}" if size != 1 else repr(target)
+        raise TypeError(
+            f"{wanted}, got the target {got}; class names must be numbered, and of soft targets the loaders take the "
+            "class alone (mix in the batch: docs/augmentation.md)"
+        )
+    return image, target
 
 
 class SampleSource:
@@ -97,14 +146,15 @@ class SampleSource:
     def get(self, sample: int) -> tuple[torch.Tensor, int]:
         """(uint8 or float image (c, h, w), target) of one sample; raises whatever the reader or decoder raises."""
         if self._load is not None:
-            image, target = self._load(self._dataset, sample)
+            image, target = as_pair(self._load(self._dataset, sample))
             self._count(0)
             return as_image(image), int(target)
         assert self._targets is not None
         target = int(self._targets[sample])
         if not hasattr(self._dataset, "read"):
             self._count(0)
-            return as_image(self._dataset.images[sample]), target
+            held = self._dataset.images[sample]  # an array here is (c, h, w) already
+            return as_image(held if is_pillow(held) else _as_tensor(held)), target
         data = self._dataset.read(sample)
         if isinstance(data, (str, os.PathLike)):
             with open(data, "rb") as file:
