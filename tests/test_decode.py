@@ -131,6 +131,51 @@ def test_zeros_inside_are_never_silent(backend: str) -> None:
     assert backend != "simplejpeg" or silent_in_libjpeg > 0  # else the scan check proves nothing
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("length", [256, 1024, 4096])
+def test_zeros_inside_a_progressive_file_are_named(mode: str, length: int) -> None:
+    """Where a scan's tables read zeros as something that goes on for ever, or for more blocks than there are."""
+    good = encoded(photo(240, 320).convert(mode), progressive=True, quality=80)
+    decoder, silent = ImageDecoder(), []
+    pixels = decoder(good)
+    for offset in range(parse_header(good).scan, len(good) - length - 50, 61):
+        data = good[:offset] + bytes(length) + good[offset + length :]
+        try:
+            if not np.array_equal(decoder(data), pixels):
+                silent.append(offset)
+        except DecodeError:
+            pass
+    assert silent == []
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_zeros_between_the_images_of_one_file_are_not_accused(progressive: bool) -> None:
+    """Views and gain maps follow the image as whole JPEGs, whose metadata are padded with zeros."""
+    options = {"quality": 90, "progressive": progressive}
+    first = encoded(photo(), **options)
+    second = encoded(photo(60, 80), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + bytes(400), **options)
+    expected = ImageDecoder()(first)
+    views = encoded(photo(), "MPO", save_all=True, append_images=[photo()], **options)
+    for file in (first + second, first + bytes(300) + second, views):
+        assert np.array_equal(ImageDecoder()(file), expected)
+    start = parse_header(first).scan + 3000
+    with pytest.raises(DecodeError, match="zeros|corrupt|premature"):
+        ImageDecoder()(first[:start] + bytes(1024) + first[start + 1024 :] + second)
+
+
+def test_stray_bytes_between_segments() -> None:
+    data = JPEG[:20] + b"\x12\x34\x56" + JPEG[20:]
+    assert JPEG[20:21] == b"\xff"
+    with pytest.raises(DecodeError, match=r"header that cannot be followed .*\(truncated, or stray bytes in between\)"):
+        ImageDecoder()(data)
+    decoder = ImageDecoder(strict=False)
+    assert np.array_equal(decoder(data), ImageDecoder("pillow")(JPEG))
+    if decoder.name != "pillow":
+        assert [reason[:40] for reason in decoder.fallbacks] == ["JPEG header that cannot be followed to i"]
+    with pytest.raises(DecodeError, match="truncated"):
+        decoder(JPEG[:100])
+
+
 @pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
 def test_flat_images_and_padding_are_not_accused(options: dict[str, bool]) -> None:
     """A flat image with optimised tables is almost only zero bits; zeros behind the file are padding."""
@@ -139,6 +184,8 @@ def test_flat_images_and_padding_are_not_accused(options: dict[str, bool]) -> No
     half_flat = photo(600, 800)
     half_flat.paste((128, 128, 128), (0, 300, 800, 600))
     ImageDecoder()(encoded(half_flat, **options))
+    chequered = Image.fromarray(np.tile(np.eye(8, dtype=np.uint8) * 255, (150, 150)))
+    assert ImageDecoder()(encoded(chequered, quality=95, **options)).shape == (1200, 1200, 3)
     ImageDecoder()(JPEG + bytes(4096))
 
 

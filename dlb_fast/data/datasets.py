@@ -218,8 +218,8 @@ class MapDataset:
 
     Args:
         dataset: has `__len__` and whatever `load` uses.
-        load: None is `dataset[i]`. Images are uint8 tensors (c, h, w), arrays (h, w[, c]), or PIL images: grey ones have
-            one channel, all others are RGB.
+        load: None is `dataset[i]`. Images are uint8 tensors (c, h, w), arrays (h, w[, c]), or PIL images: grey ones
+            have one channel, all others are RGB.
         targets, classes: None takes the dataset's own attributes; without `targets` all samples are loaded once to
             learn them, at the first use.
     """

@@ -183,7 +183,10 @@ class ImageDecoder:
     def _decode_jpeg(self, data: bytes) -> Array:
         header = parse_header(data)
         if header is None:
-            raise DecodeError("JPEG without a readable header (truncated before its image data)")
+            reason = "JPEG header that cannot be followed to its image data (truncated, or stray bytes in between)"
+            if self.strict:
+                raise DecodeError(reason)
+            return self._with_pillow(data, reason)
         self._check_size(header.width, header.height)
         odd = _why_odd(header)
         if self.strict:

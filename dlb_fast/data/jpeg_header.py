@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dlb_fast.data.jpeg_scans import scan_zeros
+
 __all__ = ["JpegHeader", "parse_header", "zero_run"]
 
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ZEROS = bytes(256)
+_END = b"\xff\xd9"
 
 
 @dataclass(frozen=True)
@@ -106,17 +109,22 @@ def parse_header(data: bytes | memoryview) -> JpegHeader | None:
 
 
 def zero_run(data: bytes | bytearray, header: JpegHeader) -> int:
-    """Offset of 256 zero bytes inside the scan that no honest encoder writes, or -1.
+    """Offset of 256 zero bytes inside the image data that no honest encoder writes, or -1.
 
-    Only interleaved sequential files are judged (nearly all that are not progressive); zeros after the last
-    end-of-image marker are padding.
+    Interleaved sequential files are judged (nearly all that are not progressive), and progressive ones scan by scan.
+    Whatever follows the image's end is not: padding, or further images (those of several views and gain maps hold more
+    than one, with zeros in the headers between).
 
     Example:
         >>> zero_run(b"", JpegHeader(1, 1, 3, 8, 0xC0, 0, 3, False))
         -1
     """
+    found = data.find(_ZEROS, header.scan)
+    if found < 0:
+        return -1
+    if header.sof == 0xC2:
+        return scan_zeros(data, header.width, header.height)
     interleaved = header.scan_components == header.components
     if not header.sequential or not interleaved or header.flat_zero_code:
         return -1
-    found = data.find(_ZEROS, header.scan)
-    return found if found < 0 or found < data.rfind(b"\xff\xd9", header.scan) else -1
+    return found if data.find(_END, header.scan, found) < 0 else -1  # one scan, so the first such marker ends it
