@@ -24,7 +24,8 @@ from dlb_fast.data.datasets import MapDataset, load_into_memory, open_dataset, s
 from dlb_fast.data.erasing import Cutout, RandomErasing
 from dlb_fast.data.errors import DecodeError, LoaderTimeout, SampleError
 from dlb_fast.data.evaluation import EvalLoader
-from dlb_fast.data.files import ImageFolder, ListFile, TarShards, TinyImageNet
+from dlb_fast.data.files import ImageFolder, TinyImageNet
+from dlb_fast.data.list_file import ListFile
 from dlb_fast.data.mixing import Mix
 from dlb_fast.data.overlap_loader import OverlapLoader
 from dlb_fast.data.plan import OverlapPlan
@@ -32,6 +33,7 @@ from dlb_fast.data.rand_augment import RandAugment
 from dlb_fast.data.resident import ResidentLoader
 from dlb_fast.data.sampled_loader import SampledLoader
 from dlb_fast.data.sampler import IndexedDataset, OverlapBatchSampler, SampleIndex, collate_overlap
+from dlb_fast.data.tar_shards import TarShards
 from dlb_fast.data.tracked import TrackedLoader
 from dlb_fast.data.two_views import TwoViews, pair_halves
 from dlb_fast.data.view_rng import ViewRng, ViewRngs, view_key

@@ -24,9 +24,11 @@ from dlb_fast.data.arrays import (
     synthetic,
 )
 from dlb_fast.data.augment import Transform
-from dlb_fast.data.files import ImageFolder, ListFile, TarShards, TinyImageNet
+from dlb_fast.data.files import ImageFolder, TinyImageNet
+from dlb_fast.data.list_file import ListFile
 from dlb_fast.data.plan import as_int
 from dlb_fast.data.source import as_image, as_pair
+from dlb_fast.data.tar_shards import TarShards
 from dlb_fast.data.view_rng import ViewRng
 
 _LOG = logging.getLogger("dlb_fast.data")

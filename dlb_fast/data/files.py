@@ -1,4 +1,4 @@
-"""Datasets of image files: class folders, a list file, the TinyImageNet layout, tar shards read by index.
+"""Datasets of image files: class folders and the TinyImageNet layout. List files and tar shards lie beside it.
 
 They hold targets and, in one buffer, names or offsets; `read(i)` gives a file's bytes and `path(i)` its name.
 Decoding is the loader's work; `dataset[i]` decodes too, so that each is a map-style dataset as well.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tarfile
-import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +141,7 @@ class ImageFolder(FileDataset):
         names = found if classes is None else list(classes)
         unknown = sorted(set(found) - set(names))
         if unknown:
-            raise ValueError(f"ImageFolder: {root} has class folders that the given classes lack: {_some(unknown)}")
+            raise ValueError(f"ImageFolder: {root} has class folders that the given classes lack: {some(unknown)}")
         paths: list[str] = []
         counts = []
         for name in names:
@@ -153,7 +151,7 @@ class ImageFolder(FileDataset):
         empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
         if not paths or (empty and classes is None and not allow_empty):
             raise ValueError(
-                f"ImageFolder: no images in {_some(empty)} of {root} (extensions {', '.join(endings)}); "
+                f"ImageFolder: no images in {some(empty)} of {root} (extensions {', '.join(endings)}); "
                 "remove the empty folders, or pass allow_empty=True or other extensions"
             )
         super().__init__(StringTable(paths), np.repeat(np.arange(len(names)), counts), names, root, "imagefolder")
@@ -180,59 +178,10 @@ def image_files(root: Path, folder: str, endings: tuple[str, ...]) -> list[str]:
     return sorted(found)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, for messages."""
     shown = ", ".join(repr(name) for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-class ListFile(FileDataset):
-    """A text file with one `path label` per line, separated by a tab, a comma or spaces; the label is the last word.
-
-    Args:
-        file: the list. Empty lines and lines that begin with # are skipped.
-        root: folder of relative paths; None is the list's own.
-        classes: names in the order of their indices. None: numbers are class indices themselves, and other labels are
-            numbered in sorted order.
-
-    Raises:
-        FileNotFoundError: no such list. ValueError: a line without a label or with an unknown one, naming file and
-            line.
-    """
-
-    def __init__(
-        self,
-        file: str | Path,
-        *,
-        root: str | Path | None = None,
-        classes: Sequence[str] | None = None,
-    ) -> None:
-        file = Path(file)
-        if not file.is_file():
-            raise FileNotFoundError(f"ListFile: no file {file}; expected lines of `path label`")
-        paths, labels, numbers = [], [], []
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), start=1):
-            line = line.strip()
-            if not line or line.startswith("#"):
-                continue
-            separator = next((s for s in ("\t", ",") if s in line), None)
-            parts = [part.strip() for part in line.rsplit(separator, 1)]
-            if len(parts) != 2 or not all(parts):
-                raise ValueError(f"ListFile: {file} line {number}: expected `path label`, got {line!r}")
-            paths.append(parts[0])
-            labels.append(parts[1])
-            numbers.append(number)
-        if not paths:
-            raise ValueError(f"ListFile: {file} lists no images")
-        if classes is None:
-            numeric = all(label.isascii() and label.isdigit() for label in labels)
-            classes = [str(c) for c in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels))
-            labels = [str(int(label)) for label in labels] if numeric else labels
-        index = {name: k for k, name in enumerate(classes)}
-        for label, number in zip(labels, numbers, strict=True):
-            if label not in index:
-                raise ValueError(f"ListFile: {file} line {number}: label {label!r} is not one of the given classes")
-        targets = [index[label] for label in labels]
-        super().__init__(StringTable(paths), targets, classes, file.parent if root is None else root, "list")
 
 
 class TinyImageNet(FileDataset):
@@ -272,119 +221,3 @@ class TinyImageNet(FileDataset):
                 paths.append(os.path.join("val", "images", fields[0]))
                 targets.append(index[fields[1]])
         super().__init__(StringTable(paths), targets, classes, root, "tinyimagenet")
-
-
-class TarShards(FileDataset):
-    """Uncompressed tar files read by index: the headers are walked once, each `read` is then one positioned read.
-
-    A member's label is the number in the member of the same key that ends in `.cls` (WebDataset's convention), else the
-    name of the folder it lies in.
-
-    Args:
-        shards: a tar file, a folder of them, or a list of files; taken in sorted order.
-
-    Raises:
-        FileNotFoundError: no shards. ValueError: a compressed or damaged tar, an image without a label.
-    """
-
-    def __init__(self, shards: str | Path | Sequence[str | Path]) -> None:
-        self.shards = _shard_files(shards)
-        self._open: dict[int, int] = {}  # shard -> descriptor
-        self._lock = threading.Lock()
-        names: list[str] = []
-        labels: list[str] = []
-        places: list[tuple[int, int, int]] = []
-        numeric = True
-        for number, shard in enumerate(self.shards):
-            images, classes = _walk(shard)
-            for name, place in images:
-                key = name.split("/")[-1].split(".")[0]
-                key = name[: len(name) - len(name.split("/")[-1])] + key
-                folder = os.path.basename(os.path.dirname(name))
-                if key in classes:
-                    labels.append(classes[key])
-                elif folder:
-                    labels.append(folder)
-                    numeric = False
-                else:
-                    raise ValueError(f"TarShards: {shard}: {name} has neither a {key}.cls beside it nor a class folder")
-                names.append(name)
-                places.append((number, *place))
-        if not names:
-            raise ValueError(f"TarShards: no images in {_some(self.shards)}")
-        numeric = numeric and all(label.isdigit() for label in labels)
-        all_classes = [str(c) for c in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels))
-        index = {name: k for k, name in enumerate(all_classes)}
-        self._places = np.array(places, dtype=np.int64)  # (N, 3): shard, offset, size
-        targets = [index[str(int(label)) if numeric else label] for label in labels]
-        super().__init__(StringTable(names), targets, all_classes, os.path.dirname(self.shards[0]), "tar")
-
-    def path(self, index: int) -> str:
-        return f"{self.shards[self._places[index, 0]]}!{self.paths[index]}"
-
-    def read(self, index: int) -> bytes:
-        shard, offset, size = (int(v) for v in self._places[index])
-        data = os.pread(self._descriptor(shard), size, offset)  # no file position: threads and forks share it safely
-        if len(data) != size:
-            raise OSError(f"{self.path(index)}: expected {size} bytes, got {len(data)}: the tar file is cut off")
-        return data
-
-    def _descriptor(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._open:
-                self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
-            return self._open[shard]
-
-    def close(self) -> None:
-        """Close the tar files; the next `read` opens them again."""
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_open"):
-            self.close()
-
-    def select(self, indices: NDArray[np.int64]) -> Self:
-        chosen = super().select(indices)
-        chosen._places = self._places[indices]
-        return chosen
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_open", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open, self._lock = {}, threading.Lock()
-
-
-def _shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
-    if isinstance(shards, (str, Path)):
-        place = Path(shards)
-        files = sorted(place.glob("*.tar")) if place.is_dir() else [place]
-    else:
-        files = sorted(Path(shard) for shard in shards)
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing or not files:
-        raise FileNotFoundError(f"TarShards: no tar files at {_some(missing) if missing else shards}")
-    return [str(file) for file in files]
-
-
-def _walk(shard: str) -> tuple[list[tuple[str, tuple[int, int]]], dict[str, str]]:
-    """(images with their (offset, size), key -> label) of one shard."""
-    images, classes = [], {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                if member.name.lower().endswith(IMAGE_EXTENSIONS):
-                    images.append((member.name, (member.offset_data, member.size)))
-                elif member.name.endswith(".cls"):
-                    content = tar.extractfile(member)
-                    classes[member.name[: -len(".cls")]] = content.read().decode().strip() if content else ""
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
-            f"TarShards: {shard}: {error}; expected an uncompressed tar (a compressed one cannot be read by index)"
-        ) from error
-    return images, classes
