@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +15,8 @@ import pytest
 from dlb_fast.data import (
     ImageFolder,
     ListFile,
+    OverlapLoader,
+    SampleError,
     TarShards,
     TinyImageNet,
     open_dataset,
@@ -80,6 +84,79 @@ def test_image_folder_errors(tmp_path):
     dataset.paths = StringTable(["a/gone.png"] * 5)
     with pytest.raises(FileNotFoundError, match="gone.png"):
         dataset.read(0)
+
+
+def test_links_are_followed_but_never_back(tmp_path, caplog):
+    tree(tmp_path / "set", ["cat/a.png", "dog/b.png"])
+    tree(tmp_path / "elsewhere", ["deep/c.png", "d.png"])
+    (tmp_path / "set" / "cat" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "set" / "dog" / "same").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    honest = [(0, "cat"), (1, "cat"), (0, "cat"), (1, "dog"), (1, "dog"), (0, "dog")]
+    assert contents(ImageFolder(tmp_path / "set")) == honest and caplog.text == ""
+    (tmp_path / "set" / "cat" / "again").symlink_to(tmp_path / "set" / "cat", target_is_directory=True)
+    (tmp_path / "set" / "cat" / "root").symlink_to(tmp_path / "set", target_is_directory=True)
+    (tmp_path / "elsewhere" / "deep" / "back").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "set" / "cat" / "itself").symlink_to("itself")
+    assert contents(ImageFolder(tmp_path / "set")) == honest
+    assert "cat/again leads back to a folder that it lies in" in caplog.text
+    assert "cat/root leads back" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Root reads everything, so the refusal is made here."""
+    tree(tmp_path, ["a/0.png", "a/sub/1.png", "b/2.png"])
+    look = os.scandir
+
+    def refuse(path):
+        if str(path).endswith(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for closed in ("sub", "b", str(tmp_path)):
+        with pytest.raises(PermissionError, match=rf"cannot look into .*{closed} \(Permission denied\).*chmod"):
+            ImageFolder(tmp_path)
+
+
+def test_many_classes_take_no_more_than_their_number(tmp_path, monkeypatch):
+    from dlb_fast.data import files
+
+    monkeypatch.setattr(files, "class_folders", lambda root: [f"{k:06}" for k in range(30_000)])
+    monkeypatch.setattr(files, "image_files", lambda root, folder, endings: [folder + "/0.png"])
+    started = time.perf_counter()
+    assert len(ImageFolder(tmp_path)) == 30_000
+    assert time.perf_counter() - started < 3  # a set of all classes made for each of them took minutes
+
+
+@pytest.mark.parametrize("extensions", ["jpg", ".jpg"])
+def test_one_string_is_not_a_list_of_extensions(tmp_path, extensions):
+    tree(tmp_path, ["a/0.jpg"])
+    with pytest.raises(TypeError, match=r"ImageFolder: extensions: .* got the string .*; pass \(\"\.jpg\","):
+        ImageFolder(tmp_path, extensions=extensions)
+
+
+@pytest.mark.parametrize("give_path", [False, True])
+def test_a_pipe_among_the_images_is_named_and_never_opened(tmp_path, give_path):
+    tree(tmp_path, ["a/0.png", "a/1.png", "a/2.png"])
+    os.mkfifo(tmp_path / "a" / "pipe.jpg")
+    dataset = ImageFolder(tmp_path)
+    if give_path:  # a user's dataset may name the file and leave the reading to the loader
+        dataset.read = dataset.path
+    with (
+        OverlapLoader(dataset, 4, num_threads=1, timeout=20, check_threads=False, drop_last=False) as loader,
+        pytest.raises(SampleError, match=r"pipe\.jpg: .*not a regular file but a pipe, socket or device"),
+    ):
+        list(loader)
+
+
+def test_train_may_be_a_class(tmp_path):
+    vehicles = tree(tmp_path / "vehicles", [f"{c}/{k}.png" for c in ("bus", "car", "train") for k in range(3)])
+    assert open_dataset(f"imagefolder:{vehicles}").classes == ["bus", "car", "train"]
+    lone = tree(tmp_path / "lone", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)])
+    assert open_dataset(f"imagefolder:{lone}").classes == ["a", "b"]
+    flat = tree(tmp_path / "flat", ["train/0.png", "val/a/0.png"])
+    with pytest.raises(ValueError, match="train has no class folders"):
+        open_dataset(f"imagefolder:{flat}")
 
 
 def test_open_image_folder_with_and_without_a_validation_folder(tmp_path, caplog):

@@ -24,7 +24,7 @@ from dlb_fast.data.arrays import (
     synthetic,
 )
 from dlb_fast.data.augment import Transform
-from dlb_fast.data.files import ImageFolder, TinyImageNet
+from dlb_fast.data.files import ImageFolder, TinyImageNet, has_folders
 from dlb_fast.data.list_file import ListFile
 from dlb_fast.data.plan import as_int
 from dlb_fast.data.source import as_image, as_pair
@@ -48,9 +48,9 @@ def open_dataset(kind: str, split: str = "train", *, seed: int = 0) -> Any:
     Args:
         kind: digits | cifar10:PATH | cifar100:PATH | imagefolder:PATH | tinyimagenet:PATH | list:FILE | tar:PATH |
             synthetic[:N,C,SIZE] (N training images of C classes, SIZE pixels square).
-        split: "train" or "test". An imagefolder with `train` and one of val, valid, validation, test inside has these.
-            Of any other imagefolder, list or tar a tenth of every class, drawn from `seed`, is held out as the test
-            set, and a log line says so.
+        split: "train" or "test". An imagefolder with `train` and one of val, valid, validation, test inside has these
+            (a `train` that holds no folders, without one of the others, is a class). Of any other imagefolder, list or
+            tar a tenth of every class, drawn from `seed`, is held out as the test set, and a log line says so.
         seed: of the splits that are drawn, and of synthetic images.
 
     Returns:
@@ -104,11 +104,15 @@ def _synthetic_sizes(kind: str, path: str) -> dict[str, int]:
 
 
 def _folder(root: Path, split: str, seed: int) -> Any:
+    train = root / "train"
     held = [name for name in _VALIDATION if (root / name).is_dir()]
-    if not (root / "train").is_dir() or not held:
-        return _held_out(ImageFolder(root / "train" if (root / "train").is_dir() else root), split, seed)
-    train = ImageFolder(root / "train")
-    return train if split == "train" else ImageFolder(root / held[0], classes=train.classes)
+    # `train` may also be a class, beside `bus` and `car`: a training set has class folders, or a set to test beside it
+    if not train.is_dir() or not (held or has_folders(train)):
+        return _held_out(ImageFolder(root), split, seed)
+    if not held:
+        return _held_out(ImageFolder(train), split, seed)
+    found = ImageFolder(train)
+    return found if split == "train" else ImageFolder(root / held[0], classes=found.classes)
 
 
 def _held_out(dataset: Any, split: str, seed: int) -> Any:

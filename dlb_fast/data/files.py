@@ -7,7 +7,9 @@ Decoding is the loader's work; `dataset[i]` decodes too, so that each is a map-s
 from __future__ import annotations
 
 import copy
+import logging
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from dlb_fast.data.decode import ImageDecoder
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_LOG = logging.getLogger("dlb_fast.data")
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
 
 
@@ -49,6 +52,19 @@ class StringTable:
     def select(self, indices: NDArray[np.int64]) -> StringTable:
         """A table of these entries."""
         return StringTable(self[int(i)] for i in indices)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file; opening a pipe would wait for ever, and a device may never end.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder names the error itself
+        raise OSError(f"{os.fspath(path)}: not a regular file but a pipe, socket or device; remove it from the set")
+    with open(path, "rb") as file:
+        return file.read()
 
 
 class FileDataset:
@@ -80,8 +96,7 @@ class FileDataset:
 
     def read(self, index: int) -> bytes:
         """The file's bytes; OSError names what is wrong with it."""
-        with open(self.path(index), "rb") as file:
-            return file.read()
+        return read_file(self.path(index))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image = torch.from_numpy(_decoder()(self.read(index))).permute(2, 0, 1)
@@ -116,15 +131,16 @@ class ImageFolder(FileDataset):
     """`root/CLASS/**/image.jpg`: one folder per class, as torchvision's.
 
     Args:
-        root: folder with the class folders. Names that begin with a dot are left out.
+        root: folder with the class folders. Names that begin with a dot are left out; links are followed, but not back
+            to a folder that they lie in.
         classes: names in the order of their indices; None takes all folders, sorted. Give a training set's classes to
             its validation folder, so that both agree even when one lacks a class.
-        extensions: which files count (lower case; the case of a file's name does not matter).
+        extensions: which files count, as in (".jpg", ".png"); the case does not matter.
         allow_empty: keep classes without an image instead of raising.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: no class folders, a class without images, or a class folder
-        that is not in `classes`.
+        that is not in `classes`. TypeError: extensions in one string. OSError: a folder that cannot be read.
     """
 
     def __init__(
@@ -136,17 +152,18 @@ class ImageFolder(FileDataset):
         allow_empty: bool = False,
     ) -> None:
         root = Path(root)
-        endings = tuple(extension.lower() for extension in extensions)
+        endings = check_extensions("ImageFolder", extensions)
         found = class_folders(root)
         names = found if classes is None else list(classes)
-        unknown = sorted(set(found) - set(names))
+        present = set(found)
+        unknown = sorted(present - set(names))
         if unknown:
             raise ValueError(f"ImageFolder: {root} has class folders that the given classes lack: {some(unknown)}")
         paths: list[str] = []
         counts = []
         for name in names:
             before = len(paths)
-            paths += image_files(root, name, endings) if name in set(found) else []
+            paths += image_files(root, name, endings) if name in present else []
             counts.append(len(paths) - before)
         empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
         if not paths or (empty and classes is None and not allow_empty):
@@ -157,25 +174,93 @@ class ImageFolder(FileDataset):
         super().__init__(StringTable(paths), np.repeat(np.arange(len(names)), counts), names, root, "imagefolder")
 
 
+def has_folders(root: Path) -> bool:
+    """Whether `root` holds folders that are not hidden."""
+    return any(not entry.name.startswith(".") and _is_folder(entry) for entry in _entries(root))
+
+
 def class_folders(root: Path) -> list[str]:
     """Names of the class folders in `root`, sorted."""
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise FileNotFoundError(f"ImageFolder: {root} {what}; expected a folder with one subfolder per class")
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in _entries(root) if not entry.name.startswith(".") and _is_folder(entry))
     if not names:
         raise ValueError(f"ImageFolder: {root} has no class folders; expected {root}/CLASS/image.jpg")
     return names
 
 
 def image_files(root: Path, folder: str, endings: tuple[str, ...]) -> list[str]:
-    """Image files below `root/folder`, relative to `root`, sorted."""
-    found = []
-    for top, folders, files in os.walk(root / folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        inside = os.path.relpath(top, root)
-        found += [os.path.join(inside, f) for f in files if f.lower().endswith(endings) and not f.startswith(".")]
+    """Image files below `root/folder`, relative to `root`, sorted. Links are followed, but not back to a folder they
+    lie in.
+
+    Raises:
+        OSError: a folder that cannot be read: its images would be missing without a word.
+    """
+    found: list[str] = []
+    # (folder relative to root, the folders it lies in by device and inode)
+    waiting = [(folder, frozenset([_identity(root)]))]
+    while waiting:
+        inside, above = waiting.pop()
+        place = os.path.join(root, inside)
+        here = _identity(place)
+        if here in above:
+            _LOG.warning("%s leads back to a folder that it lies in, and is not followed", place)
+            continue
+        for entry in _entries(place):
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                waiting.append((os.path.join(inside, entry.name), above | {here}))
+            elif entry.name.lower().endswith(endings):
+                found.append(os.path.join(inside, entry.name))
     return sorted(found)
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    try:
+        found = os.stat(folder)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return found.st_dev, found.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except PermissionError as error:  # a link to a place that may not be looked at
+        raise _unreadable(entry.path, error) from error
+    except OSError:  # a link to itself: like one to nowhere it is a file that `read` will name
+        return False
+
+
+def _unreadable(folder: str | Path, error: OSError) -> OSError:
+    return type(error)(
+        f"ImageFolder: cannot look into {folder} ({error.strerror}): its images would be missing; allow reading and "
+        "searching it (chmod u+rx), or take it out of the set"
+    )
+
+
+def check_extensions(operation: str, extensions: Sequence[str]) -> tuple[str, ...]:
+    """The extensions in lower case.
+
+    Raises:
+        TypeError: one string, whose letters would each count as an extension.
+    """
+    if isinstance(extensions, str):
+        raise TypeError(
+            f"{operation}: extensions: expected a sequence of endings, got the string {extensions!r}; pass "
+            f'("{extensions if extensions.startswith(".") else "." + extensions}",)'
+        )
+    return tuple(extension.lower() for extension in extensions)
 
 
 def some(names: Sequence[str]) -> str:
@@ -208,9 +293,10 @@ class TinyImageNet(FileDataset):
         paths, targets = [], []
         if split == "train":
             for name in classes:
-                found = image_files(root, os.path.join("train", name), IMAGE_EXTENSIONS)
+                place = root / "train" / name
+                found = image_files(root, os.path.join("train", name), IMAGE_EXTENSIONS) if place.is_dir() else []
                 if not found:
-                    raise ValueError(f"TinyImageNet: no images in {root / 'train' / name}")
+                    raise ValueError(f"TinyImageNet: no images in {place}")
                 paths += found
                 targets += [index[name]] * len(found)
         else:

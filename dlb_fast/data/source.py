@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dlb_fast.data import _hash
 from dlb_fast.data.decode import is_pillow, plain_pixels
 from dlb_fast.data.errors import SampleError
+from dlb_fast.data.files import read_file
 
 __all__ = ["FailurePolicy", "SampleSource", "as_image", "as_pair"]
 
@@ -157,8 +158,7 @@ class SampleSource:
             return as_image(held if is_pillow(held) else _as_tensor(held)), target
         data = self._dataset.read(sample)
         if isinstance(data, (str, os.PathLike)):
-            with open(data, "rb") as file:
-                data = file.read()
+            data = read_file(data)
         self._count(len(data))
         return as_image(self._decoder(data)), target
 
