@@ -210,6 +210,50 @@ def test_list_file(tmp_path):
         ListFile(tmp_path / "gone")
 
 
+@pytest.mark.parametrize(
+    ("line", "path", "label"),
+    [
+        ("x,y.jpg 3", "x,y.jpg", "3"),
+        ("a, b c.JPEG,dog", "a, b c.JPEG", "dog"),
+        ("c.jpg,golden retriever", "c.jpg", "golden retriever"),
+        ("c.gif , golden retriever", "c.gif", "golden retriever"),
+        ("c.jpg\tgolden retriever, young", "c.jpg", "golden retriever, young"),
+        ("a.jpg b.jpg 3", "a.jpg b.jpg", "3"),
+        ("no extension 3", "no extension", "3"),
+        ("v1.0 x/no,extension 3", "v1.0 x/no,extension", "3"),
+        ("c.jpg golden retriever", None, None),
+        ("c.jpg,3,rest", None, None),
+        ("c.jpg,", None, None),
+    ],
+)
+def test_a_line_of_a_list_is_split_where_the_path_ends(tmp_path, line, path, label):
+    lists = tmp_path / "list.txt"
+    lists.write_text("".join(f"{k}.jpg {k}\n" for k in range(12)) + line + "\n")
+    if path is None:
+        with pytest.raises(ValueError, match="line 13: expected `path label`, got 'c.jpg"):
+            ListFile(lists)
+        return
+    dataset = ListFile(lists)
+    assert dataset.path(12) == str(tmp_path / path) and dataset.classes[dataset.targets[12]] == label
+    assert label != "3" or dataset.targets.tolist() == [*range(12), 3]
+
+
+def test_a_list_with_a_mark_in_front(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.jpg 1\r\ncaf\xe9.jpg 0\r\n")
+    dataset = ListFile(tmp_path / "list.txt")
+    assert dataset.paths[0] == "a.jpg" and os.fsencode(dataset.paths[1]) == b"caf\xe9.jpg"
+
+
+def test_numbers_that_are_no_class_indices(tmp_path):
+    (tmp_path / "list.txt").write_text("a.jpg 20231105\nb.jpg 20231106\n")
+    with pytest.raises(ValueError, match=r"list.txt: label 20231106: numbers are class indices, expected below"):
+        ListFile(tmp_path / "list.txt")
+    assert ListFile(tmp_path / "list.txt", classes=["20231105", "20231106"]).targets.tolist() == [0, 1]
+    write_tar(tmp_path / "dates.tar", [("0.png", png(10)), ("0.cls", b"20231105")])
+    with pytest.raises(ValueError, match=r"TarShards: '.*dates.tar': label 20231105"):
+        TarShards(tmp_path / "dates.tar")
+
+
 def test_tiny_imagenet(tmp_path):
     tree(
         tmp_path,
@@ -256,6 +300,36 @@ def test_tar_shards_by_index(tmp_path):
     assert dataset.read(0) == png(10)
     write_tar(tmp_path / "folders.tar", [("cat/7.png", png(1)), ("dog/7.png", png(2))])
     assert contents(TarShards([tmp_path / "folders.tar"])) == [(1, "cat"), (2, "dog")]
+
+
+def add_link(path, name, target, kind):
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, target
+        tar.addfile(info)
+
+
+def test_links_and_hidden_members_of_a_tar(tmp_path):
+    shard = tmp_path / "s.tar"
+    hidden = [("dog/._e.jpg", b"xx"), (".trash/x.jpg", b"x"), ("dog/._e.cls", b"\xff\xfe")]
+    write_tar(shard, [("./cat/a.jpg", png(1)), ("dog/b.jpg", png(2)), *hidden, ("dog/raw.bin", png(3))])
+    add_link(shard, "dog/c.jpg", "./cat/a.jpg", tarfile.LNKTYPE)
+    add_link(shard, "cat/d.jpg", "../dog/b.jpg", tarfile.SYMTYPE)
+    add_link(shard, "cat/e.jpg", "d.jpg", tarfile.SYMTYPE)
+    add_link(shard, "cat/f.jpg", "../dog/raw.bin", tarfile.SYMTYPE)
+    assert contents(TarShards(shard)) == [(1, "cat"), (2, "dog"), (1, "dog"), (2, "cat"), (2, "cat"), (3, "cat")]
+    add_link(shard, "cat/g.jpg", "../../outside.jpg", tarfile.SYMTYPE)
+    with pytest.raises(ValueError, match=r"cat/g.jpg is a link to ../outside.jpg, which the tar does not hold; make"):
+        TarShards(shard)
+    loop = tmp_path / "loop.tar"
+    write_tar(loop, [("cat/a.jpg", png(1))])
+    add_link(loop, "cat/b.jpg", "c.jpg", tarfile.SYMTYPE)
+    add_link(loop, "cat/c.jpg", "b.jpg", tarfile.SYMTYPE)
+    with pytest.raises(ValueError, match=r"cat/b.jpg is a link to"):
+        TarShards(loop)
+    write_tar(tmp_path / "twice.tar", [("cat/a.jpg", png(1)), ("cat/a.jpg", png(2)), ("./0.jpg", png(1))])
+    with pytest.raises(ValueError, match=r"./0.jpg has neither a ./0.cls beside it nor a class folder"):
+        TarShards(tmp_path / "twice.tar")
 
 
 def test_tar_shards_errors(tmp_path):

@@ -54,6 +54,31 @@ class StringTable:
         return StringTable(self[int(i)] for i in indices)
 
 
+_MOST_CLASSES = 1_000_000
+
+
+def numbered(labels: Sequence[str], operation: str, *, names: bool = False) -> tuple[list[str], list[int]]:
+    """(names of the classes, index of each label): labels that are all numbers are the indices, others are sorted.
+
+    Args:
+        names: they are names, even where all are numbers.
+
+    Raises:
+        ValueError: numbers that are no class indices, such as dates: every number below would be a class.
+    """
+    if names or not all(label.isascii() and label.isdigit() for label in labels):
+        classes = sorted(set(labels))
+        index = {name: k for k, name in enumerate(classes)}
+        return classes, [index[label] for label in labels]
+    targets = [int(label) for label in labels]
+    if max(targets) >= _MOST_CLASSES:
+        raise ValueError(
+            f"{operation}: label {max(targets)}: numbers are class indices, expected below {_MOST_CLASSES}; number the "
+            "classes from 0, pass a ListFile the labels as classes=[...], or put a letter in front of them"
+        )
+    return [str(c) for c in range(max(targets) + 1)], targets
+
+
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a regular file; opening a pipe would wait for ever, and a device may never end.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import tarfile
 import threading
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dlb_fast.data.files import IMAGE_EXTENSIONS, FileDataset, StringTable, some
+from dlb_fast.data.files import IMAGE_EXTENSIONS, FileDataset, StringTable, numbered, some
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,13 +25,15 @@ class TarShards(FileDataset):
     """Uncompressed tar files read by index: the headers are walked once, each `read` is then one positioned read.
 
     A member's label is the number in the member of the same key that ends in `.cls` (WebDataset's convention), else the
-    name of the folder it lies in.
+    name of the folder it lies in. Names that begin with a dot are left out, as in `ImageFolder`; links are read
+    where the tar holds what they lead to.
 
     Args:
         shards: a tar file, a folder of them, or a list of files; taken in sorted order.
 
     Raises:
-        FileNotFoundError: no shards. ValueError: a compressed or damaged tar, an image without a label.
+        FileNotFoundError: no shards. ValueError: a compressed or damaged tar, an image without a label or that is a
+            link out of the tar, numbers that are no class indices.
     """
 
     def __init__(self, shards: str | Path | Sequence[str | Path]) -> None:
@@ -40,7 +43,7 @@ class TarShards(FileDataset):
         names: list[str] = []
         labels: list[str] = []
         places: list[tuple[int, int, int]] = []
-        numeric = True
+        named = False  # a folder's name is a name, even 7
         for number, shard in enumerate(self.shards):
             images, classes = _walk(shard)
             for name, place in images:
@@ -49,20 +52,17 @@ class TarShards(FileDataset):
                 folder = os.path.basename(os.path.dirname(name))
                 if key in classes:
                     labels.append(classes[key])
-                elif folder:
+                elif folder not in ("", "."):
                     labels.append(folder)
-                    numeric = False
+                    named = True
                 else:
                     raise ValueError(f"TarShards: {shard}: {name} has neither a {key}.cls beside it nor a class folder")
                 names.append(name)
                 places.append((number, *place))
         if not names:
             raise ValueError(f"TarShards: no images in {some(self.shards)}")
-        numeric = numeric and all(label.isdigit() for label in labels)
-        all_classes = [str(c) for c in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels))
-        index = {name: k for k, name in enumerate(all_classes)}
+        all_classes, targets = numbered(labels, f"TarShards: {some(self.shards)}", names=named)
         self._places = np.array(places, dtype=np.int64)  # (N, 3): shard, offset, size
-        targets = [index[str(int(label)) if numeric else label] for label in labels]
         super().__init__(StringTable(names), targets, all_classes, os.path.dirname(self.shards[0]), "tar")
 
     def path(self, index: int) -> str:
@@ -118,19 +118,44 @@ def _shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
 
 def _walk(shard: str) -> tuple[list[tuple[str, tuple[int, int]]], dict[str, str]]:
     """(images with their (offset, size), key -> label) of one shard."""
-    images, classes = [], {}
+    images: list[tuple[str, tuple[int, int] | None]] = []  # None: a link
+    classes: dict[str, str] = {}
+    files: dict[str, tuple[int, int]] = {}
+    links: dict[str, str] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if not member.isfile():
+                name = posixpath.normpath(member.name)
+                if member.isfile():
+                    files[name] = (member.offset_data, member.size)
+                elif member.islnk():
+                    links[name] = posixpath.normpath(member.linkname)
+                elif member.issym():
+                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+                else:
                     continue
-                if member.name.lower().endswith(IMAGE_EXTENSIONS):
-                    images.append((member.name, (member.offset_data, member.size)))
-                elif member.name.endswith(".cls"):
+                if any(part.startswith(".") for part in name.split("/") if part != ".."):
+                    continue
+                if name.lower().endswith(IMAGE_EXTENSIONS):
+                    images.append((member.name, files[name] if member.isfile() else None))
+                elif member.isfile() and member.name.endswith(".cls"):
                     content = tar.extractfile(member)
                     classes[member.name[: -len(".cls")]] = content.read().decode().strip() if content else ""
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
             f"TarShards: {shard}: {error}; expected an uncompressed tar (a compressed one cannot be read by index)"
         ) from error
-    return images, classes
+    return [(name, place or _place(shard, name, files, links)) for name, place in images], classes
+
+
+def _place(shard: str, name: str, files: dict[str, tuple[int, int]], links: dict[str, str]) -> tuple[int, int]:
+    """(offset, size) of the file that a link leads to."""
+    target, steps = posixpath.normpath(name), 0
+    while target not in files:
+        if target not in links or steps > len(links):
+            raise ValueError(
+                f"TarShards: {shard}: {name} is a link to {target}, which the tar does not hold; make the tar with "
+                "--dereference, or leave the link out"
+            )
+        target, steps = links[target], steps + 1
+    return files[target]
