@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dlb_fast.data import ImageFolder
 from dlb_fast.data.decode import ImageDecoder
 from dlb_fast.data.verify import main, verify_data
 
@@ -103,6 +106,37 @@ def test_lenient_accepts_what_pillow_reads(folder: Path) -> None:
     damage(folder)
     report = verify_data(folder, 2, decoder=ImageDecoder(strict=False))
     assert "zeros.jpg" not in str([b.path for b in report.bad]) and "half.jpg" in str(report.bad)
+
+
+def test_what_the_loaders_skip_is_not_accused(folder: Path) -> None:
+    (folder / "cat" / "._a.jpg").write_bytes(b"\0\5\x16\7")
+    (folder / ".trash").mkdir()
+    (folder / ".trash" / "x.jpg").write_bytes(b"x")
+    report = verify_data(folder, 2)
+    assert report.ok and report.files == 22 == len(ImageFolder(folder)) and report.skipped == 2
+    with pytest.raises(TypeError, match="verify_data: extensions: expected a sequence"):
+        verify_data(folder, extensions="jpg")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_a_name_of_any_bytes_is_reported(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "set").mkdir()
+    with open(os.fsencode(tmp_path / "set") + b"/caf\xe9.jpg", "wb") as file:
+        file.write(b"bad")
+    done = subprocess.run(
+        [sys.executable, "-m", "dlb_fast", "verify-data", tmp_path / "set", "--json", tmp_path / "report.json"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert done.returncode == 1 and done.stderr == b""
+    assert rb"caf\udce9.jpg: not an image" in done.stdout
+    assert os.fsencode(json.loads((tmp_path / "report.json").read_text())["bad"][0]["path"]).endswith(b"/caf\xe9.jpg")
+
+
+def test_a_report_that_cannot_be_written_is_still_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder), "--json", str(folder / "nowhere" / "r.json")]) == 2
+    shown = capsys.readouterr()
+    assert "22 images, 0 bad" in shown.out and "r.json (No such file or directory); pass" in shown.err
 
 
 def test_one_file_and_no_file(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import stat
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dlb_fast.data.decode import ImageDecoder
-from dlb_fast.data.files import IMAGE_EXTENSIONS
+from dlb_fast.data.files import IMAGE_EXTENSIONS, check_extensions, read_file
 
 __all__ = ["BadFile", "VerifyReport", "main", "verify_data"]
 
@@ -36,7 +35,8 @@ class VerifyReport:
 
     Attributes:
         root: where. decoder: the JPEG decoder used. files, bytes: images read (bad ones included).
-        bad: files that a loader would refuse, sorted by path. skipped: files with another extension.
+        bad: files that a loader would refuse, sorted by path. skipped: files with another extension or
+            whose name begins with a dot.
         oddities: how many good files Pillow had to read, by reason (PNG named .jpg, CMYK, ...). sizes: smallest and
             largest (width, height) by area; (0, 0) when there is none. seconds: wall time.
     """
@@ -82,7 +82,7 @@ def verify_data(
     """Decode every image under `path` with the decoder the loader uses, in threads.
 
     Args:
-        path: a folder (links are followed, each folder once) or one file.
+        path: a folder (links are followed, each folder once; names that begin with a dot are left out) or one file.
         num_threads: None: the cores this process may use, at most 8.
         decoder: None: `ImageDecoder()`. extensions: lower case; what counts as an image.
         progress: called with the number of files done, from the threads, now and then.
@@ -106,7 +106,7 @@ def verify_data(
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"verify_data: num_threads: expected at least 1, got {num_threads}.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    check = _Check(root, decoder or ImageDecoder(), tuple(extensions), progress)
+    check = _Check(root, decoder or ImageDecoder(), check_extensions("verify_data", extensions), progress)
     threads = [
         threading.Thread(target=check.work, name=f"dlb-verify-{i}", daemon=True)
         for i in range(num_threads or min(cores, 8))
@@ -155,12 +155,12 @@ class _Check:
                 folders.clear()
                 continue
             seen.add((here.st_dev, here.st_ino))
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith("."))  # the loaders skip them too
             for name in folders:
                 if name.lower().endswith(self._extensions):
                     self._bad(os.path.join(folder, name), "a directory with an image's name")
             for name in sorted(names):
-                if name.lower().endswith(self._extensions):
+                if name.lower().endswith(self._extensions) and not name.startswith("."):
                     yield os.path.join(folder, name)
                 else:
                     self.report.skipped += 1
@@ -179,10 +179,7 @@ class _Check:
     def _one(self, path: str) -> None:
         size, shape, reason = 0, (0, 0), ""
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-                raise OSError("not a regular file")
-            with open(path, "rb") as file:
-                data = file.read()
+            data = read_file(path)
             size = len(data)
             height, width = self._decoder(data).shape[:2]
             shape = (int(width), int(height))
@@ -251,9 +248,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = verify_data(
         options.path, options.threads, decoder=decoder, progress=show if sys.stderr.isatty() else None
     )
-    print(report)
+    failure = None
+    if options.json:  # first, so that nothing that befalls the terminal takes the report with it
+        try:
+            Path(options.json).write_text(json.dumps(asdict(report), indent=1) + "\n")
+        except OSError as error:
+            failure = f"verify-data: --json: cannot write {options.json} ({error.strerror}); pass a writable path"
+    _print(str(report))
     if report.files == 0:
         print("no images found")
-    if options.json:
-        Path(options.json).write_text(json.dumps(asdict(report), indent=1) + "\n")
+    if failure:
+        print(failure, file=sys.stderr)
+        return 2
     return 0 if report.ok else 1
+
+
+def _print(text: str) -> None:
+    """To stdout, with escapes for what its encoding lacks: names of files may be any bytes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
