@@ -243,6 +243,21 @@ def test_rand_augment_operations_have_pillows_pixels(name):
         assert (got != expected).mean() < 0.01, name  # float32 against float64 at a cut-off, nothing else
 
 
+@pytest.mark.parametrize("size", [(32, 32), (40, 31), (33, 57), (224, 224)])
+def test_rotation_and_shears_round_as_pillow_does(size):
+    """Pillow counts in 1/65536 of a pixel, which decides where a source lies on the border of two pixels."""
+    Image = pytest.importorskip("PIL.Image")
+    for k in range(60):
+        picture = image(3, *size, seed=k)
+        pillow = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        degrees, shear = (9.0, -9.0, 30.0)[k % 3] if k % 2 else k - 29.5, (k - 30) / 100
+        moved = pillow.transform(pillow.size, Image.AFFINE, (1, shear, 0, 0, 1, 0), Image.NEAREST)
+        pairs = [("rotate", degrees, pillow.rotate(degrees)), ("shear_x", shear, moved)]
+        for name, magnitude, expected in pairs:
+            got = _OPERATIONS[name][0](picture, magnitude).permute(1, 2, 0).numpy()
+            assert np.array_equal(got, np.asarray(expected)), (name, magnitude)
+
+
 def test_rand_augment_draws_every_operation_and_a_fixed_share_of_numbers():
     picture = image(3, 16, 16)
     seen = {view.numpy().tobytes() for view in views(RandAugment(1, 12), picture, 300)}

@@ -21,21 +21,28 @@ Op = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 def affine(image: torch.Tensor, matrix: tuple[float, float, float, float, float, float]) -> torch.Tensor:
-    """Nearest neighbour: output pixel (x, y) shows input pixel (a x + b y + c, d x + e y + f), zero outside."""
+    """Nearest neighbour: output pixel (x, y) shows input pixel (a x + b y + c, d x + e y + f), zero outside.
+
+    In Pillow's fixed-point numbers (16 bits behind the point, up to 32767 pixels a side), rounded as it rounds them.
+    """
     a, b, c, d, e, f = matrix
     height, width = image.shape[1:]
-    x = torch.arange(width, dtype=torch.float64)[None, :] + 0.5
-    y = torch.arange(height, dtype=torch.float64)[:, None] + 0.5
-    column, row = torch.floor(a * x + b * y + c).long(), torch.floor(d * x + e * y + f).long()
+    x, y = torch.arange(width)[None, :], torch.arange(height)[:, None]
+    column = (_fixed(c + a * 0.5 + b * 0.5) + _fixed(a) * x + _fixed(b) * y) >> 16
+    row = (_fixed(f + d * 0.5 + e * 0.5) + _fixed(d) * x + _fixed(e) * y) >> 16
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     return image[:, row.clamp(0, height - 1), column.clamp(0, width - 1)] * inside
 
 
+def _fixed(value: float) -> int:
+    return math.floor(value * 65536 + 0.5)
+
+
 def rotate(image: torch.Tensor, degrees: float) -> torch.Tensor:
-    """Counter-clockwise about the centre."""
-    angle, (height, width) = math.radians(degrees), image.shape[1:]
-    cos, sin, x, y = math.cos(angle), math.sin(angle), width / 2, height / 2
-    return affine(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
+    """Counter-clockwise about the centre; the matrix is made in Pillow's steps."""
+    angle, (height, width) = -math.radians(degrees % 360), image.shape[1:]
+    cos, sin, x, y = round(math.cos(angle), 15), round(math.sin(angle), 15), width / 2, height / 2
+    return affine(image, (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y))
 
 
 def grey(image: torch.Tensor) -> torch.Tensor:
