@@ -60,7 +60,9 @@ def _plain(image: Any) -> Any:
     if image.mode in ("I", "F"):
         kind = image.format or f"an image of mode {image.mode}"
         raise ValueError(f"{kind} with 32-bit pixels, whose range is not known; save 8 or 16 bits")
-    return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+    image.load()
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def is_pillow(value: Any) -> bool:
@@ -88,8 +90,9 @@ def _pillow() -> Callable[[bytes], Array]:
 
     def decode(data: bytes) -> Array:
         with Image.open(io.BytesIO(data)) as image:
+            plain = _plain(image)
             # a copy: the array of a Pillow image is read-only
-            return np.array(_plain(image).convert("RGB"))
+            return np.array(plain if plain.mode == "RGB" else plain.convert("RGB"))
 
     return decode
 
