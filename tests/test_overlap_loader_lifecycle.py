@@ -19,6 +19,7 @@ from loader_files import Files, assert_no_threads, corner, loader, make_files, t
 from dlb_fast.data import probe
 from dlb_fast.data.errors import LoaderTimeout
 from dlb_fast.data.view_rng import ViewRng
+from dlb_fast.data.workers import WorkerPool
 
 
 @pytest.fixture
@@ -149,6 +150,25 @@ def test_threads_end(files: Files, how: str) -> None:
         del source
         gc.collect()
         assert reference() is None and threads() == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_error_while_the_threads_start_leaves_nothing_to_wait_for(
+    files: Files, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loader(files) as source:
+        expected = [b.ids.tolist() for b in source]
+    start = WorkerPool.start
+
+    def interrupted(pool: WorkerPool) -> None:
+        monkeypatch.setattr(WorkerPool, "start", start)
+        raise error
+
+    with loader(files, timeout=5) as source:
+        monkeypatch.setattr(WorkerPool, "start", interrupted)
+        with pytest.raises(error):
+            next(iter(source))
+        assert [b.ids.tolist() for b in source] == expected
 
 
 def test_no_growth_over_200_epochs_with_early_breaks(files: Files) -> None:

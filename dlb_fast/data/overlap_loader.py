@@ -218,15 +218,15 @@ class OverlapLoader:
         """The batch of a position, from the running pipeline when it stands there, else from a new one."""
         position = epoch * self.plan.halves_per_epoch + step
         pipeline = self._pipeline
-        if pipeline is None or not pipeline.stands_at(position):
-            self.close()
-            pipeline = Pipeline(self._settings, position)
-            with self._lock:
-                self._pipeline = pipeline
-                self._finaliser = weakref.finalize(self, pipeline.stop)
-            pipeline.start()
-        self._user = user
         try:
+            if pipeline is None or not pipeline.stands_at(position):
+                self.close()
+                pipeline = Pipeline(self._settings, position)
+                with self._lock:
+                    self._pipeline = pipeline
+                    self._finaliser = weakref.finalize(self, pipeline.stop)
+                pipeline.start()  # a Ctrl-C in here must not leave a pipeline that nobody works for
+            self._user = user
             return pipeline.next(self.timeout)
         except LoaderTimeout:
             raise  # nothing is lost: asking again waits again
