@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from loader_files import Files, assert_no_threads, corner, loader, make_files, threads
 
-from dlb_fast.data import probe
+from dlb_fast.data import RandomResizedCrop, pipeline, probe
 from dlb_fast.data.errors import LoaderTimeout
 from dlb_fast.data.view_rng import ViewRng
 from dlb_fast.data.workers import WorkerPool
@@ -63,8 +64,6 @@ def test_timeout_says_what_each_thread_does_and_loses_nothing(files: Files) -> N
 def test_closing_while_a_thread_is_stuck_reports_it(
     files: Files, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dlb_fast.data import pipeline
-
     monkeypatch.setattr(pipeline, "_JOIN", 0.2)
     gate = threading.Event()
 
@@ -234,6 +233,74 @@ def test_torch_threads_of_others_are_left_alone(files: Files) -> None:
         born_later.join()
     assert torch.get_num_threads() == before and seen == [before]
     assert set(inside[-8:]) == {1}
+
+
+def test_timeout_holds_during_the_start_up_measurement(files: Files) -> None:
+    gate = threading.Event()
+
+    def load(data: Files, index: int) -> tuple[torch.Tensor, int]:
+        gate.wait(20)
+        return torch.zeros(3, 60, 80, dtype=torch.uint8), 0
+
+    def stuck(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+        gate.wait(20)
+        return image
+
+    pixels = torch.zeros(3, 60, 80, dtype=torch.uint8)
+    for options, doing in (({"load": load}, "loading sample"), (
+        {"load": lambda data, i: (pixels, 0), "transform": stuck}, "measuring the transform on sample",
+    )):  # fmt: skip
+        gate.clear()
+        with loader(files, timeout=0.3, check_threads=True, **options) as source:
+            iterator = iter(source)
+            with pytest.raises(LoaderTimeout, match=doing):
+                next(iterator)
+            gate.set()
+            assert len(list(iterator)) == 6
+
+
+def test_the_measurement_loads_nothing_and_happens_once(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: Counter[int] = Counter()
+    tried: list[int] = []
+    monkeypatch.setattr(pipeline, "check_threads", lambda views: tried.append(views()))
+
+    def load(data: Files, index: int) -> tuple[torch.Tensor, int]:
+        loaded[index] += 1
+        return torch.full((3, 60, 80), index, dtype=torch.uint8), 0
+
+    with loader(files, load=load, check_threads=True) as source:
+        next(iter(source))  # leaving early ends the threads; the next run has new ones
+        source.close()
+        loaded.clear()
+        assert len(list(source)) == 6 and len(tried) == 1
+        assert len(loaded) == 24 and set(loaded.values()) <= {1, 2}  # 2: of the next epoch, read ahead
+    for options in ({"transform": None}, {"num_threads": 1}, {"transform": RandomResizedCrop(8)}):
+        with loader(files, check_threads=True, **options) as source:
+            next(iter(source))
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("takes,calls", [(0.4, 1), (0.06, 2)])
+def test_slow_work_is_not_measured(takes: float, calls: int) -> None:
+    done: list[None] = []
+
+    def slow() -> None:
+        time.sleep(takes)
+        done.append(None)
+
+    assert probe.check_threads(slow) and len(done) == calls
+
+
+def test_the_measurement_is_bounded() -> None:
+    """All three rounds of this work would take 0.36 s more than the one that is left."""
+    lock, started = threading.Lock(), time.perf_counter()
+
+    def alone() -> None:
+        with lock:
+            time.sleep(0.04)
+
+    assert not probe.check_threads(alone)
+    assert time.perf_counter() - started < 0.6
 
 
 @pytest.mark.parametrize("together,fine", [(0.1, True), (0.15, True), (0.17, False), (0.2, False)])

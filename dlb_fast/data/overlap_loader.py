@@ -66,7 +66,8 @@ class OverlapLoader:
             (RandomResizedCrop, Flip and Cutout only): for few cores and a GPU with time to spare.
         max_ring_pixels: with augment_on="device", larger images are shrunk to this many pixels before the copy;
             `(depth + 2) * half * 3` times as many bytes are held on host and device.
-        check_threads: measure once whether two threads are faster than one, and log a warning if not.
+        check_threads: measure once, on the first image, whether two threads make views faster than one, and log a
+            warning if not; it takes about 0.3 s at most, and is skipped for transforms that take longer than 50 ms.
 
     Raises:
         ValueError, TypeError: an argument out of range. SampleError, LoaderTimeout: from `next`.

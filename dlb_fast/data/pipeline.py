@@ -123,14 +123,15 @@ class Pipeline:
             self._device_ring.prepare(self._ring.slots, settings.plan.rows)
         self._pool = WorkerPool(settings.num_threads, self._work)
         self._writer = direct_writer(settings.transform)
+        # Views that are written directly never hold the interpreter lock, and None makes none.
+        made = settings.transform is not None and self._writer is None and self._device_ring is None
+        self._unmeasured = settings.check_threads and settings.num_threads > 1 and made
+        self._measuring = threading.Lock()
         self._buffers = threading.Lock()
         self._form: tuple[tuple[int, int, int], torch.dtype] | None = None
 
     def start(self) -> None:
-        s = self._s
-        if s.check_threads and s.num_threads > 1 and self._device_ring is None:
-            s.check_threads = False
-            check_threads(lambda: self._try_views())
+        """Start the threads."""
         self._pool.start()
 
     def stands_at(self, position: int) -> bool:
@@ -210,6 +211,8 @@ class Pipeline:
             status.set("keeping", sample)
             self._device_ring.add(item, image, sample, target)
             return
+        if self._unmeasured:
+            self._measure(image, item.epoch, sample, status)
         places = self._places(image, item, sample)
         if places is not None and self._writer is not None:
             status.set("making the views of", sample)
@@ -272,13 +275,25 @@ class Pipeline:
             )
         self._host_stage.write(slot, row, view)
 
-    def _try_views(self) -> None:
-        """One sample's whole work, for the probe; nothing is kept."""
-        s = self._s
-        sample = int(s.plan.half(self._position // s.plan.halves_per_epoch, 0, s.rank)[0])
-        try:
-            image, _ = s.source.get(sample)
-        except Exception:
-            return  # the run itself reports it
-        for use in (0, 1):
-            self._view(image, 0, sample, use)
+    def _measure(self, image: torch.Tensor, epoch: int, sample: int, status: Status) -> None:
+        """Probe the transform on the first image of the run, once in a loader's life.
+
+        It runs in a worker, so that `next` keeps to its timeout; the other workers wait, or they would disturb it.
+        """
+        status.set("waiting for the measurement of the transform, to go on with", sample)
+        with self._measuring:
+            if not self._unmeasured:
+                return
+            self._s.check_threads = False
+            status.set("measuring the transform on", sample)
+            own = image.clone()
+
+            def views() -> None:
+                for use in (0, 1):
+                    self._view(own, epoch, sample, use)
+
+            # A thread of its own has torch's default number of threads, which the probe puts back.
+            probe = threading.Thread(target=check_threads, args=(views,), name="dlb-probe", daemon=True)
+            probe.start()
+            probe.join()
+            self._unmeasured = False

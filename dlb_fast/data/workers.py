@@ -70,6 +70,7 @@ class WorkerPool:
         self._work = work
         self._statuses = [Status() for _ in range(count)]
         self._started = threading.Semaphore(0)
+        self._go = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(s,), name=f"{name}-{i}", daemon=True)
             for i, s in enumerate(self._statuses)
@@ -77,11 +78,14 @@ class WorkerPool:
 
     def start(self) -> None:
         own = torch.get_num_threads()
-        for thread in self._threads:
-            thread.start()
-        for _ in self._threads:
-            self._started.acquire()
-        torch.set_num_threads(own)
+        try:
+            for thread in self._threads:
+                thread.start()
+            for _ in self._threads:
+                self._started.acquire()
+        finally:
+            torch.set_num_threads(own)
+            self._go.set()  # only now, so that threads which the work makes find the default of the others
 
     def _run(self, status: Status) -> None:
         try:
@@ -89,6 +93,7 @@ class WorkerPool:
             torch.set_grad_enabled(False)
         finally:
             self._started.release()
+        self._go.wait()
         self._work(status)
         status.set("ended")
 
