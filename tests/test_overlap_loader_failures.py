@@ -13,6 +13,7 @@ import pytest
 import torch
 from loader_files import Files, assert_no_threads, corner, jpeg, loader, make_files, threads
 
+from dlb_fast.data import ResidentLoader, SampledLoader, ViewPairSampler, synthetic
 from dlb_fast.data.decode import ImageDecoder
 from dlb_fast.data.errors import SampleError
 from dlb_fast.data.view_rng import ViewRng
@@ -240,3 +241,54 @@ def test_failure_outside_any_sample_surfaces(files: Files, monkeypatch: pytest.M
         monkeypatch.setattr(plan, "half", broken)
         with pytest.raises(MemoryError, match="no room"):
             list(source)
+
+
+def test_a_state_can_be_loaded_where_the_error_is_caught(files: Files) -> None:
+    with loader(files) as source:
+        expected = [b.ids.tolist() for b in source]
+    bad = expected[2][-1]
+    good = files.paths[bad].read_bytes()
+    files.paths[bad].write_bytes(b"")
+    with loader(files) as source:
+        got, state = [], source.state_dict()
+        try:
+            for batch in source:
+                got.append(batch.ids.tolist())
+                state = source.state_dict()
+        except SampleError as error:
+            assert error.index == bad
+            files.paths[bad].write_bytes(good)
+            source.load_state_dict(state)
+            got += [batch.ids.tolist() for batch in source]
+        assert got == expected
+
+
+def refuses(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+    raise ArithmeticError("no view")
+
+
+@pytest.mark.parametrize("kind", ["overlap", "resident", "sampled", "sampled files"])
+def test_a_failed_transform_leaves_the_loader_ready_for_a_state(files: Files, kind: str) -> None:
+    pictures = synthetic(length=24, num_classes=2, size=8)
+    source: Any = {
+        "overlap": lambda: loader(pictures, transform=refuses),
+        "resident": lambda: ResidentLoader(pictures, 8, transform=refuses),
+        "sampled": lambda: SampledLoader(pictures, ViewPairSampler(24, 8), transform=refuses),
+        "sampled files": lambda: SampledLoader(files, ViewPairSampler(24, 8), transform=refuses),
+    }[kind]()
+    with source, pytest.raises((RuntimeError, ArithmeticError), match="no view") as caught:
+        next(iter(source))
+    source.load_state_dict(source.state_dict())  # `caught` still holds the frames
+    del caught
+
+
+def test_a_raised_error_is_not_kept_by_its_batch(files: Files) -> None:
+    files.paths[12].write_bytes(b"")
+    with loader(files, shuffle=False) as source:
+        iterator = iter(source)
+        next(iterator)
+        assert source._pipeline is not None
+        slots = source._pipeline._ring.slots
+        with pytest.raises(SampleError):
+            list(iterator)
+        assert [slot.error for slot in slots if slot.step == 3] == [None]

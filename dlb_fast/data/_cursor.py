@@ -7,14 +7,16 @@ The rules, once for all of them:
 - A position is absolute, two counters, O(1): loading is exact however often a run was resumed before.
 - One iteration delivers the rest of one epoch. An iteration that was left early starts again where it began (as with
   any DataLoader: looking at one batch first costs nothing), while `state_dict` still tells what was delivered.
+- An iteration whose batch could not be made is not active: what raised may be caught, and a state be loaded there.
 - A newer iteration, `set_epoch` to another epoch or a loaded state makes an older iteration stale: it raises.
 - Between a loaded state and its first batch `set_epoch` to an earlier epoch raises: it would silently undo the resume.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dlb_fast.data.plan import OverlapPlan, as_int
@@ -25,13 +27,14 @@ STATE_VERSION = 1
 class Iteration:
     """One pass over the rest of an epoch. It takes its start from the cursor at the first `advance`, not before."""
 
-    __slots__ = ("__weakref__", "_cursor", "_epoch", "_next", "_started")
+    __slots__ = ("__weakref__", "_cursor", "_epoch", "_next", "_started", "failed")
 
     def __init__(self, cursor: Cursor) -> None:
         self._cursor = cursor
         self._epoch = 0
         self._next = 0
         self._started = False
+        self.failed = False  # making its latest batch raised; the traceback may keep it alive
 
     @property
     def epoch(self) -> int | None:
@@ -52,6 +55,16 @@ class Iteration:
             return None
         self._cursor.check_current(self)
         return self._epoch, self._next
+
+    @contextlib.contextmanager
+    def making(self) -> Iterator[None]:
+        """Around the work for the batch that `peek` named: notes whether it raised."""
+        try:
+            yield
+        except BaseException:
+            self.failed = True
+            raise
+        self.failed = False
 
     def advance(self) -> tuple[int, int] | None:
         """Deliver one batch: its (epoch, step), or None at the epoch's end."""
@@ -133,7 +146,7 @@ class Cursor:
 
     def _check_idle(self) -> None:
         current = self._current() if self._current is not None else None
-        if current is not None and not current.exhausted:
+        if current is not None and not current.exhausted and not current.failed:
             raise RuntimeError(
                 f"{self._owner}.load_state_dict: an iteration is active at epoch {self.epoch}, step {self.step}, and "
                 "would go on from the old position; load before iterating, or exhaust or drop the iterator first"

@@ -254,7 +254,8 @@ class _Epoch:
             self._open = False  # the whole epoch was taken: the threads go on with the next one
             raise StopIteration
         self._open = True
-        batch = self._loader._next(*position, self._token)
+        with self._iteration.making():
+            batch = self._loader._next(*position, self._token)
         self._iteration.advance()
         return batch
 

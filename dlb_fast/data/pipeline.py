@@ -153,7 +153,11 @@ class Pipeline:
                 raise RuntimeError("OverlapLoader: closed while a batch was awaited.")
             raise LoaderTimeout(f"OverlapLoader: no batch within {timeout} s; {self.report()}")
         if slot.error is not None:
-            raise slot.error
+            error, slot.error = slot.error, None  # its traceback leads back to the slot
+            try:
+                raise error
+            finally:
+                del error
         images, meta = self._stage.deliver(slot)
         epoch, step = divmod(slot.step, self._s.plan.halves_per_epoch)
         batch = Batch(images, meta[0], meta[1], slot.num_old, epoch, step)

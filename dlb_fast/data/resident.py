@@ -95,7 +95,8 @@ class ResidentLoader:
     def __iter__(self) -> Iterator[Batch]:
         iteration = self._cursor.iterate()
         while (position := iteration.peek()) is not None:
-            batch = self.make(*position)
+            with iteration.making():
+                batch = self.make(*position)
             iteration.advance()
             yield batch
 

@@ -97,7 +97,8 @@ class SampledLoader:
         iteration = self.sampler._cursor.iterate()
         if self._views is not None:
             while (position := iteration.peek()) is not None:
-                batch = self._gathered(*position)
+                with iteration.making():
+                    batch = self._gathered(*position)
                 iteration.advance()
                 yield batch
             return
@@ -111,7 +112,8 @@ class SampledLoader:
                 while len(ahead) < 2 and upcoming[0] == position[0]:
                     ahead.append(self._submit(pool, *upcoming))
                     upcoming = self.sampler.plan.after(*upcoming)
-                batch = self._stacked([future.result() for future in ahead.popleft()], *position)
+                with iteration.making():
+                    batch = self._stacked([future.result() for future in ahead.popleft()], *position)
                 iteration.advance()
                 yield batch
         finally:
