@@ -51,6 +51,59 @@ def test_it_resumes_exactly_whatever_was_prefetched(workers):
         assert second.epoch == (2 if stop < 10 else 3)
 
 
+AHEAD = [(0, {}), (2, {}), (2, {"prefetch_factor": 8}), (2, {"prefetch_factor": 8, "persistent_workers": True})]
+
+
+@pytest.mark.parametrize("workers,options", AHEAD, ids=str)
+def test_a_loop_left_early_starts_again_whatever_was_drawn_ahead(workers, options):
+    whole = TrackedLoader(loader())
+    want = [ids(whole) for _ in range(2)]
+    tracked = TrackedLoader(loader(workers, **options))
+    for _ in range(2):
+        for step, _batch in enumerate(tracked):
+            assert tracked.epoch == tracked.state_dict()["epoch"] == 0
+            tracked.set_epoch(0)  # the current one, whatever was drawn
+            if step == 2:
+                break
+        assert tracked.state_dict()["step"] == 3  # what was delivered
+    assert [ids(tracked) for _ in range(2)] == want
+    for _batch in tracked:
+        tracked.set_epoch(5)
+        assert tracked.epoch == 5
+        break
+    held = iter(tracked)
+    assert tracked.epoch == 5 and next(held)[0].tolist() == whole._sampler.indices(5, 0)
+    assert next(iter(tracked))[0].tolist() == whole._sampler.indices(5, 0)  # also while the one before is held
+
+
+@pytest.mark.parametrize("workers,options", AHEAD, ids=str)
+def test_a_state_is_loaded_after_a_break(workers, options):
+    want = ids(TrackedLoader(loader()))
+    tracked = TrackedLoader(loader(workers, **options))
+    for step, _batch in enumerate(tracked):
+        if step == 2:
+            break
+    tracked.load_state_dict(tracked.state_dict())
+    assert ids(tracked) == want[3:]
+    held = iter(tracked)
+    next(held)
+    tracked.sampler.set_epoch(7)
+    assert (tracked.epoch, tracked.state_dict()["step"]) == (7, 0)
+    del held  # what is stale does not move the position when it ends
+    assert (tracked.epoch, tracked.state_dict()["step"]) == (7, 0)
+
+
+def test_a_state_is_loaded_where_a_workers_error_is_caught():
+    def broken(rows):
+        raise ArithmeticError("no batch")
+
+    tracked = TrackedLoader(loader(2, collate=broken))
+    with pytest.raises(ArithmeticError, match="no batch") as caught:
+        next(iter(tracked))
+    tracked.load_state_dict(tracked.state_dict())
+    assert tracked.state_dict()["step"] == 0 and caught
+
+
 def test_its_face_is_that_of_the_loaders():
     tracked = TrackedLoader(loader(collate=collate_overlap), device="cpu")
     assert (len(tracked), tracked.batch_size, tracked.plan.length, tracked.rank) == (10, ROWS, N, 0)

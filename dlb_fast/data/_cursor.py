@@ -6,7 +6,8 @@ The rules, once for all of them:
   state saved exactly at an epoch's end resumes into the next epoch and never into an empty one.
 - A position is absolute, two counters, O(1): loading is exact however often a run was resumed before.
 - One iteration delivers the rest of one epoch. An iteration that was left early starts again where it began (as with
-  any DataLoader: looking at one batch first costs nothing), while `state_dict` still tells what was delivered.
+  any DataLoader: looking at one batch first costs nothing), while `state_dict` still tells what was delivered. Where
+  somebody draws ahead (a DataLoader with workers), only what was delivered says whether it was left early: `settle`.
 - An iteration whose batch could not be made is not active: what raised may be caught, and a state be loaded there.
 - A newer iteration, `set_epoch` to another epoch or a loaded state makes an older iteration stale: it raises.
 - Between a loaded state and its first batch `set_epoch` to an earlier epoch raises: it would silently undo the resume.
@@ -225,12 +226,21 @@ class Cursor:
 
     def check_current(self, iteration: Iteration) -> None:
         """Raise when `iteration` was superseded."""
-        if self._current is None or self._current() is not iteration:
+        if not self.is_current(iteration):
             raise RuntimeError(
                 f"{self._owner}: this iterator is stale: a newer one was started, or set_epoch or load_state_dict was "
                 "called; use the newest iterator only (where a framework did this when it resumed around a DataLoader "
                 "that had drawn ahead: wrap the DataLoader in TrackedLoader, see docs/integrations.md)"
             )
+
+    def is_current(self, iteration: Iteration) -> bool:
+        """Whether `iteration` is the one that batches are drawn by."""
+        return self._current is not None and self._current() is iteration
+
+    def settle(self, iteration: Iteration, delivered: int) -> None:
+        """End `iteration`, which may have drawn ahead, after `delivered` batches; nothing where it is not current."""
+        if self.is_current(iteration):
+            self._next, self._current = self._after_delivered(delivered), None
 
     def moved(self, epoch: int, step: int) -> None:
         """Note that the batch before (epoch, step) was delivered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +59,12 @@ class OverlapBatchSampler(Sampler[list[int]]):
     The indices are `SampleIndex` (ints that know epoch and use). `IndexedDataset` with `collate_overlap` turns them
     into `Batch` with ids and `num_old`; without these, `num_old(epoch, step)` tells the number of repeated rows.
 
-    A DataLoader with workers draws batches ahead of those it delivers, so `state_dict()` alone would skip the ones
-    under way. Exact ways to save: `state_dict(delivered=k)`, k the number of batches received since this iteration
-    began; or `for batch in sampler.track(loader)`, after which plain `state_dict()` counts delivered batches.
-    torchdata's `StatefulDataLoader` keeps snapshots of this sampler by itself.
+    A DataLoader with workers draws batches ahead of those it delivers, and this sampler sees the drawn ones only. So
+    `state_dict()` alone would skip the batches under way, and a loop that is left early starts its epoch again only
+    where the workers had not drawn all of it: else the next loop begins the next epoch, and the rest of this one is
+    lost. `for batch in sampler.track(loader)` (or `TrackedLoader(loader)`) counts delivered batches, which makes both
+    exact; `state_dict(delivered=k)`, k batches received since this iteration began, makes the state exact. torchdata's
+    `StatefulDataLoader` keeps snapshots of this sampler by itself.
 
     Args:
         data_source_or_len: number of samples, or anything that has a length.
@@ -103,15 +106,18 @@ class OverlapBatchSampler(Sampler[list[int]]):
         )  # fmt: skip
         self.batch_size = 2 * self.plan.rows
         self._cursor = Cursor(self.plan, name)
-        self._delivered: int | None = None  # batches handed out by `track`; None where nobody counts
+        self._newest: weakref.ref[Iteration] | None = None
+        self._tracked: Iteration | None = None  # whose batches `track` counts
+        self._delivered = 0  # of these, handed out
 
     def __len__(self) -> int:
         """Steps per epoch, equal on all ranks."""
         return self.plan.halves_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        self._delivered = None
-        return _BatchIterator(self)
+        batches = _BatchIterator(self)
+        self._newest = weakref.ref(batches._iteration)
+        return batches
 
     @property
     def epoch(self) -> int:
@@ -125,8 +131,10 @@ class OverlapBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Start `epoch` from its first batch; nothing happens when it is the current one (so a resume stays exact)."""
-        if as_int(epoch, "OverlapBatchSampler.set_epoch", "epoch", 0) != self.epoch:
-            self._delivered = None
+        if self._counted is not None and self._tracked is not None:
+            if as_int(epoch, "OverlapBatchSampler.set_epoch", "epoch", 0) == self.state_dict()["epoch"]:
+                return  # that of the next batch to deliver, whatever was drawn ahead
+            self._cursor.settle(self._tracked, self._delivered)
         self._cursor.set_epoch(epoch)
 
     def num_old(self, epoch: int, step: int) -> int:
@@ -144,19 +152,40 @@ class OverlapBatchSampler(Sampler[list[int]]):
 
     def track(self, loader: Any) -> Iterator[Any]:
         """Iterate over `loader` (a DataLoader around this sampler) and count what it delivers, for `state_dict`."""
+        if self._counted is not None and self._tracked is not None:
+            self._cursor.settle(self._tracked, self._delivered)  # somebody still holds the iteration before
         # A DataLoader's iterator takes the seed of its workers from torch's global random numbers. A resumed run makes
         # one iterator more than an uninterrupted one, and its dropout would differ: so the seed is a function of the
         # epoch, and the global numbers are given back.
-        random = torch.get_rng_state()
+        self._newest, random = None, torch.get_rng_state()
         torch.default_generator.manual_seed(_hash.key_of(self.plan.seed, _hash.WORKERS, self.epoch, self.rank) >> 1)
         try:
             batches = iter(loader)  # asks this sampler for an iterator, and may draw at once
         finally:
             torch.set_rng_state(random)
-        self._delivered = 0
-        for count, batch in enumerate(batches, start=1):
-            self._delivered = count
-            yield batch
+        drawing, count = self._latest(), 0
+        self._tracked, self._delivered = drawing, 0
+        try:
+            for count, batch in enumerate(batches, start=1):
+                drawing = drawing or self._latest()  # some loaders ask for an iterator with their first batch
+                if drawing is not None and self._cursor.is_current(drawing):
+                    self._tracked, self._delivered = drawing, count
+                yield batch
+        finally:
+            if drawing is not None:
+                self._cursor.settle(drawing, count)
+            if self._tracked is drawing:
+                self._tracked = None
+
+    def _latest(self) -> Iteration | None:
+        """The iteration that was made last, while somebody holds it."""
+        return None if self._newest is None else self._newest()
+
+    @property
+    def _counted(self) -> int | None:
+        """Batches of the current iteration that were delivered; None where nobody counts."""
+        tracked = self._tracked
+        return self._delivered if tracked is not None and self._cursor.is_current(tracked) else None
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
         """The position in the stream, O(1): a flat dict of ints and bools.
@@ -165,7 +194,7 @@ class OverlapBatchSampler(Sampler[list[int]]):
             delivered: batches received from the DataLoader since its current iteration began. None counts the batches
                 `track` delivered, and without `track` all batches drawn from this sampler: exact with `num_workers=0`.
         """
-        return self._cursor.state_dict(self._delivered if delivered is None else delivered)
+        return self._cursor.state_dict(self._counted if delivered is None else delivered)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved position.
@@ -177,7 +206,6 @@ class OverlapBatchSampler(Sampler[list[int]]):
             ValueError: seed, length, shuffle, drop_last, version or half * world_size differ; both values are named.
         """
         self._cursor.load_state_dict(state)
-        self._delivered = None
 
 
 class EpochListener:

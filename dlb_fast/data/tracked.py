@@ -77,8 +77,8 @@ class TrackedLoader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch."""
-        return self._sampler.epoch
+        """Epoch of the next batch to deliver, whatever was drawn ahead."""
+        return int(self._sampler.state_dict()["epoch"])
 
     def set_epoch(self, epoch: int) -> None:
         """Start `epoch` from its first batch; nothing happens when it is the current one."""
