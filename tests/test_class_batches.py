@@ -20,6 +20,7 @@ from dlb_fast.data import (
     Compose,
     Flip,
     IndexedDataset,
+    OverlapBatchSampler,
     PadCrop,
     SampledLoader,
     ViewPairSampler,
@@ -235,3 +236,16 @@ def test_misuse_is_named():
 def test_examples_run(module):
     found = doctest.testmod(module)
     assert found.failed == 0 and found.attempted > 0
+
+
+@pytest.mark.parametrize("make", [lambda: ViewPairSampler(16, 16), lambda: ClassBatchSampler([0] * 16, 16)])
+def test_two_steps_per_epoch_are_shuffled_between_the_steps(make):
+    sampler = make()
+    epochs = [list(sampler) for _ in range(5)]
+    first = [frozenset(int(i) for i in batches[0] if i.use == 0) for batches in epochs]
+    assert len(set(first)) == 5 and {len(ids) for ids in first} == {8}
+
+
+def test_states_of_overlapping_batches_are_refused():
+    with pytest.raises(ValueError, match="repeat was True when the state was saved and is False here"):
+        ViewPairSampler(16, 8).load_state_dict(OverlapBatchSampler(16, 8).state_dict())

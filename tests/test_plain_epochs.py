@@ -1,4 +1,4 @@
-"""`repeat=False`: plain epochs, every sample once, in the order and the views of an overlap loader's new rows."""
+"""`repeat=False`: plain epochs, every sample once, shuffled anew, in the views of an overlap loader's new rows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dlb_fast.data.slots import SlotRing
 VIEWS = Compose([PadCrop(2), Flip(), Cutout(3)])
 
 
-def content(batch: Any, old: int = 0) -> tuple[Any, ...]:
-    tensors = batch.images[old:].contiguous().numpy().tobytes(), batch.targets[old:].tolist(), batch.ids[old:].tolist()
+def content(batch: Any) -> tuple[Any, ...]:
+    tensors = batch.images.contiguous().numpy().tobytes(), batch.targets.tolist(), batch.ids.tolist()
     return *tensors, batch.epoch, batch.step
 
 
@@ -30,20 +30,54 @@ def make(kind: Any, batch_size: int, **options: Any) -> Any:
     return kind(data(), batch_size, **{"transform": VIEWS, **options, **extra})
 
 
-def stream(loader: Any, count: int = 3, *, new_rows_only: bool = False) -> list[Any]:
+def stream(loader: Any, count: int = 3) -> list[Any]:
     with loader:
-        return [content(b, b.num_old if new_rows_only else 0) for _ in range(count) for b in loader]
+        return [content(b) for _ in range(count) for b in loader]
 
 
 @pytest.mark.parametrize("kind", [ResidentLoader, OverlapLoader])
 @pytest.mark.parametrize("drop_last", [True, False])
-@pytest.mark.parametrize("rows", [1, 4, 5, 23])
-def test_the_new_rows_of_twice_the_batch(kind: Any, drop_last: bool, rows: int) -> None:
-    options = {"seed": 3, "drop_last": drop_last}
-    expected = stream(make(ResidentLoader, 2 * rows, **options), new_rows_only=True)
-    plain = make(kind, rows, repeat=False, **options)
-    assert plain.batch_size == plain.half == rows and len(plain) == len(expected) // 3
-    assert stream(plain) == expected
+@pytest.mark.parametrize("rows", [1, 4, 5, 11, 12, 23])
+def test_the_views_of_the_new_rows_of_twice_the_batch(kind: Any, drop_last: bool, rows: int) -> None:
+    options: dict[str, Any] = {"seed": 3, "drop_last": drop_last}
+    views = {}
+    with make(ResidentLoader, 2 * rows, **options) as overlapping:
+        for batch in (batch for _ in range(3) for batch in overlapping):
+            for image, sample in zip(batch.new, batch.ids[batch.num_old :].tolist(), strict=True):
+                views[batch.epoch, sample] = image
+    plan, shared = OverlapPlan(23, rows, overlap=False, **options), 0
+    with make(kind, rows, repeat=False, **options) as plain:
+        assert plain.batch_size == plain.half == rows and len(plain) == plan.halves_per_epoch
+        for batch in (batch for _ in range(3) for batch in plain):
+            assert batch.ids.tolist() == plan.half(batch.epoch, batch.step).tolist() and not batch.has_old
+            for image, sample in zip(batch.images, batch.ids.tolist(), strict=True):
+                if (batch.epoch, sample) in views:  # drop_last may leave out others there
+                    assert torch.equal(image, views[batch.epoch, sample])
+                    shared += 1
+    assert shared > 0.9 * len(views)
+
+
+@pytest.mark.parametrize("kind", [ResidentLoader, OverlapLoader])
+def test_two_steps_per_epoch_are_shuffled_between_the_steps(kind: Any) -> None:
+    """Only a repeated half forces the sets of the two halves."""
+    with make(kind, 11, repeat=False) as plain:
+        epochs = [list(plain) for _ in range(5)]
+    assert len({frozenset(batches[0].ids.tolist()) for batches in epochs}) == 5
+
+
+def test_a_state_knows_whether_halves_are_repeated() -> None:
+    both = {"shuffle": False, "drop_last": True}
+    plain, repeated = make(ResidentLoader, 4, repeat=False, **both), make(OverlapLoader, 8, **both)
+    with repeated, pytest.raises(ValueError, match="repeat was False when the state was saved and is True here"):
+        repeated.load_state_dict(plain.state_dict())
+    state = repeated.state_dict()
+    with pytest.raises(ValueError, match="repeat was True when the state was saved and is False here"):
+        plain.load_state_dict(state)
+    del state["repeat"]  # as it was saved once
+    repeated.load_state_dict({**state, "step": 2})
+    assert repeated.state_dict()["step"] == 2
+    with pytest.raises(ValueError, match="repeat was True when the state was saved and is False here"):
+        plain.load_state_dict(state)
 
 
 def test_ranks_share_the_epoch() -> None:

@@ -129,6 +129,22 @@ def test_shuffling_is_uniform_enough_and_differs_by_epoch_and_seed():
     assert np.abs(counts - 1 / 6).max() < 0.04
 
 
+@pytest.mark.parametrize("length", [3, 8, 9, 23])
+def test_without_overlap_every_epoch_is_a_permutation_of_its_own(length):
+    plan = OverlapPlan(length, 4 if length > 4 else 3, seed=5, overlap=False)
+    for epoch in range(EPOCHS):
+        raw = _hash.permutation(_hash.key_of(5, _hash.ORDER, epoch), length)
+        assert plan.order(epoch).tolist() == raw.tolist()
+        for index in range(plan.halves_per_epoch):
+            old, new = plan.batch(epoch, index)
+            assert not len(old) and plan.num_old(epoch, index) == 0
+            assert new.tolist() == plan.half(epoch, index).tolist()
+    if length > 4:
+        assert len({frozenset(plan.half(epoch, 0).tolist()) for epoch in range(8)}) > 4
+    with pytest.raises(TypeError, match="overlap must be True or False, got 1"):
+        OverlapPlan(8, 2, overlap=1)
+
+
 def test_drop_last_leaves_out_other_samples_each_epoch():
     for length in (11, 15, 27):  # two halves (fixed split) and more
         plan = OverlapPlan(length, 5)

@@ -144,6 +144,7 @@ def test_state_is_constant_size_and_flat():
         "world_size": 2,
         "shuffle": True,
         "drop_last": False,
+        "repeat": True,
     }
 
 

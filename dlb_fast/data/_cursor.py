@@ -160,6 +160,7 @@ class Cursor:
             "length": plan.length,
             "shuffle": plan.shuffle,
             "drop_last": plan.drop_last,
+            "repeat": plan.overlap,
         }
 
     def _read_state(self, state: Mapping[str, Any]) -> tuple[int, int]:
@@ -167,6 +168,7 @@ class Cursor:
         if not isinstance(state, Mapping):
             raise TypeError(f"{name}: expected the dict state_dict() returned, got {type(state).__name__}")
         needed = {"version", "epoch", "step", "half", "world_size", *self._identity()}
+        state = {"repeat": True, **state}  # not in states saved before plain epochs had an order of their own
         missing = sorted(needed - set(state))
         if missing:
             raise ValueError(f"{name}: the state lacks {missing}; was it saved by another kind of loader?")

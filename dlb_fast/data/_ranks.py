@@ -60,12 +60,19 @@ def make_plan(
     drop_last: bool,
     rank: int | None,
     world_size: int | None,
+    overlap: bool | None = None,
 ) -> tuple[OverlapPlan, int]:
-    """(plan, rank) of a loader. With `repeat` a step draws half of the batch anew, without all of it."""
+    """(plan, rank) of a loader. With `repeat` a step draws half of the batch anew, without all of it.
+
+    `overlap`: whether the new rows of a step are the old ones of the next; None: as `repeat` says.
+    """
     drawn = half_of(operation, batch_size) if as_bool(repeat, operation, "repeat") else 0
     drawn = drawn or as_int(batch_size, operation, "batch_size", 1)
     rank, world_size = resolve_ranks(operation, rank, world_size)
-    plan = OverlapPlan(length, drawn, shuffle=shuffle, seed=seed, world_size=world_size, drop_last=drop_last)
+    overlap = bool(repeat) if overlap is None else overlap
+    plan = OverlapPlan(
+        length, drawn, shuffle=shuffle, seed=seed, world_size=world_size, drop_last=drop_last, overlap=overlap
+    )
     return plan, rank
 
 

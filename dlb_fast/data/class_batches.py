@@ -1,7 +1,7 @@
 """Batches whose rows belong together: companions of one class (BAKE, CS-KD), or two views of each sample (DDGSD).
 
-The anchors follow `OverlapPlan`, so shuffling, ranks, epochs and resuming are exactly those of `OverlapBatchSampler`;
-there is no row that repeats the batch before (`num_old` is 0).
+The anchors follow an `OverlapPlan(overlap=False)`: ranks, epochs and resuming are those of `OverlapBatchSampler`, every
+epoch is shuffled anew, and there is no row that repeats the batch before (`num_old` is 0).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ Ids = NDArray[np.int64]
 class _RowSampler(OverlapBatchSampler, abc.ABC):
     """What the samplers of this file share: a batch is `rows(epoch, step)`, ids and views, a pure function."""
 
+    _overlap = False
+
     @abc.abstractmethod
     def rows(self, epoch: int, step: int) -> tuple[Ids, Ids]:
         """(ids (n,), uses (n,)) of one batch on this rank; `use` names the view, see `view_key`."""
@@ -38,10 +40,6 @@ class _RowSampler(OverlapBatchSampler, abc.ABC):
         ids, uses = self.rows(epoch, step)
         seed = self.plan.seed
         return [SampleIndex(i, seed, epoch, use, step) for i, use in zip(ids.tolist(), uses.tolist(), strict=True)]
-
-    def num_old(self, epoch: int, step: int) -> int:
-        """No row repeats the batch before."""
-        return 0
 
 
 class ClassBatchSampler(_RowSampler):

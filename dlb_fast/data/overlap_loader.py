@@ -192,7 +192,7 @@ class OverlapLoader:
 
         Raises:
             RuntimeError: an iteration is active.
-            ValueError: seed, length, shuffle, drop_last, version or half * world_size differ; both values are named.
+            ValueError: seed, length, shuffle, drop_last, repeat, version or half * world_size differ; both are named.
         """
         self._cursor.load_state_dict(state)
 

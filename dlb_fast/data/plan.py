@@ -18,6 +18,8 @@ without walking through all the epochs before (`half` is a pure function) depend
   each epoch.
 - one: impossible with fewer samples than two halves. A batch may hold a sample twice, as an old and as a new row, drawn
   in different epochs and hence augmented differently.
+
+Where no batch repeats the one before (`overlap=False`) nothing of this is needed: the order is the raw permutation.
 """
 
 from __future__ import annotations
@@ -89,6 +91,7 @@ class OverlapPlan:
         seed: int = 0,
         world_size: int = 1,
         drop_last: bool = True,
+        overlap: bool = True,
     ) -> None:
         name = "OverlapPlan"
         self.length = as_int(length, name, "length", 0)
@@ -97,6 +100,7 @@ class OverlapPlan:
         self.world_size = as_int(world_size, name, "world_size", 1)
         self.shuffle = as_bool(shuffle, name, "shuffle")
         self.drop_last = as_bool(drop_last, name, "drop_last")
+        self.overlap = as_bool(overlap, name, "overlap")
         self.global_rows = self.rows * self.world_size
         if self.length < self.global_rows:
             raise ValueError(
@@ -124,8 +128,8 @@ class OverlapPlan:
         return -(-self._last_rows // self.world_size)
 
     def num_old(self, epoch: int, index: int) -> int:
-        """Rows of batch (epoch, index) that repeat the batch before; 0 only at the very start."""
-        before = self.before(epoch, index)
+        """Rows of batch (epoch, index) that repeat the batch before; with `overlap` 0 only at the very start."""
+        before = self.before(epoch, index) if self.overlap else None
         return 0 if before is None else self.rows_of(before[1])
 
     def before(self, epoch: int, index: int) -> tuple[int, int] | None:
@@ -148,8 +152,8 @@ class OverlapPlan:
         return ids[np.arange(rank * rows, (rank + 1) * rows) % len(ids)]
 
     def batch(self, epoch: int, index: int, rank: int = 0) -> tuple[Ids, Ids]:
-        """(old ids, new ids) of batch `index` of an epoch on one rank; the old ids are empty only at (0, 0)."""
-        before = self.before(epoch, index)
+        """(old ids, new ids) of batch `index` of an epoch on one rank; with `overlap` old ids are missing at (0, 0)."""
+        before = self.before(epoch, index) if self.overlap else None
         old = np.empty(0, np.int64) if before is None else self.half(*before, rank)
         return old, self.half(epoch, index, rank)
 
@@ -178,10 +182,10 @@ class OverlapPlan:
     def _make_order(self, epoch: int) -> Ids:
         if not self.shuffle:
             return np.arange(self.length, dtype=np.int64)
-        if self._halves == 2:
+        if self.overlap and self._halves == 2:
             return self._two_half_order(epoch)
         order = self._raw_order(epoch)
-        if self._halves >= 3 and epoch > 0:
+        if self.overlap and self._halves >= 3 and epoch > 0:
             self._swap_collisions(order, self._last_of_raw(epoch - 1))
         return order
 
@@ -228,5 +232,5 @@ class OverlapPlan:
     def __repr__(self) -> str:
         return (
             f"OverlapPlan({self.length}, {self.rows}, shuffle={self.shuffle}, seed={self.seed}, "
-            f"world_size={self.world_size}, drop_last={self.drop_last})"
+            f"world_size={self.world_size}, drop_last={self.drop_last}, overlap={self.overlap})"
         )

@@ -103,7 +103,6 @@ class ResidentLoader:
     def make(self, epoch: int, step: int) -> Batch:
         """Batch `step` of `epoch`: a pure function of its place."""
         old, new = self.plan.batch(epoch, step, self.rank)
-        old = old if self.repeat else old[:0]
         before = self.plan.before(epoch, step)
         drawn = np.repeat(np.array([epoch if before is None else before[0], epoch]), [len(old), len(new)])
         use = np.repeat(np.array([1, 0]), [len(old), len(new)])

@@ -86,6 +86,8 @@ class OverlapBatchSampler(Sampler[list[int]]):
         [4, 5, 0, 1]
     """
 
+    _overlap = True  # whether the new rows of a batch are the old ones of the next
+
     def __init__(
         self,
         data_source_or_len: int | Sized,
@@ -102,7 +104,7 @@ class OverlapBatchSampler(Sampler[list[int]]):
         length = as_int(length, name, "data_source_or_len", 0)
         self.plan, self.rank = make_plan(
             name, length, batch_size, repeat=True, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank,
-            world_size=world_size,
+            world_size=world_size, overlap=self._overlap,
         )  # fmt: skip
         self.batch_size = 2 * self.plan.rows
         self._cursor = Cursor(self.plan, name)
@@ -203,7 +205,7 @@ class OverlapBatchSampler(Sampler[list[int]]):
 
         Raises:
             RuntimeError: an iteration is active.
-            ValueError: seed, length, shuffle, drop_last, version or half * world_size differ; both values are named.
+            ValueError: seed, length, shuffle, drop_last, repeat, version or half * world_size differ; both are named.
         """
         self._cursor.load_state_dict(state)
 
