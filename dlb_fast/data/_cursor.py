@@ -92,6 +92,9 @@ class Cursor:
         self._current: weakref.ref[Iteration] | None = None
         self._loaded = False  # a state was loaded and no batch asked for since
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_current": None}  # a copy has the position and no iteration
+
     @property
     def epoch(self) -> int:
         """Epoch of the next batch to deliver."""
@@ -242,7 +245,11 @@ class Cursor:
     def settle(self, iteration: Iteration, delivered: int) -> None:
         """End `iteration`, which may have drawn ahead, after `delivered` batches; nothing where it is not current."""
         if self.is_current(iteration):
-            self._next, self._current = self._after_delivered(delivered), None
+            self.place_after(delivered)
+
+    def place_after(self, delivered: int) -> None:
+        """Stand after `delivered` batches of the latest iteration, and have none."""
+        self._next, self._current = self._after_delivered(delivered), None
 
     def moved(self, epoch: int, step: int) -> None:
         """Note that the batch before (epoch, step) was delivered."""

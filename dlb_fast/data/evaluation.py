@@ -21,6 +21,10 @@ from dlb_fast.data.source import SampleSource
 from dlb_fast.data.view_rng import ViewRng
 
 
+def _item(data: Any, index: int) -> Any:
+    return data[index]
+
+
 class EvalLoader:
     """One pass over a rank's share of a dataset; iterate it as often as wanted.
 
@@ -71,7 +75,7 @@ class EvalLoader:
         self._normalise = Normalise(mean, std, dtype, channels_last=channels_last)
         self._transform = transform
         own = hasattr(dataset, "targets") and (hasattr(dataset, "images") or hasattr(dataset, "read"))
-        self._source = SampleSource(dataset, ImageDecoder(), None if own else lambda data, index: data[index])
+        self._source = SampleSource(dataset, ImageDecoder(), None if own else _item)
         size = len(dataset)
         self._ids = np.arange(rank * size // world_size, (rank + 1) * size // world_size)
         # A set in memory is sliced; it is brought to the device batch by batch.

@@ -152,6 +152,12 @@ class OverlapLoader:
         self._user: object = None  # the iteration the pipeline works for
         self._finaliser: weakref.finalize[..., OverlapLoader] | None = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "OverlapLoader: a loader with threads and buffers cannot be pickled or copied; make another one with the "
+            "same arguments where it is needed, and give it this one's position: load_state_dict(loader.state_dict())"
+        )
+
     def __len__(self) -> int:
         """Steps per epoch, equal on all ranks."""
         return self.plan.halves_per_epoch

@@ -27,6 +27,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,8 +113,18 @@ class OverlapPlan:
         self._halves = full + short
         self._last_rows = rest if short else self.global_rows  # samples of an epoch's last global half, unpadded
         self._kept = full * self.global_rows if self.drop_last else self.length
+        self._forget_orders()
+
+    def _forget_orders(self) -> None:
         self._orders: OrderedDict[int, Ids] = OrderedDict()
         self._lock = threading.Lock()  # loader threads share one plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_orders", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_orders()
 
     @property
     def halves_per_epoch(self) -> int:

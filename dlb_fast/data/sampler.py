@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,13 @@ class OverlapBatchSampler(Sampler[list[int]]):
         self._newest: weakref.ref[Iteration] | None = None
         self._tracked: Iteration | None = None  # whose batches `track` counts
         self._delivered = 0  # of these, handed out
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also in another process, stands where this one does and has no iteration."""
+        cursor = copy.copy(self._cursor)
+        if self._counted is not None:
+            cursor.place_after(self._counted)
+        return {**self.__dict__, "_cursor": cursor, "_newest": None, "_tracked": None}
 
     def __len__(self) -> int:
         """Steps per epoch, equal on all ranks."""

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
-from dlb_fast.data.decode import is_pillow, plain_pixels
+from dlb_fast.data.decode import ImageDecoder, is_pillow, plain_pixels
 from dlb_fast.data.errors import SampleError
 from dlb_fast.data.files import read_file
 
@@ -112,7 +112,7 @@ class SampleSource:
         self, dataset: Any, decoder: Callable[[bytes], Any], load: Callable[[Any, int], tuple[Any, Any]] | None = None
     ) -> None:
         self._dataset = dataset
-        self._decoder = decoder
+        self._decoder: Any = decoder
         self._load = load
         self.reads = 0  # statistics; losing a count to a race would be harmless, but they are kept under the lock
         self.bytes_read = 0
@@ -130,6 +130,19 @@ class SampleSource:
             raise ValueError(
                 f"OverlapLoader: dataset.targets: expected shape ({len(dataset)},), got {self._targets.shape}"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        if type(self._decoder) is ImageDecoder:  # has a lock and a library's function: the copy makes its own
+            state["_decoder"] = (self._decoder.name, self._decoder.strict, self._decoder.max_pixels)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        if isinstance(self._decoder, tuple):
+            name, strict, pixels = self._decoder
+            self._decoder = ImageDecoder(name, strict=strict, max_pixels=pixels)
 
     def __len__(self) -> int:
         return len(self._dataset)
