@@ -259,7 +259,7 @@ def test_images_that_are_not_uint8_or_do_not_match():
         ResidentLoader(data, 4)
     data = dataset()
     data.targets = data.targets + 0.5
-    with pytest.raises(TypeError, match=r"targets must be integer class labels, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"targets must be integer class labels, got float32"):
         ResidentLoader(data, 4)
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
+from dlb_fast.data._targets import class_indices
 from dlb_fast.data.plan import as_int
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class ArrayDataset:
 
     def __init__(self, images: Any, targets: Any, classes: Sequence[str], name: str = "array") -> None:
         self.images = torch.as_tensor(images)
-        self.targets = torch.as_tensor(targets).to(torch.int64)
+        self.targets = torch.from_numpy(class_indices(name, targets))
         self.classes = list(classes)
         self.name = name
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -89,7 +90,7 @@ class ArrayDataset:
     def with_targets(self, targets: NDArray[np.int64]) -> Self:
         """The same images with other targets."""
         changed = copy.copy(self)
-        changed.targets = torch.from_numpy(np.array(targets, dtype=np.int64))
+        changed.targets = torch.from_numpy(class_indices(self.name, targets))
         return changed
 
     def __repr__(self) -> str:

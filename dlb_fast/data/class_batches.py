@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch.utils.data import default_collate
 
 from dlb_fast.data import _hash
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.plan import as_bool, as_int
-from dlb_fast.data.sampler import OverlapBatchSampler, SampleIndex
+from dlb_fast.data.sampler import OverlapBatchSampler, SampleIndex, collated
 
 __all__ = ["ClassBatchSampler", "ViewPairSampler", "collate_rows"]
 
@@ -171,14 +170,7 @@ def collate_rows(items: Sequence[tuple[Any, Any, int]]) -> Batch:
     """`collate_fn` for an `IndexedDataset` under a sampler of this file: one `Batch` with num_old 0.
 
     Raises:
-        TypeError: the indices do not come from such a sampler.
+        TypeError: items without the indices of such a sampler, targets that are not integers.
     """
-    last = items[-1][2]
-    if not isinstance(last, SampleIndex):
-        raise TypeError(
-            "collate_rows: expected items (image, target, SampleIndex); wrap the dataset in IndexedDataset and pass a "
-            "ClassBatchSampler or ViewPairSampler as batch_sampler"
-        )
-    images = default_collate([item[0] for item in items])
-    targets = torch.as_tensor(np.asarray([item[1] for item in items]), dtype=torch.int64)
-    return Batch(images, targets, torch.tensor([int(item[2]) for item in items]), 0, last.epoch, last.step)
+    images, targets, indices = collated("collate_rows", "a ClassBatchSampler or ViewPairSampler", items)
+    return Batch(images, targets, torch.tensor([int(i) for i in indices]), 0, indices[-1].epoch, indices[-1].step)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dlb_fast.data._ranks import device_of, resolve_ranks
+from dlb_fast.data._targets import class_indices
 from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.decode import ImageDecoder
@@ -75,12 +76,12 @@ class EvalLoader:
         self._normalise = Normalise(mean, std, dtype, channels_last=channels_last)
         self._transform = transform
         own = hasattr(dataset, "targets") and (hasattr(dataset, "images") or hasattr(dataset, "read"))
-        self._source = SampleSource(dataset, ImageDecoder(), None if own else _item)
+        self._source = SampleSource(dataset, ImageDecoder(), None if own else _item, name)
         size = len(dataset)
         self._ids = np.arange(rank * size // world_size, (rank + 1) * size // world_size)
         # A set in memory is sliced; it is brought to the device batch by batch.
         self._images = torch.as_tensor(dataset.images) if own and hasattr(dataset, "images") else None
-        self._targets = torch.as_tensor(dataset.targets).to(torch.int64) if self._images is not None else None
+        self._targets = torch.from_numpy(class_indices(name, dataset.targets)) if self._images is not None else None
 
     def __len__(self) -> int:
         """Batches of this rank."""

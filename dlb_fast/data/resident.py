@@ -11,6 +11,7 @@ import torch
 
 from dlb_fast.data._cursor import Cursor
 from dlb_fast.data._ranks import device_of, make_plan
+from dlb_fast.data._targets import class_indices
 from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.erasing import Eraser
@@ -155,7 +156,7 @@ def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.
             f"{operation}: dataset needs `images` (N, c, h, w) uint8 and `targets` (N,), {type(dataset).__name__} has "
             "not both; use OverlapLoader for files, or load_into_memory(dataset) first"
         )
-    images, targets = torch.as_tensor(dataset.images), torch.as_tensor(dataset.targets)
+    images, targets = torch.as_tensor(dataset.images), torch.from_numpy(class_indices(operation, dataset.targets))
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise TypeError(
             f"{operation}: dataset.images must be uint8 (N, channels, height, width), got {images.dtype} "
@@ -165,9 +166,4 @@ def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.
         raise ValueError(
             f"{operation}: dataset.targets must have shape ({len(images)},) like the images, got {tuple(targets.shape)}"
         )
-    if targets.is_floating_point() or targets.is_complex():
-        raise TypeError(
-            f"{operation}: dataset.targets must be integer class labels, got {targets.dtype}; a cast would round them, "
-            "so make them integers first"
-        )
-    return images, targets.to(torch.int64)
+    return images, targets

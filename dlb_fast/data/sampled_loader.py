@@ -87,7 +87,7 @@ class SampledLoader:
             self._views = ResidentViews(images.to(self.device), transform, self._normalise)
             self._targets = targets.to(self.device)
         else:
-            self._source = SampleSource(dataset, ImageDecoder())
+            self._source = SampleSource(dataset, ImageDecoder(), operation="SampledLoader")
 
     def __len__(self) -> int:
         """Steps per epoch, equal on all ranks."""

@@ -7,13 +7,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from dlb_fast.data import _hash
 from dlb_fast.data._cursor import Cursor, Iteration
 from dlb_fast.data._ranks import make_plan
+from dlb_fast.data._targets import class_indices
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.plan import as_int
 from dlb_fast.data.view_rng import ViewRng
@@ -282,16 +282,35 @@ def collate_overlap(items: Sequence[tuple[Any, Any, int]]) -> Batch:
     """`collate_fn` for an `IndexedDataset` under an `OverlapBatchSampler`: one `Batch` with ids and `num_old`.
 
     Raises:
-        TypeError: the indices do not come from an `OverlapBatchSampler`.
+        TypeError: items without the indices of an `OverlapBatchSampler`, targets that are not integers.
     """
-    indices = [item[2] for item in items]
-    tagged = [index for index in indices if isinstance(index, SampleIndex)]
-    if not tagged or len(tagged) != len(indices):
+    images, targets, indices = collated("collate_overlap", "an OverlapBatchSampler", items)
+    num_old = sum(index.use for index in indices)
+    return Batch(images, targets, torch.tensor(indices), num_old, indices[-1].epoch, indices[-1].step)
+
+
+def collated(
+    operation: str, sampler: str, items: Sequence[tuple[Any, Any, int]]
+) -> tuple[torch.Tensor, torch.Tensor, list[SampleIndex]]:
+    """(images, targets, indices) of `IndexedDataset` items; TypeError where they are anything else."""
+    tagged = [
+        item[2]
+        for item in items
+        if isinstance(item, (tuple, list)) and len(item) == 3 and isinstance(item[2], SampleIndex)
+    ]
+    if not tagged or len(tagged) != len(items):
         raise TypeError(
-            "collate_overlap: expected items (image, target, SampleIndex); wrap the dataset in IndexedDataset and pass "
-            "an OverlapBatchSampler as batch_sampler"
+            f"{operation}: expected items (image, target, SampleIndex), got {_described(items)}; wrap the dataset in "
+            f"IndexedDataset and pass {sampler} as batch_sampler"
         )
     images = default_collate([item[0] for item in items])
-    targets = torch.as_tensor(np.asarray([item[1] for item in items]), dtype=torch.int64)
-    num_old = sum(index.use for index in tagged)
-    return Batch(images, targets, torch.tensor(indices), num_old, tagged[-1].epoch, tagged[-1].step)
+    return images, torch.from_numpy(class_indices(operation, [item[1] for item in items])), tagged
+
+
+def _described(items: Sequence[Any]) -> str:
+    """What the items are, in words."""
+    if not len(items):
+        return "none"
+    first = items[0]
+    kinds = [type(part).__name__ for part in first] if isinstance(first, (tuple, list)) else None
+    return type(first).__name__ if kinds is None else f"({', '.join(kinds)})"

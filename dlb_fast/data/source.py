@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
+from dlb_fast.data._targets import class_index, class_indices
 from dlb_fast.data.decode import ImageDecoder, is_pillow, plain_pixels
 from dlb_fast.data.errors import SampleError
 from dlb_fast.data.files import read_file
@@ -101,7 +102,7 @@ class SampleSource:
     Args:
         dataset: has a length, and (a) ``read(i)`` giving the file's bytes or its path, with ``targets``; or (b)
             ``images`` (N, c, h, w) with ``targets``; or (c) anything, when `load` is given.
-        decoder: bytes to uint8 (h, w, 3).
+        decoder: bytes to uint8 (h, w, 3). operation: the loader's name, for messages.
         load: ``load(dataset, i)`` giving (image, target), called once per sample of an epoch; the image is anything
             `as_image` takes.
 
@@ -109,8 +110,13 @@ class SampleSource:
     """
 
     def __init__(
-        self, dataset: Any, decoder: Callable[[bytes], Any], load: Callable[[Any, int], tuple[Any, Any]] | None = None
+        self,
+        dataset: Any,
+        decoder: Callable[[bytes], Any],
+        load: Callable[[Any, int], tuple[Any, Any]] | None = None,
+        operation: str = "OverlapLoader",
     ) -> None:
+        self._operation = operation
         self._dataset = dataset
         self._decoder: Any = decoder
         self._load = load
@@ -121,14 +127,15 @@ class SampleSource:
         if load is not None:
             return
         if not hasattr(dataset, "targets") or not (hasattr(dataset, "read") or hasattr(dataset, "images")):
+            remedies = {"OverlapLoader": "pass load=lambda dataset, i: (image, target)"}
             raise TypeError(
-                f"OverlapLoader: dataset: expected `targets` and `read(i)` or `images`, {type(dataset).__name__} lacks "
-                "them; pass load=lambda dataset, i: (image, target) for any other map-style dataset"
+                f"{operation}: dataset: expected `targets` and `read(i)` or `images`, {type(dataset).__name__} lacks "
+                f"them; {remedies.get(operation, 'use load_into_memory(dataset)')} for any other map-style dataset"
             )
-        self._targets = np.asarray(dataset.targets, dtype=np.int64)
+        self._targets = class_indices(operation, dataset.targets)
         if self._targets.shape != (len(dataset),):
             raise ValueError(
-                f"OverlapLoader: dataset.targets: expected shape ({len(dataset)},), got {self._targets.shape}"
+                f"{operation}: dataset.targets: expected shape ({len(dataset)},), got {self._targets.shape}"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,7 +169,7 @@ class SampleSource:
         if self._load is not None:
             image, target = as_pair(self._load(self._dataset, sample))
             self._count(0)
-            return as_image(image), int(target)
+            return as_image(image), class_index(self._operation, target)
         assert self._targets is not None
         target = int(self._targets[sample])
         if not hasattr(self._dataset, "read"):
