@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from loader_files import make_files
 
 from dlb_fast.data import (
     ArrayDataset,
@@ -90,6 +93,25 @@ def test_targets_of_single_items_are_not_rounded_either() -> None:
                     collate(items)
             else:
                 assert collate(items).targets.tolist() == targets
+
+
+def test_a_bad_file_is_met_with_options_that_the_loader_has(tmp_path: Path) -> None:
+    files = make_files(tmp_path)
+    for path in files.paths:
+        path.write_bytes(b"")
+
+    def message(loader: Any) -> str:
+        with pytest.raises(SampleError) as caught:
+            next(iter(loader))
+        assert str(pickle.loads(pickle.dumps(caught.value)))
+        return str(caught.value)
+
+    assert message(EvalLoader(files, 8)).endswith("Repair or remove the file (`dlb-fast verify-data` lists all of them).")
+    assert "on_error" not in message(SampledLoader(files, ViewPairSampler(24, 8)))
+    with overlap(files) as loader:
+        assert message(loader).endswith('all of them) or pass on_error="replace".')
+    with overlap(files, on_error="replace", max_failures=2) as loader:
+        assert message(loader).endswith("all of them) or pass a larger max_failures.")
 
 
 @pytest.mark.parametrize("collate", [collate_overlap, collate_rows])

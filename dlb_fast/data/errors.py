@@ -22,6 +22,7 @@ class SampleError(RuntimeError):
         index: the sample id in the dataset.
         epoch: the epoch in which the sample was drawn.
         reason: the message of the reader or the decoder.
+        remedy: what else than repairing the file the loader that raises it can do, or "".
 
     Example:
         >>> error = SampleError("a/b.jpg", 17, 3, "empty file (0 bytes)")
@@ -29,12 +30,13 @@ class SampleError(RuntimeError):
         (17, 3)
     """
 
-    def __init__(self, path: str, index: int, epoch: int, reason: str) -> None:
-        super().__init__(path, index, epoch, reason)
+    def __init__(self, path: str, index: int, epoch: int, reason: str, remedy: str = "") -> None:
+        super().__init__(path, index, epoch, reason, remedy)
         self.path = path
         self.index = index
         self.epoch = epoch
         self.reason = reason
+        self.remedy = remedy
 
     def __str__(self) -> str:
         # a dataset without paths has no file that could be repaired
@@ -45,7 +47,7 @@ class SampleError(RuntimeError):
         )
         return (
             f"sample {self.index} of epoch {self.epoch} could not be loaded: {self.path}: "
-            f'{self.reason}. {remedy} or pass on_error="replace".'
+            f"{self.reason}. {remedy}{self.remedy and ' or '}{self.remedy}."
         )
 
 

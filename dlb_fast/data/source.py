@@ -249,6 +249,7 @@ class FailurePolicy:
 
     def _record(self, failure: SampleError) -> None:
         if not self._replace:
+            failure.remedy = 'pass on_error="replace"'
             raise failure
         with self._lock:
             new = failure.index not in self._failed
@@ -259,6 +260,7 @@ class FailurePolicy:
             count = len(self._failed)
         if count > self.bound:
             failure.reason += f" (failure {count}, more than max_failures = {self.bound})"
+            failure.remedy = "pass a larger max_failures"
             raise failure
         if new:
             _LOG.warning("replaced sample %d: %s: %s", failure.index, failure.path, failure.reason)
