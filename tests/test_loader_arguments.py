@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ from dlb_fast.data import (
     ArrayDataset,
     EvalLoader,
     IndexedDataset,
+    Mix,
     OverlapBatchSampler,
     OverlapLoader,
     ResidentLoader,
     SampledLoader,
     SampleError,
+    TwoViews,
     ViewPairSampler,
+    ViewRng,
     collate_overlap,
     collate_rows,
 )
@@ -40,7 +44,7 @@ class Memory:
 
 
 def overlap(data: Any, **options: Any) -> OverlapLoader:
-    return OverlapLoader(data, 8, num_threads=1, timeout=20, **options)
+    return OverlapLoader(data, 8, num_threads=1, **{"timeout": 20, **options})
 
 
 def first_of(loader: Any) -> Any:
@@ -106,7 +110,7 @@ def test_a_bad_file_is_met_with_options_that_the_loader_has(tmp_path: Path) -> N
         assert str(pickle.loads(pickle.dumps(caught.value)))
         return str(caught.value)
 
-    assert message(EvalLoader(files, 8)).endswith("Repair or remove the file (`dlb-fast verify-data` lists all of them).")
+    assert message(EvalLoader(files, 8)).endswith("(`dlb-fast verify-data` lists all of them).")
     assert "on_error" not in message(SampledLoader(files, ViewPairSampler(24, 8)))
     with overlap(files) as loader:
         assert message(loader).endswith('all of them) or pass on_error="replace".')
@@ -128,3 +132,79 @@ def test_a_bad_file_is_met_with_options_that_the_loader_has(tmp_path: Path) -> N
 def test_items_without_an_index_are_refused(collate: Any, items: Any, got: str) -> None:
     with pytest.raises(TypeError, match=rf"{collate.__name__}: expected items .*, got {got}; wrap the dataset in"):
         collate(items)
+
+
+class Endless:
+    """What an `IterableDataset` is: no length."""
+
+    images, targets = IMAGES, [0] * 24
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+MEMORY = Memory([0] * 24)
+FILES, PAIRS = SimpleNamespace(read=bytes, targets=[0] * 24), ViewPairSampler(24, 8)
+MIX = Mix(mixup_alpha=0.4)
+
+
+@pytest.mark.parametrize(
+    "make,error,match",
+    [
+        (lambda: overlap(MEMORY, timeout="5"), TypeError, "OverlapLoader: timeout: expected seconds or None, got '5'"),
+        (lambda: overlap(MEMORY, timeout=True), TypeError, "timeout: expected seconds or None, got True"),
+        (lambda: overlap(MEMORY, timeout=0), ValueError, "timeout: expected seconds above 0 or None .*got 0"),
+        (lambda: overlap(MEMORY, timeout=float("nan")), ValueError, "timeout: .*got nan"),
+        (lambda: overlap(MEMORY, timeout=float("inf")), ValueError, r"or None \(for ever\), got inf"),
+        (lambda: overlap(MEMORY, mean=0.5, std=0.5), TypeError, r"mean: expected one number per channel, .* got 0\.5"),
+        (lambda: overlap(MEMORY, mean=(0.5,), std="1"), TypeError, "std: expected one number per channel, .* got '1'"),
+        (lambda: overlap(MEMORY, mean=["a"], std=[1]), TypeError, r"mean: expected one number .* got \['a'\]"),
+        (lambda: overlap(MEMORY, mean=(float("nan"),), std=(1,)), ValueError, "mean: expected finite numbers"),
+        (lambda: overlap(MEMORY, dtype="float32"), TypeError, "dtype: expected a torch.dtype such as"),
+        (lambda: overlap(MEMORY, dtype=float), TypeError, "dtype: expected a torch.dtype .* got <class 'float'>"),
+        (lambda: overlap(MEMORY, dtype="float32", mix=MIX), TypeError, "dtype: expected a torch.dtype"),
+        (lambda: ResidentLoader(MEMORY, 8, dtype="float32", mix=MIX), TypeError, "dtype: expected a torch.dtype"),
+        (lambda: overlap(MEMORY, max_failures=float("nan")), ValueError, "max_failures: expected an int or a fraction"),
+        (lambda: overlap(MEMORY, max_failures=float("inf")), ValueError, "max_failures: .*got inf"),
+        (lambda: overlap(Endless()), TypeError, "OverlapLoader: dataset must have a length, Endless has none"),
+        (lambda: SampledLoader(FILES, PAIRS), TypeError, "SampledLoader: dataset must have a length, Simple"),
+        (lambda: EvalLoader(Endless(), 8), TypeError, "EvalLoader: dataset must have a length, Endless has none"),
+        (lambda: overlap(MEMORY, decoder=3), TypeError, r"decoder must be callable or None, got 3 \(int\)"),
+        (lambda: overlap(MEMORY, load=3), TypeError, "OverlapLoader: load must be callable or None, got 3"),
+        (lambda: overlap(MEMORY, transform=3), TypeError, "OverlapLoader: transform must be callable or None, got 3"),
+        (lambda: ResidentLoader(MEMORY, 8, transform=3), TypeError, "ResidentLoader: transform must be callable"),
+        (lambda: EvalLoader(MEMORY, 8, transform=3), TypeError, "EvalLoader: transform must be callable"),
+        (lambda: SampledLoader(MEMORY, PAIRS, transform="x"), TypeError, "SampledLoader: transform must be callable"),
+        (lambda: IndexedDataset(MEMORY, 3), TypeError, "IndexedDataset: transform must be callable"),
+        (lambda: TwoViews(MEMORY, None), TypeError, "TwoViews: transform must be callable, got None"),
+    ],
+)
+def test_arguments_are_checked_where_the_loader_is_made(make: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        make()
+
+
+def uneven(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+    return image[:, : 4 + rng.sample % 2]
+
+
+@pytest.mark.parametrize("kind", ["sampled", "sampled files", "resident", "eval"])
+def test_views_of_different_sizes_are_named(kind: str, tmp_path: Path) -> None:
+    files, name = make_files(tmp_path), {"resident": "ResidentLoader", "eval": "EvalLoader"}.get(kind, "SampledLoader")
+    loader: Any = {
+        "sampled": lambda: SampledLoader(MEMORY, ViewPairSampler(24, 8, shuffle=False), transform=uneven),
+        "sampled files": lambda: SampledLoader(files, ViewPairSampler(24, 8, shuffle=False), transform=uneven),
+        "resident": lambda: ResidentLoader(MEMORY, 8, transform=uneven, shuffle=False),
+        "eval": lambda: EvalLoader(files, 8, transform=uneven),
+    }[kind]()
+    with pytest.raises(ValueError, match=rf"^{name}: sample 1 has shape \(3, 5, .* sample 0 of its batch has \(3, 4,"):
+        next(iter(loader))
+
+
+def test_a_view_that_is_no_image_is_named(tmp_path: Path) -> None:
+    for loader in (
+        SampledLoader(make_files(tmp_path), ViewPairSampler(24, 8, shuffle=False), transform=lambda i, r: i.numpy()),
+        ResidentLoader(MEMORY, 8, shuffle=False, transform=lambda image, rng: image.numpy()),
+    ):
+        with pytest.raises(TypeError, match=r"transform: expected a \(c, h, w\) tensor, got ndarray for sample 0"):
+            next(iter(loader))

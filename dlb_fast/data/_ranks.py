@@ -1,9 +1,10 @@
-"""The arguments that all loaders share: which rank of how many, the batch size, the plan they make, the device."""
+"""The arguments that all loaders share: rank and world size, batch size, the plan they make, device, what they call."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,3 +91,21 @@ def device_of(operation: str, device: torch.device | str | None) -> torch.device
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     return found
+
+
+def length_of(operation: str, dataset: Any) -> int:
+    """`len(dataset)`; TypeError where it has none."""
+    try:
+        return len(dataset)
+    except TypeError as error:
+        raise TypeError(
+            f"{operation}: dataset must have a length, {type(dataset).__name__} has none ({error}); give it `__len__`, "
+            "or put an iterable into a list first"
+        ) from error
+
+
+def check_callable(operation: str, **arguments: Any) -> None:
+    """TypeError for an argument that is neither None nor can be called."""
+    for name, value in arguments.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{operation}: {name} must be callable or None, got {value!r} ({type(value).__name__})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -76,3 +76,18 @@ class Batch:
             if v is not None
         )
         return f"Batch({shown})"
+
+
+def stack_views(operation: str, views: Sequence[torch.Tensor], ids: Sequence[int]) -> torch.Tensor:
+    """(n, c, h, w) of the views of a batch; TypeError or ValueError naming the sample whose view does not fit."""
+    for view, sample in zip(views, ids, strict=True):
+        if not isinstance(view, torch.Tensor) or view.ndim != 3:
+            got = f"shape {tuple(view.shape)}" if isinstance(view, torch.Tensor) else type(view).__name__
+            raise TypeError(f"{operation}: transform: expected a (c, h, w) tensor, got {got} for sample {sample}")
+        if (view.shape, view.dtype) != (views[0].shape, views[0].dtype):
+            raise ValueError(
+                f"{operation}: sample {sample} has shape {tuple(view.shape)} {view.dtype}, sample {ids[0]} of its "
+                f"batch has {tuple(views[0].shape)} {views[0].dtype}; pass a transform that brings all to one size and "
+                "dtype, such as eval_transform(224)"
+            )
+    return torch.stack(list(views))

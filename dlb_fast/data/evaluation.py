@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlb_fast.data._ranks import device_of, resolve_ranks
+from dlb_fast.data._ranks import check_callable, device_of, length_of, resolve_ranks
 from dlb_fast.data._targets import class_indices
 from dlb_fast.data.augment import Transform
-from dlb_fast.data.batch import Batch
+from dlb_fast.data.batch import Batch, stack_views
 from dlb_fast.data.decode import ImageDecoder
 from dlb_fast.data.device_stream import Normalise
 from dlb_fast.data.errors import SampleError
@@ -74,10 +74,11 @@ class EvalLoader:
         rank, world_size = resolve_ranks(name, rank, world_size)
         self.device = device_of(name, device)
         self._normalise = Normalise(mean, std, dtype, channels_last=channels_last)
+        check_callable(name, transform=transform)
         self._transform = transform
         own = hasattr(dataset, "targets") and (hasattr(dataset, "images") or hasattr(dataset, "read"))
         self._source = SampleSource(dataset, ImageDecoder(), None if own else _item, name)
-        size = len(dataset)
+        size = length_of(name, dataset)
         self._ids = np.arange(rank * size // world_size, (rank + 1) * size // world_size)
         # A set in memory is sliced; it is brought to the device batch by batch.
         self._images = torch.as_tensor(dataset.images) if own and hasattr(dataset, "images") else None
@@ -110,9 +111,9 @@ class EvalLoader:
                 for upcoming in steps[step + len(ahead) : step + 2]:
                     ahead.append([pool.submit(self._one, int(i)) for i in upcoming])
                 views = [future.result() for future in ahead.popleft()]
-                self._check_sizes([view for view, _ in views], ids)
+                images = stack_views("EvalLoader", [view for view, _ in views], ids.tolist())
                 targets = torch.tensor([target for _, target in views], dtype=torch.int64)
-                yield self._batch(torch.stack([view for view, _ in views]), targets, torch.from_numpy(ids), step)
+                yield self._batch(images, targets, torch.from_numpy(ids), step)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -122,16 +123,6 @@ class EvalLoader:
         except Exception as error:
             raise SampleError(self._source.path(index), index, 0, f"{type(error).__name__}: {error}") from error
         return (image if self._transform is None else self._transform(image, ViewRng(0, 0, index, 0))), target
-
-    @staticmethod
-    def _check_sizes(views: list[torch.Tensor], ids: Any) -> None:
-        for view, index in zip(views, ids, strict=True):
-            if view.shape != views[0].shape:
-                raise ValueError(
-                    f"EvalLoader: sample {index} has shape {tuple(view.shape)}, sample {ids[0]} of its batch has "
-                    f"{tuple(views[0].shape)}; pass a transform that brings all to one size, "
-                    "such as eval_transform(224)"
-                )
 
     def _batch(self, images: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor, step: int) -> Batch:
         images = images.to(self.device).permute(0, 2, 3, 1).contiguous()

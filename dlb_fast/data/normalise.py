@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,20 @@ __all__ = ["Normalise"]
 # Values per operation on a CPU: below torch's grain for threads, because waking threads for 100 kB costs more than it
 # saves, and on a busy machine waiting for them takes 20 ms an operation (measured: 2 cores, load 8).
 CPU_CHUNK = 32768
+
+
+def _per_channel(name: str, values: Any) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    try:
+        found = () if isinstance(values, (str, bytes)) else tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        found = ()
+    if not found:
+        raise TypeError(f"Normalise: {name}: expected one number per channel, such as (0.5, 0.5, 0.5), got {values!r}.")
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"Normalise: {name}: expected finite numbers, got {values!r}.")
+    return found
 
 
 class Normalise:
@@ -47,12 +63,14 @@ class Normalise:
     ) -> None:
         if (mean is None) != (std is None):
             raise ValueError("Normalise: mean and std: expected both or neither, got only one of them.")
-        if mean is not None and std is not None and (len(mean) != len(std) or not all(s > 0 for s in std)):
+        self.mean, self.std = _per_channel("mean", mean), _per_channel("std", std)
+        means, stds = self.mean or (), self.std or ()
+        if len(means) != len(stds) or not all(s > 0 for s in stds):
             raise ValueError(f"Normalise: expected as many positive std as mean, got mean={mean}, std={std}.")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"Normalise: dtype: expected a torch.dtype such as torch.float32, got {dtype!r}.")
         if not (dtype.is_floating_point or dtype == torch.uint8):
             raise ValueError(f"Normalise: dtype: expected a floating dtype or torch.uint8, got {dtype}.")
-        self.mean = None if mean is None else tuple(float(m) for m in mean)
-        self.std = None if std is None else tuple(float(s) for s in std)
         check_erase(erase, dtype)
         self.dtype = dtype
         self.channels_last = channels_last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import threading
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from dlb_fast.data._cursor import Cursor
-from dlb_fast.data._ranks import device_of, make_plan
+from dlb_fast.data._ranks import check_callable, device_of, length_of, make_plan
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.decode import ImageDecoder
 from dlb_fast.data.device_augment import ViewParameters
@@ -113,15 +114,15 @@ class OverlapLoader:
         max_ring_pixels: int = 400_000,
     ) -> None:
         name = type(self).__name__
+        length = length_of(name, dataset)
         self.plan, self.rank = make_plan(
-            name, len(dataset), batch_size, repeat=repeat, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank,
+            name, length, batch_size, repeat=repeat, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank,
             world_size=world_size,
         )  # fmt: skip
         self.half = self.plan.rows
         self.batch_size = 2 * self.half if repeat else self.half
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"{name}: timeout: expected seconds above 0 or None, got {timeout!r}.")
-        self.timeout = timeout
+        check_callable(name, transform=transform, decoder=decoder, load=load)
+        self.timeout = _seconds(name, timeout)
         self.decoder = decoder if decoder is not None else ImageDecoder()
         source = SampleSource(dataset, self.decoder, load)
         self._policy = FailurePolicy(source, self.plan.seed, on_error, max_failures)
@@ -280,6 +281,16 @@ def _threads(name: str, count: int | None) -> int:
         return as_int(count, name, "num_threads", 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 8)
+
+
+def _seconds(name: str, timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
+        raise TypeError(f"{name}: timeout: expected seconds or None, got {timeout!r} ({type(timeout).__name__}).")
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(f"{name}: timeout: expected seconds above 0 or None (for ever), got {timeout!r}.")
+    return timeout
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dlb_fast.data._cursor import Cursor
-from dlb_fast.data._ranks import device_of, make_plan
+from dlb_fast.data._ranks import check_callable, device_of, make_plan
 from dlb_fast.data._targets import class_indices
 from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
@@ -79,13 +79,11 @@ class ResidentLoader:
         )  # fmt: skip
         self.half, self.repeat = self.plan.rows, repeat
         self.batch_size = 2 * self.half if repeat else self.half
+        check_callable(name, transform=transform)
+        normalise = Normalise(mean, std, dtype, channels_last=channels_last, erase=erase)
         self.mix = check_mix(name, mix, dtype)
         self.device = device_of(name, device)
-        self._views = ResidentViews(
-            images.to(self.device),
-            transform,
-            Normalise(mean, std, dtype, channels_last=channels_last, erase=erase),
-        )
+        self._views = ResidentViews(images.to(self.device), transform, normalise, name)
         self._targets = targets.to(self.device)
         self._cursor = Cursor(self.plan, name)
 

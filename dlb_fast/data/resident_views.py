@@ -10,6 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from dlb_fast.data.augment import Compose, Flip, PadCrop, Transform, has_batch, to_device, windows
+from dlb_fast.data.batch import stack_views
 from dlb_fast.data.device_stream import Normalise
 from dlb_fast.data.normalise import CPU_CHUNK
 from dlb_fast.data.view_rng import ViewRng, ViewRngs
@@ -59,11 +60,17 @@ class ResidentViews:
     Args:
         images: (N, c, h, w) uint8 on the device.
         transform: None, transforms of `dlb_fast.data`, or any callable `transform(image, rng)`.
-        normalise: cast and normalisation.
+        normalise: cast and normalisation. operation: the loader's name, for messages.
     """
 
-    def __init__(self, images: torch.Tensor, transform: Transform | None, normalise: Normalise) -> None:
-        self._normalise = normalise
+    def __init__(
+        self,
+        images: torch.Tensor,
+        transform: Transform | None,
+        normalise: Normalise,
+        operation: str = "ResidentLoader",
+    ) -> None:
+        self._normalise, self._operation = normalise, operation
         self._height, self._width = images.shape[2:]
         steps: list[Any] = list(transform.transforms) if isinstance(transform, Compose) else [transform]
         self._crop: PadCrop | None = steps.pop(0) if steps and type(steps[0]) is PadCrop else None
@@ -98,7 +105,7 @@ class ResidentViews:
             rng = ViewRng(rngs.seed, int(epoch), int(sample), int(use))
             rng.skip(counter)
             singles.append(self._rest(view, rng))
-        return torch.stack(singles)
+        return stack_views(self._operation, singles, rngs.samples.tolist())
 
     def _normalised(self, views: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
         pixels = views.permute(0, 2, 3, 1).contiguous()

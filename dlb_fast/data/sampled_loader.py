@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from dlb_fast.data._ranks import device_of
+from dlb_fast.data._ranks import check_callable, device_of
 from dlb_fast.data.augment import Transform
-from dlb_fast.data.batch import Batch
+from dlb_fast.data.batch import Batch, stack_views
 from dlb_fast.data.class_batches import ViewPairSampler
 from dlb_fast.data.decode import ImageDecoder
 from dlb_fast.data.erasing import Eraser
@@ -72,6 +72,8 @@ class SampledLoader:
         self.sampler = sampler
         self.batch_size = sampler.batch_size
         self.device = device_of("SampledLoader", device)
+        check_callable("SampledLoader", transform=transform)
+        self._normalise = Normalise(mean, std, dtype, channels_last=channels_last, erase=erase)
         self.mix = check_mix("SampledLoader", mix, dtype)
         if mix is not None and not isinstance(sampler, ViewPairSampler):
             raise ValueError(
@@ -79,12 +81,11 @@ class SampledLoader:
                 f"{type(sampler).__name__} belong together by their one class, which mixed images do not have"
             )
         self._threads = as_int(num_threads, "SampledLoader", "num_threads", 1)
-        self._normalise = Normalise(mean, std, dtype, channels_last=channels_last, erase=erase)
         self._transform = transform
         self._views: ResidentViews | None = None
         if hasattr(dataset, "images"):
             images, targets = resident_tensors(dataset, "SampledLoader")
-            self._views = ResidentViews(images.to(self.device), transform, self._normalise)
+            self._views = ResidentViews(images.to(self.device), transform, self._normalise, "SampledLoader")
             self._targets = targets.to(self.device)
         else:
             self._source = SampleSource(dataset, ImageDecoder(), operation="SampledLoader")
@@ -138,10 +139,12 @@ class SampledLoader:
         return (image if self._transform is None else self._transform(image, rng)), target
 
     def _stacked(self, views: list[tuple[torch.Tensor, int]], epoch: int, step: int) -> Batch:
-        images = torch.stack([view for view, _ in views]).to(self.device).permute(0, 2, 3, 1).contiguous()
+        rows, uses = self.sampler.rows(epoch, step)
+        stacked = stack_views("SampledLoader", [view for view, _ in views], rows.tolist())
+        images = stacked.to(self.device).permute(0, 2, 3, 1).contiguous()
         targets = torch.tensor([target for _, target in views], dtype=torch.int64, device=self.device)
-        ids = torch.from_numpy(self.sampler.rows(epoch, step)[0]).to(self.device)
-        rngs = ViewRngs(self.sampler.plan.seed, epoch, *self.sampler.rows(epoch, step))
+        ids = torch.from_numpy(rows).to(self.device)
+        rngs = ViewRngs(self.sampler.plan.seed, epoch, rows, uses)
         return self._mixed(Batch(self._normalise(images, rngs), targets, ids, 0, epoch, step))
 
     def _mixed(self, batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from dlb_fast.data import _hash
 from dlb_fast.data._cursor import Cursor, Iteration
-from dlb_fast.data._ranks import make_plan
+from dlb_fast.data._ranks import check_callable, make_plan
 from dlb_fast.data._targets import class_indices
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.plan import as_int
@@ -260,6 +260,7 @@ class IndexedDataset(Dataset[tuple[Any, Any, int]]):
     """
 
     def __init__(self, dataset: Any, transform: Callable[[Any, ViewRng], Any] | None = None) -> None:
+        check_callable("IndexedDataset", transform=transform)
         self.dataset = dataset
         self.transform = transform
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
+from dlb_fast.data._ranks import length_of
 from dlb_fast.data._targets import class_index, class_indices
 from dlb_fast.data.decode import ImageDecoder, is_pillow, plain_pixels
 from dlb_fast.data.errors import SampleError
@@ -133,9 +135,10 @@ class SampleSource:
                 f"them; {remedies.get(operation, 'use load_into_memory(dataset)')} for any other map-style dataset"
             )
         self._targets = class_indices(operation, dataset.targets)
-        if self._targets.shape != (len(dataset),):
+        length = length_of(operation, dataset)
+        if self._targets.shape != (length,):
             raise ValueError(
-                f"{operation}: dataset.targets: expected shape ({len(dataset)},), got {self._targets.shape}"
+                f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,7 +208,8 @@ class FailurePolicy:
     def __init__(self, source: SampleSource, seed: int, on_error: str, max_failures: int | float) -> None:
         if on_error not in ("raise", "replace"):
             raise ValueError(f'OverlapLoader: on_error: expected "raise" or "replace", got {on_error!r}.')
-        if isinstance(max_failures, bool) or not isinstance(max_failures, (int, float)) or max_failures < 0:
+        number = isinstance(max_failures, (int, float)) and not isinstance(max_failures, bool)
+        if not (number and 0 <= max_failures < math.inf):
             raise ValueError(
                 f"OverlapLoader: max_failures: expected an int or a fraction, at least 0, got {max_failures!r}."
             )

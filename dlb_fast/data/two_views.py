@@ -40,6 +40,8 @@ class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
     """
 
     def __init__(self, dataset: Any, transform: Callable[..., Any], *, seed: int | None = None) -> None:
+        if not callable(transform):
+            raise TypeError(f"TwoViews: transform must be callable, got {transform!r} ({type(transform).__name__})")
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
