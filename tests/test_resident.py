@@ -17,6 +17,7 @@ from dlb_fast.data import (
     Cutout,
     EvalLoader,
     Flip,
+    HalfBatchSampler,
     IndexedDataset,
     OverlapBatchSampler,
     PadCrop,
@@ -343,22 +344,34 @@ def test_pair_halves_is_the_official_scheme(workers):
     assert next(iter(paired)).num_old == 0
 
 
-def test_pair_halves_over_the_same_plan_gives_the_sampler_s_batches():
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_pair_halves_over_the_same_plan_gives_the_sampler_s_batches(dtype, drop_last):
     """New halves in the plan's order, as SampleIndex: then the held views are those of every other tier."""
-    data, transform = dataset(24), FULL
-    plan = OverlapBatchSampler(data, 8, seed=6)
-    halves = [[i for i in batch if i.use == 0] for _ in range(2) for batch in plan]
-    loader = DataLoader(TwoViews(data, transform, seed=6), batch_sampler=halves)
-    expected = epochs(ResidentLoader(data, 8, transform=transform, seed=6, dtype=torch.uint8))
-    for got, batch in zip(pair_halves(loader), expected, strict=True):
+    data, options = dataset(23), {"seed": 6, "drop_last": drop_last}
+    viewed = TwoViews(data, FULL, seed=6)
+    halves = HalfBatchSampler(data, 8, **options)
+    paired = pair_halves(DataLoader(viewed, batch_sampler=halves), dtype=dtype)
+    expected = epochs(ResidentLoader(data, 8, transform=FULL, dtype=dtype, **options), 3)
+    for got, batch in zip(epochs(paired, 3), expected, strict=True):
         assert torch.equal(got.images, batch.images) and torch.equal(got.ids, batch.ids)
-        assert got.num_old == batch.num_old
+        assert torch.equal(got.targets, batch.targets) and got.images.dtype == dtype
+        assert (got.num_old, got.epoch, got.step) == (batch.num_old, batch.epoch, batch.step)
+    assert halves.num_old(1, 0) == 0 and len(halves) == len(expected) // 3
+    with pytest.raises(ValueError, match="HalfBatchSampler: batch_size must be even"):
+        HalfBatchSampler(data, 5)
 
 
 def test_two_views_take_any_transform_without_a_seed_and_scale_on_request():
     viewed = TwoViews(dataset(8), lambda image: image)
     batch = next(iter(pair_halves(DataLoader(viewed, batch_size=4), dtype=torch.float32)))
     torch.testing.assert_close(batch.images, dataset(8).images[:4].float() / 255)
+    rows = dataset().images[:2, 0, 0]
+    flat = [(rows, rows, torch.zeros(2), torch.arange(2))]
+    with pytest.raises(ValueError, match=r"pair_halves: views must be \(h, c, H, W\) to be scaled, got \(2, 8\)"):
+        next(iter(pair_halves(flat, dtype=torch.float32)))
+    with pytest.raises(TypeError, match="dtype: expected a torch.dtype"):
+        pair_halves(flat, dtype=float)
 
 
 def test_the_room_imports_no_optional_packages():

@@ -35,7 +35,7 @@ from dlb_fast.data.sampled_loader import SampledLoader
 from dlb_fast.data.sampler import IndexedDataset, OverlapBatchSampler, SampleIndex, collate_overlap
 from dlb_fast.data.tar_shards import TarShards
 from dlb_fast.data.tracked import TrackedLoader
-from dlb_fast.data.two_views import TwoViews, pair_halves
+from dlb_fast.data.two_views import HalfBatchSampler, TwoViews, pair_halves
 from dlb_fast.data.view_rng import ViewRng, ViewRngs, view_key
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "DecodeError",
     "EvalLoader",
     "Flip",
+    "HalfBatchSampler",
     "ImageFolder",
     "IndexedDataset",
     "ListFile",

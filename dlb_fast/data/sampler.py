@@ -100,7 +100,7 @@ class OverlapBatchSampler(Sampler[list[int]]):
         world_size: int | None = None,
         drop_last: bool = True,
     ) -> None:
-        name = "OverlapBatchSampler"
+        name = type(self).__name__
         length = len(data_source_or_len) if isinstance(data_source_or_len, Sized) else data_source_or_len
         length = as_int(length, name, "data_source_or_len", 0)
         self.plan, self.rank = make_plan(

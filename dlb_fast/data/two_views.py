@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import Dataset
 
 from dlb_fast.data.batch import Batch
-from dlb_fast.data.sampler import SampleIndex
+from dlb_fast.data.normalise import Normalise
+from dlb_fast.data.sampler import OverlapBatchSampler, SampleIndex
 from dlb_fast.data.view_rng import ViewRng
 
 
@@ -30,8 +31,7 @@ class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
         seed: None, or the seed of the views.
 
     Call `set_epoch(e)` before each epoch when `seed` is given. A DataLoader's worker processes have their own copy of
-    this
-    object: with persistent workers pass `SampleIndex` indices instead, which know their epoch.
+    this object: with persistent workers pass the indices of a `HalfBatchSampler` instead, which know their epoch.
 
     Example:
         >>> first, second, target, index = TwoViews([(torch.zeros(1, 2, 2), 5)], lambda image: image + 1)[0]
@@ -63,6 +63,30 @@ class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
         return first, second, target, index
 
 
+class HalfBatchSampler(OverlapBatchSampler):
+    """The new half of every batch of an `OverlapBatchSampler`: what a DataLoader of `TwoViews` has to load.
+
+    `pair_halves(DataLoader(TwoViews(data, transform, seed=s), batch_sampler=HalfBatchSampler(data, rows, seed=s)))`
+    gives the batches of every other loader with that seed, bit for bit, and decodes each image once.
+
+    Args:
+        data_source_or_len, shuffle, seed, rank, world_size, drop_last: as in `OverlapBatchSampler`.
+        batch_size: rows the model sees, even; a batch of this sampler is half of them.
+
+    Example:
+        >>> [[int(i) for i in batch] for batch in HalfBatchSampler(6, 4, shuffle=False)]
+        [[0, 1], [2, 3], [4, 5]]
+    """
+
+    def num_old(self, epoch: int, step: int) -> int:
+        """No row is repeated: `pair_halves` holds the second views."""
+        return 0
+
+    def indices(self, epoch: int, step: int) -> list[int]:
+        """The new indices of one batch."""
+        return [index for index in super().indices(epoch, step) if isinstance(index, SampleIndex) and not index.use]
+
+
 class PairHalves:
     """See `pair_halves`."""
 
@@ -70,6 +94,7 @@ class PairHalves:
         self._loader = loader
         self._device = torch.device("cpu" if device is None else device)
         self._dtype = dtype
+        self._normalise = None if dtype is None else Normalise(None, None, dtype)  # the bits of the other loaders
         self._held: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.epoch = 0
 
@@ -93,10 +118,18 @@ class PairHalves:
             held, self._held = self._held, (second, targets, ids)
             parts = [(first, targets, ids)] if held is None else [held, (first, targets, ids)]
             images, all_targets, all_ids = (torch.cat(column) for column in zip(*parts, strict=True))
-            if self._dtype is not None:
-                images = images.to(self._dtype).div_(255) if images.dtype == torch.uint8 else images.to(self._dtype)
-            yield Batch(images, all_targets, all_ids, 0 if held is None else len(held[1]), epoch, step)
+            yield Batch(self._scaled(images), all_targets, all_ids, 0 if held is None else len(held[1]), epoch, step)
         self.epoch = epoch + 1
+
+    def _scaled(self, images: torch.Tensor) -> torch.Tensor:
+        if self._normalise is None or images.dtype != torch.uint8:
+            return images if self._dtype is None else images.to(self._dtype)
+        if images.ndim != 4:
+            raise ValueError(
+                f"pair_halves: views must be (h, c, H, W) to be scaled, got {tuple(images.shape)}; pass dtype=None to "
+                "take them as they are"
+            )
+        return self._normalise(images.permute(0, 2, 3, 1))
 
 
 def pair_halves(
@@ -108,13 +141,14 @@ def pair_halves(
     """Turn a DataLoader of `TwoViews` items into overlapping batches; iterating gives one epoch of `Batch`.
 
     The half held at an epoch's end is carried into the next epoch, as in the official code. Shuffling and sharding
-    are the loader's; its batch size is the new half. Nothing keeps a sample of an epoch's last half out of the next
-    epoch's first one here (`OverlapPlan` does that), and an iteration in the middle of an epoch cannot be saved.
+    are the loader's; its batch size is the new half. With `batch_sampler=HalfBatchSampler(...)` they are those of
+    `OverlapPlan`; with the DataLoader's own shuffling nothing keeps a sample of an epoch's last half out of the next
+    epoch's first one. An iteration in the middle of an epoch cannot be saved.
 
     Args:
         loader: yields (first views (h, c, H, W), second views, targets (h,), ids (h,)).
-        device: where batches are built; None is the CPU. dtype: of the images; uint8 ones are scaled to [0, 1]. None
-            leaves them.
+        device: where batches are built; None is the CPU. dtype: of the images; uint8 ones are scaled to [0, 1], as in
+            the other loaders. None leaves them.
 
     Example:
         >>> loader = [(torch.zeros(2, 1), torch.ones(2, 1), torch.zeros(2), torch.tensor([0, 1]))] * 2
