@@ -243,8 +243,11 @@ class Cursor:
         return self._current is not None and self._current() is iteration
 
     def settle(self, iteration: Iteration, delivered: int) -> None:
-        """End `iteration`, which may have drawn ahead, after `delivered` batches; nothing where it is not current."""
-        if self.is_current(iteration):
+        """End `iteration`, which may have drawn ahead, after `delivered` batches.
+
+        Nothing happens where it is not current, or delivered all of its epoch.
+        """
+        if self.is_current(iteration) and not (iteration.exhausted and self._after_delivered(delivered) == self._next):
             self.place_after(delivered)
 
     def place_after(self, delivered: int) -> None:

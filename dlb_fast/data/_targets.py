@@ -32,8 +32,8 @@ def class_indices(operation: str, values: Any) -> NDArray[np.int64]:
 def class_index(operation: str, value: Any) -> int:
     """One target as an int; TypeError for a float, a string, more than one number."""
     try:
-        return int(value) if isinstance(value, np.bool_) else operator.index(value)
-    except TypeError as error:
+        return operator.index(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, RuntimeError) as error:  # `item` of more than one number raises the latter two
         dtype = getattr(value, "dtype", None)
         got = repr(value) if dtype is None else f"{dtype} {tuple(value.shape)}"
         raise TypeError(
