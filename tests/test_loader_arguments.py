@@ -91,7 +91,7 @@ def test_targets_of_single_items_are_not_rounded_either() -> None:
     assert set(first_of(overlap(whole, load=lambda d, i: d[i])).targets.tolist()) == {3}
     one = first_of(overlap(data, load=lambda d, i: (d[i][0], np.array([3]))))  # as some sets have them
     assert set(one.targets.tolist()) == {3}
-    for wrong, got in ((np.array([1, 2]), r"int64 \(2,\)"), (torch.eye(2), r"torch.float32 \(2, 2\)"), (None, "None")):
+    for wrong, got in ((np.array([1, 2]), r"\(2,\)"), (torch.eye(2), r"\(2, 2\)"), (None, "None")):
         with overlap([wrong] * 24, load=lambda d, i: (IMAGES[i], d[i])) as bad, pytest.raises(SampleError, match=got):
             next(iter(bad))
     for collate, sampler in ((collate_overlap, OverlapBatchSampler(24, 8)), (collate_rows, ViewPairSampler(24, 8))):
