@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
+from dlb_fast.data._targets import class_index, class_indices
 from dlb_fast.data.arrays import (
     _SYNTHETIC_DEFAULT,
     CIFAR10_CLASSES,
@@ -248,14 +249,15 @@ class MapDataset:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, target = as_pair(self.load(self.dataset, index))
-        return as_image(image), int(target)
+        return as_image(image), class_index("MapDataset", target)
 
     @property
     def targets(self) -> NDArray[np.int64]:
         """(N,) class indices."""
         if self._targets is None:
-            self._targets = [int(as_pair(self.load(self.dataset, index))[1]) for index in range(len(self))]
-        self._targets = np.asarray(self._targets, dtype=np.int64)
+            pairs = (as_pair(self.load(self.dataset, index)) for index in range(len(self)))
+            self._targets = [class_index("MapDataset", target) for _, target in pairs]
+        self._targets = class_indices("MapDataset", self._targets)
         return self._targets
 
     @property
