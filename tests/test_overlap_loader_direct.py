@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from loader_files import loader, make_files
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlb_fast.data import Compose, Cutout, Flip, OverlapLoader, RandomResizedCrop, ViewRng, direct, pipeline
 from dlb_fast.data.compiled import resized_crops
@@ -114,3 +117,30 @@ def test_an_image_that_does_not_fit_is_named(odd: str) -> None:
         shuffle=False, load=lambda d, i: (d.get(i), d.targets[i]),
     ) as loader, pytest.raises(ValueError, match="views of one size are needed: sample 5"):  # fmt: skip
         list(loader)
+
+
+class Calls(TorchDispatchMode):
+    """Which of torch's operators the thread calls that is in here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_who_takes_a_batch_on_the_cpu_calls_nothing_of_torch(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Every call would give the interpreter lock to a loading thread and wait until that lets go of it again."""
+    with loader(make_files(tmp_path), transform=RandomResizedCrop(16), dtype=dtype) as made:
+        batches = iter(made)
+        next(batches)
+        with Calls() as calls:
+            batch = next(batches)
+        assert calls.names == []
+        if dtype.is_floating_point:  # an ordinary tensor all the same
+            batch.images.requires_grad_()
+            batch.images.square().sum().backward()
+            assert torch.equal(batch.images.grad, 2 * batch.images)

@@ -188,8 +188,8 @@ class RingStage:
             self._api.record(held.copied, self.copy_stream)
             held.copying = True
 
-    def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (rows, c, size, size) and meta (2, rows) as new tensors of the consumer's stream."""
+    def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images (rows, c, size, size), targets and ids (rows,) as new tensors of the consumer's stream."""
         size, n = self._parameters.size, slot.rows
         own, before = self._held(slot.step), self._held(slot.step - 1)
         with self._api.device():
@@ -209,7 +209,7 @@ class RingStage:
             for held in self._read_by(slot):
                 self._api.record(held.consumed, stream)
                 held.read = True
-        return out.permute(0, 3, 1, 2), meta
+        return out.permute(0, 3, 1, 2), meta[0], meta[1]
 
     def bytes_of(self, slot: Slot) -> int:
         """Bytes copied to the device for the slot's batch: its new images once, and its table."""

@@ -91,16 +91,20 @@ class CpuStage:
         return self._shape[0], self._shape[1]
 
     def submit(self, slot: Slot) -> None:
-        """A slot is full: nothing to launch, boxes to erase."""
-        if slot.boxes is not None:
-            assert slot.images is not None
-            self._normalise.blank(slot.images, torch.from_numpy(slot.boxes))
-
-    def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (rows, c, h, w) and meta (2, rows); the slot forgets both."""
+        """A slot is full: nothing to launch, boxes to erase; what will be delivered is made by this thread, because the
+        consumer would give the interpreter lock away with every call of torch and wait for it again."""
         assert slot.images is not None and slot.meta is not None
+        if slot.boxes is not None:
+            self._normalise.blank(slot.images, torch.from_numpy(slot.boxes))
         images, slot.images = slot.images, None
-        return images.permute(0, 3, 1, 2), slot.meta[:, : slot.rows].clone()
+        with torch.enable_grad():  # a view made without it could not be modified in place where a gradient is wanted
+            slot.stage = (images.permute(0, 3, 1, 2), *slot.meta[:, : slot.rows].clone().unbind())
+
+    def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images (rows, c, h, w), targets and ids (rows,); the slot forgets them."""
+        made, slot.stage = slot.stage, None
+        assert isinstance(made, tuple)
+        return made
 
     def bytes_of(self, slot: Slot) -> int:
         """Bytes copied to the device for the slot's batch."""
@@ -253,8 +257,8 @@ class CudaStage:
             self._api.record(held.copied, self.copy_stream)
             held.copying = True
 
-    def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (rows, c, h, w) and meta (2, rows) as new tensors of the consumer's stream (rules 3 and 5)."""
+    def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images (rows, c, h, w), targets and ids (rows,) as new tensors of the consumer's stream (rules 3 and 5)."""
         held, n = slot.stage, slot.rows
         assert isinstance(held, _DeviceSlot)
         with self._api.device():
@@ -272,7 +276,7 @@ class CudaStage:
             self._api.launch(stream, read)
             self._api.record(held.consumed, stream)
             held.read = True
-        return out.permute(0, 3, 1, 2), meta
+        return out.permute(0, 3, 1, 2), meta[0], meta[1]
 
     def bytes_of(self, slot: Slot) -> int:
         """Bytes copied to the device for the slot's batch: every view once, and its numbers."""

@@ -158,9 +158,8 @@ class Pipeline:
                 raise error
             finally:
                 del error
-        images, meta = self._stage.deliver(slot)
         epoch, step = divmod(slot.step, self._s.plan.halves_per_epoch)
-        batch = Batch(images, meta[0], meta[1], slot.num_old, epoch, step)
+        batch = Batch(*self._stage.deliver(slot), slot.num_old, epoch, step)
         if self._s.mix is not None:
             batch = self._s.mix.of_plan(batch, self._s.plan, self._s.rank)
         stats = self._s.stats
