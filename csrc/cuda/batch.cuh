@@ -212,10 +212,11 @@ DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
     s.scales.hard = 1.0f - a.label_smoothing;
     s.grad_scale = 1.0f;
     if (a.dtype == DType::f16) {
-      // |p - q| <= 1 for both terms; the z-loss adds 2 lse p, with lse below 100 for any float16 model worth training.
+      // |p - q| <= 1 for both terms; the z-loss adds 2 lse p.
       const float ce = s.scales.ce, kl = s.scales.kl_grad;
       const float room = a.dense != nullptr ? static_cast<float>(dense_target_room) : 1.0f;
-      const float bound = (ce < 0 ? -ce : ce) * largest[0] * room + (kl < 0 ? -kl : kl) + 200.0f * s.scales.z;
+      const float of_z = 2.0f * static_cast<float>(float16_largest_lse) * s.scales.z;
+      const float bound = (ce < 0 ? -ce : ce) * largest[0] * room + (kl < 0 ? -kl : kl) + of_z;
       s.grad_scale = static_cast<float>(float16_grad_scale(bound));
     }
     shared_store(&shared.state, s);

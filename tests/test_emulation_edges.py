@@ -1,0 +1,35 @@
+"""The CUDA kernels on the host at the edges of their options, against the reference: what no ordinary batch meets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from emulation import harness
+from emulation.oracle import batch, reference_of
+
+pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
+
+
+@pytest.mark.parametrize("classes", [10, 300, 2000])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("scale", "options"), [(1.0, {"alpha": 1e5}), (1e4, {"z_loss": 1.0}), (1e4, {"z_loss": 30.0})])
+def test_a_float16_gradient_that_would_not_fit_is_stored_smaller(
+    classes: int, reduction: str, scale: float, options: dict[str, Any]
+) -> None:
+    """The factor is undone in the backward, where a small upstream gradient may bring it back into range."""
+    logits, target, teacher = batch(4, classes, torch.float16, scale=scale)
+    result = harness.emulator().last_batch(logits, target, teacher=teacher, reduction=reduction, **options)
+    wanted = reference_of(logits, target, teacher, torch.float64, {"reduction": reduction} | options)[2]
+    assert result.grad is not None and float(result.parts[4]) < (1.0 if reduction != "mean" else 65536.0)
+    torch.testing.assert_close(
+        result.grad.double() / result.parts[4].double(), wanted, rtol=1e-3, atol=1e-6 * float(wanted.abs().max())
+    )
+
+
+def test_a_float16_gradient_of_the_z_loss_is_finite_for_large_logits() -> None:
+    logits = torch.tensor([[2000.0, 0.0, 0.0]], dtype=torch.float16)
+    result = harness.emulator().last_batch(logits, torch.tensor([0]), z_loss=1e-2)
+    assert result.grad is not None
+    assert (result.grad.double() / result.parts[4].double()).tolist() == [[pytest.approx(40.0, rel=1e-3), 0.0, 0.0]]
