@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from emulation import harness
-from emulation.oracle import batch, reference_of
+from emulation.oracle import batch, reference_of, run
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
 
@@ -33,3 +33,14 @@ def test_a_float16_gradient_of_the_z_loss_is_finite_for_large_logits() -> None:
     result = harness.emulator().last_batch(logits, torch.tensor([0]), z_loss=1e-2)
     assert result.grad is not None
     assert (result.grad.double() / result.parts[4].double()).tolist() == [[pytest.approx(40.0, rel=1e-3), 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("correct_share", [0.0, 0.3, 0.9, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_teacher_by_rule_of_a_single_class_has_only_its_share(
+    correct_share: float | None, dtype: torch.dtype
+) -> None:
+    logits, target, _ = batch(3, 1, dtype)
+    options = {} if correct_share is None else {"correct_share": correct_share}
+    result = run(harness.emulator(), logits, target, kind="virtual", temperature=1.0, alpha=0.7, **options)
+    assert result.grad is not None and not result.grad.any()

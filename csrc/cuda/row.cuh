@@ -123,9 +123,10 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
       const RuleShares p = rule_shares(a);
       const float more = p.right - p.wrong;
       const float entropy = p_log_p(p.right) + static_cast<float>(a.classes - 1) * p_log_p(p.wrong);
-      kl = entropy + log_accurate(n.d2) - (p.wrong == 0.0f ? 0.0f : p.wrong * n.x_sum * s.inverse);
+      const float mass = a.classes > 1 ? 1.0f : p.right;  // of a single class no other one makes up the rest
+      kl = entropy + mass * log_accurate(n.d2) - (p.wrong == 0.0f ? 0.0f : p.wrong * n.x_sum * s.inverse);
       if (more != 0.0f) kl -= more * x_label * s.inverse;
-      g.b = scales.kl_grad / n.d2;
+      g.b = scales.kl_grad * mass / n.d2;
       g.constant += scales.kl_grad * p.wrong;
       if (a.correct_share >= 0.0f) g.label = role.label, g.at_label += scales.kl_grad * more;
     } else if (kind == TeacherKind::probabilities) {
