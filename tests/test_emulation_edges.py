@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from emulation import harness
-from emulation.oracle import batch, reference_of, run
+from emulation.oracle import batch, compare, reference_of, run
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
 
@@ -44,3 +44,28 @@ def test_a_teacher_by_rule_of_a_single_class_has_only_its_share(
     options = {} if correct_share is None else {"correct_share": correct_share}
     result = run(harness.emulator(), logits, target, kind="virtual", temperature=1.0, alpha=0.7, **options)
     assert result.grad is not None and not result.grad.any()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("classes", [10, 300, 2000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_pair_without_its_second_label_is_counted_where_it_is_right(
+    classes: int, dtype: torch.dtype, in_place: bool
+) -> None:
+    """It has no loss and no gradient, NaN or not, unless it is taught; and a label that is no class is never right."""
+    logits, target, teacher = batch(10, classes, dtype)
+    target[:9] = logits[:9].argmax(1)
+    second = target.roll(1)
+    target[8], target[9] = classes, -7
+    second[[0, 2, 5, 6, 7, 8, 9]] = -100
+    target[2] = -100
+    logits[6, 1] = torch.nan
+    logits[7, 0] = -torch.inf
+    options = {"target_b": second, "lam": torch.tensor(0.3)}
+    for given in (None, teacher):
+        for reduction in ("mean", "none"):
+            result = harness.emulator().last_batch(
+                logits.clone(), target, teacher=given, reduction=reduction, in_place=in_place, **options
+            )
+            compare(result, logits, target, given, reduction=reduction, **options)
+            assert float(result.parts[3]) == 6.0  # rows 0, 1, 3, 4, 5 and 7

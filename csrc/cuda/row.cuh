@@ -15,9 +15,10 @@ enum class Teach { none, logits, any };
 
 struct RowRole {
   bool counts = false, taught = false;
+  bool shown = false;                // a pair without its second label: not in the loss, but in the count of right rows
   int label = 0, label_b = -1;       // -1: no second label
   float share = 0, share_b = 0;      // mixup share times class weight; NaN when the label is not a class
-  DLB_DEVICE bool active() const { return counts || taught; }
+  DLB_DEVICE bool active() const { return counts || taught || shown; }
 };
 
 DLB_DEVICE float label_share(const DeviceArgs& a, int64_t label, float share, int& column) {
@@ -40,6 +41,8 @@ DLB_DEVICE RowRole row_role(const DeviceArgs& a, const BatchState& s, int row) {
       r.share = label_share(a, label, lam, r.label);
       if (two)
         r.share_b = label_share(a, load(a.target_b + row * a.target_b_stride), 1.0f - lam, r.label_b);
+    } else if (general && a.target_b != nullptr && label != a.ignore_index && label >= 0 && label < a.classes) {
+      r.shown = true, r.label = static_cast<int>(label);
     }
   } else {
     r.counts = a.dense != nullptr;
@@ -115,8 +118,9 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
     g.a = r.a;
     if (general && a.weight != nullptr) g.per_weight = r.s; else g.constant = r.s;
     if (a.dense == nullptr) g.label = role.label, g.at_label = r.label;
-    if (leader && n.d1 == n.d1 && x_label >= 0.0f && role.share == role.share) totals.correct += 1.0f;
   }
+  const bool labelled = role.counts ? role.share == role.share : general && role.shown;
+  if (leader && labelled && n.d1 == n.d1 && x_label >= 0.0f) totals.correct += 1.0f;
   if (teach != Teach::none && role.taught) {
     const TeacherKind kind = teach == Teach::any ? a.kind : TeacherKind::logits;
     if (kind == TeacherKind::given_by_rule) {

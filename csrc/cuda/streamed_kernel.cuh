@@ -198,7 +198,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
   DLB_NO_UNROLL for (int p = last; p >= 0 && packets > group.rank; p -= group.size()) {
     const int first = p * V - shift;
     float value[V], t[V];
-    if (active) {
+    if (role.counts || role.taught) {  // what a row that is only shown holds, even NaN, has no gradient
       load_columns<T, V>(z_row, first, a.classes, true, 0.0f, value, !a.in_place);
       if (use.logits || use.probabilities) load_teacher_columns<V>(a, row, first, shift, 0.0f, t);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
