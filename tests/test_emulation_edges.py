@@ -69,3 +69,19 @@ def test_a_pair_without_its_second_label_is_counted_where_it_is_right(
             )
             compare(result, logits, target, given, reduction=reduction, **options)
             assert float(result.parts[3]) == 6.0  # rows 0, 1, 3, 4, 5 and 7
+
+
+@pytest.mark.parametrize("classes", [10, 300, 2000])
+def test_a_teacher_by_rule_asks_the_first_label_of_a_pair_only(classes: int) -> None:
+    logits, target, _ = batch(8, classes)
+    second = target.roll(1)
+    second[[0, 3, 4]] = -100
+    target[[3, 5]] = -100
+    options = {"kind": "virtual", "correct_share": 0.9, "target_b": second, "lam": torch.tensor(0.3)}
+    for reduction in ("mean", "sum", "none"):
+        result = run(harness.emulator(), logits, target, reduction=reduction, **options)
+        assert float(result.parts[5]) == 6.0
+    target[4] = classes
+    result = harness.emulator().last_batch(logits, target, reduction="none", **options)
+    assert result.grad is not None
+    assert result.loss.isnan().tolist() == result.grad.isnan().all(1).tolist() == [i == 4 for i in range(8)]

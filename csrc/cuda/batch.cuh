@@ -98,11 +98,15 @@ DLB_DEVICE bool label_counts(const DeviceArgs& a, int row) {
   return a.target_b == nullptr || load(a.target_b + row * a.target_b_stride) != a.ignore_index;
 }
 
+// A teacher by rule that knows the right class.
+DLB_DEVICE bool by_label(const DeviceArgs& a) { return a.kind == TeacherKind::given_by_rule && a.correct_share >= 0.0f; }
+
 // For row < taught_rows.
 DLB_DEVICE bool is_taught(const DeviceArgs& a, int row, bool other_sample) {
   if (other_sample) return false;
   if (a.kd_mask != nullptr && (row >= a.kd_mask_rows || !load(a.kd_mask + row))) return false;
-  return !(a.kind == TeacherKind::given_by_rule && a.correct_share >= 0.0f) || label_counts(a, row);
+  // No right class, no correction. The second label of a pair has no say in it.
+  return !by_label(a) || load(a.target + row * a.target_stride) != a.ignore_index;
 }
 
 // This thread's share of the counts when `threads` of them divide the rows.

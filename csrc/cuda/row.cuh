@@ -127,7 +127,8 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
       const RuleShares p = rule_shares(a);
       const float more = p.right - p.wrong;
       const float entropy = p_log_p(p.right) + static_cast<float>(a.classes - 1) * p_log_p(p.wrong);
-      const float mass = a.classes > 1 ? 1.0f : p.right;  // of a single class no other one makes up the rest
+      float mass = a.classes > 1 ? 1.0f : p.right;  // of a single class no other one makes up the rest
+      if (by_label(a) && !role.counts && !role.shown) mass = not_a_number();  // the label is no class
       kl = entropy + mass * log_accurate(n.d2) - (p.wrong == 0.0f ? 0.0f : p.wrong * n.x_sum * s.inverse);
       if (more != 0.0f) kl -= more * x_label * s.inverse;
       g.b = scales.kl_grad * mass / n.d2;
