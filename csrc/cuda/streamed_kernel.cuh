@@ -41,7 +41,6 @@ DLB_DEVICE void store_slot_columns(const DeviceArgs& a, int slot, int first, int
   }
 }
 
-DLB_DEVICE float finite_or_zero(float v) { return v - v == 0.0f ? v : 0.0f; }
 DLB_DEVICE float shift_base(float top) { return top == -infinity() ? 0.0f : top; }
 
 // A maximum that moves, and by how much sums taken relative to it shrink when it does.
@@ -53,6 +52,8 @@ struct RunningMax {
     return factor;
   }
 };
+// How far sums of differences to a maximum have to be moved when it goes from `before` to `base`.
+DLB_DEVICE float distance(float before, float base) { return before == -infinity() ? 0.0f : before - base; }
 // gap may be infinite where a class that has lost all its mass met a logit of -inf: that class costs nothing.
 DLB_DEVICE float shrink_gap(float gap, float factor) { return factor == 0.0f ? 0.0f : gap * factor; }
 
@@ -89,17 +90,15 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
   const bool dense = general && a.dense != nullptr && role.counts;
   const bool weighted = general && a.weight != nullptr && (dense || s.scales.even > 0.0f);
   const float* q_row = dense ? a.dense + row * a.dense_stride : nullptr;
-  // Sums of x and y are taken relative to the first logit and moved to the maximum afterwards: common offsets cancel.
-  const float reference = finite_or_zero(to_float(load(z_row)));
-  float teacher_reference = 0.0f;
-  if (use.logits) {
-    float first[V];
-    load_teacher_columns<V>(a, row, -shift, shift, 0.0f, first);
-    DLB_UNROLL for (int e = 0; e < V; ++e) teacher_reference = e == shift ? finite_or_zero(first[e]) : teacher_reference;
-  }
-
+  // Sums of x and y are taken relative to the running maximum and moved with it. A class without mass, masked by a large
+  // negative logit, then leaves nothing behind wherever it stands, and common offsets cancel.
   RunningMax top, teacher_top;
   float sum[max_sums] = {0, 0, 0, 0, 0, 0, 0, 0};  // d1, d2, dt, gap, x_sum, weighted_x, share_sum, share_x
+  float seen = 0, seen_weight = 0;                 // columns in x_sum and weights in weighted_x
+  const auto move_x = [&](float moved) {
+    sum[4] += seen * moved;
+    if (general) sum[5] += seen_weight * moved, sum[7] += sum[6] * moved;
+  };
   float best_share = -infinity();
   int best_column = 0;
   DLB_NO_UNROLL for (int p = group.rank; p < packets; p += group.size()) {
@@ -112,7 +111,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
     DLB_UNROLL for (int e = 1; e < V; ++e) packet_top = maximum(packet_top, z[e]);
     const float before = top.top;
     sum[0] *= top.move(packet_top, log2e);
-    const float base = shift_base(top.top);
+    const float base = shift_base(top.top), moved = distance(before, base);
     DLB_UNROLL for (int e = 0; e < V; ++e) sum[0] += exp2_fast((z[e] - base) * log2e);
     if (teach != Teach::none && role.taught) {
       RunningMax soft;
@@ -125,31 +124,34 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
       load_teacher_columns<V>(a, row, first, shift, -infinity(), t);
       float t_top = t[0];
       DLB_UNROLL for (int e = 1; e < V; ++e) t_top = maximum(t_top, t[e]);
+      const float t_before = teacher_top.top;
       const float factor = teacher_top.move(t_top, s.log2e_over_t), t_base = shift_base(teacher_top.top);
+      sum[3] = shrink_gap(sum[3] + sum[2] * (distance(t_before, t_base) - moved), factor);
       sum[2] *= factor;
-      sum[3] = shrink_gap(sum[3], factor);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         const float et = exp2_fast((t[e] - t_base) * s.log2e_over_t);
         sum[2] += et;
-        sum[3] += et == 0.0f ? 0.0f : et * ((t[e] - teacher_reference) - (z[e] - reference));
+        sum[3] += et == 0.0f ? 0.0f : et * ((t[e] - t_base) - (z[e] - base));
       }
     }
     if (general && use.probabilities) {
       float t[V];
       load_teacher_columns<V>(a, row, first, shift, 0.0f, t);
+      sum[3] -= sum[2] * (moved * s.inverse);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         sum[2] += t[e];
-        if (t[e] != 0.0f) sum[3] += t[e] * (log_accurate(t[e]) - (z[e] - reference) * s.inverse);
+        if (t[e] != 0.0f) sum[3] += t[e] * (log_accurate(t[e]) - (z[e] - base) * s.inverse);
       }
     }
     if (s.scales.even > 0.0f || use.rule || dense) {
+      move_x(moved);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         const int c = first + e;
         if (c < 0 || c >= a.classes) continue;
-        const float x = z[e] - reference, w = weighted ? load(a.weight + c) : 1.0f;
-        sum[4] += x;
+        const float x = z[e] - base, w = weighted ? load(a.weight + c) : 1.0f;
+        sum[4] += x, seen += 1.0f;
         if (!general) continue;
-        sum[5] += w * x;
+        sum[5] += w * x, seen_weight += w;
         if (!dense) continue;
         const float q = load(q_row + c), share = q * w;
         sum[6] += share;
@@ -169,24 +171,22 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
       group.template reduce<Max, 1>(column);
       role.label = column[0] > -infinity() ? -static_cast<int>(column[0]) : 0;
     }
-    const float own = top.top, own_teacher = teacher_top.top;
+    const float own = top.top, own_teacher = teacher_top.top, moved = distance(own, m);
     sum[0] *= exp2_fast((own - m) * log2e);
     sum[1] *= exp2_fast((own - m) * s.log2e_over_t);
     if (use.logits) {
       const float factor = exp2_fast((own_teacher - mt) * s.log2e_over_t);
+      sum[3] = shrink_gap(sum[3] + sum[2] * (distance(own_teacher, mt) - moved), factor) * s.inverse;
       sum[2] *= factor;
-      sum[3] = shrink_gap(sum[3], factor);
+    } else {
+      sum[3] -= sum[2] * (moved * s.inverse);
     }
+    move_x(moved);
     group.template reduce<Sum, 2>(sum);
     RowSums n;
     n.top = m;
-    const float moved = m - reference;
-    n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2];
-    n.gap = use.logits ? (sum[3] - ((mt - teacher_reference) - moved) * sum[2]) * s.inverse
-                       : sum[3] + moved * s.inverse * sum[2];
-    n.x_sum = sum[4] - moved * static_cast<float>(a.classes);
-    n.weighted_x = sum[5] - moved * s.weight_sum;
-    n.share_sum = sum[6], n.share_x = sum[7] - moved * sum[6];
+    n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2], n.gap = sum[3];
+    n.x_sum = sum[4], n.weighted_x = sum[5], n.share_sum = sum[6], n.share_x = sum[7];
     g = finish_row<teach, general>(a, s, role, n, z_row, row, leader, totals);
   } else {
     finish_idle_row(a, row, leader);

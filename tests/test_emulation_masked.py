@@ -1,0 +1,127 @@
+"""Classes masked by a large negative logit cost a streamed CUDA kernel no digit, wherever they stand.
+
+Models mask classes (of another task, of padding) by -1e4, the lowest float16 or float32, or -inf. Held rows are compared
+too: all kernels give the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from emulation import harness
+from emulation.oracle import batch, reference_of
+
+pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
+
+MASKS = (-1e4, -65504.0, -1e9, torch.finfo(torch.float32).min, -torch.inf)
+PLACES = {
+    "first": lambda classes: slice(0, 1),
+    "first half": lambda classes: slice(0, classes // 2),
+    "middle": lambda classes: slice(classes // 2, classes // 2 + 1),
+    "last": lambda classes: slice(classes - 1, classes),
+    "all but some": lambda classes: slice(0, classes - 30),
+}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "none": {"kind": "none"},
+    "logits": {"kind": "logits"},
+    "logits, cold": {"kind": "logits", "temperature": 0.5},
+    "probabilities": {"kind": "probabilities"},
+    "right class": {"kind": "virtual", "correct_share": 1.0},
+}
+TARGETS = ("labels", "pair", "dense", "dense, weight")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check(
+    classes: int, place: str, mask: float, teacher_name: str, target_name: str, dtype: torch.dtype = torch.float32,
+    clusters: int = 0, teacher_dtype: torch.dtype | None = None,
+) -> str:  # fmt: skip
+    """Loss, parts and gradient of a batch with masked classes; the regime that computed it."""
+    rows = 4 if classes < 5000 else 2
+    logits, _, teacher = batch(rows, classes, torch.float32, taught=rows // 2, seed=classes)
+    g = torch.Generator().manual_seed(classes)
+    labels, second = (torch.randint(classes - 25, classes - 5, (rows,), generator=g) for _ in range(2))
+    masked = PLACES[place](classes)
+    logits[:, masked] = teacher[:, masked] = mask
+    logits, teacher = logits.to(dtype), teacher.to(teacher_dtype or dtype)
+    options = dict(TEACHERS[teacher_name])
+    target = labels
+    if target_name == "pair":
+        options |= {"target_b": second, "lam": torch.tensor(0.7)}
+    elif target_name.startswith("dense"):
+        target = torch.zeros(rows, classes).scatter_(1, labels[:, None], 0.7)
+        target[torch.arange(rows), second] += 0.3
+        if "weight" in target_name:
+            options["weight"] = torch.rand(classes, generator=g)
+    given = None
+    if options["kind"] == "probabilities":
+        given = torch.softmax(teacher.float(), 1)
+    elif options["kind"] == "logits":
+        given = teacher
+    result = harness.emulator(largest_cluster=clusters, seed=classes).last_batch(
+        logits, target, teacher=given, **options
+    )
+    loss, parts, grad = reference_of(logits, target, given, torch.float64, options)
+    torch.testing.assert_close(result.loss.double(), loss, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(result.parts[:4].double(), parts, rtol=2e-6, atol=1e-5)
+    assert result.grad is not None
+    step = {torch.float32: 0.0, torch.bfloat16: 2.0**-8 * 1.02, torch.float16: 2.0**-11 * 1.02}[dtype]
+    torch.testing.assert_close(result.grad.double() / result.parts[4].double(), grad, rtol=step, atol=2e-6)
+    return str(result.plan["regime"])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("classes", [100, 1500])
+def test_masked_classes_under_every_option(classes: int, place: str, mask: float) -> None:
+    regimes = set()
+    for teacher in TEACHERS:
+        for target in TARGETS if teacher != "right class" else ("labels",):
+            regimes.add(check(classes, place, mask, teacher, target))
+    assert regimes == ({"lanes", "streamed_warp"} if classes == 100 else {"block", "streamed_block"})
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("place", PLACES)
+def test_masked_classes_of_long_rows(place: str, mask: float) -> None:
+    """Without clusters they are streamed, by the plain kernel where the target is a label and the teacher logits."""
+    for teacher, target in (("logits", "labels"), ("logits, cold", "labels"), ("none", "labels"), ("logits", "dense")):
+        assert check(17000, place, mask, teacher, target) == "streamed_block"
+    assert check(17000, place, mask, "logits", "labels", clusters=8) == "cluster"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("classes", [100, 1500, 17000])
+def test_masked_classes_in_half_precision(classes: int, place: str, dtype: torch.dtype) -> None:
+    for mask in (-1e4, -65504.0, -torch.inf):
+        for teacher, target in (("logits", "dense"), ("probabilities", "pair"), ("right class", "labels")):
+            check(classes, place, mask, teacher, target, dtype)
+        # A teacher of another element type is streamed too.
+        assert check(classes, place, mask, "logits", "labels", dtype, teacher_dtype=torch.float32).startswith("streamed")
+
+
+@pytest.mark.parametrize("classes", [100, 1500, 17000])
+def test_what_masked_classes_do_to_label_smoothing_is_what_torch_does(classes: int) -> None:
+    """Smoothing asks for some of a masked class: a large loss, an infinite one, NaN where its class weight is 0."""
+    logits, target, teacher = batch(4, classes)
+    target.clamp_(min=classes // 2 + 1)
+    for mask in (-1e4, -1e9, -torch.inf):
+        logits[:, : classes // 2] = mask
+        for weight in (None, torch.ones(classes), (torch.arange(classes) > classes // 4).float()):
+            options = {"label_smoothing": 0.1, "weight": weight}
+            result = harness.emulator(largest_cluster=0).last_batch(logits, target, teacher=teacher[:0], **options)
+            loss, _, grad = reference_of(logits, target, teacher[:0], torch.float64, options)
+            torch.testing.assert_close(result.loss.double(), loss, rtol=2e-6, atol=1e-5, equal_nan=True)
+            assert result.grad is not None
+            torch.testing.assert_close(result.grad.double(), grad, rtol=0, atol=2e-6)
