@@ -1,12 +1,7 @@
-// CUDA dispatch of the ops: current stream, device guard, workspace; no mathematics. Compiled only where nvcc is, and
+// CUDA dispatch of the ops: current stream, device guard; no mathematics. Compiled only where nvcc is, and
 // linked with the kernels of cuda/. It loads beside a CPU build of torch too: the one CUDA symbol it needs from libtorch
 // is weak, and is only reached with a CUDA tensor in hand.
 #include <torch/csrc/stable/accelerator.h>
-
-#include <map>
-#include <mutex>
-#include <utility>
-#include <vector>
 
 #include "cuda/last_batch_cuda.h"
 #include "last_batch_options.h"
@@ -24,37 +19,8 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// One workspace per device and stream, cut from slabs. The first call on a device allocates a slab for many streams, so
-// that the stream of a later graph capture finds its own without allocating. Never freed: at exit CUDA may be gone.
-void* workspace(const Tensor& like, int32_t device, void* stream) {
-  constexpr int64_t per_slab = 64;
-  struct Slab {
-    char* memory = nullptr;
-    int64_t used = per_slab;
-  };
-  static std::mutex mutex;
-  static auto& slabs = *new std::map<int32_t, Slab>;
-  static auto& owned = *new std::map<std::pair<int32_t, void*>, void*>;
-  static auto& tensors = *new std::vector<Tensor>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  void*& mine = owned[{device, stream}];
-  if (!mine) {
-    Slab& slab = slabs[device];
-    const int64_t bytes = static_cast<int64_t>(last_batch_cuda_workspace());
-    if (slab.used == per_slab) {
-      const int64_t size[1] = {bytes * per_slab};
-      tensors.push_back(torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(size, std::size_t(1)), ST::Byte));
-      slab = {static_cast<char*>(tensors.back().mutable_data_ptr()), 0};
-    }
-    mine = slab.memory + bytes * slab.used++;
-  }
-  return mine;
-}
-
 void launch(const Tensor& logits, const LastBatchArgs& args) {
-  const int32_t device = logits.get_device();
-  void* stream = current_stream(device);
-  const char* refused = last_batch_cuda(args, stream, workspace(logits, device, stream), last_batch_cuda_workspace());
+  const char* refused = last_batch_cuda(args, current_stream(logits.get_device()));
   STD_TORCH_CHECK(!refused, "last_batch: ", refused ? refused : "");
 }
 

@@ -1,7 +1,7 @@
 """Classes masked by a large negative logit cost a streamed CUDA kernel no digit, wherever they stand.
 
-Models mask classes (of another task, of padding) by -1e4, the lowest float16 or float32, or -inf. Held rows are compared
-too: all kernels give the same.
+Models mask classes (of another task, of padding) by -1e4, the lowest float16 or float32, or -inf. Held rows are
+compared too: all kernels give the same.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def test_masked_classes_in_half_precision(classes: int, place: str, dtype: torch
         for teacher, target in (("logits", "dense"), ("probabilities", "pair"), ("right class", "labels")):
             check(classes, place, mask, teacher, target, dtype)
         # A teacher of another element type is streamed too.
-        assert check(classes, place, mask, "logits", "labels", dtype, teacher_dtype=torch.float32).startswith("streamed")
+        regime = check(classes, place, mask, "logits", "labels", dtype, teacher_dtype=torch.float32)
+        assert regime.startswith("streamed")
 
 
 @pytest.mark.parametrize("classes", [100, 1500, 17000])

@@ -5,6 +5,9 @@ Run by `make gpu-check`; the tests shared with the CPU run there too, with the G
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import available, eager_official
@@ -183,6 +186,127 @@ def test_another_stream_and_bit_identical_runs(gpu):
             results.append(once())
     torch.cuda.synchronize()
     assert all(torch.equal(first[0], loss) and torch.equal(first[1], grad) for loss, grad in results)
+
+
+def test_two_captured_graphs_replayed_at_once(gpu):
+    """Both were captured on torch's one capture stream; they share neither ticket nor partial sums."""
+    torch.manual_seed(0)
+    inputs, graphs = [], []
+    for rows, classes in ((2048, 1000), (5000, 200)):  # the second counts its rows in a launch of its own
+        z = torch.randn(rows, classes, device="cuda")
+        inputs.append((z, torch.randint(0, classes, (rows,), device="cuda"), torch.randn_like(z[: rows // 2])))
+    want = [fused_lb_loss(*values, impl=gpu) for values in inputs]
+    for values in inputs:
+        graphs.append((torch.cuda.CUDAGraph(), []))
+        with torch.cuda.graph(graphs[-1][0]):
+            graphs[-1][1].extend(fused_lb_loss(*values, impl=gpu) for _ in range(20))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, (graph, _) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for loss, (_, losses) in zip(want, graphs, strict=True):
+            assert all(torch.equal(loss, other) for other in losses)
+            for other in losses:
+                other.fill_(torch.nan)
+        torch.cuda.synchronize()
+
+
+def test_graphs_that_are_gone_hold_no_memory(gpu):
+    z, y = torch.randn(64, 100, device="cuda"), torch.zeros(64, dtype=torch.long, device="cuda")
+
+    def capture() -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            fused_lb_loss(z, y, z[:32], impl=gpu)
+        graph.replay()
+        torch.cuda.synchronize()
+
+    def free() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    if gpu == "triton":
+        pytest.skip("its captured launches keep their workspaces")
+    fused_lb_loss(z, y, z[:32], impl=gpu)
+    capture()
+    before = free()
+    for _ in range(640):  # 40 MiB of workspaces
+        capture()
+    assert before - free() < 16 << 20
+
+
+FIRST_IN_A_PROCESS = """
+import torch
+from dlb_fast import fused_lb_loss
+
+torch.manual_seed(0)
+z, t = torch.randn(4096, 1000, device="cuda"), torch.randn(2048, 1000, device="cuda")
+y = torch.randint(0, 1000, (4096,), device="cuda")
+want = fused_lb_loss(z.double(), y, t.double(), impl="torch").item()
+call = lambda: fused_lb_loss(z, y, t, impl="cuda")
+check = lambda losses: [torch.testing.assert_close(v.item(), want, rtol=1e-5, atol=0) for v in losses]
+streams = [torch.cuda.Stream() for _ in range(2)]
+torch.cuda.synchronize()
+"""
+FIRST_CALLS = {
+    # Nothing was ever launched: the workspaces come into being while capturing, and no replay may touch them otherwise.
+    "in a capture": """
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = call()
+check([call()])  # before the first replay
+torch.cuda.synchronize()
+for _ in range(50):
+    with torch.cuda.stream(streams[0]):
+        graph.replay()
+    with torch.cuda.stream(streams[1]):
+        losses = [call() for _ in range(5)]
+    torch.cuda.synchronize()
+    check([captured, *losses])
+""",
+    # One more stream than there are workspaces at a time, the last of them captured.
+    "in a capture that finds no workspace": """
+raw = [torch.cuda.Stream() for _ in range(30)]
+for stream in raw:
+    with torch.cuda.stream(stream):
+        losses = [call()]
+graphs = []
+for _ in range(40):
+    graphs.append((torch.cuda.CUDAGraph(), []))
+    with torch.cuda.graph(graphs[-1][0]):
+        graphs[-1][1].append(call())
+for graph, _ in graphs:
+    graph.replay()
+torch.cuda.synchronize()
+check([*losses, *(kept[0] for _, kept in graphs)])
+""",
+    # The first stream is busy when the second one launches: nothing of the second may wait for the first.
+    "on two streams": """
+with torch.cuda.stream(streams[0]):
+    torch.cuda._sleep(1 << 30)
+    first = call()
+with torch.cuda.stream(streams[1]):
+    losses = [call() for _ in range(20)]
+streams[1].synchronize()
+check(losses)
+torch.cuda.synchronize()
+check([first])
+""",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_CALLS)
+def test_the_first_calls_of_a_process(name):
+    if not available("cuda"):
+        pytest.fail("cuda is not available on this machine")
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_IN_A_PROCESS + FIRST_CALLS[name]], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_labels_out_of_range_poison_their_row(gpu):

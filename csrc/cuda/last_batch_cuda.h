@@ -1,22 +1,19 @@
 // What csrc/last_batch.cpp calls for CUDA tensors. No torch and no CUDA header here: streams travel as void*.
 //
-// Every function enqueues on `stream` of the current device, never synchronises and never allocates, so a call can be
-// captured in a CUDA graph. They return nullptr, or a text saying what was refused (nothing has been written then).
+// Every function enqueues on `stream` of the current device and can be captured in a CUDA graph. They return nullptr, or a
+// text saying what was refused (nothing has been written then).
 #pragma once
-#include <cstddef>
 #include <cstdint>
 
 #include "../last_batch.h"
 
 namespace dlb_fast {
 
-// Bytes of device memory one stream needs for its launches; the same for every call, 16-byte aligned. The caller zeroes
-// it once when it allocates it and keeps it (one per device and stream): every launch leaves it as it found it.
-size_t last_batch_cuda_workspace();
-
 // Loss, parts, gradient (when args.grad is given) and buffer roll. float32, bfloat16 and float16 logits; float64 is
 // refused. Compute dtype (A) is float. Labels outside [0, C) give a NaN row, not an error: the host cannot see them.
-const char* last_batch_cuda(const LastBatchArgs& args, void* stream, void* workspace, size_t workspace_bytes);
+// The first call on a device, and then the first one of every 31st stream or capture (workspaces.h), allocates 2 MiB and
+// waits until they are zeroed, also while capturing; no other call allocates or waits.
+const char* last_batch_cuda(const LastBatchArgs& args, void* stream);
 
 // grad[i, :] *= upstream[i] / parts[part_grad_scale], rounded once; leaves grad untouched, after one load per block,
 // when every factor is 1. The decision is taken on the device.

@@ -60,11 +60,14 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(repr((parts, sys.version, platform.machine())).encode()).hexdigest()[:20]
 
 
+_ENTRY = ("csrc/cuda/plan.h", "csrc/cuda/workspaces.h", "csrc/last_batch.h")
+
+
 def _inputs(unit: str, sources: dict[str, str]) -> list[tuple[str, str]]:
     names = {
         "kernels": [n for n in sources if n.endswith((".cuh", ".h"))],
         "emulator": ["tests/emulation/emulator.h", "tests/emulation/fiber.h"],
-        "entry": ["tests/emulation/entry.h", "tests/emulation/emulator.h", "csrc/cuda/plan.h", "csrc/last_batch.h"],
+        "entry": ["tests/emulation/entry.h", "tests/emulation/emulator.h", *_ENTRY],
     }[UNITS[unit]]
     return [(name, sources[name]) for name in [unit, *names]]
 

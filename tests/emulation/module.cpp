@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <unordered_map>
+
 #include "emulator.h"
 #include "entry.h"
+#include "workspaces.h"
 
 namespace py = pybind11;
 using namespace dlb_fast;
@@ -95,11 +98,36 @@ uint64_t scale_grad(uintptr_t grad, int dtype, int64_t elements, int64_t classes
   return emulator::counters.bytes_stored;
 }
 
+// The launcher's bookkeeping of workspaces with an allocator of Python's; memory as an integer.
+class PyWorkspaces {
+ public:
+  explicit PyWorkspaces(size_t bytes) : all_(bytes) {}
+  std::pair<uintptr_t, bool> take(int32_t device, uintptr_t stream, uint64_t capture, const py::function& allocate) {
+    bool fresh = false;
+    LentWorkspace* const lent = all_.take({device, reinterpret_cast<void*>(stream), capture}, fresh, [&](size_t bytes) {
+      return reinterpret_cast<char*>(allocate(device, bytes).cast<uintptr_t>());
+    });
+    if (lent == nullptr) return {0, fresh};
+    const uintptr_t memory = reinterpret_cast<uintptr_t>(lent->memory);
+    known_[memory] = lent;
+    return {memory, fresh};
+  }
+  void give_back(uintptr_t memory) { all_.give_back(known_.at(memory)); }
+
+ private:
+  Workspaces all_;
+  std::unordered_map<uintptr_t, LentWorkspace*> known_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(dlb_fast_emulator, m) {
   m.def("plan", &plan_of);
   m.def("last_batch", &last_batch);
   m.def("scale_grad", &scale_grad);
+  py::class_<PyWorkspaces>(m, "Workspaces")
+      .def(py::init<size_t>())
+      .def("take", &PyWorkspaces::take)
+      .def("give_back", &PyWorkspaces::give_back);
   m.attr("workspace_bytes") = emulated::workspace_bytes();
 }
