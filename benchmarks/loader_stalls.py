@@ -1,13 +1,17 @@
 """How long a training loop waits inside `next`, and how much of that is the machine's own unsteadiness.
 
-The step is as long as a batch takes to make: the mean time per batch of the same loader at full speed, over the
-batches taken immediately before. A *sleeping* step leaves every core to the loader, as a GPU's step does; a *computing*
-step keeps one core at work (small matrix products on one thread) and the loader has one thread fewer than cores.
+The step is as long as a batch takes to make, by one of two paces. *fixed*: the mean time per batch of the same loader
+at full speed, over the batches taken immediately before. *following*: what the last batches, as many, took: their time
+less the time that the loader's threads waited for room. A *sleeping* step leaves every core to the loader, as a GPU's
+step does; a *computing* step keeps one core at work (small matrix products on one thread) and the loader has one thread
+fewer than cores.
 
-At exactly 1.0 a queue that holds three batches is at its critical load: any finite queue runs empty now and then, the
-more often the less steady the times. Two figures say how often that would be with a loader that hands over in no time:
-`ideal` replays the loader's own full-speed times through such a queue, `equal_work` does it with the times of equal
-work (one JPEG decoded over and over by as many threads): what is in the latter is not the loader's but this machine's.
+At exactly 1.0 a queue that holds three batches is at its critical load. With a fixed pace, whatever the machine loses
+in speed after the step was measured is waited for at every step: two figures say how long that would be with a loader
+that hands over in no time. `ideal` replays the loader's own full-speed times through such a queue, `equal_work` does it
+with the times of equal work (one JPEG decoded over and over by as many threads): what is in the latter is not the
+loader's but this machine's. The following pace stays at the critical load while the machine's speed moves; what varies
+faster than the mean of so many batches still empties the queue.
 
 `others` is the CPU time per second that other processes took. A round they disturb is tried again, up to twice as many
 rounds in all; the least disturbed ones count.
@@ -21,6 +25,7 @@ import random
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +39,7 @@ from dlb_fast.data.decode import ImageDecoder
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 WARM, ENOUGH = 6, 0.05
+PACES = ("fixed", "following")
 QUIET = 0.06  # cores; a round in which others take more is disturbed
 
 
@@ -80,7 +86,7 @@ def variation(times: Sequence[Sequence[float]]) -> float:
     return round(statistics.fmean(statistics.pstdev(s) / statistics.fmean(s) for s in times), 4)
 
 
-def timed(batches: Iterator[Any], count: int) -> list[float]:
+def timed(batches: Iterator[Any], count: int, pace: Pace | None = None) -> list[float]:
     """Seconds between batches at full speed, after `WARM`: those that lay ready took no time, they were made before."""
     for _ in range(WARM):
         next(batches)
@@ -88,7 +94,31 @@ def timed(batches: Iterator[Any], count: int) -> list[float]:
     for _ in range(count):
         next(batches)
         marks.append(time.perf_counter())
+        if pace is not None:
+            pace.mark()
     return [b - a for a, b in itertools.pairwise(marks)]
+
+
+class Pace:
+    """How long a batch takes to make, over the last `count` batches of a loader: what lies between two deliveries less
+    the time its threads waited for room meanwhile.
+
+    Args:
+        idle: gives the seconds that `threads` threads have waited, all together.
+    """
+
+    def __init__(self, idle: Callable[[], float], threads: int, count: int) -> None:
+        self._idle, self._threads = idle, threads
+        self._marks: deque[tuple[float, float]] = deque(maxlen=count + 1)
+
+    def mark(self) -> None:
+        """A batch was delivered."""
+        self._marks.append((time.perf_counter(), self._idle()))
+
+    def seconds(self) -> float:
+        """Per batch."""
+        (begun, idle), (end, idle_then) = self._marks[0], self._marks[-1]
+        return (end - begun - (idle_then - idle) / self._threads) / (len(self._marks) - 1)
 
 
 def equal_work(data: bytes, threads: int, per_batch: int, count: int) -> list[float]:
@@ -122,9 +152,9 @@ def computing(seconds: float) -> None:
 
 @dataclass
 class Round:
-    """What one round found: waits as shares of the step, by load; full-speed times; times of equal work."""
+    """What one round found: waits as shares of the step, by pace and load; full-speed times; times of equal work."""
 
-    shares: dict[float, list[float]] = field(default_factory=dict)
+    shares: dict[tuple[str, float], list[float]] = field(default_factory=dict)
     times: list[list[float]] = field(default_factory=list)
     equal: list[float] = field(default_factory=list)
     others: float = 0.0
@@ -150,7 +180,7 @@ class Kind:
     order: random.Random = field(default_factory=lambda: random.Random(0))
 
     def round(self) -> Round:
-        """One round over all loads, in shuffled order."""
+        """One round over all paces and loads, in shuffled order."""
         found = Round()
         options: dict[str, Any] = {"num_threads": self.threads, "depth": self.depth, "dtype": torch.uint8, "seed": SEED}
         transform = train_transform("imagenet", SIZE)
@@ -161,26 +191,32 @@ class Kind:
             batches = (batch for _ in range(10**6) for batch in loader)
             for _ in range(WARM):
                 next(batches)
-            for load in self.order.sample(list(self.loads), len(self.loads)):
-                found.times.append(timed(batches, self.steps))
-                found.shares[load] = self._waits(batches, load * statistics.fmean(found.times[-1]))
+            cases = list(itertools.product(PACES, self.loads))
+            for name, load in self.order.sample(cases, len(cases)):
+                pace = Pace(lambda: loader.stats().idle_seconds, self.threads, self.steps)
+                found.times.append(timed(batches, self.steps, pace))
+                mean = statistics.fmean(found.times[-1])
+                found.shares[name, load] = self._waits(batches, load, pace if name == "following" else None, mean)
         found.equal = equal_work(self.files.read(0), self.threads, 2 * self.half, self.steps)
         others = machine_busy() - busy - (time.process_time() - cpu)
         found.others = others / (time.perf_counter() - begun)
         return found
 
-    def _waits(self, batches: Iterator[Any], step: float) -> list[float]:
+    def _waits(self, batches: Iterator[Any], load: float, pace: Pace | None, mean: float) -> list[float]:
         waits = []
         for number in range(WARM + self.steps):
+            step = load * (mean if pace is None else pace.seconds())
             self.step(step)
             started = time.perf_counter()
             next(batches)
             if number >= WARM:
                 waits.append((time.perf_counter() - started) / step)
+            if pace is not None:
+                pace.mark()
         return waits
 
     def rows(self, rounds: Sequence[Round]) -> list[dict[str, Any]]:
-        """One result per load."""
+        """One result per pace and load."""
         times, equal = [stretch for r in rounds for stretch in r.times], [r.equal for r in rounds]
         common = {
             "what": "stall", "step": self.name, "threads": self.threads, "depth": self.depth, "half": self.half,
@@ -189,12 +225,13 @@ class Kind:
             "rounds": len(rounds), "others_max": round(max(r.others for r in rounds), 3),
         }  # fmt: skip
         rows = []
-        for load in self.loads:
-            shares = [share for r in rounds for share in r.shares[load]]
-            per_round = [round(at(r.shares[load], 0.99), 4) for r in rounds]
+        for pace, load in itertools.product(PACES, self.loads):
+            shares = [share for r in rounds for share in r.shares[pace, load]]
+            per_round = [round(at(r.shares[pace, load], 0.99), 4) for r in rounds]
             quantiles = {f"share_of_step_p{q}": round(at(shares, q / 100), 4) for q in (50, 90, 99)}
             rows.append(common | quantiles | {
-                "step_over_batch_time": load, "n": len(shares), "share_of_step_max": round(max(shares), 4),
+                "pace": pace, "step_over_batch_time": load, "n": len(shares),
+                "share_of_step_max": round(max(shares), 4),
                 "share_of_step_mean": round(statistics.fmean(shares), 4), "p99_by_round": per_round,
                 "steps_over_5_percent": round(sum(s > ENOUGH for s in shares) / len(shares), 4),
                 "ideal_p99": predicted(times, load, self.depth), "equal_work_p99": predicted(equal, load, self.depth),

@@ -25,8 +25,9 @@ from .reference import compute_dtype
 REDUCTION = {"mean": 0, "sum": 1, "none": 2}
 TEACHER_KIND = {"none": 0, "logits": 1, "probabilities": 2, "virtual": 3}
 PARTS = ("loss", "ce", "lb", "correct", "grad_scale", "taught")
-"""Entries of the op's ``parts``. ``grad_scale`` is the power of two by which a float16 gradient is stored enlarged,
-so that it does not underflow before the upstream gradient (a loss scale) reaches it; 1 for the other dtypes."""
+"""Entries of the op's ``parts``. ``grad_scale`` is the power of two by which a float16 gradient is stored multiplied,
+so that it neither underflows before the upstream gradient (a loss scale) reaches it nor overflows; 1 for the other
+dtypes."""
 
 _OPTIONS = (
     "Tensor? target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? kd_mask, "

@@ -66,6 +66,7 @@ def test_the_whole_benchmark_writes_its_lines(bench: Any, tmp_path: Path) -> Non
     assert decodes["A"] >= 1 and 0.5 <= decodes["B"] < 0.7 and 0.5 <= decodes["ours"] < 0.7  # a few are read ahead
     stalls = [row for row in rows if row["what"] == "stall"]
     assert {row["step"] for row in stalls} == {"sleeping", "computing on one core"}
+    assert {row["pace"] for row in stalls} == {"fixed", "following"}
     assert all(row["n"] == 4 and row["share_of_step_p50"] <= row["share_of_step_max"] for row in stalls)
     ratio = next(row for row in rows if row["what"] == "resident" and row["name"] == "ratio")
     assert ratio["largest_difference"] < 1e-5 and ratio["over_per_sample"]["median"] > 1
@@ -114,3 +115,16 @@ def test_full_speed_does_not_count_the_batches_that_lay_ready(bench: Any) -> Non
     times = timed(rest, 5)
     assert len(times) == 5 and min(times) >= 0.004
     assert next(rest) == WARM + 5
+
+
+def test_a_pace_leaves_out_what_the_threads_waited(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads: 4 s between deliveries, in which both waited for 1 s, are 3 s per batch; the oldest is forgotten."""
+    import loader_stalls
+
+    clock, idle = [0.0], [0.0]
+    monkeypatch.setattr(loader_stalls.time, "perf_counter", lambda: clock[0])
+    pace = loader_stalls.Pace(lambda: idle[0], threads=2, count=2)
+    for passed, waited in ((0.0, 0.0), (9.0, 0.0), (4.0, 2.0), (4.0, 2.0)):
+        clock[0], idle[0] = clock[0] + passed, idle[0] + waited
+        pace.mark()
+    assert pace.seconds() == pytest.approx(3.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +146,17 @@ def test_who_takes_a_batch_on_the_cpu_calls_nothing_of_torch(tmp_path: Path, dty
             batch.images.requires_grad_()
             batch.images.square().sum().backward()
             assert torch.equal(batch.images.grad, 2 * batch.images)
+
+
+def test_batches_die_in_a_loading_thread_and_none_is_kept_for_long(tmp_path: Path) -> None:
+    """A loop that rebinds its batch would otherwise give the interpreter lock away and wait for it in the middle."""
+    died: list[str] = []
+    most = seen = 0
+    with loader(make_files(tmp_path), transform=RandomResizedCrop(16)) as made:
+        for _ in range(6):
+            for batch in made:
+                weakref.finalize(batch.images, lambda: died.append(threading.current_thread().name)).atexit = False
+                seen += 1
+                most = max(most, seen - len(died))
+        assert died and all(name.startswith("dlb-loader") for name in died)
+        assert most <= 3 + 3  # the consumer's, the one before, one to go; and three that may be ready at once

@@ -153,3 +153,24 @@ def test_stop_may_come_from_inside_a_locked_region() -> None:
     thread.start()
     thread.join(5)
     assert not thread.is_alive() and ring.take() is None
+
+
+def test_threads_count_how_long_they_wait_for_room() -> None:
+    ring = SlotRing(PLAN, 0, start=0, depth=1)
+    for item in drain(ring):
+        ring.finish(item)
+    assert ring.idle_seconds() == 0.0
+    taken: list[Item | None] = []
+    pool = [threading.Thread(target=lambda: taken.append(ring.take())) for _ in range(2)]
+    for thread in pool:
+        thread.start()
+    time.sleep(0.1)
+    waiting = ring.idle_seconds()  # those who still wait count
+    slot = ring.wait(0)
+    assert slot is not None
+    ring.release(slot)
+    for thread in pool:
+        thread.join()
+    after = ring.idle_seconds()
+    time.sleep(0.05)
+    assert len(taken) == 2 and 0.1 < waiting <= after == ring.idle_seconds()

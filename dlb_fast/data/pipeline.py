@@ -37,6 +37,7 @@ class LoaderStats:
     Attributes:
         batches, views: delivered. reads, bytes_read: samples (each is decoded once per read) and file bytes.
         bytes_to_device: copied host to device (0 on a CPU). wait_seconds: spent waiting inside `next`.
+        idle_seconds: of all threads together, spent waiting for a free batch: the loader was the faster one.
         failed: distinct samples that could not be loaded. replaced: times a substitute was used.
         failures: the first of the errors. fallbacks: why the default decoder handed files to Pillow, and how often.
     """
@@ -47,6 +48,7 @@ class LoaderStats:
     bytes_read: int = 0
     bytes_to_device: int = 0
     wait_seconds: float = 0.0
+    idle_seconds: float = 0.0
     failed: int = 0
     replaced: int = 0
     failures: list[SampleError] = field(default_factory=list)
@@ -106,6 +108,7 @@ class Pipeline:
         self._s = settings
         self._pid = os.getpid()
         self._position = position
+        self._idle = 0.0  # of the ring's idle seconds, those already in the counters
         self._stopped = False
         self._device_ring = _device_ring(settings)
         self._stage: CpuStage | CudaStage | RingStage
@@ -166,6 +169,8 @@ class Pipeline:
         stats.batches += 1
         stats.views += slot.rows
         stats.wait_seconds += waited
+        idle = self._ring.idle_seconds()
+        stats.idle_seconds, self._idle = stats.idle_seconds + idle - self._idle, idle
         stats.bytes_to_device += self._stage.bytes_of(slot)
         self._ring.release(slot)
         self._position += 1

@@ -117,6 +117,7 @@ class SlotRing:
         self._done = threading.Condition(self._lock)
         self._stopped = False
         self._abort: BaseException | None = None
+        self._idle, self._waiting, self._since = 0.0, 0, time.monotonic()
         self._released = start  # steps below are free
         self._delivered = start  # the next step to hand over
         self._opened = start  # steps below have a slot
@@ -144,8 +145,11 @@ class SlotRing:
     def take(self) -> Item | None:
         """The next item, waiting for a free slot; None after `stop()`."""
         with self._work:
-            while not self._stopped and not self._may_take():
-                self._work.wait()
+            if not self._stopped and not self._may_take():
+                self._count_waiting(1)
+                while not self._stopped and not self._may_take():
+                    self._work.wait()
+                self._count_waiting(-1)
             if self._stopped:
                 return None
             half, row = self._half, self._row
@@ -160,6 +164,17 @@ class SlotRing:
         if turn and (half + 2) % self._per_epoch == 0:
             self._plan.order((half + 2) // self._per_epoch)  # sorted here, so not under the lock later
         return item
+
+    def _count_waiting(self, more: int) -> None:
+        now = time.monotonic()
+        self._idle += self._waiting * (now - self._since)
+        self._waiting, self._since = self._waiting + more, now
+
+    def idle_seconds(self) -> float:
+        """How long threads have waited for a free slot, all together: that long the consumer was the slower one."""
+        with self._lock:
+            self._count_waiting(0)
+            return self._idle
 
     def _item(self, half: int, row: int) -> Item:
         sample, epoch = int(self._ids[row]), half // self._per_epoch
