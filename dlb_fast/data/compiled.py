@@ -1,7 +1,7 @@
-"""The compiled op of this room: crops resized straight into batches, with the pixels of torch.
+"""The compiled ops of this room: crops resized straight into batches, and batches of images that are kept in memory.
 
-The op is declared in `csrc/resized_crops.cpp` with the schema below (a test compares the two). It is looked for once;
-where the library was not built, torch makes the same pixels.
+They are declared in `csrc/data_schemas.h` with the schemas below (a test compares them). Each is looked for once; where
+the library was not built, torch and numpy make the same pixels.
 """
 
 from __future__ import annotations
@@ -14,13 +14,44 @@ import torch
 
 from dlb_fast import _backends
 
-__all__ = ["SCHEMA", "resized_crops"]
+__all__ = ["GATHER_SCHEMA", "SCHEMA", "gathered_views", "resized_crops"]
 
 _VIEW = "int row{0}, int top{0}, int left{0}, int height{0}, int width{0}, bool flip{0}"
 SCHEMA = (
     f"resized_crops_(Tensor image, Tensor(a!) images, {_VIEW.format('')}, "
     f"Tensor(b!)? images_b, {_VIEW.format('_b')}) -> ()"
 )
+GATHER_SCHEMA = "gathered_views_(Tensor images, Tensor places, Tensor table, Tensor(a!) out) -> ()"
+
+
+def _op(name: str) -> Any:
+    if _backends.load_library():
+        return None
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dlb_fast::{name}", "CPU"):
+        return None  # a library of an earlier release
+    torch.library.register_fake(f"dlb_fast::{name}", lambda *args: None)
+    return getattr(torch.ops.dlb_fast, name).default
+
+
+@functools.cache
+def gathered_views() -> Any:
+    """The op, or None where it is not built.
+
+    `op(images, places, table, out)` writes `table[c, images[row, top + y, left + x, c]]` to `out[i, y, x, c]`, for view
+    i at `row, top, left, flipped = places[:, i]`; columns run backwards where it is flipped. images: (N, H, W, c)
+    uint8, contiguous; places: (4, n) int64; table: (c, 256), what each byte of a channel becomes; out: (n, h, w, c),
+    any strides.
+
+    Raises:
+        RuntimeError: from the op: a shape, a dtype or a place that does not fit.
+
+    Example:
+        >>> op, out = gathered_views(), torch.zeros(1, 1, 2, 1)
+        >>> images, places = torch.tensor([[[[3], [9]]]], dtype=torch.uint8), torch.tensor([[0], [0], [0], [1]])
+        >>> if op is not None:
+        ...     op(images, places, torch.arange(256.0)[None], out)
+    """
+    return _op("gathered_views_")
 
 
 @functools.cache
@@ -42,10 +73,4 @@ def resized_crops() -> Any:
         >>> if op is not None:
         ...     op(torch.full((3, 6, 8), 7, dtype=torch.uint8), rows, 1, 0, 0, 6, 8, False, None, 0, 0, 0, 0, 0, False)
     """
-    if platform.machine().lower() not in ("x86_64", "amd64") or _backends.load_library():
-        return None
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("dlb_fast::resized_crops_", "CPU"):
-        return None  # a library of an earlier release
-    op = torch.ops.dlb_fast.resized_crops_
-    torch.library.register_fake("dlb_fast::resized_crops_", lambda *args: None)
-    return op.default
+    return _op("resized_crops_") if platform.machine().lower() in ("x86_64", "amd64") else None

@@ -152,6 +152,13 @@ class Normalise:
         assert self.erase is not None
         erase_(out, boxes, self.erase.mode, self.fill(out.device, out.shape[3]))
 
+    def table(self, channels: int) -> torch.Tensor:
+        """(channels, 256): what each value of a byte becomes, by the arithmetic of `into`."""
+        ramp = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(256, 1, 1, channels).contiguous()
+        out = self.empty(ramp.shape, ramp.dtype)
+        self._plain(out, ramp)
+        return out.reshape(256, channels).t().contiguous()
+
     def _plain(self, out: torch.Tensor, x: torch.Tensor) -> None:
         if x.dtype != torch.uint8 or self.dtype == torch.uint8:
             out.copy_(x)

@@ -1,4 +1,5 @@
-"""Views of a resident set: crop and flip in one gather, then what is left of the transform, then the normalisation."""
+"""Views of a resident set: crop and flip in one gather, then what is left of the transform, then the normalisation; all
+in one pass where nothing is left of the transform."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 
 from dlb_fast.data.augment import Compose, Flip, PadCrop, Transform, has_batch, to_device, windows
 from dlb_fast.data.batch import stack_views
+from dlb_fast.data.compiled import gathered_views
 from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.memory import BufferPool
 from dlb_fast.data.normalise import CPU_CHUNK
 from dlb_fast.data.view_rng import ViewRng, ViewRngs
 
@@ -80,6 +83,10 @@ class ResidentViews:
         # Padded once: every crop is then a window. PadCrop(0) only changes the layout.
         self._images = (self._crop or PadCrop(0)).pad(images)
         self._on_host = images.device.type == "cpu"
+        self._pool = BufferPool()  # a batch in fresh memory takes as long to map as to fill
+        # One pass for all, where the op is built and nothing else stands between the gather and the normalisation.
+        one_pass = self._on_host and gathered_views() is not None and not self._rest.transforms
+        self._table = normalise.table(images.shape[1]) if one_pass else None
 
     def __call__(self, rngs: ViewRngs) -> tuple[torch.Tensor, torch.Tensor]:
         """(images (n, c, h, w), sample ids (n,)) on the device."""
@@ -90,6 +97,10 @@ class ResidentViews:
             size = self._crop.output(*size)
         if self._flip is not None:
             places[3] = self._flip.chosen(rngs)
+        if self._table is not None:
+            out = self._empty((len(rngs), *size, self._table.shape[0]))
+            gathered_views()(self._images, torch.from_numpy(places), self._table, out)
+            return self._erased(out, rngs), torch.from_numpy(places[0])
         if self._on_host:
             views, ids = gather_on_host(self._images.numpy(), places, size), torch.from_numpy(places[0])
         else:
@@ -111,9 +122,15 @@ class ResidentViews:
         pixels = views.permute(0, 2, 3, 1).contiguous()
         if not self._on_host:
             return self._normalise(pixels, rngs)
-        out = self._normalise.empty(pixels.shape, pixels.dtype, pixels.device)
+        out = self._empty(tuple(pixels.shape), pixels.dtype)
         self._normalise.into(out, pixels)
-        boxes = self._normalise.boxes(rngs, *pixels.shape[1:3])
+        return self._erased(out, rngs)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return self._normalise.empty(shape, dtype, pool=self._pool)
+
+    def _erased(self, out: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
+        boxes = self._normalise.boxes(rngs, *out.shape[1:3])
         if boxes is not None:
             self._normalise.blank(out, torch.from_numpy(boxes))
         return out.permute(0, 3, 1, 2)

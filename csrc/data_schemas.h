@@ -1,4 +1,4 @@
-// The schema of `dlb_fast::resized_crops_`, as in dlb_fast/data/compiled.py.
+// The schemas of the ops of the data, `dlb_fast::resized_crops_` and `gathered_views_`, as in dlb_fast/data/compiled.py.
 #pragma once
 
 #define DLB_VIEW_SCHEMA(n) \
@@ -6,3 +6,4 @@
 #define DLB_CROPS_SCHEMA                                                                            \
   "resized_crops_(Tensor image, Tensor(a!) images, " DLB_VIEW_SCHEMA("") ", Tensor(b!)? images_b, " \
   DLB_VIEW_SCHEMA("_b") ") -> ()"
+#define DLB_GATHER_SCHEMA "gathered_views_(Tensor images, Tensor places, Tensor table, Tensor(a!) out) -> ()"
