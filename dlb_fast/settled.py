@@ -55,7 +55,7 @@ def settled_step(
             return None
         if num_old is None:
             num_old = -1  # left to the device: a captured step is replayed with counts of its own
-        elif num_old != old:
+        elif num_old != old or type(num_old) is not int:
             return None
         tensors = (logits, buffer.logits, buffer.slots, ids, num_old, target)
     except (TypeError, AttributeError, IndexError):

@@ -127,6 +127,8 @@ def test_a_mistake_in_the_middle_is_named_and_changes_nothing(impl, generator):
         after = criterion.buffer.state_dict()
         assert all(torch.equal(before[k], after[k]) for k in ("logits", "ids"))
         assert before["count"] == after["count"]
+    with pytest.raises(TypeError, match="num_old must be an integer or None, got 4.0"):
+        criterion(z, y, ids, num_old=4.0)
     if impl not in ("cuda", "triton"):
         with pytest.raises(ValueError, match=r"target\[1\] = 9 is not a class"):
             criterion(z, torch.where(torch.arange(8) == 1, 9, y), ids)
