@@ -47,7 +47,8 @@ def test_equal_to_the_gather_and_the_normalisation_in_two_steps(dtype: torch.dty
 
 
 def pictures() -> ArrayDataset:
-    images = torch.randint(0, 256, (40, 3, 9, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 9, 8), dtype=np.uint8)
+    images = torch.from_numpy(pixels)
     return ArrayDataset(images, np.arange(40) % 5, list("abcde"))
 
 
@@ -75,6 +76,14 @@ def test_a_batch_that_is_held_is_not_written_again() -> None:
     loader = ResidentLoader(pictures(), 8, transform=PadCrop(2))
     held = [(batch.images, batch.images.clone()) for _ in range(3) for batch in loader]
     assert all(torch.equal(images, copy) for images, copy in held)
+
+
+def test_a_default_device_changes_nothing_on_the_cpu() -> None:
+    with torch.device("meta"):
+        loader = ResidentLoader(pictures(), 8, transform=PadCrop(2), mean=(0.4,) * 3, std=(0.2,) * 3, device="cpu")
+        found = [batch.images for batch in loader]
+    plain = ResidentLoader(pictures(), 8, transform=PadCrop(2), mean=(0.4,) * 3, std=(0.2,) * 3)
+    assert all(torch.equal(one, batch.images) for one, batch in zip(found, plain, strict=True))
 
 
 def test_more_views_than_one_thread_takes() -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dlb_fast.data import _hash
 from dlb_fast.data._targets import class_indices
+from dlb_fast.data.memory import tensor_of
 from dlb_fast.data.plan import as_int
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class ArrayDataset:
     """
 
     def __init__(self, images: Any, targets: Any, classes: Sequence[str], name: str = "array") -> None:
-        self.images = torch.as_tensor(images)
+        self.images = tensor_of(images)
         self.targets = torch.from_numpy(class_indices(name, targets))
         self.classes = list(classes)
         self.name = name

@@ -173,4 +173,5 @@ def collate_rows(items: Sequence[tuple[Any, Any, int]]) -> Batch:
         TypeError: items without the indices of such a sampler, targets that are not integers.
     """
     images, targets, indices = collated("collate_rows", "a ClassBatchSampler or ViewPairSampler", items)
-    return Batch(images, targets, torch.tensor([int(i) for i in indices]), 0, indices[-1].epoch, indices[-1].step)
+    ids = torch.tensor([int(i) for i in indices], device="cpu")
+    return Batch(images, targets, ids, 0, indices[-1].epoch, indices[-1].step)

@@ -296,7 +296,7 @@ def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_th
         return image if transform is None else transform(image, ViewRng(0, 0, index, 0))
 
     first = one(0)
-    images = torch.empty((len(data), *first.shape), dtype=first.dtype)
+    images = torch.empty((len(data), *first.shape), dtype=first.dtype, device="cpu")
 
     def fill(index: int) -> None:
         image = one(index)

@@ -28,7 +28,7 @@ COLUMNS = (
     "erase_top", "erase_left", "erase_h", "erase_w", "erase_key", "target", "id",
 )  # fmt: skip
 BOX_START = COLUMNS.index("erase_top")
-_FLIPPED = torch.tensor([[[0, 1]]])
+_FLIPPED = torch.tensor([[[0, 1]]], device="cpu")
 
 
 class ViewParameters:

@@ -59,7 +59,7 @@ class CpuStage:
         """Views are (h, w, c) = `shape` of `dtype`; only the numbers have buffers that stay."""
         self._shape, self._dtype = shape, dtype
         for slot in slots:
-            slot.meta = torch.zeros((2, rows), dtype=torch.int64)
+            slot.meta = torch.zeros((2, rows), dtype=torch.int64, device="cpu")
             slot.numbers = slot.meta.numpy()
 
     def rows(self, slot: Slot) -> torch.Tensor | None:
@@ -132,10 +132,10 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """
     if device.type == "cuda":
         try:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+            return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
         except RuntimeError as error:
             _LOG.warning("cannot pin %s of %s (%s): copies will not overlap with compute", shape, dtype, error)
-    return torch.empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 class StreamApi(Protocol):

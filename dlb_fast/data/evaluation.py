@@ -17,6 +17,7 @@ from dlb_fast.data.batch import Batch, stack_views
 from dlb_fast.data.decode import ImageDecoder
 from dlb_fast.data.device_stream import Normalise
 from dlb_fast.data.errors import SampleError
+from dlb_fast.data.memory import tensor_of
 from dlb_fast.data.plan import as_int
 from dlb_fast.data.source import SampleSource
 from dlb_fast.data.view_rng import ViewRng
@@ -81,7 +82,7 @@ class EvalLoader:
         size = length_of(name, dataset)
         self._ids = np.arange(rank * size // world_size, (rank + 1) * size // world_size)
         # A set in memory is sliced; it is brought to the device batch by batch.
-        self._images = torch.as_tensor(dataset.images) if own and hasattr(dataset, "images") else None
+        self._images = tensor_of(dataset.images) if own and hasattr(dataset, "images") else None
         self._targets = torch.from_numpy(class_indices(name, dataset.targets)) if self._images is not None else None
 
     def __len__(self) -> int:
@@ -112,7 +113,7 @@ class EvalLoader:
                     ahead.append([pool.submit(self._one, int(i)) for i in upcoming])
                 views = [future.result() for future in ahead.popleft()]
                 images = stack_views("EvalLoader", [view for view, _ in views], ids.tolist())
-                targets = torch.tensor([target for _, target in views], dtype=torch.int64)
+                targets = torch.tensor([target for _, target in views], dtype=torch.int64, device="cpu")
                 yield self._batch(images, targets, torch.from_numpy(ids), step)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -15,9 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["BufferPool"]
+__all__ = ["BufferPool", "tensor_of"]
 
 _ALIGN = 64
+
+
+def tensor_of(value: Any) -> torch.Tensor:
+    """A tensor where it is; an array as a tensor of the CPU, whatever the default device is.
+
+    Example:
+        >>> tensor_of(np.zeros(2)).device
+        device(type='cpu')
+    """
+    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
 
 
 class BufferPool:

@@ -94,7 +94,7 @@ class Normalise:
             if len(mean) != channels:
                 raise ValueError(f"Normalise: mean has {len(mean)} channels, the images have {channels}.")
             factors = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
-            pairs = torch.tensor(factors, dtype=torch.float64)
+            pairs = torch.tensor(factors, dtype=torch.float64, device="cpu")
             scale, bias = (pairs[:, k].float().to(device) for k in (0, 1))
             found = self._rows[device, 1, channels] = (scale, bias)
         return found
@@ -128,7 +128,8 @@ class Normalise:
                 raise ValueError(f"Normalise: {self.erase} has {len(greys)} grey values for {channels} channels")
             values = torch.zeros_like(bias)
             if greys is not None:
-                values = torch.addcmul(bias, torch.tensor(greys, dtype=torch.float32).expand(channels), scale)
+                grey = torch.tensor(greys, dtype=torch.float32, device="cpu")
+                values = torch.addcmul(bias, grey.expand(channels), scale)
             found = self._fills[device, channels] = values.to(device)
         return found
 
@@ -154,8 +155,10 @@ class Normalise:
 
     def table(self, channels: int) -> torch.Tensor:
         """(channels, 256): what each value of a byte becomes, by the arithmetic of `into`."""
-        ramp = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(256, 1, 1, channels).contiguous()
-        out = self.empty(ramp.shape, ramp.dtype)
+        cpu = torch.device("cpu")  # whatever the default device is
+        ramp = torch.arange(256, dtype=torch.uint8, device=cpu)[:, None, None, None].expand(256, 1, 1, channels)
+        ramp = ramp.contiguous()
+        out = self.empty(ramp.shape, ramp.dtype, cpu)
         self._plain(out, ramp)
         return out.reshape(256, channels).t().contiguous()
 

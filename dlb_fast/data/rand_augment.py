@@ -27,7 +27,8 @@ def affine(image: torch.Tensor, matrix: tuple[float, float, float, float, float,
     """
     a, b, c, d, e, f = matrix
     height, width = image.shape[1:]
-    x, y = torch.arange(width)[None, :], torch.arange(height)[:, None]
+    x, y = (torch.arange(side, device=image.device) for side in (width, height))
+    x, y = x[None, :], y[:, None]
     column = (_fixed(c + a * 0.5 + b * 0.5) + _fixed(a) * x + _fixed(b) * y) >> 16
     row = (_fixed(f + d * 0.5 + e * 0.5) + _fixed(d) * x + _fixed(e) * y) >> 16
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)

@@ -15,6 +15,7 @@ from dlb_fast.data._targets import class_indices
 from dlb_fast.data.augment import Transform
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.erasing import Eraser
+from dlb_fast.data.memory import tensor_of
 from dlb_fast.data.mixing import Mix, check_mix
 from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.resident_views import ResidentViews
@@ -154,7 +155,7 @@ def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.
             f"{operation}: dataset needs `images` (N, c, h, w) uint8 and `targets` (N,), {type(dataset).__name__} has "
             "not both; use OverlapLoader for files, or load_into_memory(dataset) first"
         )
-    images, targets = torch.as_tensor(dataset.images), torch.from_numpy(class_indices(operation, dataset.targets))
+    images, targets = tensor_of(dataset.images), torch.from_numpy(class_indices(operation, dataset.targets))
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise TypeError(
             f"{operation}: dataset.images must be uint8 (N, channels, height, width), got {images.dtype} "

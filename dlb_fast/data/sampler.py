@@ -287,7 +287,7 @@ def collate_overlap(items: Sequence[tuple[Any, Any, int]]) -> Batch:
     """
     images, targets, indices = collated("collate_overlap", "an OverlapBatchSampler", items)
     num_old = sum(index.use for index in indices)
-    return Batch(images, targets, torch.tensor(indices), num_old, indices[-1].epoch, indices[-1].step)
+    return Batch(images, targets, torch.tensor(indices, device="cpu"), num_old, indices[-1].epoch, indices[-1].step)
 
 
 def collated(

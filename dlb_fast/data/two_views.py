@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dlb_fast.data.batch import Batch
+from dlb_fast.data.memory import tensor_of
 from dlb_fast.data.normalise import Normalise
 from dlb_fast.data.sampler import OverlapBatchSampler, SampleIndex
 from dlb_fast.data.view_rng import ViewRng
@@ -113,7 +114,7 @@ class PairHalves:
         epoch = self.epoch
         for step, (first, second, targets, ids) in enumerate(self._loader):
             first, second, targets, ids = (
-                torch.as_tensor(t).to(self._device, non_blocking=True) for t in (first, second, targets, ids)
+                tensor_of(t).to(self._device, non_blocking=True) for t in (first, second, targets, ids)
             )
             held, self._held = self._held, (second, targets, ids)
             parts = [(first, targets, ids)] if held is None else [held, (first, targets, ids)]
