@@ -149,8 +149,8 @@ def python_tag() -> str:
 
 
 def node_commands(out: Path, torch_dir: Path, version: str) -> list[tuple[Path, list[str]]]:
-    """(object, command) of the autograd node and of the call that goes straight to it. Both belong to one version of
-    torch (see csrc/autograd_node.cpp), the call to this Python as well."""
+    """(object, command) of the autograd node, and of the call that goes straight to it where Python's headers are. Both
+    belong to one version of torch (see csrc/autograd_node.cpp), the call to this Python as well."""
     flags = [flag if flag != "-O3" else "-O2" for flag in CXX_FLAGS]
     include = [f"-isystem{torch_dir / 'include' / part}" for part in (".", "torch/csrc/api/include")]
     tag, sources = python_tag(), {"autograd_node": include}
@@ -175,9 +175,9 @@ def build_library(destination: Path, scratch: Path) -> None:
         wished = [pool.submit(run, command) for _, command in node]
         for compiled in needed:
             compiled.result()
-        node_error = next((error for compiled in wished if (error := compiled.exception())), None)
-    if node_error and MODE != "auto":
-        raise node_error
+        errors = [compiled.exception() for compiled in wished]
+    if MODE != "auto" and any(errors):
+        raise next(error for error in errors if error)
     destination.mkdir(parents=True, exist_ok=True)
     library = destination / "libdlb_fast_ops.so"
     # libtorch has to stay in NEEDED: torch.ops.load_library resolves symbols through it.
@@ -190,11 +190,14 @@ def build_library(destination: Path, scratch: Path) -> None:
         where = [f"-L{home / part}" for part in ("lib64", "targets/x86_64-linux/lib", "lib")]
         link += [*where, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
     targets = [(library, objects, link)]
-    if node_error:  # Python does its work, slower
-        print(f"dlb_fast: the autograd node in C++ was not built ({first_error(str(node_error))})")
-    else:
-        python = ["-ltorch_python"] if python_tag() else []
-        targets.append((destination / f"libdlb_fast_node-{version}.so", node, [*libtorch, *python]))
+    # Each a library of its own: the node serves every Python.
+    names = (f"libdlb_fast_node-{version}.so", f"libdlb_fast_call-{version}-{python_tag()}.so")
+    needs_of = (libtorch, [*libtorch, "-ltorch_python"])
+    for name, compiled_part, needs, error in zip(names, node, needs_of, errors, strict=False):
+        if error:  # Python does its work, slower
+            print(f"dlb_fast: {name} was not built ({first_error(str(error))})")
+        else:
+            targets.append((destination / name, [compiled_part], needs))
     for made, parts, needs in targets:
         fresh = made.with_suffix(".new")
         run([*compiler(), "-shared", "-o", str(fresh), *(str(target) for target, _ in parts), *needs])
@@ -239,8 +242,8 @@ class BuildOps(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """One wheel per platform for every Python: the op library knows none, and a build-info module of another Python is
-    just not found there."""
+    """One wheel per platform for every Python: the op library and the node know none, and what was made for another
+    Python (build information, the direct call) is just not found there."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -7,8 +7,8 @@
 // that returns (loss, parts), or with `gradient` (loss, parts, grad) without a node, or None where a call needs the ordinary way:
 // a subclass of Tensor, or a mode of torch (functorch, tracing, dispatch and function modes, inference) that wants to see it.
 // A default device is such a mode, which has nothing to say here: its class is the third argument.
-// Part of the node's library, which belongs to one version of torch, and a module of the one Python whose tag (DLB_FAST_PYTHON,
-// as in cpython-311) its name carries; dlb_fast/_backends.py asks for it by that name.
+// A library of its own, because it belongs to one Python as well as to one version of torch; its name carries both, the
+// module's the Python's tag (DLB_FAST_PYTHON, the 311 of cpython-311).
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 

@@ -80,16 +80,17 @@ def load_node() -> str:
 
 @functools.cache
 def load_settled_call() -> Any:
-    """``settled_call`` of csrc/settled_call.cpp, a part of the node's library; None where that is missing or was built
-    for another Python."""
-    if load_node():
+    """``settled_call`` of csrc/settled_call.cpp; None where it was not built for this torch and this Python."""
+    tag = "".join(str(sysconfig.get_config_var("SOABI")).split("-")[1:2])  # cpython-311-x86_64-linux-gnu
+    library = LIBRARY.with_name(f"libdlb_fast_call-{torch.__version__}-{tag}.so")
+    if load_node() or not library.exists():
         return None
-    tag = str(sysconfig.get_config_var("SOABI")).split("-")[1:2]  # cpython-311-x86_64-linux-gnu
-    loader = importlib.machinery.ExtensionFileLoader("".join(["settled_call_", *tag]), str(NODE))
+    loader = importlib.machinery.ExtensionFileLoader(f"settled_call_{tag}", str(library))
     try:
         spec = importlib.util.spec_from_loader(loader.name, loader)
         return importlib.util.module_from_spec(spec).settled_call if spec is not None else None
-    except ImportError:  # the library has no module of that name
+    except ImportError as error:
+        log.warning("%s could not be loaded: %s", library.name, error)
         return None
 
 

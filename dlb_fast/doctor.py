@@ -71,7 +71,7 @@ def _autograd_node(backends: Any) -> str:
     missing = backends.load_node()
     if missing or backends.load_settled_call() is not None:
         return missing or "C++"
-    return "C++, called by way of torch's dispatcher: it was built by another Python"
+    return "C++, called by way of torch's dispatcher: the direct call was not built for this Python"
 
 
 def _versions(module: Any) -> dict[str, Any]:

@@ -281,7 +281,9 @@ def ps_kd_loss(
     check_logits("ps_kd_loss", logits)
     check_rows("ps_kd_loss", "past", past, logits)
     settings = {"alpha": alpha, "temperature": 1.0, "ce_alpha": -1.0, **options}
-    lesson = ps_lesson(past)._replace(mask=target != options.get("ignore_index", -100))
+    lesson = ps_lesson(past)
+    if isinstance(target, Tensor) and target.dim() == 1:
+        lesson = lesson._replace(mask=target != options.get("ignore_index", -100))
     return _finish("ps_kd_loss", logits, target, lesson, return_parts, settings)
 
 

@@ -308,6 +308,15 @@ def test_zipf_with_a_large_power_teaches_the_best_wrong_class():
     assert abs(parts.lb.item() - torch.nn.functional.cross_entropy(z[:, 1:], torch.tensor([0])).item()) < 1e-6
 
 
+def test_ps_kd_takes_dense_targets_and_none():
+    z, past = torch.randn(3, 4), torch.softmax(torch.randn(3, 4), 1)
+    y = torch.tensor([0, 3, 2])
+    labels = dlb_fast.ps_kd_loss(z, y, past)
+    torch.testing.assert_close(dlb_fast.ps_kd_loss(z, torch.eye(4)[y], past), labels)
+    _, parts = dlb_fast.ps_kd_loss(z, None, past, return_parts=True)
+    assert parts.ce == 0 and parts.lb > 0
+
+
 def test_an_ignored_label_leaves_ps_kd_as_a_function_too():
     z, y, past = torch.randn(3, 4), torch.tensor([0, -100, 2]), torch.softmax(torch.randn(3, 4), 1)
     _, both = dlb_fast.ps_kd_loss(z, y, past, return_parts=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from typing import Any
 
@@ -78,12 +79,19 @@ def test_a_batch_that_is_held_is_not_written_again() -> None:
     assert all(torch.equal(images, copy) for images, copy in held)
 
 
-def test_a_default_device_changes_nothing_on_the_cpu() -> None:
-    with torch.device("meta"):
-        loader = ResidentLoader(pictures(), 8, transform=PadCrop(2), mean=(0.4,) * 3, std=(0.2,) * 3, device="cpu")
-        found = [batch.images for batch in loader]
-    plain = ResidentLoader(pictures(), 8, transform=PadCrop(2), mean=(0.4,) * 3, std=(0.2,) * 3)
-    assert all(torch.equal(one, batch.images) for one, batch in zip(found, plain, strict=True))
+def test_a_dtype_that_the_op_does_not_know_takes_the_way_of_torch() -> None:
+    loader = ResidentLoader(pictures(), 8, transform=PadCrop(2), dtype=torch.float8_e4m3fn)
+    plain = ResidentLoader(pictures(), 8, transform=PadCrop(2))
+    for one, other in zip(loader, plain, strict=True):
+        assert torch.equal(one.images.float(), other.images.to(torch.float8_e4m3fn).float())
+
+
+def test_a_copy_of_a_loader_does_not_carry_its_spare_memory() -> None:
+    loader = ResidentLoader(pictures(), 8, transform=PadCrop(2))
+    before = len(pickle.dumps(loader))
+    for _ in loader:
+        pass
+    assert len(pickle.dumps(loader)) < before + 1000
 
 
 def test_more_views_than_one_thread_takes() -> None:

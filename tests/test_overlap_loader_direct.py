@@ -146,6 +146,9 @@ def test_who_takes_a_batch_on_the_cpu_calls_nothing_of_torch(tmp_path: Path, dty
             batch.images.requires_grad_()
             batch.images.square().sum().backward()
             assert torch.equal(batch.images.grad, 2 * batch.images)
+            factor = torch.ones((), requires_grad=True)
+            next(batches).images.mul_(factor).sum().backward()
+            assert factor.grad is not None
 
 
 def test_batches_die_in_a_loading_thread_and_none_is_kept_for_long(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -89,11 +90,13 @@ def test_one_wheel_serves_every_python(tmp_path):
     assert {re.sub(r"\.cpython.*", "", name) for name in compiled} == {
         "dlb_fast/lib/libdlb_fast_ops.so",
         f"dlb_fast/lib/libdlb_fast_node-{torch_version()}.so",  # its version in its name: other torches pass it by
+        f"dlb_fast/lib/libdlb_fast_call-{torch_version()}-{python_tag()}.so",  # and other Pythons this one
         "dlb_fast/_build",
     }
     # Installed where the checkout is out of reach, as for another Python: without the build-info module.
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    for module in (tmp_path / "installed" / "dlb_fast").glob("_build.*"):
+    package = tmp_path / "installed" / "dlb_fast"
+    for module in (*package.glob("_build.*"), *package.glob("lib/libdlb_fast_call-*")):
         module.unlink()
     code = "import dlb_fast, sys; from dlb_fast.doctor import main; print(dlb_fast.__file__); main(['--self-test'])"
     done = subprocess.run(
@@ -113,6 +116,10 @@ def test_the_sdist_holds_all_sources_and_no_tests(sources, tmp_path):
     kept |= {"LICENSE", "PKG-INFO", "dlb_fast/py.typed"}
     csrc = {str(path.relative_to(sources)) for path in (sources / "csrc").rglob("*") if path.is_file()}
     assert csrc and files == kept | python_files(sources) | csrc
+
+
+def python_tag() -> str:
+    return str(sysconfig.get_config_var("SOABI")).split("-")[1]
 
 
 def torch_version() -> str:
@@ -160,6 +167,14 @@ def test_the_doctor_tells_how_it_was_built_and_does_without(monkeypatch, capsys)
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
     assert "compiled by" not in out and "implementations of the loss" in out
+
+
+@pytest.mark.skipif(not shutil.which("nm") or bool(_backends.load_node()), reason="needs nm and the node")
+def test_the_node_asks_nothing_of_a_python():
+    """One file for every Python: symbols come and go between their versions."""
+    for library in (_backends.LIBRARY, _backends.NODE):
+        done = subprocess.run(["nm", "-D", "-u", str(library)], capture_output=True, text=True, check=True)
+        assert not re.findall(r"\b_?Py[A-Z_]\w*", done.stdout), library
 
 
 def test_the_sources_use_no_macro_that_older_headers_lack():

@@ -55,6 +55,17 @@ AHEAD = [(0, {}), (2, {}), (2, {"prefetch_factor": 8}), (2, {"prefetch_factor": 
 
 
 @pytest.mark.parametrize("workers,options", AHEAD, ids=str)
+def test_an_older_iteration_is_stale_whatever_its_workers_had_drawn(workers, options):
+    tracked = TrackedLoader(loader(workers, **options))
+    older = iter(tracked)
+    next(older)
+    tracked.set_epoch(1)
+    with pytest.raises(RuntimeError, match="this iterator is stale"):
+        next(older)
+    assert tracked.epoch == 1
+
+
+@pytest.mark.parametrize("workers,options", AHEAD, ids=str)
 def test_a_loop_left_early_starts_again_whatever_was_drawn_ahead(workers, options):
     whole = TrackedLoader(loader())
     want = [ids(whole) for _ in range(2)]

@@ -138,6 +138,7 @@ const char* last_batch_cuda(const LastBatchArgs& args, void* stream) {
   const Kernel kernel = args.dtype == DType::f32    ? kernel_f32(plan, args.kind)
                         : args.dtype == DType::bf16 ? kernel_bf16(plan, args.kind)
                                                     : kernel_f16(plan, args.kind);
+  cudaGetLastError();  // of somebody else's call: what is asked for below must be ours, or a launch that ran counts as refused
   if (plan.count_blocks > 0) count_kernel<<<plan.count_blocks, 256, 0, on>>>(d);
   if (plan.cluster == 1) {
     kernel<<<plan.blocks, plan.threads, 0, on>>>(d);
@@ -169,6 +170,7 @@ const char* scale_grad_cuda(const ScaleGradArgs& args, void* stream) {
   const int64_t most = static_cast<int64_t>(device.multiprocessors) * 8;
   const unsigned blocks = static_cast<unsigned>(wanted < most ? wanted : most);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  cudaGetLastError();
   if (args.dtype == DType::f32) scale_kernel<float><<<blocks, 256, 0, on>>>(a);
   else if (args.dtype == DType::bf16) scale_kernel<Bf16><<<blocks, 256, 0, on>>>(a);
   else scale_kernel<F16><<<blocks, 256, 0, on>>>(a);

@@ -137,7 +137,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
     if (general && use.probabilities) {
       float t[V];
       load_teacher_columns<V>(a, row, first, shift, 0.0f, t);
-      sum[3] -= sum[2] * (moved * s.inverse);
+      sum[3] -= sum[2] * moved * s.inverse;  // in this order: no mass costs nothing, however far the maximum moved
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         sum[2] += t[e];
         if (t[e] != 0.0f) sum[3] += t[e] * (log_accurate(t[e]) - (z[e] - base) * s.inverse);
@@ -179,7 +179,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
       sum[3] = shrink_gap(sum[3] + sum[2] * (distance(own_teacher, mt) - moved), factor) * s.inverse;
       sum[2] *= factor;
     } else {
-      sum[3] -= sum[2] * (moved * s.inverse);
+      sum[3] -= sum[2] * moved * s.inverse;  // in this order: no mass costs nothing, however far the maximum moved
     }
     move_x(moved);
     group.template reduce<Sum, 2>(sum);

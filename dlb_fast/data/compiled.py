@@ -14,13 +14,14 @@ import torch
 
 from dlb_fast import _backends
 
-__all__ = ["GATHER_SCHEMA", "SCHEMA", "gathered_views", "resized_crops"]
+__all__ = ["GATHERED", "GATHER_SCHEMA", "SCHEMA", "gathered_views", "resized_crops"]
 
 _VIEW = "int row{0}, int top{0}, int left{0}, int height{0}, int width{0}, bool flip{0}"
 SCHEMA = (
     f"resized_crops_(Tensor image, Tensor(a!) images, {_VIEW.format('')}, "
     f"Tensor(b!)? images_b, {_VIEW.format('_b')}) -> ()"
 )
+GATHERED = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that the op writes
 GATHER_SCHEMA = "gathered_views_(Tensor images, Tensor places, Tensor table, Tensor(a!) out) -> ()"
 
 

@@ -82,7 +82,8 @@ class CpuStage:
                     # consumer that has just woken two threads waits for it and for a core, up to 5 ms (measured).
                     while len(self._delivered) > 2:
                         self._delivered.popleft()
-                    slot.images = self._normalise.empty((slot.rows, *self._shape), self._dtype, pool=self._pool)
+                    with torch.enable_grad():  # a view made without it is never written to where a gradient is wanted
+                        slot.images = self._normalise.empty((slot.rows, *self._shape), self._dtype, pool=self._pool)
                     slot.fresh = False
         assert slot.images is not None
         return slot.images
@@ -104,7 +105,7 @@ class CpuStage:
         if slot.boxes is not None:
             self._normalise.blank(slot.images, torch.from_numpy(slot.boxes))
         images, slot.images = slot.images, None
-        with torch.enable_grad():  # a view made without it could not be modified in place where a gradient is wanted
+        with torch.enable_grad():
             slot.stage = (images.permute(0, 3, 1, 2), *slot.meta[:, : slot.rows].clone().unbind())
 
     def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,9 +1,10 @@
-"""Zeros inside the scans of a progressive JPEG file that no encoder can have written (ITU-T T.81, annexes B and G).
+"""Zeros inside the scans of a progressive JPEG file that no encoder writes for a picture (ITU-T T.81, B and G).
 
 Zero bits are valid code words, so a decoder reads a block of zero bytes without a word wherever they happen to fit. In
 a progressive file they may also be honest: flat blocks, ends of blocks, and bits that refine what earlier scans said.
 So a run is judged by the scan it lies in: by what zero bits mean there, and, where they mean "nothing new", by how
-many blocks they would have to cover. Only files that hold such a run are walked; ordinary ones pay for one search.
+many blocks they would have to cover. (Of a pattern that repeats itself every 8 pixels the one value may be all zero
+bits; no photograph is one.) Only files that hold such a run are walked; ordinary ones pay for one search.
 """
 
 from __future__ import annotations

@@ -45,8 +45,11 @@ class BufferPool:
         True
     """
 
-    def __init__(self, keep: int = 4) -> None:
+    def __init__(self, keep: int | None = 4) -> None:
         self._free: deque[np.ndarray[Any, np.dtype[np.uint8]]] = deque(maxlen=keep)  # appends and pops are atomic
+
+    def __reduce__(self) -> tuple[type[BufferPool], tuple[int | None]]:
+        return BufferPool, (self._free.maxlen,)  # a copy has no use for what is free here
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised contiguous tensor of one batch; its memory comes back when its storage dies."""

@@ -51,7 +51,8 @@ class OverlapLoader:
             size; it runs in worker threads and must not change its input. None takes images as they are.
         device: where batches are yielded: cpu or cuda. None: cpu.
         num_threads: None: the cores this process may use, at most 8.
-        depth: finished batches kept ahead; host (and device) memory is `depth + 2` batches of views.
+        depth: finished batches kept ahead; host (and device) memory is `depth + 2` batches of views, and on a CPU the
+            last two that were delivered.
         seed, shuffle, drop_last, rank, world_size: as in `OverlapBatchSampler`.
         mean, std: of images in [0, 1], per channel: `(x / 255 - mean) / std` on the device; both None: `x / 255`.
         dtype: of the images; torch.uint8 leaves pixels as they are. Views that are not uint8 are passed on unchanged.

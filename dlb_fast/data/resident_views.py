@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dlb_fast.data.augment import Compose, Flip, PadCrop, Transform, has_batch, to_device, windows
 from dlb_fast.data.batch import stack_views
-from dlb_fast.data.compiled import gathered_views
+from dlb_fast.data.compiled import GATHERED, gathered_views
 from dlb_fast.data.device_stream import Normalise
 from dlb_fast.data.memory import BufferPool
 from dlb_fast.data.normalise import CPU_CHUNK
@@ -86,6 +86,7 @@ class ResidentViews:
         self._pool = BufferPool()  # a batch in fresh memory takes as long to map as to fill
         # One pass for all, where the op is built and nothing else stands between the gather and the normalisation.
         one_pass = self._on_host and gathered_views() is not None and not self._rest.transforms
+        one_pass = one_pass and normalise.dtype in GATHERED
         self._table = normalise.table(images.shape[1]) if one_pass else None
 
     def __call__(self, rngs: ViewRngs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -178,7 +178,8 @@ class OverlapBatchSampler(Sampler[list[int]]):
         try:
             for count, batch in enumerate(batches, start=1):
                 drawing = drawing or self._latest()  # some loaders ask for an iterator with their first batch
-                if drawing is not None and self._cursor.is_current(drawing):
+                if drawing is not None:
+                    self._cursor.check_current(drawing)  # also where its workers have drawn everything
                     self._tracked, self._delivered = drawing, count
                 yield batch
         finally:
