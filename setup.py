@@ -238,6 +238,7 @@ class BuildOps(build_ext):
             ext.include_dirs.append(str(torch_dir / "include"))
         ext.define_macros.append(("DLB_FAST_TORCH_VERSION", f'"{version}"'))
         ext.define_macros.append(("DLB_FAST_CUDA_ARCHS", f'"{cuda_archs()}"' if nvcc() else '""'))
+        self.force = True  # its sources are the same whatever it tells
         super().build_extension(ext)
 
 

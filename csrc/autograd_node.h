@@ -29,7 +29,7 @@ inline Tensor once(const Tensor& grad) {
   return Once::apply(grad.detach(), origin);
 }
 
-// Looking costs nothing on the CPU, and spares the op's call. float16 gradients are stored enlarged.
+// Looking costs nothing on the CPU, and spares the op's call. float16 gradients are stored multiplied.
 inline bool leaves_as_it_is(const Tensor& upstream, const Tensor& grad) {
   if (!grad.is_cpu() || upstream.dim() > 0 || grad.scalar_type() == at::kHalf) return false;
   if (upstream.scalar_type() == at::kFloat) return *upstream.const_data_ptr<float>() == 1.0f;

@@ -76,7 +76,7 @@ std::array<Tensor, 3> computed(const Settled& settled, const Tensor& logits, tor
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   std::array<Tensor, 3> results = run<true>(&stack, true);
-  if (logits.scalar_type() == at::kHalf)  // stored enlarged
+  if (logits.scalar_type() == at::kHalf)  // stored multiplied by a power of two
     scale(results[2], at::ones({}, results[1].options()), results[1]);
   return results;
 }

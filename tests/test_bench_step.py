@@ -20,12 +20,7 @@ from dlb_fast.train.step import training_loss
 SMALL = Setting("small_cnn", rows=8, classes=5, size=8, device="cpu", mode="eager", bf16=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_eager_loss_is_ours():

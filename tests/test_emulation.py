@@ -6,14 +6,16 @@ No GPU: this proves indices, barriers, bounds and arithmetic, not speed.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 
 import pytest
 import torch
 from emulation import harness
 from emulation.oracle import batch, compare, run
 
-pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
+pytestmark = [
+    pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # classes, rows, multiprocessors, the regime expected of contiguous plain arguments
@@ -34,15 +36,6 @@ REGIMES = [
     (16385, 4, 4, "cluster"),
     (40001, 2, 4, "cluster"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The reference's tensors are small: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

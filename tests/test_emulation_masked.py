@@ -6,7 +6,6 @@ compared too: all kernels give the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,10 @@ import torch
 from emulation import harness
 from emulation.oracle import batch, reference_of
 
-pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
+pytestmark = [
+    pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 MASKS = (-1e4, -65504.0, -1e9, torch.finfo(torch.float32).min, -torch.inf)
 PLACES = {
@@ -32,14 +34,6 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "right class": {"kind": "virtual", "correct_share": 1.0},
 }
 TARGETS = ("labels", "pair", "dense", "dense, weight")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def check(

@@ -2,9 +2,9 @@
 //
 // Launches that can run at the same time must not share one. Eager launches of a stream run in order and share. A captured
 // graph may be replayed on any stream beside any other graph (but not beside itself: who makes two executables of one graph
-// keeps them in order), so a capture has its own, one per stream that it forks into;
-// its launches on one stream run in order there too. When the graph is gone it is given back: what a process holds grows
-// with the graphs that live at a time, 65 KiB each, not with those it ever captured.
+// keeps them in order), so a capture has its own, one per stream that it forks into; its launches on one stream run in order
+// there too. When the graph is gone it is given back: what a process holds grows with the graphs that live at a time, 65 KiB
+// each, not with those it ever captured.
 #pragma once
 #include <atomic>
 #include <cstddef>
