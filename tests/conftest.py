@@ -80,11 +80,11 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 
 
 @pytest.fixture(scope="session")
-def gang():
-    """Two ranks on the CPU that call a test module's functions: `gang(function, *arguments)`."""
-    from gang import Gang
+def process_group():
+    """Two ranks on the CPU that call a test module's functions: `process_group(function, *arguments)`."""
+    from process_group import ProcessGroup
 
-    made = Gang()
+    made = ProcessGroup()
     yield made
     made.close()
 

@@ -10,12 +10,14 @@ from builders import environment, python
 
 PACKAGE = Path(__file__).parent.parent / "dlb_fast"
 
-# A module or folder of the package imports only what stands before it in this list; so nothing imports `integrations`.
-ORDER = """
-    _version _check _args _backends reference reference_family kernels ops buffer settled functional
-    teachers memories lessons family family_teachers family_losses losses methods __init__
-    data train doctor report cli __main__ integrations
-""".split()
+# A module or folder imports only what stands before it in this list; so nothing imports `integrations`.
+ORDER = ["_version", "_check", "_args", "_backends", "reference", "kernels", "ops", "buffer", "functional"]
+ORDER += ["losses", "methods", "__init__", "data", "train", "doctor", "report", "cli", "__main__", "integrations"]
+# Until methods/ holds them:
+ORDER[ORDER.index("kernels") : ORDER.index("kernels")] = ["reference_family"]
+ORDER[ORDER.index("functional") : ORDER.index("functional")] = ["settled"]
+ORDER[ORDER.index("losses") : ORDER.index("losses")] = ["teachers", "memories", "lessons", "family"]
+ORDER[ORDER.index("losses") : ORDER.index("losses")] = ["family_teachers", "family_losses"]
 ONLY = {  # stricter than the order: the definition stands alone, and the data knows no losses
     "reference": set(),
     "data": {"_version", "_check", "_args", "_backends"},
