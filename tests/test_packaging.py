@@ -245,7 +245,7 @@ def test_every_extra_is_there_with_least_versions():
     text = (ROOT / "pyproject.toml").read_text()
     section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
     extras = {name: re.findall(r'"([^"]+)"', rest) for name, rest in re.findall(r"^(\w+) = \[(.*)\]", section, re.M)}
-    assert {"train", "triton", "bench", "lightning", "hf", "timm", "export", "docs", "test", "dev"} <= set(extras)
+    assert {"train", "triton", "lightning", "hf", "timm", "export", "docs", "test", "dev"} <= set(extras)
     for name, requirements in extras.items():
         for requirement in requirements:
             assert re.match(r"dlb_fast\[|[\w.-]+(\[\w+\])?[>=]=\d", requirement), f"{name}: {requirement}"
