@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "dlb_fast"
 ORDER = """
     _version _check _args _backends reference reference_family kernels ops buffer settled functional
     teachers memories lessons family family_teachers family_losses losses methods __init__
-    data train doctor report cli __main__ integrations
+    data train presets doctor report cli __main__ integrations
 """.split()
 ONLY = {  # stricter than the order: the definition stands alone, and the data knows no losses
     "reference": set(),

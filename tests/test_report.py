@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from dlb_fast import cli, report
-from dlb_fast.presets import get_preset
+from dlb_fast.presets import load_preset
 from dlb_fast.report import comparison
 from dlb_fast.train.config import override
 from dlb_fast.train.log import RunLog
@@ -16,7 +16,7 @@ BINS = {"share": [0.25, 0.0, 0.75], "accuracy": [0.5, 0.0, 1.0], "confidence": [
 
 def make_run(path, method, seed, accuracies, bins=BINS):
     folder = RunFolder(path)
-    folder.create(override(get_preset("digits").config, method=method, seed=seed), "torch")
+    folder.create(override(load_preset("digits"), method=method, seed=seed), "torch")
     log = RunLog(folder.path, quiet=True)
     for number, accuracy in enumerate(accuracies, 1):
         row = {"step": 10 * number, "epoch": float(number), "images_seen": 100 * number, "lr": 0.1, "loss": 1 / number}
