@@ -109,6 +109,7 @@ def run(monkeypatch, *arguments):
     bench_step.main()
 
 
+@pytest.mark.slow
 def test_command_writes_complete_records(tmp_path, monkeypatch):
     out = tmp_path / "steps.jsonl"
     shape = ["--models", "small_cnn", "--rows", "8", "--classes", "5", "--size", "8"]
