@@ -150,8 +150,8 @@ def step_table(records: list[Record]) -> str:
     """Whole steps: medians over rounds of the ratio to CE, with 95 % intervals, and the verdicts."""
     rows, judged = [], []
     for r in records:
-        what = f"{r['model']}, {r['rows']} rows of {r['size']} px, {r['dtype']}, {r['mode']}"
-        ratio = f"{r['ratio']:.4f} [{r['ratio_low']:.4f}, {r['ratio_high']:.4f}]"
+        what = f"{r['model']}, {r['rows']} x {r['size']} px, {r['dtype']}, {r['mode']}"
+        ratio = f"{r['ratio']:.3f} [{r['ratio_low']:.3f}, {r['ratio_high']:.3f}]"
         peak = f"{r['peak_bytes'] / 1e6:.1f}"
         rows.append([what, r["variant"], spread(r, 1e3, ".1f"), ratio, peak, f"{r['peak_ratio']:.4f}"])
         if r["variant"] == "dlb" and r["base"] == "ce":

@@ -51,7 +51,7 @@ def step_record(variant, low, high):
 def test_step_table(tmp_path):
     steps = [step_record("ce", 1, 1), step_record("ce_again", 0.99, 1.01), step_record("dlb", 1.0, 1.02)]
     text = tables.tables_of(written(tmp_path / "s.jsonl", steps))
-    row = "| net, 8 rows of 32 px, float32, eager | dlb | 20.0 [10.0, 30.0] | 1.0100 [1.0000, 1.0200] | 3.0 | 1.0000 |"
+    row = "| net, 8 x 32 px, float32, eager | dlb | 20.0 [10.0, 30.0] | 1.010 [1.000, 1.020] | 3.0 | 1.0000 |"
     assert row in text
     assert "eager: at most 1.03 x the time of ce: met; at most 1.01 x its peak memory: met." in text.replace("\n", " ")
 
