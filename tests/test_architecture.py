@@ -11,11 +11,10 @@ from builders import environment, python
 PACKAGE = Path(__file__).parent.parent / "dlb_fast"
 
 # A module or folder imports only what stands before it in this list; so nothing imports `integrations`.
-ORDER = ["_version", "_check", "_args", "_backends", "reference", "kernels", "ops", "buffer", "functional"]
-ORDER += ["losses", "methods", "__init__", "data", "train", "presets", "doctor", "report", "cli", "__main__"]
-ORDER += ["integrations"]
+ORDER = ["_version", "_args", "_options", "reference", "_backends", "kernels", "ops", "buffer", "functional", "losses"]
+ORDER += ["methods", "__init__", "data", "train", "presets", "doctor", "report", "cli", "__main__", "integrations"]
 # Until methods/ holds them:
-ORDER[ORDER.index("kernels") : ORDER.index("kernels")] = ["reference_family"]
+ORDER[1:1] = ["_check", "reference_family"]
 ORDER[ORDER.index("functional") : ORDER.index("functional")] = ["settled"]
 ORDER[ORDER.index("losses") : ORDER.index("losses")] = ["teachers", "memories", "lessons", "family"]
 ORDER[ORDER.index("losses") : ORDER.index("losses")] = ["family_teachers", "family_losses"]
