@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dlb_fast.data.plan import OverlapPlan
-from dlb_fast.presets import get_preset
+from dlb_fast.presets import load_preset
 from dlb_fast.train.config import RunConfig
 from dlb_fast.train.methods import drawn_rows
 from dlb_fast.train.models import create_model
@@ -105,7 +105,7 @@ def steps_table() -> str:
     """Steps and images of the recipes."""
     rows = []
     for name in RECIPES:
-        config = get_preset(name).config
+        config = load_preset(name)
         per_epoch, steps, seen = steps_of(config)
         drawn = OverlapPlan(IMAGES, drawn_rows(config)).halves_per_epoch * drawn_rows(config) * config.train.epochs
         numbers = (config.train.epochs, config.data.batch_size, per_epoch, steps, seen, drawn)
@@ -118,7 +118,7 @@ def memory_table() -> str:
     """Bytes per device of the two recipes, for 1 to 8 devices."""
     found = {}
     for name in ("imagenet-resnet50-dlb", "imagenet-resnet50-short-dlb"):
-        config = get_preset(name).config
+        config = load_preset(name)
         for ranks in (1, 2, 4, 8):
             found[name, ranks] = memory_of(config, ranks)
     parts = list(dict.fromkeys(part for held in found.values() for part in held))
@@ -164,7 +164,7 @@ def hours_table(rates: Sequence[int] = RATES) -> str:
     """Hours by arithmetic: rows over the rate."""
     rows = []
     for name in RECIPES:
-        config = get_preset(name).config
+        config = load_preset(name)
         seen = steps_of(config)[2]
         evals = config.train.epochs * VAL_IMAGES
         rows.append([f"`{name}`", f"{seen + evals / 3:,.0f}", *(f"{(seen + evals / 3) / r / 3600:.0f}" for r in rates)])
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.rate:
         for name in RECIPES:
             print(
-                f"{name}: {steps_of(get_preset(name).config)[2] / args.rate / 3600:.1f} hours at {args.rate:,} rows/s"
+                f"{name}: {steps_of(load_preset(name))[2] / args.rate / 3600:.1f} hours at {args.rate:,} rows/s"
             )
 
 

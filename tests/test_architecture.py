@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "dlb_fast"
 
 # A module or folder imports only what stands before it in this list; so nothing imports `integrations`.
 ORDER = ["_version", "_check", "_args", "_backends", "reference", "kernels", "ops", "buffer", "functional"]
-ORDER += ["losses", "methods", "__init__", "data", "train", "doctor", "report", "cli", "__main__", "integrations"]
+ORDER += ["losses", "methods", "__init__", "data", "train", "presets"]
+ORDER += ["doctor", "report", "cli", "__main__", "integrations"]
 # Until methods/ holds them:
 ORDER[ORDER.index("kernels") : ORDER.index("kernels")] = ["reference_family"]
 ORDER[ORDER.index("functional") : ORDER.index("functional")] = ["settled"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dlb_fast import cli, report
-from dlb_fast.presets import get_preset
+from dlb_fast.presets import load_preset
 from dlb_fast.train import compare
 from dlb_fast.train.config import ScheduleConfig, override
 
@@ -132,7 +132,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
 
 def test_schedules_keep_their_place_in_the_run():
     """50 images, 20 rows: DLB has 5 steps an epoch, cross entropy 2; the milestones must stay at the same steps."""
-    base = override(get_preset("digits").config, per_class=5, batch_size=20, epochs=6)
+    base = override(load_preset("digits"), per_class=5, batch_size=20, epochs=6)
     schedule = ScheduleConfig(schedule="multistep", milestones=(2.0, 4.0), warmup_epochs=1.0)
     configs = compare.equal_budget(override(base, schedule=schedule), ["dlb", "ce"])
     steps = {"dlb": 5, "ce": 2}

@@ -17,7 +17,7 @@ from test_train_resume import assert_same_run, differences, final_state
 from torch import nn
 
 from dlb_fast.buffer import unpack_state
-from dlb_fast.presets import get_preset
+from dlb_fast.presets import load_preset
 from dlb_fast.train import build
 from dlb_fast.train import state as files
 from dlb_fast.train.config import override
@@ -136,7 +136,7 @@ FLAGS = ["--batch-size", "20", "--max-steps", "60", "--eval-every", "20", "--che
 
 
 def expected_run(folder):
-    config = override(get_preset("digits").config, batch_size=20, max_steps=60, eval_every=20, checkpoint_every=6)
+    config = override(load_preset("digits"), batch_size=20, max_steps=60, eval_every=20, checkpoint_every=6)
     build.train_run(config, RunFolder(folder), quiet=True)
 
 

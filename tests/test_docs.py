@@ -49,6 +49,7 @@ def commands() -> list[tuple[str, str]]:
         for block in re.findall(r"```(?:sh|bash|shell)\n(.*?)```", text, re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
+                words = words[: words.index(">")] if ">" in words else words
                 for part in " ".join(shlex.quote(w) if w not in ("&&", "|", ";") else "\0" for w in words).split("\0"):
                     if part.strip():
                         found.append((page, part.strip()))
@@ -96,11 +97,11 @@ def parse(arguments, monkeypatch):
     """Let a command read its arguments and stop there; wrong ones raise."""
     name, rest = arguments[0], arguments[1:]
     if name == "train":
-        from dlb_fast.presets import get_preset
+        from dlb_fast.presets import load_preset
         from dlb_fast.train.config import TrainArgs, parse_flags
 
         preset = rest[rest.index("--preset") + 1] if "--preset" in rest else "digits"
-        parse_flags(TrainArgs, TrainArgs(run=get_preset(preset).config), own_modules_as_dlb(rest), "dlb-fast train")
+        parse_flags(TrainArgs, TrainArgs(run=load_preset(preset)), own_modules_as_dlb(rest), "dlb-fast train")
         return
     if name in ("compare", "demo"):
         monkeypatch.setattr("dlb_fast.train.compare.run", raising)

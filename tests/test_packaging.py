@@ -232,10 +232,10 @@ def test_the_dockerfiles_commands_exist():
     assert targets == ["wheel"]
     assert all(f"\n{target}:" in makefile for target in targets)
     assert "-w dist" in makefile and "/src/dist/*.whl" in text
-    from dlb_fast.presets import get_preset
+    from dlb_fast.presets import load_preset
 
     for preset in re.findall(r"--preset ([\w-]+)", text):
-        get_preset(preset)
+        load_preset(preset)
     modes = re.findall(r"DLB_FAST_BUILD=(\w+)", text)
     assert modes == ["cuda"]  # a failing kernel fails the image
 

@@ -29,10 +29,10 @@ def test_make_targets_and_presets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make ([a-z-]+)", README, re.M):
         assert f"\n{target}:" in makefile, target
-    from dlb_fast.presets import get_preset
+    from dlb_fast.presets import load_preset
 
     for name in re.findall(r"--preset ([\w-]+)", README):
-        get_preset(name)
+        load_preset(name)
 
 
 def test_the_plain_lines_are_what_make_and_ci_do():

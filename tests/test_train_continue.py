@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlb_fast.presets import get_preset
+from dlb_fast.presets import load_preset
 from dlb_fast.train import build, state
 from dlb_fast.train.config import override
 from dlb_fast.train.optim import make_optimizer
@@ -18,7 +18,7 @@ from dlb_fast.train.schedule import lr_factor
 torch.set_num_threads(1)
 
 # 4 steps per epoch
-SMALL = override(get_preset("digits").config, per_class=4, batch_size=20, epochs=2, eval_every=None, log_every=1)
+SMALL = override(load_preset("digits"), per_class=4, batch_size=20, epochs=2, eval_every=None, log_every=1)
 
 
 def train(config, path, *, resume=False):

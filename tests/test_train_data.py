@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dlb_fast.presets import get_preset
+from dlb_fast.presets import load_preset
 from dlb_fast.train import build, sets
 from dlb_fast.train.config import override
 from dlb_fast.train.engine import Trainer
@@ -19,7 +19,7 @@ from dlb_fast.train.state import load_weights
 torch.set_num_threads(1)
 
 BASE = override(
-    get_preset("digits").config, per_class=None, label_noise=0.0, batch_size=8, epochs=2, eval_every=None, num_threads=2
+    load_preset("digits"), per_class=None, label_noise=0.0, batch_size=8, epochs=2, eval_every=None, num_threads=2
 )
 
 
@@ -105,7 +105,7 @@ def write_cifar10(root):
 
 def test_cifar_from_its_binary_files_with_the_papers_network(tmp_path):
     write_cifar10(tmp_path / "cifar")
-    preset = get_preset("cifar10-resnet32-dlb").config
+    preset = load_preset("cifar10-resnet32-dlb")
     config = override(preset, source=f"cifar10:{tmp_path / 'cifar'}", batch_size=20, max_steps=3, forward="two_pass")
     result = train(config, tmp_path / "run")
     assert result["step"] == 3 and result["test_count"] == 9
@@ -131,7 +131,7 @@ def test_the_same_config_gives_the_same_weights_and_another_seed_others(tmp_path
 
 
 def test_label_noise_and_subset_reach_the_training_set_only():
-    config = override(get_preset("digits").config, per_class=10, label_noise=0.3)
+    config = override(load_preset("digits"), per_class=10, label_noise=0.3)
     opened, clean = sets.open_sets(config.data), sets.open_sets(override(config, label_noise=0.0).data)
     assert len(opened.train) == len(clean.train) == 100
     wrong = (torch.as_tensor(opened.train.targets) != torch.as_tensor(clean.train.targets)).sum().item()

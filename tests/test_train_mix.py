@@ -12,7 +12,7 @@ from torch import nn
 from dlb_fast import LastBatchLoss, LsrKDLoss
 from dlb_fast.data import ArrayDataset, Mix, RandomErasing, ResidentLoader
 from dlb_fast.data.batch import Batch
-from dlb_fast.presets import get_preset
+from dlb_fast.presets import load_preset
 from dlb_fast.train import build
 from dlb_fast.train.config import RunConfig, from_dict, override, parse_flags, to_dict
 from dlb_fast.train.engine import Trainer
@@ -23,7 +23,7 @@ from dlb_fast.train.step import accepted_inputs, training_loss
 torch.set_num_threads(1)
 
 BASE = override(
-    get_preset("digits").config, source="synthetic:40,4,8", per_class=None, label_noise=0.0, batch_size=8, epochs=2,
+    load_preset("digits"), source="synthetic:40,4,8", per_class=None, label_noise=0.0, batch_size=8, epochs=2,
     eval_every=None,
 )  # fmt: skip
 MIXED = override(BASE, mixup_alpha=0.4, cutmix_alpha=1.0)

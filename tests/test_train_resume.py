@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dlb_fast.buffer import unpack_state
-from dlb_fast.presets import get_preset
+from dlb_fast.presets import load_preset
 from dlb_fast.train import build, state
 from dlb_fast.train.config import override
 from dlb_fast.train.engine import Trainer, TrainingDiverged
@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 TIMES = {"seconds", "images_per_second", "data_wait"}
 # 40 images, 10 drawn per step: 4 steps per epoch, 12 in all; an evaluation and a checkpoint every epoch
 SMALL = override(
-    get_preset("digits").config, per_class=4, batch_size=20, epochs=3, eval_every=None, log_every=1, seed=7
+    load_preset("digits"), per_class=4, batch_size=20, epochs=3, eval_every=None, log_every=1, seed=7
 )
 VARIANTS = {
     "dlb": {},

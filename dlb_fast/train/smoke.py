@@ -24,8 +24,8 @@ def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
     Its images become random ones of ten classes, of the size it asks for but at most 64 pixels, unless `real_data`.
 
     Example:
-        >>> from dlb_fast.presets import get_preset
-        >>> shortened(get_preset("cifar100-resnet32-dlb").config).data.source
+        >>> from dlb_fast.presets import load_preset
+        >>> shortened(load_preset("cifar100-resnet32-dlb")).data.source
         'synthetic:160,10,32'
     """
     if not real_data:
