@@ -22,9 +22,9 @@ import torch
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.presets import load_preset
 from dlb_fast.train.config import RunConfig
+from dlb_fast.train.loop import total_steps
 from dlb_fast.train.methods import drawn_rows
 from dlb_fast.train.models import create_model
-from dlb_fast.train.window import total_steps
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # ILSVRC 2012

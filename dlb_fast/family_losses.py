@@ -100,6 +100,8 @@ class TaughtLoss(nn.Module):
         """Tell the teacher that an optimiser step was made."""
         self.teacher.update()
 
+    setup, step = attach, update  # the names that the trainer calls
+
     def reset(self) -> None:
         """Make the teacher forget everything."""
         self.teacher.reset()

@@ -57,7 +57,7 @@ def test_imports(path):
 def test_imports_are_found(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
     (tmp_path / "train").mkdir()
-    (tmp_path / "losses.py").write_text("def f():\n    from .train import engine\n    import dlb_fast.train.state\n")
+    (tmp_path / "losses.py").write_text("def f():\n    from .train import loop\n    import dlb_fast.train.run\n")
     assert imported(tmp_path / "losses.py") == {"train"}
 
 

@@ -165,6 +165,6 @@ def test_what_it_imports_is_on_a_gpu_machine():
     """torch, triton, numpy and pytest: nothing of the trainer's command line, nothing else that pip brings."""
     names = ABSENT.split()
     code = f"import sys; sys.modules.update(dict.fromkeys({names!r})); "
-    code += "import benchmarks.gpu_check, benchmarks.bench_last_batch, benchmarks.bench_step, dlb_fast.train.graphed; "
-    code += "from dlb_fast.train.engine import Trainer; from dlb_fast.train.config import TrainConfig; TrainConfig()"
+    code += "import benchmarks.gpu_check, benchmarks.bench_last_batch, benchmarks.bench_step; "
+    code += "from dlb_fast.train.loop import Trainer; from dlb_fast.train.config import TrainConfig; TrainConfig()"
     python("-c", code)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import jpeg
 from PIL import Image
 
-from benchmarks import imagenet_dry_run
 from dlb_fast import cli
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.presets import load_preset
-from dlb_fast.train import sets
 from dlb_fast.train.config import RunConfig, override
+from dlb_fast.train.data import open_data
+from dlb_fast.train.loop import total_steps
 from dlb_fast.train.models import create_model
-from dlb_fast.train.window import total_steps
 
 torch.set_num_threads(1)
 
@@ -52,7 +52,7 @@ def test_evaluation_crops_have_their_own_size(tmp_path):
             Image.new("RGB", (40, 30)).save(tmp_path / split / label / "0.JPEG")
     config = override(RunConfig(), source=f"imagefolder:{tmp_path}", batch_size=2, image_size=8)
     for own, resize, side in ((None, None, 8), (12, None, 12), (12, 16, 12)):
-        opened = sets.open_sets(override(config, eval_size=own, eval_resize=resize).data)
+        opened = open_data(override(config, eval_size=own, eval_resize=resize).data)
         (batch,) = opened.test_batches(torch.device("cpu"))
         assert batch.images.shape == (2, 3, side, side)
     with pytest.raises(ValueError, match=r"eval_resize must be at least the crop of the evaluation \(12\)"):
@@ -62,7 +62,12 @@ def test_evaluation_crops_have_their_own_size(tmp_path):
 def test_a_thousand_classes_through_the_whole_path(tmp_path, monkeypatch, capsys):
     """3000 JPEGs of 1000 classes, the recipe itself at small sizes: train, stop, continue, evaluate."""
     monkeypatch.chdir(tmp_path)
-    imagenet_dry_run.make_folder(tmp_path / "data", classes=1000, per_class=2, val_per_class=1, pixels=24)
+    for label in range(1000):
+        for split, count in (("train", 2), ("val", 1)):
+            folder = tmp_path / "data" / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.JPEG").write_bytes(jpeg(label % 7, 24, 24))
     sizes = "--batch-size 16 --image-size 24 --eval-size 24 --eval-resize None --num-threads 2 --model small_cnn"
     flags = f"--preset imagenet-resnet50-dlb --data imagefolder:data --device cpu {sizes} --quiet".split()
     assert cli.main(["train", *flags, "--out", "run", "--max-steps", "2", "--log-every", "1"]) == 0
@@ -75,13 +80,3 @@ def test_a_thousand_classes_through_the_whole_path(tmp_path, monkeypatch, capsys
     capsys.readouterr()
     assert cli.main(["eval", "run", "--weights", "last", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["count"] == 1000
-
-
-@pytest.mark.slow
-def test_the_dry_run_script_stops_and_continues(tmp_path):
-    sizes = "--classes 8 --per-class 4 --pixels 24 --rows 8 --image-size 24 --steps 6 --model small_cnn"
-    out = tmp_path / "rows.jsonl"
-    imagenet_dry_run.main([*sizes.split(), "--out", str(out)])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["stage"] for row in rows] == ["verify", "train", "resume", "eval", "report", "result"]
-    assert (rows[-1]["steps"], rows[-1]["evaluated"], rows[-1]["images"]) == (6, 8, 40)

@@ -6,13 +6,14 @@ import statistics
 
 import pytest
 import torch
-from test_train_resume import assert_same_run, final_state, stop_at, train
+from builders import assert_same_run, last_checkpoint, train, train_stopped
 
 from dlb_fast import Lesson, Teacher, cli, report
 from dlb_fast.presets import PRESETS, load_preset
-from dlb_fast.train import build, compare
+from dlb_fast.train import compare
 from dlb_fast.train.config import override
 from dlb_fast.train.methods import METHODS, VARIANTS, resolve, variant
+from dlb_fast.train.run import build_trainer
 
 torch.set_num_threads(1)
 
@@ -33,15 +34,12 @@ def config_of(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_stopped_and_resumed_equals_uninterrupted(name, tmp_path, monkeypatch):
+def test_stopped_and_resumed_equals_uninterrupted(name, tmp_path):
     config = config_of(name)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     result = train(config, whole)
     assert result["step"] == 9
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)  # between two checkpoints, in the middle of an epoch
-        assert train(config, cut)["stopped_by"] == "SIGTERM"
-    assert final_state(cut)["step"] == 5
+    train_stopped(config, cut, 5)  # between two checkpoints, in the middle of an epoch
     assert train(config, cut, resume=True)["step"] == 9
     assert_same_run(whole, cut)
 
@@ -52,7 +50,7 @@ def test_the_teacher_changes_the_weights(name, tmp_path):
     taught, alone = tmp_path / "taught", tmp_path / "alone"
     train(override(config_of(name), alpha=0.5), taught)
     train(override(config_of(name), alpha=0.0), alone)
-    a, b = (final_state(path)["model"] for path in (taught, alone))
+    a, b = (last_checkpoint(path)["model"] for path in (taught, alone))
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
@@ -60,7 +58,7 @@ def test_the_teacher_changes_the_weights(name, tmp_path):
 def test_learning_goes_somewhere(name):
     """Forty steps on forty digits: the test accuracy leaves chance far behind."""
     config = override(config_of(name), max_steps=40, lr=0.05, label_noise=0.0, eval_every=40, checkpoint_every=40)
-    trainer = build.build_trainer(config)
+    trainer = build_trainer(config)
     trainer.log.quiet = True
     result = trainer.fit()
     assert result["test_top1"] > 0.4, result
@@ -138,7 +136,7 @@ def test_noise_levels_make_one_table(tmp_path, capsys):
 
 
 def test_cs_kd_partners_may_be_the_sample_itself():
-    trainer = build.build_trainer(config_of("cs_kd"))
+    trainer = build_trainer(config_of("cs_kd"))
     assert trainer.loader.sampler.include_anchor and trainer.loader.sampler.companions == 1
 
 
@@ -173,6 +171,6 @@ def test_presets_of_the_family_train_a_step(name):
         load_preset(name), source="synthetic:64,4,16", batch_size=16, max_steps=1, model="small_cnn", padding=2,
         image_size=16, per_class=None, label_noise=0.0,
     )  # fmt: skip
-    trainer = build.build_trainer(tiny)
+    trainer = build_trainer(tiny)
     trainer.log.quiet = True
     assert trainer.fit()["step"] == 1
