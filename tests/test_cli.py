@@ -78,7 +78,7 @@ def test_smoke_goes_through_everything_and_leaves_nothing(here, capsys, monkeypa
     out, err = capsys.readouterr()
     assert "training, evaluation, checkpoint and resume work" in out
     assert "synthetic:160,10,32: 2 steps of 16 rows" in err and "continuing from" in err
-    assert list(here.iterdir()) == []
+    assert [path for path in here.iterdir() if "inductor" not in path.name] == []  # that one is torch's
 
 
 def test_smoke_on_real_data_in_a_named_folder(here, capsys):
