@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_skipped_by_all(process_group, tmp_path):
 
 def launch(folder, *flags, wait=True):
     """`torchrun --nproc-per-node 2 -m dlb_fast train ...` in a folder."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "dlb_fast", "train", *flags]
     process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
     return process.communicate(timeout=PATIENCE)[1] if wait else process

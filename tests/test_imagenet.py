@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import jpeg
+from builders import write_jpegs
 from PIL import Image
 
 from dlb_fast import cli
@@ -62,12 +62,8 @@ def test_evaluation_crops_have_their_own_size(tmp_path):
 def test_a_thousand_classes_through_the_whole_path(tmp_path, monkeypatch, capsys):
     """3000 JPEGs of 1000 classes, the recipe itself at small sizes: train, stop, continue, evaluate."""
     monkeypatch.chdir(tmp_path)
-    for label in range(1000):
-        for split, count in (("train", 2), ("val", 1)):
-            folder = tmp_path / "data" / split / f"n{label:08d}"
-            folder.mkdir(parents=True)
-            for number in range(count):
-                (folder / f"{number}.JPEG").write_bytes(jpeg(label % 7, 24, 24))
+    for split, count in (("train", 2), ("val", 1)):
+        write_jpegs(tmp_path / "data" / split, (f"n{k:04}/{i}.JPEG" for k in range(1000) for i in range(count)))
     sizes = "--batch-size 16 --image-size 24 --eval-size 24 --eval-resize None --num-threads 2 --model small_cnn"
     flags = f"--preset imagenet-resnet50-dlb --data imagefolder:data --device cpu {sizes} --quiet".split()
     assert cli.main(["train", *flags, "--out", "run", "--max-steps", "2", "--log-every", "1"]) == 0

@@ -13,7 +13,7 @@ from dlb_fast.data import OverlapBatchSampler
 
 if REASON := reason_against("composer"):
     pytest.skip(REASON, allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 from composer import Trainer  # noqa: E402
 from composer.models import ComposerModel  # noqa: E402

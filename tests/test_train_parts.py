@@ -64,7 +64,7 @@ def test_a_file_overrides_only_what_it_names(tmp_path):
         ({"train": {"epochs": 1.5}}, "train.epochs must be INT, got '1.5'"),
         ({"train": {"eval_every": "often"}}, "train.eval_every must be None or INT, got 'often'"),
         ({"train": {"amp": "fp8"}}, "train.amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
-        ({"train": {"trackers": ["mlflow"]}}, "train.trackers must be one of 'tensorboard', 'trackio', 'wandb', got 'mlflow'"),
+        ({"train": {"trackers": ["mlflow"]}}, "train.trackers must be one of 'tensorboard', .*, got 'mlflow'"),
         ({"optim": {"betas": [0.1, "x"]}}, "optim.betas must be FLOAT FLOAT, got '0.1', 'x'"),
         ({"optim": {"betas": [0.1]}}, "Missing value for argument 'optim.betas'. Expected 2 values"),
         ({"optim": {"lr": {"peak": 1}}}, "optim.lr must be one value or a list, got {'peak': 1}"),
