@@ -1,11 +1,11 @@
 """An Accelerate loop with the last mini-batch. What changed against the usual one:
 
-1. the loader: `OverlapBatchSampler` in an ordinary DataLoader, made after `Accelerator()` and not given to `prepare`
-   (it knows its rank); `ResidentLoader(..., device=accelerator.device)` or `OverlapLoader` would do as well,
-2. the criterion: `LastBatchLoss`, called with the sample ids as well,
-3. `register_last_batch(...)`: `save_state` and `load_state` then carry both, for every rank.
+1. the loader: `OverlapBatchSampler` in an ordinary DataLoader, made after `Accelerator()`, because the sampler asks for
+   its rank, and not given to `prepare`; `ResidentLoader(..., device=accelerator.device)` or `OverlapLoader` work too,
+2. the criterion: `LastBatchLoss`, which also takes the sample ids,
+3. `register_last_batch(...)`: `save_state` and `load_state` then store both, for every rank.
 
-Run it alone, or on several processes: `accelerate launch --cpu --num_processes 2 examples/accelerate_digits.py`. It is
+Run it in one process, or in several: `accelerate launch --cpu --num_processes 2 examples/accelerate_digits.py`. It is
 stopped in the middle of an epoch and resumed in new objects; the weights end bit-identical.
 """
 
@@ -25,7 +25,7 @@ EPOCHS = 4
 
 
 def as_float(image: torch.Tensor, rng: object) -> torch.Tensor:
-    return image.float() / 255  # an augmentation would draw from rng: it knows sample, epoch and visit
+    return image.float() / 255  # an augmentation draws from rng, which is seeded by sample, epoch and view
 
 
 def train(folder: str, stop_after: int | None = None, resume: bool = False) -> tuple[Accelerator, nn.Module]:

@@ -2,7 +2,7 @@
 
 1. the loader: a DataLoader with `batch_sampler=OverlapBatchSampler(...)`,
 2. the algorithm: `algorithms=[LastBatch(LastBatchLoss(10), ids_key=2)]`; the model keeps its own cross entropy,
-3. `device_train_microbatch_size=64`, the rows of a batch: micro-batches would tear the halves apart.
+3. `device_train_microbatch_size=64`, the rows of a batch: a micro-batch would not hold both halves.
 
 The run is resumed from a checkpoint made in the middle of an epoch; the weights end bit-identical.
 """
@@ -44,9 +44,16 @@ def train(folder: str, load_path: str | None = None) -> nn.Module:
         algorithms=[LastBatch(LastBatchLoss(num_classes=10), ids_key=2)],  # changed
         device_train_microbatch_size=64,  # changed
         optimizers=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
-        max_duration="4ep", save_folder=folder, save_interval="50ba", save_filename="batch{batch}.pt",
-        save_latest_filename=None, load_path=load_path, device="cpu", progress_bar=False, seed=0,
-    )  # fmt: skip
+        max_duration="4ep",
+        save_folder=folder,
+        save_interval="50ba",
+        save_filename="batch{batch}.pt",
+        save_latest_filename=None,
+        load_path=load_path,
+        device="cpu",
+        progress_bar=False,
+        seed=0,
+    )
     trainer.fit()
     return model.net
 
