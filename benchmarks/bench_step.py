@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from . import harness, memory
-from .results_file import verdicts
 from .step_variants import VARIANTS, Rig, Setting, able, build
+from .tables import verdicts
 
 
 def measure(setting: Setting, wanted: list[str], seconds: float) -> list[dict[str, Any]]:

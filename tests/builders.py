@@ -95,6 +95,14 @@ def write_images(root: Path, names: Iterable[str]) -> Path:
     return root
 
 
+def write_jpegs(root: Path, names: Iterable[str], height: int = 30, width: int = 24) -> Path:
+    """JPEG files of random pixels at these paths below `root`, folders included."""
+    for seed, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(seed, height, width))
+    return root
+
+
 def contents(dataset: Any) -> list[tuple[int, str]]:
     """(grey value, class name) of every sample of a dataset of such files, decoded."""
     return [(int(dataset[i][0].unique()), dataset.classes[dataset.targets[i]]) for i in range(len(dataset))]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import bench_step, harness, memory, step_variants
-from benchmarks.results_file import verdicts
 from benchmarks.step_variants import EagerLastBatchLoss, Rig, Setting, build, two_views
+from benchmarks.tables import verdicts
 from dlb_fast import LastBatchLoss
 from dlb_fast.data.batch import Batch
 from dlb_fast.train.graphed import GraphedStep
@@ -109,6 +109,7 @@ def run(monkeypatch, *arguments):
     bench_step.main()
 
 
+@pytest.mark.slow
 def test_command_writes_complete_records(tmp_path, monkeypatch):
     out = tmp_path / "steps.jsonl"
     shape = ["--models", "small_cnn", "--rows", "8", "--classes", "5", "--size", "8"]

@@ -99,6 +99,7 @@ def test_an_interrupted_comparison_continues(tmp_path, demo, monkeypatch):
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_numbers(tmp_path, demo):
     path = tmp_path / "pool"
     flags = [*FLAGS[:-1], "2", "--methods", "ce,dlb"]

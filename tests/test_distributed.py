@@ -41,10 +41,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_ranks_train_like_one_process_on_the_joined_batch(name, kind, gang):
+def test_two_ranks_train_like_one_process_on_the_joined_batch(name, kind, process_group):
     settings = SETTINGS[name]
     one = trained(alone=True, **settings)
-    two = gang(on_rank, (kind,), settings)
+    two = process_group(on_rank, (kind,), settings)
     start = {k: v for k, v in network().state_dict().items()}
     assert distance(one.weights, start) > 1e-3  # it did train
     assert two[0].shared == (kind == "fsdp") and not one.shared
@@ -61,20 +61,20 @@ def test_two_ranks_train_like_one_process_on_the_joined_batch(name, kind, gang):
     torch.testing.assert_close(torch.cat([rank.logits for rank in two]), one.logits, rtol=0, atol=1e-11)
 
 
-def test_clipping_is_by_the_norm_of_the_whole_gradient(gang):
+def test_clipping_is_by_the_norm_of_the_whole_gradient(process_group):
     """Clipping far below the norm makes the step's length `lr * clip_grad`, whoever holds which share."""
     settings = {"clip_grad": 0.01, "max_steps": 1, "eval_every": 1}
-    for rank in gang(on_rank, ("fsdp",), settings):
+    for rank in process_group(on_rank, ("fsdp",), settings):
         start = network().state_dict()
         moved = torch.cat([(rank.weights[k] - start[k]).flatten() for k in start]).norm().item()
         assert moved == pytest.approx(0.05 * 0.01, rel=1e-5)
 
 
-def test_with_batchnorm_each_rank_normalises_its_own_rows(gang):
+def test_with_batchnorm_each_rank_normalises_its_own_rows(process_group):
     """What docs/distributed.md says is not equal, is not; the ranks still agree with each other."""
     one = trained(alone=True, norm=nn.BatchNorm2d)
-    two = gang(on_rank, ("ddp",), {"norm": nn.BatchNorm2d})
-    shared = gang(on_rank, ("fsdp",), {"norm": nn.BatchNorm2d})
+    two = process_group(on_rank, ("ddp",), {"norm": nn.BatchNorm2d})
+    shared = process_group(on_rank, ("fsdp",), {"norm": nn.BatchNorm2d})
     assert distance(one.weights, two[0].weights) > 1e-4
     # the evaluation at the end gave all of them rank 0's statistics
     assert distance(two[0].weights, two[1].weights) == 0.0
@@ -91,8 +91,8 @@ def drawn_ids(norm):
     return masks[0]
 
 
-def test_ranks_drop_different_units(gang):
-    first, second = gang(drawn_ids, None)
+def test_ranks_drop_different_units(process_group):
+    first, second = process_group(drawn_ids, None)
     assert first.shape == second.shape and not torch.equal(first, second)
 
 
@@ -121,8 +121,8 @@ def wrapped_buffer():
         return wrapper.criterion.buffer.logits.clone(), wrapper.model(seen[-1])
 
 
-def test_ddp_leaves_the_remembered_rows_alone(gang):
-    (first, own_first), (second, own_second) = gang(wrapped_buffer)
+def test_ddp_leaves_the_remembered_rows_alone(process_group):
+    (first, own_first), (second, own_second) = process_group(wrapped_buffer)
     assert torch.equal(first.double(), own_first.float().double()) or torch.allclose(first, own_first.to(first.dtype))
     assert torch.allclose(second, own_second.to(second.dtype)) and not torch.allclose(first, second)
 
@@ -138,11 +138,11 @@ def scores_of(kind, rows):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_every_test_image_counts_once(kind, gang):
+def test_every_test_image_counts_once(kind, process_group):
     alone = evaluate(network(), EvalLoader(digits(23, 4), 7, dtype=torch.float64))
     assert alone["count"] == 23
     for rows in (3, 11, 64):  # 23 images: 11 and 12; with 11 rows one rank has a batch more than the other
-        (steps, first), (others, second) = gang(scores_of, kind, rows)
+        (steps, first), (others, second) = process_group(scores_of, kind, rows)
         assert first == second and (steps != others or rows != 11)
         assert (first["count"], first["top1"], first["top5"]) == (23, alone["top1"], alone["top5"])
         assert first["nll"] == pytest.approx(alone["nll"], rel=1e-12)
@@ -157,8 +157,8 @@ def too_few():
         return str(error)
 
 
-def test_fewer_images_than_ranks_is_said_on_all(gang):
-    assert all("an image for each of 2 ranks" in said for said in gang(too_few))
+def test_fewer_images_than_ranks_is_said_on_all(process_group):
+    assert all("an image for each of 2 ranks" in said for said in process_group(too_few))
 
 
 # ---- agreement
@@ -180,8 +180,8 @@ def diverging(folder):
         return str(error)
 
 
-def test_a_loss_that_is_nan_on_one_rank_stops_all(gang, tmp_path):
-    said = gang(diverging, tmp_path)
+def test_a_loss_that_is_nan_on_one_rank_stops_all(process_group, tmp_path):
+    said = process_group(diverging, tmp_path)
     assert all("NaN or infinite by step 5" in text for text in said), said
 
 
@@ -200,8 +200,8 @@ def stopped(folder, who, kind, settings):
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_signal_on_any_rank_stops_all_at_one_step(who, gang, tmp_path):
-    (step, by, seen), other = gang(stopped, tmp_path, who, "ddp", {})
+def test_a_signal_on_any_rank_stops_all_at_one_step(who, process_group, tmp_path):
+    (step, by, seen), other = process_group(stopped, tmp_path, who, "ddp", {})
     assert other == (step, by, seen) and by == "SIGTERM" and 6 < step < 300
     saved = final_state(tmp_path)
     assert saved["step"] == step and len(saved["others"]) == 1
@@ -222,8 +222,8 @@ def failing_save(folder):
         files.save_checkpoint = before
 
 
-def test_a_full_disk_is_everybodys_error(gang, tmp_path):
-    assert gang(failing_save, tmp_path) == ["cannot write: the disk is full"] * 2
+def test_a_full_disk_is_everybodys_error(process_group, tmp_path):
+    assert process_group(failing_save, tmp_path) == ["cannot write: the disk is full"] * 2
 
 
 def decisions():
@@ -243,9 +243,9 @@ def decisions():
     )  # fmt: skip
 
 
-def test_what_ranks_can_agree_on(gang):
+def test_what_ranks_can_agree_on(process_group):
     common = ("division by zero", 0)
-    for rank, found in enumerate(gang(decisions)):
+    for rank, found in enumerate(process_group(decisions)):
         assert found[:2] == ("made", 1 - rank) and found[2:4] == common
         assert found[4] == ([] if rank else [0, 1]) and found[5] == [2.0, 1.0] and found[6] == [1.0, 0.0]
         assert found[7] == [[0, 0], [1, 1], [1, 1]] and found[8] == "rank 1: broken"

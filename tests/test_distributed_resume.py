@@ -50,13 +50,13 @@ HARD = {"norm": nn.BatchNorm2d, "dropout": 0.3, "ema": 0.9, "epochs": 3, "checkp
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("adam", [False, True])
-def test_stopped_and_resumed_equals_uninterrupted(kind, adam, gang, tmp_path):
+def test_stopped_and_resumed_equals_uninterrupted(kind, adam, process_group, tmp_path):
     settings = {**HARD, "adam": adam, "amp": "none" if adam else "fp16"}
     if settings["amp"] == "fp16":
         settings["clip_grad"] = 1.0
-    full = gang(run, tmp_path / "whole", kind, settings)
-    gang(run, tmp_path / "part", kind, settings, False, 9)  # between two evaluations
-    part = gang(run, tmp_path / "part", kind, settings, True)
+    full = process_group(run, tmp_path / "whole", kind, settings)
+    process_group(run, tmp_path / "part", kind, settings, False, 9)  # between two evaluations
+    part = process_group(run, tmp_path / "part", kind, settings, True)
     for a, b in zip(full, part, strict=True):
         assert distance(a[0], b[0]) == 0.0
     a, b = final_state(tmp_path / "whole"), final_state(tmp_path / "part")
@@ -70,7 +70,7 @@ CHANGES = [("ddp", None), ("fsdp", None), (None, "fsdp"), (None, "ddp"), ("fsdp"
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_a_run_goes_on_with_another_engine_or_number_of_ranks(before, after, gang, tmp_path):
+def test_a_run_goes_on_with_another_engine_or_number_of_ranks(before, after, process_group, tmp_path):
     """Same global batch: the samples, the remembered rows and the weights continue as if nothing had changed."""
     settings = {"epochs": 2, "checkpoint_every": 3, "ema": 0.9}
     expected = trained(alone=True, **settings)
@@ -78,7 +78,7 @@ def test_a_run_goes_on_with_another_engine_or_number_of_ranks(before, after, gan
     def go(kind, resume, stop_at=None):
         if kind is None:
             return run(tmp_path, "none", settings, resume, stop_at, True)
-        return gang(run, tmp_path, kind, settings, resume, stop_at)[0]
+        return process_group(run, tmp_path, kind, settings, resume, stop_at)[0]
 
     go(before, False, 5)
     weights, result, state = go(after, True)
@@ -99,11 +99,11 @@ def resumed_with_damage(folder, kind):
     return found.name, trainer.step, said
 
 
-def test_a_damaged_checkpoint_is_skipped_by_all(gang, tmp_path):
-    gang(run, tmp_path, "ddp", {"max_steps": 7, "checkpoint_every": 3})
+def test_a_damaged_checkpoint_is_skipped_by_all(process_group, tmp_path):
+    process_group(run, tmp_path, "ddp", {"max_steps": 7, "checkpoint_every": 3})
     newest = sorted((tmp_path / "checkpoints").glob("step-*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    first, second = gang(resumed_with_damage, tmp_path, "fsdp")
+    first, second = process_group(resumed_with_damage, tmp_path, "fsdp")
     assert first[:2] == second[:2] == ("step-000000006.pt", 6)
     assert newest.name in first[2][0] and second[2] == []
 
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_skipped_by_all(gang, tmp_path):
 
 def launch(folder, *flags, wait=True):
     """`torchrun --nproc-per-node 2 -m dlb_fast train ...` in a folder."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(files.__file__).parents[2])}
     command = [*torchrun, "-m", "dlb_fast", "train", *flags]
     process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
@@ -142,9 +142,9 @@ def expected_run(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks in /proc")
-def test_killed_and_resumed_by_torchrun(gang, tmp_path):
+def test_killed_and_resumed_by_torchrun(process_group, tmp_path):
     """kill -9 takes one rank, torchrun the other; the bare command goes on, to the same bits."""
-    gang(expected_run, tmp_path / "expected")
+    process_group(expected_run, tmp_path / "expected")
     process = launch(tmp_path, *FLAGS, "--out", "run", wait=False)
     until = time.time() + 120
     while not list(tmp_path.glob("run/checkpoints/step-*.pt")):

@@ -12,6 +12,7 @@ import pytest
 from frameworks import reason_against
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
 NEEDS = {
     "plain_loop": "torch",
     "lightning_digits": "lightning.pytorch",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import write_jpegs
 from PIL import Image
 
-from benchmarks import imagenet_dry_run
 from dlb_fast import cli
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.presets import load_preset
@@ -62,7 +62,8 @@ def test_evaluation_crops_have_their_own_size(tmp_path):
 def test_a_thousand_classes_through_the_whole_path(tmp_path, monkeypatch, capsys):
     """3000 JPEGs of 1000 classes, the recipe itself at small sizes: train, stop, continue, evaluate."""
     monkeypatch.chdir(tmp_path)
-    imagenet_dry_run.make_folder(tmp_path / "data", classes=1000, per_class=2, val_per_class=1, pixels=24)
+    for split, count in (("train", 2), ("val", 1)):
+        write_jpegs(tmp_path / "data" / split, (f"n{k:04}/{i}.JPEG" for k in range(1000) for i in range(count)))
     sizes = "--batch-size 16 --image-size 24 --eval-size 24 --eval-resize None --num-threads 2 --model small_cnn"
     flags = f"--preset imagenet-resnet50-dlb --data imagefolder:data --device cpu {sizes} --quiet".split()
     assert cli.main(["train", *flags, "--out", "run", "--max-steps", "2", "--log-every", "1"]) == 0
@@ -75,13 +76,3 @@ def test_a_thousand_classes_through_the_whole_path(tmp_path, monkeypatch, capsys
     capsys.readouterr()
     assert cli.main(["eval", "run", "--weights", "last", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["count"] == 1000
-
-
-@pytest.mark.slow
-def test_the_dry_run_script_stops_and_continues(tmp_path):
-    sizes = "--classes 8 --per-class 4 --pixels 24 --rows 8 --image-size 24 --steps 6 --model small_cnn"
-    out = tmp_path / "rows.jsonl"
-    imagenet_dry_run.main([*sizes.split(), "--out", str(out)])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["stage"] for row in rows] == ["verify", "train", "resume", "eval", "report", "result"]
-    assert (rows[-1]["steps"], rows[-1]["evaluated"], rows[-1]["images"]) == (6, 8, 40)

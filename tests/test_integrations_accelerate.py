@@ -21,7 +21,7 @@ from dlb_fast.data import (
 
 if REASON := reason_against("accelerate"):
     pytest.skip(REASON, allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.utils import send_to_device, set_seed  # noqa: E402

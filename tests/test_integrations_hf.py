@@ -17,7 +17,7 @@ from dlb_fast.data import OverlapLoader, ResidentLoader, synthetic
 
 if REASON := reason_against("transformers.trainer"):
     pytest.skip(REASON, allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402

@@ -26,7 +26,7 @@ from dlb_fast.data import (
 
 if REASON := reason_against("lightning.pytorch"):
     pytest.skip(REASON, allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")  # a framework's own warnings are its business
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # a framework's own warnings are its business
 
 import lightning.pytorch as pl  # noqa: E402
 

@@ -22,7 +22,7 @@ from dlb_fast.data import (
 
 if REASON := reason_against("timm.task"):
     pytest.skip(REASON, allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 from timm.models import create_model  # noqa: E402
 from timm.task import LogitDistillationTask, resume_task_checkpoint  # noqa: E402

@@ -1,22 +1,24 @@
-"""Two ranks on the CPU that stay alive for a whole test file: starting them costs seconds, a task next to nothing."""
+"""Two ranks on the CPU that stay alive for a whole session: starting them costs seconds, a task next to nothing."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import queue
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from builders import PATIENCE
+from torch.distributed import TCPStore
 
 
 def _serve(rank: int, size: int, port: int, tasks: Any, answers: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     while (task := tasks.get()) is not None:
         function, arguments = task
         try:
@@ -26,19 +28,19 @@ def _serve(rank: int, size: int, port: int, tasks: Any, answers: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
-class Gang:
-    """`gang(function, *arguments)` calls a function of a test module on every rank and returns the results in order."""
+class ProcessGroup:
+    """`process_group(function, *arguments)` calls a function of a test module on every rank; its results by rank."""
 
     def __init__(self, size: int = 2) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # The parent holds the store, on a port that the system gives it: no other process can take it meanwhile.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.size = size
         self.tasks = [context.Queue() for _ in range(size)]
         self.answers = context.Queue()
         self.processes = [
-            context.Process(target=_serve, args=(r, size, port, self.tasks[r], self.answers)) for r in range(size)
+            context.Process(target=_serve, args=(rank, size, self.store.port, self.tasks[rank], self.answers))
+            for rank in range(size)
         ]
         for process in self.processes:
             process.start()
@@ -50,7 +52,7 @@ class Gang:
         errors = []
         try:
             for _ in range(self.size):
-                rank, result, error = self.answers.get(timeout=60)
+                rank, result, error = self.answers.get(timeout=PATIENCE)
                 results[rank] = result
                 errors += [f"rank {rank}:\n{error}"] * (error is not None)
         except queue.Empty:
@@ -63,7 +65,7 @@ class Gang:
         for tasks in self.tasks:
             tasks.put(None)
         for process in self.processes:
-            process.join(5)
+            process.join(10)
             if process.is_alive():
                 process.kill()
                 process.join()
