@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from builders import python
 from frameworks import reason_against
 from torch import nn
@@ -81,8 +82,8 @@ def test_loaders_without_a_state_or_a_plan_are_refused():
         check_ranks(loader(), 1, 2)
 
 
-def ranked(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+def save_and_load_on_rank(folder):
+    rank = dist.get_rank()
     torch.manual_seed(rank)
     criterion, source = LastBatchLoss(4), loader(rank, 2)
     steps(nn.Linear(192, 4), criterion, source, 3)
@@ -97,11 +98,10 @@ def ranked(rank, folder):
     assert torch.equal(other.buffer.ids, criterion.buffer.ids)
     batch = next(iter(again))
     assert torch.equal(batch.ids[: batch.num_old], other.buffer.ids)
-    dist.destroy_process_group()
 
 
-def test_every_rank_gets_its_own_rows_back(tmp_path):
-    mp.spawn(ranked, (str(tmp_path),), nprocs=2)
+def test_every_rank_gets_its_own_rows_back(tmp_path, process_group):
+    process_group(save_and_load_on_rank, str(tmp_path))
 
 
 def test_batches_travel():
@@ -122,20 +122,29 @@ def test_averaged_copies_of_a_module_with_a_criterion():
     assert averaged.module["criterion"].buffer is not module["criterion"].buffer
 
 
+class Missing:
+    """A finder by which a package is not installed."""
+
+    def __init__(self, package):
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_a_missing_framework_is_said_in_one_sentence(name):
+def test_a_missing_framework_is_said_in_one_sentence(name, monkeypatch):
     module, install = FRAMEWORKS[name]
-    top = module.partition(".")[0]
-    code = (
-        "import sys\nclass Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] == {top!r}: raise ModuleNotFoundError(name, name=name)\n"
-        f"sys.meta_path.insert(0, Missing())\nimport dlb_fast.integrations.{name}"
-    )
-    if name == "accelerate":
-        code += f"; dlb_fast.integrations.{name}.register_last_batch(None, None, None)"
-    done = python("-c", code, check=False)
-    assert f"dlb_fast.integrations: {top} is not installed" in done.stderr and install in done.stderr, done.stderr
+    framework = module.partition(".")[0]
+    for loaded in [m for m in sys.modules if m.partition(".")[0] == framework]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setattr(sys, "meta_path", [Missing(framework), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, f"dlb_fast.integrations.{name}", raising=False)
+    with pytest.raises(ImportError, match=f"dlb_fast.integrations: {framework} is not installed; ") as raised:
+        integration = importlib.import_module(f"dlb_fast.integrations.{name}")
+        integration.register_last_batch(None, None, None)  # Accelerate is imported by the call
+    assert install in str(raised.value)
 
 
 @pytest.mark.parametrize(
