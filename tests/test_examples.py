@@ -15,7 +15,6 @@ NEEDS = {
     "accelerate_digits": "accelerate",
     "hf_digits": "transformers",
     "timm_digits": "timm.task",
-    "composer_digits": "composer",
 }
 
 
