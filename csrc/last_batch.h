@@ -45,18 +45,17 @@ struct LastBatchArgs {
   const bool* kd_mask = nullptr;         // one per taught row
   int64_t kd_mask_rows = 0;              // rows from here on are not taught
   double correct_share = -1.0;           // teacher by rule: share of the right class; < 0: uniform
-  // Weights of the terms: (ce_weight + ce_alpha * alpha) CE + alpha tau^2 KL + z_loss lse^2.
+  // Weights of the terms: (ce_weight + ce_alpha * alpha) CE + alpha tau^2 KL.
   const void* alpha_ptr = nullptr;       // (A) 0-d, overrides alpha
   const void* temperature_ptr = nullptr; // (A) 0-d, overrides temperature
   double alpha = 1.0, temperature = 3.0, ce_weight = 1.0, ce_alpha = 0.0;
-  double label_smoothing = 0.0, z_loss = 0.0;
+  double label_smoothing = 0.0;
   int64_t ignore_index = -100;
   Reduction reduction = Reduction::mean;
   // Outputs.
   void* loss = nullptr;                  // (A) 0-d, or (B,) for Reduction::none
   void* parts = nullptr;                 // (A) (part_count,)
-  void* grad = nullptr;                  // (B, C) contiguous in `dtype`, or null: no gradient wanted. It may be `logits`
-                                         // itself, then contiguous: the gradient replaces them. No other overlap.
+  void* grad = nullptr;                  // (B, C) contiguous in `dtype`, or null: no gradient wanted
 };
 
 }  // namespace dlb_fast

@@ -17,8 +17,6 @@ namespace dlb_fast {
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, parts, grad
-using LossAndParts = std::tuple<Tensor, Tensor>;     // of the ops that write the gradient over the logits
-enum class GradTo { nowhere, new_tensor, logits };
 using ST = torch::headeronly::ScalarType;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
@@ -60,7 +58,7 @@ inline Tensor allocated(const Tensor& like, ST dtype, const std::array<int64_t, 
 // The options in the order of the schema (dlb_fast/ops.py); one list for both ops and all devices.
 struct Options {
   const MaybeTensor &target, &target_b, &lam, &weight, &kd_mask, &alpha_t, &temperature_t;
-  double alpha, temperature, ce_weight, ce_alpha, label_smoothing, z_loss, correct_share;
+  double alpha, temperature, ce_weight, ce_alpha, label_smoothing, correct_share;
   int64_t ignore_index, teacher_kind, reduction;
 };
 
@@ -74,14 +72,12 @@ inline const void* address(const MaybeTensor& t, const Tensor& logits, const cha
   return t->const_data_ptr();
 }
 
-inline Outputs unpack(const Tensor& logits, const Options& o, GradTo grad_to, LastBatchArgs& a) {
+inline Outputs unpack(const Tensor& logits, const Options& o, bool need_grad, LastBatchArgs& a) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "last_batch: logits must have shape (B, C) with C >= 1");
   a.batch = logits.size(0);
   a.classes = logits.size(1);
   a.dtype = dtype_of(logits, "logits");
   check_rows(logits, "logits", a.classes);
-  const bool in_place = grad_to == GradTo::logits;
-  STD_TORCH_CHECK(!in_place || logits.is_contiguous(), "last_batch: logits must be contiguous to be replaced by their gradient");
   a.logits = logits.const_data_ptr();
   a.logits_stride = logits.stride(0);
   const ST acc = a.dtype == DType::f64 ? ST::Double : ST::Float;
@@ -118,7 +114,6 @@ inline Outputs unpack(const Tensor& logits, const Options& o, GradTo grad_to, La
   a.ce_weight = o.ce_weight;
   a.ce_alpha = o.ce_alpha;
   a.label_smoothing = o.label_smoothing;
-  a.z_loss = o.z_loss;
   a.correct_share = o.correct_share;
   a.ignore_index = o.ignore_index;
   STD_TORCH_CHECK(o.teacher_kind >= 0 && o.teacher_kind <= 3, "last_batch: unknown teacher_kind ", o.teacher_kind);
@@ -131,11 +126,10 @@ inline Outputs unpack(const Tensor& logits, const Options& o, GradTo grad_to, La
   const bool per_row = a.reduction == Reduction::none;
   Tensor loss = allocated(logits, acc, {a.batch}, per_row ? 1 : 0);
   Tensor parts_out = allocated(logits, acc, {part_count}, 1);
-  const int64_t rows = grad_to == GradTo::new_tensor ? a.batch : 0;
-  Tensor grad = in_place ? logits : allocated(logits, logits.scalar_type(), {rows, a.classes}, 2);
+  Tensor grad = allocated(logits, logits.scalar_type(), {need_grad ? a.batch : 0, a.classes}, 2);
   a.loss = loss.mutable_data_ptr();
   a.parts = parts_out.mutable_data_ptr();
-  a.grad = grad_to == GradTo::nowhere ? nullptr : grad.mutable_data_ptr();
+  a.grad = need_grad ? grad.mutable_data_ptr() : nullptr;
   return {loss, parts_out, grad};
 }
 

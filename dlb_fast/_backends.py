@@ -7,11 +7,9 @@ device. A kernel that has not yet passed ``make gpu-check`` on a GPU is never ch
 from __future__ import annotations
 
 import functools
-import importlib.machinery
 import importlib.util
 import logging
 import os
-import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +19,6 @@ log = logging.getLogger("dlb_fast")
 
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
 LIBRARY = Path(__file__).parent / "lib" / "libdlb_fast_ops.so"
-# Unlike the ops it belongs to one version of torch, and says to which.
-NODE = LIBRARY.with_name(f"libdlb_fast_node-{torch.__version__}.so")
 UNPROVEN = "not yet run on a GPU"
 ABOUT = {
     "cuda": "CUDA C++, sm_80, sm_90, sm_100 and PTX",
@@ -54,44 +50,6 @@ def load_library() -> str:
     except OSError as error:  # a library of another platform or an older torch
         return f"{LIBRARY.name} could not be loaded into torch {torch.__version__}: {error}"
     return ""
-
-
-@functools.cache
-def load_node() -> str:
-    """Load the compiled ops' autograd node once; an empty string when it is there, else why Python does its work."""
-    wished = os.environ.get("DLB_FAST_NODE", "auto")
-    if wished not in ("auto", "python"):
-        raise ValueError(f"DLB_FAST_NODE must be auto or python, got {wished!r}")
-    if wished == "python":
-        return "DLB_FAST_NODE=python"
-    missing = load_library()
-    if missing:
-        return missing
-    if not NODE.exists():
-        others = sorted(path.stem.split("-", 1)[1] for path in NODE.parent.glob("libdlb_fast_node-*.so"))
-        built = f"it was built for torch {', '.join(others)}" if others else "it was not built"
-        return f"{built}, this is torch {torch.__version__}; reinstall with: pip install --no-build-isolation -e ."
-    try:
-        torch.ops.load_library(str(NODE))
-    except OSError as error:
-        return f"{NODE.name} could not be loaded: {error}"
-    return ""
-
-
-@functools.cache
-def load_settled_call() -> Any:
-    """``settled_call`` of csrc/settled_call.cpp; None where it was not built for this torch and this Python."""
-    tag = "".join(str(sysconfig.get_config_var("SOABI")).split("-")[1:2])  # cpython-311-x86_64-linux-gnu
-    library = LIBRARY.with_name(f"libdlb_fast_call-{torch.__version__}-{tag}.so")
-    if load_node() or not library.exists():
-        return None
-    loader = importlib.machinery.ExtensionFileLoader(f"settled_call_{tag}", str(library))
-    try:
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        return importlib.util.module_from_spec(spec).settled_call if spec is not None else None
-    except ImportError as error:
-        log.warning("%s could not be loaded: %s", library.name, error)
-        return None
 
 
 def compiled_for(device: str) -> str:

@@ -209,63 +209,6 @@ def check_ignore_index(op: str, ignore_index: int) -> None:
         )
 
 
-def _bytes_of(value: Tensor) -> tuple[int, int]:
-    """First address and the one behind the last that a tensor can touch."""
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size() * bool(value.numel())
-
-
-def check_inplace_grad(op: str, impl: str, logits: Tensor, **others: object) -> None:
-    """Whether the gradient may replace the logits: their memory is one block, nobody's parameter, and read by nothing
-    else in this call (``others``, by name)."""
-    give_up = "or leave inplace_grad=False"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        raise ValueError(
-            f"{op}: inplace_grad=True is for eager calls, got one inside torch.compile or torch.func; take the loss "
-            f"out, {give_up}"
-        )
-    if impl == "torch":
-        raise ValueError(
-            f"{op}: inplace_grad=True needs impl 'cpu', 'cuda' or 'triton', got impl='torch', whose gradient is "
-            f"autograd's; name another implementation, {give_up}"
-        )
-    if not logits.is_contiguous():
-        raise ValueError(
-            f"{op}: logits must be contiguous with inplace_grad=True, got strides {logits.stride()} for shape "
-            f"{tuple(logits.shape)}; pass logits.contiguous(), {give_up}"
-        )
-    if logits.requires_grad and torch.is_grad_enabled():
-        base = logits._base
-        if (logits if base is None else base).is_leaf:
-            raise ValueError(
-                f"{op}: logits must be computed from parameters with inplace_grad=True, got a leaf that requires grad, "
-                f"or a view of one: its values would be lost; pass logits.clone(), {give_up}"
-            )
-        made = (
-            torch._C._autograd.CreationMeta.DEFAULT if base is None else torch._C._autograd._get_creation_meta(logits)
-        )
-        if made != torch._C._autograd.CreationMeta.DEFAULT:
-            raise ValueError(
-                f"{op}: logits must be a tensor that torch lets be modified in place with inplace_grad=True, got one "
-                "of several views of a tensor (chunk, unbind) or a view made under no_grad; pass logits.clone(), "
-                f"{give_up}"
-            )
-        if logits.retains_grad:
-            raise ValueError(
-                f"{op}: logits must not retain_grad() with inplace_grad=True, which replaces the logits themselves by "
-                f"their gradient; use dlb_step for the gradient, {give_up}"
-            )
-    first, end = _bytes_of(logits)
-    for name, value in others.items():
-        if isinstance(value, Tensor) and value.device == logits.device:
-            start, stop = _bytes_of(value)
-            if start < end and first < stop:
-                raise ValueError(
-                    f"{op}: {name} must not share memory with the logits with inplace_grad=True, got tensors that "
-                    f"overlap; pass {name}.clone(), {give_up}"
-                )
-
-
 def check_pair(
     op: str, logits: Tensor, target: Tensor | None, target_b: Tensor | None, lam: float | Tensor | None
 ) -> None:

@@ -61,17 +61,9 @@ def _built() -> dict[str, Any]:
 
 def _package() -> dict[str, Any]:
     import dlb_fast
-    from dlb_fast import _backends
 
     where = {"folder": str(Path(dlb_fast.__file__).parent)}
-    return {**_versions(dlb_fast), **where, "autograd_node": _autograd_node(_backends)}
-
-
-def _autograd_node(backends: Any) -> str:
-    missing = backends.load_node()
-    if missing or backends.load_settled_call() is not None:
-        return missing or "C++"
-    return "C++, called by way of torch's dispatcher: the direct call was not built for this Python"
+    return {**_versions(dlb_fast), **where}
 
 
 def _versions(module: Any) -> dict[str, Any]:
@@ -252,9 +244,6 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"compiled by {built['compiler']} against torch {built['torch']}, {cuda}; "
             f"on this CPU: {built['cpu_instruction_set']}"
         )
-    if "autograd_node" in package:
-        node = package["autograd_node"]
-        lines.append(f"autograd node of the compiled losses: {node if node.startswith('C++') else f'Python ({node})'}")
     lines.append("implementations of the loss:")
     found = report["implementations"]
     for name, state in found.items() if "error" not in found else ():

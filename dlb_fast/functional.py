@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _backends, _check, ops, reference
 from .buffer import LogitBuffer
-from .settled import SETTLED_STEPS, Scalar, settle, settled_step
+from .reference import Scalar
 
 
 class LossParts(NamedTuple):
@@ -100,24 +100,19 @@ def row_loss(
     reduction: str = "mean",
     target_b: Tensor | None = None,
     lam: Scalar | None = None,
-    z_loss: float = 0.0,
     correct_share: float | None = None,
-    inplace_grad: bool = False,
     execute: Callable[..., Any] = ops.run,
 ) -> Any:
     """The one road from checked arguments to an implementation; every method of the family passes here.
 
-    ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 KL(teacher || z) + z_loss * lse^2``, the teacher being a
+    ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 KL(teacher || z)``, the teacher being a
     tensor, the rows of ``buffer`` (which then takes the new rows of the batch), or virtual. Returns loss and parts, or
     what ``execute`` makes of the op's arguments.
     """
     wished, impl = impl, _backends.pick(impl, logits.device.type)
     _check.check_ignore_index(op, ignore_index)
-    if inplace_grad and logits.requires_grad and torch.is_grad_enabled():  # otherwise there is nothing to write
-        _check.check_inplace_grad(op, impl, logits, last_logits=teacher, target=target, weight=weight, lam=lam)
-        execute = functools.partial(ops.run_in_place, op)
     if impl != "torch" and (unknown := ops.unknown_to_ops(logits)):
-        if wished != "auto" or inplace_grad:
+        if wished != "auto":
             raise RuntimeError(f"{op}: impl={impl!r} does not know {unknown}; use impl='torch', plain autograd")
         impl = "torch"
     if target is not None and target.dim() == 1:
@@ -142,7 +137,7 @@ def row_loss(
         loss, parts = reference.last_batch_loss(
             logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
             weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction, target_b=target_b,
-            lam=lam, ce_weight=ce_weight + ce_alpha * alpha if ce_alpha else ce_weight, z_loss=z_loss,
+            lam=lam, ce_weight=ce_weight + ce_alpha * alpha if ce_alpha else ce_weight,
             teacher_kind=teacher_kind, correct_share=correct_share,
         )  # fmt: skip
         if buffer is not None:
@@ -159,7 +154,7 @@ def row_loss(
     options: tuple[Any, ...] = (
         target, target_b, lam, None if weight is None else weight.to(dtype).contiguous(),
         None if kd_mask is None else kd_mask.contiguous(), alpha_t, temperature_t, alpha, temperature,
-        ce_weight, ce_alpha, label_smoothing, z_loss, -1.0 if correct_share is None else correct_share,
+        ce_weight, ce_alpha, label_smoothing, -1.0 if correct_share is None else correct_share,
         ignore_index, ops.TEACHER_KIND[teacher_kind], ops.REDUCTION[reduction],
     )  # fmt: skip
     tensors: tuple[Any, ...]
@@ -196,8 +191,6 @@ def fused_lb_loss(
     return_parts: bool = False,
     target_b: Tensor | None = None,
     lam: Scalar | None = None,
-    z_loss: float = 0.0,
-    inplace_grad: bool = False,
 ) -> Any:
     """Cross entropy plus consistency with the logits of the last mini-batch (DLB), loss and gradient in one pass.
 
@@ -209,8 +202,7 @@ def fused_lb_loss(
     are what the community uses with this method, not values read from the paper.
 
     Args:
-        logits: ``(B, C)`` float32, bfloat16, float16 or float64; any strides; never written to, unless you ask for it
-            with ``inplace_grad``.
+        logits: ``(B, C)`` float32, bfloat16, float16 or float64; any strides; never written to.
         target: ``(B,)`` integer labels, ``(B, C)`` class probabilities, or None for the KL term alone.
         last_logits: ``(H, C)`` with ``H <= B``: the previous logits of rows ``[0, H)``; None gives plain CE. Detached.
         alpha: weight of the KL term, a number >= 0 or a 0-d tensor (a schedule that never recompiles).
@@ -225,12 +217,6 @@ def fused_lb_loss(
         return_parts: also return :class:`LossParts`.
         target_b, lam: the mixup pair form: labels ``(B,)`` of the mixed-in images and the share of ``target``, a number
             or ``(B,)``. The same as the dense target ``lam * onehot(target) + (1 - lam) * onehot(target_b)``, unread.
-        z_loss: weight of the mean squared log-sum-exp of the rows that count in the CE; 0 leaves it out.
-        inplace_grad: write the gradient over the logits instead of into memory of its own: ``B C`` elements less. The
-            logits must be contiguous and no leaf, and their values are lost: take what you need of them (``parts``
-            has the top-1 count) before. Another use of them that needs a derivative raises a RuntimeError in backward,
-            before the loss ("modified by an inplace operation") or after it. Where no gradient is wanted nothing is
-            written. Not for ``impl="torch"``, nor inside torch.compile.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-d or ``(B,)``; with ``return_parts`` a pair. The gradient
@@ -257,7 +243,6 @@ def fused_lb_loss(
     )  # fmt: skip
     if target_b is not None or lam is not None:
         _check.check_pair(op, logits, target, target_b, lam)
-    _check.check_scalar(op, "z_loss", z_loss, positive=False)
     if last_logits is not None:
         _check.check_teacher(op, logits, last_logits)
         if kd_mask is not None:
@@ -269,7 +254,7 @@ def fused_lb_loss(
     loss, parts = row_loss(
         op, impl, logits, target, teacher=last_logits, alpha=alpha, temperature=temperature,
         label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction,
-        target_b=target_b, lam=lam, z_loss=z_loss, inplace_grad=inplace_grad,
+        target_b=target_b, lam=lam,
     )  # fmt: skip
     return (loss, LossParts.unpack(parts)) if return_parts else loss
 
@@ -288,7 +273,6 @@ def dlb_step(
     ignore_index: int = -100,
     upstream: Scalar = 1.0,
     impl: str = "auto",
-    inplace_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient of one batch, the buffer rolled on, without an autograd node.
 
@@ -300,13 +284,9 @@ def dlb_step(
             impl: as in :func:`fused_lb_loss`. ids, num_old: as in :class:`LastBatchLoss`.
         buffer: :class:`LogitBuffer` with ``C`` classes on the device of the logits.
         upstream: what the loss will be multiplied by (a loss scale), a number or a 0-d tensor; already in the gradient.
-        inplace_grad: write the gradient over the logits, which must be contiguous and no leaf that requires grad. Their
-            version moves, so a node that saved them raises in backward; what reads them afterwards gets the gradient.
-            Not for ``impl="torch"``, nor inside torch.compile.
 
     Returns:
-        ``(loss, grad)``: 0-d float32 (float64 for float64 logits), and ``(B, C)`` in the dtype of the logits, with
-        ``inplace_grad`` in their memory.
+        ``(loss, grad)``: 0-d float32 (float64 for float64 logits), and ``(B, C)`` in the dtype of the logits.
 
     Raises:
         ValueError, TypeError: as :func:`fused_lb_loss`, and for a buffer of other classes or another device.
@@ -321,13 +301,6 @@ def dlb_step(
     (torch.Size([2, 5]), 2)
     """
     op = "dlb_step"
-    numbers = (alpha, temperature, label_smoothing, ignore_index)
-    simple = weight is None and not inplace_grad and type(alpha) is type(temperature) is type(upstream) is float
-    simple = simple and bool(upstream == 1.0) and not torch.compiler.is_compiling()
-    if simple and (like_last := SETTLED_STEPS.get((_backends.picked(impl, logits), numbers))) is not None:
-        found = settled_step(like_last, logits, target, buffer, ids, num_old)
-        if found is not None:
-            return found[0], found[2]
     check_loss_inputs(
         op, logits, target, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         reduction="mean",
@@ -343,8 +316,6 @@ def dlb_step(
     _check.check_num_old(op, num_old)
     buffer.stored_rows(logits.shape[0], num_old)
     impl = _backends.pick(impl, logits.device.type)
-    if inplace_grad:
-        _check.check_inplace_grad(op, impl, logits, target=target, weight=weight, buffer=buffer.logits)
     options: dict[str, Any] = {
         "buffer": buffer, "ids": ids, "num_old": num_old, "alpha": alpha, "temperature": temperature,
         "label_smoothing": label_smoothing, "weight": weight, "ignore_index": ignore_index,
@@ -356,15 +327,6 @@ def dlb_step(
             loss, _ = row_loss(op, impl, leaf, target, **options)
             (grad,) = torch.autograd.grad(loss * upstream, leaf)
         return loss.detach(), grad
-    step = functools.partial(ops.step, upstream=upstream, in_place=inplace_grad)
+    step = functools.partial(ops.step, upstream=upstream)
     result = row_loss(op, impl, logits.detach(), target, **options, execute=step)
-    if simple:
-        settled = settle(
-            impl, logits, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, z_loss=0.0,
-            ignore_index=ignore_index, reduction="mean", gradient=True,
-        )  # fmt: skip
-        if len(SETTLED_STEPS) >= 64:  # a schedule of numbers
-            SETTLED_STEPS.clear()
-        if settled is not None:
-            SETTLED_STEPS[impl, numbers] = settled
     return result[0], result[2]

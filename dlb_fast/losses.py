@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from . import _check
 from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
 from .functional import LossParts, check_impl, check_loss_inputs, row_loss
-from .settled import Scalar, Settled, settle, settled_step
+from .reference import Scalar
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
@@ -39,9 +38,8 @@ class LastBatchLoss(nn.Module):
         dtype: storage dtype of the teacher logits; None takes that of the first logits (lossless).
         alpha, temperature: as in :func:`fused_lb_loss`; both may be reassigned at any time (numbers or 0-d tensors).
             The defaults are community values, not values read from the paper.
-        label_smoothing, weight, ignore_index, reduction, z_loss, impl: as in :func:`fused_lb_loss`. ``weight`` goes
+        label_smoothing, weight, ignore_index, reduction, impl: as in :func:`fused_lb_loss`. ``weight`` goes
             where the module goes.
-        inplace_grad: as in :func:`fused_lb_loss`, in ``train()`` only.
         device: where to allocate the buffer when ``capacity`` is given; it follows the logits otherwise.
 
     Attributes:
@@ -75,10 +73,8 @@ class LastBatchLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
-        z_loss: float = 0.0,
         impl: str = "auto",
         device: torch.device | str | None = None,
-        inplace_grad: bool = False,
     ) -> None:
         super().__init__()
         op = "LastBatchLoss"
@@ -98,9 +94,6 @@ class LastBatchLoss(nn.Module):
         self.alpha, self.temperature = alpha, temperature
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.reduction, self.impl = reduction, impl
-        _check.check_scalar(op, "z_loss", z_loss, positive=False)
-        self.z_loss = z_loss
-        self.inplace_grad = inplace_grad
         self.register_buffer("weight", weight, persistent=False)
         self.buffer: LogitBuffer | None = None
         self._size_follows = capacity is None
@@ -111,17 +104,6 @@ class LastBatchLoss(nn.Module):
             self._dtype_follows = False
         # In a list: assigning a module's attribute costs as much as a small kernel, and this happens at every step.
         self._last: list[Tensor | None] = [None]
-
-    # What the checks of the last ordinary call found out, for the next one like it; None after any attribute was set.
-    _settled: Settled | None = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        self.__dict__["_settled"] = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The settled call is a function of this process.
-        return {name: value for name, value in self.__dict__.items() if name != "_settled"}
 
     def extra_repr(self) -> str:
         rows = None if self.buffer is None else self.buffer.capacity
@@ -166,13 +148,6 @@ class LastBatchLoss(nn.Module):
                 share they had as new rows, or mask them: their teacher saw that image.
         """
         op = "LastBatchLoss"
-        compiling = is_compiling()
-        ordinary = kd_mask is None and target_b is None and lam is None
-        if ordinary and not compiling and self._settled is not None:
-            found = settled_step(self._settled, logits, target, self.buffer, ids, num_old)
-            if found is not None:
-                self._last[0] = found[1]
-                return found[0]
         check_loss_inputs(
             op, logits, target, alpha=self.alpha, temperature=self.temperature, label_smoothing=self.label_smoothing,
             weight=self.weight, reduction=self.reduction,
@@ -195,18 +170,13 @@ class LastBatchLoss(nn.Module):
                 op, self.impl, logits, target, buffer=buffer, ids=ids, num_old=num_old, alpha=self.alpha,
                 temperature=self.temperature, label_smoothing=self.label_smoothing, weight=self.weight,
                 ignore_index=self.ignore_index, kd_mask=kd_mask if self.training else None, reduction=self.reduction,
-                target_b=target_b, lam=lam, z_loss=self.z_loss, inplace_grad=self.inplace_grad and self.training,
+                target_b=target_b, lam=lam,
             )  # fmt: skip
         except Exception:
             # A refused batch changes nothing, not even the size that it would have given the buffer.
             self.buffer, self._dtype_follows = before, followed
             raise
         self._last[0] = parts
-        if ordinary and not compiling and buffer is not None and self.weight is None and not self.inplace_grad:
-            self.__dict__["_settled"] = settle(
-                self.impl, logits, alpha=self.alpha, temperature=self.temperature, reduction=self.reduction,
-                label_smoothing=self.label_smoothing, z_loss=self.z_loss, ignore_index=self.ignore_index,
-            )  # fmt: skip
         return loss
 
     def _ready_buffer(self, logits: Tensor, num_old: int | None, ids: Tensor | None) -> LogitBuffer:

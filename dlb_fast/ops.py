@@ -4,20 +4,16 @@ One op computes the loss, its gradient and the top-1 count in one call; ``last_b
 the logit buffer and replaces it. The compiled ops are declared in ``csrc/last_batch.cpp`` with the schema below (a test
 compares the two); the Triton ones are declared here. The derivative is a plain ``autograd.Function`` around the op: the
 gradient is ready when backward arrives, which multiplies it by the upstream gradient, in place, and not at all when
-that is 1. Differentiable once. Where it was built for this torch, a node in C++ (``csrc/autograd_node.cpp``) does the
-same for eager calls of the compiled ops and spares them Python's time; ``DLB_FAST_NODE=python`` leaves it out. The ops
-that end in an underscore write the gradient over the logits; autograd is told (``_Overwritten``).
+that is 1. Differentiable once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 
 from . import _backends
 from .reference import compute_dtype
@@ -32,18 +28,12 @@ dtypes."""
 _OPTIONS = (
     "Tensor? target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? kd_mask, "
     "Tensor? alpha_t, Tensor? temperature_t, float alpha, float temperature, float ce_weight, float ce_alpha, "
-    "float label_smoothing, float z_loss, float correct_share, int ignore_index, int teacher_kind, "
-    "int reduction"
+    "float label_smoothing, float correct_share, int ignore_index, int teacher_kind, "
+    "int reduction, bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
 )
-_WITH_GRAD = f"{_OPTIONS}, bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
-_IN_PLACE = f"{_OPTIONS}) -> (Tensor loss, Tensor parts)"
 SCHEMAS = {
-    "last_batch": f"(Tensor logits, Tensor? teacher, {_WITH_GRAD}",
-    "last_batch_": f"(Tensor(a!) logits, Tensor? teacher, {_IN_PLACE}",
-    "last_batch_roll": f"(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, {_WITH_GRAD}",
-    "last_batch_roll_": (
-        f"(Tensor(a!) logits, Tensor(b!) buffer, Tensor(c!) slots, Tensor? ids, int num_old, {_IN_PLACE}"
-    ),
+    "last_batch": f"(Tensor logits, Tensor? teacher, {_OPTIONS}",
+    "last_batch_roll": f"(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, {_OPTIONS}",
     "scale_grad_": "(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()",
 }
 
@@ -67,25 +57,13 @@ def _fake_last_batch_roll(
     return _fake_outputs(logits, options[-2], options[-1])
 
 
-def _fake_last_batch_in_place(logits: Tensor, teacher: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(logits, options[-1], False)[:2]
-
-
-def _fake_last_batch_roll_in_place(
-    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any
-) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(logits, options[-1], False)[:2]
-
-
 def _fake_scale_grad(grad: Tensor, upstream: Tensor, parts: Tensor) -> None:
     return None
 
 
 _FAKES: dict[str, Any] = {
     "last_batch": _fake_last_batch,
-    "last_batch_": _fake_last_batch_in_place,
     "last_batch_roll": _fake_last_batch_roll,
-    "last_batch_roll_": _fake_last_batch_roll_in_place,
     "scale_grad_": _fake_scale_grad,
 }
 
@@ -105,9 +83,7 @@ def _register() -> torch.library.Library:
 
 _TRITON = {
     "last_batch": "last_batch_triton",
-    "last_batch_": "last_batch_triton_",
     "last_batch_roll": "last_batch_roll_triton",
-    "last_batch_roll_": "last_batch_roll_triton_",
     "scale_grad_": "scale_grad_triton_",
 }
 
@@ -135,15 +111,6 @@ def op_for(impl: str, name: str) -> Any:
         registered = _TRITON[name] if impl == "triton" else name
         op = _FOUND[impl, name] = getattr(torch.ops.dlb_fast, registered).default
     return op
-
-
-def node_for(impl: str, name: str) -> Any:
-    """The op that makes the autograd node in C++, or None where Python has to; looked up once."""
-    key = (impl, name + "_node")
-    if key not in _FOUND:
-        there = impl in ("cpu", "cuda") and not _backends.load_node()
-        _FOUND[key] = getattr(torch.ops.dlb_fast, name + "_node").default if there else None
-    return _FOUND[key]
 
 
 def _gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
@@ -190,10 +157,6 @@ class _LastBatch(torch.autograd.Function):
         return _gradient(ctx, upstream)
 
 
-# What Function.apply calls once it has looked for functorch transforms and default arguments, in Python, at every call.
-_plain_apply = super(torch.autograd.Function, _LastBatch).apply
-
-
 def unknown_to_ops(logits: Tensor) -> str:
     """What asks for more than the ops can give: a transform of torch.func (vmap too) or a forward derivative; or ""."""
     if torch.compiler.is_compiling():
@@ -209,110 +172,17 @@ def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tenso
 
     Returns the loss, differentiable with respect to the logits, and ``parts``.
     """
-    if torch.compiler.is_compiling() and logits.requires_grad and torch.is_grad_enabled():
-        return _LastBatch.apply(logits, impl, name, args)
-    return run_eagerly(impl, name, logits, *args)
-
-
-def run_eagerly(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """The same outside torch.compile."""
     if logits.requires_grad and torch.is_grad_enabled():
         # One tuple, because autograd walks over every argument of a Function in Python.
-        node = node_for(impl, name)
-        return _plain_apply(logits, impl, name, args) if node is None else node(logits, *args)
+        return _LastBatch.apply(logits, impl, name, args)
     loss, parts, _ = op_for(impl, name)(logits, *args, False)
     return loss, parts
 
 
-class _Overwritten(torch.autograd.Function):
-    """The logits after their gradient has replaced them: moves their version, so that a node that saved them refuses to
-    run backward, and their history, so that a use of what they hold now refuses as well."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, op: str, done: list[bool]) -> Tensor:
-        ctx.mark_dirty(logits)
-        ctx.op, ctx.done = op, done
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.done:
-            raise RuntimeError(
-                f"{ctx.op}: the logits were used after inplace_grad=True had replaced them by their gradient, and that "
-                "use needs a derivative; compute it before the loss, or leave inplace_grad=False"
-            )
-        return upstream, None, None  # the batch was refused and the logits are what they were
-
-
-class _LastBatchInPlace(_LastBatch):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits: Tensor, impl: str, name: str, args: tuple[Any, ...], op: str
-    ) -> tuple[Tensor, Tensor]:
-        # The edge to the node that made the logits was taken before this; what is recorded now comes after the loss.
-        # It raises, before anything is written, where torch lets nobody modify them.
-        done: list[bool] = []
-        with torch.enable_grad():
-            _Overwritten.apply(logits, op, done)
-        grad = logits.detach()  # one storage and one version counter: what writes there later is noticed in backward
-        loss, parts = op_for(impl, name + "_")(grad, *args)
-        done.append(True)
-        ctx.save_for_backward(grad, parts)
-        ctx.impl = impl
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
-        return loss, parts
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _parts: None) -> tuple[Tensor | None, ...]:
-        return *_LastBatch.backward(ctx, upstream, _parts), None
-
-
-def _eager_only() -> None:
-    # torch.compile has given up the caller's frame, where the check refused it, and tries this one by itself.
-    if torch.compiler.is_compiling():
-        raise ValueError("inplace_grad=True is for eager calls")
-
-
-def run_in_place(op: str, impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Like :func:`run` where a gradient is wanted, written over the logits: ``_check.check_inplace_grad`` comes first.
-
-    ``op`` is the name that errors speak in.
-    """
-    _eager_only()
-    return _LastBatchInPlace.apply(logits, impl, name, args, op)
-
-
-def step(
-    impl: str, name: str, logits: Tensor, *args: Any, upstream: Tensor | float = 1.0, in_place: bool = False
-) -> tuple[Tensor, ...]:
-    """Like :func:`run` without an autograd node: loss, parts, and the gradient times ``upstream``.
-
-    ``in_place``: the gradient is written over the logits, and their version moves.
-    """
-    if in_place:
-        _eager_only()
-        grad = logits.detach()
-        loss, parts = op_for(impl, name + "_")(grad, *args)
-        if not logits.is_inference():  # such a tensor has no version: autograd never saves it
-            torch.autograd.graph.increment_version(logits)
-    else:
-        loss, parts, grad = op_for(impl, name)(logits.detach(), *args, True)
+def step(impl: str, name: str, logits: Tensor, *args: Any, upstream: Tensor | float = 1.0) -> tuple[Tensor, ...]:
+    """Like :func:`run` without an autograd node: loss, parts, and the gradient times ``upstream``."""
+    loss, parts, grad = op_for(impl, name)(logits.detach(), *args, True)
     if isinstance(upstream, Tensor) or upstream != 1.0 or logits.dtype == torch.float16:
         factor = torch.as_tensor(upstream, dtype=parts.dtype, device=parts.device)
         op_for(impl, "scale_grad_")(grad, factor, parts)
     return loss, parts, grad
-
-
-def roll_call(impl: str, options: tuple[Any, ...], *, gradient: bool) -> Callable[..., tuple[Tensor, ...] | None]:
-    """``call(logits, buffer, slots, ids, num_old, target)``, one op with the same options again and again: what
-    ``run_eagerly`` returns, with ``gradient`` what ``step`` does, or None where a call has to go by them."""
-    settled_call = _backends.load_settled_call() if impl in ("cpu", "cuda") else None
-    if settled_call is not None:
-        return settled_call(options, gradient, DeviceContext)
-    run_it = step if gradient else run_eagerly
-
-    def call(logits: Tensor, *args: Any) -> tuple[Tensor, ...] | None:
-        return None if unknown_to_ops(logits) else run_it(impl, "last_batch_roll", logits, *args, *options)
-
-    return call

@@ -26,8 +26,7 @@ ALLOWED = {
     "kernels": {"_check", "reference"},
     "ops": {"_backends", "kernels", "reference"},
     "buffer": set(),
-    "settled": {"_backends", "ops", "buffer"},
-    "functional": {"_backends", "_check", "ops", "reference", "buffer", "settled"},
+    "functional": {"_backends", "_check", "ops", "reference", "buffer"},
     "teachers": {"_check", "buffer", "reference", "functional"},
     "reference_family": set(),
     "memories": set(),
@@ -35,7 +34,7 @@ ALLOWED = {
     "family": {"_check", "functional", "lessons", "teachers"},
     "family_teachers": {"lessons", "memories", "teachers"},
     "family_losses": {"_check", "buffer", "family_teachers", "functional", "lessons", "memories", "teachers"},
-    "losses": {"_check", "functional", "settled", "buffer", "teachers"},
+    "losses": {"_check", "functional", "reference", "buffer", "teachers"},
     "data": {"_backends"},  # where the compiled library is: it has an op of this room
     "train": {*LOSS_FACES, "data", "_backends", "_version", "presets"},
     "presets": {"train"},

@@ -102,7 +102,6 @@ OPTIONS = {
     "pair": {"pair": True},
     "pair+weights+ignored": {"pair": True, "weight": True, "ignored": True},
     "mask": {"mask": True},
-    "z-loss": {"z_loss": 1e-2},
     "no target": {"no_target": True},
     "no teacher": {"no_teacher": True},
     "probabilities": {"kind": "probabilities"},
@@ -150,7 +149,7 @@ def test_every_option(impl, generator, name, reduction, dtype):
         return row_loss(
             "test", run_as, v, None if o.get("no_target") else dense, teacher=exact(teacher), teacher_kind=kind,
             alpha=0.6, temperature=2.5, label_smoothing=o.get("label_smoothing", 0.0), weight=exact(weight),
-            kd_mask=mask, reduction=reduction, z_loss=o.get("z_loss", 0.0), correct_share=share,
+            kd_mask=mask, reduction=reduction, correct_share=share,
             ce_alpha=o.get("ce_alpha", 0.0), **{k: exact(v) if k == "lam" else v for k, v in pair.items()},
         )  # fmt: skip
 

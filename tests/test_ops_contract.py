@@ -14,7 +14,7 @@ needs_cpu_op = pytest.mark.skipif(not available("cpu"), reason=_backends.impleme
 def options(target, *, kind="logits", reduction="mean", need_grad=True):
     """The op's arguments after its tensors, in the order of the schema."""
     return (
-        target, None, None, None, None, None, None, 0.7, 3.0, 1.0, 0.0, 0.1, 0.0, -1.0, -100,
+        target, None, None, None, None, None, None, 0.7, 3.0, 1.0, 0.0, 0.1, -1.0, -100,
         ops.TEACHER_KIND[kind], ops.REDUCTION[reduction], need_grad,
     )  # fmt: skip
 
@@ -45,12 +45,6 @@ def test_opcheck(generator, dtype, reduction):
     torch.library.opcheck(
         torch.ops.dlb_fast.last_batch_roll.default,
         (z, buffer.logits, buffer.slots, torch.arange(8), -1, *options(y, reduction=reduction)),
-    )
-    in_place = options(y, reduction=reduction)[:-1]
-    torch.library.opcheck(torch.ops.dlb_fast.last_batch_.default, (z.clone(), t, *in_place))
-    torch.library.opcheck(
-        torch.ops.dlb_fast.last_batch_roll_.default,
-        (z.clone(), buffer.logits, buffer.slots, torch.arange(8), -1, *in_place),
     )
     loss, parts, grad = torch.ops.dlb_fast.last_batch(z, t, *options(y, reduction=reduction))
     torch.library.opcheck(torch.ops.dlb_fast.scale_grad_.default, (grad, torch.full_like(loss, 0.5), parts))
@@ -117,9 +111,8 @@ def test_second_derivative_raises(impl, generator):
         pytest.skip("plain autograd has a second derivative")
     z, y, t = problem(generator)
     z.requires_grad_()
-    (grad,) = torch.autograd.grad(fused_lb_loss(z, y, t, impl=impl), z, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(fused_lb_loss(z, y, t, impl=impl), z, create_graph=True)
 
 
 def test_backward_twice_with_retain_graph(impl, generator):

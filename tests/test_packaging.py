@@ -169,20 +169,16 @@ def test_the_doctor_tells_how_it_was_built_and_does_without(monkeypatch, capsys)
     assert "compiled by" not in out and "implementations of the loss" in out
 
 
-@pytest.mark.skipif(not shutil.which("nm") or bool(_backends.load_node()), reason="needs nm and the node")
-def test_the_node_asks_nothing_of_a_python():
+@pytest.mark.skipif(not shutil.which("nm") or bool(_backends.load_library()), reason="needs nm and the library")
+def test_the_library_asks_nothing_of_a_python():
     """One file for every Python: symbols come and go between their versions."""
-    for library in (_backends.LIBRARY, _backends.NODE):
-        done = subprocess.run(["nm", "-D", "-u", str(library)], capture_output=True, text=True, check=True)
-        assert not re.findall(r"\b_?Py[A-Z_]\w*", done.stdout), library
+    done = subprocess.run(["nm", "-D", "-u", str(_backends.LIBRARY)], capture_output=True, text=True, check=True)
+    assert not re.findall(r"\b_?Py[A-Z_]\w*", done.stdout)
 
 
 def test_the_sources_use_no_macro_that_older_headers_lack():
-    """torch renamed the stable ABI's macros from version to version; these two are in 2.10 and in all since.
-
-    The autograd node and the call to it have none of the stable ABI: they are built for one torch."""
-    of_one_torch = ("autograd_node.h", "autograd_node.cpp", "settled_call.cpp")
-    text = "".join(p.read_text() for p in (ROOT / "csrc").glob("*.*") if p.name not in of_one_torch)
+    """torch renamed the stable ABI's macros from version to version; these two are in 2.10 and in all since."""
+    text = "".join(p.read_text() for p in (ROOT / "csrc").glob("*.*"))
     used = set(re.findall(r"\b(?:STABLE_)?TORCH_\w*(?:LIBRARY|CHECK|CODE)\w*", text))
     assert used <= {"STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL"}, used
 

@@ -25,14 +25,13 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 BASE = {"roll": True, "ids": True, "kind": 1, "target": "labels", "counting": 1}
-EVERYTHING = {**BASE, "target": "pair", "weight": True, "smooth": True, "z": True, "mask": True}
+EVERYTHING = {**BASE, "target": "pair", "weight": True, "smooth": True, "mask": True}
 # name: (C, dtype, targets, options). Regimes: several pairs per warp, one pair held, long rows; aligned and not.
 KERNELS: dict[str, tuple[int, str, tuple[str, ...], dict[str, Any]]] = {
     "pairs-10": (10, "fp32", ("sm_90",), BASE),
     "pairs-100": (100, "fp32", ("sm_100",), BASE),
     "held-1000": (1000, "bf16", ("sm_80", "sm_90", "sm_100", "gfx942"), BASE),
     "held-1000-f16": (1000, "fp16", ("sm_90",), EVERYTHING),
-    "held-in-place": (1000, "bf16", ("sm_90",), {**BASE, "in_place": True}),
     "held-1001": (1001, "bf16", ("sm_90",), BASE),
     "held-8192": (8192, "bf16", ("sm_100", "gfx942"), BASE),
     "held-8192-f32": (8192, "fp32", ("sm_90",), BASE),
@@ -73,9 +72,9 @@ def _main_source(classes: int, dtype: str, warp: int, o: dict[str, Any]) -> tupl
         "BLOCK": tiles.block, "TILES": tiles.tiles, "VECTOR": tiles.vector, "AXIS": tiles.axis,
         "LOGITS_STRIDE": classes, "TEACHER_STRIDE": classes, "DENSE_STRIDE": classes, "KIND": kind, "ROLL": roll,
         "HAS_CE": True, "DENSE": dense, "PAIR": pair, "LAM_ROWS": False, "HAS_WEIGHT": bool(o.get("weight")),
-        "SMOOTH": bool(o.get("smooth")), "HAS_Z": bool(o.get("z")), "HAS_IDS": bool(o.get("ids")),
+        "SMOOTH": bool(o.get("smooth")), "HAS_IDS": bool(o.get("ids")),
         "HAS_MASK": bool(o.get("mask")), "BY_LABEL": bool(o.get("share")), "MEAN": True, "ROW_LOSS": False,
-        "NEED_GRAD": o.get("grad", True), "IN_PLACE": o.get("in_place", False), "COUNTING": o["counting"],
+        "NEED_GRAD": o.get("grad", True), "COUNTING": o["counting"],
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     unaligned = set(kernel.do_not_specialize_on_alignment)

@@ -13,7 +13,7 @@ struct BatchPlan {
   int64_t split = 0;       // rows [0, split) may be taught; row split + j is stored in slot j while j < stored
   int64_t stored = 0;
   int64_t mismatched = 0;  // rows that met the slot of another sample
-  double taught_rows = 0, counted_rows = 0, counted_weight = 0, weight_sum = 0;
+  double taught_rows = 0, counted_weight = 0, weight_sum = 0;
   double alpha = 0, temperature = 1, ce_weight = 1, grad_scale = 1;
   TermScales<double> scales;
   std::vector<uint8_t> taught;  // per row below split: a valid teacher exists
@@ -25,7 +25,7 @@ BatchPlan plan_batch(const LastBatchArgs& args);
 
 // Losses per row, without the weights of their terms.
 struct RowLosses {
-  std::vector<double> ce, kl, square;  // CE, KL (without tau^2), lse^2
+  std::vector<double> ce, kl;  // CE, KL without tau^2
   std::vector<uint8_t> correct;
 };
 
@@ -37,7 +37,7 @@ struct PairJob {
   int64_t split, stored, taught_size;
   const uint8_t* taught;
   double temperature, weight_sum, grad_scale;
-  double *ce, *kl, *square;
+  double *ce, *kl;
   uint8_t* correct;
 };
 PairJob pair_job(const LastBatchArgs& args, const BatchPlan& plan, RowLosses& losses);

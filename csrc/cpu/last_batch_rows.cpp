@@ -2,8 +2,7 @@
 // choosing the vectors; the loops are plain C++ that the compiler vectorises.
 //
 // Per row: one read of the logits (and of the teacher), exponentials kept in a per-thread scratch of 4 C numbers, one
-// write of the gradient, for which the row is not read again: it may replace the row. The label's column is computed
-// apart and rounded once.
+// write of the gradient, for which the row is not read again. The label's column is computed apart and rounded once.
 #include "row_loops.h"
 
 namespace dlb_fast {
@@ -107,7 +106,7 @@ struct RowKernel {
   void cross_entropy(int64_t row, const A* z, A m, double d1, const A* w, Gradient<A>& g) {
     const int64_t n = args.classes;
     const TermScales<double>& s = job.scales;
-    const double log_sum = std::log(d1), lse = static_cast<double>(m) + log_sum;
+    const double log_sum = std::log(d1);
     double mass = 0, dot = 0, label_weight = 0;
     if (args.dense) {
       const A* q = static_cast<const A*>(args.dense) + row * args.dense_stride;
@@ -139,8 +138,7 @@ struct RowKernel {
       dot += s.even * weighted_sum(z, w, n, m);
     }
     job.ce[row] = mass * log_sum - dot;
-    job.square[row] = lse * lse;
-    const RowCoefficients<double> r = row_coefficients(s, true, false, mass, label_weight, d1, 1.0, 1.0, lse);
+    const RowCoefficients<double> r = ce_coefficients(s, mass, label_weight, d1);
     const double scale = job.grad_scale;
     g.at.a = static_cast<A>(r.a * scale);
     g.at.s = static_cast<A>(r.s * scale);
@@ -270,7 +268,7 @@ void pairs(const PairJob& job, int64_t begin, int64_t end) {
     if (j < job.split) kernel.compute(j, j < job.taught_size && job.taught[j]);
     const int64_t second = job.split + j;
     if (second < job.args->batch) {
-      if (j < job.stored) kernel.keep(second, j);  // before its gradient, which may replace the row
+      if (j < job.stored) kernel.keep(second, j);
       kernel.compute(second, false);
     }
   }

@@ -10,10 +10,10 @@ namespace dlb_fast {
 namespace cuda {
 
 struct Counts {
-  float rows = 0, weight = 0;          // rows that count for the CE, and the sum of their class weights
+  float weight = 0;                    // class weights of the rows that count for the CE, summed
   float taught = 0, mismatched = 0;    // valid taught rows; rows facing the slot of another sample
 };
-constexpr int count_fields = 4;
+constexpr int count_fields = 3;
 
 // Device memory kept between launches, zero at rest except where written before read.
 constexpr int max_grid = 4096, max_count_grid = 64;
@@ -21,7 +21,7 @@ struct Workspace {
   uint32_t ticket, count_ticket;
   Counts counts;
   float count_partial[count_fields][max_count_grid];
-  float partial[4][max_grid];
+  float partial[3][max_grid];
 };
 
 // LastBatchArgs as the kernels want it: compute dtype float, rows and columns counted in int (products are int64), buffer
@@ -43,13 +43,12 @@ struct DeviceArgs {
   float *loss, *parts;
   void* grad;
   Workspace* workspace;
-  float alpha, temperature, ce_weight, ce_alpha, label_smoothing, z_loss, correct_share;
+  float alpha, temperature, ce_weight, ce_alpha, label_smoothing, correct_share;
   int batch, classes, teacher_rows, capacity;
   DType dtype, teacher_dtype;
   TeacherKind kind;
   Reduction reduction;
   bool precounted;
-  bool in_place;  // grad is logits: coherent loads, and a barrier between the last load of a row and its first store
 };
 
 // Derived once per block, then read by everybody from shared memory.
@@ -130,12 +129,11 @@ DLB_DEVICE Counts count_rows(const DeviceArgs& a, int taught_rows, int thread, i
       const bool weighted = a.weight != nullptr && a.target_b == nullptr;
       DLB_UNROLL for (int k = 0; k < at_once; ++k) {
         if (label[k] == a.ignore_index) continue;
-        n.rows += 1.0f;
         n.weight += weighted ? load(a.weight + clamped(label[k], a.classes - 1)) : 1.0f;
       }
     }
   } else if (a.dense != nullptr && thread == 0) {
-    n.rows = n.weight = static_cast<float>(a.batch);
+    n.weight = static_cast<float>(a.batch);
   }
   const bool by_row = a.kd_mask != nullptr || a.ids != nullptr || a.kind == TeacherKind::given_by_rule;
   if (by_row) {
@@ -181,13 +179,13 @@ DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
   lay_out_pairs(a, s.start, s.stored, s.taught_rows);
   if (a.precounted) {
     const Counts& n = a.workspace->counts;
-    s.counts.rows = load(&n.rows), s.counts.weight = load(&n.weight);
+    s.counts.weight = load(&n.weight);
     s.counts.taught = load(&n.taught), s.counts.mismatched = load(&n.mismatched);
   } else {
     const Counts n = count_rows(a, s.taught_rows, thread_index(), block_threads());
-    float v[count_fields] = {n.rows, n.weight, n.taught, n.mismatched};
+    float v[count_fields] = {n.weight, n.taught, n.mismatched};
     reduce_block<Sum>(v, shared.partial);
-    s.counts.rows = v[0], s.counts.weight = v[1], s.counts.taught = v[2], s.counts.mismatched = v[3];
+    s.counts.weight = v[0], s.counts.taught = v[1], s.counts.mismatched = v[2];
   }
   float largest[1] = {1.0f}, weight_sum[1] = {static_cast<float>(a.classes)};
   if (a.weight != nullptr && (a.label_smoothing > 0.0f || a.dtype == DType::f16)) {
@@ -209,18 +207,16 @@ DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
     s.weight_sum = weight_sum[0];
     const bool mean = a.reduction == Reduction::mean;
     s.scales.ce = over(s.ce_weight, mean ? s.counts.weight : 1.0f);
-    s.scales.z = over(a.z_loss, mean ? s.counts.rows : 1.0f);
     s.scales.kl_grad = over(s.alpha * s.temperature, mean ? s.counts.taught : 1.0f);
     s.scales.kl_loss = s.scales.kl_grad * s.temperature;
     s.scales.even = a.label_smoothing / static_cast<float>(a.classes);
     s.scales.hard = 1.0f - a.label_smoothing;
     s.grad_scale = 1.0f;
     if (a.dtype == DType::f16) {
-      // |p - q| <= 1 for both terms; the z-loss adds 2 lse p.
+      // |p - q| <= 1 in both terms.
       const float ce = s.scales.ce, kl = s.scales.kl_grad;
       const float room = a.dense != nullptr ? static_cast<float>(dense_target_room) : 1.0f;
-      const float of_z = 2.0f * static_cast<float>(float16_largest_lse) * s.scales.z;
-      const float bound = (ce < 0 ? -ce : ce) * largest[0] * room + (kl < 0 ? -kl : kl) + of_z;
+      const float bound = (ce < 0 ? -ce : ce) * largest[0] * room + (kl < 0 ? -kl : kl);
       s.grad_scale = static_cast<float>(float16_grad_scale(bound));
     }
     shared_store(&shared.state, s);

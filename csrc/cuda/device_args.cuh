@@ -24,12 +24,11 @@ inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, vo
   d.alpha_ptr = static_cast<const float*>(a.alpha_ptr), d.temperature_ptr = static_cast<const float*>(a.temperature_ptr);
   d.alpha = static_cast<float>(a.alpha), d.temperature = static_cast<float>(a.temperature);
   d.ce_weight = static_cast<float>(a.ce_weight), d.ce_alpha = static_cast<float>(a.ce_alpha);
-  d.label_smoothing = static_cast<float>(a.label_smoothing), d.z_loss = static_cast<float>(a.z_loss);
+  d.label_smoothing = static_cast<float>(a.label_smoothing);
   d.ignore_index = a.ignore_index, d.reduction = a.reduction;
   d.loss = static_cast<float*>(a.loss), d.parts = static_cast<float*>(a.parts), d.grad = a.grad;
   d.workspace = static_cast<Workspace*>(workspace);
   d.precounted = plan.count_blocks > 0;
-  d.in_place = a.grad != nullptr && a.grad == a.logits;
   return d;
 }
 

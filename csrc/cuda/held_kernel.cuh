@@ -160,7 +160,7 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
   if (!read) {
     DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = -infinity();
   } else {
-    load_held(columns, z_row, z, !a.in_place);
+    load_held(columns, z_row, z, true);
     // A stored row is a new row, and new rows have no teacher (taught_rows <= start).
     if constexpr (!taught_path) {
       if (slot >= 0) store_slot(a, columns, group, z_row, shift, slot, z);
@@ -229,8 +229,6 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
     constexpr Teach by = taught_path ? teach : Teach::none;
     if (exists && role.active()) g = finish_row<by, false>(a, s, role, n, z_row, row, group.rank == 0, totals);
   }
-  // Everybody has read the label's column and, for a slot shifted otherwise, the others' columns.
-  if (a.in_place) Group::sync();
   if (!exists) return;
   if (!role.active()) finish_idle_row(a, row, group.rank == 0);
   if (grad_row == nullptr) return;
@@ -283,7 +281,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) held_kernel(DLB_
   const BatchState& s = shared.state.state;
   Totals& totals = shared.totals[group.index];
   const bool leader = group.rank == 0;
-  if (leader) totals = {0, 0, 0, 0};
+  if (leader) totals = {0, 0, 0};
   // The bounds are the same for all threads of the block: groups without a pair still take part in shuffles. Pair and half
   // (row j, row start + j) share one counter: every register counts here.
   DLB_NO_UNROLL for (int turn = 2 * group.first(); turn < 2 * pair_count(a, s);

@@ -69,7 +69,7 @@ struct RowGradient {
 // Sums over the rows of one group, in shared memory: its leader alone touches them, once per row, and they would cost
 // every thread four registers.
 struct Totals {
-  float ce, kl, square, correct;
+  float ce, kl, correct;
 };
 constexpr int max_groups = 16;
 
@@ -89,10 +89,10 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
                                   const T* z_row, int row, bool leader, Totals& totals) {
   RowGradient g;
   const TermScales<float>& scales = s.scales;
-  float ce = 0, kl = 0, square = 0;
+  float ce = 0, kl = 0;
   const float x_label = to_float(load(z_row + role.label)) - n.top;
   if (role.counts) {
-    const float log_d1 = log_accurate(n.d1), lse = n.top + log_d1;
+    const float log_d1 = log_accurate(n.d1);
     float mass = scales.hard * role.share;
     float dot = mass == 0.0f ? 0.0f : mass * x_label;
     if (general && role.label_b >= 0) {
@@ -112,9 +112,7 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
       dot += scales.even * (general && a.weight != nullptr ? n.weighted_x : n.x_sum);
     }
     ce = mass * log_d1 - dot;
-    square = lse * lse;
-    const RowCoefficients<float> r =
-        row_coefficients<float>(scales, true, false, mass, role.share, n.d1, 1.0f, 1.0f, lse);
+    const RowCoefficients<float> r = ce_coefficients<float>(scales, mass, role.share, n.d1);
     g.a = r.a;
     if (general && a.weight != nullptr) g.per_weight = r.s; else g.constant = r.s;
     if (a.dense == nullptr) g.label = role.label, g.at_label = r.label;
@@ -145,11 +143,10 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
     }
   }
   if (leader) {
-    totals.ce += ce, totals.kl += kl, totals.square += square;
+    totals.ce += ce, totals.kl += kl;
     if (a.reduction == Reduction::none) {
       // A weight of 0 must not turn an infinite row of the other term into NaN.
-      float loss = s.ce_weight * ce + (kl == 0.0f ? 0.0f : s.alpha * s.temperature * s.temperature * kl);
-      if (a.z_loss > 0.0f) loss += a.z_loss * square;
+      const float loss = s.ce_weight * ce + (kl == 0.0f ? 0.0f : s.alpha * s.temperature * s.temperature * kl);
       store(a.loss + row, loss);
     }
   }

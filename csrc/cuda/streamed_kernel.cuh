@@ -192,14 +192,13 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
     finish_idle_row(a, row, leader);
   }
   if (grad_row == nullptr) return;
-  if (a.in_place) Group::sync();  // everybody has read the label's column; from here on each thread reads what it writes
   const bool aligned = shift_of<V>(grad_row) == shift;
   const int last = (packets - 1 - group.rank) / group.size() * group.size() + group.rank;
   DLB_NO_UNROLL for (int p = last; p >= 0 && packets > group.rank; p -= group.size()) {
     const int first = p * V - shift;
     float value[V], t[V];
     if (role.counts || role.taught) {  // what a row that is only shown holds, even NaN, has no gradient
-      load_columns<T, V>(z_row, first, a.classes, true, 0.0f, value, !a.in_place);
+      load_columns<T, V>(z_row, first, a.classes, true, 0.0f, value, true);
       if (use.logits || use.probabilities) load_teacher_columns<V>(a, row, first, shift, 0.0f, t);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         const float x = value[e] - m;
@@ -241,7 +240,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) streamed_kernel(
   Group group(shared.group);
   Totals& totals = shared.totals[group.index];
   const bool leader = group.rank == 0;
-  if (leader) totals = {0, 0, 0, 0};
+  if (leader) totals = {0, 0, 0};
   DLB_NO_UNROLL for (int pair = group.first() + group.index; pair < pair_count(a, s); pair += group.groups_in_grid()) {
     DLB_NO_UNROLL for (int half = 0; half < 2; ++half) {
       const int row = half == 0 ? pair : s.start + pair, end = half == 0 ? s.start : a.batch;

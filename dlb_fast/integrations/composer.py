@@ -42,10 +42,10 @@ class LastBatch(_core.Algorithm):
     def __init__(self, criterion: LastBatchLoss, ids_key: Any = None) -> None:
         if not isinstance(criterion, LastBatchLoss):
             raise TypeError(f"LastBatch: criterion must be a LastBatchLoss, got {type(criterion).__name__}")
-        if criterion.weight is not None or criterion.label_smoothing or criterion.z_loss:
+        if criterion.weight is not None or criterion.label_smoothing:
             raise ValueError(
-                "LastBatch: the criterion has weight, label_smoothing or z_loss, but the model computes the cross "
-                "entropy; set them there"
+                "LastBatch: the criterion has weight or label_smoothing, but the model computes the cross entropy; set "
+                "them there"
             )
         self.criterion = criterion
         self.ids_key = ids_key

@@ -51,7 +51,7 @@ def count_rows(
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, LABELS: tl.constexpr, PAIR: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """Over rows [first, last): rows the CE counts, the sum of their weights, rows the KL counts."""
+    """Over rows [first, last): the weights of the rows the CE counts, summed, and how many rows the KL counts."""
     span = tl.arange(0, COUNT_BLOCK)
     counted = tl.zeros([COUNT_BLOCK], tl.int32)
     valid = tl.zeros([COUNT_BLOCK], tl.int32)
@@ -73,11 +73,10 @@ def count_rows(
             HAS_IDS, HAS_MASK, BY_LABEL,
         )  # fmt: skip
         valid += taught.to(tl.int32)
-    rows_counted = tl.sum(counted, axis=0).to(COMPUTE)
-    weight_sum = rows_counted
+    weight_sum = tl.sum(counted, axis=0).to(COMPUTE)
     if HAS_WEIGHT and not PAIR:
         weight_sum = tl.sum(heavy, axis=0)
-    return rows_counted, weight_sum, tl.sum(valid, axis=0).to(COMPUTE)
+    return weight_sum, tl.sum(valid, axis=0).to(COMPUTE)
 
 
 @triton.jit(
@@ -90,19 +89,18 @@ def count_kernel(
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROLL: tl.constexpr, LABELS: tl.constexpr, PAIR: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """Large batches: program ``p`` counts rows [p chunk, (p + 1) chunk) into ``counts[:, p]`` (3, COUNT_PROGRAMS)."""
+    """Large batches: program ``p`` counts rows [p chunk, (p + 1) chunk) into ``counts[:, p]`` (2, COUNT_PROGRAMS)."""
     part = tl.program_id(0)
     limit = given_rows
     if ROLL:
         _, _, limit = roll_layout(slots_ptr, batch, capacity, num_old)
-    rows, weights, valid = count_rows(
+    weights, valid = count_rows(
         part * chunk, tl.minimum(part * chunk + chunk, batch), limit, slots_ptr, ids_ptr, mask_ptr, mask_rows,
         target_ptr, target_b_ptr, weight_ptr, ignore_index,
         COMPUTE, CLASSES, LABELS, PAIR, HAS_WEIGHT, HAS_IDS, HAS_MASK, BY_LABEL,
     )  # fmt: skip
-    tl.store(counts_ptr + part, rows)
-    tl.store(counts_ptr + COUNT_PROGRAMS + part, weights)
-    tl.store(counts_ptr + 2 * COUNT_PROGRAMS + part, valid)
+    tl.store(counts_ptr + part, weights)
+    tl.store(counts_ptr + COUNT_PROGRAMS + part, valid)
 
 
 @triton.jit
@@ -110,6 +108,5 @@ def load_counts(counts_ptr, parts):
     """The totals of ``parts`` partial counts, in a fixed order."""
     span = tl.arange(0, COUNT_PROGRAMS)
     there = span < parts
-    rows = tl.sum(tl.load(counts_ptr + span, mask=there, other=0.0), axis=0)
-    weights = tl.sum(tl.load(counts_ptr + COUNT_PROGRAMS + span, mask=there, other=0.0), axis=0)
-    return rows, weights, tl.sum(tl.load(counts_ptr + 2 * COUNT_PROGRAMS + span, mask=there, other=0.0), axis=0)
+    weights = tl.sum(tl.load(counts_ptr + span, mask=there, other=0.0), axis=0)
+    return weights, tl.sum(tl.load(counts_ptr + COUNT_PROGRAMS + span, mask=there, other=0.0), axis=0)

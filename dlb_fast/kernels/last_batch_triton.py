@@ -1,5 +1,4 @@
-"""The ops ``last_batch``, ``last_batch_roll``, their in-place forms and ``scale_grad_`` in Triton (NVIDIA, AMD, and
-the interpreter).
+"""The ops ``last_batch``, ``last_batch_roll`` and ``scale_grad_`` in Triton (NVIDIA, AMD, and the interpreter).
 
 Launches: one; a second, small one before it only where the means divide by a count that takes too long to count in
 every program (``B > 4096``, or programs * B * bytes per row > 16 MiB, see ``launch``): 8 bytes per row and label.
@@ -42,37 +41,22 @@ def _line(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def last_batch(
-    logits: Tensor, teacher: Tensor | None, *options: Any, in_place: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def last_batch(logits: Tensor, teacher: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, parts and gradient (see ``SCHEMAS``): the teacher (H, C) is only read."""
     kind = options[-3] if teacher is not None and teacher.shape[0] > 0 else _NONE
     kind = _VIRTUAL if options[-3] == _VIRTUAL else kind
-    return _run(logits, teacher, None, None, -1, options, kind, in_place)
-
-
-def last_batch_(logits: Tensor, teacher: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    """Loss and parts; the gradient replaces the logits, which must be contiguous."""
-    return last_batch(logits, teacher, *options, True, in_place=True)[:2]
+    return _run(logits, teacher, None, None, -1, options, kind)
 
 
 def last_batch_roll(
-    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any,
-    in_place: bool = False,
+    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, parts and gradient; the rows of ``buffer`` (S, C) teach, then the new rows of the batch replace them."""
     if options[-3] != _LOGITS:
         raise ValueError(f"last_batch_roll (triton): a buffer teaches by logits (teacher kind 1), got {options[-3]}")
     if not (buffer.is_contiguous() and slots.is_contiguous()):
         raise ValueError("last_batch_roll (triton): buffer and slots must be contiguous; make a new LogitBuffer")
-    return _run(logits, buffer, slots, ids, num_old, options, _LOGITS, in_place)
-
-
-def last_batch_roll_(
-    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """Loss and parts; the gradient replaces the logits, which must be contiguous."""
-    return last_batch_roll(logits, buffer, slots, ids, num_old, *options, True, in_place=True)[:2]
+    return _run(logits, buffer, slots, ids, num_old, options, _LOGITS)
 
 
 def _run(
@@ -83,23 +67,18 @@ def _run(
     num_old: int,
     options: Any,
     kind: int,
-    in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (
         target, target_b, lam, weight, kd_mask, alpha_t, tau_t, alpha, tau, ce_weight, ce_alpha,
-        smoothing, z_loss, correct_share, ignore_index, _, reduction, need_grad,
+        smoothing, correct_share, ignore_index, _, reduction, need_grad,
     ) = options  # fmt: skip
-    if in_place and not logits.is_contiguous():
-        raise ValueError("last_batch (triton): logits must be contiguous to be replaced by their gradient")
     logits = _rows("logits", logits)
     batch, classes = logits.shape
     compute, device, roll = compute_dtype(logits.dtype), logits.device, slots is not None
     by_row = reduction == _ROWS
     loss = torch.empty((batch,) if by_row else (), dtype=compute, device=device)
     parts = torch.empty(_PARTS, dtype=compute, device=device)
-    grad = logits
-    if not in_place:
-        grad = torch.empty((batch if need_grad else 0, classes), dtype=logits.dtype, device=device)
+    grad = torch.empty((batch if need_grad else 0, classes), dtype=logits.dtype, device=device)
     if batch == 0:
         parts.zero_()[4:5].fill_(1.0)
         if slots is not None:
@@ -163,12 +142,11 @@ def _run(
             last_batch_kernel[(programs,)](
                 logits, teacher, slots, ids, target, target_b, lam, weight, mask, alpha_t, tau_t,
                 loss, parts, grad, space.ticket, space.partials, space.counts, *sizes, pair_tiles, count_parts,
-                alpha, tau, ce_weight, ce_alpha, smoothing, z_loss, correct_share,
+                alpha, tau, ce_weight, ce_alpha, smoothing, correct_share,
                 dtype, classes, tiles.rows, tiles.block, tiles.tiles, tiles.vector, tiles.axis,
                 logits.stride(0), 0 if teacher is None else teacher.stride(0), target.stride(0) if dense else 0,
                 kind, roll, has_ce, dense, pair, lam is not None and lam.dim() == 1, has_weight, smoothing > 0.0,
-                z_loss > 0.0 and has_ce, ids is not None, mask is not None, by_label, mean, by_row, need_grad, in_place,
-                counting,
+                ids is not None, mask is not None, by_label, mean, by_row, need_grad, counting,
                 num_warps=tiles.warps,
             )  # fmt: skip
         except BaseException:

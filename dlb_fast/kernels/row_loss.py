@@ -98,16 +98,16 @@ def tile_grad(
 def rows_loss(
     logits_ptr, grad_ptr, teacher_ptr, store_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
     rows, row_ok, slots, taught,
-    ce_factor, alpha, tau, z_factor, keep_share, even_share, share_here, share_rest, ignore_index,
-    ce_mult, kl_mult, z_mult,
+    ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
+    ce_mult, kl_mult,
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     VECTOR: tl.constexpr, AXIS: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr, DENSE_STRIDE: tl.constexpr,
     KIND: tl.constexpr, STORE: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
-    LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_Z: tl.constexpr,
-    ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
+    LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ROW_LOSS: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``rows`` (ROWS,), taught by ``slots`` where ``taught``; returns per row the CE, KL, lse^2 and hit."""
+    """Rows ``rows`` (ROWS,), taught by ``slots`` where ``taught``; returns per row the CE, KL and hit."""
     SPREAD: tl.constexpr = HAS_CE and (DENSE or SMOOTH)
     # The second pass of a long row has to find it in L2: keep what is read twice, let the rest go.
     FIRST: tl.constexpr = "evict_last" if TILES > 1 and NEED_GRAD else "evict_first"
@@ -206,7 +206,7 @@ def rows_loss(
         mt = zero + mt if KIND == LOGITS else lowest
 
     shift, shift_t = shift_of(peak), shift_of(mt)
-    row_ce, row_lb, row_z, hit = zero, zero, zero, zero
+    row_ce, row_lb, hit = zero, zero, zero
     from_ce, from_student, from_teacher, from_spread = zero, zero, zero, zero
     if HAS_CE:
         log_d1 = tl.log(d1)
@@ -215,12 +215,7 @@ def rows_loss(
         if PAIR:
             ce = ce - tl.where(share_b == 0.0, 0.0, share_b * (z_b - shift))
         row_ce = tl.where(bad, float("nan"), tl.where(counted, ce, 0.0))
-        pull = ce_mult * total
-        if HAS_Z:
-            lse = shift + log_d1
-            row_z = tl.where(counted, lse * lse, 0.0)
-            pull = pull + z_mult * lse
-        from_ce = tl.where(bad, float("nan"), tl.where(counted, pull / d1, 0.0))
+        from_ce = tl.where(bad, float("nan"), tl.where(counted, ce_mult * total / d1, 0.0))
         from_spread = tl.where(counted, ce_mult + zero, 0.0)
         if DENSE:
             z_a = tl.sum(tl.load(z_row + best_col[:, None], mask=row_ok[:, None], other=0.0).to(COMPUTE), axis=1)
@@ -238,12 +233,10 @@ def rows_loss(
         from_student = tl.where(taught, from_student, 0.0)
         from_teacher = tl.where(taught, from_teacher, 0.0)
     if ROW_LOSS:
-        row_loss = ce_factor * row_ce + alpha * row_lb + z_factor * row_z
+        row_loss = ce_factor * row_ce + alpha * row_lb
         tl.store(loss_ptr + rows, row_loss, mask=row_ok)
 
     if NEED_GRAD:
-        if IN_PLACE:
-            tl.debug_barrier()  # every thread has read the label's column before any of them stores a gradient there
         at_a, at_b = share_a * ce_mult, share_b * ce_mult
         if TILES == 1:
             g = tile_grad(
@@ -273,4 +266,4 @@ def rows_loss(
                 g = round_to(g, grad_ptr.dtype.element_ty)
                 out = row_ok[:, None] & cols_ok
                 tl.store(grad_row + cols, g, mask=out, eviction_policy="evict_first")
-    return row_ce, row_lb, row_z, hit
+    return row_ce, row_lb, hit

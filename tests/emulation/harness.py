@@ -181,7 +181,7 @@ class Emulator:
         buffer: Tensor | None = None, slots: Tensor | None = None, ids: Tensor | None = None, num_old: int = -1,
         target_b: Tensor | None = None, lam: Tensor | None = None, weight: Tensor | None = None,
         kd_mask: Tensor | None = None, alpha: float | Tensor = 1.0, temperature: float | Tensor = 3.0,
-        reduction: str = "mean", need_grad: bool = True, grad_offset: int = 0, in_place: bool = False,
+        reduction: str = "mean", need_grad: bool = True, grad_offset: int = 0,
         plan_only: bool = False, **scalars: Any,
     ) -> Result:  # fmt: skip
         batch, classes = logits.shape
@@ -190,8 +190,8 @@ class Emulator:
         label = target if dense is None else None
         loss = torch.full((batch,) if reduction == "none" else (), 777.0)
         parts = torch.full((6,), 777.0)
-        grad = logits if in_place else None
-        if need_grad and not in_place:  # `grad_offset` elements into an allocation, to have it misaligned
+        grad = None
+        if need_grad:  # `grad_offset` elements into an allocation, to have it misaligned
             grad = torch.full((batch * classes + grad_offset,), 777.0, dtype=logits.dtype)[grad_offset:].view(
                 batch, classes
             )
@@ -221,7 +221,7 @@ class Emulator:
         given = self._arguments(logits, inputs | outputs, scalars)
         if plan_only:
             return Result(loss, parts, grad, self.module.plan(given, self.multiprocessors, self.largest_cluster))
-        ranges = [] if in_place else [(*_extent(logits), False, "logits")]
+        ranges = [(*_extent(logits), False, "logits")]
         ranges += [(*_extent(t), False, name) for name, t in inputs.items() if t is not None]
         ranges += [(*_extent(t), True, name) for name, t in outputs.items() if t is not None]
         ranges += [(self.workspace.data_ptr(), self.module.workspace_bytes, True, "workspace")]

@@ -43,7 +43,7 @@ LastBatchArgs arguments(const py::dict& d) {
   number(d, "correct_share", a.correct_share);
   a.alpha_ptr = pointer<const void*>(d, "alpha_ptr"), a.temperature_ptr = pointer<const void*>(d, "temperature_ptr");
   number(d, "alpha", a.alpha), number(d, "temperature", a.temperature), number(d, "ce_weight", a.ce_weight);
-  number(d, "ce_alpha", a.ce_alpha), number(d, "label_smoothing", a.label_smoothing), number(d, "z_loss", a.z_loss);
+  number(d, "ce_alpha", a.ce_alpha), number(d, "label_smoothing", a.label_smoothing);
   number(d, "ignore_index", a.ignore_index), number(d, "reduction", a.reduction);
   a.loss = pointer<void*>(d, "loss"), a.parts = pointer<void*>(d, "parts"), a.grad = pointer<void*>(d, "grad");
   return a;
