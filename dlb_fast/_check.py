@@ -143,7 +143,7 @@ def check_rows(op: str, name: str, value: object, logits: Tensor) -> Tensor:
     return rows
 
 
-def check_ce_share(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: float) -> None:
+def check_ce_weight(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: float) -> None:
     """``ce_weight + ce_alpha * alpha >= 0``: otherwise training would drive the cross entropy up."""
     if isinstance(alpha, Tensor):
         if not alpha.is_cpu or torch.compiler.is_compiling():
@@ -232,3 +232,26 @@ def check_pair(
         raise TypeError(f"{op}: lam must be floating point, got {lam.dtype}")
     elif lam.is_cpu and not torch.compiler.is_compiling() and not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"{op}: lam must be between 0 and 1, got {lam.min().item():g} to {lam.max().item():g}")
+
+
+def check_correct_share(op: str, correct_share: float | None) -> None:
+    """None, or the probability of the right class in [0, 1]."""
+    if correct_share is None:
+        return
+    if isinstance(correct_share, bool) or not isinstance(correct_share, (int, float)) or not 0 <= correct_share <= 1:
+        raise ValueError(f"{op}: correct_share must be None (uniform) or a number in [0, 1], got {correct_share!r}")
+
+
+def check_positive_integer(op: str, name: str, value: object) -> int:
+    """An integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
+    return value
+
+
+def check_device(op: str, name: str, device: torch.device | str | None) -> torch.device | None:
+    """None, or a device that torch knows."""
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{op}: {name} must be None or one such as 'cpu' or 'cuda:0', got {device!r}") from error

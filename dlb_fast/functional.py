@@ -330,3 +330,199 @@ def dlb_step(
     step = functools.partial(ops.step, upstream=upstream)
     result = row_loss(op, impl, logits.detach(), target, **options, execute=step)
     return result[0], result[2]
+
+
+class Teacher(NamedTuple):
+    """The teacher of one batch, as the kernel takes it.
+
+    ``kind``: ``"logits"`` (softened with the temperature of the student), ``"probabilities"`` (used as they are),
+    ``"uniform"`` (no tensor: the same probability for every class, or ``correct_share`` for the right class and the
+    rest divided equally), or ``"none"`` (plain cross entropy).
+    """
+
+    kind: str
+    tensor: Tensor | None = None  # (H, C): teaches the first H <= B rows
+    correct_share: float | None = None  # with kind "uniform": probability of the right class
+    mask: Tensor | None = None  # (H,) bool: False takes a row out of the KL
+    rows: int | None = None  # only the first rows have a loss at all (CS-KD); None: all
+    student: Tensor | None = None  # (B, C) logits for the KL in place of the batch's (Zipf)
+    add_entropy: bool = False  # add the teacher's entropy: the KL becomes the cross entropy with the teacher (PS-KD)
+    kl_weight: float = 1.0  # > 0, multiplies the KL
+    alpha_scale: float = 1.0  # multiplies alpha wherever alpha stands (PS-KD: a schedule over the epochs)
+
+
+def distill(
+    op: str,
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Teacher,
+    *,
+    alpha: Scalar,
+    temperature: Scalar,
+    ce_weight: float = 1.0,
+    ce_alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    kd_mask: Tensor | None = None,
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Loss and parts of :func:`distillation_loss` for a :class:`Teacher`; errors name ``op``."""
+    check_loss_inputs(
+        op, logits, target, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
+        reduction=reduction,
+    )  # fmt: skip
+    if target_b is not None or lam is not None:
+        _check.check_pair(op, logits, target, target_b, lam)
+    if kd_mask is not None:
+        _check.check_kd_mask(op, logits, kd_mask, logits.shape[0])
+    if (rows := teacher.rows) is not None:
+        logits = logits[:rows]
+        target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
+        lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
+    if teacher.tensor is not None:
+        _check.check_teacher(op, logits, teacher.tensor)
+        if teacher.mask is not None:
+            _check.check_kd_mask(op, logits, teacher.mask, teacher.tensor.shape[0])
+    if teacher.kl_weight <= 0:
+        raise ValueError(
+            f"{op}: kl_weight must be > 0, got {teacher.kl_weight}; use Teacher('none') for a batch without a teacher"
+        )
+    if teacher.correct_share is not None:
+        _check.check_correct_share(op, teacher.correct_share)
+        if target is None or target.dim() != 1 or target_b is not None:
+            raise ValueError(
+                f"{op}: correct_share needs one class per row, target (B,), got none, probabilities (B, C) or the "
+                "mixup pair form; use correct_share=None with mixed images"
+            )
+    elif target is None and teacher.kind == "none":
+        raise ValueError(f"{op}: target is None and there is no teacher; nothing is left to compute")
+    mask = teacher.mask if kd_mask is None else kd_mask
+    if kd_mask is not None and teacher.tensor is not None:
+        mask = kd_mask[: teacher.tensor.shape[0]]
+        mask = mask if teacher.mask is None else mask & teacher.mask
+    shared: dict[str, Any] = {"impl": impl, "ignore_index": ignore_index, "reduction": reduction}
+    ce: dict[str, Any] = {
+        "target": target, "target_b": target_b, "lam": lam, "label_smoothing": label_smoothing, "weight": weight,
+    }  # fmt: skip
+    if teacher.kind == "none":
+        return row_loss(op, logits=logits, **ce, **shared)
+    _check.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+    alpha = alpha * teacher.alpha_scale
+    kd_alpha = alpha * teacher.kl_weight
+    kd: dict[str, Any] = {
+        "teacher": teacher.tensor, "teacher_kind": "virtual" if teacher.kind == "uniform" else teacher.kind,
+        "correct_share": teacher.correct_share, "kd_mask": mask, "temperature": temperature, "alpha": kd_alpha,
+    }  # fmt: skip
+    if teacher.student is None:
+        rate = ce_alpha / teacher.kl_weight  # the kernel weighs its CE by ce_weight + rate * (its weight of the KL)
+        loss, parts = row_loss(op, logits=logits, ce_weight=ce_weight, ce_alpha=rate, **ce, **kd, **shared)
+    else:
+        ce_loss, ce_parts = row_loss(op, logits=logits, **ce, **shared)
+        kd_loss, kd_parts = row_loss(op, logits=teacher.student, target=None, **kd, **shared)
+        factor = ce_weight + ce_alpha * alpha
+        loss = factor * ce_loss + kd_loss
+        with torch.no_grad():
+            total = factor * ce_parts[0] + kd_parts[0]
+            parts = torch.stack([total, ce_parts[1], kd_parts[2], ce_parts[3]])
+    if teacher.add_entropy:
+        assert teacher.tensor is not None
+        entropy = -torch.xlogy(teacher.tensor, teacher.tensor).sum(1)
+        extra = kd_alpha * _reduce_constants(entropy, mask, logits.shape[0], reduction)
+        loss = loss + extra.to(loss.dtype)
+        parts = parts[:4].clone()  # the op keeps its own for the backward
+        parts[0] += extra.sum()
+    return loss, parts
+
+
+def _reduce_constants(rows: Tensor, mask: Tensor | None, batch: int, reduction: str) -> Tensor:
+    """Constants ``rows`` (H,) reduced as the kernel reduces its KL rows."""
+    if mask is not None:
+        rows = torch.where(mask, rows, torch.zeros_like(rows))
+    if reduction == "sum":
+        return rows.sum()
+    if reduction == "none":
+        return torch.cat([rows, rows.new_zeros(batch - rows.shape[0])])
+    count = rows.shape[0] if mask is None else mask.sum()
+    return rows.sum() / torch.as_tensor(count, device=rows.device).clamp(min=1)
+
+
+def distillation_loss(
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Tensor | None = None,
+    *,
+    kind: str = "logits",
+    alpha: Scalar = 1.0,
+    temperature: Scalar = 1.0,
+    ce_weight: float = 1.0,
+    ce_alpha: float = 0.0,
+    correct_share: float | None = None,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    kd_mask: Tensor | None = None,
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_parts: bool = False,
+) -> Any:
+    """Cross entropy plus the KL divergence from a teacher: the general form of every method of this package.
+
+    ``L = (ce_weight + ce_alpha * alpha) CE(z, y) + alpha * tau^2 * mean_{i < H} KL(teacher_i || softmax(z_i / tau))``
+
+    Loss and gradient come from one pass of the kernel of :func:`fused_lb_loss`. ``ce_alpha=-1`` gives the
+    ``(1 - alpha) CE`` of the methods that derive from label smoothing.
+
+    Args:
+        logits: ``(B, C)`` as in :func:`fused_lb_loss`.
+        target: ``(B,)`` labels, ``(B, C)`` probabilities, or None for the KL alone.
+        teacher: ``(H, C)``, ``H <= B``, for the first ``H`` rows; None with ``kind="uniform"``, otherwise None means
+            plain cross entropy. Detached.
+        kind: ``"logits"`` (softened with ``temperature``), ``"probabilities"`` (used as they are) or ``"uniform"``.
+        alpha: weight of the KL, a number >= 0 or a 0-d tensor.
+        temperature: tau > 0 of the student and of teacher logits, a number or a 0-d tensor.
+        ce_weight: weight of the cross entropy.
+        ce_alpha: what alpha adds to the weight of the cross entropy; the sum must not be negative.
+        correct_share: with ``kind="uniform"``, the teacher's probability of the right class in ``[0, 1]``; the others
+            divide the rest equally. None: every class ``1 / C``. Needs labels ``(B,)``.
+        label_smoothing: of the cross entropy, as in torch.
+        weight: ``(C,)`` class weights of the cross entropy, as in torch.
+        ignore_index: rows with this label leave the CE; they leave the KL only through ``kd_mask`` (or, with
+            ``correct_share``, because they have no right class).
+        kd_mask: ``(B,)`` bool, False takes a row out of the KL.
+        target_b: ``(B,)`` second labels of mixed images, see :func:`fused_lb_loss`.
+        lam: share of ``target`` in mixed images, a number, ``()`` or ``(B,)``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (per row, ``(B,)``).
+        impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``.
+        return_parts: also return :class:`LossParts`.
+
+    Returns:
+        The loss, or ``(loss, LossParts)``, as :func:`fused_lb_loss`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together, as :func:`fused_lb_loss`; an unknown ``kind``.
+
+    >>> z, y = torch.zeros(2, 4), torch.tensor([0, 1])
+    >>> round(distillation_loss(z, y, kind="uniform", alpha=0.1, ce_alpha=-1.0).item(), 4)    # 0.9 log 4
+    1.2477
+    """
+    op = "distillation_loss"
+    if kind not in ("logits", "probabilities", "uniform"):
+        raise ValueError(f"{op}: kind must be 'logits', 'probabilities' or 'uniform', got {kind!r}")
+    if kind == "uniform" and teacher is not None:
+        raise ValueError(f"{op}: teacher must be None with kind='uniform', which needs no tensor")
+    if kind != "uniform" and correct_share is not None:
+        raise ValueError(f"{op}: correct_share belongs to kind='uniform', got kind={kind!r}")
+    _check.check_logits(op, logits)
+    given = Teacher("none" if teacher is None and kind != "uniform" else kind, teacher, correct_share)
+    loss, parts = distill(
+        op, logits, target, given, alpha=alpha, temperature=temperature, ce_weight=ce_weight, ce_alpha=ce_alpha,
+        label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, target_b=target_b,
+        lam=lam, reduction=reduction, impl=impl,
+    )  # fmt: skip
+    return (loss, LossParts.unpack(parts)) if return_parts else loss

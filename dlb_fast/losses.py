@@ -3,19 +3,184 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _check
 from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
-from .functional import LossParts, check_impl, check_loss_inputs, row_loss
+from .functional import LossParts, Teacher, check_impl, check_loss_inputs, distill, row_loss
 from .reference import Scalar
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
     return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
+
+
+class Inputs(NamedTuple):
+    """What a method may look at: one batch, before its optimiser step."""
+
+    logits: Tensor  # (B, C), with their graph: detach what is kept
+    target: Tensor | None  # (B,) labels or (B, C) probabilities
+    temperature: Scalar
+    ids: Tensor | None = None  # (B,) sample ids
+    images: Tensor | None = None  # (B, ...) what the model was given
+    epoch: int | None = None  # epoch in which the new rows were sampled
+    ignore_index: int = -100
+    target_b: Tensor | None = None  # (B,) second labels, where the images are mixed
+
+
+class DistillationLoss(nn.Module):
+    """Base of every method: a criterion that knows its teacher. ``loss = criterion(logits, target, ids, images=...)``.
+
+    ``L = (ce_weight + ce_alpha * alpha) CE + alpha * tau^2 * mean KL(teacher || softmax(z / tau))``
+
+    A method overrides :meth:`teacher`, and where it remembers something also :meth:`record` (called after the loss of
+    every training batch), :meth:`step` (after every optimiser step), :meth:`setup` (once, with the model),
+    :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and ``set_extra_state``. A loop calls ``setup(model)``
+    once and ``step()`` after every optimiser step; methods that need neither inherit them empty. In ``eval()`` every
+    method is torch's cross entropy with the same options, and its memory is not touched.
+
+    Args:
+        alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.
+        temperature: tau > 0, a number or a 0-d tensor; may be reassigned at any time.
+        ce_weight: weight of the cross entropy.
+        ce_alpha: what alpha adds to that weight; -1 gives ``(1 - alpha) CE``.
+        label_smoothing: of the cross entropy, as in torch.
+        weight: ``(C,)`` class weights of the cross entropy, as in torch; goes where the module goes.
+        ignore_index: rows with this label leave the cross entropy.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``, as in :func:`fused_lb_loss`.
+
+    Attributes:
+        needs: which of ``ids``, ``images`` and ``epoch`` every training batch must come with.
+        copies_model: whether the method keeps copies of all weights (then FSDP is refused).
+        counted: how many rows ``parts.correct`` counts; None: all of the last batch.
+        parts: :class:`LossParts` of the last call.
+
+    >>> class MeanTeacher(DistillationLoss):
+    ...     def teacher(self, inputs):                # every row learns the batch's mean prediction
+    ...         mean = inputs.logits.detach().softmax(1).mean(0, keepdim=True)
+    ...         return Teacher("probabilities", mean.expand(inputs.logits.shape))
+    >>> MeanTeacher(alpha=0.5)(torch.zeros(2, 4), torch.tensor([0, 1])).shape
+    torch.Size([])
+    """
+
+    needs: frozenset[str] = frozenset()
+    copies_model = False
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        alpha: Scalar = 1.0,
+        temperature: Scalar = 1.0,
+        ce_weight: float = 1.0,
+        ce_alpha: float = 0.0,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        _check.check_scalar(op, "alpha", alpha, positive=False)
+        _check.check_scalar(op, "temperature", temperature, positive=True)
+        _check.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        _check.check_options(op, label_smoothing, reduction)
+        _check.check_ignore_index(op, ignore_index)
+        check_impl(op, impl)
+        self.alpha, self.temperature = alpha, temperature
+        self.ce_weight, self.ce_alpha = ce_weight, ce_alpha
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.reduction, self.impl = reduction, impl
+        self.register_buffer("weight", weight, persistent=False)
+        self.counted: int | None = None
+        self._parts: Tensor | None = None
+
+    def teacher(self, inputs: Inputs) -> Teacher:
+        """The teacher of this batch; every method writes it."""
+        raise NotImplementedError(f"{type(self).__name__}: a method must define teacher(inputs) -> Teacher")
+
+    def record(self, inputs: Inputs) -> None:
+        """Remember the batch; called without gradient after its loss was computed."""
+
+    def step(self) -> None:
+        """Count an optimiser step; the loop calls it after every one."""
+
+    def setup(self, model: nn.Module) -> None:
+        """See the model; the loop calls it once before training."""
+
+    def reset(self) -> None:
+        """Forget everything: the method is then as it was made."""
+
+    def cost(self) -> str:
+        """One line on memory and extra work per step beside plain cross entropy."""
+        return "no state, no extra forward"
+
+    @property
+    def parts(self) -> LossParts:
+        """The terms of the last call, detached 0-d tensors on the device."""
+        if self._parts is None:
+            raise RuntimeError(f"{type(self).__name__}.parts: there are none before the first call of the criterion")
+        return LossParts.unpack(self._parts)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, temperature={self.temperature}, reduction={self.reduction!r}, impl={self.impl!r}"
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        ids: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        epoch: int | None = None,
+        target_b: Tensor | None = None,
+        lam: Scalar | None = None,
+        kd_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            logits: ``(B, C)``.
+            target: ``(B,)`` labels, ``(B, C)`` probabilities, or None for the KL alone.
+            ids: ``(B,)`` integer sample ids, for methods that remember samples.
+            images: ``(B, ...)`` what the model was given, for methods that evaluate other weights on it.
+            epoch: epoch of the batch, for methods with a schedule.
+            target_b: ``(B,)`` second labels of mixed images.
+            lam: share of ``target`` in mixed images, a number, ``()`` or ``(B,)``.
+            kd_mask: ``(B,)`` bool, False takes a row out of the KL.
+        """
+        op = type(self).__name__
+        teacher, inputs = Teacher("none"), None
+        if self.training:
+            _check.check_logits(op, logits)
+            if target is not None:
+                _check.check_target(op, logits, target)
+            if ids is not None:
+                _check.check_ids(op, logits, ids)
+            given = {"ids": ids, "images": images, "epoch": epoch}
+            if missing := sorted(name for name in self.needs if given[name] is None):
+                wanted = " and ".join(f"{name}=" for name in missing)
+                raise ValueError(f"{op}: needs {wanted} with every batch in train(); pass it to the call")
+            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b)
+            teacher = self.teacher(inputs)
+        elif target is None:
+            raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
+        loss, self._parts = distill(
+            op, logits, target, teacher, alpha=self.alpha, temperature=self.temperature, ce_weight=self.ce_weight,
+            ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
+            ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
+            impl=self.impl,
+        )  # fmt: skip
+        self.counted = teacher.rows
+        if inputs is not None:
+            with torch.no_grad():
+                self.record(inputs)
+        return loss
 
 
 class LastBatchLoss(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlb_fast.train.config import RunConfig, override, to_dict
-from dlb_fast.train.methods import CARDS, METHODS, drawn_rows, resolve
+from dlb_fast.train.methods import METHODS, resolve, sampled_rows
 
 __all__ = ["PRESETS", "Preset", "get_preset", "to_yaml"]
 
@@ -285,8 +285,8 @@ def _family() -> dict[str, Preset]:
             continue
         own = override(_DIGITS, method=name)
         # as many steps as DLB: an epoch of a method that draws more new samples per step has fewer
-        passes = own.train.epochs * 2 * drawn_rows(own) // own.data.batch_size
-        card = {number: f"docs/methods/{CARDS[name]}.md" for number in method.defaults}
+        passes = own.train.epochs * 2 * sampled_rows(own) // own.data.batch_size
+        card = {number: f"docs/methods/{method.card}.md" for number in method.options}
         sources = {**_DIGITS_SOURCES, **card, "epochs": "as many steps as the digits preset"}
         found[f"digits-{name.replace('_', '')}"] = Preset(
             f"digits: {method.about}", override(own, epochs=passes), sources

@@ -235,3 +235,12 @@ def last_batch_loss(
             [loss.sum(), reduce_rows(ce, shown), reduce_rows(lb, shown), top1_correct(z, target, ignore_index)]
         )
     return loss, parts.detach()
+
+
+def teacher_kl(teacher: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """``tau^2 * sum p (log p - log q) / B`` for probabilities ``p`` and ``q = softmax(z / tau)``.
+
+    The KDLoss of the official code of BAKE and CS-KD; the definitions in ``methods/`` are written with it.
+    """
+    student = torch.log_softmax(logits / temperature, dim=1)
+    return torch.nn.functional.kl_div(student, teacher.detach(), reduction="sum") * temperature**2 / logits.shape[0]

@@ -21,7 +21,7 @@ from .evaluate import evaluate
 from .export import describe
 from .log import RunLog
 from .memory import peak_mebibytes, reset_peak
-from .methods import Task, find, make_criterion, numbers_of, resolve
+from .methods import find, make_criterion, make_sampler, resolve
 from .models import create_model
 from .optim import make_optimizer
 from .run_folder import RunFolder, versions
@@ -100,16 +100,13 @@ def build_trainer(
         seed_everything(config.train.seed + ranks.rank)
     method, seed = find(config.loss.method), config.train.seed
     rows = config.data.batch_size // ranks.world_size
-    sampler = None
-    if method.sampler is not None:
-        sampler = method.sampler(torch.as_tensor(sets.train.targets), rows, numbers_of(config.loss), seed)
+    sampler = make_sampler(config.loss, sets.train.targets, rows, seed)
     loader = sets.train_loader(
-        overlap=method.overlap, seed=seed, device=device, channels_last=config.train.channels_last, sampler=sampler,
-        augment=config.augment, ranks=ranks,
+        overlap=method.batches == "overlap", seed=seed, device=device, channels_last=config.train.channels_last,
+        sampler=sampler, augment=config.augment, ranks=ranks,
     )  # fmt: skip
     steps = total_steps(loader, config.train)
     passes = max(1, math.ceil(steps * config.train.accumulate / len(loader)))
-    task = Task(sets.num_classes, rows, len(sets.train), passes, ranks.world_size)
     optimizer = make_optimizer(model, config.optim)
     scheduler = make_scheduler(
         optimizer,
@@ -119,7 +116,9 @@ def build_trainer(
     )
     return Trainer(
         model,
-        make_criterion(config.loss, task).to(device),
+        make_criterion(
+            config.loss, num_classes=sets.num_classes, num_samples=len(sets.train), rows=rows, epochs=passes
+        ).to(device),
         optimizer,
         loader,
         scheduler=scheduler,

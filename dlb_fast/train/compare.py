@@ -20,7 +20,7 @@ import torch
 
 from .build import resolve_device, train_run
 from .config import RunConfig, from_dict, override, to_dict
-from .methods import LABELS, VARIANTS, drawn_rows, variant
+from .methods import LABELS, VARIANTS, sampled_rows, variant
 from .run_folder import RunFolder
 from .sets import open_sets
 from .state import write_atomically
@@ -45,9 +45,9 @@ def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig
     configs = {}
     for name in names:
         one = override(variant(config, name), max_steps=steps, eval_every=every)
-        per_epoch = length // drawn_rows(one)
+        per_epoch = length // sampled_rows(one)
         if not per_epoch:
-            raise ValueError(f"compare: {name} needs at least {drawn_rows(one)} training images, got {length}")
+            raise ValueError(f"compare: {name} needs at least {sampled_rows(one)} training images, got {length}")
         if per_epoch != of_dlb:
             # the schedule counts epochs, and an epoch of this method has another number of steps
             factor = of_dlb / per_epoch

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+
+from dlb_fast.methods import METHODS, find
 
 from .augment_config import AugmentConfig
 from .coerce import coerce, near
@@ -21,6 +26,7 @@ from .sinks import SINKS
 try:  # what turns flags into configs; configs made in Python, and graphed steps, work without it
     import tyro
 except ImportError:
+    tyro = None  # type: ignore[assignment]
     _CALLED_DATA = _NO_OPPOSITE = None
 else:
     _CALLED_DATA, _NO_OPPOSITE = tyro.conf.arg(name="data"), tyro.conf.FlagCreatePairsOff
@@ -104,12 +110,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Which method, and its numbers."""
+class _LossConfig:
+    """Which method, and its options."""
 
     method: str = "dlb"
-    """dlb; two_view: the same batches with alpha=0 (the control that isolates the KL); ce: no repeated rows; lsr_kd,
-    tf_kd_reg, mr_kd, bake, cs_kd, ddgsd, ps_kd, zipf: see docs/methods; module:Class: a Teacher of your own."""
     alpha: float | None = None
     """Weight of the teacher's term; None: the method's own default (dlb: 1, of the community, not of the paper)."""
     temperature: float | None = None
@@ -118,32 +122,8 @@ class LossConfig:
     """Smoothing of the cross entropy, as in torch."""
     impl: Literal["auto", "cuda", "triton", "cpu", "torch"] = "auto"
     """Implementation of the loss; a named one runs or raises."""
-    correct_share: float | None = None
-    """lsr_kd, mr_kd: share of the right class in the teacher (teacher correction)."""
-    multiplier: float | None = None
-    """tf_kd_reg: undoes the division by the number of classes."""
-    omega: float | None = None
-    """bake: how far knowledge spreads over the batch, in [0, 1)."""
-    companions: int | None = None
-    """bake: samples of the same class per anchor; a step draws batch_size / (companions + 1) anchors."""
-    copies: int | None = None
-    """mr_kd: copies of the model."""
-    copy_every: int | None = None
-    """mr_kd: optimiser steps between two copies."""
-    swap: bool | None = None
-    """mr_kd: exchange the copies' logits of the largest and of the right class (knowledge adjustment)."""
-    ensemble_lr: float | None = None
-    """mr_kd: learn a fully connected ensemble of the copies at this rate instead of averaging them."""
-    power: float | None = None
-    """zipf: exponent of the rank."""
-    memory_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """mr_kd, ps_kd: how copies or predictions are stored; None: as the model, or float16."""
-    memory_device: str | None = None
-    """mr_kd, ps_kd: where; None: beside the model (ps_kd: on the host when it would not fit)."""
 
     def __post_init__(self) -> None:
-        from .methods import find  # the methods import this file
-
         find(self.method)
         ok = self.alpha is None or (math.isfinite(self.alpha) and self.alpha >= 0)
         _require(ok, "alpha", "finite and >= 0", self.alpha)
@@ -152,11 +132,49 @@ class LossConfig:
         _require(0 <= self.label_smoothing <= 1, "label_smoothing", "in [0, 1]", self.label_smoothing)
 
 
-METHOD_FIELDS = (
-    "correct_share", "multiplier", "omega", "companions", "copies", "copy_every", "swap", "ensemble_lr", "power",
-    "memory_dtype", "memory_device",
-)  # fmt: skip
-"""Fields of `LossConfig` that belong to single methods; set for another method they are an error."""
+def _field_type(option: Any) -> Any:
+    """The type of an option as a file or a flag can hold it, or None: the method's default."""
+    kinds = typing.get_args(option) if isinstance(option, types.UnionType) else (option,)
+    if torch.dtype in kinds:
+        return Literal["float32", "bfloat16", "float16"] | None
+    (kind,) = [kind for kind in kinds if kind in (bool, int, float, str)]
+    return kind | None
+
+
+def _options_as_fields() -> list[tuple[str, Any, Any]]:
+    """A field per option of any method; its help names the methods and has their own words."""
+    users: dict[str, dict[str, list[str]]] = {}
+    kinds: dict[str, Any] = {}
+    for method in METHODS.values():
+        for name, option in method.options.items():
+            kinds.setdefault(name, _field_type(option.type))
+            users.setdefault(name, {}).setdefault(option.help, []).append(method.name)
+    fields = []
+    for name, kind in kinds.items():
+        help = " ".join(f"{', '.join(methods)}: {text}" for text, methods in users[name].items())
+        known = name in {f.name for f in dataclasses.fields(_LossConfig)}
+        if not known:
+            fields.append((name, kind if tyro is None else Annotated[kind, tyro.conf.arg(help=help)], None))
+    return fields
+
+
+_NAMES = f"{'; '.join(f'{m.name}: {m.about}' for m in METHODS.values())}; module:Class: a DistillationLoss of your own."
+if TYPE_CHECKING:
+    LossConfig = _LossConfig
+else:
+    # Made of the signatures of the methods, so that an option is declared in one place.
+    LossConfig = dataclasses.make_dataclass(
+        "LossConfig",
+        [("method", str if tyro is None else Annotated[str, tyro.conf.arg(help=_NAMES)], "dlb"), *_options_as_fields()],
+        bases=(_LossConfig,),
+        frozen=True,
+    )
+    LossConfig.__doc__, LossConfig.__module__ = _LossConfig.__doc__, __name__
+
+METHOD_FIELDS = tuple(
+    f.name for f in dataclasses.fields(LossConfig) if f.name not in ("method", "label_smoothing", "impl")
+)
+"""Fields of `LossConfig` that belong to methods; set for a method that does not have them they are an error."""
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ class Trainer:
     Args:
         model: maps images to logits `(n, C)`; on the device to train on. On several ranks it is the bare network: the
             trainer wraps or shares it as `config.distributed` says, and gives the optimiser the shares.
-        criterion: `LastBatchLoss`, a `TaughtLoss` or any `criterion(logits, targets)`. Where it has them,
-            `attach(model)` is called once and `update()` after every optimiser step.
+        criterion: a `DistillationLoss` or any `criterion(logits, targets)`. Where it has them, `setup(model)` is called
+            once and `step()` after every optimiser step.
         optimizer: over the model's parameters.
         loader: any iterable of `Batch`; one pass is an epoch. With `state_dict`/`load_state_dict` it resumes exactly
             by itself; without, the batches of the epoch so far are skipped, which is exact for a fixed sequence.
@@ -105,10 +105,10 @@ class Trainer:
         self.graphed = GraphedStep(self._backward, model.parameters()) if config.graph else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.accepts = accepted_inputs(criterion)
-        # Teachers may look into the model and remember its steps.
-        attach: Callable[[nn.Module], None] = getattr(criterion, "attach", lambda model: None)
-        attach(model)
-        self._teacher_update: Callable[[], None] = getattr(criterion, "update", lambda: None)
+        # A method may look into the model and count its steps.
+        setup: Callable[[nn.Module], None] = getattr(criterion, "setup", lambda model: None)
+        setup(model)
+        self._criterion_step: Callable[[], None] = getattr(criterion, "step", lambda: None)
 
         self.step = 0  # optimiser steps done
         self.epoch = 0  # passes of the loader finished
@@ -180,7 +180,7 @@ class Trainer:
         if self.config.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
         loss = self._backward(batch) if self.graphed is None else self.graphed(batch)
-        counted = getattr(self.criterion, "counted", len(batch))  # CS-KD judges half of the rows
+        counted = getattr(self.criterion, "counted", None) or len(batch)  # CS-KD counts half of the rows
         self.window.add(loss, getattr(self.criterion, "parts", None), counted)
         self.images_seen += len(batch) * self.ranks.world_size
 
@@ -208,7 +208,7 @@ class Trainer:
             self.scheduler.step()
         if self.ema is not None:
             self.ema.update(self.model)
-        self._teacher_update()
+        self._criterion_step()
 
     def _stream(self) -> Iterator[Batch]:
         """Batches without end, epoch after epoch; measures how long each one is waited for."""

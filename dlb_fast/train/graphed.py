@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dlb_fast import LastBatchLoss
 from dlb_fast.data.batch import Batch
+from dlb_fast.methods.ce import CrossEntropy
 
 from .config import TrainConfig
-from .methods import CrossEntropy
 
 __all__ = ["GraphedStep", "check_graph"]
 

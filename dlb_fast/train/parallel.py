@@ -18,8 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dlb_fast.family_teachers import CopiesTeacher
-
 from .config import TrainConfig
 from .distributed import Ranks, started_by_torchrun
 
@@ -152,9 +150,10 @@ def check_parallel(config: TrainConfig, ranks: Ranks, criterion: nn.Module, devi
             "config: sync_bn expects GPUs (torch's SyncBatchNorm has no CPU implementation), got device cpu; leave "
             "it out: each rank then normalises with its own rows"
         )
-    if kind == "fsdp" and isinstance(getattr(criterion, "teacher", None), CopiesTeacher):
+    if kind == "fsdp" and getattr(criterion, "copies_model", False):
         raise ValueError(
-            "config: distributed=fsdp expects a teacher without copies of the model, got method mr_kd; use ddp"
+            "config: distributed=fsdp expects a method without copies of the model, got "
+            f"{type(criterion).__name__}; use ddp"
         )
     return kind
 
