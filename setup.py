@@ -100,7 +100,8 @@ def gencode() -> list[str]:
 def run(command: list[str]) -> None:
     """Run one compiler, showing what it said when it failed; nothing to do when its output is newer than csrc/."""
     target = Path(command[command.index("-o") + 1])
-    newest = max(path.stat().st_mtime for path in [*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"])
+    sources = [*(ROOT / "csrc").rglob("*.*"), ROOT / "dlb_fast" / "options.h", ROOT / "setup.py"]
+    newest = max(path.stat().st_mtime for path in sources)
     if "-c" in command and target.exists() and target.stat().st_mtime > newest:
         return
     done = subprocess.run(command, capture_output=True, text=True)

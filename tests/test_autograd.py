@@ -42,6 +42,17 @@ def test_a_loss_per_row_has_an_upstream_per_row():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_upstream_per_row_whose_sum_is_1_still_multiplies(dtype):
+    z, y, t = batch(dtype)
+    upstream = torch.zeros(len(z), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    upstream[1], upstream[4] = 0.25, 0.75
+    ones, leaf = z.clone().requires_grad_(), z.clone().requires_grad_()
+    fused_lb_loss(ones, y, t, reduction="none", impl="cpu").backward(torch.ones_like(upstream))
+    fused_lb_loss(leaf, y, t, reduction="none", impl="cpu").backward(upstream)
+    assert torch.equal(leaf.grad, (ones.grad.to(upstream.dtype) * upstream[:, None]).to(dtype))
+
+
 def test_backward_a_second_time():
     z, y, t = batch()
     leaf = z.clone().requires_grad_()

@@ -329,11 +329,11 @@ def test_buffer_alone(generator):
     assert buffer.valid.tolist() == [False] * 3
     z = torch.randn(3, 5, generator=generator)
     address = buffer.logits.data_ptr()
-    buffer.roll(z, torch.tensor([7, 8, 9]))
+    buffer.update(z, torch.tensor([7, 8, 9]))
     teacher, valid = buffer.teacher(torch.zeros(6, 5), torch.tensor([7, 8, 1, 0, 0, 0]))
     assert torch.equal(teacher, z)
     assert valid.tolist() == [True, True, False]
-    buffer.roll(torch.randn(5, 5, generator=generator))
+    buffer.update(torch.randn(5, 5, generator=generator))
     assert (buffer.count, buffer.valid.tolist()) == (2, [True, True, False])
     buffer.reset()
     assert (buffer.count, buffer.logits.data_ptr()) == (0, address)
@@ -362,6 +362,20 @@ def test_dlb_step_is_the_criterion_without_a_node(impl, generator, dtype, upstre
     assert torch.equal(buffer.slots, criterion.buffer.slots)
     with pytest.raises(ValueError, match="dlb_step: buffer must have C = 5"):
         dlb_step(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), buffer, impl=impl)
+
+
+def test_after_a_reset_no_row_has_a_teacher(impl, generator):
+    """The host's count and the device's are both forgotten: without ids nothing else would tell the rows apart."""
+    (z0, y0, i0), (z1, y1, _) = overlapping(generator, [4, 4])
+    criterion = LastBatchLoss(6, capacity=4, impl=impl)
+    criterion(z0, y0, i0)
+    address = criterion.buffer.slots.data_ptr()
+    criterion.reset()
+    assert criterion.buffer.count == 0 and criterion.buffer.slots[:2].tolist() == [0, 0]
+    assert not criterion.buffer.valid.any() and criterion.buffer.slots.data_ptr() == address
+    want = F.cross_entropy(z1, y1)
+    torch.testing.assert_close(criterion(z1, y1), want)
+    assert criterion.parts.lb == 0 and criterion.buffer.count == 4
 
 
 def test_mixup_pairs_through_the_criterion(impl, generator):

@@ -56,7 +56,7 @@ def test_long_rows_without_clusters_are_streamed(classes: int, dtype: torch.dtyp
     emulator = harness.emulator(largest_cluster=0)
     logits, target, teacher = batch(4, classes, dtype)
     plan = run(emulator, logits, target, teacher).plan
-    assert plan["regime"] == "streamed_block" and not plan["general"]
+    assert plan["regime"] == "two_pass_block" and not plan["general"]
     assert run(emulator, logits, target).plan["general"]
 
 

@@ -44,7 +44,7 @@ def test_the_kernels_as_they_are_pass(classes: int, clusters: int) -> None:
     [
         ("groups.cuh", "    sync_block();\n    const int other", 1501, 8),
         ("groups.cuh", "    sync_cluster();\n    const int warps", 17001, 8),
-        ("streamed_kernel.cuh", "        Group::sync();", 17001, 0),
+        ("two_pass_kernel.cuh", "        Group::sync();", 17001, 0),
     ],
     ids=["block reduction", "cluster reduction", "teacher read before it is overwritten"],
 )
@@ -55,11 +55,11 @@ def test_a_removed_barrier_is_caught(file: str, barrier: str, classes: int, clus
 
 def test_a_read_only_load_of_what_the_launch_writes_is_caught() -> None:
     load = "raw[p] = load_packet_if(columns.whole(p), row + columns.column(p), false"
-    assert "read-only path" in outcome(("held_kernel.cuh", load, load.replace("false", "true")), 100)
+    assert "read-only path" in outcome(("resident_kernel.cuh", load, load.replace("false", "true")), 100)
 
 
 def test_a_wrong_pair_index_is_caught() -> None:
-    mutation = ("held_kernel.cuh", "half == 0 ? pair : s.start + pair", "half == 0 ? pair : a.batch - 1 - pair")
+    mutation = ("resident_kernel.cuh", "half == 0 ? pair : s.start + pair", "half == 0 ? pair : a.batch - 1 - pair")
     assert outcome(mutation, 100)
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, eager_official
+from conftest import DTYPES, eager_official, row_loss
 
 from dlb_fast import fused_lb_loss, reference
-from dlb_fast.functional import row_loss
 
 SIZES = [(1, 1, 1), (2, 1, 2), (7, 3, 10), (64, 32, 100), (33, 20, 1000), (9, 4, 1001), (5, 5, 3000), (4, 2, 21843)]
 EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.9e-3, torch.float16: 9.8e-4, torch.float64: 2.3e-16}

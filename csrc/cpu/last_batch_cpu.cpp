@@ -60,20 +60,20 @@ void count_labels(const LastBatchArgs& args, BatchPlan& plan) {
   }
 }
 
-void mark_taught(const LastBatchArgs& args, BatchPlan& plan) {
+void mark_valid_rows(const LastBatchArgs& args, BatchPlan& plan) {
   int64_t rows = args.batch;
   if (args.buffer) {
     const int64_t count = args.slots[slots_count], old = args.num_old >= 0 ? args.num_old : count;
     plan.stored = std::clamp<int64_t>(args.batch - old, 0, args.capacity);
     plan.split = args.batch - plan.stored;
     rows = std::min({count, old, plan.split, args.capacity});
-  } else if (args.kind != TeacherKind::given_by_rule) {
+  } else if (args.kind != TeacherKind::virtual_teacher) {
     rows = plan.split = args.kind == TeacherKind::none ? args.batch : args.teacher_rows;
     if (args.kind == TeacherKind::none) rows = 0;
   } else {
     plan.split = args.batch;
   }
-  plan.taught.assign(rows, 1);
+  plan.valid.assign(rows, 1);
   for (int64_t row = 0; row < rows; ++row) {
     bool valid = !args.kd_mask || (row < args.kd_mask_rows && args.kd_mask[row]);
     if (args.buffer && args.ids) {
@@ -83,10 +83,10 @@ void mark_taught(const LastBatchArgs& args, BatchPlan& plan) {
         valid = false;
       }
     }
-    if (args.kind == TeacherKind::given_by_rule && args.correct_share >= 0)
+    if (args.kind == TeacherKind::virtual_teacher && args.correct_share >= 0)
       valid = valid && args.target[row * args.target_stride] != args.ignore_index;
-    plan.taught[row] = valid;
-    plan.taught_rows += valid;
+    plan.valid[row] = valid;
+    plan.valid_rows += valid;
   }
 }
 
@@ -103,7 +103,7 @@ BatchPlan plan_batch(const LastBatchArgs& args) {
   } else if (args.dense) {
     plan.counted_weight = static_cast<double>(args.batch);
   }
-  mark_taught(args, plan);
+  mark_valid_rows(args, plan);
 
   double largest_weight = 1.0;
   plan.weight_sum = static_cast<double>(args.classes);
@@ -117,7 +117,7 @@ BatchPlan plan_batch(const LastBatchArgs& args) {
   }
 
   const bool mean = args.reduction == Reduction::mean;
-  const double ce_norm = mean ? plan.counted_weight : 1.0, kl_norm = mean ? plan.taught_rows : 1.0;
+  const double ce_norm = mean ? plan.counted_weight : 1.0, kl_norm = mean ? plan.valid_rows : 1.0;
   TermScales<double>& s = plan.scales;
   s.ce = ce_norm == 0 ? 0 : plan.ce_weight / ce_norm;
   s.kl_grad = kl_norm == 0 ? 0 : plan.alpha * plan.temperature / kl_norm;
@@ -152,7 +152,7 @@ PairJob pair_job(const LastBatchArgs& args, const BatchPlan& plan, RowLosses& lo
   losses.ce.assign(args.batch, 0);
   losses.kl.assign(args.batch, 0);
   losses.correct.assign(args.batch, 0);
-  return {&args, plan.scales, plan.split, plan.stored, static_cast<int64_t>(plan.taught.size()), plan.taught.data(),
+  return {&args, plan.scales, plan.split, plan.stored, static_cast<int64_t>(plan.valid.size()), plan.valid.data(),
           plan.temperature, plan.weight_sum, plan.grad_scale,
           losses.ce.data(), losses.kl.data(), losses.correct.data()};
 }
@@ -193,9 +193,9 @@ void write_outputs(const LastBatchArgs& args, const BatchPlan& plan, const RowLo
   }
   const auto divided = [mean](double sum, double norm) { return !mean ? sum : norm == 0 ? 0.0 : sum / norm; };
   const double ce_term = divided(ce, plan.counted_weight);
-  const double lb_term = tau_squared * divided(kl, plan.taught_rows);
+  const double lb_term = tau_squared * divided(kl, plan.valid_rows);
   double total = plan.ce_weight * ce_term;
-  if (plan.taught_rows > 0) total += plan.alpha * lb_term;
+  if (plan.valid_rows > 0) total += plan.alpha * lb_term;
   if (args.reduction != Reduction::none) loss[0] = static_cast<A>(total);
   A* parts = static_cast<A*>(args.parts);
   parts[part_loss] = static_cast<A>(total);
@@ -203,7 +203,7 @@ void write_outputs(const LastBatchArgs& args, const BatchPlan& plan, const RowLo
   parts[part_lb] = static_cast<A>(lb_term);
   parts[part_correct] = static_cast<A>(correct);
   parts[part_grad_scale] = static_cast<A>(plan.grad_scale);
-  parts[part_taught] = static_cast<A>(plan.taught_rows);
+  parts[part_valid] = static_cast<A>(plan.valid_rows);
 }
 
 }  // namespace

@@ -17,16 +17,16 @@ struct FinishShared {
 DLB_DEVICE void write_outputs(const DeviceArgs& a, const BatchState& s, const float (&sum)[total_fields]) {
   const bool mean = a.reduction == Reduction::mean;
   const float ce = mean ? over(sum[0], s.counts.weight) : sum[0];
-  const float lb = s.temperature * s.temperature * (mean ? over(sum[1], s.counts.taught) : sum[1]);
+  const float lb = s.temperature * s.temperature * (mean ? over(sum[1], s.counts.valid) : sum[1]);
   float total = s.ce_weight * ce;
-  if (s.counts.taught > 0.0f) total += s.alpha * lb;
+  if (s.counts.valid > 0.0f) total += s.alpha * lb;
   if (a.reduction != Reduction::none) store(a.loss, total);
   store(a.parts + part_loss, total);
   store(a.parts + part_ce, ce);
   store(a.parts + part_lb, lb);
   store(a.parts + part_correct, sum[2]);
   store(a.parts + part_grad_scale, s.grad_scale);
-  store(a.parts + part_taught, s.counts.taught);
+  store(a.parts + part_valid, s.counts.valid);
 }
 
 // Whose id slot j remembers from now on. Written by the pair's owner when the counts came from count_kernel; otherwise

@@ -1,4 +1,4 @@
-"""The Triton kernel of ``last_batch`` and ``last_batch_roll``: every row, the buffer and the scalars in one launch.
+"""The Triton kernel of ``last_batch`` and ``last_batch_update``: every row, the buffer and the scalars in one launch.
 
 Program ``p`` takes tiles ``p, p + programs, ...`` of ROWS pairs. Pair ``j`` is row ``j``, taught by slot ``j``, and
 row ``start + j``, which then replaces slot ``j``: one owner per slot, so one buffer at a fixed address without a race.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .counting import HEADER, UNKNOWN_ID, count_rows, load_counts, roll_layout, taught_rows
+from .counting import HEADER, UNKNOWN_ID, count_rows, load_counts, pair_layout, valid_rows
 from .row_loss import rows_loss
 from .row_tiles import NONE, VIRTUAL, power_of_two_below
 
@@ -65,11 +65,11 @@ def last_batch_kernel(
     alpha_ptr, tau_ptr, loss_ptr, parts_ptr, grad_ptr, ticket_ptr, partials_ptr, counts_ptr,
     batch, given_rows, capacity, num_old, mask_rows, ignore_index, pair_tiles, count_parts,
     alpha_value: tl.float64, tau_value: tl.float64, ce_weight: tl.float64, ce_alpha: tl.float64,
-    smoothing: tl.float64, correct_share: tl.float64,
+    smoothing: tl.float64, correct_share: tl.float64,  # the floats of options.h, in its order
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     VECTOR: tl.constexpr, AXIS: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr, DENSE_STRIDE: tl.constexpr,
-    KIND: tl.constexpr, ROLL: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
+    KIND: tl.constexpr, UPDATE: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
     LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
     MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr,
@@ -89,11 +89,11 @@ def last_batch_kernel(
         share_here = scalar(correct_share, None, COMPUTE)
         share_rest = (1.0 - share_here) / max(CLASSES - 1, 1)
 
-    # Rows [0, start) come first, taught up to `limit`; rows [start, batch) are the others, stored when rolling.
+    # Rows [0, start) come first, with a teacher up to `limit`; rows [start, batch) are stored.
     start, limit = given_rows, given_rows
     stored = batch - given_rows
-    if ROLL:
-        stored, start, limit = roll_layout(slots_ptr, batch, capacity, num_old)
+    if UPDATE:
+        stored, start, limit = pair_layout(slots_ptr, batch, capacity, num_old)
 
     norm_ce = tl.full([], 1.0, COMPUTE)
     norm_lb = norm_ce
@@ -123,32 +123,32 @@ def last_batch_kernel(
     ce_mult, kl_mult = ce_mult * grad_scale, kl_mult * grad_scale
 
     ce = tl.zeros([ROWS], COMPUTE)
-    lb, hits, valid, missed = ce, ce, ce, ce
+    lb, hits, valid_count, missed = ce, ce, ce, ce
     for tile in range(program, pair_tiles, programs):
         slots = tile * ROWS + tl.arange(0, ROWS)
         if KIND != NONE:
             row_ok = slots < start
-            taught, other = taught_rows(
+            valid, other = valid_rows(
                 slots, limit, slots_ptr, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
                 HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
             row_ce, row_lb, hit = rows_loss(
                 logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-                slots, row_ok, slots, taught,
+                slots, row_ok, slots, valid,
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
                 KIND, False, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, lb, hits = ce + row_ce, lb + row_lb, hits + hit
-            valid += taught.to(COMPUTE)
+            valid_count += valid.to(COMPUTE)
             missed += other.to(COMPUTE)
         if KIND != VIRTUAL:
-            if ROLL:
+            if UPDATE:
                 tl.debug_barrier()  # every thread has read its part of the slots before any overwrites them
             row_ok = slots < stored
             rows = start + slots
-            if ROLL and not (HAS_IDS and COUNTING == COUNT_HERE):
+            if UPDATE and not (HAS_IDS and COUNTING == COUNT_HERE):
                 # Nobody else reads these ids in this launch; otherwise the last program writes them.
                 fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
                 if HAS_IDS:
@@ -160,7 +160,7 @@ def last_batch_kernel(
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
-                NONE, ROLL, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
+                NONE, UPDATE, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, hits = ce + row_ce, hits + hit
 
@@ -168,7 +168,7 @@ def last_batch_kernel(
     tl.store(mine, tl.sum(ce, axis=0))
     tl.store(mine + MAX_PROGRAMS, tl.sum(lb, axis=0))
     tl.store(mine + 2 * MAX_PROGRAMS, tl.sum(hits, axis=0))
-    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid, axis=0))
+    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
     tl.store(mine + 4 * MAX_PROGRAMS, tl.sum(missed, axis=0))
     tl.debug_barrier()  # the ticket is drawn by one thread: it must not pass the stores of the others
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
@@ -187,7 +187,7 @@ def last_batch_kernel(
         tl.store(parts_ptr + 3, total_of(partials_ptr, 2, programs))
         tl.store(parts_ptr + 4, grad_scale)
         tl.store(parts_ptr + 5, total_of(partials_ptr, 3, programs))
-        if ROLL:
+        if UPDATE:
             # All programs have drawn their tickets, so all have read the header and the ids they compare.
             tl.store(slots_ptr, stored.to(tl.int64))
             if HAS_IDS:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import check_logits, check_tensor
+from .._args import check_logits, check_tensor
 from ..functional import LossParts, Scalar, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import compute_dtype, teacher_kl

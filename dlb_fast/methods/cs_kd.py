@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._check import check_logits, check_rows
+from .._args import check_logits, check_rows
 from ..functional import LossParts, Scalar, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import teacher_kl

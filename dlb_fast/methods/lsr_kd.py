@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._check import check_correct_share, check_logits
+from .._args import check_correct_share, check_logits
 from ..functional import LossParts, Scalar, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import teacher_kl

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import check_correct_share, check_device, check_logits, check_positive_integer, check_tensor
+from .._args import check_correct_share, check_device, check_logits, check_positive_integer, check_tensor
 from ..functional import LossParts, Scalar, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import compute_dtype, teacher_kl

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._check import check_correct_share, check_logits, check_positive_integer, check_scalar
+from .._args import check_correct_share, check_logits, check_positive_integer, check_scalar
 from ..functional import LossParts, Scalar, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ._common import labels

@@ -65,7 +65,7 @@ def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -
         buffer = LogitBuffer(classes, capacity, pick.choice([dtype, dtype, *FLOATS]))
         previous = pick.randint(0, min(capacity, rows))
         if previous:
-            buffer.roll(torch.randn(previous, classes, generator=g).to(dtype), torch.arange(previous) // 2 * 2)
+            buffer.update(torch.randn(previous, classes, generator=g).to(dtype), torch.arange(previous) // 2 * 2)
         old = pick.randint(max(0, rows - capacity), rows)
         stored, slots = buffer.logits.clone(), buffer.slots.clone()
         ids = torch.arange(rows)
@@ -75,7 +75,7 @@ def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -
         teacher, valid = buffer.teacher(original, ids, old)
         teacher = teacher.clone()
         compare(result, original, target, teacher, kd_mask=valid, **options)
-        buffer.roll(original, ids, old)
+        buffer.update(original, ids, old)
         assert torch.equal(stored, buffer.logits) and torch.equal(slots, buffer.slots)
         return " ".join([kind, form, *options])
     if kind in ("logits", "probabilities"):

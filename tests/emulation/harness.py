@@ -27,6 +27,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "csrc" / "cuda"
+OPTIONS = HERE.parent.parent / "dlb_fast" / "options.h"
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 KINDS = {"none": 0, "logits": 1, "probabilities": 2, "virtual": 3}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
@@ -52,7 +53,7 @@ UNITS = {  # source: the files beside itself whose change recompiles it
 
 def _sources() -> dict[str, str]:
     files = [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *CUDA.glob("kernels_*.cu"), *CUDA.parent.glob("*.h")]
-    files += [*HERE.glob("*.h"), *HERE.glob("*.cpp")]
+    files += [OPTIONS, *HERE.glob("*.h"), *HERE.glob("*.cpp")]
     return {str(file.relative_to(CUDA.parent.parent)): file.read_text() for file in sorted(files)}
 
 
@@ -60,7 +61,7 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(repr((parts, sys.version, platform.machine())).encode()).hexdigest()[:20]
 
 
-_ENTRY = ("csrc/cuda/plan.h", "csrc/cuda/workspaces.h", "csrc/last_batch.h")
+_ENTRY = ("csrc/cuda/plan.h", "csrc/cuda/workspaces.h", "csrc/last_batch.h", "dlb_fast/options.h")
 
 
 def _inputs(unit: str, sources: dict[str, str]) -> list[tuple[str, str]]:

@@ -90,7 +90,7 @@ void one(uint64_t seed) {
     case 1: a.kind = TeacherKind::logits; break;
     case 2: a.kind = TeacherKind::probabilities; break;
     case 3:
-      a.kind = TeacherKind::given_by_rule;
+      a.kind = TeacherKind::virtual_teacher;
       a.correct_share = a.target && draw(2) ? 0.7 : -1;
       break;
     default:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -34,7 +35,8 @@ def _same_device(op: str, name: str, value: Tensor, logits: Tensor) -> None:
 
 def check_logits(op: str, logits: Tensor) -> None:
     """Logits (B, C), C >= 1, floating point."""
-    check_tensor(op, "logits", logits)
+    if not isinstance(logits, Tensor):
+        check_tensor(op, "logits", logits)
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(
             f"{op}: logits must have shape (B, C) with C >= 1, got {tuple(logits.shape)}; "
@@ -182,6 +184,12 @@ def check_scalar(op: str, name: str, value: float | Tensor, *, positive: bool) -
     if not (value > 0 if positive else value >= 0) or value == math.inf:
         bound = "> 0" if positive else ">= 0"
         raise ValueError(f"{op}: {name} must be finite and {bound}, got {value}")
+
+
+def check_impl(op: str, impl: str) -> None:
+    """A name of an implementation, whether or not it works here."""
+    if impl not in IMPLEMENTATIONS and impl != "auto":
+        raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
 def check_num_old(op: str, num_old: int | None) -> None:

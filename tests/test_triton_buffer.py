@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
+from conftest import op_options, row_loss
 
 from dlb_fast import LogitBuffer, ops
-from dlb_fast.functional import row_loss
 
 pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,8 +93,7 @@ def test_a_corrupt_count_stays_inside():
     guard = buffer.logits.clone()
     buffer.slots[0] = 10**6
     z, y = torch.randn(6, 8, device=DEVICE), torch.arange(6, device=DEVICE)
-    options = (None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, -1.0, -100, 1, 0, True)
-    ops.op_for("triton", "last_batch_roll")(z, buffer.logits, buffer.slots, None, -1, y, *options)
+    ops.op_for("triton", "last_batch_update")(z, buffer.logits, buffer.slots, None, -1, *op_options(y))
     assert buffer.slots[0] == 2 and torch.equal(buffer.logits[:2], z[4:]) and torch.equal(buffer.logits[2:], guard[2:])
 
 
