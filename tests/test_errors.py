@@ -103,7 +103,7 @@ def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
 
 def test_backend_variable(monkeypatch):
     monkeypatch.setenv("DLB_FAST_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="DLB_FAST_BACKEND must be auto or one of"):
+    with pytest.raises(ValueError, match="DLB_FAST_BACKEND must be 'auto' or one of"):
         fused_lb_loss(Z, Y)
     monkeypatch.setenv("DLB_FAST_BACKEND", "torch")
     _backends.forget_picks()

@@ -55,7 +55,7 @@ def test_a_file_overrides_only_what_it_names(tmp_path):
         ({"train": {"lr": 1}}, "unknown field train.lr; did you mean optim.lr"),
         ({"loss": {"temperature": -1}}, "temperature must be finite and > 0, got -1.0"),
         ({"loss": {"temperature": "warm"}}, "loss.temperature must be None or FLOAT, got 'warm'"),
-        ({"loss": {"method": "kd"}}, "method must be one of dlb, two_view, ce, .*got 'kd'"),
+        ({"loss": {"method": "kd"}}, "method must be one of .*, got 'kd'"),
         ({"loss": {"alpha": math.nan}}, "alpha must be finite"),
         ({"data": {"batch_size": 33}}, "batch_size must be even"),
         ({"data": {"flip": 1}}, "data.flip must be one of 'True', 'False', got '1'"),

@@ -21,7 +21,7 @@ import torch
 from .checkpoint import write_atomically
 from .config import RunConfig, from_dict, override, to_dict
 from .data import open_data
-from .methods import LABELS, VARIANTS, drawn_rows, variant
+from .methods import LABELS, VARIANTS, sampled_rows, variant
 from .run import RunFolder, resolve_device, train_run
 
 __all__ = ["equal_budget", "read_comparison", "run"]
@@ -44,9 +44,9 @@ def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig
     configs = {}
     for name in names:
         one = override(variant(config, name), max_steps=steps, eval_every=every)
-        per_epoch = length // drawn_rows(one)
+        per_epoch = length // sampled_rows(one)
         if not per_epoch:
-            raise ValueError(f"compare: {name} needs at least {drawn_rows(one)} training images, got {length}")
+            raise ValueError(f"compare: {name} needs at least {sampled_rows(one)} training images, got {length}")
         if per_epoch != of_dlb:
             # the schedule counts epochs, and an epoch of this method has another number of steps
             factor = of_dlb / per_epoch

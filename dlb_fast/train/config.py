@@ -14,12 +14,17 @@ import io
 import math
 import re
 import sys
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
 
 from dlb_fast.data import Cutout, Mix, RandAugment, RandomErasing
+from dlb_fast.methods import METHODS, find
 
 try:  # configs made in Python work without tyro
     import tyro
@@ -169,12 +174,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Which method, and its numbers."""
+class _LossConfig:
+    """Which method, and its options."""
 
     method: str = "dlb"
-    """dlb; two_view: the same batches with alpha=0 (the control that isolates the KL); ce: no repeated rows; lsr_kd,
-    tf_kd_reg, mr_kd, bake, cs_kd, ddgsd, ps_kd, zipf: see docs/methods; module:Class: a Teacher of your own."""
     alpha: float | None = None
     """Weight of the teacher's term; None: the method's own default (dlb: 1, of the community, not of the paper)."""
     temperature: float | None = None
@@ -183,32 +186,8 @@ class LossConfig:
     """Smoothing of the cross entropy, as in torch."""
     impl: Literal["auto", "cuda", "triton", "cpu", "torch"] = "auto"
     """Implementation of the loss; a named one runs or raises."""
-    correct_share: float | None = None
-    """lsr_kd, mr_kd: share of the right class in the teacher (teacher correction)."""
-    multiplier: float | None = None
-    """tf_kd_reg: undoes the division by the number of classes."""
-    omega: float | None = None
-    """bake: how far knowledge spreads over the batch, in [0, 1)."""
-    companions: int | None = None
-    """bake: samples of the same class per anchor; a step draws batch_size / (companions + 1) anchors."""
-    copies: int | None = None
-    """mr_kd: copies of the model."""
-    copy_every: int | None = None
-    """mr_kd: optimiser steps between two copies."""
-    swap: bool | None = None
-    """mr_kd: exchange the copies' logits of the largest and of the right class (knowledge adjustment)."""
-    ensemble_lr: float | None = None
-    """mr_kd: learn a fully connected ensemble of the copies at this rate instead of averaging them."""
-    power: float | None = None
-    """zipf: exponent of the rank."""
-    memory_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """mr_kd, ps_kd: how copies or predictions are stored; None: as the model, or float16."""
-    memory_device: str | None = None
-    """mr_kd, ps_kd: where; None: beside the model (ps_kd: on the host when it would not fit)."""
 
     def __post_init__(self) -> None:
-        from .methods import find  # the methods import this file
-
         find(self.method)
         ok = self.alpha is None or (math.isfinite(self.alpha) and self.alpha >= 0)
         _require(ok, "alpha", "finite and >= 0", self.alpha)
@@ -217,11 +196,51 @@ class LossConfig:
         _require(0 <= self.label_smoothing <= 1, "label_smoothing", "in [0, 1]", self.label_smoothing)
 
 
-METHOD_FIELDS = (
-    "correct_share", "multiplier", "omega", "companions", "copies", "copy_every", "swap", "ensemble_lr", "power",
-    "memory_dtype", "memory_device",
-)  # fmt: skip
-"""Fields of `LossConfig` that belong to single methods; set for another method they are an error."""
+def _field_type(method: str, name: str, option: Any) -> Any:
+    """The type of a method's option as a file or a flag can hold it, or None: the method's default."""
+    union = typing.get_origin(option) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(option) if union else (option,)
+    if torch.dtype in kinds:
+        return Literal["float32", "bfloat16", "float16"] | None
+    found = [kind for kind in kinds if kind in (bool, int, float, str)]
+    if len(found) != 1:
+        raise TypeError(
+            f"Method {method!r}: option {name} must be annotated as one of bool, int, float, str and torch.dtype, "
+            f"or be named in hidden=, got {option}"
+        )
+    return found[0] | None
+
+
+def _options_as_fields() -> list[tuple[str, Any, Any]]:
+    """A field per option of any method; its help has the methods' own words and their defaults."""
+    kinds: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
+    for method in METHODS.values():
+        for name, option in method.options.items():
+            kinds.setdefault(name, _field_type(method.name, name, option.type))
+            default = str(option.default).removeprefix("torch.")
+            texts.setdefault(name, []).append(f"{method.name}: {option.help} [{default}]")
+    own = {field.name for field in dataclasses.fields(_LossConfig)}
+    return [(name, _with_help(kind, " ".join(texts[name])), None) for name, kind in kinds.items() if name not in own]
+
+
+def _with_help(kind: Any, text: str) -> Any:
+    return kind if tyro is None else Annotated[kind, tyro.conf.arg(help=text)]
+
+
+_NAMES = f"{'; '.join(f'{m.name}: {m.about}' for m in METHODS.values())}; module:Class: a DistillationLoss of your own."
+if TYPE_CHECKING:
+    LossConfig = _LossConfig
+else:
+    # Made of the signatures of the methods, so that an option is declared in one place.
+    fields_of_methods = [("method", _with_help(str, _NAMES), "dlb"), *_options_as_fields()]
+    LossConfig = dataclasses.make_dataclass("LossConfig", fields_of_methods, bases=(_LossConfig,), frozen=True)
+    LossConfig.__doc__, LossConfig.__module__ = _LossConfig.__doc__, __name__
+
+METHOD_FIELDS = tuple(
+    f.name for f in dataclasses.fields(LossConfig) if f.name not in ("method", "label_smoothing", "impl")
+)
+"""Fields of `LossConfig` that belong to methods; set for a method that does not have them they are an error."""
 
 
 @dataclass(frozen=True)

@@ -391,7 +391,7 @@ FORWARDS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
 
 
 def accepted_inputs(criterion: nn.Module) -> frozenset[str]:
-    """The fields of a batch that the criterion takes: LastBatchLoss `ids` and `num_old`, `nn.CrossEntropyLoss` none."""
+    """The fields of a batch that the criterion takes: a `DistillationLoss` all of these, `nn.CrossEntropyLoss` none."""
     fields = {"ids", "num_old", "images", "epoch", "target_b", "lam"}
     return frozenset(inspect.signature(criterion.forward).parameters) & fields
 

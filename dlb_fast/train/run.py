@@ -34,7 +34,7 @@ from .distributed import Ranks
 from .evaluate import evaluate
 from .log import RunLog
 from .loop import Trainer, total_steps
-from .methods import Task, find, make_criterion, numbers_of, resolve
+from .methods import find, make_criterion, make_sampler, resolve
 from .models import create_model
 from .optim import make_optimizer, make_scheduler
 
@@ -242,23 +242,21 @@ def build_trainer(
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if ranks.rank:  # the weights are equal; the network's random numbers (dropout) must differ from rank to rank
         seed_everything(config.train.seed + ranks.rank)
-    method, seed = find(config.loss.method), config.train.seed
     rows = config.data.batch_size // ranks.world_size
-    sampler = None
-    if method.sampler is not None:
-        sampler = method.sampler(torch.as_tensor(data.train.targets), rows, numbers_of(config.loss), seed)
     loader = data.train_loader(
-        overlap=method.overlap,
-        seed=seed,
+        overlap=find(config.loss.method).batches == "overlap",
+        seed=config.train.seed,
         device=device,
         channels_last=config.train.channels_last,
-        sampler=sampler,
+        sampler=make_sampler(config.loss, data.train.targets, rows, config.train.seed),
         augment=config.augment,
         ranks=ranks,
     )
     steps = total_steps(loader, config.train)
     passes = max(1, math.ceil(steps * config.train.accumulate / len(loader)))
-    task = Task(data.num_classes, rows, len(data.train), passes, ranks.world_size)
+    criterion = make_criterion(
+        config.loss, num_classes=data.num_classes, num_samples=len(data.train), rows=rows, epochs=passes
+    )
     optimizer = make_optimizer(model, config.optim)
     scheduler = make_scheduler(
         optimizer,
@@ -268,7 +266,7 @@ def build_trainer(
     )
     return Trainer(
         model,
-        make_criterion(config.loss, task).to(device),
+        criterion.to(device),
         optimizer,
         loader,
         scheduler=scheduler,

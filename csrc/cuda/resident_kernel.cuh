@@ -2,12 +2,12 @@
 //
 // A group of threads (a few lanes, a warp, a block, a cluster) owns row j and row start + j; each thread holds E columns
 // of the row in registers: as exp(x), or, where there is a teacher, as x and the teacher's exp(y / tau). Keeping
-// exp(x) and exp(x / tau) as well would save 2 ex2 per taught logit and costs 32 registers more, which spill. Options that
+// exp(x) and exp(x / tau) as well would save 2 ex2 per logit with a teacher and costs 32 registers more, which spill. Options that
 // read another array per class (dense targets, smoothing with class weights, given probabilities), two labels per row and
-// teachers by rule are streamed.
+// virtual teacher are streamed.
 //
 // Predicted traffic per logit of the batch, gradient and roll included: 12 bytes float32, 6 bytes bfloat16 and float16;
-// 5 ex2 per taught logit, 1 per other one (benchmarks/sass_budget.py counts what else). The next pair is asked for while one
+// 5 ex2 per logit with a teacher, 1 per other one (benchmarks/sass_budget.py counts what else). The next pair is asked for while one
 // is worked on. Registers: 64 for a row pair's values at E = 32, at most 128 in all. One launch.
 // Not yet run on a GPU.
 #pragma once
@@ -17,7 +17,7 @@ namespace dlb_fast {
 namespace cuda {
 
 template <typename Group>
-struct HeldShared {
+struct ResidentShared {
   typename Group::Shared group;
   StateShared state;
   FinishShared finish;
@@ -29,11 +29,11 @@ struct HeldShared {
 // by element, once per row and array, so that the code for it exists once and not per packet. Every array of a held
 // kernel is shifted alike (plan_launch sees to it), except the slot a row is stored in.
 template <typename T, int E>
-struct HeldColumns {
+struct ResidentColumns {
   static constexpr int V = packet_columns<T>, packets = E / V;
   int first, step;  // column at which the thread's packet 0 begins (may be negative), and columns between packets
   int classes;
-  DLB_DEVICE HeldColumns(int rank, int size, int shift, int c) : first(rank * V - shift), step(size * V), classes(c) {}
+  DLB_DEVICE ResidentColumns(int rank, int size, int shift, int c) : first(rank * V - shift), step(size * V), classes(c) {}
   // The thread's packet that begins inside the row and ends outside, or -1. (A row within one packet counts as the first.)
   DLB_DEVICE int tail() const {
     const int before = classes - 1 - first, p = before / step;
@@ -46,9 +46,9 @@ struct HeldColumns {
 
 // Not through the read-only path unless `once`: teacher rows may be overwritten by this launch. Columns outside: -inf.
 template <typename T, typename X, int E>
-DLB_DEVICE void load_held(const HeldColumns<T, E>& columns, const X* row, float* out, bool once = false) {
-  constexpr int V = HeldColumns<T, E>::V;
-  constexpr int packets = HeldColumns<T, E>::packets;
+DLB_DEVICE void load_resident(const ResidentColumns<T, E>& columns, const X* row, float* out, bool once = false) {
+  constexpr int V = ResidentColumns<T, E>::V;
+  constexpr int packets = ResidentColumns<T, E>::packets;
   if constexpr (V * sizeof(X) == 16) {
     Packet raw[packets];
     if (once) {
@@ -70,7 +70,7 @@ DLB_DEVICE void load_held(const HeldColumns<T, E>& columns, const X* row, float*
   if (tail >= 0) {
     float edge[V];
     load_edge<X, V>(row, columns.column(tail), columns.classes, edge);
-    DLB_UNROLL for (int p = 0; p < HeldColumns<T, E>::packets; ++p) {
+    DLB_UNROLL for (int p = 0; p < ResidentColumns<T, E>::packets; ++p) {
       // A select per element: a branch would be turned into an indexed store, and `out` into local memory.
       DLB_UNROLL for (int e = 0; e < V; ++e) out[p * V + e] = p == tail ? edge[e] : out[p * V + e];
     }
@@ -79,10 +79,10 @@ DLB_DEVICE void load_held(const HeldColumns<T, E>& columns, const X* row, float*
 
 // Stores what `value(p, out)` puts into out[V] for each packet p.
 template <typename T, typename X, int E, typename Value>
-DLB_DEVICE void store_held(const HeldColumns<T, E>& columns, X* row, Value value) {
-  constexpr int V = HeldColumns<T, E>::V;
+DLB_DEVICE void store_resident(const ResidentColumns<T, E>& columns, X* row, Value value) {
+  constexpr int V = ResidentColumns<T, E>::V;
   uint32_t edge[V * sizeof(X) / 4];
-  DLB_UNROLL for (int p = 0; p < HeldColumns<T, E>::packets; ++p) {
+  DLB_UNROLL for (int p = 0; p < ResidentColumns<T, E>::packets; ++p) {
     if (columns.column(p) >= columns.classes) continue;
     float out[V];
     value(p, out);
@@ -100,25 +100,25 @@ DLB_DEVICE void store_held(const HeldColumns<T, E>& columns, X* row, Value value
 
 // Teacher and buffer of another dtype than the logits: float32 logits may keep 16-bit rows, the rest is streamed.
 template <typename T, int E>
-DLB_DEVICE void load_teacher(const DeviceArgs& a, const HeldColumns<T, E>& columns, int row, float* out) {
+DLB_DEVICE void load_teacher(const DeviceArgs& a, const ResidentColumns<T, E>& columns, int row, float* out) {
   const int64_t offset = row * a.teacher_stride;
   if constexpr (sizeof(T) == 2) {
-    load_held(columns, static_cast<const T*>(a.teacher) + offset, out);
+    load_resident(columns, static_cast<const T*>(a.teacher) + offset, out);
   } else if (a.teacher_dtype == DType::f32) {
-    load_held(columns, static_cast<const float*>(a.teacher) + offset, out);
+    load_resident(columns, static_cast<const float*>(a.teacher) + offset, out);
   } else if (a.teacher_dtype == DType::bf16) {
-    load_held(columns, static_cast<const Bf16*>(a.teacher) + offset, out);
+    load_resident(columns, static_cast<const Bf16*>(a.teacher) + offset, out);
   } else {
-    load_held(columns, static_cast<const F16*>(a.teacher) + offset, out);
+    load_resident(columns, static_cast<const F16*>(a.teacher) + offset, out);
   }
 }
 
 template <typename T, typename X, int E, typename Group>
-DLB_DEVICE void store_slot_as(const DeviceArgs& a, const HeldColumns<T, E>& columns, const Group& group, const T* z_row,
+DLB_DEVICE void store_slot_as(const DeviceArgs& a, const ResidentColumns<T, E>& columns, const Group& group, const T* z_row,
                               int shift, X* slot_row, const float* z) {
-  constexpr int V = HeldColumns<T, E>::V;
+  constexpr int V = ResidentColumns<T, E>::V;
   if (shift_of<V>(slot_row) == shift) {
-    store_held(columns, slot_row, [z](int p, float* out) {
+    store_resident(columns, slot_row, [z](int p, float* out) {
       DLB_UNROLL for (int e = 0; e < V; ++e) out[e] = z[p * V + e];
     });
   } else {  // row start + j and slot j shifted differently (odd C and odd start): column by column, coalesced
@@ -131,7 +131,7 @@ DLB_DEVICE void store_slot_as(const DeviceArgs& a, const HeldColumns<T, E>& colu
 }
 
 template <typename T, int E, typename Group>
-DLB_DEVICE void store_slot(const DeviceArgs& a, const HeldColumns<T, E>& columns, const Group& group, const T* z_row,
+DLB_DEVICE void store_slot(const DeviceArgs& a, const ResidentColumns<T, E>& columns, const Group& group, const T* z_row,
                            int shift, int slot, const float* z) {
   const int64_t offset = static_cast<int64_t>(slot) * a.classes;
   if constexpr (sizeof(T) == 2) {
@@ -146,11 +146,11 @@ DLB_DEVICE void store_slot(const DeviceArgs& a, const HeldColumns<T, E>& columns
 }
 
 // One row. `exists` is false for groups of a warp that have run out of rows but take part in its shuffles.
-// `taught_path`: whether the teacher's arithmetic is compiled in. slot < 0: the row is not stored.
-template <typename T, Teach teach, bool taught_path, int E, typename Group>
-DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group, const RowRole& role, bool exists,
+// `with_teacher`: whether the teacher's arithmetic is compiled in. slot < 0: the row is not stored.
+template <typename T, Teach teach, bool with_teacher, int E, typename Group>
+DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& group, const RowRole& role, bool exists,
                          int row, int slot, Totals& totals) {
-  using Columns = HeldColumns<T, E>;
+  using Columns = ResidentColumns<T, E>;
   constexpr int V = Columns::V;
   const T* z_row = static_cast<const T*>(a.logits) + (exists ? row * a.logits_stride : 0);
   const int shift = shift_of<V>(z_row);
@@ -160,21 +160,21 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
   if (!read) {
     DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = -infinity();
   } else {
-    load_held(columns, z_row, z, !a.in_place);
-    // A stored row is a new row, and new rows have no teacher (taught_rows <= start).
-    if constexpr (!taught_path) {
+    load_resident(columns, z_row, z, true);
+    // A stored row is a new row, and new rows have no teacher (teacher_limit <= start).
+    if constexpr (!with_teacher) {
       if (slot >= 0) store_slot(a, columns, group, z_row, shift, slot, z);
     }
   }
   T* grad_row = a.grad != nullptr && exists ? static_cast<T*>(a.grad) + static_cast<int64_t>(row) * a.classes : nullptr;
   RowGradient g;
-  float et[taught_path ? E : 1];  // the teacher's logits, then exp(y / tau)
+  float et[with_teacher ? E : 1];  // the teacher's logits, then exp(y / tau)
   float m = 0;
   if (Group::any(exists && role.active())) {
     float top[2] = {-infinity(), -infinity()};
     DLB_UNROLL for (int e = 0; e < E; ++e) top[0] = maximum(top[0], z[e]);
-    if constexpr (taught_path) {
-      if (exists && role.taught) {
+    if constexpr (with_teacher) {
+      if (exists && role.valid) {
         load_teacher(a, columns, row, et);
       } else {
         DLB_UNROLL for (int e = 0; e < E; ++e) et[e] = -infinity();
@@ -191,7 +191,7 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
 
     RowSums n;
     n.top = m = top[0];
-    float sum[max_held_sums] = {0, 0, 0, 0, 0};  // d1, d2, dt, gap, x_sum
+    float sum[max_resident_sums] = {0, 0, 0, 0, 0};  // d1, d2, dt, gap, x_sum
     if (s.scales.even > 0.0f) {
       DLB_UNROLL for (int p = 0; p < Columns::packets; ++p) {
         DLB_UNROLL for (int e = 0; e < V; ++e) {
@@ -205,7 +205,7 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
       DLB_UNROLL for (int e = p * V; e < p * V + V; ++e) {
         const float x = z[e] - m, e1 = exp2_fast(x * log2e);
         sum[0] += e1;
-        if constexpr (taught_path) {
+        if constexpr (with_teacher) {
           z[e] = x;
           sum[1] += exp2_fast(x * s.log2e_over_t);
           const float y = et[e] - top[1];
@@ -218,7 +218,7 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
         }
       }
     }
-    if constexpr (taught_path) {
+    if constexpr (with_teacher) {
       group.template reduce<Sum, 1>(sum);
     } else {
       float both[2] = {sum[0], sum[4]};
@@ -226,24 +226,22 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
       sum[0] = both[0], sum[4] = both[1];
     }
     n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2], n.gap = sum[3] * s.inverse, n.x_sum = sum[4];
-    constexpr Teach by = taught_path ? teach : Teach::none;
+    constexpr Teach by = with_teacher ? teach : Teach::none;
     if (exists && role.active()) g = finish_row<by, false>(a, s, role, n, z_row, row, group.rank == 0, totals);
   }
-  // Everybody has read the label's column and, for a slot shifted otherwise, the others' columns.
-  if (a.in_place) Group::sync();
   if (!exists) return;
   if (!role.active()) finish_idle_row(a, row, group.rank == 0);
   if (grad_row == nullptr) return;
-  // Of an idle row nothing is left but zeros: in the taught path by exp(-inf) and coefficients of 0, here by hand.
-  if constexpr (!taught_path) {
+  // Of an idle row nothing is left but zeros: with a teacher by exp(-inf) and coefficients of 0, here by hand.
+  if constexpr (!with_teacher) {
     if (!role.active()) {
       DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = 0.0f;
     }
   }
-  store_held(columns, grad_row, [&](int p, float* out) {
+  store_resident(columns, grad_row, [&](int p, float* out) {
     DLB_UNROLL for (int e = 0; e < V; ++e) {
       float v;
-      if constexpr (taught_path) {
+      if constexpr (with_teacher) {
         const float x = z[p * V + e];
         v = -g.k * et[p * V + e] - g.constant;  // the small difference first: student and teacher are one step apart
         v = g.b * exp2_fast(x * s.log2e_over_t) + v;
@@ -259,20 +257,20 @@ DLB_DEVICE void held_row(const DeviceArgs& a, const BatchState& s, Group& group,
 
 // Asks for row `row` of the logits, and of the teacher where it has one, before anybody waits for them.
 template <typename T, Teach teach, typename Group>
-DLB_DEVICE void prefetch_row(const DeviceArgs& a, const Group& group, int row, bool taught) {
+DLB_DEVICE void prefetch_row(const DeviceArgs& a, const Group& group, int row, bool valid) {
   if (!group.prefetches()) return;
   const int share = (a.classes + Group::parts() - 1) / Group::parts(), first = share * Group::part();
   const int columns = smaller(share, a.classes - first);
   if (columns * static_cast<int>(sizeof(T)) < 128) return;  // less than a cache line
   prefetch(static_cast<const T*>(a.logits) + row * a.logits_stride + first, columns * static_cast<int64_t>(sizeof(T)));
-  if (teach == Teach::none || !taught) return;
+  if (teach == Teach::none || !valid) return;
   const int64_t size = a.teacher_dtype == DType::f32 ? 4 : 2;
   prefetch(static_cast<const char*>(a.teacher) + (row * a.teacher_stride + first) * size, columns * size);
 }
 
 template <typename T, Teach teach, int E, typename Group>
-DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) held_kernel(DLB_CONSTANT DeviceArgs a) {
-  DLB_SHARED(HeldShared<Group>, shared);
+DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(DLB_CONSTANT DeviceArgs a) {
+  DLB_SHARED(ResidentShared<Group>, shared);
   Group group(shared.group);
   // The first pair is on its way while the batch is counted: the first half for certain, the second where it usually begins.
   if (const int pair = group.first() + group.index; pair < a.batch / 2) {
@@ -283,7 +281,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) held_kernel(DLB_
   const BatchState& s = shared.state.state;
   Totals& totals = shared.totals[group.index];
   const bool leader = group.rank == 0;
-  if (leader) totals = {0, 0, 0, 0};
+  if (leader) totals = {0, 0, 0};
   // The bounds are the same for all threads of the block: groups without a pair still take part in shuffles. Pair and half
   // (row j, row start + j) share one counter: every register counts here.
   DLB_NO_UNROLL for (int turn = 2 * group.first(); turn < 2 * pair_count(a, s);
@@ -296,17 +294,17 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) held_kernel(DLB_
     if (half == 1) {
       // The next pair while this row is worked on; its second row was asked for together with the first.
       const int next = pair + group.groups_in_grid();
-      if (next < s.start) prefetch_row<T, teach>(a, group, next, next < s.taught_rows);
+      if (next < s.start) prefetch_row<T, teach>(a, group, next, next < s.teacher_limit);
       if (s.start + next < a.batch) prefetch_row<T, Teach::none>(a, group, s.start + next, false);
       // Everybody has read slot `pair` and its id before they are overwritten. (Reading a teacher ends in a reduction,
       // which is a barrier; the id alone does not.)
       if (a.buffer != nullptr && (Group::fixed_size > 0 || a.precounted)) Group::sync();
       if (a.precounted && slot >= 0 && leader) write_id(a, s, slot);
     }
-    if (teach != Teach::none && Group::any(role.taught))
-      held_row<T, teach, teach != Teach::none, E>(a, s, group, role, exists, row, slot, totals);
+    if (teach != Teach::none && Group::any(role.valid))
+      resident_row<T, teach, teach != Teach::none, E>(a, s, group, role, exists, row, slot, totals);
     else
-      held_row<T, teach, false, E>(a, s, group, role, exists, row, slot, totals);
+      resident_row<T, teach, false, E>(a, s, group, role, exists, row, slot, totals);
   }
   finish_launch(a, s, totals, leader, shared.finish);
 }

@@ -64,7 +64,7 @@ def roll_through(
         )
         compare(result, logits, target, teacher, kd_mask=valid, temperature=2.0)
         assert int(result.parts[5]) == int(valid.sum())
-        oracle.roll(logits, ids, None if num_old < 0 else num_old)
+        oracle.update(logits, ids, None if num_old < 0 else num_old)
         assert torch.equal(slots, oracle.slots), f"step {index}: count, mismatches or ids"
         assert torch.equal(logits_at, oracle.logits), f"step {index}: stored rows"
         last_ids = torch.zeros(0, dtype=torch.int64) if ids is None else ids[rows - oracle.count :]
@@ -136,5 +136,5 @@ def test_replay_with_changing_schedules() -> None:
         teacher = teacher.clone()
         result = emulator.last_batch(logits, target, buffer=stored, slots=slots, alpha=alpha, temperature=temperature)
         compare(result, logits, target, teacher, kd_mask=valid, alpha=alpha, temperature=temperature)
-        oracle.roll(logits)
+        oracle.update(logits)
     assert torch.equal(stored, oracle.logits) and torch.equal(slots, oracle.slots)

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -34,7 +35,8 @@ def _same_device(op: str, name: str, value: Tensor, logits: Tensor) -> None:
 
 def check_logits(op: str, logits: Tensor) -> None:
     """Logits (B, C), C >= 1, floating point."""
-    check_tensor(op, "logits", logits)
+    if not isinstance(logits, Tensor):
+        check_tensor(op, "logits", logits)
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(
             f"{op}: logits must have shape (B, C) with C >= 1, got {tuple(logits.shape)}; "
@@ -143,7 +145,7 @@ def check_rows(op: str, name: str, value: object, logits: Tensor) -> Tensor:
     return rows
 
 
-def check_ce_share(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: float) -> None:
+def check_ce_weight(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: float) -> None:
     """``ce_weight + ce_alpha * alpha >= 0``: otherwise training would drive the cross entropy up."""
     if isinstance(alpha, Tensor):
         if not alpha.is_cpu or torch.compiler.is_compiling():
@@ -184,6 +186,12 @@ def check_scalar(op: str, name: str, value: float | Tensor, *, positive: bool) -
         raise ValueError(f"{op}: {name} must be finite and {bound}, got {value}")
 
 
+def check_impl(op: str, impl: str) -> None:
+    """A name of an implementation, whether or not it works here."""
+    if impl not in IMPLEMENTATIONS and impl != "auto":
+        raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
 def check_num_old(op: str, num_old: int | None) -> None:
     """A count of rows, or None."""
     if num_old is not None and (isinstance(num_old, bool) or not isinstance(num_old, int)):
@@ -209,63 +217,6 @@ def check_ignore_index(op: str, ignore_index: int) -> None:
         )
 
 
-def _bytes_of(value: Tensor) -> tuple[int, int]:
-    """First address and the one behind the last that a tensor can touch."""
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size() * bool(value.numel())
-
-
-def check_inplace_grad(op: str, impl: str, logits: Tensor, **others: object) -> None:
-    """Whether the gradient may replace the logits: their memory is one block, nobody's parameter, and read by nothing
-    else in this call (``others``, by name)."""
-    give_up = "or leave inplace_grad=False"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        raise ValueError(
-            f"{op}: inplace_grad=True is for eager calls, got one inside torch.compile or torch.func; take the loss "
-            f"out, {give_up}"
-        )
-    if impl == "torch":
-        raise ValueError(
-            f"{op}: inplace_grad=True needs impl 'cpu', 'cuda' or 'triton', got impl='torch', whose gradient is "
-            f"autograd's; name another implementation, {give_up}"
-        )
-    if not logits.is_contiguous():
-        raise ValueError(
-            f"{op}: logits must be contiguous with inplace_grad=True, got strides {logits.stride()} for shape "
-            f"{tuple(logits.shape)}; pass logits.contiguous(), {give_up}"
-        )
-    if logits.requires_grad and torch.is_grad_enabled():
-        base = logits._base
-        if (logits if base is None else base).is_leaf:
-            raise ValueError(
-                f"{op}: logits must be computed from parameters with inplace_grad=True, got a leaf that requires grad, "
-                f"or a view of one: its values would be lost; pass logits.clone(), {give_up}"
-            )
-        made = (
-            torch._C._autograd.CreationMeta.DEFAULT if base is None else torch._C._autograd._get_creation_meta(logits)
-        )
-        if made != torch._C._autograd.CreationMeta.DEFAULT:
-            raise ValueError(
-                f"{op}: logits must be a tensor that torch lets be modified in place with inplace_grad=True, got one "
-                "of several views of a tensor (chunk, unbind) or a view made under no_grad; pass logits.clone(), "
-                f"{give_up}"
-            )
-        if logits.retains_grad:
-            raise ValueError(
-                f"{op}: logits must not retain_grad() with inplace_grad=True, which replaces the logits themselves by "
-                f"their gradient; use dlb_step for the gradient, {give_up}"
-            )
-    first, end = _bytes_of(logits)
-    for name, value in others.items():
-        if isinstance(value, Tensor) and value.device == logits.device:
-            start, stop = _bytes_of(value)
-            if start < end and first < stop:
-                raise ValueError(
-                    f"{op}: {name} must not share memory with the logits with inplace_grad=True, got tensors that "
-                    f"overlap; pass {name}.clone(), {give_up}"
-                )
-
-
 def check_pair(
     op: str, logits: Tensor, target: Tensor | None, target_b: Tensor | None, lam: float | Tensor | None
 ) -> None:
@@ -289,3 +240,26 @@ def check_pair(
         raise TypeError(f"{op}: lam must be floating point, got {lam.dtype}")
     elif lam.is_cpu and not torch.compiler.is_compiling() and not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"{op}: lam must be between 0 and 1, got {lam.min().item():g} to {lam.max().item():g}")
+
+
+def check_correct_share(op: str, correct_share: float | None) -> None:
+    """None, or the probability of the right class in [0, 1]."""
+    if correct_share is None:
+        return
+    if isinstance(correct_share, bool) or not isinstance(correct_share, (int, float)) or not 0 <= correct_share <= 1:
+        raise ValueError(f"{op}: correct_share must be None (uniform) or a number in [0, 1], got {correct_share!r}")
+
+
+def check_positive_integer(op: str, name: str, value: object) -> int:
+    """An integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
+    return value
+
+
+def check_device(op: str, name: str, device: torch.device | str | None) -> torch.device | None:
+    """None, or a device that torch knows."""
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{op}: {name} must be None or one such as 'cpu' or 'cuda:0', got {device!r}") from error

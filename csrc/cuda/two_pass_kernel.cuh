@@ -1,12 +1,12 @@
 // Rows read twice: sums with a running maximum first, then, in reverse order so that it meets what the caches still
 // hold, the gradient. For rows too long to be held (C > 16384 without clusters) and for the general options, which
-// read another array per class: dense targets, smoothing with class weights, given probabilities; and teachers by rule.
+// read another array per class: dense targets, smoothing with class weights, given probabilities; and virtual teacher.
 //
 // Predicted traffic per logit, gradient and roll included: 12 bytes float32, 6 bytes 16-bit, when the second read hits L2;
-// 18 and 9 when none of it does. ex2: 6 per taught logit, 2 per other one. At most 85 registers plain
+// 18 and 9 when none of it does. ex2: 6 per logit with a teacher, 2 per other one. At most 85 registers plain
 // (768 threads per multiprocessor), 128 general. Not yet run on a GPU.
 #pragma once
-#include "held_kernel.cuh"
+#include "resident_kernel.cuh"
 
 namespace dlb_fast {
 namespace cuda {
@@ -58,18 +58,18 @@ DLB_DEVICE float distance(float before, float base) { return before == -infinity
 DLB_DEVICE float shrink_gap(float gap, float factor) { return factor == 0.0f ? 0.0f : gap * factor; }
 
 // What the kind of teacher, fixed or not at compile time, means for one row.
-struct TeacherUse {
-  bool logits, probabilities, rule;
+struct TeacherOfRow {
+  bool logits, probabilities, is_virtual;
 };
 template <Teach teach>
-DLB_DEVICE TeacherUse teacher_use(const DeviceArgs& a, bool taught) {
-  if (teach == Teach::none || !taught) return {false, false, false};
+DLB_DEVICE TeacherOfRow teacher_of_row(const DeviceArgs& a, bool valid) {
+  if (teach == Teach::none || !valid) return {false, false, false};
   if (teach == Teach::logits) return {true, false, false};
-  return {a.kind == TeacherKind::logits, a.kind == TeacherKind::probabilities, a.kind == TeacherKind::given_by_rule};
+  return {a.kind == TeacherKind::logits, a.kind == TeacherKind::probabilities, a.kind == TeacherKind::virtual_teacher};
 }
 
 template <typename T, Teach teach, bool general, typename Group>
-DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& group, RowRole role, int row, int slot,
+DLB_DEVICE void two_pass_row(const DeviceArgs& a, const BatchState& s, Group& group, RowRole role, int row, int slot,
                              Totals& totals) {
   constexpr int V = packet_columns<T>;
   const T* z_row = static_cast<const T*>(a.logits) + row * a.logits_stride;
@@ -86,7 +86,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
       store_columns<T, V>(grad_row, p * V - shift, a.classes, aligned, zero);
     return;
   }
-  const TeacherUse use = teacher_use<teach>(a, role.taught);
+  const TeacherOfRow use = teacher_of_row<teach>(a, role.valid);
   const bool dense = general && a.dense != nullptr && role.counts;
   const bool weighted = general && a.weight != nullptr && (dense || s.scales.even > 0.0f);
   const float* q_row = dense ? a.dense + row * a.dense_stride : nullptr;
@@ -113,7 +113,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
     sum[0] *= top.move(packet_top, log2e);
     const float base = shift_base(top.top), moved = distance(before, base);
     DLB_UNROLL for (int e = 0; e < V; ++e) sum[0] += exp2_fast((z[e] - base) * log2e);
-    if (teach != Teach::none && role.taught) {
+    if (teach != Teach::none && role.valid) {
       RunningMax soft;
       soft.top = before;
       sum[1] *= soft.move(packet_top, s.log2e_over_t);
@@ -143,7 +143,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
         if (t[e] != 0.0f) sum[3] += t[e] * (log_accurate(t[e]) - (z[e] - base) * s.inverse);
       }
     }
-    if (s.scales.even > 0.0f || use.rule || dense) {
+    if (s.scales.even > 0.0f || use.is_virtual || dense) {
       move_x(moved);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         const int c = first + e;
@@ -192,19 +192,18 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
     finish_idle_row(a, row, leader);
   }
   if (grad_row == nullptr) return;
-  if (a.in_place) Group::sync();  // everybody has read the label's column; from here on each thread reads what it writes
   const bool aligned = shift_of<V>(grad_row) == shift;
   const int last = (packets - 1 - group.rank) / group.size() * group.size() + group.rank;
   DLB_NO_UNROLL for (int p = last; p >= 0 && packets > group.rank; p -= group.size()) {
     const int first = p * V - shift;
     float value[V], t[V];
-    if (role.counts || role.taught) {  // what a row that is only shown holds, even NaN, has no gradient
-      load_columns<T, V>(z_row, first, a.classes, true, 0.0f, value, !a.in_place);
+    if (role.counts || role.valid) {  // what a row that is only shown holds, even NaN, has no gradient
+      load_columns<T, V>(z_row, first, a.classes, true, 0.0f, value, true);
       if (use.logits || use.probabilities) load_teacher_columns<V>(a, row, first, shift, 0.0f, t);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         const float x = value[e] - m;
         float v = g.a * exp2_fast(x * log2e) - g.constant;
-        if (teach != Teach::none && role.taught) v += g.b * exp2_fast(x * s.log2e_over_t);
+        if (teach != Teach::none && role.valid) v += g.b * exp2_fast(x * s.log2e_over_t);
         if (use.logits) v -= g.k * exp2_fast((t[e] - mt) * s.log2e_over_t);
         if (general && use.probabilities) v -= g.k * t[e];
         if (general && (weighted || dense)) {
@@ -226,7 +225,7 @@ DLB_DEVICE void streamed_row(const DeviceArgs& a, const BatchState& s, Group& gr
 }
 
 template <typename Group>
-struct StreamedShared {
+struct TwoPassShared {
   typename Group::Shared group;
   StateShared state;
   FinishShared finish;
@@ -234,14 +233,14 @@ struct StreamedShared {
 };
 
 template <typename T, Teach teach, bool general, typename Group>
-DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) streamed_kernel(DLB_CONSTANT DeviceArgs a) {
-  DLB_SHARED(StreamedShared<Group>, shared);
+DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) two_pass_kernel(DLB_CONSTANT DeviceArgs a) {
+  DLB_SHARED(TwoPassShared<Group>, shared);
   prepare(a, shared.state);
   const BatchState& s = shared.state.state;
   Group group(shared.group);
   Totals& totals = shared.totals[group.index];
   const bool leader = group.rank == 0;
-  if (leader) totals = {0, 0, 0, 0};
+  if (leader) totals = {0, 0, 0};
   DLB_NO_UNROLL for (int pair = group.first() + group.index; pair < pair_count(a, s); pair += group.groups_in_grid()) {
     DLB_NO_UNROLL for (int half = 0; half < 2; ++half) {
       const int row = half == 0 ? pair : s.start + pair, end = half == 0 ? s.start : a.batch;
@@ -252,7 +251,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) streamed_kernel(
         Group::sync();  // the whole group has read slot `pair`, twice, and its id, before they are overwritten
         if (a.precounted && leader) write_id(a, s, slot);
       }
-      streamed_row<T, teach, general>(a, s, group, role, row, slot, totals);
+      two_pass_row<T, teach, general>(a, s, group, role, row, slot, totals);
     }
   }
   finish_launch(a, s, totals, leader, shared.finish);

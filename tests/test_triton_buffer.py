@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
+from conftest import op_options, row_loss
 
 from dlb_fast import LogitBuffer, ops
-from dlb_fast.functional import row_loss
 
 pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,8 +93,7 @@ def test_a_corrupt_count_stays_inside():
     guard = buffer.logits.clone()
     buffer.slots[0] = 10**6
     z, y = torch.randn(6, 8, device=DEVICE), torch.arange(6, device=DEVICE)
-    options = (None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 1, 0, True)
-    ops.op_for("triton", "last_batch_roll")(z, buffer.logits, buffer.slots, None, -1, y, *options)
+    ops.op_for("triton", "last_batch_update")(z, buffer.logits, buffer.slots, None, -1, *op_options(y))
     assert buffer.slots[0] == 2 and torch.equal(buffer.logits[:2], z[4:]) and torch.equal(buffer.logits[2:], guard[2:])
 
 
@@ -107,38 +106,3 @@ def test_ignored_nan_rows_are_stored_as_they_are():
     assert parts[:4].isfinite().all() and torch.equal(buffer.logits.isnan(), z.isnan())
 
 
-@pytest.mark.parametrize("classes", [20, 9001])
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_the_gradient_over_the_logits(dtype, classes):
-    """The in-place form: the same bits in the logits' memory, and the buffer takes the logits, not their gradient."""
-    buffers = [LogitBuffer(classes, 2, dtype, DEVICE) for _ in range(2)]
-    for step in range(3):
-        g = torch.Generator().manual_seed(step)
-        z = (2 * torch.randn(4 if step else 2, classes, generator=g)).to(dtype).to(DEVICE)
-        y = torch.randint(0, classes, (len(z),), generator=g).to(DEVICE)
-        y[-1] = -100
-        results = []
-        for in_place, buffer in zip((False, True), buffers, strict=True):
-            leaf = z.clone().requires_grad_()
-            logits = leaf * 1
-            loss, parts = row_loss("test", "triton", logits, y, buffer=buffer, reduction="none", inplace_grad=in_place)
-            loss.backward(torch.linspace(0.5, 1.5, len(z), device=DEVICE))
-            assert torch.equal(logits, z) != in_place
-            results.append((loss.detach(), parts, leaf.grad, buffer.logits, buffer.slots))
-        assert all(torch.equal(one, two) for one, two in zip(*results, strict=True)), step
-
-
-def test_a_dense_target_is_compared_before_its_row_is_overwritten():
-    z, q = torch.randn(4, 40, device=DEVICE), torch.softmax(torch.randn(4, 40, device=DEVICE), 1)
-    hits = []
-    for in_place in (False, True):
-        loss, parts = row_loss("test", "triton", z.clone().requires_grad_() * 1, q, inplace_grad=in_place)
-        hits.append(torch.stack([loss.detach(), parts[3]]))
-    assert torch.equal(*hits)
-
-
-def test_only_contiguous_logits_can_be_overwritten():
-    z, y = torch.randn(4, 20, device=DEVICE)[:, :10], torch.zeros(4, dtype=torch.long, device=DEVICE)
-    options = (None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 0, 0)
-    with pytest.raises(ValueError, match="must be contiguous"):
-        ops.op_for("triton", "last_batch_")(z, None, y, *options)
