@@ -16,7 +16,7 @@ ORDER += ["losses", "methods", "__init__", "data", "train", "presets", "doctor",
 ORDER += ["integrations"]
 ONLY = {  # stricter than the order: the definition stands alone, and the data knows no losses
     "reference": set(),
-    "data": {"_version", "_check", "_args", "_backends"},
+    "data": {"_version", "_args", "_backends"},
     "integrations": {*ORDER[: ORDER.index("data") + 1]},
 }
 
