@@ -20,9 +20,9 @@ import torch
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.presets import load_preset
 from dlb_fast.train.config import RunConfig
-from dlb_fast.train.methods import drawn_rows
+from dlb_fast.train.loop import total_steps
+from dlb_fast.train.methods import sampled_rows
 from dlb_fast.train.models import create_model
-from dlb_fast.train.window import total_steps
 
 from .tables import newest, read, table, wrapped
 
@@ -35,9 +35,9 @@ SLOTS = 4  # device buffers of the loader: depth 2 + the two being filled (dlb_f
 
 def steps_of(config: RunConfig) -> tuple[int, int, int]:
     """(steps per epoch, steps in all, rows the network sees in all)."""
-    per_epoch = OverlapPlan(IMAGES, drawn_rows(config)).halves_per_epoch
+    per_epoch = OverlapPlan(IMAGES, sampled_rows(config)).halves_per_epoch
     steps = total_steps(range(per_epoch), config.train)
-    first = config.data.batch_size - drawn_rows(config)  # the very first batch has no repeated rows
+    first = config.data.batch_size - sampled_rows(config)  # the very first batch has no repeated rows
     return per_epoch, steps, steps * config.data.batch_size - first
 
 
@@ -77,7 +77,7 @@ def memory_of(config: RunConfig, ranks: int) -> dict[str, int]:
     held["bf16 copies of the weights"] = weights // 2
     held["activations"] = rows * saved_bytes_per_row(config.model.model, size)
     held["images (4 uint8 slots, one float32 batch)"] = rows * 3 * size * size * (SLOTS + 4)
-    held["logit buffer"] = (rows - drawn_rows(config) // ranks) * CLASSES * 2
+    held["logit buffer"] = (rows - sampled_rows(config) // ranks) * CLASSES * 2
     return held
 
 
@@ -87,7 +87,7 @@ def steps_table() -> str:
     for name in RECIPES:
         config = load_preset(name)
         per_epoch, steps, seen = steps_of(config)
-        drawn = OverlapPlan(IMAGES, drawn_rows(config)).halves_per_epoch * drawn_rows(config) * config.train.epochs
+        drawn = OverlapPlan(IMAGES, sampled_rows(config)).halves_per_epoch * sampled_rows(config) * config.train.epochs
         numbers = (config.train.epochs, config.data.batch_size, per_epoch, steps, seen, drawn)
         rows.append([f"`{name}`", *(f"{n:,}" for n in numbers)])
     head = ("preset", "epochs", "rows per step", "steps per epoch", "steps", "rows forwarded", "files decoded")

@@ -138,7 +138,7 @@ def costs(cubin: Path, dtype: str) -> dict[str, Cost]:
     found = {}
     for name, pieces in code_of(cubin).items():
         for regime, group in GROUPS.items():
-            if "held_kernel" in name and "TeachE1" in name and group in name:
+            if "resident_kernel" in name and "TeachE1" in name and group in name:
                 found[regime] = cost(pieces, registers[name], regime, SIZES[dtype])
     return found
 

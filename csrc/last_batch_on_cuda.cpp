@@ -24,20 +24,20 @@ void launch(const Tensor& logits, const LastBatchArgs& args) {
   STD_TORCH_CHECK(!refused, "last_batch: ", refused ? refused : "");
 }
 
-Outputs run_taught(const Tensor& logits, const MaybeTensor& teacher, const Options& options, GradTo grad_to) {
+Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, const Options& options, bool need_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   LastBatchArgs args;
-  Outputs outputs = unpack(logits, options, grad_to, args);
-  unpack_teacher(logits, teacher, args);
+  Outputs outputs = unpack(logits, options, need_grad, args);
+  unpack_teacher(logits, teacher, teacher_kind, args);
   launch(logits, args);
   return outputs;
 }
 
-Outputs run_rolling(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids, int64_t num_old,
-                    const Options& options, GradTo grad_to) {
+Outputs run_with_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids, int64_t num_old,
+                    const Options& options, bool need_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   LastBatchArgs args;
-  Outputs outputs = unpack(logits, options, grad_to, args);
+  Outputs outputs = unpack(logits, options, need_grad, args);
   unpack_buffer(logits, buffer, slots, ids, num_old, args);
   launch(logits, args);
   return outputs;
@@ -65,10 +65,8 @@ void scale_grad_cuda_op(Tensor grad, Tensor upstream, Tensor parts) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlb_fast, CUDA, m) {
-  m.impl("last_batch", TORCH_BOX(&last_batch<run_taught>));
-  m.impl("last_batch_", TORCH_BOX(&last_batch_<run_taught>));
-  m.impl("last_batch_roll", TORCH_BOX(&last_batch_roll<run_rolling>));
-  m.impl("last_batch_roll_", TORCH_BOX(&last_batch_roll_<run_rolling>));
+  m.impl("last_batch", TORCH_BOX(&last_batch<run_with_teacher>));
+  m.impl("last_batch_update", TORCH_BOX(&last_batch_update<run_with_buffer>));
   m.impl("scale_grad_", TORCH_BOX(&scale_grad_cuda_op));
 }
 

@@ -34,7 +34,7 @@ class LogitBuffer:
     Errors are raised by the loss that uses the buffer. Source: state ``pre_out`` of the official ``dlb.py``.
 
     >>> buffer = LogitBuffer(num_classes=10, capacity=4)
-    >>> buffer.roll(torch.randn(4, 10), torch.arange(4))
+    >>> buffer.update(torch.randn(4, 10), torch.arange(4))
     >>> buffer.count, buffer.ids.tolist()
     (4, [0, 1, 2, 3])
     """
@@ -97,22 +97,19 @@ class LogitBuffer:
 
     def stored_rows(self, batch: int, num_old: int | None) -> int:
         """How many rows of a batch of ``batch`` rows will be stored; raises when the layout is impossible."""
+        capacity = self.logits.shape[0]
         old = self.count if num_old is None else num_old
         new = batch - old
-        if num_old is None and self.count == 0 and batch == 2 * self.capacity:
-            return self.capacity  # [old | new] before any teacher exists
-        if 0 <= old <= batch and 0 <= new <= self.capacity and (new > 0 or num_old is not None):
+        if num_old is None and self.count == 0 and batch == 2 * capacity:
+            return capacity  # [old | new] before any teacher exists
+        if 0 <= old <= batch and 0 <= new <= capacity and (new > 0 or num_old is not None):
             return new
         given = "num_old" if num_old is not None else "the buffer"
         raise ValueError(
             f"LastBatchLoss: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves "
-            f"{new} new ones of {batch}, and the buffer keeps at most {self.capacity}. Feed it by OverlapBatchSampler, "
+            f"{new} new ones of {batch}, and the buffer keeps at most {capacity}. Feed it by OverlapBatchSampler, "
             "pass capacity= (half the batch size) or num_old=, or call reset() when a new stream of batches starts"
         )
-
-    def advance(self, batch: int, num_old: int | None = None) -> None:
-        """Bring the host's count up to date after the kernel has rolled the buffer over ``batch`` rows."""
-        self.count = self.stored_rows(batch, num_old)
 
     def teacher(self, logits: Tensor, ids: Tensor | None, num_old: int | None = None) -> tuple[Tensor, Tensor]:
         """The stored rows facing this batch (k, C) and which are valid (k,), in plain torch; counts mismatches."""
@@ -126,7 +123,7 @@ class LogitBuffer:
         return self.logits[:rows], valid
 
     @torch.no_grad()
-    def roll(self, logits: Tensor, ids: Tensor | None = None, num_old: int | None = None) -> None:
+    def update(self, logits: Tensor, ids: Tensor | None = None, num_old: int | None = None) -> None:
         """Replace the stored rows by the new rows of the batch, in plain torch and without reading the device.
 
         Args:
@@ -135,7 +132,7 @@ class LogitBuffer:
             num_old: how many of the first rows repeat; None takes the device's count.
         """
         batch, rows = logits.shape[0], min(self.capacity, logits.shape[0])
-        self.stored_rows(batch, num_old)
+        count = self.stored_rows(batch, num_old)
         old = self.slots[_COUNT] if num_old is None else torch.full_like(self.slots[_COUNT], num_old)
         stored = (batch - old).clamp(0, self.capacity)
         position = torch.arange(rows, device=self.slots.device)
@@ -147,7 +144,7 @@ class LogitBuffer:
         slot_ids = self.slots[_HEADER : _HEADER + rows]
         self.slots[_HEADER : _HEADER + rows] = torch.where(written, new_ids, slot_ids)
         self.slots[_COUNT] = stored
-        self.advance(batch, num_old)
+        self.count = count
 
     def resized(self, capacity: int, skip: int = 0) -> LogitBuffer:
         """A buffer of another capacity holding the stored rows of this one from ``skip`` on."""

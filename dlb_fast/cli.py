@@ -88,7 +88,7 @@ def train(argv: list[str]) -> int:
     first, _ = early.parse_known_args(argv)
     from dlb_fast.train.config import TrainArgs, parse_flags
     from dlb_fast.train.distributed import Ranks
-    from dlb_fast.train.run_folder import RunFolder, newest_run
+    from dlb_fast.train.run import RunFolder, newest_run
 
     ranks = Ranks.join()
 
@@ -104,7 +104,7 @@ def train(argv: list[str]) -> int:
             raise ValueError(f"--out: {folder.path} already holds a run; --resume continues it, or choose another")
         return folder, None
 
-    folder, begun = ranks.on_main(find)  # rank 0 looks at the folders, and all ranks do the same
+    folder, begun = ranks.run_on_main(find)  # rank 0 looks at the folders, and all ranks do the same
     base, sources = (begun, "") if begun else _base_config(first.preset, first.config, first.data)
     args = parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
     changed = _changes(base, args.run)
@@ -115,7 +115,7 @@ def train(argv: list[str]) -> int:
     if args.smoke:
         if args.resume:
             raise ValueError("--smoke starts a rehearsal of its own; leave --resume out")
-        from dlb_fast.train.smoke import rehearse
+        from dlb_fast.train.run import rehearse
 
         found = rehearse(args.run, first.out, real_data=first.data is not None, quiet=args.quiet, ranks=ranks)
         if ranks.is_main:
@@ -123,8 +123,8 @@ def train(argv: list[str]) -> int:
         ranks.leave()
         return 0
     label = f"{args.run.data.source.split(':')[0]}-{args.run.loss.method}"
-    folder = folder or ranks.on_main(lambda: RunFolder.named(label))
-    from dlb_fast.train.build import train_run
+    folder = folder or ranks.run_on_main(lambda: RunFolder.named(label))
+    from dlb_fast.train.run import train_run
 
     train_run(args.run, folder, resume=args.resume, quiet=args.quiet, ranks=ranks)
     if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may stop before its first evaluation
@@ -182,7 +182,7 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    from dlb_fast.train.build import evaluate_run
+    from dlb_fast.train.run import evaluate_run
 
     scores = evaluate_run(args.run, weights=args.weights, source=args.data, device=args.device)
     if args.json:
@@ -247,7 +247,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     from dlb_fast import report as pages
     from dlb_fast.train import compare as comparison
     from dlb_fast.train.config import RunConfig, override, parse_flags
-    from dlb_fast.train.run_folder import RunFolder
+    from dlb_fast.train.run import RunFolder
 
     parser = argparse.ArgumentParser(
         prog=f"dlb-fast {prog}",

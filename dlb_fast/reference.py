@@ -179,11 +179,10 @@ def last_batch_loss(
     target_b: Tensor | None = None,
     lam: Scalar | None = None,
     ce_weight: Scalar = 1.0,
-    z_loss: float = 0.0,
     teacher_kind: str = "logits",
     correct_share: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The objective: ``ce_weight * L_CE + alpha * L_LB (+ z_loss * mean lse^2)``.
+    """The objective: ``ce_weight * L_CE + alpha * L_LB``.
 
     ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), or ``"virtual"`` (nothing given: all rows are
     taught by :func:`virtual_teacher`). Returns ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached
@@ -204,19 +203,13 @@ def last_batch_loss(
     # An empty sum is 0 and stays in the graph: a loss to which no row counts still has a (zero) gradient.
     zero = RowTerms(z[:, :0].sum(1), z.new_zeros(()))
 
-    ce, extra = zero, zero
+    ce = zero
     if target is not None:
         target = target.to(dtype) if target.dim() == 2 else target
         ce = cross_entropy_rows(
             z, target, target_b=target_b, lam=lam, weight=weight,
             label_smoothing=label_smoothing, ignore_index=ignore_index,
         )  # fmt: skip
-        if z_loss > 0.0:
-            counts = (ce.rows == ce.rows) if target.dim() == 2 else target != ignore_index
-            if target_b is not None:
-                counts = counts & (target_b != ignore_index)
-            square = torch.logsumexp(_keep_finite_gradient(z, counts), dim=1).square()
-            extra = RowTerms(torch.where(counts, square, torch.zeros_like(square)), counts.sum().to(dtype))
 
     lb = zero
     if teacher_kind == "virtual":
@@ -236,11 +229,18 @@ def last_batch_loss(
     loss = ce_weight * reduce_rows(ce, reduction)
     if teacher is not None:
         loss = loss + alpha * reduce_rows(lb, reduction)
-    if z_loss > 0.0:
-        loss = loss + z_loss * reduce_rows(extra, reduction)
     with torch.no_grad():
         shown = "sum" if reduction == "none" else reduction
         parts = torch.stack(
             [loss.sum(), reduce_rows(ce, shown), reduce_rows(lb, shown), top1_correct(z, target, ignore_index)]
         )
     return loss, parts.detach()
+
+
+def teacher_kl(teacher: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """``tau^2 * sum p (log p - log q) / B`` for probabilities ``p`` and ``q = softmax(z / tau)``.
+
+    The KDLoss of the official code of BAKE and CS-KD; the definitions in ``methods/`` are written with it.
+    """
+    student = torch.log_softmax(logits / temperature, dim=1)
+    return torch.nn.functional.kl_div(student, teacher.detach(), reduction="sum") * temperature**2 / logits.shape[0]

@@ -19,8 +19,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dlb_fast.train.checkpoint import write_atomically
 from dlb_fast.train.config import RunConfig, load_config, to_dict
-from dlb_fast.train.state import write_atomically
 
 __all__ = ["Run", "compare_table", "draw_curves", "noise_table", "paired_table", "read_run", "write_noise_report"]
 __all__ += ["write_page", "write_report"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,10 +163,72 @@ def distance(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tenso
 
 def train(config: Any, path: Path, *, resume: bool = False, **options: Any) -> Any:
     """Train in this process, quietly, with `path` as the run folder."""
-    from dlb_fast.train import build
-    from dlb_fast.train.run_folder import RunFolder
+    from dlb_fast.train.run import RunFolder, train_run
 
-    return build.train_run(config, RunFolder(path), resume=resume, quiet=True, **options)
+    return train_run(config, RunFolder(path), resume=resume, **{"quiet": True, **options})
+
+
+def stop_at(monkeypatch: Any, step: int) -> None:
+    """Send this process a real SIGTERM while the trainer makes step `step` (from 1)."""
+    from dlb_fast.train.loop import Trainer
+
+    original = Trainer.optimizer_step
+
+    def stopping(self: Trainer) -> None:
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
+
+
+def train_stopped(config: Any, path: Path, step: int) -> Any:
+    """Train until a SIGTERM during step `step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, step)
+        result = train(config, path)
+    assert result["stopped_by"] == "SIGTERM" and last_checkpoint(path)["step"] == step
+    return result
+
+
+def last_checkpoint(path: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run folder."""
+    from dlb_fast.train.checkpoint import list_checkpoints, read_checkpoint
+
+    return read_checkpoint(list_checkpoints(Path(path) / "checkpoints")[0])
+
+
+def exported(path: Path, name: str = "last") -> bytes:
+    """The file of a run's exported weights."""
+    return (Path(path) / "checkpoints" / f"{name}.safetensors").read_bytes()
+
+
+TIMES = {"seconds", "images_per_second", "data_wait", "waited"}
+
+
+def metrics_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without the times."""
+    with open(Path(path) / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def without_times(state: Any) -> Any:
+    """A checkpoint without times and log lengths; NaN as text, because it equals nothing."""
+    if isinstance(state, dict):
+        return {k: without_times(v) for k, v in state.items() if k not in TIMES | {"logs"}}
+    if isinstance(state, (list, tuple)):
+        return [without_times(v) for v in state]
+    return "nan" if isinstance(state, float) and state != state else state
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Two run folders hold the same last checkpoint bit for bit, and the same metrics, each step once."""
+    assert_same(without_times(last_checkpoint(first)), without_times(last_checkpoint(second)))
+    assert metrics_rows(first) == metrics_rows(second)
+    steps = [row["step"] for row in metrics_rows(second)]
+    assert len(steps) == len(set(steps)) >= 3
+    lines = [(Path(path) / "metrics.jsonl").read_text().count("\n") for path in (first, second)]
+    assert lines[0] == lines[1]
 
 
 # Other processes

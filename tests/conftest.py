@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 
-from dlb_fast import _backends
+from dlb_fast import _backends, _options, functional
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -50,6 +50,20 @@ def eager_official(logits, target, last_logits, *, alpha=1.0, temperature=3.0, *
         kl = torch.nn.functional.kl_div(student, teacher, reduction="batchmean")
         loss = loss + alpha * kl * temperature**2
     return loss
+
+
+def op_options(target, *, reduction="mean", need_grad=True, **given):
+    """An op's arguments from ``target`` on, in the order of options.h: tensors, then numbers."""
+    tensors = {"target": target, **{name: given.pop(name) for name in _options.TENSORS if name in given}}
+    numbers = functional.prepare("test", reduction=reduction, **given).numbers
+    return (*map(tensors.get, _options.TENSORS), *numbers, need_grad)
+
+
+def row_loss(op, impl, logits, target, **given):
+    """``functional.row_loss`` with its options given beside the tensors."""
+    names = functional.Options._fields
+    options = {name: given.pop(name) for name in names if name in given}
+    return functional.row_loss(functional.prepare(op, impl=impl, **options), logits, target, **given)
 
 
 ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]

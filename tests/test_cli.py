@@ -14,7 +14,7 @@ from builders import environment, wait_for
 from dlb_fast import cli
 from dlb_fast.presets import PRESETS, load_preset, preset_file
 from dlb_fast.train.config import load_config
-from dlb_fast.train.run_folder import RunFolder
+from dlb_fast.train.run import RunFolder
 
 torch.set_num_threads(1)
 
@@ -78,7 +78,7 @@ def test_smoke_goes_through_everything_and_leaves_nothing(here, capsys, monkeypa
     out, err = capsys.readouterr()
     assert "training, evaluation, checkpoint and resume work" in out
     assert "synthetic:160,10,32: 2 steps of 16 rows" in err and "continuing from" in err
-    assert list(here.iterdir()) == []
+    assert [path for path in here.iterdir() if "inductor" not in path.name] == []  # that one is torch's
 
 
 def test_smoke_on_real_data_in_a_named_folder(here, capsys):
@@ -90,7 +90,7 @@ def test_smoke_on_real_data_in_a_named_folder(here, capsys):
 
 
 def test_smoke_finds_what_would_fail_later(here, capsys, monkeypatch):
-    monkeypatch.setattr("dlb_fast.train.smoke.evaluate_run", lambda *a, **k: {"top1": 2.0})
+    monkeypatch.setattr("dlb_fast.train.run.evaluate_run", lambda *a, **k: {"top1": 2.0})
     assert "top-1 of the written weights is 2.0" in failing(["train", "--smoke", "--preset", "digits"], capsys)
 
 
@@ -123,13 +123,13 @@ def test_eval_repeats_the_runs_own_numbers(finished, capsys):
 
 
 def failing(arguments, capsys):
-    """Run a command that must fail with a message and no traceback; the message as one line, without its frame."""
+    """Run a command that must fail with a message and no traceback; the message as one line."""
     try:
         code = cli.main(arguments)
     except SystemExit as exit:  # wrong flags end in the parser, with 2
         code = exit.code
-    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert code in (1, 2) and (code == 2) == ("For full helptext" in said)
+    said = " ".join(capsys.readouterr().err.split())
+    assert code in (1, 2) and (code == 2) == ("--help lists" in said)
     assert "Traceback" not in said
     return said
 
@@ -220,21 +220,18 @@ def test_presets_list_and_show(here, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("optim: {lrr: 0.1}", "unknown field optim.lrr; did you mean 'lr'?"),
-        ("optm: {lr: 0.1}", "unknown group 'optm'; did you mean 'optim'?"),
-        ("lr: 0.1", "unknown group 'lr'; lr is a field of optim: write optim: {lr: ...}"),
-        ("optim: {epochs: 3}", "unknown field optim.epochs; epochs is a field of train: write train: {epochs: ...}"),
-        ("optim: {lr: fast}", "optim.lr must be float, got 'fast'"),
-        ("data: {flip: 'no'}", "data.flip must be bool, got 'no'"),
-        ("train: {amp: fp8}", "train.amp must be one of none, bf16, fp16, got 'fp8'"),
+        ("optim: {lrr: 0.1}", "unknown field optim.lrr; did you mean optim.lr?"),
+        ("optm: {lr: 0.1}", "unknown group 'optm'; did you mean optim?"),
+        ("lr: 0.1", "unknown group 'lr'; did you mean optim.lr?"),
+        ("optim: {epochs: 3}", "unknown field optim.epochs; did you mean train.epochs?"),
+        ("optim: {lr: fast}", "optim.lr must be FLOAT, got 'fast'"),
+        ("data: {flip: 'no'}", "data.flip must be one of 'True', 'False', got 'no'"),
+        ("train: {amp: fp8}", "train.amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
         ("loss: {method: dbl}", "got 'dbl'; did you mean 'dlb'?"),
         ("optim: [lr]", "optim must hold fields, got ['lr']"),
         ("- lr", "expected groups (data, augment, model"),
         ("optim: {lr: [", "cannot read c.yaml"),
-        (
-            "train: {trackers: [mlflow]}",
-            "trackers must be distinct names of tensorboard, trackio, wandb, got ('mlflow',)",
-        ),
+        ("train: {trackers: [mlflow]}", "trackers must be one of 'tensorboard', 'trackio', 'wandb', got 'mlflow'"),
     ],
 )
 def test_a_wrong_config_file_is_told_with_what_was_meant(text, message, here, capsys):
@@ -244,8 +241,8 @@ def test_a_wrong_config_file_is_told_with_what_was_meant(text, message, here, ca
 
 
 def test_a_wrong_flag_is_told_with_what_was_meant(here, capsys):
-    assert "--lr" in failing(["train", "--lrr", "0.1"], capsys)
-    assert "float" in failing(["train", "--lr", "fast"], capsys)
+    assert "did you mean --lr?" in failing(["train", "--lrr", "0.1"], capsys)
+    assert "--lr must be FLOAT, got 'fast'" in failing(["train", "--lr", "fast"], capsys)
 
 
 def test_data_without_a_preset_start_from_the_defaults(here, capsys):

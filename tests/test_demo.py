@@ -77,9 +77,9 @@ def test_the_same_command_again_trains_nothing_but_writes_the_report(demo, monke
 def test_an_interrupted_comparison_continues(tmp_path, demo, monkeypatch):
     import os
 
-    from dlb_fast.train.engine import Trainer
+    from dlb_fast.train.loop import Trainer
 
-    original = Trainer._optimizer_step
+    original = Trainer.optimizer_step
     steps = []
 
     def stopping(self):
@@ -90,7 +90,7 @@ def test_an_interrupted_comparison_continues(tmp_path, demo, monkeypatch):
 
     arguments = ["demo", "--seeds", "1", "--methods", "ce,ls", "--out", str(tmp_path / "c"), *FLAGS]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_optimizer_step", stopping)
+        patch.setattr(Trainer, "optimizer_step", stopping)
         assert cli.main(arguments) == 130
     assert len(compare.read_comparison(tmp_path / "c")) == 1
     assert cli.main(arguments) == 0

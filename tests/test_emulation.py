@@ -56,7 +56,7 @@ def test_long_rows_without_clusters_are_streamed(classes: int, dtype: torch.dtyp
     emulator = harness.emulator(largest_cluster=0)
     logits, target, teacher = batch(4, classes, dtype)
     plan = run(emulator, logits, target, teacher).plan
-    assert plan["regime"] == "streamed_block" and not plan["general"]
+    assert plan["regime"] == "two_pass_block" and not plan["general"]
     assert run(emulator, logits, target).plan["general"]
 
 
@@ -79,8 +79,7 @@ OPTIONS = {
     "pair, weight, smoothing": {"pair": 0.3, "weight": True, "label_smoothing": 0.2, "ignored": True},
     "dense": {"dense": True},
     "dense, weight, smoothing": {"dense": True, "weight": True, "label_smoothing": 0.1},
-    "z-loss": {"z_loss": 1e-2},
-    "z-loss, ignored": {"z_loss": 1e-2, "ignored": True, "label_smoothing": 0.1},
+    "ignored, smoothing": {"ignored": True, "label_smoothing": 0.1},
     "mask": {"mask": True},
     "mask of nothing": {"mask": "none"},
     "probabilities": {"kind": "probabilities"},

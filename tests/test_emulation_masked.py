@@ -82,7 +82,7 @@ def test_masked_classes_under_every_option(classes: int, place: str, mask: float
     for teacher in TEACHERS:
         for target in TARGETS if teacher != "right class" else ("labels",):
             regimes.add(check(classes, place, mask, teacher, target))
-    assert regimes == ({"lanes", "streamed_warp"} if classes == 100 else {"block", "streamed_block"})
+    assert regimes == ({"lanes", "two_pass_warp"} if classes == 100 else {"block", "two_pass_block"})
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -90,7 +90,7 @@ def test_masked_classes_under_every_option(classes: int, place: str, mask: float
 def test_masked_classes_of_long_rows(place: str, mask: float) -> None:
     """Without clusters they are streamed, by the plain kernel where the target is a label and the teacher logits."""
     for teacher, target in (("logits", "labels"), ("logits, cold", "labels"), ("none", "labels"), ("logits", "dense")):
-        assert check(17000, place, mask, teacher, target) == "streamed_block"
+        assert check(17000, place, mask, teacher, target) == "two_pass_block"
     assert check(17000, place, mask, "logits", "labels", clusters=8) == "cluster"
 
 

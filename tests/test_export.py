@@ -7,13 +7,12 @@ import torch
 from builders import train
 
 from dlb_fast.presets import load_preset
-from dlb_fast.train.build import evaluate_run
+from dlb_fast.train.checkpoint import CheckpointError, load_weights, save_weights
 from dlb_fast.train.config import RunConfig, override
+from dlb_fast.train.data import open_data
 from dlb_fast.train.export import load_model
 from dlb_fast.train.models import create_model
-from dlb_fast.train.run_folder import RunFolder
-from dlb_fast.train.sets import open_sets
-from dlb_fast.train.state import CheckpointError, load_weights, save_weights
+from dlb_fast.train.run import RunFolder, evaluate_run
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def test_load_model_is_the_one_that_was_evaluated(run):
     load_weights(run / "checkpoints/last.safetensors", other)
     assert not model.training
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
-    data = open_sets(RunFolder(run).read_config().data)
+    data = open_data(RunFolder(run).read_config().data)
     assert about["classes"] == [str(name) for name in data.train.classes]
     assert (about["mean"], about["std"]) == (list(data.mean), list(data.std))
     assert about["size"] == [8, 8] and about["step"] == 8

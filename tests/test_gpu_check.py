@@ -131,7 +131,7 @@ def test_the_bars_are_read_from_the_results(tmp_path):
 
 def test_kernels_are_counted_between_the_marks():
     spin = "at::cuda::(anonymous namespace)::spin_kernel(long)"
-    events = [(5.0, "held_kernel"), (1.0, spin), (4.0, spin), (2.0, "add"), (3.0, "Memcpy DtoH (Device -> Pinned)")]
+    events = [(5.0, "resident_kernel"), (1.0, spin), (4.0, spin), (2.0, "add"), (3.0, "Memcpy DtoH (Device -> Pinned)")]
     assert harness.kernels_between_marks([*events, (6.0, spin), (7.0, "Memset (Device)")]) == [1, 1, 1]
 
 
@@ -165,6 +165,6 @@ def test_what_it_imports_is_on_a_gpu_machine():
     """torch, triton, numpy and pytest: nothing of the trainer's command line, nothing else that pip brings."""
     names = ABSENT.split()
     code = f"import sys; sys.modules.update(dict.fromkeys({names!r})); "
-    code += "import benchmarks.gpu_check, benchmarks.bench_last_batch, benchmarks.bench_step, dlb_fast.train.graphed; "
-    code += "from dlb_fast.train.engine import Trainer; from dlb_fast.train.config import TrainConfig; TrainConfig()"
+    code += "import benchmarks.gpu_check, benchmarks.bench_last_batch, benchmarks.bench_step; "
+    code += "from dlb_fast.train.loop import Trainer; from dlb_fast.train.config import TrainConfig; TrainConfig()"
     python("-c", code)

@@ -13,10 +13,10 @@ from PIL import Image
 from dlb_fast import cli
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.presets import load_preset
-from dlb_fast.train import sets
 from dlb_fast.train.config import RunConfig, override
+from dlb_fast.train.data import open_data
+from dlb_fast.train.loop import total_steps
 from dlb_fast.train.models import create_model
-from dlb_fast.train.window import total_steps
 
 torch.set_num_threads(1)
 
@@ -52,7 +52,7 @@ def test_evaluation_crops_have_their_own_size(tmp_path):
             Image.new("RGB", (40, 30)).save(tmp_path / split / label / "0.JPEG")
     config = override(RunConfig(), source=f"imagefolder:{tmp_path}", batch_size=2, image_size=8)
     for own, resize, side in ((None, None, 8), (12, None, 12), (12, 16, 12)):
-        opened = sets.open_sets(override(config, eval_size=own, eval_resize=resize).data)
+        opened = open_data(override(config, eval_size=own, eval_resize=resize).data)
         (batch,) = opened.test_batches(torch.device("cpu"))
         assert batch.images.shape == (2, 3, side, side)
     with pytest.raises(ValueError, match=r"eval_resize must be at least the crop of the evaluation \(12\)"):

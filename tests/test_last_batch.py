@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, eager_official
+from conftest import DTYPES, eager_official, row_loss
 
 from dlb_fast import fused_lb_loss, reference
-from dlb_fast.functional import row_loss
 
 SIZES = [(1, 1, 1), (2, 1, 2), (7, 3, 10), (64, 32, 100), (33, 20, 1000), (9, 4, 1001), (5, 5, 3000), (4, 2, 21843)]
 EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.9e-3, torch.float16: 9.8e-4, torch.float64: 2.3e-16}
@@ -102,7 +101,6 @@ OPTIONS = {
     "pair": {"pair": True},
     "pair+weights+ignored": {"pair": True, "weight": True, "ignored": True},
     "mask": {"mask": True},
-    "z-loss": {"z_loss": 1e-2},
     "no target": {"no_target": True},
     "no teacher": {"no_teacher": True},
     "probabilities": {"kind": "probabilities"},
@@ -150,7 +148,7 @@ def test_every_option(impl, generator, name, reduction, dtype):
         return row_loss(
             "test", run_as, v, None if o.get("no_target") else dense, teacher=exact(teacher), teacher_kind=kind,
             alpha=0.6, temperature=2.5, label_smoothing=o.get("label_smoothing", 0.0), weight=exact(weight),
-            kd_mask=mask, reduction=reduction, z_loss=o.get("z_loss", 0.0), correct_share=share,
+            kd_mask=mask, reduction=reduction, correct_share=share,
             ce_alpha=o.get("ce_alpha", 0.0), **{k: exact(v) if k == "lam" else v for k, v in pair.items()},
         )  # fmt: skip
 

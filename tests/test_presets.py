@@ -11,7 +11,7 @@ from dlb_fast.presets import PRESETS, describe_preset, load_preset, preset_file
 from dlb_fast.train.config import override
 from dlb_fast.train.distributed import Ranks
 from dlb_fast.train.methods import resolve
-from dlb_fast.train.smoke import rehearse
+from dlb_fast.train.run import rehearse
 
 
 @pytest.mark.parametrize("name", PRESETS)

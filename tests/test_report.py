@@ -13,7 +13,7 @@ from dlb_fast import cli, report
 from dlb_fast.presets import load_preset
 from dlb_fast.train.config import override
 from dlb_fast.train.log import RunLog
-from dlb_fast.train.run_folder import RunFolder
+from dlb_fast.train.run import RunFolder
 
 BINS = {"share": [0.25, 0.0, 0.75], "accuracy": [0.5, 0.0, 1.0], "confidence": [0.25, 0.0, 0.875]}
 

@@ -9,7 +9,7 @@ namespace dlb_fast {
 namespace cuda {
 
 // Held: rows in registers. Streamed: rows read twice. `general` kernels are the streamed ones with all options.
-enum class Regime : int32_t { lanes, warp, block, cluster, streamed_warp, streamed_block };
+enum class Regime : int32_t { lanes, warp, block, cluster, two_pass_warp, two_pass_block };
 
 struct Device {
   int multiprocessors = 132;
@@ -26,14 +26,14 @@ struct LaunchPlan {
 // Every block can count the batch's labels itself up to here: 32 KB of L2 reads, about 0.3 us beside the row loads, where
 // a second launch costs 2 us. Above, the launch is cheaper.
 constexpr int64_t self_count_rows = 4096;
-constexpr int64_t held_columns = 32;  // per thread: a logit and a teacher value each fill 64 of the 128 registers
+constexpr int64_t resident_columns = 32;  // per thread: a logit and a teacher value each fill 64 of the 128 registers
 
 inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Options that read another array per class; two labels per row, whose registers the held kernels lack; and the teacher by
 // rule: kernels holding rows for it would add a third to the time nvcc takes, and reading them again from L1 costs little.
 inline bool needs_general(const LastBatchArgs& a) {
-  return a.dense != nullptr || a.kind == TeacherKind::probabilities || a.kind == TeacherKind::given_by_rule || a.target_b != nullptr ||
+  return a.dense != nullptr || a.kind == TeacherKind::probabilities || a.kind == TeacherKind::virtual_teacher || a.target_b != nullptr ||
          (a.weight != nullptr && a.label_smoothing > 0.0);
 }
 
@@ -67,25 +67,25 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
   int64_t group = 0;  // threads per row
   if (held && span <= 8 * 16) {
     plan.regime = Regime::lanes, group = 8;       // CIFAR: 4 pairs per warp
-  } else if (held && span <= 32 * held_columns) {
+  } else if (held && span <= 32 * resident_columns) {
     plan.regime = Regime::warp, group = 32;       // ImageNet: a pair per warp, no block barrier
-  } else if (held && span <= 512 * held_columns) {
+  } else if (held && span <= 512 * resident_columns) {
     plan.regime = Regime::block;                  // one pair per block
-  } else if (held && largest_cluster >= 2 && span <= largest_cluster * 512 * held_columns) {
+  } else if (held && largest_cluster >= 2 && span <= largest_cluster * 512 * resident_columns) {
     plan.regime = Regime::cluster;                // one pair per cluster: one DRAM read however long the row
   } else {
-    plan.regime = c <= 1024 ? Regime::streamed_warp : Regime::streamed_block, group = 32;
+    plan.regime = c <= 1024 ? Regime::two_pass_warp : Regime::two_pass_block, group = 32;
   }
   // Streamed kernels come plain for logits teachers of long rows, the one case that matters without clusters.
-  const bool streamed = plan.regime == Regime::streamed_warp || plan.regime == Regime::streamed_block;
-  plan.general = streamed && (options || plan.regime == Regime::streamed_warp || a.kind != TeacherKind::logits);
+  const bool streamed = plan.regime == Regime::two_pass_warp || plan.regime == Regime::two_pass_block;
+  plan.general = streamed && (options || plan.regime == Regime::two_pass_warp || a.kind != TeacherKind::logits);
 
   const int64_t sms = device.multiprocessors;
   int64_t blocks = pairs;
   switch (plan.regime) {
     case Regime::lanes:
     case Regime::warp:
-    case Regime::streamed_warp: {
+    case Regime::two_pass_warp: {
       // Spread a small batch over the chip: fewer warps per block while most multiprocessors would have none.
       plan.threads = 128;
       while (plan.threads > 32 && (pairs * group + plan.threads - 1) / plan.threads < sms * 3 / 4) plan.threads /= 2;
@@ -99,12 +99,12 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
     case Regime::cluster: {
       // Blocks of 256 threads while 8 of them hold the row: two per multiprocessor, so that one loads while the other
       // reduces. 16 blocks are the non-portable size.
-      plan.threads = span <= 8 * 256 * held_columns ? 256 : 512;
+      plan.threads = span <= 8 * 256 * resident_columns ? 256 : 512;
       plan.cluster = 2;
-      while (plan.cluster * plan.threads * held_columns < span) plan.cluster *= 2;
+      while (plan.cluster * plan.threads * resident_columns < span) plan.cluster *= 2;
       break;
     }
-    case Regime::streamed_block:
+    case Regime::two_pass_block:
       plan.threads = c <= 8192 ? 128 : 256;
       break;
   }
@@ -127,8 +127,8 @@ inline const char* refusal(const LastBatchArgs& a) {
     return "float64 has no CUDA kernel: use impl=\"torch\", or float32 logits and buffer";
   if (a.classes < 1 || a.classes > (1 << 24)) return "the CUDA kernels take 1 to 16777216 classes";
   if (a.batch > (1 << 24) || a.capacity > (1 << 24) || a.teacher_rows > (1 << 24)) return "the CUDA kernels take at most 16777216 rows: their counters are exact float32 integers";
-  if (a.kind == TeacherKind::given_by_rule && a.correct_share >= 0.0 && a.target == nullptr)
-    return "a teacher by rule with correct_share needs integer labels";
+  if (a.kind == TeacherKind::virtual_teacher && a.correct_share >= 0.0 && a.target == nullptr)
+    return "a virtual teacher with correct_share needs integer labels";
   return nullptr;
 }
 

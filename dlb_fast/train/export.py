@@ -8,28 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .config import RunConfig
+from .checkpoint import CheckpointError, load_weights
 from .models import create_model
-from .run_folder import RunFolder
-from .sets import Sets
-from .state import CheckpointError, load_weights
+from .run import RunFolder
 
-__all__ = ["describe", "load_model"]
-
-
-def describe(config: RunConfig, sets: Sets) -> dict[str, str]:
-    """The metadata of a run's weights, as text: enough to build the network and to feed it without the data."""
-    side = config.data.eval_size or config.data.image_size
-    size = list(sets.train.images.shape[2:]) if sets.resident else [side, side]
-    return {
-        "model": config.model.model,
-        "num_classes": str(sets.num_classes),
-        "channels": str(sets.channels),
-        "size": json.dumps(size),
-        "mean": json.dumps(list(sets.mean)),
-        "std": json.dumps(list(sets.std)),
-        "classes": json.dumps([str(name) for name in sets.train.classes]),
-    }
+__all__ = ["load_model"]
 
 
 def load_model(run: Path | str, *, weights: str = "best") -> tuple[nn.Module, dict[str, Any]]:
