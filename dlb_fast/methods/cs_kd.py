@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._args import check_logits, check_rows
-from ..functional import LossParts, Scalar, Teacher, distill
+from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
-from ..reference import teacher_kl
+from ..reference import Scalar, teacher_kl
 from .registry import Method, register
 
 __all__ = ["CsKDLoss", "cs_kd_loss", "reference"]

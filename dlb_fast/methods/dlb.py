@@ -16,7 +16,7 @@ _shared: dict[str, Any] = {
     "card": "dlb",
     "batches": "overlap",
     "mixes": True,
-    "hidden": ("dtype", "device", "z_loss", "inplace_grad"),
+    "hidden": ("dtype", "device"),
 }
 
 register(

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._args import check_correct_share, check_logits
-from ..functional import LossParts, Scalar, Teacher, distill
+from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
-from ..reference import teacher_kl
+from ..reference import Scalar, teacher_kl
 from .registry import Method, register
 
 __all__ = ["LsrKDLoss", "lsr_kd_loss", "reference"]

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._args import check_correct_share, check_device, check_logits, check_positive_integer, check_tensor
-from ..functional import LossParts, Scalar, Teacher, distill
+from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
-from ..reference import compute_dtype, teacher_kl
+from ..reference import Scalar, compute_dtype, teacher_kl
 from ._common import format_bytes, labels
 from .registry import Method, register
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._args import check_device, check_logits, check_positive_integer, check_rows
-from ..functional import LossParts, Scalar, Teacher, distill
+from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
-from ..reference import compute_dtype
+from ..reference import Scalar, compute_dtype
 from ._common import format_bytes, gather_rows, labels
 from .registry import Method, register
 

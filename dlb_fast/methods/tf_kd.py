@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._args import check_correct_share, check_logits, check_positive_integer, check_scalar
-from ..functional import LossParts, Scalar, Teacher, distill
+from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
+from ..reference import Scalar
 from ._common import labels
 from .registry import Method, register
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._args import check_logits, check_scalar, check_target, check_tensor
-from ..functional import LossParts, Scalar, Teacher, distill
+from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
-from ..reference import compute_dtype
+from ..reference import Scalar, compute_dtype
 from ._common import labels
 from .registry import Method, register
 

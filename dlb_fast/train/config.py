@@ -132,30 +132,36 @@ class _LossConfig:
         _require(0 <= self.label_smoothing <= 1, "label_smoothing", "in [0, 1]", self.label_smoothing)
 
 
-def _field_type(option: Any) -> Any:
-    """The type of an option as a file or a flag can hold it, or None: the method's default."""
-    kinds = typing.get_args(option) if isinstance(option, types.UnionType) else (option,)
+def _field_type(method: str, name: str, option: Any) -> Any:
+    """The type of a method's option as a file or a flag can hold it, or None: the method's default."""
+    union = typing.get_origin(option) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(option) if union else (option,)
     if torch.dtype in kinds:
         return Literal["float32", "bfloat16", "float16"] | None
-    (kind,) = [kind for kind in kinds if kind in (bool, int, float, str)]
-    return kind | None
+    found = [kind for kind in kinds if kind in (bool, int, float, str)]
+    if len(found) != 1:
+        raise TypeError(
+            f"Method {method!r}: option {name} must be annotated as one of bool, int, float, str and torch.dtype, "
+            f"or be named in hidden=, got {option}"
+        )
+    return found[0] | None
 
 
 def _options_as_fields() -> list[tuple[str, Any, Any]]:
-    """A field per option of any method; its help names the methods and has their own words."""
-    users: dict[str, dict[str, list[str]]] = {}
+    """A field per option of any method; its help has the methods' own words and their defaults."""
     kinds: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
     for method in METHODS.values():
         for name, option in method.options.items():
-            kinds.setdefault(name, _field_type(option.type))
-            users.setdefault(name, {}).setdefault(option.help, []).append(method.name)
-    fields = []
-    for name, kind in kinds.items():
-        help = " ".join(f"{', '.join(methods)}: {text}" for text, methods in users[name].items())
-        known = name in {f.name for f in dataclasses.fields(_LossConfig)}
-        if not known:
-            fields.append((name, kind if tyro is None else Annotated[kind, tyro.conf.arg(help=help)], None))
-    return fields
+            kinds.setdefault(name, _field_type(method.name, name, option.type))
+            default = str(option.default).removeprefix("torch.")
+            texts.setdefault(name, []).append(f"{method.name}: {option.help} [{default}]")
+    own = {field.name for field in dataclasses.fields(_LossConfig)}
+    return [(name, _with_help(kind, " ".join(texts[name])), None) for name, kind in kinds.items() if name not in own]
+
+
+def _with_help(kind: Any, text: str) -> Any:
+    return kind if tyro is None else Annotated[kind, tyro.conf.arg(help=text)]
 
 
 _NAMES = f"{'; '.join(f'{m.name}: {m.about}' for m in METHODS.values())}; module:Class: a DistillationLoss of your own."
@@ -163,12 +169,8 @@ if TYPE_CHECKING:
     LossConfig = _LossConfig
 else:
     # Made of the signatures of the methods, so that an option is declared in one place.
-    LossConfig = dataclasses.make_dataclass(
-        "LossConfig",
-        [("method", str if tyro is None else Annotated[str, tyro.conf.arg(help=_NAMES)], "dlb"), *_options_as_fields()],
-        bases=(_LossConfig,),
-        frozen=True,
-    )
+    fields_of_methods = [("method", _with_help(str, _NAMES), "dlb"), *_options_as_fields()]
+    LossConfig = dataclasses.make_dataclass("LossConfig", fields_of_methods, bases=(_LossConfig,), frozen=True)
     LossConfig.__doc__, LossConfig.__module__ = _LossConfig.__doc__, __name__
 
 METHOD_FIELDS = tuple(

@@ -8,8 +8,8 @@ A batch is `[old | new]`: rows `[0, num_old)` repeat the new rows of the step be
   two forwards. Each half is normalised with its own statistics, and the running statistics are updated twice, in that
   order. Without BatchNorm (and dropout) both give the same loss and gradient.
 
-Mixed images (`dlb_fast.data.Mix`) come with the class mixed in and the share of their own. A criterion that takes
-`target_b` and `lam` gets them, any other one the same as dense targets.
+Mixed images (`dlb_fast.data.Mix`) come with the class mixed in and the share of their own. Every criterion of this
+package takes them as `target_b` and `lam`; any other one, such as torch's, gets the same as dense targets.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ FORWARDS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
 
 
 def accepted_inputs(criterion: nn.Module) -> frozenset[str]:
-    """Which fields of a batch the criterion takes: LastBatchLoss `ids` and `num_old`, `nn.CrossEntropyLoss` none."""
+    """Which fields of a batch the criterion takes: a `DistillationLoss` all it knows, `nn.CrossEntropyLoss` none."""
     fields = {"ids", "num_old", "images", "epoch", "target_b", "lam"}
     return frozenset(inspect.signature(criterion.forward).parameters) & fields
 

@@ -6,13 +6,14 @@ import statistics
 
 import pytest
 import torch
+from method_cases import CASES, SIBLINGS
 from test_train_resume import assert_same_run, final_state, stop_at, train
 
-from dlb_fast import Lesson, Teacher, cli, report
+from dlb_fast import DistillationLoss, Teacher, cli, report
 from dlb_fast.presets import PRESETS, get_preset
 from dlb_fast.train import build, compare
-from dlb_fast.train.config import override, to_dict
-from dlb_fast.train.methods import METHODS, VARIANTS, numbers_of, resolve, variant
+from dlb_fast.train.config import _field_type, override, to_dict
+from dlb_fast.train.methods import METHODS, VARIANTS, method_options, resolve, variant
 
 torch.set_num_threads(1)
 
@@ -20,16 +21,10 @@ SMALL = override(
     get_preset("digits").config, per_class=4, batch_size=12, max_steps=9, eval_every=3, checkpoint_every=3, log_every=1,
     seed=7,
 )  # fmt: skip
-EXTRA = {
-    "mr_kd": {"copies": 2, "copy_every": 2, "ensemble_lr": 0.05, "swap": True, "correct_share": 0.9},
-    "bake": {"companions": 2, "omega": 0.9},
-    "ps_kd": {"ema": 0.9},
-    "lsr_kd": {"correct_share": 0.9, "amp": "bf16"},
-}
 
 
 def config_of(name):
-    return override(SMALL, method=name, **EXTRA.get(name, {}))
+    return override(SMALL, method=name, **CASES[name].options)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -46,7 +41,7 @@ def test_stopped_and_resumed_equals_uninterrupted(name, tmp_path, monkeypatch):
     assert_same_run(whole, cut)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("ce", "two_view")])
+@pytest.mark.parametrize("name", ["dlb", *SIBLINGS])
 def test_the_teacher_changes_the_weights(name, tmp_path):
     """Against the same run with alpha=0: a teacher that was wired to nothing would leave the weights alone."""
     taught, alone = tmp_path / "taught", tmp_path / "alone"
@@ -77,26 +72,52 @@ def test_every_number_is_written_into_the_run_folder(tmp_path):
 def test_numbers_of_other_methods_are_refused():
     with pytest.raises(ValueError, match=r"loss\.omega is not used by method dlb \(it is by bake\)"):
         resolve(override(SMALL, omega=0.5))
+    with pytest.raises(ValueError, match=r"loss\.temperature is not used by method zipf"):
+        resolve(override(SMALL, method="zipf", temperature=2.0))
+    with pytest.raises(ValueError, match=r"loss\.alpha is 0 with method two_view, got 0\.5"):
+        resolve(override(SMALL, method="two_view", alpha=0.5))
+    assert resolve(resolve(override(SMALL, method="two_view"))).loss.alpha == 0.0
     with pytest.raises(ValueError, match="did you mean 'bake'"):
         resolve(override(SMALL, method="bakes"))
     with pytest.raises(ValueError, match="forward=partners belongs to cs_kd"):
         resolve(override(SMALL, forward="partners"))
-    with pytest.raises(ValueError, match="forward=two_pass belongs to dlb and two_view, whose batches repeat rows"):
+    with pytest.raises(ValueError, match="forward=two_pass belongs to two_view and dlb, whose batches repeat rows"):
         resolve(override(SMALL, forward="two_pass", method="bake"))
     two = override(SMALL, forward="two_pass")
     assert resolve(two).train.forward == variant(two, "two_view").train.forward == "two_pass"
     assert variant(two, "ce").train.forward == "joint" and variant(two, "cs_kd").train.forward == "partners"
 
 
-class Mixer(Teacher):
-    """Half of the label, half of the model's own prediction."""
+class Mixer(DistillationLoss):
+    """A share of the label, the rest of the model's own prediction."""
 
-    def teach(self, scene):
-        own = scene.logits.detach().softmax(1)
-        return Lesson("probabilities", 0.5 * own + 0.5 * torch.eye(own.shape[1])[scene.target])
+    def __init__(self, share=0.5, **options):
+        super().__init__(**options)
+        self.share = share
+
+    def teacher(self, inputs):
+        own = inputs.logits.detach().softmax(1)
+        return Teacher("probabilities", self.share * torch.eye(own.shape[1])[inputs.target] + (1 - self.share) * own)
 
 
-def test_a_new_teacher_trains_by_its_import_path(tmp_path, monkeypatch):
+class Bare(DistillationLoss):
+    """Without a label smoothing."""
+
+    batches = "two_views"
+
+    def __init__(self, alpha=1.0):
+        super().__init__(alpha=alpha)
+
+    def teacher(self, inputs):
+        return Teacher("none")
+
+
+class Wanting(Bare):
+    def __init__(self, size):
+        super().__init__()
+
+
+def test_a_new_method_trains_by_its_import_path(tmp_path, monkeypatch):
     name = f"{Mixer.__module__}:Mixer"
     config = override(SMALL, method=name, alpha=0.5, temperature=2.0)
     result = train(config, tmp_path / "a")
@@ -104,11 +125,24 @@ def test_a_new_teacher_trains_by_its_import_path(tmp_path, monkeypatch):
     assert report.read_run(tmp_path / "a").config.loss.method == name
     for wrong, message in (
         (f"{Mixer.__module__}:Nobody", "has no Nobody"),
-        ("no_such_module:Teacher", "cannot import no_such_module"),
-        ("dlb_fast:LogitBank", "is not a dlb_fast.Teacher"),
+        ("no_such_module:Method", "cannot import no_such_module"),
+        ("dlb_fast:LogitBank", "is not a dlb_fast.DistillationLoss"),
     ):
         with pytest.raises(ValueError, match=message):
             override(SMALL, method=wrong)
+    bare = override(SMALL, method=f"{Bare.__module__}:Bare")
+    trainer = build.build_trainer(bare)
+    assert type(trainer.loader.sampler).__name__ == "ViewPairSampler"
+    with pytest.raises(ValueError, match="loss.label_smoothing is not an argument of Bare"):
+        build.build_trainer(override(bare, label_smoothing=0.1))
+    with pytest.raises(ValueError, match="the trainer cannot give size of Wanting; give them a default"):
+        build.build_trainer(override(bare, method=f"{Bare.__module__}:Wanting"))
+
+
+def test_an_option_that_no_flag_can_hold_is_refused():
+    for option in (tuple[int, ...], int | float, torch.Tensor):
+        with pytest.raises(TypeError, match="Method 'x': option sizes must be annotated as one of bool, int, float"):
+            _field_type("x", "sizes", option)
 
 
 def test_variants_keep_their_own_numbers():
@@ -164,15 +198,17 @@ def test_a_comparison_of_all_methods(tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("metrics.csv")}
 
 
-FAMILY = [name for name, preset in PRESETS.items() if preset.config.loss.method not in ("dlb", "two_view", "ce")]
+PRESETS_OF_METHODS = [
+    name for name, preset in PRESETS.items() if preset.config.loss.method not in ("dlb", "two_view", "ce")
+]
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_presets_of_the_family_are_complete(name):
+@pytest.mark.parametrize("name", PRESETS_OF_METHODS)
+def test_presets_of_methods_are_complete(name):
     """Their numbers are those their method uses, each with its source, and one step runs on synthetic images."""
     preset = get_preset(name)
-    numbers = numbers_of(preset.config.loss)
-    given = {k for k, v in to_dict(preset.config)["loss"].items() if v is not None and k in numbers}
+    options = method_options(preset.config.loss)
+    given = {k for k, v in to_dict(preset.config)["loss"].items() if v is not None and k in options}
     assert given <= set(preset.sources), f"without a source: {sorted(given - set(preset.sources))}"
     tiny = override(
         preset.config, source="synthetic:64,4,16", batch_size=16, max_steps=1, model="small_cnn", padding=2,
