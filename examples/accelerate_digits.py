@@ -1,7 +1,7 @@
 """An Accelerate loop with the last mini-batch. What changed against the usual one:
 
-1. the loader: `OverlapBatchSampler` in torchdata's `StatefulDataLoader`, made after `Accelerator()`, because the sampler
-   asks for its rank, and not given to `prepare`; `ResidentLoader(..., device=accelerator.device)` works too,
+1. the loader: `OverlapBatchSampler` in torchdata's `StatefulDataLoader`, made after `Accelerator()`, because the
+   sampler asks for its rank, and not given to `prepare`; `ResidentLoader(..., device=accelerator.device)` works too,
 2. the criterion: `LastBatchLoss`, which also takes the sample ids,
 3. `register_last_batch(...)`: `save_state` and `load_state` then store both, for every rank.
 

@@ -32,9 +32,9 @@ MARK = "comparison.json"
 def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
     """The config of every named method, all with the steps, evaluations and schedule of DLB's epochs.
 
-    DLB draws `batch_size / 2` new images a step, cross entropy `batch_size`; all methods push `batch_size` rows through
-    the network. So at equal steps they have seen equally many images (DLB's first step apart, which has no old half).
-    What a method forwards beside the rows of its batch (the copies of MrKD) is not counted; its seconds are.
+    DLB samples `batch_size / 2` new images a step, cross entropy `batch_size`; the network sees `batch_size` rows with
+    every method. So at equal steps they have seen equally many images (except in DLB's first step, which has no
+    repeated half). Further forwards of a method (the copies of MrKD) are not counted; its seconds are.
     """
     rows = config.data.batch_size
     length = len(open_data(config.data).train)
@@ -48,7 +48,7 @@ def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig
         if not per_epoch:
             raise ValueError(f"compare: {name} needs at least {sampled_rows(one)} training images, got {length}")
         if per_epoch != of_dlb:
-            # the schedule counts epochs, and an epoch of this method has another number of steps
+            # the schedule counts epochs, which have another number of steps with this method
             factor = of_dlb / per_epoch
             schedule = dataclasses.replace(
                 one.schedule,
@@ -75,11 +75,11 @@ def run(
     Args:
         config: what all runs share.
         methods: names in `VARIANTS`.
-        seeds: how many.
-        jobs: processes at a time; None: one per core on a CPU, one on a GPU. Each takes its share of the cores.
+        seeds: number of seeds.
+        jobs: processes at a time; None: one per core on a CPU, one on a GPU. The cores are divided among them.
         folder: of the comparison; an existing one is continued and must have been made by the same config.
         label: part of a new folder's name.
-        command: recorded.
+        command: the command line, which is recorded.
     Raises:
         ValueError: unknown or repeated method, no seed, or a folder of another comparison.
     """

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlb_fast import DistillationLoss
 from dlb_fast.data import Batch
 
 from . import checkpoint
@@ -129,6 +130,8 @@ class Trainer:
         if hasattr(criterion, "setup"):
             criterion.setup(model)  # type: ignore[operator]
         self.criterion_step: Callable[[], None] | None = getattr(criterion, "step", None)
+        if getattr(type(criterion), "step", None) is DistillationLoss.step:  # the base's, which does nothing
+            self.criterion_step = None
 
         self.step = 0  # optimiser steps done
         self.epoch = 0  # passes of the loader finished
