@@ -22,9 +22,9 @@ import torch
 from dlb_fast import DistillationLoss
 from dlb_fast.data.batch import Batch
 from dlb_fast.train.config import LossConfig
+from dlb_fast.train.loop import accepted_inputs, training_loss
 from dlb_fast.train.methods import METHODS, find, make_criterion
 from dlb_fast.train.models import create_model
-from dlb_fast.train.step import accepted_inputs, training_loss
 
 from . import harness
 
@@ -56,7 +56,7 @@ def whole_step(name: str, args: argparse.Namespace) -> tuple[Callable[[], None],
         training_loss(model, criterion, Batch(images[half:], targets[half:], ids[half:], 0, 0, 0))
 
     def step() -> None:
-        loss = training_loss(model, criterion, batch, forward=forward, accepts=accepts)
+        loss = training_loss(model, criterion, batch, forward=forward, inputs=accepts)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

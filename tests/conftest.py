@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 
 from dlb_fast import _backends, _options, functional
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The fast tier does not even import the frameworks, which takes seconds."""
+    fast = config.getoption("markexpr") == "not slow"
+    return True if fast and collection_path.name.startswith("test_integrations_") else None
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -94,11 +102,11 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 
 
 @pytest.fixture(scope="session")
-def gang():
-    """Two ranks on the CPU that call a test module's functions: `gang(function, *arguments)`."""
-    from gang import Gang
+def process_group():
+    """Two ranks on the CPU that call a test module's functions: `process_group(function, *arguments)`."""
+    from process_group import ProcessGroup
 
-    made = Gang()
+    made = ProcessGroup()
     yield made
     made.close()
 

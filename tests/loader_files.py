@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import io
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from builders import wait_for
 from PIL import Image
 
 from dlb_fast.data.overlap_loader import OverlapLoader
@@ -66,7 +66,4 @@ def threads() -> list[str]:
 def assert_no_threads() -> None:
     """All threads of loaders ended (a moment is allowed to those that were just told to)."""
     gc.collect()
-    deadline = time.monotonic() + 5
-    while threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threads() == []
+    wait_for(lambda: not threads(), f"the end of {threads()}")

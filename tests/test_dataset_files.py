@@ -123,9 +123,9 @@ def test_many_classes_take_no_more_than_their_number(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "class_folders", lambda root: [f"{k:06}" for k in range(30_000)])
     monkeypatch.setattr(files, "image_files", lambda root, folder, endings: [folder + "/0.png"])
-    started = time.perf_counter()
+    started = time.process_time()  # what other processes take does not count
     assert len(ImageFolder(tmp_path)) == 30_000
-    assert time.perf_counter() - started < 3  # a set of all classes made for each of them took minutes
+    assert time.process_time() - started < 30  # a set of all classes made for each of them took minutes
 
 
 @pytest.mark.parametrize("extensions", ["jpg", ".jpg"])

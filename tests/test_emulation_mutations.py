@@ -7,7 +7,10 @@ import torch
 from emulation import harness
 from emulation.oracle import batch, compare
 
-pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
+pytestmark = [
+    pytest.mark.slow,  # every mutant is compiled
+    pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}"),
+]
 
 
 def outcome(

@@ -24,6 +24,7 @@ def test_random_cases() -> None:
         assert any(word in text for text in described), word
 
 
+@pytest.mark.slow
 def test_random_cases_under_sanitizers() -> None:
     runtimes = [
         subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()

@@ -6,19 +6,20 @@ import statistics
 
 import pytest
 import torch
+from builders import assert_same_run, last_checkpoint, train, train_stopped
 from method_cases import CASES, SIBLINGS
-from test_train_resume import assert_same_run, final_state, stop_at, train
 
 from dlb_fast import DistillationLoss, Teacher, cli, report
-from dlb_fast.presets import PRESETS, get_preset
-from dlb_fast.train import build, compare
-from dlb_fast.train.config import _field_type, override, to_dict
-from dlb_fast.train.methods import METHODS, VARIANTS, method_options, resolve, variant
+from dlb_fast.presets import PRESETS, load_preset
+from dlb_fast.train import compare
+from dlb_fast.train.config import _field_type, override
+from dlb_fast.train.methods import METHODS, VARIANTS, resolve, variant
+from dlb_fast.train.run import build_trainer
 
 torch.set_num_threads(1)
 
 SMALL = override(
-    get_preset("digits").config, per_class=4, batch_size=12, max_steps=9, eval_every=3, checkpoint_every=3, log_every=1,
+    load_preset("digits"), per_class=4, batch_size=12, max_steps=9, eval_every=3, checkpoint_every=3, log_every=1,
     seed=7,
 )  # fmt: skip
 
@@ -28,15 +29,12 @@ def config_of(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_stopped_and_resumed_equals_uninterrupted(name, tmp_path, monkeypatch):
+def test_stopped_and_resumed_equals_uninterrupted(name, tmp_path):
     config = config_of(name)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     result = train(config, whole)
     assert result["step"] == 9
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)  # between two checkpoints, in the middle of an epoch
-        assert train(config, cut)["stopped_by"] == "SIGTERM"
-    assert final_state(cut)["step"] == 5
+    train_stopped(config, cut, 5)  # between two checkpoints, in the middle of an epoch
     assert train(config, cut, resume=True)["step"] == 9
     assert_same_run(whole, cut)
 
@@ -47,7 +45,7 @@ def test_the_teacher_changes_the_weights(name, tmp_path):
     taught, alone = tmp_path / "taught", tmp_path / "alone"
     train(override(config_of(name), alpha=0.5), taught)
     train(override(config_of(name), alpha=0.0), alone)
-    a, b = (final_state(path)["model"] for path in (taught, alone))
+    a, b = (last_checkpoint(path)["model"] for path in (taught, alone))
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
@@ -55,7 +53,7 @@ def test_the_teacher_changes_the_weights(name, tmp_path):
 def test_learning_goes_somewhere(name):
     """Forty steps on forty digits: the test accuracy leaves chance far behind."""
     config = override(config_of(name), max_steps=40, lr=0.05, label_noise=0.0, eval_every=40, checkpoint_every=40)
-    trainer = build.build_trainer(config)
+    trainer = build_trainer(config)
     trainer.log.quiet = True
     result = trainer.fit()
     assert result["test_top1"] > 0.4, result
@@ -131,12 +129,12 @@ def test_a_new_method_trains_by_its_import_path(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             override(SMALL, method=wrong)
     bare = override(SMALL, method=f"{Bare.__module__}:Bare")
-    trainer = build.build_trainer(bare)
+    trainer = build_trainer(bare)
     assert type(trainer.loader.sampler).__name__ == "ViewPairSampler"
     with pytest.raises(ValueError, match="loss.label_smoothing is not an argument of Bare"):
-        build.build_trainer(override(bare, label_smoothing=0.1))
+        build_trainer(override(bare, label_smoothing=0.1))
     with pytest.raises(ValueError, match="the trainer cannot give size of Wanting; give them a default"):
-        build.build_trainer(override(bare, method=f"{Bare.__module__}:Wanting"))
+        build_trainer(override(bare, method=f"{Bare.__module__}:Wanting"))
 
 
 def test_an_option_that_no_flag_can_hold_is_refused():
@@ -172,7 +170,7 @@ def test_noise_levels_make_one_table(tmp_path, capsys):
 
 
 def test_cs_kd_partners_may_be_the_sample_itself():
-    trainer = build.build_trainer(config_of("cs_kd"))
+    trainer = build_trainer(config_of("cs_kd"))
     assert trainer.loader.sampler.include_anchor and trainer.loader.sampler.companions == 1
 
 
@@ -198,22 +196,15 @@ def test_a_comparison_of_all_methods(tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("metrics.csv")}
 
 
-PRESETS_OF_METHODS = [
-    name for name, preset in PRESETS.items() if preset.config.loss.method not in ("dlb", "two_view", "ce")
-]
+PRESETS_OF_METHODS = [name for name in PRESETS if load_preset(name).loss.method not in ("dlb", "two_view", "ce")]
 
 
 @pytest.mark.parametrize("name", PRESETS_OF_METHODS)
-def test_presets_of_methods_are_complete(name):
-    """Their numbers are those their method uses, each with its source, and one step runs on synthetic images."""
-    preset = get_preset(name)
-    options = method_options(preset.config.loss)
-    given = {k for k, v in to_dict(preset.config)["loss"].items() if v is not None and k in options}
-    assert given <= set(preset.sources), f"without a source: {sorted(given - set(preset.sources))}"
+def test_presets_of_methods_train_a_step(name):
     tiny = override(
-        preset.config, source="synthetic:64,4,16", batch_size=16, max_steps=1, model="small_cnn", padding=2,
+        load_preset(name), source="synthetic:64,4,16", batch_size=16, max_steps=1, model="small_cnn", padding=2,
         image_size=16, per_class=None, label_noise=0.0,
     )  # fmt: skip
-    trainer = build.build_trainer(tiny)
+    trainer = build_trainer(tiny)
     trainer.log.quiet = True
     assert trainer.fit()["step"] == 1

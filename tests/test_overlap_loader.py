@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import wait_for
 from torch.utils.data import DataLoader
 
 from dlb_fast.data.batch import Batch
@@ -172,7 +173,7 @@ def test_state_is_small_and_counts_delivered_batches_only() -> None:
         iterator = iter(source)
         for _ in range(2):
             next(iterator)
-        time.sleep(0.1)  # the threads are ahead by now
+        wait_for(lambda: source.stats().reads > 12, "threads that read ahead")
         state = source.state_dict()
         assert (state["epoch"], state["step"]) == (0, 2)
         assert all(isinstance(v, (int, bool)) for v in state.values())

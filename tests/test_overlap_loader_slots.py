@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from builders import PATIENCE, wait_for
 
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.data.slots import Item, Slot, SlotRing
@@ -126,7 +127,7 @@ def test_any_order_of_threads_fills_every_row_once(seed: int) -> None:
     for thread in threads:
         thread.start()
     for _ in range(60):
-        slot = ring.wait(10)
+        slot = ring.wait(PATIENCE)
         assert slot is not None
         with guard:
             in_use.add(slot.step)
@@ -137,7 +138,7 @@ def test_any_order_of_threads_fills_every_row_once(seed: int) -> None:
         ring.release(slot)
     ring.stop()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE)
     assert not violations and not any(t.is_alive() for t in threads)
 
 
@@ -151,7 +152,7 @@ def test_stop_may_come_from_inside_a_locked_region() -> None:
 
     thread = threading.Thread(target=stop_inside, daemon=True)
     thread.start()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert not thread.is_alive() and ring.take() is None
 
 
@@ -164,7 +165,7 @@ def test_threads_count_how_long_they_wait_for_room() -> None:
     pool = [threading.Thread(target=lambda: taken.append(ring.take())) for _ in range(2)]
     for thread in pool:
         thread.start()
-    time.sleep(0.1)
+    wait_for(lambda: ring.idle_seconds() > 0.1, "threads that wait for room")
     waiting = ring.idle_seconds()  # those who still wait count
     slot = ring.wait(0)
     assert slot is not None

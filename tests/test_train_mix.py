@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 import torch
+from builders import exported, train, train_stopped
 from torch import nn
 
 from dlb_fast import LastBatchLoss, LsrKDLoss
-from dlb_fast.data import ArrayDataset, Mix, RandomErasing, ResidentLoader
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import ArrayDataset, Batch, Mix, RandomErasing, ResidentLoader
 from dlb_fast.methods.ce import CrossEntropy
-from dlb_fast.presets import get_preset
-from dlb_fast.train import build
+from dlb_fast.presets import load_preset
 from dlb_fast.train.config import RunConfig, from_dict, override, parse_flags, to_dict
-from dlb_fast.train.engine import Trainer
+from dlb_fast.train.loop import accepted_inputs, training_loss
 from dlb_fast.train.methods import METHODS, resolve
-from dlb_fast.train.run_folder import RunFolder
-from dlb_fast.train.step import accepted_inputs, training_loss
 
 torch.set_num_threads(1)
 
-BASE = override(
-    get_preset("digits").config, source="synthetic:40,4,8", per_class=None, label_noise=0.0, batch_size=8, epochs=2,
-    eval_every=None,
-)  # fmt: skip
+TINY = {"source": "synthetic:40,4,8", "per_class": None, "label_noise": 0.0}
+BASE = override(load_preset("digits"), **TINY, batch_size=8, epochs=2, eval_every=None)
 MIXED = override(BASE, mixup_alpha=0.4, cutmix_alpha=1.0)
-
-
-def train(config, path, **options):
-    return build.train_run(config, RunFolder(path), quiet=True, **options)
 
 
 def batches(mix=None, count=6):
@@ -111,25 +99,13 @@ def test_options_that_need_one_class_refuse_mixed_images(tmp_path):
     resolve(override(MIXED, method="mr_kd"))
 
 
-def test_mixing_changes_the_run_and_a_resume_does_not(tmp_path, monkeypatch):
+def test_mixing_changes_the_run_and_a_resume_does_not(tmp_path):
     train(BASE, tmp_path / "plain")
-    whole = train(MIXED, tmp_path / "whole")
-    assert whole["lb"] > 0
-    original = Trainer._optimizer_step
-
-    def stopping(self):
-        if self.step == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_optimizer_step", stopping)
-        assert train(MIXED, tmp_path / "part")["stopped_by"] == "SIGTERM"
+    assert train(MIXED, tmp_path / "whole")["lb"] > 0
+    train_stopped(MIXED, tmp_path / "part", 13)
     train(MIXED, tmp_path / "part", resume=True)
-    plain, first, second = (
-        (tmp_path / name / "checkpoints" / "last.safetensors").read_bytes() for name in ("plain", "whole", "part")
-    )
-    assert first == second and plain != first
+    plain, whole, part = (exported(tmp_path / name) for name in ("plain", "whole", "part"))
+    assert whole == part and plain != whole
 
 
 def test_the_command_line_reaches_every_option():

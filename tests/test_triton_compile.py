@@ -200,6 +200,7 @@ def _complaints(line: dict[str, Any]) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_machine_code():
     """One test, so that the compiler runs once however the tests are spread over processes."""
     pytest.importorskip("triton", reason="triton is not installed")

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from .build import resolve_device, train_run
+from .checkpoint import write_atomically
 from .config import RunConfig, from_dict, override, to_dict
+from .data import open_data
 from .methods import LABELS, VARIANTS, sampled_rows, variant
-from .run_folder import RunFolder
-from .sets import open_sets
-from .state import write_atomically
+from .run import RunFolder, resolve_device, train_run
 
 __all__ = ["equal_budget", "read_comparison", "run"]
 
@@ -38,7 +37,7 @@ def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig
     What a method forwards beside the rows of its batch (the copies of MrKD) is not counted; its seconds are.
     """
     rows = config.data.batch_size
-    length = len(open_sets(config.data).train)
+    length = len(open_data(config.data).train)
     of_dlb = length // (rows // 2)
     steps = config.train.max_steps or max(1, config.train.epochs * of_dlb // config.train.accumulate)
     every = config.train.eval_every or max(1, of_dlb // config.train.accumulate)

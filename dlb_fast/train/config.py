@@ -1,35 +1,38 @@
-"""What a run is: frozen dataclasses that hold every number, checked when they are made.
+"""The configuration of a run: frozen dataclasses, checked when they are made.
 
-A config comes from a preset, a YAML file and command-line flags, in this order, each overriding the one before; the
-resolved one is saved in the run folder. Field names are unique over all groups, so that `--lr 0.1` needs no prefix.
+A config comes from a preset, a YAML file and command-line flags, each overriding the one before. The resolved config is
+saved in the run folder. tyro parses both files and flags. Field names are unique over all groups, so `--lr 0.1` needs
+no prefix.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import io
 import math
+import re
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
+from dlb_fast.data import Cutout, Mix, RandAugment, RandomErasing
 from dlb_fast.methods import METHODS, find
 
-from .augment_config import AugmentConfig
-from .coerce import coerce, near
-from .sinks import SINKS
-
-try:  # what turns flags into configs; configs made in Python, and graphed steps, work without it
+try:  # configs made in Python work without tyro
     import tyro
 except ImportError:
     tyro = None  # type: ignore[assignment]
-    _CALLED_DATA = _NO_OPPOSITE = None
+    _DATA_FLAG = _NO_OPPOSITE = None
 else:
-    _CALLED_DATA, _NO_OPPOSITE = tyro.conf.arg(name="data"), tyro.conf.FlagCreatePairsOff
+    _DATA_FLAG, _NO_OPPOSITE = tyro.conf.arg(name="data"), tyro.conf.FlagCreatePairsOff
 
 __all__ = [
     "METHOD_FIELDS",
@@ -59,7 +62,7 @@ def _require(condition: bool, name: str, expected: str, got: Any) -> None:
 class DataConfig:
     """Which images, how many rows a step sees, how they are augmented."""
 
-    source: Annotated[str, _CALLED_DATA] = "digits"
+    source: Annotated[str, _DATA_FLAG] = "digits"
     """KIND[:PATH]: digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, synthetic[:N,C,SIZE], ..."""
     batch_size: int = 128
     """Rows the model sees per step, over all ranks; with DLB half of them repeat the step before. Even."""
@@ -99,6 +102,67 @@ class DataConfig:
         _require(ok, "eval_resize", f"at least the crop of the evaluation ({crop}) or null", self.eval_resize)
         _require(self.eval_batch_size >= 1, "eval_batch_size", "at least 1", self.eval_batch_size)
         _require(self.num_threads >= 1, "num_threads", "at least 1", self.num_threads)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation of the training images beyond crop and flip; see docs/augmentation.md."""
+
+    rand_augment: str | None = None
+    """N,M: RandAugment with N operations of magnitude M (0 to 30); 2,9 is usual."""
+    cutout: int = 0
+    """Side of the square that Cutout blackens; 0 turns it off."""
+    erase_prob: float = 0.0
+    """Probability that a rectangle of a view is erased after the normalisation (random erasing); 0.25 is usual."""
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    """Range of the rectangle's share of the image."""
+    erase_mode: Literal["const", "rand", "pixel"] = "const"
+    """Zeros (the mean), noise per channel, or noise per pixel."""
+    mixup_alpha: float = 0.0
+    """Mixup with shares from Beta(alpha, alpha); 0 turns it off. Both views of a sample are mixed alike."""
+    cutmix_alpha: float = 0.0
+    """CutMix, the same way."""
+    mix_prob: float = 1.0
+    """Probability that rows are mixed, where mixup or CutMix is on."""
+    mix_switch_prob: float = 0.5
+    """Probability of CutMix where both are on."""
+    mix_mode: Literal["batch", "elem"] = "batch"
+    """One share and box for each half of a batch, or one for every row."""
+
+    def __post_init__(self) -> None:
+        try:
+            self.mix()
+            self.erase()
+            self.transforms()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"config: {error}") from None
+
+    def mix(self) -> Mix | None:
+        """Mixup and CutMix, or None."""
+        if self.mixup_alpha == 0 and self.cutmix_alpha == 0:
+            return None
+        return Mix(self.mixup_alpha, self.cutmix_alpha, self.mix_prob, self.mix_switch_prob, self.mix_mode)
+
+    def erase(self) -> RandomErasing | None:
+        """Random erasing, or None."""
+        if self.erase_prob == 0:
+            return None
+        return RandomErasing(self.erase_prob, area=self.erase_area, mode=self.erase_mode)
+
+    def transforms(self) -> list[Any]:
+        """The transforms on uint8 images after crop and flip."""
+        steps: list[Any] = []
+        if self.rand_augment is not None:
+            try:
+                operations, magnitude = (int(part) for part in self.rand_augment.split(","))
+            except ValueError:
+                raise ValueError(
+                    f"rand_augment must be N,M (operations and magnitude), such as 2,9, got {self.rand_augment!r}"
+                ) from None
+            steps.append(RandAugment(operations, magnitude))
+        if self.cutout != 0:
+            steps.append(Cutout(self.cutout))
+        return steps
 
 
 @dataclass(frozen=True)
@@ -251,8 +315,6 @@ class TrainConfig:
     """BatchNorm statistics over all ranks' rows (SyncBatchNorm; GPUs only). Without, over each rank's own rows."""
     compile: bool = False
     """Train through torch.compile; the evaluation stays eager."""
-    graph: bool = False
-    """Forward, loss and backward as one CUDA graph: for small networks on one GPU."""
     eval_every: int | None = None
     """Steps between evaluations, each a row of metrics; None: every epoch."""
     log_every: int = 50
@@ -263,8 +325,8 @@ class TrainConfig:
     """Checkpoints kept."""
     nan_check: bool = True
     """Stop when the loss is not finite; looked at only at log points, because looking waits for the device."""
-    trackers: tuple[str, ...] = ()
-    """Experiment trackers beside metrics.csv and metrics.jsonl: tensorboard, trackio, wandb."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Experiment trackers beside metrics.csv and metrics.jsonl."""
     seed: int = 0
     device: str = "auto"
 
@@ -275,18 +337,11 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1 or null", value)
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "above 0 or null", self.clip_grad)
-        if self.graph:
-            for name, single in (("accumulate", 1), ("compile", False)):
-                value = getattr(self, name)
-                _require(value == single, name, f"{single} with graph (one whole step is captured, eager)", value)
-            ok = self.distributed in ("auto", "none")
-            _require(ok, "distributed", "auto or none with graph (it works on one GPU)", self.distributed)
         _require(self.ema is None or 0 < self.ema < 1, "ema", "in (0, 1) or null", self.ema)
         _require(self.seed >= 0, "seed", "at least 0", self.seed)
-        names = tuple(name for part in self.trackers for name in part.split(",") if name)  # tensorboard,wandb is two
-        ok = set(names) <= set(SINKS) and len(set(names)) == len(names)
-        _require(ok, "trackers", f"distinct names of {', '.join(SINKS)}", self.trackers)
-        object.__setattr__(self, "trackers", names)
+        known = ("tensorboard", "trackio", "wandb")
+        ok = set(self.trackers) <= set(known) and len(set(self.trackers)) == len(self.trackers)
+        _require(ok, "trackers", f"distinct names of {', '.join(known)}", self.trackers)
 
 
 @dataclass(frozen=True)
@@ -329,26 +384,30 @@ class TrainArgs:
 
 
 def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) -> Any:
-    """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group."""
-    import tyro  # missing: said here, by its name
+    """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group.
 
-    return tyro.cli(form, prog=prog, args=list(flags), default=default, config=(tyro.conf.OmitArgPrefixes,))
+    Raises:
+        SystemExit: with 2 after one sentence on stderr for a wrong flag, with 0 after `--help`.
+    """
+    try:
+        return _parse(form, default, flags, prog, tyro.conf.OmitArgPrefixes)
+    except ValueError as error:
+        print(f"{prog}: {error} (--help lists all flags)", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def override(config: RunConfig, **values: Any) -> RunConfig:
     """The config with single fields replaced, each found by its name in whatever group has it, or whole groups."""
+    groups = _fields()
+    homes = {name: group for group, names in groups.items() for name in names}
     for name, value in values.items():
-        if isinstance(value, type(getattr(config, name, None))) and dataclasses.is_dataclass(value):
+        if name in groups and dataclasses.is_dataclass(value):
             config = dataclasses.replace(config, **{name: value})  # type: ignore[arg-type]
-            continue
-        for group in dataclasses.fields(config):
-            part = getattr(config, group.name)
-            if name in {f.name for f in dataclasses.fields(part)}:
-                part = dataclasses.replace(part, **{name: value})
-                config = dataclasses.replace(config, **{group.name: part})
-                break
+        elif name in homes:
+            part = dataclasses.replace(getattr(config, homes[name]), **{name: value})
+            config = dataclasses.replace(config, **{homes[name]: part})
         else:
-            raise ValueError(f"config: no field {name!r}{near(name, _all_fields())}")
+            raise ValueError(f"config: unknown field {name!r}{_suggestion(name, homes)}")
     return config
 
 
@@ -359,23 +418,39 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:
-    """A config from nested plain values, everything not named taken from `base`; unknown names raise."""
-    config = base or RunConfig()
-    groups = {f.name: f for f in dataclasses.fields(RunConfig)}
+    """A config from nested plain values on top of `base`. The values are given to tyro as flags.
+
+    Raises:
+        ValueError: unknown group or field, or a value that its field does not take.
+        TypeError: not a mapping of groups to fields.
+
+    Example:
+        >>> from_dict({"optim": {"lr": "1e-3"}}).optim.lr
+        0.001
+    """
+    config, groups = base or RunConfig(), _fields()
+    known = [f"{group}.{name}" for group, names in groups.items() for name in names]
     if not isinstance(values, Mapping):
         raise TypeError(f"config: expected groups ({', '.join(groups)}), got {type(values).__name__}")
     for group, part in values.items():
         if group not in groups:
-            raise ValueError(f"config: unknown group {group!r}{_home(group) or near(group, groups)}")
+            raise ValueError(f"config: unknown group {group!r}{_suggestion(str(group), [*groups, *known])}")
         if not isinstance(part, Mapping):
             raise TypeError(f"config: {group} must hold fields, got {part!r}")
+        flags = []
+        for name, value in part.items():
+            if name not in groups[group]:
+                raise ValueError(f"config: unknown field {group}.{name}{_suggestion(f'{group}.{name}', known)}")
+            flags += _as_flag(f"{group}.{name}", "data" if name == "source" else name, value)
         current = getattr(config, group)
-        hints = typing.get_type_hints(type(current))
-        for name in part:
-            if name not in hints:
-                raise ValueError(f"config: unknown field {group}.{name}{_home(name) or near(name, hints)}")
-        new = {name: coerce(value, hints[name], f"{group}.{name}") for name, value in part.items()}
-        config = dataclasses.replace(config, **{group: dataclasses.replace(current, **new)})
+        try:
+            made = _parse(type(current), current, flags, "config", tyro.conf.FlagConversionOff)
+        except ValueError as error:
+            text = str(error).removeprefix("config: ")
+            for flag in re.findall(r"--[\w-]+", text):
+                text = text.replace(flag, f"{group}.{flag[2:].replace('-', '_')}")
+            raise ValueError(f"config: {text}") from None
+        config = dataclasses.replace(config, **{group: made})
     return config
 
 
@@ -393,11 +468,59 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _home(name: Any) -> str:
-    """A hint for a field that is known, but in another group."""
-    homes = {f.name: g.name for g in dataclasses.fields(RunConfig) for f in dataclasses.fields(g.default_factory)}  # type: ignore[arg-type]
-    return f"; {name} is a field of {homes[name]}: write {homes[name]}: {{{name}: ...}}" if name in homes else ""
+def _fields() -> dict[str, list[str]]:
+    """Group -> the names of its fields."""
+    groups = dataclasses.fields(RunConfig)
+    return {g.name: [f.name for f in dataclasses.fields(g.default_factory)] for g in groups}  # type: ignore[arg-type]
 
 
-def _all_fields() -> list[str]:
-    return [f.name for g in dataclasses.fields(RunConfig) for f in dataclasses.fields(g.default_factory)]  # type: ignore[arg-type]
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the nearest of the known names, or the list of those in the same group."""
+    group, _, last = name.rpartition(".")
+    known = list(known)
+    found = [other for other in known if other.endswith(f".{last}")] or difflib.get_close_matches(name, known, n=1)
+    if found:
+        return f"; did you mean {found[0]}?"
+    return f"; known: {', '.join(other for other in known if other.startswith(group))}"
+
+
+def _as_flag(where: str, name: str, value: Any) -> list[str]:
+    """The flag of one value of a YAML file."""
+    if isinstance(value, (list, tuple)) and not any(isinstance(v, (list, tuple, Mapping)) for v in value):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, (list, tuple, Mapping)):
+        raise ValueError(f"config: {where} must be one value or a list, got {value!r}")
+    return [f"--{name}={value}"]
+
+
+def _parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: Any) -> Any:
+    """`tyro.cli`, whose complaint about a wrong flag becomes a ValueError of one sentence."""
+    if tyro is None:
+        raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(form, prog=prog, args=list(flags), default=default, config=(how,))
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise ValueError(_sentence(complaint.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """tyro's boxed message in one line: what was expected, what came, and the flag that was probably meant."""
+    lines = [re.sub(r"^[│─ -]+$|[│╭╮╰╯─]", "", line).strip() for line in box.strip().splitlines()]
+    blocks = [block.split("\n") for block in "\n".join(lines[1:]).strip().split("\n\n")]
+    said = " ".join(blocks[0])
+    _, ours, checked = said.partition("config: ")
+    if ours:  # raised by a config's own check
+        return ours + checked
+    if wrong := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", said):
+        return f"{wrong[2]} must be one of {wrong[3]}, got {wrong[1]}"
+    explained = {block[0]: block[1:] for block in blocks[1:]}
+    if (wrong := re.match(r"Error parsing (\S+): .*?('.*'|\[.*?\])", said)) and "Argument helptext:" in explained:
+        expected = explained["Argument helptext:"][0].removeprefix(wrong[1]).strip().replace("{None}|", "None or ")
+        return f"{wrong[1]} must be {expected}, got {wrong[2].strip('[]')}"
+    if near := explained.get("Perhaps you meant:"):
+        return f"{said}; did you mean {near[0].split()[0]}?"
+    return said

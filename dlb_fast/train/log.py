@@ -1,32 +1,113 @@
-"""What a run says: a bar on a terminal, plain lines elsewhere, always metrics.csv and metrics.jsonl, trackers on wish.
+"""Metrics of a run: a bar or plain lines on the console, metrics.csv and metrics.jsonl, and experiment trackers.
 
-Both files only grow, line by line. A checkpoint remembers how long they were; a resumed run cuts them back to that, so
-that the steps it repeats are not in there twice.
+Both files only grow, line by line. A checkpoint remembers their lengths, and a resumed run cuts them back to these, so
+that the steps it repeats are not in them twice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .sinks import Trackers
-from .state import CheckpointError
+from .checkpoint import CheckpointError
 
-__all__ = ["COLUMNS", "RunLog"]
+__all__ = ["COLUMNS", "TRACKERS", "RunLog"]
 
 COLUMNS = (
-    "step", "epoch", "images_seen", "lr", "loss", "ce", "lb", "train_top1",
-    "test_top1", "test_top5", "test_nll", "test_ece", "test_count",
-    "seconds", "images_per_second", "data_wait",
-)  # fmt: skip
+    "step",
+    "epoch",
+    "images_seen",
+    "lr",
+    "loss",
+    "ce",
+    "lb",
+    "train_top1",
+    "test_top1",
+    "test_top5",
+    "test_nll",
+    "test_ece",
+    "test_count",
+    "seconds",
+    "images_per_second",
+    "data_wait",
+)
 
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no bar
+
+
+class TensorBoard:
+    """Event files in the run folder's `tensorboard`. A resumed run purges the steps that it repeats."""
+
+    def __init__(self) -> None:
+        self.writer_class = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self.writer = self.writer_class(log_dir=str(folder / "tensorboard"), purge_step=step + 1)
+        if step == 0:
+            self.writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```", 0)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # a killed process loses what it has not written
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """Weights & Biases. It drops the steps that a resumed run repeats. WANDB_PROJECT, WANDB_MODE=offline, ... apply."""
+
+    module = "wandb"
+
+    def __init__(self) -> None:
+        self.library = importlib.import_module(self.module)
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        project = os.environ.get(f"{self.module.upper()}_PROJECT", "dlb_fast")
+        with contextlib.redirect_stdout(sys.stderr):  # Trackio prints a greeting
+            self.run = self.library.init(
+                project=project, config=dict(config), resume="allow", **self.identity(folder, _run_id(folder))
+            )
+
+    def identity(self, folder: Path, run_id: str) -> dict[str, str]:
+        return {"name": folder.resolve().name, "id": run_id, "dir": str(folder)}
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self.run.finish()
+
+
+class Trackio(Wandb):
+    """A local database, no account; see it with `trackio show`. Steps that a resumed run repeats are in it twice."""
+
+    module = "trackio"
+
+    def identity(self, folder: Path, run_id: str) -> dict[str, str]:
+        return {"name": f"{folder.resolve().name}-{run_id[:6]}"}  # Trackio finds a run by its name
+
+
+TRACKERS: dict[str, Callable[[], Any]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
+
+
+def _run_id(folder: Path) -> str:
+    """The id under which a tracker continues the run of this folder; made once."""
+    path = folder / "tracker_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="ascii")
+    return path.read_text(encoding="ascii").strip()
 
 
 class RunLog:
@@ -36,11 +117,12 @@ class RunLog:
         folder: where metrics.csv and metrics.jsonl go; None writes no files.
         quiet: no console output.
         stream: the console.
-        trackers: names of experiment trackers, see `sinks.py`.
-        config: what the trackers show as the run's configuration.
+        trackers: names in `TRACKERS`, which need a folder. One that fails while the run lasts is named once and left
+            out from then on; it never ends the run.
+        config: the run's configuration, for the trackers.
 
     Raises:
-        ValueError: trackers without a folder, or a tracker that is unknown, missing or broken.
+        ValueError: trackers without a folder, or a tracker that is unknown or cannot be imported.
     """
 
     def __init__(
@@ -52,24 +134,33 @@ class RunLog:
         trackers: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        self.folder, self.config = folder, config or {}
         self.stream = stream or sys.stderr
         self.quiet = quiet
         self.bar: Any = None
         self.csv = None if folder is None else folder / "metrics.csv"
         self.jsonl = None if folder is None else folder / "metrics.jsonl"
         self.total = 0
-        self.told = 0.0  # when the last line of progress was printed
-        self.trackers: Trackers | None = None
-        if trackers:
-            if folder is None:
-                raise ValueError(f"RunLog: trackers ({', '.join(trackers)}) need a run folder; give folder=...")
-            self.trackers = Trackers(tuple(trackers), folder, config or {}, self.warn)
+        self.printed = 0.0  # when the last line of progress was printed
+        self.trackers: dict[str, Any] = {}
+        self.sent: set[tuple[int, str]] = set()  # (step, name) of the values that the trackers got for the last step
+        if trackers and folder is None:
+            raise ValueError(f"RunLog: trackers ({', '.join(trackers)}) need a run folder; give folder=...")
+        for name in trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"RunLog: tracker must be one of {', '.join(TRACKERS)}, got {name!r}")
+            try:
+                self.trackers[name] = TRACKERS[name]()
+            except Exception as error:
+                raise ValueError(
+                    f"tracker {name} cannot be used: its import failed ({type(error).__name__}: {error}); "
+                    f"pip install {name}, or leave it out of --trackers"
+                ) from error
 
     def start(self, *, step: int, total: int) -> None:
-        """Begin the console's progress and the trackers after a step."""
-        self.total, self.told = total, time.monotonic()
-        if self.trackers is not None:
-            self.trackers.start(step)
+        """Begin the progress and the trackers after `step`."""
+        self.total, self.printed = total, time.monotonic()
+        self._call_trackers("start", self.folder, self.config, step)
         if self.quiet or not self.stream.isatty():
             return
         try:
@@ -78,13 +169,8 @@ class RunLog:
             return
         self.bar = tqdm(total=total, initial=step, unit="step", file=self.stream, dynamic_ncols=True)
 
-    def advance(self) -> None:
-        """One more step."""
-        if self.bar is not None:
-            self.bar.update()
-
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print a line."""
         if self.quiet:
             return
         if self.bar is not None:
@@ -93,39 +179,37 @@ class RunLog:
             print(text, file=self.stream, flush=True)
 
     def warn(self, text: str) -> None:
-        """A line that even a quiet run shows: something was lost or is not as it was."""
+        """Print a line even in a quiet run: something was lost or is not as it was."""
         if self.quiet:
             print(text, file=self.stream, flush=True)
         else:
             self.say(text)
 
     def progress(self, row: Mapping[str, Any]) -> None:
-        """A row at a log point: metrics.jsonl, trackers, and the bar's tail or now and then a line."""
-        self._append(self.jsonl, json.dumps({"kind": "step", **_clean(row)}))
-        if self.trackers is not None:
-            self.trackers.log(row)
+        """A row at a log point: to metrics.jsonl, the trackers, and the bar or, every ten seconds, a line."""
+        self._append(self.jsonl, json.dumps({"kind": "step", **_finite(row)}))
+        self._track(row)
         if self.bar is not None:
-            self.bar.set_postfix_str(_tail(row))
-        elif time.monotonic() - self.told >= PLAIN_SECONDS:
-            self.told = time.monotonic()
-            self.say(f"step {row['step']}/{self.total}  {_tail(row)}")
+            self.bar.set_postfix_str(_short(row))
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
+            self.printed = time.monotonic()
+            self.say(f"step {row['step']}/{self.total}  {_short(row)}")
 
     def result(self, row: Mapping[str, Any]) -> None:
-        """A row at an evaluation: both files, trackers and one line on the console.
+        """A row at an evaluation: to both files, the trackers and a line on the console.
 
-        Values that are no numbers (the bins of the calibration) go to metrics.jsonl only.
+        Values that are not numbers (the bins of the calibration) go to metrics.jsonl only.
         """
-        clean = _clean(row)
-        self._append(self.jsonl, json.dumps({"kind": "eval", **clean}))
-        if self.trackers is not None:
-            self.trackers.log(row)
+        finite = _finite(row)
+        self._append(self.jsonl, json.dumps({"kind": "eval", **finite}))
+        self._track(row)
         if self.csv is not None and not (self.csv.exists() and self.csv.stat().st_size):
             self._append(self.csv, ",".join(COLUMNS))
-        self._append(self.csv, ",".join("" if clean.get(c) is None else repr(clean[c]) for c in COLUMNS))
-        self.say(_sentence(row))
+        self._append(self.csv, ",".join("" if finite.get(c) is None else repr(finite[c]) for c in COLUMNS))
+        self.say(f"epoch {row['epoch']:g}  step {row['step']}  {_phrases(row)}")
 
     def positions(self) -> dict[str, int]:
-        """Lengths of the files in bytes, flushed to the disk: what a checkpoint keeps."""
+        """Lengths of the files in bytes, flushed to the disk, for a checkpoint."""
         sizes = {}
         for path in (self.csv, self.jsonl):
             if path is not None and path.exists():
@@ -146,11 +230,26 @@ class RunLog:
 
     def close(self) -> None:
         """End the bar and the trackers."""
-        if self.trackers is not None:
-            self.trackers.finish()
+        self._call_trackers("finish")
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    def _track(self, row: Mapping[str, Any]) -> None:
+        """Send the numbers of a row that its step has not sent before: an evaluation may fall on a log point."""
+        step = row["step"]
+        values = {_tag(k): v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        values = {name: value for name, value in values.items() if (step, name) not in self.sent}
+        self.sent = {key for key in self.sent if key[0] == step} | {(step, name) for name in values}
+        self._call_trackers("log", values, step)
+
+    def _call_trackers(self, method: str, *arguments: Any) -> None:
+        for name, tracker in list(self.trackers.items()):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:
+                del self.trackers[name]
+                self.warn(f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}")
 
     def _append(self, path: Path | None, line: str) -> None:
         if path is None:
@@ -162,13 +261,19 @@ class RunLog:
             raise CheckpointError(f"cannot write {path}: {error}; make room, then continue with --resume") from error
 
 
-def _clean(value: Any) -> Any:
-    """Values a strict JSON reader takes: nan and infinities become null."""
+def _finite(value: Any) -> Any:
+    """The same with null for nan and infinities, which strict JSON does not have."""
     if isinstance(value, Mapping):
-        return {k: _clean(v) for k, v in value.items()}
+        return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_clean(v) for v in value]
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tag(name: str) -> str:
+    """`test_top1` -> `test/top1`; everything else belongs to the training: `loss` -> `train/loss`."""
+    group, _, rest = name.partition("_")
+    return f"{group}/{rest}" if group in ("train", "test") and rest else f"train/{name}"
 
 
 _PHRASES = (
@@ -192,10 +297,6 @@ def _phrases(row: Mapping[str, Any]) -> str:
     )
 
 
-def _tail(row: Mapping[str, Any]) -> str:
-    """What is said between two evaluations."""
+def _short(row: Mapping[str, Any]) -> str:
+    """The part of a row that is shown between two evaluations."""
     return _phrases({name: row.get(name) for name in ("loss", "lr", "images_per_second", "data_wait")})
-
-
-def _sentence(row: Mapping[str, Any]) -> str:
-    return f"epoch {row['epoch']:g}  step {row['step']}  {_phrases(row)}"

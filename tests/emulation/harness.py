@@ -6,6 +6,7 @@ machine's temporary folder. Test code: not part of the package.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -96,7 +97,10 @@ def build(
     if module.exists():
         return module
     # Compiled aside and moved into place, so that parallel test workers never meet a half-written file.
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    with tempfile.TemporaryDirectory(dir=cache) as folder, (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if module.exists():  # another worker has built it meanwhile
+            return module
         work = Path(folder)
         for name, text in sources.items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
