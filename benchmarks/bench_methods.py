@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 from dlb_fast.train.config import LossConfig
 from dlb_fast.train.methods import METHODS, Task, find, make_criterion
 from dlb_fast.train.models import create_model

@@ -13,8 +13,8 @@ import torch
 from builders import wait_for
 from PIL import Image
 
-from dlb_fast.data.overlap_loader import OverlapLoader
-from dlb_fast.data.view_rng import ViewRng
+from dlb_fast.data.loaders.overlap import OverlapLoader
+from dlb_fast.data.rng import ViewRng
 
 
 class Files:
@@ -55,7 +55,7 @@ def corner(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
 
 
 def loader(data: Any, batch_size: int = 8, **options: Any) -> OverlapLoader:
-    defaults = {"transform": corner, "num_threads": 2, "dtype": torch.uint8, "check_threads": False, "timeout": 20}
+    defaults = {"transform": corner, "num_threads": 2, "dtype": torch.uint8, "timeout": 20}
     return OverlapLoader(data, batch_size, **{**defaults, **options})
 
 

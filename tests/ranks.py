@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.evaluation import EvalLoader
-from dlb_fast.data.resident import ResidentLoader
+from dlb_fast.data import EvalLoader, ResidentLoader
 from dlb_fast.train.distributed import Ranks
 from dlb_fast.train.engine import Trainer
 from dlb_fast.train.evaluate import evaluate

@@ -13,7 +13,7 @@ from benchmarks import bench_step, harness, memory, step_variants
 from benchmarks.step_variants import EagerLastBatchLoss, Rig, Setting, build, two_views
 from benchmarks.tables import verdicts
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 from dlb_fast.train.graphed import GraphedStep
 from dlb_fast.train.step import training_loss
 

@@ -26,7 +26,7 @@ from dlb_fast.data import (
     synthetic,
     with_label_noise,
 )
-from dlb_fast.data.arrays import stratified_split
+from dlb_fast.data.datasets.arrays import stratified_split
 
 Image = pytest.importorskip("PIL.Image")
 FROZEN_PIXELS = [62, 62, 54, 150]
@@ -256,7 +256,7 @@ def test_asymmetric_noise_follows_the_confusions():
 
 
 def cifar_names():
-    from dlb_fast.data.arrays import CIFAR10_CLASSES
+    from dlb_fast.data.datasets.arrays import CIFAR10_CLASSES
 
     return CIFAR10_CLASSES
 
@@ -295,7 +295,7 @@ def test_the_loaders_take_every_kind_of_dataset(tmp_path):
     tree(tmp_path, [f"{c}/{k}.png" for c in "ab" for k in range(4)])
     files = ImageFolder(tmp_path)
     memory = load_into_memory(files)
-    with OverlapLoader(files, 4, num_threads=1, seed=1, check_threads=False) as loader:
+    with OverlapLoader(files, 4, num_threads=1, seed=1) as loader:
         for got, expected in zip(loader, ResidentLoader(memory, 4, seed=1), strict=True):
             assert torch.equal(got.images, expected.images) and torch.equal(got.ids, expected.ids)
     for got, expected in zip(EvalLoader(files, 3), EvalLoader(memory, 3), strict=True):

@@ -12,7 +12,7 @@ from test_train_resume import final_state
 from torch import nn
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.evaluation import EvalLoader
+from dlb_fast.data import EvalLoader
 from dlb_fast.train import build
 from dlb_fast.train import state as files
 from dlb_fast.train.config import RunConfig, TrainConfig, override

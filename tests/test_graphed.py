@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dlb_fast import BakeLoss, LastBatchLoss
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 from dlb_fast.train.config import TrainConfig
 from dlb_fast.train.engine import Trainer
 from dlb_fast.train.graphed import WARM_UP, GraphedStep, check_graph

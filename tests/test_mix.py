@@ -24,16 +24,15 @@ from dlb_fast.data import (
     OverlapBatchSampler,
     OverlapLoader,
     PadCrop,
-    RandomResizedCrop,
     ResidentLoader,
     SampledLoader,
     ViewPairSampler,
     collate_overlap,
-    mixing,
     pair_halves,
 )
-from dlb_fast.data.class_batches import ClassBatchSampler
-from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.sampler import ClassBatchSampler
+from dlb_fast.data.transforms import mixing
+from dlb_fast.data.transforms.normalise import Normalise
 
 torch.set_num_threads(1)
 
@@ -177,7 +176,7 @@ def test_all_tiers_mix_alike(mix):
     options = {"transform": VIEWS, "seed": 4, "drop_last": False}
     expected = epochs(ResidentLoader(data, 8, mix=mix, **norm, **options))
     for threads in (1, 3):
-        with OverlapLoader(data, 8, mix=mix, num_threads=threads, check_threads=False, **norm, **options) as loader:
+        with OverlapLoader(data, 8, mix=mix, num_threads=threads, **norm, **options) as loader:
             same(epochs(loader), expected)
     sampler = OverlapBatchSampler(data, 8, seed=4, drop_last=False)
     dataset = IndexedDataset([load(data, i) for i in range(len(data))], VIEWS)
@@ -188,15 +187,6 @@ def test_all_tiers_mix_alike(mix):
             batch.images = normalise(batch.images.permute(0, 2, 3, 1).contiguous())
             own.append(mix(batch, seed=4, steps_per_epoch=len(sampler)))
     same(own, expected)
-
-
-def test_views_cut_on_the_device_are_mixed_alike():
-    options = {"transform": RandomResizedCrop(8), "mix": MIXES[2], "check_threads": False, "num_threads": 2}
-    with (
-        OverlapLoader(random_images(), 8, augment_on="device", **options) as device,
-        OverlapLoader(random_images(), 8, augment_on="host", **options) as host,
-    ):
-        same(epochs(device), epochs(host))
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=NAMES)
@@ -219,7 +209,6 @@ def test_any_stop_point_resumes_with_the_same_mixes(mix):
 def test_two_ranks_mix_by_id_as_one(mix, kind):
     """Neighbours stay together when the rows of a global half are split."""
     options = {"mix": mix, "seed": 6, "transform": VIEWS}
-    options |= {"check_threads": False} if kind is OverlapLoader else {}
     data = random_images(40)
     one = epochs(kind(data, 16, **options))
     two = [epochs(kind(data, 8, rank=rank, world_size=2, **options)) for rank in range(2)]
@@ -318,7 +307,7 @@ def test_dtypes_and_formats(dtype, channels_last):
 
 
 def test_plain_epochs_are_mixed_within_the_batch():
-    batches = epochs(ResidentLoader(numbered(), 8, repeat=False, mix=MIXES[0], shuffle=False))
+    batches = epochs(ResidentLoader(numbered(), 8, overlap=False, mix=MIXES[0], shuffle=False))
     again = epochs(ResidentLoader(numbered(), 16, mix=MIXES[0], shuffle=False))
     for batch, overlap in zip(batches, again, strict=True):  # unshuffled: the halves of twice the batch size
         assert batch.num_old == 0 and (batch.lam < 1).all()

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from dlb_fast import LastBatchLoss, LsrKDLoss
-from dlb_fast.data import ArrayDataset, Mix, RandomErasing, ResidentLoader
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import ArrayDataset, Batch, Mix, RandomErasing, ResidentLoader
 from dlb_fast.presets import load_preset
 from dlb_fast.train import build
 from dlb_fast.train.config import RunConfig, from_dict, override, parse_flags, to_dict

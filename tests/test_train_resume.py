@@ -364,7 +364,7 @@ def test_every_generator_is_restored():
 
 def test_a_loader_without_state_is_wound_forward(tmp_path):
     """Plain lists of batches resume too."""
-    from dlb_fast.data.batch import Batch
+    from dlb_fast.data import Batch
 
     torch.manual_seed(0)
     batches = [Batch(torch.randn(4, 3), torch.randint(0, 2, (4,)), torch.arange(4), 0, 0, s) for s in range(5)]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 from dlb_fast.train.engine import Trainer
 from dlb_fast.train.log import RunLog
 from dlb_fast.train.step import training_loss

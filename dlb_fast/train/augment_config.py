@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dlb_fast.data.erasing import Cutout, RandomErasing
-from dlb_fast.data.mixing import Mix
-from dlb_fast.data.rand_augment import RandAugment
+from dlb_fast.data import Cutout, Mix, RandAugment, RandomErasing
 
 __all__ = ["AugmentConfig"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 
 from . import snapshot
 from . import state as files

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 
 from .config import TrainConfig
 from .methods import CrossEntropy

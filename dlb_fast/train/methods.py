@@ -35,7 +35,7 @@ from dlb_fast import (
     ZipfLoss,
     fused_lb_loss,
 )
-from dlb_fast.data.class_batches import ClassBatchSampler, ViewPairSampler
+from dlb_fast.data import ClassBatchSampler, ViewPairSampler
 
 from .config import METHOD_FIELDS, LossConfig, RunConfig, override
 

@@ -8,11 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlb_fast.data.augment import NORMALISATION, Compose, Flip, PadCrop, RandomResizedCrop, eval_transform
-from dlb_fast.data.datasets import open_dataset, subset, with_label_noise
-from dlb_fast.data.evaluation import EvalLoader
-from dlb_fast.data.resident import ResidentLoader
-from dlb_fast.data.sampled_loader import SampledLoader
+from dlb_fast.data import (
+    NORMALISATION,
+    Compose,
+    EvalLoader,
+    Flip,
+    OverlapLoader,
+    PadCrop,
+    RandomResizedCrop,
+    ResidentLoader,
+    SampledLoader,
+    eval_transform,
+    open_dataset,
+    subset,
+    with_label_noise,
+)
 
 from .augment_config import AugmentConfig
 from .config import DataConfig
@@ -72,11 +82,9 @@ class Sets:
                 f"config: a step draws {drawn} new images, the training set has {len(self.train)}; lower batch_size"
             )
         rows //= ranks.world_size
-        options |= {"seed": seed, "repeat": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
+        options |= {"seed": seed, "overlap": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
         if self.resident:
             return ResidentLoader(self.train, rows, **options)
-        from dlb_fast.data.overlap_loader import OverlapLoader
-
         return OverlapLoader(self.train, rows, num_threads=threads, **options)
 
     def _transform(self, augment: AugmentConfig) -> Any:

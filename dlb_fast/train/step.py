@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 
 __all__ = ["FORWARDS", "accepted_inputs", "training_loss"]
 
