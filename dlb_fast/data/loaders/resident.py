@@ -169,28 +169,29 @@ class ResidentViews:
         crop = steps.pop(0) if steps and type(steps[0]) is PadCrop else None
         self._rest = Compose([step for step in steps if step is not None])
         self._batched = has_batch(self._rest)
-        pad = PadCrop(0) if crop is None else crop
-        self._images = pad.pad(images)  # once: every crop is then a window
-        self._size = pad.output(*images.shape[2:])
         self._cropped = crop is not None
-        # how many places a window has, down and across
-        self._places = [full - side + 1 for full, side in zip(self._images.shape[1:3], self._size, strict=True)]
+        pad = PadCrop(0) if crop is None else crop
+        h, w = pad.output(*images.shape[2:])
+        self._windows = windows(pad.pad(images), (h, w))  # padded once: every crop is then a window
+        self._shape = (-1, h, w, images.shape[1])
 
     def __call__(self, rngs: ViewRngs) -> tuple[torch.Tensor, torch.Tensor]:
         """(images (n, c, h, w), sample ids (n,)) on the device."""
         where = np.zeros((3, len(rngs.samples)), dtype=np.int64)
         where[0] = rngs.samples
         if self._cropped:  # the numbers that PadCrop draws
-            where[1], where[2] = rngs.integer(self._places[0]), rngs.integer(self._places[1])
-        ids, top, left = to_device(where, self._images.device)
-        views = windows(self._images, top, left, self._size, ids)
-        if self._batched:
-            views = self._rest.batch(views, rngs)
-        else:
-            views = self._one_by_one(views, rngs)
-        return self._normalise(views.permute(0, 2, 3, 1).contiguous(), rngs), ids
+            _, down, across = self._windows.shape[:3]
+            where[1], where[2] = rngs.integer(down), rngs.integer(across)
+        on_cpu = self._windows.is_cpu
+        ids, top, left = torch.from_numpy(where) if on_cpu else to_device(where, self._windows.device)
+        views = self._windows[ids, top, left].view(self._shape)
+        if self._rest.transforms:
+            views = self._transformed(views.permute(0, 3, 1, 2), rngs).permute(0, 2, 3, 1).contiguous()
+        return self._normalise(views, rngs), ids
 
-    def _one_by_one(self, views: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
+    def _transformed(self, views: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
+        if self._batched:
+            return self._rest.batch(views, rngs)
         counter, singles = rngs.counter, []
         for image, epoch, sample, view in zip(views, rngs.epochs, rngs.samples, rngs.views, strict=True):
             rng = ViewRng(rngs.seed, int(epoch), int(sample), int(view))

@@ -62,30 +62,16 @@ class BatchTransform(Transform, Protocol):
     def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor: ...
 
 
-def windows(
-    images: torch.Tensor,
-    top: torch.Tensor,
-    left: torch.Tensor,
-    size: tuple[int, int],
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    """One gather: `images[rows[i], :, top[i]:top[i]+h, left[i]:left[i]+w]` for all i, (n, c, h, w) channels-last.
+def windows(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Every window of every image, a view (N, H - h + 1, W - w + 1, h, w * c) of images (N, H, W, c).
 
-    Args:
-        images: (N, H, W, c) contiguous.
-        top: (n,) int64 on the device of `images`; windows must lie inside.
-        left: likewise.
-        size: (h, w).
-        rows: (n,) int64, which images.
+    `windows(images, (h, w))[rows, top, left].view(-1, h, w, c)` is one gather that copies whole lines of a window.
     """
-    count, full_h, full_w, channels = images.shape
-    (h, w), row = size, full_w * channels
-    # Every window of every image, as a view: rows of w * c contiguous bytes, so the gather copies whole rows.
-    strided = images.as_strided(
-        (count, full_h - h + 1, full_w - w + 1, h, w * channels),
-        (full_h * row, row, channels, row, 1),
+    count, height, width, channels = images.shape
+    (h, w), line = size, width * channels
+    return images.as_strided(
+        (count, height - h + 1, width - w + 1, h, w * channels), (height * line, line, channels, line, 1)
     )
-    return strided[rows, top, left].view(-1, h, w, channels).permute(0, 3, 1, 2)
 
 
 class Compose:
@@ -172,10 +158,11 @@ class PadCrop:
 
     def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
         """One gather from the padded batch."""
-        height, width = images.shape[2:]
+        count, channels, height, width = images.shape
+        h, w = self.output(height, width)
         top, left = (to_device(a, images.device) for a in self.place(rngs, height, width))
-        rows = torch.arange(len(images), device=images.device)
-        return windows(self.pad(images), top, left, self.output(height, width), rows)
+        rows = torch.arange(count, device=images.device)
+        return windows(self.pad(images), (h, w))[rows, top, left].view(-1, h, w, channels).permute(0, 3, 1, 2)
 
     def __repr__(self) -> str:
         return f"PadCrop({self.padding}, size={self.size})"
