@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from dlb_fast.data import DecodeError
-from dlb_fast.data.decode.decode import ImageDecoder, available_backends
 from dlb_fast.data.decode import decode as decode_module
+from dlb_fast.data.decode.decode import ImageDecoder, available_backends
 from dlb_fast.data.decode.jpeg import parse_header, zero_run
 
 HAVE_SIMPLEJPEG = available_backends()["simplejpeg"] == ""

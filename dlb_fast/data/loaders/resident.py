@@ -182,9 +182,12 @@ class ResidentViews:
         if self._cropped:  # the numbers that PadCrop draws
             _, down, across = self._windows.shape[:3]
             where[1], where[2] = rngs.integer(down), rngs.integer(across)
-        on_cpu = self._windows.is_cpu
-        ids, top, left = torch.from_numpy(where) if on_cpu else to_device(where, self._windows.device)
-        views = self._windows[ids, top, left].view(self._shape)
+        if self._windows.is_cpu:  # NumPy copies whole lines of windows, three times as fast as torch
+            ids = torch.from_numpy(where[0])
+            views = torch.from_numpy(self._windows.numpy()[tuple(where)]).view(self._shape)
+        else:
+            ids, top, left = to_device(where, self._windows.device)
+            views = self._windows[ids, top, left].view(self._shape)
         if self._rest.transforms:
             views = self._transformed(views.permute(0, 3, 1, 2), rngs).permute(0, 2, 3, 1).contiguous()
         return self._normalise(views, rngs), ids
