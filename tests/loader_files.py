@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import io
 import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from builders import wait_for
-from PIL import Image
+from builders import jpeg, wait_for
 
 from dlb_fast.data.loaders.overlap import OverlapLoader
 from dlb_fast.data.rng import ViewRng
@@ -32,13 +29,6 @@ class Files:
 
     def read(self, index: int) -> str:
         return str(self.paths[index])
-
-
-def jpeg(seed: int, height: int = 60, width: int = 80) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 def make_files(folder: Path) -> Files:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from builders import contents, png, write_images
 
 from dlb_fast.data import (
     ImageFolder,
@@ -26,31 +27,11 @@ from dlb_fast.data.datasets import folder
 Image = pytest.importorskip("PIL.Image")
 
 
-def png(value, size=(6, 5)):
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((*size[::-1], 3), value, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def tree(root, files):
-    """Images at these paths; the k-th is uniformly grey of value k."""
-    for value, name in enumerate(files):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(value))
-    return root
-
-
-def contents(dataset):
-    """{(grey value, class name)} through decoding."""
-    return [(int(dataset[i][0].unique()), dataset.classes[dataset.targets[i]]) for i in range(len(dataset))]
-
-
 FOLDER = ["b/2.png", "b/1.JPG", "a/deep/er/x.png", "c/0.jpeg", "a/y.PNG"]
 
 
 def test_image_folder(tmp_path):
-    tree(tmp_path, [*FOLDER, ".hidden/z.png", "a/.z.png"])
+    write_images(tmp_path, [*FOLDER, ".hidden/z.png", "a/.z.png"])
     (tmp_path / "b" / "notes.txt").write_text("no image")
     (tmp_path / "readme.png").write_bytes(png(200))
     dataset = ImageFolder(tmp_path)
@@ -73,7 +54,7 @@ def test_image_folder_errors(tmp_path):
     (tmp_path / "flat").mkdir()
     with pytest.raises(ValueError, match="has no class folders; expected .*CLASS/image"):
         ImageFolder(tmp_path / "flat")
-    tree(tmp_path / "set", FOLDER)
+    write_images(tmp_path / "set", FOLDER)
     (tmp_path / "set" / "empty").mkdir()
     with pytest.raises(ValueError, match="no images in 'empty' of .* allow_empty=True"):
         ImageFolder(tmp_path / "set")
@@ -89,8 +70,8 @@ def test_image_folder_errors(tmp_path):
 
 
 def test_links_are_followed_but_never_back(tmp_path, caplog):
-    tree(tmp_path / "set", ["cat/a.png", "dog/b.png"])
-    tree(tmp_path / "elsewhere", ["deep/c.png", "d.png"])
+    write_images(tmp_path / "set", ["cat/a.png", "dog/b.png"])
+    write_images(tmp_path / "elsewhere", ["deep/c.png", "d.png"])
     (tmp_path / "set" / "cat" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "set" / "dog" / "same").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     honest = [(0, "cat"), (1, "cat"), (0, "cat"), (1, "dog"), (1, "dog"), (0, "dog")]
@@ -106,7 +87,7 @@ def test_links_are_followed_but_never_back(tmp_path, caplog):
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     """Root reads everything, so the refusal is made here."""
-    tree(tmp_path, ["a/0.png", "a/sub/1.png", "b/2.png"])
+    write_images(tmp_path, ["a/0.png", "a/sub/1.png", "b/2.png"])
     look = os.scandir
 
     def refuse(path):
@@ -130,14 +111,14 @@ def test_many_classes_take_no_more_than_their_number(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("extensions", ["jpg", ".jpg"])
 def test_one_string_is_not_a_list_of_extensions(tmp_path, extensions):
-    tree(tmp_path, ["a/0.jpg"])
+    write_images(tmp_path, ["a/0.jpg"])
     with pytest.raises(TypeError, match=r"ImageFolder: extensions: .* got the string .*; pass \(\"\.jpg\","):
         ImageFolder(tmp_path, extensions=extensions)
 
 
 @pytest.mark.parametrize("give_path", [False, True])
 def test_a_pipe_among_the_images_is_named_and_never_opened(tmp_path, give_path):
-    tree(tmp_path, ["a/0.png", "a/1.png", "a/2.png"])
+    write_images(tmp_path, ["a/0.png", "a/1.png", "a/2.png"])
     os.mkfifo(tmp_path / "a" / "pipe.jpg")
     dataset = ImageFolder(tmp_path)
     if give_path:  # a user's dataset may name the file and leave the reading to the loader
@@ -150,26 +131,26 @@ def test_a_pipe_among_the_images_is_named_and_never_opened(tmp_path, give_path):
 
 
 def test_train_may_be_a_class(tmp_path):
-    vehicles = tree(tmp_path / "vehicles", [f"{c}/{k}.png" for c in ("bus", "car", "train") for k in range(3)])
+    vehicles = write_images(tmp_path / "vehicles", [f"{c}/{k}.png" for c in ("bus", "car", "train") for k in range(3)])
     assert open_dataset(f"imagefolder:{vehicles}").classes == ["bus", "car", "train"]
-    lone = tree(tmp_path / "lone", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)])
+    lone = write_images(tmp_path / "lone", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)])
     assert open_dataset(f"imagefolder:{lone}").classes == ["a", "b"]
-    flat = tree(tmp_path / "flat", ["train/0.png", "val/a/0.png"])
+    flat = write_images(tmp_path / "flat", ["train/0.png", "val/a/0.png"])
     with pytest.raises(ValueError, match="train has no class folders"):
         open_dataset(f"imagefolder:{flat}")
 
 
 def test_open_image_folder_with_and_without_a_validation_folder(tmp_path, caplog):
-    tree(tmp_path / "two", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)] + ["val/b/0.png"])
+    write_images(tmp_path / "two", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)] + ["val/b/0.png"])
     train, test = (open_dataset(f"imagefolder:{tmp_path}/two", split) for split in ("train", "test"))
     assert len(train) == 6 and train.classes == test.classes == ["a", "b"] and test.targets.tolist() == [1]
     caplog.set_level("INFO", "dlb_fast.data")
-    tree(tmp_path / "one", [f"{c}/{k:02}.png" for c in "ab" for k in range(20)])
+    write_images(tmp_path / "one", [f"{c}/{k:02}.png" for c in "ab" for k in range(20)])
     train, test = (open_dataset(f"imagefolder:{tmp_path}/one", split) for split in ("train", "test"))
     assert np.bincount(train.targets).tolist() == [18, 18] and np.bincount(test.targets).tolist() == [2, 2]
     assert not {train.path(i) for i in range(36)} & {test.path(i) for i in range(4)}
     assert "held out" in caplog.text
-    tree(tmp_path / "lone", ["a/0.png", "b/0.png"])
+    write_images(tmp_path / "lone", ["a/0.png", "b/0.png"])
     with pytest.raises(ValueError, match="nothing to hold out"):
         open_dataset(f"imagefolder:{tmp_path}/lone")
 
@@ -185,7 +166,7 @@ def test_paths_are_kept_in_one_array(tmp_path):
 
 
 def test_list_file(tmp_path):
-    tree(tmp_path / "images", ["x.png", "y z.png", "w.png"])
+    write_images(tmp_path / "images", ["x.png", "y z.png", "w.png"])
     lists = tmp_path / "images" / "train.txt"
     lists.write_text("# a comment\nx.png 2\n\ny z.png\t0\nw.png 2\n")
     dataset = ListFile(lists)
@@ -244,7 +225,7 @@ def test_numbers_that_are_no_class_indices(tmp_path):
 
 
 def test_tiny_imagenet(tmp_path):
-    tree(
+    write_images(
         tmp_path,
         [
             "train/n2/images/n2_0.JPEG",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import assert_same_batches, batches
 from test_device_stream import Streams
 
 from dlb_fast.data import (
@@ -46,22 +47,11 @@ def data(length: int = 23) -> Any:
     return synthetic(length=length, num_classes=3, size=12)
 
 
-def epochs(loader: Any, count: int = 3) -> list[Any]:
-    with loader:
-        return [batch for _ in range(count) for batch in loader]
-
-
-def same(first: list[Any], second: list[Any]) -> None:
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.images, b.images) and torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets)
-
-
 @pytest.mark.parametrize("erase", ERASERS, ids=NAMES)
 def test_each_view_is_erased_by_its_own_numbers(erase: Any) -> None:
     """Row by row against the definition: the box of (seed, epoch drawn in, id, use), its content, nothing beside it."""
     options: dict[str, Any] = {"transform": VIEWS, "seed": 5, "drop_last": False, **NORM}
-    plain, erased = (epochs(ResidentLoader(data(), 8, erase=e, **options)) for e in (None, erase))
+    plain, erased = (batches(ResidentLoader(data(), 8, erase=e, **options)) for e in (None, erase))
     grey = torch.tensor([9.0, 99, 199]) / 255
     filled = ((grey - torch.tensor(NORM["mean"])) / torch.tensor(NORM["std"]))[:, None, None]
     whole = 0
@@ -96,12 +86,12 @@ def test_each_view_is_erased_by_its_own_numbers(erase: Any) -> None:
 def test_all_tiers_erase_alike(erase: Any) -> None:
     options: dict[str, Any] = {"transform": VIEWS, "seed": 4, "drop_last": False, "erase": erase, **NORM}
     for layout in ({}, {"channels_last": False, "dtype": torch.bfloat16}, {"mix": Mix(mixup_alpha=1.0)}):
-        expected = epochs(ResidentLoader(data(), 8, **options, **layout))
+        expected = batches(ResidentLoader(data(), 8, **options, **layout))
         for threads in (1, 3):
             got = OverlapLoader(data(), 8, num_threads=threads, **options, **layout)
-            same(epochs(got), expected)
-    plain = epochs(ResidentLoader(data(), 4, overlap=False, **options))
-    same(epochs(OverlapLoader(data(), 4, overlap=False, num_threads=2, **options)), plain)
+            assert_same_batches(batches(got), expected)
+    plain = batches(ResidentLoader(data(), 4, overlap=False, **options))
+    assert_same_batches(batches(OverlapLoader(data(), 4, overlap=False, num_threads=2, **options)), plain)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -114,9 +104,9 @@ def test_the_order_of_cuda_erases_alike(seed: int, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(pipeline, "make_stage", make_stage)
     options: dict[str, Any] = {"transform": VIEWS, "seed": 4, "drop_last": False, "erase": ERASERS[2], **NORM}
-    got = epochs(OverlapLoader(data(), 8, num_threads=3, depth=1, **options), 20)
+    got = batches(OverlapLoader(data(), 8, num_threads=3, depth=1, **options), 20)
     streams.finish()
-    same(got, epochs(ResidentLoader(data(), 8, **options), 20))
+    assert_same_batches(got, batches(ResidentLoader(data(), 8, **options), 20))
 
 
 def test_row_samplers_erase_too() -> None:
@@ -137,17 +127,17 @@ def test_row_samplers_erase_too() -> None:
             Image.fromarray(data().images[index].permute(1, 2, 0).numpy()).save(file, "PNG")
             return file.getvalue()
 
-    made = [epochs(SampledLoader(d, ViewPairSampler(23, 8), erase=ERASERS[2])) for d in (data(), Files())]
-    same(*made)
-    plain = epochs(SampledLoader(data(), ViewPairSampler(23, 8)))
+    made = [batches(SampledLoader(d, ViewPairSampler(23, 8), erase=ERASERS[2])) for d in (data(), Files())]
+    assert_same_batches(*made)
+    plain = batches(SampledLoader(data(), ViewPairSampler(23, 8)))
     changed = [(a.images != b.images).flatten(1).any(1) for a, b in zip(plain, made[0], strict=True)]
     assert any((c[:4] != c[4:]).any() for c in changed)  # the two views of a sample are erased differently
 
 
 def test_resuming_and_ranks_keep_the_boxes() -> None:
     options: dict[str, Any] = {"erase": ERASERS[2], "seed": 1}
-    whole = epochs(ResidentLoader(data(40), 16, **options))
-    two = [epochs(ResidentLoader(data(40), 8, rank=rank, world_size=2, **options)) for rank in range(2)]
+    whole = batches(ResidentLoader(data(40), 16, **options))
+    two = [batches(ResidentLoader(data(40), 8, rank=rank, world_size=2, **options)) for rank in range(2)]
     for batch, first, second in zip(whole, *two, strict=True):
         old = [part.images[: part.num_old] for part in (first, second)]
         new = [part.images[part.num_old :] for part in (first, second)]
@@ -160,7 +150,7 @@ def test_resuming_and_ranks_keep_the_boxes() -> None:
         state = source.state_dict()
     again = ResidentLoader(data(40), 16, **options)
     again.load_state_dict(state)
-    same([next(iter(again))], [whole[3]])
+    assert_same_batches([next(iter(again))], [whole[3]])
 
 
 def test_boxes_follow_the_numbers_given() -> None:
@@ -284,7 +274,7 @@ def test_erase_writes_nothing_where_there_is_no_box() -> None:
 def test_a_gpu_erases_as_the_cpu(erase: Any) -> None:
     for kind in (ResidentLoader, OverlapLoader):
         made = [
-            epochs(kind(data(), 8, transform=VIEWS, erase=erase, device=where, **NORM)) for where in ("cuda", "cpu")
+            batches(kind(data(), 8, transform=VIEWS, erase=erase, device=where, **NORM)) for where in ("cuda", "cpu")
         ]
         for a, b in zip(*made, strict=True):
             torch.testing.assert_close(a.images.cpu(), b.images, rtol=1e-6, atol=1e-6)

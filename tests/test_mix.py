@@ -11,6 +11,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import assert_same_batches
+from builders import batches as epochs
 from torch.utils.data import DataLoader
 
 from dlb_fast import LastBatchLoss
@@ -65,18 +67,6 @@ def content(batch: Batch) -> tuple[torch.Tensor, ...]:
     assert batch.target_b is not None and batch.lam is not None
     place = torch.tensor([batch.num_old, batch.epoch, batch.step])
     return batch.images, batch.targets, batch.ids, batch.target_b, batch.lam, place
-
-
-def same(first, second) -> None:
-    first, second = list(first), list(second)
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        for x, y in zip(content(a), content(b), strict=True):
-            assert torch.equal(x, y)
-
-
-def epochs(loader, count: int = 3) -> list[Batch]:
-    return [batch for _ in range(count) for batch in loader]
 
 
 def old_rows_are_the_new_rows_before(batches: list[Batch]) -> int:
@@ -177,7 +167,7 @@ def test_all_tiers_mix_alike(mix):
     expected = epochs(ResidentLoader(data, 8, mix=mix, **norm, **options))
     for threads in (1, 3):
         with OverlapLoader(data, 8, mix=mix, num_threads=threads, **norm, **options) as loader:
-            same(epochs(loader), expected)
+            assert_same_batches(epochs(loader), expected)
     sampler = OverlapBatchSampler(data, 8, seed=4, drop_last=False)
     dataset = IndexedDataset([load(data, i) for i in range(len(data))], VIEWS)
     normalise = Normalise(**norm)
@@ -186,7 +176,7 @@ def test_all_tiers_mix_alike(mix):
         for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_overlap):
             batch.images = normalise(batch.images.permute(0, 2, 3, 1).contiguous())
             own.append(mix(batch, seed=4, steps_per_epoch=len(sampler)))
-    same(own, expected)
+    assert_same_batches(own, expected)
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=NAMES)
@@ -201,7 +191,7 @@ def test_any_stop_point_resumes_with_the_same_mixes(mix):
         second = ResidentLoader(numbered(), 8, **options)
         second.load_state_dict(first.state_dict())
         resumed = next(iter(second))
-        same([resumed], [whole[stop]])
+        assert_same_batches([resumed], [whole[stop]])
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=NAMES)
@@ -333,4 +323,4 @@ def test_a_gpu_mixes_as_the_cpu_without_a_synchronisation(mix):
         got = [mix(b, steps_per_epoch=5) for b in batches]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    same([b.to("cpu") for b in got], expected)
+    assert_same_batches([b.to("cpu") for b in got], expected)
