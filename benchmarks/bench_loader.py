@@ -150,21 +150,27 @@ def ordinary(files: Files, half: int, rounds: int, batches: int) -> list[dict[st
         "ours 2 threads, mean/std, float32": lambda f, h: ours(f, h, 2, torch.float32),
     }
     contenders = [Contender(name, make) for name, make in makers.items()]
-    rates: dict[str, list[float]] = {name: [] for name in makers}
+    rounds_of: dict[str, list[dict[str, float]]] = {name: [] for name in makers}
     order = random.Random(0)
     for number in range(rounds):
         for contender in order.sample(contenders, len(contenders)):
-            rates[contender.name].append(measure(contender, files, half, batches, warm=8)["views_per_s"])
+            rounds_of[contender.name].append(measure(contender, files, half, batches, warm=8))
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    scheme, pixels, floats = rates.values()
-    rows = [{"what": "ordinary", "name": name, "views_per_s": spread(found)} for name, found in rates.items()]
+    scheme, pixels, floats = rounds_of.values()
+    keys = ("views_per_s", "views_per_cpu_s", "others")
+    rows: list[dict[str, Any]] = [
+        {"what": "ordinary", "name": name, **{key: spread([one[key] for one in found]) for key in keys}}
+        for name, found in rounds_of.items()
+    ]
     for label, mine, theirs in (
         ("float32 / uint8", floats, pixels),
         ("float32 / published", floats, scheme),
         ("uint8 / published", pixels, scheme),
     ):
-        ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
-        rows.append({"what": "ordinary", "name": label, "rounds": rounds, "ratio": spread(ratios)})
+        row: dict[str, Any] = {"what": "ordinary", "name": label, "rounds": rounds}
+        for key, name in (("views_per_s", "ratio"), ("views_per_cpu_s", "ratio_per_core")):
+            row[name] = spread([a[key] / b[key] for a, b in zip(mine, theirs, strict=True)])
+        rows.append(row)
     return rows
 
 

@@ -12,11 +12,11 @@ without walking through all the epochs before (`half` is a pure function) depend
   that is not in the last half of e either. Entries of the last half never take part, so the last half of an epoch is
   always that of its raw permutation, and the rule looks back one epoch only. There is always such an entry.
 - two: a batch then holds (nearly) the whole set, and the sets of the two halves are forced: an epoch's first half can
-  only be what the last half before it left over. One split of the set, drawn from the seed, serves all epochs; the
+  only be what the last half before it left over. One split of the set, chosen by the seed, serves all epochs; the
   order inside the halves (hence the ranks' shares, and with `drop_last` which surplus samples are dropped) is new
   each epoch.
-- one: impossible with fewer samples than two halves. A batch may hold a sample twice, as an old and as a new row, drawn
-  in different epochs and hence augmented differently.
+- one: impossible with fewer samples than two halves. A batch may hold a sample twice, as an old and as a new row, in
+  two epochs and hence augmented differently.
 
 With `overlap=False` no batch repeats the one before, and the order is the raw permutation.
 """

@@ -3,7 +3,7 @@
 Steps are numbered through the whole run: step g is batch g % K of epoch g // K, K = steps per epoch. A work item is one
 sample of half g. It is decoded once and gives two views: the first goes into the new rows of slot g, the second into
 the old rows of slot g + 1. A slot is ready when all its rows are written; that is a counter, there is no barrier, so
-threads run ahead into later batches. The rules, each held by a test:
+threads run ahead into later batches. The rules, each with a test:
 
 1. An item of half g is handed out only when slots g and g + 1 are both free, i.e. g + 1 < released + depth + 2.
 2. A slot is delivered only when its counter of missing rows is 0, and slots are delivered in order.

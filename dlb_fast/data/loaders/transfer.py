@@ -120,8 +120,9 @@ class CpuStage:
         return 0
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Free the buffers; nothing is under way."""
         self._delivered.clear()
+        self._normalise.forget_buffers()
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -229,21 +230,21 @@ class CudaStage:
     def _prepare_device(self, slot: Slot, images: torch.Tensor, meta: torch.Tensor) -> None:
         with self._api.device():
             images, meta = (torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in (images, meta))
-            held = _DeviceSlot(images, meta, self._api.new_event(), self._api.new_event())
+            device_slot = _DeviceSlot(images, meta, self._api.new_event(), self._api.new_event())
             # the allocator may have handed out memory that the current stream's pending work still uses
             fresh = self._api.new_event()
             self._api.record(fresh, self._api.current())
             self._api.wait(self.copy_stream, fresh)
-        slot.stage = held
-        self._slots.append(held)
+        slot.stage = device_slot
+        self._slots.append(device_slot)
 
     def rows(self, slot: Slot) -> torch.Tensor:
         """The rows of the pinned buffer, (n, h, w, c), after the copy engine has read the old ones (rule 4)."""
-        held = slot.stage
-        assert isinstance(held, _DeviceSlot) and slot.images is not None
-        if held.copying:
-            self._api.synchronize(held.copied)  # several threads may: the event is not recorded again meanwhile
-            held.copying = False
+        device_slot = slot.stage
+        assert isinstance(device_slot, _DeviceSlot) and slot.images is not None
+        if device_slot.copying:
+            self._api.synchronize(device_slot.copied)  # several threads may: the event is not recorded again meanwhile
+            device_slot.copying = False
         return slot.images
 
     def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
@@ -257,27 +258,27 @@ class CudaStage:
 
     def submit(self, slot: Slot) -> None:
         """Launch the copy of a full slot (rules 2 and 3); called by the thread that filled it."""
-        held, n = slot.stage, slot.rows
-        assert isinstance(held, _DeviceSlot) and slot.images is not None and slot.meta is not None
+        device_slot, n = slot.stage, slot.rows
+        assert isinstance(device_slot, _DeviceSlot) and slot.images is not None and slot.meta is not None
         if slot.boxes is not None:
             assert slot.numbers is not None
             slot.numbers[2:, :n] = slot.boxes
         with self._api.device():
-            if held.read:
-                self._api.wait(self.copy_stream, held.consumed)
-            self._api.copy(self.copy_stream, held.images[:n], slot.images[:n])
-            self._api.copy(self.copy_stream, held.meta, slot.meta)
-            self._api.record(held.copied, self.copy_stream)
-            held.copying = True
+            if device_slot.read:
+                self._api.wait(self.copy_stream, device_slot.consumed)
+            self._api.copy(self.copy_stream, device_slot.images[:n], slot.images[:n])
+            self._api.copy(self.copy_stream, device_slot.meta, slot.meta)
+            self._api.record(device_slot.copied, self.copy_stream)
+            device_slot.copying = True
 
     def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images (rows, c, h, w), targets and ids (rows,) as new tensors of the consumer's stream (rules 3 and 5)."""
-        held, n = slot.stage, slot.rows
-        assert isinstance(held, _DeviceSlot)
+        device_slot, n = slot.stage, slot.rows
+        assert isinstance(device_slot, _DeviceSlot)
         with self._api.device():
             stream = self._api.current()
-            self._api.wait(stream, held.copied)
-            source, numbers = held.images[:n], held.meta[:, :n]
+            self._api.wait(stream, device_slot.copied)
+            source, numbers = device_slot.images[:n], device_slot.meta[:, :n]
             out = self._normalise.empty(source.shape, source.dtype, source.device)
             meta = torch.empty((2, n), dtype=numbers.dtype, device=self.device)
 
@@ -288,8 +289,8 @@ class CudaStage:
                 meta.copy_(numbers[:2])
 
             self._api.launch(stream, read)
-            self._api.record(held.consumed, stream)
-            held.read = True
+            self._api.record(device_slot.consumed, stream)
+            device_slot.read = True
         return out.permute(0, 3, 1, 2), meta[0], meta[1]
 
     def bytes_of(self, slot: Slot) -> int:
@@ -301,9 +302,9 @@ class CudaStage:
         """Wait for everything that touches the device buffers, then let them go (rule 6)."""
         with self._api.device():
             self._api.synchronize(self.copy_stream)
-            for held in self._slots:
-                if held.read:
-                    self._api.synchronize(held.consumed)
+            for device_slot in self._slots:
+                if device_slot.read:
+                    self._api.synchronize(device_slot.consumed)
         self._slots.clear()
 
 

@@ -70,7 +70,7 @@ class PairHalves:
         self._device = torch.device("cpu" if device is None else device)
         self._dtype = dtype
         self._normalise = None if dtype is None else Normalise(None, None, dtype)  # the bits of the other loaders
-        self._held: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -81,8 +81,8 @@ class PairHalves:
         self.epoch = epoch
 
     def reset(self) -> None:
-        """Forget the held half: the next batch has no old rows."""
-        self._held = None
+        """Forget the second views that were kept: the next batch has no old rows."""
+        self._kept = None
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch
@@ -90,10 +90,10 @@ class PairHalves:
             first, second, targets, ids = (
                 tensor_of(t).to(self._device, non_blocking=True) for t in (first, second, targets, ids)
             )
-            held, self._held = self._held, (second, targets, ids)
-            parts = [(first, targets, ids)] if held is None else [held, (first, targets, ids)]
+            kept, self._kept = self._kept, (second, targets, ids)
+            parts = [(first, targets, ids)] if kept is None else [kept, (first, targets, ids)]
             images, all_targets, all_ids = (torch.cat(column) for column in zip(*parts, strict=True))
-            yield Batch(self._scaled(images), all_targets, all_ids, 0 if held is None else len(held[1]), epoch, step)
+            yield Batch(self._scaled(images), all_targets, all_ids, 0 if kept is None else len(kept[1]), epoch, step)
         self.epoch = epoch + 1
 
     def _scaled(self, images: torch.Tensor) -> torch.Tensor:
@@ -115,9 +115,9 @@ def pair_halves(
 ) -> PairHalves:
     """Turn a DataLoader of `TwoViews` items into overlapping batches; iterating gives one epoch of `Batch`.
 
-    The half held at an epoch's end is carried into the next epoch, as in the official code. Shuffling and sharding
-    are the loader's; its batch size is the new half. With `batch_sampler=HalfBatchSampler(...)` they are those of
-    `OverlapPlan`; with the DataLoader's own shuffling nothing keeps a sample of an epoch's last half out of the next
+    The second views kept at an epoch's end are carried into the next epoch, as in the official code. Shuffling and
+    sharding are the loader's; its batch size is the new half. With `batch_sampler=HalfBatchSampler(...)` they are those
+    of `OverlapPlan`; with the DataLoader's own shuffling nothing keeps a sample of an epoch's last half out of the next
     epoch's first one. An iteration in the middle of an epoch cannot be saved.
 
     Args:

@@ -174,7 +174,7 @@ class Flip:
     Args:
         p: probability.
         alternate: instead of by chance, every sample is shown once as it is and once flipped in each epoch, and the
-            first of the two alternates between epochs; which starts is drawn per sample. `p` must then be 0.5.
+            first of the two alternates between epochs; which starts is random per sample. `p` must then be 0.5.
 
     Source: the alternating flip of K. Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498, carried over to two
     views per epoch.
@@ -224,7 +224,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 class RandomResizedCrop:
-    """A crop of random area and aspect ratio, resized to `size`; parameters are drawn the way torchvision draws them.
+    """A crop of random area and aspect ratio, resized to `size`; the distributions are those of torchvision.
 
     Args:
         size: side of the result.

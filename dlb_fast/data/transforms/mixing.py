@@ -66,7 +66,7 @@ def symmetric_beta(alpha: float, draws: Draws) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Mix:
-    """Mixup, CutMix or both, drawn per half; `mix=Mix(...)` of a loader, or a stage of anybody's loop.
+    """Mixup, CutMix or both, with random numbers per half; `mix=Mix(...)` of a loader, or called in your own loop.
 
     Row i of a half shows `lam[i] * image[i] + (1 - lam[i]) * image[partner]` (mixup), or a box of the partner (CutMix;
     `lam` is then the share of pixels outside the box, which is cut off at the border). The batch's `target_b` and `lam`
@@ -74,11 +74,11 @@ class Mix:
     is a place in the view: the two views of a sample are different crops, with the same box.
 
     Args:
-        mixup_alpha: of Beta(alpha, alpha), from which shares are drawn; 0 turns mixup off.
+        mixup_alpha: of Beta(alpha, alpha), the distribution of the shares; 0 turns mixup off.
         cutmix_alpha: the same for CutMix.
         prob: probability that rows are mixed at all.
         switch_prob: probability of CutMix where both are on.
-        mode: "batch" draws once per half (of all ranks together), "elem" for every row.
+        mode: "batch": one share and box per half (of all ranks together); "elem": one for every row.
 
     Raises:
         ValueError: a number out of range, both alphas 0, an unknown mode.

@@ -134,6 +134,10 @@ class Normalise:
             out = torch.empty(order, dtype=out_dtype, device=device)
         return out if self.channels_last else out.permute(0, 2, 3, 1)
 
+    def forget_buffers(self) -> None:
+        """Give the memory that the pool keeps back to the system."""
+        self._pool = BufferPool()
+
     def into(self, out: torch.Tensor, x: torch.Tensor) -> None:
         """`out[...] = normalised x`, both (n, h, w, c); views that are not uint8 are the user's to normalise."""
         if x.dtype != torch.uint8 or self.dtype == torch.uint8:
