@@ -390,7 +390,7 @@ def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) 
         SystemExit: with 2 after one sentence on stderr for a wrong flag, with 0 after `--help`.
     """
     try:
-        return _parse(form, default, flags, prog, tyro.conf.OmitArgPrefixes)
+        return _parse(form, default, flags, prog, "OmitArgPrefixes")
     except ValueError as error:
         print(f"{prog}: {error} (--help lists all flags)", file=sys.stderr)
         raise SystemExit(2) from None
@@ -444,7 +444,7 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
             flags += _as_flag(f"{group}.{name}", "data" if name == "source" else name, value)
         current = getattr(config, group)
         try:
-            made = _parse(type(current), current, flags, "config", tyro.conf.FlagConversionOff)
+            made = _parse(type(current), current, flags, "config", "FlagConversionOff")
         except ValueError as error:
             text = str(error).removeprefix("config: ")
             for flag in re.findall(r"--[\w-]+", text):
@@ -493,14 +493,16 @@ def _as_flag(where: str, name: str, value: Any) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def _parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: Any) -> Any:
+def _parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: str) -> Any:
     """`tyro.cli`, whose complaint about a wrong flag becomes a ValueError of one sentence."""
+    if tyro is None:
+        raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
     if tyro is None:
         raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(form, prog=prog, args=list(flags), default=default, config=(how,))
+            return tyro.cli(form, prog=prog, args=list(flags), default=default, config=(getattr(tyro.conf, how),))
     except SystemExit as end:
         if not end.code:  # --help
             raise
