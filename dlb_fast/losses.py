@@ -56,6 +56,7 @@ class DistillationLoss(nn.Module):
 
     Attributes:
         needs: which of ``ids``, ``images`` and ``epoch`` every training batch must come with.
+        mixes: whether the teacher still fits when images are mixed (mixup, CutMix); otherwise ``target_b`` is refused.
         copies_model: whether the method keeps copies of all weights (then FSDP is refused).
         counted: how many rows ``parts.correct`` counts; None: all of the last batch.
         parts: :class:`LossParts` of the last call.
@@ -69,6 +70,7 @@ class DistillationLoss(nn.Module):
     """
 
     needs: frozenset[str] = frozenset()
+    mixes = False
     copies_model = False
     weight: Tensor | None
 
@@ -186,6 +188,11 @@ class DistillationLoss(nn.Module):
             if missing := sorted(name for name in self.needs if given[name] is None):
                 wanted = " and ".join(f"{name}=" for name in missing)
                 raise ValueError(f"{op}: needs {wanted} with every batch in train(); pass it to the call")
+            if target_b is not None and not self.mixes:
+                raise ValueError(
+                    f"{op}: needs one class per row, got target_b of mixed images, which its teacher does not fit; "
+                    "turn mixup and CutMix off"
+                )
             inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b)
             teacher = self.teacher(inputs)
         elif target is None:
@@ -248,6 +255,8 @@ class LastBatchLoss(DistillationLoss):
     >>> criterion.buffer.count, bool(criterion.parts.lb > 0)
     (2, True)
     """
+
+    mixes = True
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from dlb_fast import DistillationLoss, Teacher, cli, report
 from dlb_fast.presets import PRESETS, load_preset
 from dlb_fast.train import compare
 from dlb_fast.train.config import _field_type, override
-from dlb_fast.train.methods import METHODS, VARIANTS, resolve, variant
+from dlb_fast.train.methods import METHODS, VARIANTS, find, resolve, variant
 from dlb_fast.train.run import build_trainer
 
 torch.set_num_threads(1)
@@ -121,6 +121,7 @@ def test_a_new_method_trains_by_its_import_path(tmp_path, monkeypatch):
     result = train(config, tmp_path / "a")
     assert result["step"] == 9 and result["lb"] > 0
     assert report.read_run(tmp_path / "a").config.loss.method == name
+    assert find("dlb_fast:BakeLoss") is METHODS["bake"] and find("dlb_fast:LastBatchLoss") is METHODS["dlb"]
     for wrong, message in (
         (f"{Mixer.__module__}:Nobody", "has no Nobody"),
         ("no_such_module:Method", "cannot import no_such_module"),

@@ -194,6 +194,8 @@ class BakeLoss(DistillationLoss):
     torch.Size([])
     """
 
+    mixes = True
+
     def __init__(
         self,
         *,

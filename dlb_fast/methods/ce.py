@@ -26,6 +26,8 @@ class CrossEntropy(DistillationLoss):
     0.6931
     """
 
+    mixes = True
+
     def __init__(
         self,
         *,
@@ -54,7 +56,6 @@ register(
         CrossEntropy,
         "cross entropy, no sample repeated",
         card="dlb",
-        mixes=True,
         variants={
             "ce": ("CE", {"label_smoothing": 0.0}),
             "ls": ("CE + label smoothing 0.1", {"label_smoothing": 0.1}),

@@ -86,6 +86,8 @@ class CsKDLoss(DistillationLoss):
     torch.Size([])
     """
 
+    mixes = True
+
     def __init__(
         self,
         *,

@@ -93,6 +93,8 @@ class DdgsdLoss(DistillationLoss):
     torch.Size([])
     """
 
+    mixes = True
+
     def __init__(
         self,
         *,
@@ -136,7 +138,6 @@ register(
         "two views teach each other within the step (lag 0)",
         card="ddgsd",
         batches="two_views",
-        mixes=True,
         variants={"ddgsd": ("DDGSD (lag 0)", {})},
     )
 )

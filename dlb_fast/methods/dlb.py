@@ -15,7 +15,6 @@ from .registry import Method, register
 _shared: dict[str, Any] = {
     "card": "dlb",
     "batches": "overlap",
-    "mixes": True,
     "hidden": ("dtype", "device"),
 }
 

@@ -92,6 +92,8 @@ class LsrKDLoss(DistillationLoss):
     torch.Size([])
     """
 
+    mixes = True
+
     def __init__(
         self,
         *,
@@ -138,7 +140,6 @@ register(
         LsrKDLoss,
         "LsrKD: a uniform teacher at a temperature; correct_share: teacher correction",
         card="lsrkd",
-        mixes=True,
         one_class=("correct_share",),
         variants={"lsr_kd": ("LsrKD", {}), "tc": ("LsrKD + TC 0.9", {"correct_share": 0.9})},
     )

@@ -270,6 +270,7 @@ class MrKDLoss(DistillationLoss):
     """
 
     needs = frozenset({"images"})
+    mixes = True
     copies_model = True
 
     def __init__(
@@ -424,7 +425,6 @@ register(
         MrKDLoss,
         "MrKD: copies of the model along its training",
         card="mrkd",
-        mixes=True,
         one_class=("correct_share", "swap", "ensemble_lr"),
         variants={"mr_kd": ("MrKD", {})},
     )

@@ -49,7 +49,6 @@ class Method:
         fixed: arguments of the criterion that no config may change.
         batch_options: arguments of the sampler: plain values are fixed, an `Option` may be set by a config.
         forward: a forward of the trainer without which the method does not work.
-        mixes: whether its teacher still fits when images are mixed (mixup, CutMix).
         one_class: options that need one class per image, so that images may not be mixed when they are set.
         hidden: options of the criterion that the trainer does not offer.
         variants: entries of `compare`: name -> (label, fields of the config on top of `method`).
@@ -63,7 +62,6 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     batch_options: Mapping[str, Any] = field(default_factory=dict)
     forward: str | None = None
-    mixes: bool = False
     one_class: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     variants: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
@@ -71,6 +69,11 @@ class Method:
     def __post_init__(self) -> None:
         if self.batches not in BATCHES:
             raise ValueError(f"Method {self.name!r}: batches must be one of {', '.join(BATCHES)}, got {self.batches!r}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it trains on mixed images, which have no class to find companions of."""
+        return self.criterion.mixes and self.batches != "same_class"
 
     @functools.cached_property
     def arguments(self) -> dict[str, inspect.Parameter]:
@@ -87,7 +90,7 @@ class Method:
         types: dict[str, Any] = {}
         for base in (DistillationLoss, self.criterion):
             types |= typing.get_type_hints(base.__init__)
-        texts = argument_texts(self.criterion)
+        texts = argument_texts(DistillationLoss) | argument_texts(self.criterion)
         left_out = {*COMMON, *FROM_THE_RUN, *self.fixed, *self.hidden}
         found = {
             name: Option(parameter.default, types.get(name, Any), texts.get(name, ""))
@@ -145,9 +148,12 @@ def _from_outside(name: str) -> Method:
         raise ValueError(f"config: loss.method {name!r}: {module} has no {attribute}")
     if not (isinstance(found, type) and issubclass(found, DistillationLoss)):
         raise ValueError(f"config: loss.method {name!r} is not a dlb_fast.DistillationLoss")
+    for method in METHODS.values():
+        if method.criterion is found and not method.fixed:
+            return method  # its own file registered it
     about = (inspect.getdoc(found) or attribute).splitlines()[0]
     batches: Any = getattr(found, "batches", "samples")
-    return Method(name, found, about, batches=batches, mixes=getattr(found, "mixes", False))
+    return Method(name, found, about, batches=batches)
 
 
 def argument_texts(documented: type) -> dict[str, str]:
