@@ -25,7 +25,7 @@ ALLOWED = {
     "_backends": {"_args"},
     "kernels": {"_args", "_options", "reference"},
     "ops": {"_backends", "_options", "kernels", "reference"},
-    "buffer": set(),
+    "buffer": {"_args"},
     "functional": {"_backends", "_args", "_options", "ops", "reference", "buffer"},
     "losses": {"_args", "functional", "reference", "buffer"},
     "methods": {"_args", "functional", "losses", "reference"},
