@@ -121,7 +121,7 @@ def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]
             extra = [f"-DDLB_FAST_ISA={isa}", *flags.split()]
             commands.append((target, [*cxx, *CXX_FLAGS, *extra, "-c", source, "-o", str(target)]))
     cuda = nvcc()
-    bindings = ["last_batch.cpp", "resized_crops.cpp", "gathered_views.cpp"]
+    bindings = ["last_batch.cpp", "resized_crops.cpp"]
     bindings += ["last_batch_on_cuda.cpp"] if cuda else []
     for source in ("cpu/last_batch_cpu.cpp", "cpu/resized_crop_cpu.cpp", "cpu/isa.cpp", *bindings):
         target = out / (Path(source).stem + ".o")

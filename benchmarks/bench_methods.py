@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dlb_fast import DistillationLoss
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 from dlb_fast.train.config import LossConfig
 from dlb_fast.train.loop import accepted_inputs, training_loss
 from dlb_fast.train.methods import METHODS, find, make_criterion

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dlb_fast.data.plan import OverlapPlan
+from dlb_fast.data import OverlapPlan
 from dlb_fast.presets import load_preset
 from dlb_fast.train.config import RunConfig
 from dlb_fast.train.loop import total_steps
@@ -30,12 +30,12 @@ IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # ILSVRC 2012
 TRAIN_BYTES = 147_897_477_120  # ILSVRC2012_img_train.tar
 RECIPES = ("imagenet-resnet50-dlb", "imagenet-resnet50-ce", "imagenet-resnet50-short-dlb", "imagenet-resnet50-short-ce")
 RATES = (500, 1000, 2000, 4000, 8000)
-SLOTS = 4  # device buffers of the loader: depth 2 + the two being filled (dlb_fast/data/slots.py)
+SLOTS = 4  # device buffers of the loader: depth 2 + the two being filled (dlb_fast/data/loaders/ring.py)
 
 
 def steps_of(config: RunConfig) -> tuple[int, int, int]:
     """(steps per epoch, steps in all, rows the network sees in all)."""
-    per_epoch = OverlapPlan(IMAGES, sampled_rows(config)).halves_per_epoch
+    per_epoch = OverlapPlan(IMAGES, sampled_rows(config)).steps_per_epoch
     steps = total_steps(range(per_epoch), config.train)
     first = config.data.batch_size - sampled_rows(config)  # the very first batch has no repeated rows
     return per_epoch, steps, steps * config.data.batch_size - first
@@ -87,7 +87,7 @@ def steps_table() -> str:
     for name in RECIPES:
         config = load_preset(name)
         per_epoch, steps, seen = steps_of(config)
-        drawn = OverlapPlan(IMAGES, sampled_rows(config)).halves_per_epoch * sampled_rows(config) * config.train.epochs
+        drawn = OverlapPlan(IMAGES, sampled_rows(config)).steps_per_epoch * sampled_rows(config) * config.train.epochs
         numbers = (config.train.epochs, config.data.batch_size, per_epoch, steps, seen, drawn)
         rows.append([f"`{name}`", *(f"{n:,}" for n in numbers)])
     head = ("preset", "epochs", "rows per step", "steps per epoch", "steps", "rows forwarded", "files decoded")

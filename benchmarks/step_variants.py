@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 from dlb_fast.train.loop import accepted_inputs, training_loss
 from dlb_fast.train.models import create_model
 

@@ -75,8 +75,7 @@ STABLE_TORCH_LIBRARY(dlb_fast, m) {
   m.def("last_batch_update(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, "
         DLB_OPTION_SCHEMA);
   m.def("scale_grad_(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()");
-  m.def(DLB_CROPS_SCHEMA);  // implemented in resized_crops.cpp and gathered_views.cpp; a library has one such block
-  m.def(DLB_GATHER_SCHEMA);
+  m.def(DLB_CROPS_SCHEMA);  // implemented in resized_crops.cpp; a library has one such block
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlb_fast, CPU, m) {

@@ -29,7 +29,7 @@ COMMANDS = {
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
     "report": ("dlb_fast.cli:report", "a page per run; tables, curves and calibration over several"),
     "presets": ("dlb_fast.cli:presets", "list the recipes, or show one"),
-    "verify-data": ("dlb_fast.data.verify:main", "find damaged and odd files of a data set"),
+    "verify-data": ("dlb_fast.data.datasets.verify:main", "find damaged and odd files of a data set"),
     "bench": ("dlb_fast.cli:bench", "measure on this machine: bench [last_batch | loader | methods | step] [options]"),
     "doctor": ("dlb_fast.doctor:main", "which implementations of the loss work here, and why the others do not"),
 }

@@ -13,7 +13,7 @@ from benchmarks import bench_step, harness, memory, step_variants
 from benchmarks.step_variants import EagerLastBatchLoss, Rig, Setting, build, two_views
 from benchmarks.tables import verdicts
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 from dlb_fast.train.loop import training_loss
 
 SMALL = Setting("small_cnn", rows=8, classes=5, size=8, device="cpu", mode="eager", bf16=False)

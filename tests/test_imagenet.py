@@ -11,7 +11,7 @@ from builders import write_jpegs
 from PIL import Image
 
 from dlb_fast import cli
-from dlb_fast.data.plan import OverlapPlan
+from dlb_fast.data import OverlapPlan
 from dlb_fast.presets import load_preset
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
@@ -31,7 +31,7 @@ def test_the_controls_make_the_same_steps_over_the_same_images(recipe):
     rows = dlb.data.batch_size
     steps = {}
     for name, config, half in (("dlb", dlb, rows // 2), ("ce", ce, rows)):
-        loader = range(OverlapPlan(IMAGES, half).halves_per_epoch)
+        loader = range(OverlapPlan(IMAGES, half).steps_per_epoch)
         steps[name] = total_steps(loader, config.train)
     assert steps["ce"] == pytest.approx(steps["dlb"], rel=1e-3)
     assert ce.schedule.warmup_epochs == 2 * dlb.schedule.warmup_epochs

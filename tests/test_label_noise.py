@@ -64,9 +64,9 @@ def test_every_tier_sees_the_same_wrong_labels(kind, folder):
     options = {"seed": 1, "drop_last": False}
     tiers = {"resident": list(ResidentLoader(memory, 8, **options)), "eval": list(EvalLoader(noisy, 7))}
     for threads in (1, 3):
-        with OverlapLoader(noisy, 8, num_threads=threads, check_threads=False, **options) as loader:
+        with OverlapLoader(noisy, 8, num_threads=threads, **options) as loader:
             tiers[f"{threads} threads"] = [batch for _ in range(2) for batch in loader]
-    with OverlapLoader(noisy, 8, repeat=False, check_threads=False, **options) as loader:
+    with OverlapLoader(noisy, 8, overlap=False, **options) as loader:
         tiers["plain"] = list(loader)
     ranks = [ResidentLoader(memory, 4, rank=rank, world_size=2, **options) for rank in range(2)]
     tiers["ranks"] = [batch for loader in ranks for batch in loader]

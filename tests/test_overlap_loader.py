@@ -15,9 +15,9 @@ from builders import wait_for
 from torch.utils.data import DataLoader
 
 from dlb_fast.data.batch import Batch
-from dlb_fast.data.overlap_loader import OverlapLoader
+from dlb_fast.data.loaders.overlap import OverlapLoader
+from dlb_fast.data.rng import ViewRng
 from dlb_fast.data.sampler import IndexedDataset, OverlapBatchSampler, collate_overlap
-from dlb_fast.data.view_rng import ViewRng
 
 
 class Images:
@@ -51,7 +51,7 @@ def jittered(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
 
 
 def loader(data: Any = None, batch_size: int = 8, **options: Any) -> OverlapLoader:
-    defaults = {"transform": crop, "num_threads": 2, "dtype": torch.uint8, "check_threads": False, "timeout": 20}
+    defaults = {"transform": crop, "num_threads": 2, "dtype": torch.uint8, "timeout": 20}
     return OverlapLoader(data if data is not None else Images(), batch_size, **{**defaults, **options})
 
 

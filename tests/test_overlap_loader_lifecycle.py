@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import os
 import sys
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +17,10 @@ import torch
 from builders import PATIENCE, wait_for
 from loader_files import Files, assert_no_threads, corner, loader, make_files, threads
 
-from dlb_fast.data import RandomResizedCrop, pipeline, probe
-from dlb_fast.data.errors import LoaderTimeout
-from dlb_fast.data.view_rng import ViewRng
-from dlb_fast.data.workers import WorkerPool
+from dlb_fast.data import LoaderTimeout
+from dlb_fast.data.loaders import pipeline
+from dlb_fast.data.loaders.ring import WorkerPool
+from dlb_fast.data.rng import ViewRng
 
 
 @pytest.fixture
@@ -237,7 +235,7 @@ def test_torch_threads_of_others_are_left_alone(files: Files) -> None:
         inside.append(torch.get_num_threads())
         return corner(image, rng)
 
-    with loader(files, transform=transform, check_threads=True) as source:
+    with loader(files, transform=transform) as source:
         next(iter(source))
         born_later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         born_later.start()
@@ -246,98 +244,18 @@ def test_torch_threads_of_others_are_left_alone(files: Files) -> None:
     assert set(inside[-8:]) == {1}
 
 
-def test_timeout_holds_during_the_start_up_measurement(files: Files) -> None:
-    gate = threading.Event()
-
-    def load(data: Files, index: int) -> tuple[torch.Tensor, int]:
-        gate.wait(PATIENCE)
-        return torch.zeros(3, 60, 80, dtype=torch.uint8), 0
-
-    def stuck(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
-        gate.wait(PATIENCE)
-        return image
-
-    pixels = torch.zeros(3, 60, 80, dtype=torch.uint8)
-    for options, doing in (({"load": load}, "loading sample"), (
-        {"load": lambda data, i: (pixels, 0), "transform": stuck}, "measuring the transform on sample",
-    )):  # fmt: skip
-        gate.clear()
-        with loader(files, timeout=0.3, check_threads=True, **options) as source:
-            iterator = iter(source)
-            with pytest.raises(LoaderTimeout, match=doing):
-                next(iterator)
-            gate.set()
-            assert len(list(iterator)) == 6
-
-
-def test_the_measurement_loads_nothing_and_happens_once(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: Counter[int] = Counter()
-    tried: list[int] = []
-    monkeypatch.setattr(pipeline, "check_threads", lambda views: tried.append(views()))
-
-    def load(data: Files, index: int) -> tuple[torch.Tensor, int]:
-        loaded[index] += 1
-        return torch.full((3, 60, 80), index, dtype=torch.uint8), 0
-
-    with loader(files, load=load, check_threads=True) as source:
-        next(iter(source))  # leaving early ends the threads; the next run has new ones
-        source.close()
-        loaded.clear()
-        assert len(list(source)) == 6 and len(tried) == 1
-        assert len(loaded) == 24 and set(loaded.values()) <= {1, 2}  # 2: of the next epoch, read ahead
-    for options in ({"transform": None}, {"num_threads": 1}, {"transform": RandomResizedCrop(8)}):
-        with loader(files, check_threads=True, **options) as source:
-            next(iter(source))
-    assert len(tried) == 1
-
-
-@pytest.mark.parametrize("takes,calls", [(0.4, 1), (0.06, 2)])
-def test_slow_work_is_not_measured(takes: float, calls: int) -> None:
-    done: list[None] = []
-
-    def slow() -> None:
-        time.sleep(takes)
-        done.append(None)
-
-    assert probe.check_threads(slow) and len(done) == calls
-
-
-def test_the_measurement_is_bounded() -> None:
-    """All three rounds of this work would take 0.36 s more than the one that is left."""
-    lock, started = threading.Lock(), time.perf_counter()
-
-    def alone() -> None:
-        with lock:
-            time.sleep(0.04)
-
-    assert not probe.check_threads(alone)
-    assert time.perf_counter() - started < 0.6
-
-
-@pytest.mark.parametrize("together,fine", [(0.1, True), (0.15, True), (0.17, False), (0.2, False)])
-def test_probe_warns_when_two_threads_gain_nothing(
-    together: float, fine: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One thread takes 0.1 s; two, each with as much to do, take `together`. Some rounds are disturbed."""
-    noise = itertools.cycle([0.0, 0.3, 0.05])
-    monkeypatch.setattr(probe, "_timed", lambda work, count, n: (0.1 if n == 1 else together) + next(noise))
-    with caplog.at_level(logging.WARNING, "dlb_fast.data"):
-        assert probe.check_threads(lambda: None) is fine
-    assert ("holds the interpreter lock" in caplog.text) is not fine
-    assert fine or "OverlapBatchSampler" in caplog.text
-
-
-def test_probe_sees_the_interpreter_lock() -> None:
-    """Measured, so a busy machine may disturb one attempt, but not all of them."""
-    def holds() -> None:
-        total = 0
-        for i in range(40_000):
-            total += i
-
-    assert any(not probe.check_threads(holds) for _ in range(5))
-    assert any(probe.check_threads(lambda: time.sleep(0.003)) for _ in range(5))
-
-    def fails() -> None:
-        raise OSError("the run will say so")
-
-    assert probe.check_threads(fails)
+def test_closing_an_old_iteration_leaves_the_threads_of_the_new_one(files: Files) -> None:
+    with loader(files) as source:
+        expected = [b.ids.tolist() for b in source]
+    with loader(files) as source:
+        old = iter(source)
+        next(old)
+        new = iter(source)
+        got = [next(new).ids.tolist()]
+        pipeline_of_new = source._pipeline
+        old.close()
+        del old
+        gc.collect()
+        assert source._pipeline is pipeline_of_new and len(threads()) == 2
+        got += [b.ids.tolist() for b in new]
+        assert got == expected

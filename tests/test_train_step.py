@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.step_calls import step_calls
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.batch import Batch
+from dlb_fast.data import Batch
 from dlb_fast.train.log import RunLog
 from dlb_fast.train.loop import Trainer, training_loss
 

@@ -11,10 +11,9 @@ import torch
 from loader_files import loader
 from PIL import Image
 
-from dlb_fast.data import EvalLoader, MapDataset, ResidentLoader, load_into_memory
-from dlb_fast.data.decode import ImageDecoder
-from dlb_fast.data.errors import SampleError
-from dlb_fast.data.source import as_image
+from dlb_fast.data import EvalLoader, MapDataset, ResidentLoader, SampleError, load_into_memory
+from dlb_fast.data.datasets.source import as_image
+from dlb_fast.data.decode.decode import ImageDecoder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 3, 9, 7), dtype=np.uint8)
 

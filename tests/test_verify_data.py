@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from dlb_fast.data import ImageFolder
-from dlb_fast.data.decode import ImageDecoder
-from dlb_fast.data.verify import main, verify_data
+from dlb_fast.data.datasets.verify import main, verify_data
+from dlb_fast.data.decode.decode import ImageDecoder
 
 
 def image(seed: int, kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (80, 60)) -> bytes:

@@ -1,11 +1,13 @@
-"""What every loader of this room yields."""
+"""The batch that every loader yields, and how views become one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 
 @dataclass(slots=True)
@@ -17,10 +19,10 @@ class Batch:
         targets: (n,) int64 class indices.
         ids: (n,) int64 sample ids; `ids[:num_old]` equals the new ids of the batch before.
         num_old: repeated rows; 0 only in the very first batch of a run.
-        epoch: epoch the new rows were drawn in.
+        epoch: epoch in which the new rows are new.
         step: index of the batch within its epoch.
-        target_b, lam: None, or (n,) int64 and (n,) float32 where the images are mixed (`Mix`): image i shows its own
-            content to the share `lam[i]` and that of a sample of class `target_b[i]` to the rest.
+        target_b: None, or (n,) int64 classes of the samples mixed in (`Mix`).
+        lam: None, or (n,) float32: image i shows `lam[i]` of its own content and `1 - lam[i]` of the other sample's.
 
     Example:
         >>> batch = Batch(torch.zeros(4, 1, 8, 8), torch.zeros(4), torch.arange(4), num_old=2, epoch=0, step=1)
@@ -91,3 +93,14 @@ def stack_views(operation: str, views: Sequence[torch.Tensor], ids: Sequence[int
                 "dtype, such as eval_transform(224)"
             )
     return torch.stack(list(views))
+
+
+def tensor_of(value: Any) -> torch.Tensor:
+    """A tensor as it is; anything else as a tensor on the CPU, whatever the default device is."""
+    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A small host array on `device`, without making the host wait for the device."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -292,7 +292,7 @@ class _WithIndex(Dataset[Any]):
 def _collate(collator: Any, rows: list[tuple[SampleIndex, Any]]) -> dict[str, Any]:
     batch = dict(collator([item for _, item in rows]))
     indices = [index for index, _ in rows]
-    return {**batch, "ids": torch.tensor([int(i) for i in indices]), "num_old": sum(i.use for i in indices)}
+    return {**batch, "ids": torch.tensor([int(i) for i in indices]), "num_old": sum(i.view for i in indices)}
 
 
 def _first(rows: list[Any]) -> Any:

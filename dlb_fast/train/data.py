@@ -104,7 +104,7 @@ class RunData:
             raise ValueError(
                 f"config: a step samples {sampled} new images, the training set has {len(self.train)}; lower batch_size"
             )
-        options |= {"seed": seed, "repeat": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
+        options |= {"seed": seed, "overlap": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
         if self.in_memory:
             return ResidentLoader(self.train, rows // ranks.world_size, **options)
         return OverlapLoader(self.train, rows // ranks.world_size, num_threads=threads, **options)
