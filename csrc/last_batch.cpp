@@ -1,5 +1,5 @@
-// The ops `dlb_fast::last_batch*`: schema and CPU dispatch, through libtorch's stable ABI (one file serves torch 2.10 and
-// newer, and any Python). No mathematics here: cpu/ and cuda/ compute.
+// The ops `dlb_fast::last_batch*`: schema and CPU dispatch, through libtorch's stable ABI (one file serves torch 2.10
+// and newer, and any Python). The mathematics is in cpu/ and cuda/.
 #include <vector>
 
 #include "cpu/batch_plan.h"
@@ -22,11 +22,13 @@ void run_on_cpu(const LastBatchArgs& args) {
   const PairJob job = pair_job(args, plan, losses);
   const PairKernel kernel = pair_kernel(args);
   const int64_t second = args.batch - plan.split, pairs = plan.split > second ? plan.split : second;
-  torch::stable::parallel_for(0, pairs, grain(2 * args.classes), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  torch::stable::parallel_for(0, pairs, grain(2 * args.classes),
+                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   finish_batch(args, plan, losses);
 }
 
-Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, const Options& options, bool need_grad) {
+Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, const Options& options,
+                         bool need_grad) {
   LastBatchArgs args;
   Outputs outputs = unpack(logits, options, need_grad, args);
   unpack_teacher(logits, teacher, teacher_kind, args);
@@ -34,8 +36,8 @@ Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64
   return outputs;
 }
 
-Outputs run_with_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids, int64_t num_old,
-                    const Options& options, bool need_grad) {
+Outputs run_with_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids,
+                        int64_t num_old, const Options& options, bool need_grad) {
   LastBatchArgs args;
   Outputs outputs = unpack(logits, options, need_grad, args);
   unpack_buffer(logits, buffer, slots, ids, num_old, args);

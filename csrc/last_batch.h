@@ -44,8 +44,8 @@ struct LastBatchArgs {
   int64_t* slots = nullptr;              // (2 + S,) contiguous
   const int64_t* ids = nullptr;          // (B,) contiguous
   int64_t num_old = -1;                  // repeated rows of this batch; -1: the count in slots
-  const bool* kd_mask = nullptr;         // one per taught row
-  int64_t kd_mask_rows = 0;              // rows from here on are not taught
+  const bool* kd_mask = nullptr;         // one per row with a teacher
+  int64_t kd_mask_rows = 0;              // rows from here on have no valid teacher
   // Weights of the terms: (ce_weight + ce_alpha * alpha) CE + alpha tau^2 KL.
   const void* alpha_ptr = nullptr;       // (A) 0-d, overrides alpha
   const void* temperature_ptr = nullptr; // (A) 0-d, overrides temperature

@@ -1,13 +1,14 @@
-// CUDA dispatch of the ops: current stream, device guard; no mathematics. Compiled only where nvcc is, and
-// linked with the kernels of cuda/. It loads beside a CPU build of torch too: the one CUDA symbol it needs from libtorch
-// is weak, and is only reached with a CUDA tensor in hand.
+// CUDA dispatch of the ops: current stream and device guard. Compiled where nvcc is installed, and linked with the
+// kernels of cuda/. It loads beside a CPU build of torch too: the one CUDA symbol it needs from libtorch is weak, and
+// only a call with CUDA tensors reaches it.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/last_batch_cuda.h"
 #include "last_batch_options.h"
 #include "unpack.h"
 
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 
 namespace dlb_fast {
 namespace {
@@ -24,7 +25,8 @@ void launch(const Tensor& logits, const LastBatchArgs& args) {
   STD_TORCH_CHECK(!refused, "last_batch: ", refused ? refused : "");
 }
 
-Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, const Options& options, bool need_grad) {
+Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, const Options& options,
+                         bool need_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   LastBatchArgs args;
   Outputs outputs = unpack(logits, options, need_grad, args);
@@ -33,8 +35,8 @@ Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64
   return outputs;
 }
 
-Outputs run_with_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids, int64_t num_old,
-                    const Options& options, bool need_grad) {
+Outputs run_with_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids,
+                        int64_t num_old, const Options& options, bool need_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   LastBatchArgs args;
   Outputs outputs = unpack(logits, options, need_grad, args);

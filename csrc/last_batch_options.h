@@ -1,4 +1,5 @@
-// The options of dlb_fast/options.h as schema text, C++ parameters and a struct, and the two ops around a device's kernels.
+// The options of dlb_fast/options.h as schema text, C++ parameters and a struct, and the two ops around a device's
+// kernels.
 #pragma once
 #include "unpack.h"
 

@@ -48,8 +48,9 @@ DLB_HD RowCoefficients<A> ce_coefficients(const TermScales<A>& scales, A mass, A
 // the two octaves below, rows of up to 256 keep a finite gradient.
 constexpr double dense_target_room = 64.0;
 
-// The largest power of two in [2^-20, 65536] that keeps |gradient| * scale two octaves inside float16's range. Powers of
-// two are exact, so a float16 gradient is stored enlarged and shrinks in the backward, where the loss scale is known.
+// The largest power of two in [2^-20, 65536] that keeps |gradient| * scale two octaves inside float16's range. Powers
+// of two are exact, so a float16 gradient is stored enlarged and shrinks in the backward, where the loss scale is
+// known.
 DLB_HD double float16_grad_scale(double bound) {
   double scale = 65536.0;
   while (scale > 9.5367431640625e-07 && scale * bound > 16384.0) scale *= 0.5;

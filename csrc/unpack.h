@@ -25,20 +25,25 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     case ST::Double: return DType::f64;
     case ST::BFloat16: return DType::bf16;
     case ST::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "last_batch: ", name, " must be float32, float64, bfloat16 or float16"); return DType::f32;
+    default:
+      STD_TORCH_CHECK(false, "last_batch: ", name, " must be float32, float64, bfloat16 or float16");
+      return DType::f32;
   }
 }
 
 inline void check_rows(const Tensor& t, const char* name, int64_t classes) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == classes, "last_batch: ", name, " must have ", classes, " columns");
-  STD_TORCH_CHECK(classes <= 1 || t.size(0) == 0 || t.stride(1) == 1, "last_batch: ", name, " must have unit column stride");
+  STD_TORCH_CHECK(classes <= 1 || t.size(0) == 0 || t.stride(1) == 1, "last_batch: ", name,
+                  " must have unit column stride");
 }
 
 // torch's own macro for this has another name in each version of the stable ABI.
-inline void must(AOTITorchError error) { STD_TORCH_CHECK(error == 0, "last_batch: torch could not allocate its outputs"); }
+inline void must(AOTITorchError error) {
+  STD_TORCH_CHECK(error == 0, "last_batch: torch could not allocate its outputs");
+}
 
-// A contiguous tensor on the device of `like`, straight from its allocator: through the dispatcher the three outputs would
-// take as long as the rows of a small batch.
+// A contiguous tensor on the device of `like`, straight from its allocator: through the dispatcher the three outputs
+// would take as long as the rows of a small batch.
 inline Tensor allocated(const Tensor& like, ST dtype, const std::array<int64_t, 2>& sizes, int64_t dims) {
   const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
   int32_t device_type = 0, device_index = 0, code = 0;
@@ -100,7 +105,8 @@ inline Outputs unpack(const Tensor& logits, const Options& o, bool need_grad, La
   }
   if (o.target_b) {
     STD_TORCH_CHECK(a.target && o.lam, "last_batch: the pair form needs target, target_b and lam");
-    STD_TORCH_CHECK(o.target_b->dim() == 1 && o.target_b->size(0) == a.batch, "last_batch: target_b must have shape (B,)");
+    STD_TORCH_CHECK(o.target_b->dim() == 1 && o.target_b->size(0) == a.batch,
+                    "last_batch: target_b must have shape (B,)");
     a.target_b = static_cast<const int64_t*>(address(o.target_b, logits, "target_b", ST::Long, -1));
     a.target_b_stride = o.target_b->stride(0);
     STD_TORCH_CHECK(o.lam->dim() == 0 || (o.lam->dim() == 1 && o.lam->size(0) == a.batch),

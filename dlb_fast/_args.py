@@ -1,13 +1,14 @@
-"""What the losses accept, and what they say otherwise: operation, argument, expected, got, remedy.
+"""The checkers of arguments. A message names the operation, the argument, what was expected, what came and the remedy.
 
-Checks look at shapes, dtypes, devices and Python numbers only; device values are never read (no synchronisation).
-Labels are checked where the host can see them: by the compiled CPU op while it reads them, here for CPU tensors on the
-other implementations. On a GPU a label outside [0, C) poisons its row with NaN instead.
+Checks look at shapes, dtypes, devices and Python numbers; values on a device are never read, because that would wait
+for it. The compiled CPU op checks the labels while it reads them, and `check_label_range` does it for CPU tensors on
+the other implementations. On a GPU a label outside [0, C) makes its row NaN.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -18,8 +19,18 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def as_int(value: object, op: str, name: str, minimum: int) -> int:
+    """``value`` as an int >= ``minimum``; NumPy's integers are integers, bools and floats are not."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r} ({type(value).__name__})")
+    number = operator.index(value)
+    if number < minimum:
+        raise ValueError(f"{op}: {name} must be at least {minimum}, got {number}")
+    return number
+
+
 def check_tensor(op: str, name: str, value: object) -> Tensor:
-    """A tensor, whatever it holds."""
+    """A tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     return value
@@ -106,25 +117,25 @@ def check_teacher(op: str, logits: Tensor, last_logits: Tensor) -> None:
 
 
 def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int) -> None:
-    """A bool per taught row."""
+    """A bool per row with a teacher."""
     check_tensor(op, "kd_mask", kd_mask)
     _same_device(op, "kd_mask", kd_mask, logits)
     if kd_mask.dtype != torch.bool or kd_mask.shape != (rows,):
         raise ValueError(
-            f"{op}: kd_mask must be a bool tensor of shape ({rows},), one entry per taught row, "
+            f"{op}: kd_mask must be a bool tensor of shape ({rows},), one entry per row with a teacher, "
             f"got {kd_mask.dtype} {tuple(kd_mask.shape)}"
         )
 
 
 def check_weight(op: str, logits: Tensor, weight: Tensor) -> None:
-    """A class weight per class, beside the logits."""
+    """A weight per class, on the device of the logits."""
     check_tensor(op, "weight", weight)
     _same_device(op, "weight", weight, logits)
     check_weight_form(op, weight, logits.shape[1])
 
 
 def check_weight_form(op: str, weight: Tensor, classes: int) -> None:
-    """A class weight per class, wherever it is."""
+    """A weight per class, on any device."""
     check_tensor(op, "weight", weight)
     if weight.shape != (classes,) or not weight.is_floating_point():
         raise ValueError(
@@ -134,7 +145,7 @@ def check_weight_form(op: str, weight: Tensor, classes: int) -> None:
 
 
 def check_rows(op: str, name: str, value: object, logits: Tensor) -> Tensor:
-    """Floating rows (B, C), one for every row of the logits and beside them."""
+    """Floating rows (B, C), one for every row of the logits, on their device."""
     rows = check_tensor(op, name, value)
     _same_device(op, name, rows, logits)
     if rows.shape != logits.shape or not rows.is_floating_point():
@@ -170,7 +181,7 @@ def check_ids(op: str, logits: Tensor, ids: Tensor) -> None:
 
 
 def check_scalar(op: str, name: str, value: float | Tensor, *, positive: bool) -> None:
-    """A finite Python number (> 0 or >= 0), or a 0-d floating tensor; on the CPU its value is read, elsewhere not."""
+    """A finite Python number (> 0 or >= 0), or a 0-d floating tensor, whose value is read on the CPU only."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.is_floating_point():
             raise ValueError(
@@ -187,7 +198,7 @@ def check_scalar(op: str, name: str, value: float | Tensor, *, positive: bool) -
 
 
 def check_impl(op: str, impl: str) -> None:
-    """A name of an implementation, whether or not it works here."""
+    """The name of an implementation, whether or not it runs here."""
     if impl not in IMPLEMENTATIONS and impl != "auto":
         raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 

@@ -1,7 +1,7 @@
-"""The definition of every loss, in plain PyTorch, in the order of the papers.
+"""The definition of the objective in plain PyTorch, in the order of the paper.
 
-This file is the oracle of the tests and the implementation called ``torch``. It imports torch and nothing else,
-favours reading over speed, and differentiates through autograd. Sizes: ``B`` rows in a batch, ``C`` classes, ``H``
+The tests compare every implementation with this file, and ``impl="torch"`` runs it. It imports torch alone and is
+differentiated by autograd. Sizes: ``B`` rows in a batch, ``C`` classes, ``H``
 repeated rows (the first ones). Arithmetic is float32, or float64 when the logits are float64; losses come back in
 that dtype.
 
@@ -103,7 +103,7 @@ def cross_entropy_rows(
 def virtual_teacher(
     target: Tensor | None, rows: int, classes: int, correct_share: float | None, like: Tensor
 ) -> Tensor:
-    """The teacher nobody trained, (rows, C): uniform, or ``correct_share`` on the right class and the rest even."""
+    """(rows, C) probabilities: uniform, or ``correct_share`` for the right class and the rest divided equally."""
     if correct_share is None:
         return torch.full((rows, classes), 1.0 / classes, dtype=like.dtype, device=like.device)
     assert target is not None and target.dim() == 1
@@ -184,8 +184,8 @@ def last_batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """The objective: ``ce_weight * L_CE + alpha * L_LB``.
 
-    ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), or ``"virtual"`` (nothing given: all rows are
-    taught by :func:`virtual_teacher`). Returns ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached
+    ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), or ``"virtual"`` (no tensor: all rows learn from
+    :func:`virtual_teacher`). Returns ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached
     ``[loss, L_CE, L_LB, correct]``; with ``reduction="none"`` the parts are sums over the rows.
 
     >>> z, y = torch.zeros(2, 4), torch.tensor([0, 1])
@@ -214,17 +214,17 @@ def last_batch_loss(
     lb = zero
     if teacher_kind == "virtual":
         teacher = virtual_teacher(target, batch, classes, correct_share, z)
-        if correct_share is not None:  # no right class, no correction: an ignored row has no such teacher
+        if correct_share is not None:  # an ignored row has no right class, so no such teacher
             assert target is not None
             labelled = target != ignore_index
             kd_mask = labelled if kd_mask is None else kd_mask & labelled
     if teacher is not None:
-        taught = teacher.shape[0]
+        rows = teacher.shape[0]
         lb = kl_rows(
-            z[:taught], teacher.to(dtype), temperature=temperature, keep=kd_mask,
+            z[:rows], teacher.to(dtype), temperature=temperature, keep=kd_mask,
             teacher_is_probabilities=teacher_kind != "logits",
         )  # fmt: skip
-        lb = RowTerms(torch.cat([lb.rows, z.new_zeros(batch - taught)]), lb.norm)
+        lb = RowTerms(torch.cat([lb.rows, z.new_zeros(batch - rows)]), lb.norm)
 
     loss = ce_weight * reduce_rows(ce, reduction)
     if teacher is not None:

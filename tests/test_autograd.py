@@ -9,7 +9,11 @@ from torch.autograd import forward_ad
 
 from dlb_fast import LastBatchLoss, fused_lb_loss
 
-pytestmark = pytest.mark.skipif(not available("cpu"), reason="nothing is compiled here")
+pytestmark = [
+    pytest.mark.skipif(not available("cpu"), reason="nothing is compiled here"),
+    # torch 2.14 loads its own forward-mode rules by torch.jit.script.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning"),
+]
 
 
 def batch(dtype=torch.float32, rows=8, classes=11):

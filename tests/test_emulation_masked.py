@@ -1,6 +1,6 @@
-"""Classes masked by a large negative logit cost a streamed CUDA kernel no digit, wherever they stand.
+"""Classes masked by a large negative logit cost a two-pass CUDA kernel no digit, wherever they stand.
 
-Models mask classes (of another task, of padding) by -1e4, the lowest float16 or float32, or -inf. Held rows are
+Models mask classes (of another task, of padding) by -1e4, the lowest float16 or float32, or -inf. Resident rows are
 compared too: all kernels give the same.
 """
 
@@ -88,7 +88,7 @@ def test_masked_classes_under_every_option(classes: int, place: str, mask: float
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("place", PLACES)
 def test_masked_classes_of_long_rows(place: str, mask: float) -> None:
-    """Without clusters they are streamed, by the plain kernel where the target is a label and the teacher logits."""
+    """Without clusters they take two passes, by the plain kernel where the target is a label and the teacher logits."""
     for teacher, target in (("logits", "labels"), ("logits, cold", "labels"), ("none", "labels"), ("logits", "dense")):
         assert check(17000, place, mask, teacher, target) == "two_pass_block"
     assert check(17000, place, mask, "logits", "labels", clusters=8) == "cluster"
@@ -101,9 +101,9 @@ def test_masked_classes_in_half_precision(classes: int, place: str, dtype: torch
     for mask in (-1e4, -65504.0, -torch.inf):
         for teacher, target in (("logits", "dense"), ("probabilities", "pair"), ("right class", "labels")):
             check(classes, place, mask, teacher, target, dtype)
-        # A teacher of another element type is streamed too.
+        # A teacher of another element type takes two passes too.
         regime = check(classes, place, mask, "logits", "labels", dtype, teacher_dtype=torch.float32)
-        assert regime.startswith("streamed")
+        assert regime.startswith("two_pass")
 
 
 @pytest.mark.parametrize("classes", [100, 1500, 17000])

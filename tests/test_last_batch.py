@@ -112,16 +112,15 @@ OPTIONS = {
 }
 
 
-# Where Triton is compiled (a second each), these pairs only.
-COMPILED = (("mean", torch.float32), ("mean", torch.float16), ("none", torch.bfloat16), ("sum", torch.float64))
+REDUCTIONS = ("mean", "sum", "none")
+# Every option with every dtype and every reduction, and every dtype with every reduction.
+PAIRS = [
+    (name, REDUCTIONS[(i + j) % 3], dtype) for i, name in enumerate(OPTIONS) for j, dtype in enumerate(DTYPES)
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("name", "reduction", "dtype"), PAIRS, ids=str)
 def test_every_option(impl, generator, name, reduction, dtype):
-    if impl == "triton" and (reduction, dtype) not in COMPILED:
-        pytest.skip("each is a compilation of its own; every option, reduction and dtype has one")
     o = OPTIONS[name]
     rows, taught, classes = 12, 6, 37
     z, y, t = problem(impl, generator, rows, taught, classes, dtype)
@@ -189,14 +188,12 @@ def test_a_second_derivative_is_refused_or_right(impl, generator):
     z, y, t = problem(impl, generator, 8, 4, 5, torch.float64)
     z.requires_grad_()
     loss = fused_lb_loss(z, y, t, impl=impl)
-    (grad,) = torch.autograd.grad(loss, z, create_graph=True)
-    (first,) = torch.autograd.grad(eager_official(z, y, t), z)
-    torch.testing.assert_close(grad.detach(), first)
-    penalty = loss + grad.square().sum()  # beside the loss: a constant gradient would not be noticed
     if impl != "torch":
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            penalty.backward()
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(loss, z, create_graph=True)
         return
+    (grad,) = torch.autograd.grad(loss, z, create_graph=True)
+    penalty = loss + grad.square().sum()  # beside the loss: a constant gradient would not be noticed
     (got,) = torch.autograd.grad(penalty, z)
     (plain,) = torch.autograd.grad(eager_official(z, y, t), z, create_graph=True)
     (want,) = torch.autograd.grad(eager_official(z, y, t) + plain.square().sum(), z)

@@ -1,4 +1,4 @@
-// What has to be known about the whole batch before a row's gradient can be written: labels checked, rows counted.
+// Facts about the whole batch that are needed before a row's gradient is written: labels checked, rows counted.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -53,6 +53,7 @@ void* thread_scratch(int64_t bytes);
 void finish_batch(const LastBatchArgs& args, const BatchPlan& plan, const RowLosses& losses);
 
 // grad rows *= upstream / grad_scale, in place; nothing is touched where the factor is 1.
-void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, int64_t end);
+void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin,
+                int64_t end);
 
 }  // namespace dlb_fast

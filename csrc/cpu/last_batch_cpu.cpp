@@ -10,10 +10,11 @@
 namespace dlb_fast {
 
 // last_batch_rows.cpp, once per instruction set.
-#define DLB_DECLARE_ISA(name)                              \
-  namespace name {                                         \
-  PairKernel pair_kernel(DType dtype, DType teacher);      \
-  void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, int64_t end); \
+#define DLB_DECLARE_ISA(name)                                                                                   \
+  namespace name {                                                                                              \
+  PairKernel pair_kernel(DType dtype, DType teacher);                                                           \
+  void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, \
+                  int64_t end);                                                                                 \
   }
 DLB_DECLARE_ISA(portable)
 #if defined(DLB_FAST_X86)
@@ -33,8 +34,9 @@ double element(const LastBatchArgs& args, const void* array, int64_t index) {
 }
 
 std::string label_error(const char* name, int64_t row, int64_t label, const LastBatchArgs& args) {
-  return std::string(name) + "[" + std::to_string(row) + "] = " + std::to_string(label) + " is not a class: expected 0 <= label < " +
-         std::to_string(args.classes) + " or ignore_index (" + std::to_string(args.ignore_index) + ")";
+  return std::string(name) + "[" + std::to_string(row) + "] = " + std::to_string(label) +
+         " is not a class: expected 0 <= label < " + std::to_string(args.classes) + " or ignore_index (" +
+         std::to_string(args.ignore_index) + ")";
 }
 
 // Labels in range, how many rows count and with what weight.
@@ -140,7 +142,8 @@ PairKernel pair_kernel(const LastBatchArgs& args) {
   return portable::pair_kernel(args.dtype, args.teacher_dtype);
 }
 
-void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, int64_t end) {
+void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin,
+                int64_t end) {
 #if defined(DLB_FAST_X86)
   if (detected_isa() == Isa::avx512) return avx512::scale_rows(grad, dtype, factors, per_row, classes, begin, end);
   if (detected_isa() == Isa::avx2) return avx2::scale_rows(grad, dtype, factors, per_row, classes, begin, end);

@@ -159,7 +159,8 @@ struct RowKernel {
       const int64_t y = corrected ? args.target[row * args.target_stride] : 0;
       const double x_right = static_cast<double>(z[y] - m) / job.temperature;
       const double x_all = wrong == 0 ? 0 : weighted_sum<A>(z, nullptr, n, m) / job.temperature;
-      const double entropy = (right > 0 ? right * std::log(right) : 0) + (wrong > 0 ? (n - 1) * wrong * std::log(wrong) : 0);
+      const double entropy =
+          (right > 0 ? right * std::log(right) : 0) + (wrong > 0 ? (n - 1) * wrong * std::log(wrong) : 0);
       const double more = right - wrong, mass = n > 1 ? 1.0 : right;
       job.kl[row] = entropy + mass * std::log(d2) - wrong * x_all - (more == 0 ? 0 : more * x_right);
       g.at.b = static_cast<A>(scale * mass / d2);
@@ -220,7 +221,7 @@ struct RowKernel {
     }
     if (!labelled && !valid) return zero_gradient(row);
     const Row<A> of_row = load_row<A>(logits(row), n, nothing<A>, scratch.z);
-    if (labelled && !counts) {  // no cross entropy for want of the second label; the first may be right all the same
+    if (labelled && !counts) {  // without its second label the row has no CE, but its first label may be right
       const A label = of_row.v[args.target[row * args.target_stride]];
       job.correct[row] = label >= of_row.max && exp_sum(of_row, plain, scratch.e1) >= 0;  // false where a logit is NaN
       if (!valid) return zero_gradient(row);

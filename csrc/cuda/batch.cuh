@@ -1,7 +1,8 @@
-// What a block has to know about the whole batch before it writes a gradient: which rows have a valid teacher, how many count.
+// Facts about the whole batch that a block needs before it writes a gradient: which rows have a valid teacher, and the
+// counts that the means divide by.
 //
 // Up to `self_count_rows` rows every block counts for itself (the labels are in L2, one launch); above, count_kernel
-// leaves the counts in the workspace. Until the last block of the launch has taken its ticket nobody writes slots.
+// leaves the counts in the workspace. Until the last block of the launch has taken its ticket no block writes slots.
 #pragma once
 #include "../last_batch.h"
 #include "groups.cuh"
@@ -24,8 +25,8 @@ struct Workspace {
   float partial[3][max_grid];
 };
 
-// LastBatchArgs as the kernels want it: compute dtype float, rows and columns counted in int (products are int64), buffer
-// and given teacher in one place.
+// LastBatchArgs as the kernels want it: compute dtype float, rows and columns counted in int (products are int64),
+// buffer and given teacher in one place.
 struct DeviceArgs {
   int64_t logits_stride, target_stride, target_b_stride, lam_stride, dense_stride;
   const void* logits;
@@ -102,7 +103,9 @@ DLB_DEVICE bool label_counts(const DeviceArgs& a, int row) {
 }
 
 // A virtual teacher that knows the right class.
-DLB_DEVICE bool by_label(const DeviceArgs& a) { return a.kind == TeacherKind::virtual_teacher && a.correct_share >= 0.0f; }
+DLB_DEVICE bool by_label(const DeviceArgs& a) {
+  return a.kind == TeacherKind::virtual_teacher && a.correct_share >= 0.0f;
+}
 
 // For row < teacher_limit.
 DLB_DEVICE bool has_valid_teacher(const DeviceArgs& a, int row, bool other_sample) {
@@ -173,7 +176,9 @@ DLB_DEVICE void reduce_block(float (&v)[N], float (*partial)[max_block_warps]) {
   reduce_lanes<Op>(v, max_block_warps);
 }
 
-DLB_DEVICE float scalar(const float* on_device, float number) { return on_device != nullptr ? load(on_device) : number; }
+DLB_DEVICE float scalar(const float* on_device, float number) {
+  return on_device != nullptr ? load(on_device) : number;
+}
 // A term to which no row counts is 0, with zero gradient.
 DLB_DEVICE float over(float a, float norm) { return norm == 0.0f ? 0.0f : a / norm; }
 

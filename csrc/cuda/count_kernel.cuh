@@ -9,7 +9,8 @@ static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
   DLB_SHARED(FinishShared, shared);
   int start, stored, teacher_limit;
   lay_out_pairs(a, start, stored, teacher_limit);
-  const Counts n = count_rows(a, teacher_limit, block_index() * block_threads() + thread_index(), grid_blocks() * block_threads());
+  const Counts n =
+      count_rows(a, teacher_limit, block_index() * block_threads() + thread_index(), grid_blocks() * block_threads());
   float v[count_fields] = {n.weight, n.valid, n.mismatched};
   reduce_block<Sum>(v, shared.partial[0]);
   Workspace& w = *a.workspace;

@@ -16,12 +16,14 @@ inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, vo
   d.dense = static_cast<const float*>(a.dense), d.dense_stride = a.dense_stride;
   d.weight = static_cast<const float*>(a.weight);
   d.kind = a.kind, d.teacher_dtype = a.teacher_dtype;
-  d.buffer = a.buffer, d.capacity = static_cast<int>(a.capacity), d.slots = a.slots, d.ids = a.ids, d.num_old = a.num_old;
+  d.buffer = a.buffer, d.capacity = static_cast<int>(a.capacity), d.slots = a.slots, d.ids = a.ids,
+  d.num_old = a.num_old;
   d.teacher = a.buffer != nullptr ? a.buffer : a.teacher;
   d.teacher_stride = a.buffer != nullptr ? a.classes : a.teacher_stride;
   d.teacher_rows = static_cast<int>(a.buffer != nullptr ? a.capacity : a.teacher_rows);
   d.kd_mask = a.kd_mask, d.kd_mask_rows = a.kd_mask_rows;
-  d.alpha_ptr = static_cast<const float*>(a.alpha_ptr), d.temperature_ptr = static_cast<const float*>(a.temperature_ptr);
+  d.alpha_ptr = static_cast<const float*>(a.alpha_ptr),
+  d.temperature_ptr = static_cast<const float*>(a.temperature_ptr);
 #define DLB_NUMBER(name, initial) d.name = static_cast<float>(a.name);
 #define DLB_INTEGER(name, type, initial) d.name = a.name;
   DLB_NUMBER_OPTIONS(DLB_NUMBER)
@@ -55,7 +57,8 @@ Kernel kernel_for(const LaunchPlan& plan, TeacherKind kind) {
     return plan.general ? &two_pass_kernel<T, Teach::any, true, BlockGroup<256, 2>>
                         : &two_pass_kernel<T, Teach::logits, false, BlockGroup<256, 3>>;
   }
-  return kind == TeacherKind::logits ? resident_kernel_of<T, Teach::logits>(plan.regime) : resident_kernel_of<T, Teach::none>(plan.regime);
+  return kind == TeacherKind::logits ? resident_kernel_of<T, Teach::logits>(plan.regime)
+                                     : resident_kernel_of<T, Teach::none>(plan.regime);
 }
 
 // One per element type, each in its own file so that they compile side by side.

@@ -36,7 +36,8 @@ DLB_DEVICE void write_id(const DeviceArgs& a, const BatchState& s, int slot) {
 }
 
 // `totals` is read by leaders only.
-DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const Totals& totals, bool leader, FinishShared& shared) {
+DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const Totals& totals, bool leader,
+                              FinishShared& shared) {
   float sum[total_fields] = {0, 0, 0};
   if (leader) sum[0] = totals.ce, sum[1] = totals.kl, sum[2] = totals.correct;
   reduce_block<Sum>(sum, shared.partial[0]);

@@ -79,14 +79,16 @@ struct BlockGroup {
     sync_block();
     const int other = lane % max_block_warps;
     const bool used = other < block_threads() / warp_lanes;
-    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = used ? shared_load(&shared.partial[buffer][i][other]) : Op::identity();
+    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] =
+        used ? shared_load(&shared.partial[buffer][i][other]) : Op::identity();
     reduce_lanes<Op>(v, max_block_warps);
   }
   DLB_DEVICE static void sync() { sync_block(); }
 };
 
-// A thread-block cluster. Each warp writes its partial into every block's shared memory; one cluster barrier later every
-// block holds all of them. Nothing is read remotely and nothing is written after the last barrier, so a block may leave.
+// A thread-block cluster. Each warp writes its partial into every block's shared memory; one cluster barrier later
+// every block holds all of them. Nothing is read remotely and nothing is written after the last barrier, so a block may
+// leave.
 struct ClusterGroup {
   static constexpr int launch_threads = max_block_threads, min_blocks = 1, fixed_size = 0;
   struct Shared {

@@ -1,14 +1,14 @@
-// Rows held in registers: every logit and teacher logit is read from memory once, every gradient element written once.
+// Register-resident rows: every logit and teacher logit is read from memory once, every gradient element written once.
 //
-// A group of threads (a few lanes, a warp, a block, a cluster) owns row j and row start + j; each thread holds E columns
-// of the row in registers: as exp(x), or, where there is a teacher, as x and the teacher's exp(y / tau). Keeping
-// exp(x) and exp(x / tau) as well would save 2 ex2 per logit with a teacher and costs 32 registers more, which spill. Options that
-// read another array per class (dense targets, smoothing with class weights, given probabilities), two labels per row and
-// virtual teacher are streamed.
+// A group of threads (a few lanes, a warp, a block, a cluster) owns row j and row start + j; each thread holds E
+// columns of the row in registers: as exp(x), or, where there is a teacher, as x and the teacher's exp(y / tau).
+// Keeping exp(x) and exp(x / tau) as well would save 2 ex2 per logit with a teacher and costs 32 registers more, which
+// spill. Options that read another array per class (dense targets, smoothing with class weights, given probabilities),
+// two labels per row and virtual teachers take two passes.
 //
-// Predicted traffic per logit of the batch, gradient and roll included: 12 bytes float32, 6 bytes bfloat16 and float16;
-// 5 ex2 per logit with a teacher, 1 per other one (benchmarks/sass_budget.py counts what else). The next pair is asked for while one
-// is worked on. Registers: 64 for a row pair's values at E = 32, at most 128 in all. One launch.
+// Predicted traffic per logit of the batch, gradient and buffer included: 12 bytes float32, 6 bytes bfloat16 and
+// float16; 5 ex2 per logit with a teacher, 1 per other one (benchmarks/sass_budget.py counts what else). The next pair
+// is asked for while one is worked on. Registers: 64 for a row pair's values at E = 32, at most 128 in all. One launch.
 // Not yet run on a GPU.
 #pragma once
 #include "finish.cuh"
@@ -24,17 +24,19 @@ struct ResidentShared {
   Totals totals[max_groups];
 };
 
-// The columns one thread of a group holds: packets rank, rank + size, ... Whole packets move as 16 bytes; of the two that
-// may stick out of the row, the first can only be a thread's packet 0 and the last is its packet `tail()`. They go element
-// by element, once per row and array, so that the code for it exists once and not per packet. Every array of a held
-// kernel is shifted alike (plan_launch sees to it), except the slot a row is stored in.
+// The columns one thread of a group holds: packets rank, rank + size, ... Whole packets move as 16 bytes; of the two
+// that may stick out of the row, the first can only be a thread's packet 0 and the last is its packet `tail()`. They go
+// element by element, once per row and array, so that the code for it exists once and not per packet. Every array of a
+// resident kernel is shifted alike (plan_launch sees to it), except the slot a row is stored in.
 template <typename T, int E>
 struct ResidentColumns {
   static constexpr int V = packet_columns<T>, packets = E / V;
   int first, step;  // column at which the thread's packet 0 begins (may be negative), and columns between packets
   int classes;
-  DLB_DEVICE ResidentColumns(int rank, int size, int shift, int c) : first(rank * V - shift), step(size * V), classes(c) {}
-  // The thread's packet that begins inside the row and ends outside, or -1. (A row within one packet counts as the first.)
+  DLB_DEVICE ResidentColumns(int rank, int size, int shift, int c)
+      : first(rank * V - shift), step(size * V), classes(c) {}
+  // The thread's packet that begins inside the row and ends outside, or -1. (A row within one packet counts as the
+  // first.)
   DLB_DEVICE int tail() const {
     const int before = classes - 1 - first, p = before / step;
     return before >= 0 && column(p) >= 0 && column(p) + V > classes ? p : -1;
@@ -98,7 +100,7 @@ DLB_DEVICE void store_resident(const ResidentColumns<T, E>& columns, X* row, Val
   if (tail >= 0) store_packed_edge<X, V>(row, columns.column(tail), columns.classes, edge);
 }
 
-// Teacher and buffer of another dtype than the logits: float32 logits may keep 16-bit rows, the rest is streamed.
+// Teacher and buffer of another dtype than the logits: float32 logits may keep 16-bit rows, the rest takes two passes.
 template <typename T, int E>
 DLB_DEVICE void load_teacher(const DeviceArgs& a, const ResidentColumns<T, E>& columns, int row, float* out) {
   const int64_t offset = row * a.teacher_stride;
@@ -114,8 +116,8 @@ DLB_DEVICE void load_teacher(const DeviceArgs& a, const ResidentColumns<T, E>& c
 }
 
 template <typename T, typename X, int E, typename Group>
-DLB_DEVICE void store_slot_as(const DeviceArgs& a, const ResidentColumns<T, E>& columns, const Group& group, const T* z_row,
-                              int shift, X* slot_row, const float* z) {
+DLB_DEVICE void store_slot_as(const DeviceArgs& a, const ResidentColumns<T, E>& columns, const Group& group,
+                              const T* z_row, int shift, X* slot_row, const float* z) {
   constexpr int V = ResidentColumns<T, E>::V;
   if (shift_of<V>(slot_row) == shift) {
     store_resident(columns, slot_row, [z](int p, float* out) {
@@ -131,8 +133,8 @@ DLB_DEVICE void store_slot_as(const DeviceArgs& a, const ResidentColumns<T, E>& 
 }
 
 template <typename T, int E, typename Group>
-DLB_DEVICE void store_slot(const DeviceArgs& a, const ResidentColumns<T, E>& columns, const Group& group, const T* z_row,
-                           int shift, int slot, const float* z) {
+DLB_DEVICE void store_slot(const DeviceArgs& a, const ResidentColumns<T, E>& columns, const Group& group,
+                           const T* z_row, int shift, int slot, const float* z) {
   const int64_t offset = static_cast<int64_t>(slot) * a.classes;
   if constexpr (sizeof(T) == 2) {
     store_slot_as(a, columns, group, z_row, shift, static_cast<T*>(a.buffer) + offset, z);
@@ -272,7 +274,8 @@ template <typename T, Teach teach, int E, typename Group>
 DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(DLB_CONSTANT DeviceArgs a) {
   DLB_SHARED(ResidentShared<Group>, shared);
   Group group(shared.group);
-  // The first pair is on its way while the batch is counted: the first half for certain, the second where it usually begins.
+  // The first pair is on its way while the batch is counted: the first half for certain, the second where it usually
+  // begins.
   if (const int pair = group.first() + group.index; pair < a.batch / 2) {
     prefetch_row<T, teach>(a, group, pair, pair < a.teacher_rows);
     prefetch_row<T, Teach::none>(a, group, (a.batch + 1) / 2 + pair, false);
@@ -282,8 +285,8 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
   Totals& totals = shared.totals[group.index];
   const bool leader = group.rank == 0;
   if (leader) totals = {0, 0, 0};
-  // The bounds are the same for all threads of the block: groups without a pair still take part in shuffles. Pair and half
-  // (row j, row start + j) share one counter: every register counts here.
+  // The bounds are the same for all threads of the block: groups without a pair still take part in shuffles. Pair and
+  // half (row j, row start + j) share one counter: every register counts here.
   DLB_NO_UNROLL for (int turn = 2 * group.first(); turn < 2 * pair_count(a, s);
                      turn += turn % 2 == 0 ? 1 : 2 * group.groups_in_grid() - 1) {
     const int half = turn % 2, pair = turn / 2 + group.index;

@@ -73,7 +73,7 @@ struct Totals {
 };
 constexpr int max_groups = 16;
 
-// A teacher nobody trained: `right` on the label, `wrong` elsewhere.
+// The probabilities of a virtual teacher: `right` for the label, `wrong` for every other class.
 struct VirtualProbabilities {
   float right, wrong;
 };
@@ -152,7 +152,8 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
   }
   // A float16 gradient is enlarged before it is rounded; the factor is 1 otherwise.
   const float f = s.grad_scale;
-  g.a *= f, g.b *= f, g.k *= f, g.constant *= f, g.per_weight *= f, g.per_share *= f, g.at_label *= f, g.at_label_b *= f;
+  g.a *= f, g.b *= f, g.k *= f, g.constant *= f, g.per_weight *= f, g.per_share *= f, g.at_label *= f,
+      g.at_label_b *= f;
   return g;
 }
 

@@ -1,9 +1,10 @@
-// Rows read twice: sums with a running maximum first, then, in reverse order so that it meets what the caches still
-// hold, the gradient. For rows too long to be held (C > 16384 without clusters) and for the general options, which
-// read another array per class: dense targets, smoothing with class weights, given probabilities; and virtual teacher.
+// Two passes over a row: first the sums, with a running maximum, then the gradient, in reverse order, so that it finds
+// the end of the row in the caches. For rows too long for the registers (C > 16384 without clusters), for options that
+// read another array per class (dense targets, smoothing with class weights, given probabilities) and for virtual
+// teachers.
 //
-// Predicted traffic per logit, gradient and roll included: 12 bytes float32, 6 bytes 16-bit, when the second read hits L2;
-// 18 and 9 when none of it does. ex2: 6 per logit with a teacher, 2 per other one. At most 85 registers plain
+// Predicted traffic per logit, gradient and buffer included: 12 bytes float32, 6 bytes 16-bit, when the second read
+// hits L2; 18 and 9 when none of it does. ex2: 6 per logit with a teacher, 2 per other one. At most 85 registers plain
 // (768 threads per multiprocessor), 128 general. Not yet run on a GPU.
 #pragma once
 #include "resident_kernel.cuh"
@@ -90,8 +91,8 @@ DLB_DEVICE void two_pass_row(const DeviceArgs& a, const BatchState& s, Group& gr
   const bool dense = general && a.dense != nullptr && role.counts;
   const bool weighted = general && a.weight != nullptr && (dense || s.scales.even > 0.0f);
   const float* q_row = dense ? a.dense + row * a.dense_stride : nullptr;
-  // Sums of x and y are taken relative to the running maximum and moved with it. A class without mass, masked by a large
-  // negative logit, then leaves nothing behind wherever it stands, and common offsets cancel.
+  // Sums of x and y are taken relative to the running maximum and moved with it. A class without mass, masked by a
+  // large negative logit, then leaves nothing behind wherever it stands, and common offsets cancel.
   RunningMax top, teacher_top;
   float sum[max_sums] = {0, 0, 0, 0, 0, 0, 0, 0};  // d1, d2, dt, gap, x_sum, weighted_x, share_sum, share_x
   float seen = 0, seen_weight = 0;                 // columns in x_sum and weights in weighted_x
