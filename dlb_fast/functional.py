@@ -457,11 +457,11 @@ class Teacher(NamedTuple):
     tensor: Tensor | None = None  # (H, C): teaches the first H <= B rows
     correct_share: float | None = None  # with kind "uniform": probability of the right class
     mask: Tensor | None = None  # (H,) bool: False takes a row out of the KL
-    rows: int | None = None  # only the first rows have a loss at all (CS-KD); None: all
-    student: Tensor | None = None  # (B, C) logits for the KL in place of the batch's (Zipf)
-    add_entropy: bool = False  # add the teacher's entropy: the KL becomes the cross entropy with the teacher (PS-KD)
+    rows: int | None = None  # only the first rows have a loss at all; None: all
+    student: Tensor | None = None  # (B, C) logits for the KL in place of the batch's
+    add_entropy: bool = False  # add the teacher's entropy: the KL becomes the cross entropy with the teacher
     kl_weight: float = 1.0  # > 0, multiplies the KL
-    alpha_scale: float = 1.0  # multiplies alpha wherever alpha stands (PS-KD: a schedule over the epochs)
+    alpha_scale: float = 1.0  # multiplies alpha wherever alpha stands: a schedule
 
 
 def distill(

@@ -162,7 +162,7 @@ def test_a_criterion_is_refused_at_once_where_it_could_not_run(make):
 
 def test_ps_kd_refuses_logits_of_another_number_of_classes():
     criterion = PsKDLoss(num_samples=4, num_classes=3)
-    with pytest.raises(ValueError, match="PsKDLoss: logits must have C = 3 classes, num_classes of the criterion, got 5"):
+    with pytest.raises(ValueError, match="PsKDLoss: logits must have C = 3 classes, .* got 5"):
         criterion(torch.zeros(2, 5), torch.tensor([0, 1]), torch.tensor([0, 1]))
 
 

@@ -196,11 +196,11 @@ def test_a_comparison_of_all_methods(tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("metrics.csv")}
 
 
-FAMILY = [name for name in PRESETS if load_preset(name).loss.method not in ("dlb", "two_view", "ce")]
+PRESETS_OF_METHODS = [name for name in PRESETS if load_preset(name).loss.method not in ("dlb", "two_view", "ce")]
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_presets_of_the_family_train_a_step(name):
+@pytest.mark.parametrize("name", PRESETS_OF_METHODS)
+def test_presets_of_methods_train_a_step(name):
     tiny = override(
         load_preset(name), source="synthetic:64,4,16", batch_size=16, max_steps=1, model="small_cnn", padding=2,
         image_size=16, per_class=None, label_noise=0.0,

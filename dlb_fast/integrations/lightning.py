@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dlb_fast.integrations._need import need
 from dlb_fast.integrations.state import LastBatchState, check_ranks, reset, stream_of
-from dlb_fast.losses import DistillationLoss, LastBatchLoss
+from dlb_fast.losses import DistillationLoss
 
 __all__ = ["LastBatchCallback"]
 
@@ -111,7 +111,7 @@ class LastBatchCallback(_pl.Callback):
     def _criterion(self, pl_module: nn.Module) -> nn.Module:
         if self._given is not None:
             return self._given
-        found = [m for m in pl_module.modules() if isinstance(m, (LastBatchLoss, DistillationLoss))]
+        found = [m for m in pl_module.modules() if isinstance(m, DistillationLoss)]
         if len(found) != 1:
             raise ValueError(
                 f"LastBatchCallback: expected one last-batch criterion in {type(pl_module).__name__}, found "
