@@ -69,29 +69,32 @@ def row_loss(op, impl, logits, target, **given):
 ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
 
 
+def require(impl: str) -> None:
+    """Skip the test where an implementation does not run, or fail it where the build should have made it."""
+    if not available(impl):
+        reason = f"{impl}: {_backends.implementations()[impl].reason}"
+        if impl == "cpu" and os.environ.get("DLB_FAST_BUILD") in ("require", "cpu", "cuda"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
 @pytest.fixture(params=["torch", "cpu", *(ON_GPU if torch.cuda.is_available() else [])])
 def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every implementation that runs here at full speed (Triton's interpreter has its own, smaller, tests).
 
     Tensors that a test makes without naming a device are made where the implementation runs.
     """
-    name: str = request.param
-    if not available(name):
-        if name == "cpu" and os.environ.get("DLB_FAST_BUILD") in ("require", "cpu", "cuda"):
-            pytest.fail(_backends.implementations()["cpu"].reason)
-        pytest.skip(f"{name}: {_backends.implementations()[name].reason}")
-    with torch.device(device_of(name)):
-        yield name
+    require(request.param)
+    with torch.device(device_of(request.param)):
+        yield request.param
 
 
 @pytest.fixture(params=["cpu", *(ON_GPU if torch.cuda.is_available() else [])])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Like ``impl``, without plain PyTorch."""
-    name: str = request.param
-    if not available(name):
-        pytest.skip(f"{name}: {_backends.implementations()[name].reason}")
-    with torch.device(device_of(name)):
-        yield name
+    """Like `impl`, without plain PyTorch."""
+    require(request.param)
+    with torch.device(device_of(request.param)):
+        yield request.param
 
 
 @pytest.fixture

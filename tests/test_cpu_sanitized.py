@@ -15,7 +15,7 @@ CSRC = ROOT / "csrc" / "cpu"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
-FLAGS = ["-std=c++17", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+FLAGS = ["-std=c++17", "-O0", "-g1", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 

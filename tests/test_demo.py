@@ -88,13 +88,13 @@ def test_an_interrupted_comparison_continues(tmp_path, demo, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 
-    arguments = ["demo", "--seeds", "2", "--out", str(tmp_path / "c"), *FLAGS]
+    arguments = ["demo", "--seeds", "1", "--methods", "ce,ls", "--out", str(tmp_path / "c"), *FLAGS]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "optimizer_step", stopping)
         assert cli.main(arguments) == 130
     assert len(compare.read_comparison(tmp_path / "c")) == 1
     assert cli.main(arguments) == 0
-    for name in ("ce-seed0", "ls-seed0", "dlb-seed1"):
+    for name in ("ce-seed0", "ls-seed0"):
         ours, theirs = ((p / name / "checkpoints" / "last.safetensors").read_bytes() for p in (tmp_path / "c", demo))
         assert ours == theirs
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import PATIENCE
 from conftest import device_of
 from method_cases import CLASSES, make
 from torch import nn
@@ -414,9 +415,9 @@ RANKS = """
 import sys, torch, torch.distributed as dist
 from dlb_fast import PsKDLoss, bake_loss
 from dlb_fast.methods import bake
-rank, port = int(sys.argv[1]), sys.argv[2]
+rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 g = torch.Generator().manual_seed(5)
 z, f, y = torch.randn(12, 4, generator=g), torch.randn(12, 6, generator=g), torch.randint(0, 4, (12,), generator=g)
 mine = slice(6 * rank, 6 * rank + 6)
@@ -449,16 +450,11 @@ print("same", flush=True)
 
 
 def test_two_ranks_are_one_rank_with_the_joined_batch(tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), port],
+            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -466,6 +462,6 @@ def test_two_ranks_are_one_rank_with_the_joined_batch(tmp_path):
         )
         for rank in range(2)
     ]
-    results = [(process, *process.communicate(timeout=120)) for process in processes]
+    results = [(process, *process.communicate(timeout=PATIENCE)) for process in processes]
     for process, out, err in results:
         assert process.returncode == 0 and "same" in out, err

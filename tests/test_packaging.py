@@ -38,9 +38,9 @@ def build(hook: str, source: Path, out: Path, mode: str) -> Path:
 
 
 def package_files(root: Path) -> set[str]:
-    """The modules, the presets and the mark of typing."""
-    files = [path for kind in ("*.py", "*.yaml") for path in (root / "dlb_fast").rglob(kind)]
-    return {str(path.relative_to(root)) for path in files} | {"dlb_fast/py.typed"}
+    """Every file of the package in a copy of the sources."""
+    files = [path for path in (root / "dlb_fast").rglob("*.*") if path.suffix not in (".so", ".pyc")]
+    return {str(path.relative_to(root)) for path in files}
 
 
 def compiled_here() -> bool:
