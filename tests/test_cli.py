@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import environment, wait_for
+from builders import PATIENCE, environment, wait_for
 
 from dlb_fast import cli
 from dlb_fast.presets import PRESETS, load_preset, preset_file
@@ -261,7 +261,7 @@ def test_a_signal_saves_and_exits_cleanly(tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), "a checkpoint", process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert "stopped by SIGINT at step" in said and "--resume --out run" in said and "Traceback" not in said
 
