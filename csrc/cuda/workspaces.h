@@ -34,7 +34,7 @@ struct LentWorkspace {
 
 class Workspaces {
  public:
-  // What cudaMalloc hands out at least: 31 workspaces.
+  // What cudaMalloc hands out at least.
   static constexpr size_t slab_bytes = size_t(2) << 20;
 
   explicit Workspaces(size_t bytes) : bytes_((bytes + 127) / 128 * 128) {}
