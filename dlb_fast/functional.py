@@ -113,8 +113,8 @@ def row_loss(
     """The one way to an implementation: every loss of the package ends here.
 
     ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 * KL(teacher || z)``. The teacher is a tensor, the stored rows
-    of ``buffer`` (which then takes the new rows of the batch), or virtual. ``logits`` have passed ``check_logits``, and
-    ``kd_mask``, ``target_b`` and ``lam`` their checks.
+    of ``buffer`` (which then takes the new rows of the batch; the caller sets ``buffer.count``), or virtual. ``logits``
+    are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have passed their checks.
 
     The compiled ops check their tensors before they write anything, so they are called first; the arguments are
     examined only where the call fails, to say which one is wrong and what to do. Triton's ops and plain PyTorch check
@@ -135,7 +135,6 @@ def row_loss(
         if impl not in ("cpu", "cuda") or type(logits) is not Tensor or torch.compiler.is_compiling():
             _examine(options, logits, target, target_b, teacher, buffer, ids)
             examined = True
-        stored = 0 if buffer is None else buffer.stored_rows(logits.shape[0], num_old)
         if buffer is not None:
             teacher_kind = "logits"
         elif teacher is None and teacher_kind != "virtual":
@@ -170,8 +169,6 @@ def row_loss(
         except (TypeError, ValueError) as reason:
             raise reason from None
         raise
-    if buffer is not None:
-        buffer.count = stored
     return result
 
 
@@ -219,20 +216,26 @@ def _examine(
 ) -> None:
     """Raise the error of the first tensor that does not fit the others."""
     op = options.op
+    _args.check_logits(op, logits)
     if target is not None:
         _args.check_target(op, logits, target)
     if options.weight is not None:
         _args.check_weight(op, logits, options.weight)
     if teacher is not None:
         _args.check_teacher(op, logits, teacher)
-    if buffer is not None and (buffer.num_classes != logits.shape[1] or buffer.logits.device != logits.device):
+    if buffer is not None:
+        _check_buffer(op, logits, buffer)
+    if ids is not None:
+        _args.check_ids(op, logits, ids)
+    _args.check_label_ranges(op, target, target_b, logits.shape[1], options.ignore_index)
+
+
+def _check_buffer(op: str, logits: Tensor, buffer: LogitBuffer) -> None:
+    if buffer.num_classes != logits.shape[1] or buffer.logits.device != logits.device:
         raise ValueError(
             f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
             f"{buffer.logits.device}"
         )
-    if ids is not None:
-        _args.check_ids(op, logits, ids)
-    _args.check_label_ranges(op, target, target_b, logits.shape[1], options.ignore_index)
 
 
 def _plain_torch(
@@ -414,13 +417,18 @@ def dlb_step(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index,
     )  # fmt: skip
+    _check_buffer(op, logits, buffer)
+    stored = buffer.stored_rows(logits.shape[0], num_old)
     if _backends.pick(impl, logits.device.type) != "torch":
-        return row_loss(options, logits, target, buffer=buffer, ids=ids, num_old=num_old, upstream=upstream)
-    with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
-        leaf = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
-        loss, _ = row_loss(options, leaf, target, buffer=buffer, ids=ids, num_old=num_old)
-        (grad,) = torch.autograd.grad(loss * upstream, leaf)
-    return loss.detach(), grad
+        loss, grad = row_loss(options, logits, target, buffer=buffer, ids=ids, num_old=num_old, upstream=upstream)
+    else:
+        with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+            leaf = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
+            loss, _ = row_loss(options, leaf, target, buffer=buffer, ids=ids, num_old=num_old)
+            (grad,) = torch.autograd.grad(loss * upstream, leaf)
+        loss = loss.detach()
+    buffer.count = stored
+    return loss, grad
 
 
 def check_loss_inputs(

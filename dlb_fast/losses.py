@@ -333,10 +333,10 @@ class LastBatchLoss(DistillationLoss):
             kd_mask: ``(B,)`` bool, False takes a repeated row out of the KL.
         """
         op = "LastBatchLoss"
-        _args.check_logits(op, logits)
-        if logits.shape[1] != self.num_classes:
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
+            _args.check_logits(op, logits)
             raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
-        if num_old is not None:
+        if num_old is not None and type(num_old) is not int:
             _args.check_num_old(op, num_old)
         if kd_mask is not None:
             _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
@@ -346,11 +346,12 @@ class LastBatchLoss(DistillationLoss):
         if self.training:
             before = self.buffer, self._dtype_follows
             try:
-                buffer = self._buffer_for(logits, target, ids, num_old)
+                buffer, stored = self._buffer_for(logits, target, ids, num_old)
                 loss, parts = row_loss(
                     options, logits, target, buffer=buffer, ids=ids, num_old=num_old, kd_mask=kd_mask,
                     target_b=target_b, lam=lam,
                 )  # fmt: skip
+                buffer.count = stored
             except Exception:
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
@@ -364,15 +365,19 @@ class LastBatchLoss(DistillationLoss):
 
     def _buffer_for(
         self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None
-    ) -> LogitBuffer:
-        """The buffer, on the device of the logits and large enough; decided from shapes, without reading the device."""
+    ) -> tuple[LogitBuffer, int]:
+        """The buffer, on the device of the logits and large enough, and how many rows it will store.
+
+        Decided from shapes, without reading the device.
+        """
         batch, buffer = logits.shape[0], self.buffer
         if buffer is not None and not self._dtype_follows and buffer.logits.device == logits.device:
             old = buffer.count if num_old is None else num_old
-            if 0 < old < batch <= old + buffer.logits.shape[0] and (batch != old or num_old is not None):
-                return buffer
+            if 0 < old < batch <= old + buffer.logits.shape[0]:
+                return buffer, batch - old
         # Here the buffer is made, moved or resized, so the other arguments are examined first.
         op = "LastBatchLoss"
+        _args.check_logits(op, logits)
         if target is not None:
             _args.check_target(op, logits, target)
         if ids is not None:
@@ -396,10 +401,10 @@ class LastBatchLoss(DistillationLoss):
                     buffer = buffer.resized(buffer.capacity, skip=buffer.count)
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
-        buffer.stored_rows(batch, num_old)
+        stored = buffer.stored_rows(batch, num_old)
         if buffer is not self.buffer or self._dtype_follows:
             self.buffer, self._dtype_follows = buffer, False
-        return buffer
+        return buffer, stored
 
     def get_extra_state(self) -> Tensor:
         """The buffer's state for ``state_dict()``, packed into one uint8 tensor; empty before the first batch."""

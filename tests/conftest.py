@@ -63,7 +63,12 @@ def row_loss(op, impl, logits, target, **given):
     """``functional.row_loss`` with its options given beside the tensors."""
     names = functional.Options._fields
     options = {name: given.pop(name) for name in names if name in given}
-    return functional.row_loss(functional.prepare(op, impl=impl, **options), logits, target, **given)
+    buffer = given.get("buffer")
+    stored = None if buffer is None else buffer.stored_rows(logits.shape[0], given.get("num_old"))
+    result = functional.row_loss(functional.prepare(op, impl=impl, **options), logits, target, **given)
+    if buffer is not None:
+        buffer.count = stored
+    return result
 
 
 ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]

@@ -190,7 +190,6 @@ def test_one_steady_step_stays_short():
     assert len([file for file, _ in found.trace if file.startswith("train/")]) <= 9, found.trace
 
 
-@pytest.mark.xfail(reason="the loader and the criterion are still longer", strict=True)
 def test_one_steady_step_can_be_read_through():
     found = step_calls()
     assert (found.calls <= 50, found.files <= 12, found.switches <= 24) == (True, True, True), found.trace
