@@ -261,13 +261,6 @@ def check_correct_share(op: str, correct_share: float | None) -> None:
         raise ValueError(f"{op}: correct_share must be None (uniform) or a number in [0, 1], got {correct_share!r}")
 
 
-def check_positive_integer(op: str, name: str, value: object) -> int:
-    """An integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
-    return value
-
-
 def check_device(op: str, name: str, device: torch.device | str | None) -> torch.device | None:
     """None, or a device that torch knows."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._args import check_positive_integer
+from ._args import as_int
 
 UNKNOWN_ID = -(2**63)
 """Slot id of a row stored without a sample id; it matches any id."""
@@ -52,8 +52,8 @@ class LogitBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_positive_integer("LogitBuffer", "num_classes", num_classes)
-        check_positive_integer("LogitBuffer", "capacity", capacity)
+        as_int(num_classes, "LogitBuffer", "num_classes", 1)
+        as_int(capacity, "LogitBuffer", "capacity", 1)
         check_buffer_dtype("LogitBuffer", dtype)
         # Tensors made under inference_mode could not be written to in training.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():

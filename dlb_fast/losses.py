@@ -274,7 +274,7 @@ class LastBatchLoss(DistillationLoss):
         device: torch.device | str | None = None,
     ) -> None:
         op = "LastBatchLoss"
-        _args.check_positive_integer(op, "num_classes", num_classes)
+        _args.as_int(num_classes, op, "num_classes", 1)
         if dtype is not None:
             check_buffer_dtype(op, dtype)
         if weight is not None:

@@ -111,7 +111,7 @@ def test_backend_variable(monkeypatch):
 
 
 def test_module_messages():
-    with pytest.raises(ValueError, match="LastBatchLoss: num_classes must be an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="LastBatchLoss: num_classes must be at least 1, got 0"):
         LastBatchLoss(0)
     with pytest.raises(ValueError, match="LastBatchLoss: temperature must be finite and > 0"):
         LastBatchLoss(4, temperature=-1)

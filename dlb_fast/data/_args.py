@@ -10,16 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 
-def as_int(value: object, operation: str, name: str, minimum: int) -> int:
-    """`value` as a plain int; bools, floats and values below `minimum` raise naming operation and argument."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{operation}: {name} must be an integer, got {value!r} ({type(value).__name__})")
-    number = operator.index(value)
-    if number < minimum:
-        raise ValueError(f"{operation}: {name} must be at least {minimum}, got {number}")
-    return number
-
-
 def as_bool(value: object, operation: str, name: str) -> bool:
     """`value` as a plain bool; anything but True and False raises (a string "False" would be true)."""
     if not isinstance(value, (bool, np.bool_)):

@@ -32,7 +32,8 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from dlb_fast.data._args import as_bool, as_int
+from dlb_fast._args import as_int
+from dlb_fast.data._args import as_bool
 from dlb_fast.data.rng import ORDER, SPLIT, key_of, permutation
 
 Ids = NDArray[np.int64]

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from dlb_fast.data._args import as_int
+from dlb_fast._args import as_int
 from dlb_fast.data.plan import OverlapPlan
 
 STATE_VERSION = 1

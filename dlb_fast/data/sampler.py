@@ -16,7 +16,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dlb_fast.data._args import as_bool, as_int, check_callable, class_indices
+from dlb_fast._args import as_int
+from dlb_fast.data._args import as_bool, check_callable, class_indices
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.plan import Ids, OverlapPlan, half_of, make_plan
 from dlb_fast.data.position import StreamPosition

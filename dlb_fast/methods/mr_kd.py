@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._args import check_correct_share, check_device, check_logits, check_positive_integer, check_tensor
+from .._args import as_int, check_correct_share, check_device, check_logits, check_tensor
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype, teacher_kl
@@ -147,8 +147,8 @@ class WeightSnapshots:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.copies = check_positive_integer("WeightSnapshots", "copies", copies)
-        self.copy_every = check_positive_integer("WeightSnapshots", "copy_every", copy_every)
+        self.copies = as_int(copies, "WeightSnapshots", "copies", 1)
+        self.copy_every = as_int(copy_every, "WeightSnapshots", "copy_every", 1)
         self.dtype, self.device = dtype, check_device("WeightSnapshots", "device", device)
         self.steps = 0
         self.kept: list[dict[str, Tensor]] = []  # a ring: snapshot number n is at n % copies

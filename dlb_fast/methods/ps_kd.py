@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._args import check_device, check_logits, check_positive_integer, check_rows
+from .._args import as_int, check_device, check_logits, check_rows
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype
@@ -112,8 +112,8 @@ class LogitBank:
         dtype: torch.dtype = MEMORY_DTYPE,
         device: torch.device | str | None = None,
     ) -> None:
-        self.num_samples = check_positive_integer("LogitBank", "num_samples", num_samples)
-        self.num_classes = check_positive_integer("LogitBank", "num_classes", num_classes)
+        self.num_samples = as_int(num_samples, "LogitBank", "num_samples", 1)
+        self.num_classes = as_int(num_classes, "LogitBank", "num_classes", 1)
         self.dtype = dtype
         self.device = check_device("LogitBank", "device", device)
         # Made with the first logits, which show the device. One row more than samples: ignored rows are written there.
@@ -224,7 +224,7 @@ class PsKDLoss(DistillationLoss):
         impl: str = "auto",
     ) -> None:
         if epochs is not None:
-            check_positive_integer("PsKDLoss", "epochs", epochs)
+            as_int(epochs, "PsKDLoss", "epochs", 1)
         super().__init__(
             alpha=alpha, temperature=1.0, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._args import check_correct_share, check_logits, check_positive_integer, check_scalar
+from .._args import as_int, check_correct_share, check_logits, check_scalar
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar
@@ -133,7 +133,7 @@ class TfKDRegLoss(DistillationLoss):
         impl: str = "auto",
     ) -> None:
         op = "TfKDRegLoss"
-        check_positive_integer(op, "num_classes", num_classes)
+        as_int(num_classes, op, "num_classes", 1)
         _check_numbers(op, temperature, multiplier, correct_share)
         super().__init__(
             alpha=alpha, temperature=1.0, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dlb_fast.data._args import as_int, class_indices
+from dlb_fast._args import as_int
+from dlb_fast.data._args import class_indices
 from dlb_fast.data.batch import tensor_of
 from dlb_fast.data.rng import SPLIT, SYNTHETIC, fold_array, key_of, permutation
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dlb_fast.data._args import as_int
+from dlb_fast._args import as_int
 from dlb_fast.data.datasets.arrays import CIFAR10_CLASSES
 from dlb_fast.data.rng import NOISE, SUBSET, fold_array, key_of, permutation
 

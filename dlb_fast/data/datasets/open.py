@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from dlb_fast.data._args import as_int, class_index, class_indices
+from dlb_fast._args import as_int
+from dlb_fast.data._args import class_index, class_indices
 from dlb_fast.data.datasets.arrays import ArrayDataset, check_split, cifar, digits, stratified_split, synthetic
 from dlb_fast.data.datasets.folder import ImageFolder, ListFile, TinyImageNet, has_folders
 from dlb_fast.data.datasets.source import as_image, as_pair

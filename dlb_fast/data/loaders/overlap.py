@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from dlb_fast.data._args import as_int, check_callable, device_of, length_of
+from dlb_fast._args import as_int
+from dlb_fast.data._args import check_callable, device_of, length_of
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.datasets.source import FailurePolicy, SampleSource
 from dlb_fast.data.decode.decode import ImageDecoder

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlb_fast.data._args import as_int, check_callable, class_indices, device_of, length_of
+from dlb_fast._args import as_int
+from dlb_fast.data._args import check_callable, class_indices, device_of, length_of
 from dlb_fast.data.batch import Batch, stack_views, tensor_of
 from dlb_fast.data.datasets.source import SampleSource
 from dlb_fast.data.decode.decode import ImageDecoder

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from dlb_fast import _backends
-from dlb_fast.data._args import as_int
+from dlb_fast._args import as_int
 from dlb_fast.data.batch import to_device
 from dlb_fast.data.rng import FLIP, ViewRng, ViewRngs, fold, fold_array, key_of
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dlb_fast.data._args import as_int
+from dlb_fast._args import as_int
 from dlb_fast.data.batch import to_device
 from dlb_fast.data.rng import ERASE, GOLDEN, MASK, MIX1, MIX2, Draws, ViewRng, ViewRngs, fold_array, mix_array
 

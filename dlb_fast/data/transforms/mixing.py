@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dlb_fast.data._args import as_int
+from dlb_fast._args import as_int
 from dlb_fast.data.batch import Batch, to_device
 from dlb_fast.data.plan import OverlapPlan
 from dlb_fast.data.rng import MIX, Draws, fold_array, key_of

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlb_fast.data._args import as_int
+from dlb_fast._args import as_int
 from dlb_fast.data.rng import ViewRng
 
 __all__ = ["RandAugment"]
