@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.getoption("markexpr") != "not slow" or collection_path.suffix != ".py":
         return None
     return True if SLOW_FILE.search(collection_path.read_text(encoding="utf-8")) else None
+
+
+def pytest_collection_finish() -> None:
+    """Take what the imports made out of the garbage collector's sight: tests that collect would walk it every time."""
+    gc.collect()
+    gc.freeze()
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
