@@ -281,8 +281,6 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
             config, methods=methods, seeds=args.seeds, jobs=args.jobs, folder=folder, label=prog, command=command
         )
         runs = [pages.read_run(path, label) for path, label in comparison.read_comparison(folder)]
-        for each in runs:
-            pages.write_page(each)
         pages.write_report(folder, runs, title=title, command=command)
         return folder, runs
 
@@ -291,7 +289,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
         shares = [float(share) for share in args.noises.split(",")]
         found = {s: one(override(config, label_noise=s), root / f"noise-{s:g}")[1] for s in shares}
         page = pages.write_noise_report(root, found, title=title, command=command)
-        print(f"\n{pages.noise_table(found)}\n\nwrote {page}, {root / 'noise.png'} and a page per share")
+        print(f"\n{pages.noise_table(found)}\n\nwrote {page}, {root / 'noise.png'} and a report.md per share")
         return 0
     folder, runs = one(config, args.out)
     print(f"\n{pages.compare_table(runs)}\n")
@@ -299,6 +297,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
         print(f"{paired}\n")
     used = ", ".join(sorted({str(r.versions.get("implementation")) for r in runs}))
     print(f"loss implementation that ran: {used}\nwrote {folder / 'report.md'} and {folder / 'curves.png'}")
+    print(f"`dlb-fast report {shlex.quote(str(folder))}` writes a page per run")
     return 0
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import gpu_check, plots, tables
 
+pytestmark = pytest.mark.slow  # guards the benchmarks, not the package
+
 WHERE = {
     "date": "2020-01-02T03:04:05+00:00", "commit": "abc", "command": "python -m somewhere", "hardware": "A machine",
     "threads": 3, "versions": {"torch": "9.9"}, "missing": ["liger (not installed)"],

@@ -19,7 +19,7 @@ from dlb_fast.train.loop import training_loss
 SMALL = Setting("small_cnn", rows=8, classes=5, size=8, device="cpu", mode="eager", bf16=False)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # guards the benchmarks, not the package
 
 
 def test_eager_loss_is_ours():
@@ -88,7 +88,6 @@ def run(monkeypatch, *arguments):
     bench_step.main()
 
 
-@pytest.mark.slow
 def test_command_writes_complete_records(tmp_path, monkeypatch):
     out = tmp_path / "steps.jsonl"
     shape = ["--models", "small_cnn", "--rows", "8", "--classes", "5", "--size", "8"]

@@ -11,8 +11,9 @@ import torch
 from benchmarks import bench_last_batch, loss_variants, shapes
 from dlb_fast import _backends
 
+pytestmark = pytest.mark.slow  # guards the benchmarks, not the package
 
-@pytest.mark.slow
+
 def test_loss_benchmark_writes_complete_records(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.jsonl"
     arguments = ["bench", "--device", "cpu", "--classes", "100", "--seconds", "0.05", "--dtypes", "float32"]
@@ -74,7 +75,6 @@ def test_contenders_with_another_gradient_are_not_timed(monkeypatch):
         loss_variants.check_alike(work)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sweep", shapes.SWEEPS)
 def test_sweeps(tmp_path, monkeypatch, sweep):
     out = tmp_path / "sweep.jsonl"
@@ -88,7 +88,6 @@ def test_sweeps(tmp_path, monkeypatch, sweep):
     assert {(r["sweep"], r["dtype"]) for r in records} == {(sweep, "float32")}
 
 
-@pytest.mark.slow
 def test_the_command_runs_a_benchmark_and_names_a_wrong_one(tmp_path, capfd, monkeypatch):
     from dlb_fast import cli
 

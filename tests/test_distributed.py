@@ -11,8 +11,9 @@ from builders import distance, last_checkpoint
 from ranks import CLASSES, digits, make, network, trained
 from torch import nn
 
-from dlb_fast import LastBatchLoss
+from dlb_fast import LastBatchLoss, PsKDLoss, bake_loss
 from dlb_fast.data import EvalLoader
+from dlb_fast.methods import bake
 from dlb_fast.train import checkpoint
 from dlb_fast.train.config import RunConfig, TrainConfig, override
 from dlb_fast.train.distributed import Ranks, distributed_mode
@@ -126,6 +127,49 @@ def test_ddp_leaves_the_remembered_rows_alone(process_group):
     (first, own_first), (second, own_second) = process_group(wrapped_buffer)
     assert torch.equal(first.double(), own_first.float().double()) or torch.allclose(first, own_first.to(first.dtype))
     assert torch.allclose(second, own_second.to(second.dtype)) and not torch.allclose(first, second)
+
+
+def cross_rank_methods():
+    """BAKE and PS-KD on half of 12 rows each, with the other rank's rows and without; rank by rank."""
+    rank = torch.distributed.get_rank()
+    mine = slice(6 * rank, 6 * rank + 6)
+    z, f, y = method_rows()
+    own = z[mine].clone().requires_grad_()
+    loss = bake_loss(own, f[mine], y[mine], omega=0.9, temperature=2.0, cross_rank=True)
+    loss.backward()
+    alone = bake_loss(z[mine], f[mine], y[mine], omega=0.9, temperature=2.0)
+    y[0] = y[7] = -100
+    banks = []
+    for cross_rank in (True, False):
+        criterion = PsKDLoss(12, 4, cross_rank=cross_rank)
+        criterion(own, y[mine], torch.arange(12)[mine])
+        banks.append(criterion.bank.state_dict())
+    return loss.detach(), alone, own.grad, banks
+
+
+def method_rows():
+    g = torch.Generator().manual_seed(5)
+    return torch.randn(12, 4, generator=g), torch.randn(12, 6, generator=g), torch.randint(0, 4, (12,), generator=g)
+
+
+def test_methods_on_two_ranks_are_one_rank_with_the_joined_batch(process_group):
+    first, second = process_group(cross_rank_methods)
+    z, f, y = method_rows()
+    joined = z.clone().requires_grad_()
+    whole = bake.reference(joined, f, y, omega=0.9, temperature=2.0)
+    whole.backward()
+    assert (first[0] + second[0]).item() / 2 == pytest.approx(whole.item(), abs=1e-5)  # the mean over ranks
+    assert abs((first[1] + second[1]) / 2 - whole) > 1e-3  # is not what each rank does alone
+    torch.testing.assert_close(torch.cat([first[2], second[2]]) / 2, joined.grad, rtol=1e-4, atol=1e-6)
+    labelled = torch.ones(12, dtype=torch.bool).index_fill_(0, torch.tensor([0, 7]), False)
+    for rank, (_, _, _, (shared, own)) in enumerate((first, second)):
+        assert torch.equal(shared["seen"], labelled)  # both ranks' labelled rows are on every rank
+        assert torch.equal(own["seen"], labelled & (torch.arange(12) // 6 == rank))
+        for bank in (shared, own):
+            seen = bank["seen"]
+            torch.testing.assert_close(
+                bank["rows"].float()[seen], torch.log_softmax(z, 1)[seen], rtol=2e-3, atol=2e-3
+            )
 
 
 # ---- evaluation

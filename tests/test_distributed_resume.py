@@ -55,8 +55,7 @@ def run(folder, kind, settings, resume=False, stop_at=None, alone=False):
 HARD = {"norm": nn.BatchNorm2d, "dropout": 0.3, "ema": 0.9, "epochs": 3, "checkpoint_every": 4, "eval_every": 4}
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("adam", [False, True])
+@pytest.mark.parametrize(("kind", "adam"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
 def test_stopped_and_resumed_equals_uninterrupted(kind, adam, process_group, tmp_path):
     settings = {**HARD, "adam": adam, "amp": "none" if adam else "fp16"}
     if settings["amp"] == "fp16":

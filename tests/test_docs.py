@@ -23,6 +23,8 @@ import yaml
 from benchmarks import tables
 from dlb_fast import _backends, cli
 
+pytestmark = pytest.mark.slow  # guards the documentation
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
@@ -227,7 +229,6 @@ def test_examples_of_the_docstrings_run(name, monkeypatch, tmp_path):
     assert done.failed == 0
 
 
-@pytest.mark.slow
 def test_the_site_builds(tmp_path):
     """Strict: a dead link or anchor, a page outside the navigation, a reference to nothing end it."""
     pytest.importorskip("mkdocstrings", reason="needs the extra [docs]", exc_type=ImportError)

@@ -70,18 +70,20 @@ def roll_through(
         last_ids = torch.zeros(0, dtype=torch.int64) if ids is None else ids[rows - oracle.count :]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "stored"),
-    [
-        (torch.float32, torch.float32),
-        (torch.float32, torch.float16),
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-    ],
-)
-@pytest.mark.parametrize("classes", [3, 10, 100, 1000, 1001, 1500])
+STORED = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+]
+# Every pair of dtypes in each regime of short rows, and other numbers of classes with one of them.
+CASES = [(classes, *pair) for classes in (100, 1001, 1500) for pair in STORED]
+CASES += [(classes, *pair) for classes, pair in zip((3, 10, 1000), (STORED[0], STORED[2], STORED[4]), strict=True)]
+
+
+@pytest.mark.parametrize(("classes", "dtype", "stored"), CASES)
 def test_many_steps(classes: int, dtype: torch.dtype, stored: torch.dtype) -> None:
     emulator = harness.emulator(seed=classes)
     roll_through(emulator, classes, dtype, stored, CAPACITY, STEPS, 1)

@@ -49,6 +49,8 @@ def test_no_report_proves_nothing(tmp_path):
 
 TESTS = """
 import pytest
+
+pytestmark = pytest.mark.slow  # guards the benchmarks, not the package
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
 def test_a(impl): assert impl != "triton"
 @pytest.mark.parametrize("n", range(40))
@@ -56,7 +58,7 @@ def test_b(n): pass
 """
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("seconds", ["1000", "0"])
 def test_outcomes_are_written_as_they_come_and_the_run_ends_in_time(tmp_path, workers, seconds):
     if workers:

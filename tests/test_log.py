@@ -8,11 +8,12 @@ import math
 import sys
 
 import pytest
-from builders import wait_for
+from builders import train, wait_for
 
 from dlb_fast import cli
+from dlb_fast.presets import load_preset
 from dlb_fast.train import log as logs
-from dlb_fast.train.config import TrainConfig, from_dict, parse_flags
+from dlb_fast.train.config import TrainConfig, from_dict, override, parse_flags
 from dlb_fast.train.log import COLUMNS, RunLog
 
 ROW = {"step": 3, "epoch": 1.0, "images_seen": 12, "lr": 0.1, "loss": 0.5, "ce": math.nan, "test_top1": 0.25}
@@ -181,8 +182,8 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(method, tmp_path
         raise ConnectionError(f"no network in {method}")
 
     monkeypatch.setattr(logs.TensorBoard, method, fail)
-    flags = ["--preset", "digits", "--per-class", "4", "--batch-size", "20", "--epochs", "2", "--log-every", "1"]
-    assert cli.main(["train", *flags, "--trackers", "tensorboard", "--out", str(tmp_path / "r")]) == 0
+    config = override(load_preset("digits"), per_class=4, batch_size=20, epochs=2, log_every=1)
+    train(override(config, trackers=("tensorboard",)), tmp_path / "r")
     said = capsys.readouterr().err
     assert said.count("tracker tensorboard failed") == 1 and f"ConnectionError: no network in {method}" in said
     assert json.loads((tmp_path / "r/result.json").read_text())["step"] == 8

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import PATIENCE
 from conftest import device_of
 from method_cases import CLASSES, make
 from torch import nn
@@ -409,59 +405,3 @@ class TestFeatureHook:
             FeatureHook(network(), "head")
         with pytest.raises(ValueError, match=r"has no nn\.Linear"):
             FeatureHook(nn.Conv2d(1, 1, 1))
-
-
-RANKS = """
-import sys, torch, torch.distributed as dist
-from dlb_fast import PsKDLoss, bake_loss
-from dlb_fast.methods import bake
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-g = torch.Generator().manual_seed(5)
-z, f, y = torch.randn(12, 4, generator=g), torch.randn(12, 6, generator=g), torch.randint(0, 4, (12,), generator=g)
-mine = slice(6 * rank, 6 * rank + 6)
-own = z[mine].clone().requires_grad_()
-loss = bake_loss(own, f[mine], y[mine], omega=0.9, temperature=2.0, cross_rank=True)
-loss.backward()
-alone = bake_loss(z[mine], f[mine], y[mine], omega=0.9, temperature=2.0)
-joined = z.clone().requires_grad_()
-whole = bake.reference(joined, f, y, omega=0.9, temperature=2.0)
-whole.backward()
-both = torch.stack([loss.detach(), alone])
-dist.all_reduce(both)
-assert abs(both[0] / 2 - whole) < 1e-5, (both[0] / 2, whole)   # the mean over ranks is one rank with the joined batch
-assert abs(both[1] / 2 - whole) > 1e-3                          # and it is not what each rank does alone
-torch.testing.assert_close(own.grad / 2, joined.grad[mine], rtol=1e-4, atol=1e-6)
-y[0] = y[7] = -100
-seen = []
-for cross_rank in (True, False):
-    ps = PsKDLoss(12, 4, cross_rank=cross_rank)
-    ps(own, y[mine], torch.arange(12)[mine])
-    seen.append(ps.bank.state_dict()["seen"])
-    rows = ps.bank.state_dict()["rows"].float()
-    torch.testing.assert_close(rows[seen[-1]], torch.log_softmax(z, 1)[seen[-1]], rtol=2e-3, atol=2e-3)
-labelled = y != -100
-assert torch.equal(seen[0], labelled)                           # both ranks' labelled rows are on every rank
-assert torch.equal(seen[1], labelled & (torch.arange(12) // 6 == rank))
-dist.destroy_process_group()
-print("same", flush=True)
-"""
-
-
-def test_two_ranks_are_one_rank_with_the_joined_batch(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        for rank in range(2)
-    ]
-    results = [(process, *process.communicate(timeout=PATIENCE)) for process in processes]
-    for process, out, err in results:
-        assert process.returncode == 0 and "same" in out, err

@@ -82,22 +82,22 @@ def test_opcheck_catches_a_wrong_fake(generator):
         torch.library.opcheck(torch.ops.dlb_fast_test.bad.default, (torch.randn(3, 2),))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compile_fullgraph(impl, generator, reduction):
+def test_compile_fullgraph(impl, generator):
     torch._dynamo.reset()
 
-    def step(z, y, t, alpha):
+    def step(z, y, t, alpha, reduction):
         rows = fused_lb_loss(z * 1.5, y, t, alpha=alpha, reduction=reduction, impl=impl)
         return rows.mul(0.3).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for rows in (8, 10):
+    # Plain PyTorch has no operator whose fake could forget the reduction.
+    for rows, reduction in ((8, "mean"), (10, "mean"), *([] if impl == "torch" else [(8, "none")])):
         z, y, t = problem(generator, rows)
         alpha = torch.tensor(0.4)
         results = []
         for function in (step, compiled):
             leaf = z.clone().requires_grad_()
-            loss = function(leaf, y, t, alpha)
+            loss = function(leaf, y, t, alpha, reduction)
             loss.backward()
             results.append((loss.detach(), leaf.grad))
         torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)

@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
+pytestmark = pytest.mark.slow  # guards the benchmarks, not the package
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHORT = ["--rounds", "1", "--batches", "1", "--half", "4", "--files", "16", "--stall-steps", "4", "--loads", "1.0"]
 
@@ -51,7 +53,6 @@ def test_contenders_make_the_same_views(bench: Any, tmp_path: Path) -> None:
         assert (mine - theirs).abs().mean() < 0.05 and (mine - theirs).abs().max() <= 1
 
 
-@pytest.mark.slow
 def test_the_whole_benchmark_writes_its_lines(bench: Any, tmp_path: Path) -> None:
     out = tmp_path / "loader.jsonl"
     assert bench.main([*SHORT, "--out", str(out), "--only", "ours 2 threads, uint8"]) == 0

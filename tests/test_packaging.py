@@ -16,6 +16,8 @@ from builders import ROOT, python
 
 from dlb_fast import _backends
 
+pytestmark = pytest.mark.slow  # guards builds
+
 
 def copy_of_the_sources(folder: Path) -> Path:
     """What git knows or would add, without what was built; builds then leave the checkout alone."""
@@ -61,7 +63,6 @@ def plain_wheel(sources, tmp_path_factory):
     return build("build_wheel", sources, tmp_path_factory.mktemp("wheel"), "none")
 
 
-@pytest.mark.slow
 def test_a_wheel_without_compiler_is_the_package_and_nothing_else(sources, plain_wheel):
     assert plain_wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(plain_wheel) as wheel:
@@ -78,7 +79,6 @@ def metadata(path: Path) -> email.message.Message:
         return email.message_from_bytes(wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))))
 
 
-@pytest.mark.slow
 def test_every_extra_that_is_named_exists(plain_wheel):
     """README, docs and error messages say `pip install "dlb_fast[X]"`."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "dlb_fast").rglob("*.py")]
@@ -88,7 +88,6 @@ def test_every_extra_that_is_named_exists(plain_wheel):
     }
 
 
-@pytest.mark.slow
 def test_one_wheel_serves_every_python_and_torch(tmp_path):
     """The objects of the checkout's own build are reused: linking and packing are what is tested here."""
     if not compiled_here():
@@ -117,7 +116,6 @@ def test_one_wheel_serves_every_python_and_torch(tmp_path):
     assert str(tmp_path / "installed") in done.stdout and "self-test cpu: passed" in done.stdout, done.stdout
 
 
-@pytest.mark.slow
 def test_the_sdist_holds_all_sources_and_no_tests(sources, tmp_path):
     sdist = build("build_sdist", sources, tmp_path, "none")
     with tarfile.open(sdist) as archive:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +13,6 @@ import torch.nn.functional as F
 
 from dlb_fast.data.transforms.crops import SCHEMA, resized_crops
 
-ROOT = Path(__file__).parent.parent
 Box = tuple[int, int, int, int, bool]  # top, left, height, width, flip
 NONE = (None, 0, 0, 0, 0, 0, False, None)  # no second view and no table
 
@@ -73,20 +67,10 @@ def compare(seed: int, cases: int) -> dict[str, int]:
     return seen
 
 
-@pytest.mark.parametrize("wished", ["portable", "avx2", "avx512"])
-def test_every_pixel_is_that_of_torch(wished: str) -> None:
-    code = (
-        "import json, test_resized_crops as t; from dlb_fast import _build; "
-        "print(json.dumps([_build.build_info()['cpu_instruction_set'], t.compare(3, 600)]))"
-    )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "DLB_FAST_CPU_ISA": wished, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ran, seen = json.loads(done.stdout)
-    assert all(count > 20 for count in seen.values()), seen
-    if ran != wished:
-        pytest.skip(f"this machine has no {wished}; it ran {ran}")
+@pytest.mark.slow
+def test_every_pixel_is_that_of_torch() -> None:
+    """tests/test_cpu_isa.py compares fewer, on every instruction set."""
+    assert all(count > 40 for count in compare(5, 1000).values())
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import last_checkpoint, python, train
+from builders import last_checkpoint, train
 
+from dlb_fast import cli
 from dlb_fast.presets import load_preset
 from dlb_fast.train import checkpoint
 from dlb_fast.train.checkpoint import CheckpointError
@@ -119,15 +120,15 @@ def test_files_that_are_not_checkpoints_are_never_deleted(tmp_path):
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000000003.pt"]
 
 
-def test_two_processes_do_not_train_in_one_folder(run):
+def test_two_processes_do_not_train_in_one_folder(run, capsys):
+    """The lock belongs to the opened file, so a second one of this process is refused like that of another."""
     folder = RunFolder(run)
     folder.lock()
     try:
-        flags = ["--resume", "--epochs", "3", "--quiet", "--out", run]
-        second = python("-m", "dlb_fast", "train", *flags, check=False)
+        assert cli.main(["train", "--resume", "--epochs", "3", "--quiet", "--out", str(run)]) == 1
     finally:
         folder.unlock()
-    assert second.returncode == 1 and "another process is training in" in second.stderr, second.stderr
+    assert "another process is training in" in capsys.readouterr().err
     assert last_checkpoint(run)["step"] == 8
     assert train(override(SMALL, epochs=3), run, resume=True)["step"] == 12  # unlocked, and again after this one
     folder.lock()

@@ -20,13 +20,13 @@ from builders import (
     exported,
     last_checkpoint,
     metrics_rows,
-    python,
     train,
     train_stopped,
     wait_for,
 )
 from torch import nn
 
+from dlb_fast import cli
 from dlb_fast.buffer import unpack_state
 from dlb_fast.data import Batch
 from dlb_fast.presets import load_preset
@@ -99,7 +99,7 @@ def test_the_teacher_is_part_of_the_state(whole):
     assert saved["logits"].shape == (10, 10) and saved["logits"].abs().sum() > 0 and len(saved["ids"]) == 10
 
 
-def test_kill_minus_nine_and_resume(tmp_path):
+def test_kill_minus_nine_and_resume(tmp_path, monkeypatch, capsys):
     """A real process, killed without warning, continued by the bare command."""
     config = override(SMALL, checkpoint_every=3, epochs=20)
     expected = tmp_path / "expected"
@@ -112,8 +112,9 @@ def test_kill_minus_nine_and_resume(tmp_path):
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors
     (run,) = (tmp_path / "runs").iterdir()
-    done = python("-m", "dlb_fast", "train", "--resume", cwd=tmp_path)
-    assert "continuing from" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--resume"]) == 0
+    assert "continuing from" in capsys.readouterr().err
     assert_same_run(expected, run)
 
 
