@@ -157,12 +157,19 @@ def check_rows(op: str, name: str, value: object, logits: Tensor) -> Tensor:
 
 
 def check_ce_weight(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: float) -> None:
-    """``ce_weight + ce_alpha * alpha >= 0``: otherwise training would drive the cross entropy up."""
+    """``ce_weight >= 0`` and ``ce_weight + ce_alpha * alpha >= 0``: else training would drive the cross entropy up."""
+    for name, value in (("ce_weight", ce_weight), ("ce_alpha", ce_alpha)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not 0 <= ce_weight < math.inf:
+        raise ValueError(f"{op}: ce_weight must be finite and >= 0, got {ce_weight}")
+    if not math.isfinite(ce_alpha):
+        raise ValueError(f"{op}: ce_alpha must be finite, got {ce_alpha}")
     if isinstance(alpha, Tensor):
         if not alpha.is_cpu or torch.compiler.is_compiling():
             return
         alpha = alpha.item()
-    if ce_weight + ce_alpha * alpha < 0 <= ce_weight:
+    if ce_weight + ce_alpha * alpha < 0:
         raise ValueError(
             f"{op}: alpha must be at most {-ce_weight / ce_alpha:g}, got {alpha}: the cross entropy has the weight "
             f"{ce_weight:g} - {-ce_alpha:g} alpha, which must not be negative"

@@ -472,6 +472,25 @@ class Teacher(NamedTuple):
     alpha_scale: float = 1.0  # multiplies alpha wherever alpha stands: a schedule
 
 
+_KINDS = {"logits": True, "probabilities": True, "uniform": False, "none": False}
+"""Kind of a teacher -> whether it has a tensor."""
+
+
+def _check_teacher_fields(op: str, teacher: Teacher) -> None:
+    """A Teacher whose fields belong to its kind."""
+    if not isinstance(teacher, Teacher):
+        raise TypeError(f"{op}: teacher(inputs) must return a dlb_fast.Teacher, got {type(teacher).__name__}")
+    kind = teacher.kind
+    if kind not in _KINDS:
+        raise ValueError(f"{op}: the teacher's kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    if _KINDS[kind] != (teacher.tensor is not None):
+        raise ValueError(f"{op}: a teacher of kind {kind!r} {'needs a' if _KINDS[kind] else 'takes no'} tensor")
+    if teacher.correct_share is not None and kind != "uniform":
+        raise ValueError(f"{op}: correct_share belongs to a teacher of kind 'uniform', got kind {kind!r}")
+    if teacher.add_entropy and kind != "probabilities":
+        raise ValueError(f"{op}: add_entropy belongs to a teacher of kind 'probabilities', got kind {kind!r}")
+
+
 def distill(
     op: str,
     logits: Tensor,
@@ -500,14 +519,15 @@ def distill(
         _args.check_pair(op, logits, target, target_b, lam)
     if kd_mask is not None:
         _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
+    _check_teacher_fields(op, teacher)
     if (rows := teacher.rows) is not None:
         logits = logits[:rows]
         target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
         lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
     if teacher.tensor is not None:
         _args.check_teacher(op, logits, teacher.tensor)
-        if teacher.mask is not None:
-            _args.check_kd_mask(op, logits, teacher.mask, teacher.tensor.shape[0])
+    if teacher.mask is not None:
+        _args.check_kd_mask(op, logits, teacher.mask, len(logits if teacher.tensor is None else teacher.tensor))
     if teacher.kl_weight <= 0:
         raise ValueError(
             f"{op}: kl_weight must be > 0, got {teacher.kl_weight}; use Teacher('none') for a batch without a teacher"
@@ -638,6 +658,8 @@ def distillation_loss(
         raise ValueError(f"{op}: teacher must be None with kind='uniform', which needs no tensor")
     if kind != "uniform" and correct_share is not None:
         raise ValueError(f"{op}: correct_share belongs to kind='uniform', got kind={kind!r}")
+    if kd_mask is not None and teacher is None and kind != "uniform":
+        raise ValueError(f"{op}: kd_mask was given without a teacher; there is no KL term to mask")
     _args.check_logits(op, logits)
     given = Teacher("none" if teacher is None and kind != "uniform" else kind, teacher, correct_share)
     loss, parts = distill(

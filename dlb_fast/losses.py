@@ -145,6 +145,7 @@ class DistillationLoss(nn.Module):
             ce_weight=self.ce_weight, ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
             ignore_index=self.ignore_index, reduction=self.reduction,
         )  # fmt: skip
+        _args.check_ce_weight(type(self).__name__, self.alpha, self.ce_weight, self.ce_alpha)
         if not torch.compiler.is_compiling():
             self._prepared = given, options
         return options
@@ -391,7 +392,7 @@ class LastBatchLoss(DistillationLoss):
             buffer = buffer.to(logits.device)
         if self._size_follows:
             old = buffer.count if num_old is None else num_old
-            if num_old is None and batch == buffer.count and batch % 2 == 0:
+            if num_old is None and batch == buffer.count > 0 and batch % 2 == 0:
                 # Two batches of one size, all rows of the first stored: both were [old | new], and only the second
                 # half of the first is repeated now. Or a stream that starts anew with as many new rows: that would
                 # shift every later pair, so here, and only here, the ids are read on the host.

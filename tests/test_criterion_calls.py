@@ -95,7 +95,7 @@ def test_a_wrong_option_set_between_two_calls_is_refused_at_the_next(impl, gener
     wrong = [
         ("alpha", -1.0), ("alpha", float("nan")), ("alpha", True), ("temperature", 0.0), ("temperature", float("inf")),
         ("label_smoothing", 1.5), ("label_smoothing", None), ("ignore_index", 1.0), ("reduction", "average"),
-        ("weight", torch.rand(5)), ("impl", "cuda11"),
+        ("weight", torch.rand(5)), ("impl", "cuda11"), ("ce_weight", -1.0), ("ce_alpha", "a"),
     ]  # fmt: skip
     for name, value in wrong:
         before = getattr(criterion, name)
@@ -319,3 +319,12 @@ def test_an_ordinary_call_makes_at_most_12_python_calls(generator):
     finally:
         sys.setprofile(None)
     assert calls[0] == "forward" and len(calls) <= 12, calls
+
+
+def test_an_empty_batch_is_refused_as_one_without_new_rows(impl):
+    criterion = LastBatchLoss(6, impl=impl)
+    none = torch.zeros(0, 6), torch.zeros(0, dtype=torch.long)
+    criterion(torch.zeros(4, 6), torch.zeros(4, dtype=torch.long))
+    criterion.reset()
+    with pytest.raises(ValueError, match="a batch is .repeated rows . new rows.; the buffer says 0 repeated rows"):
+        criterion(*none)

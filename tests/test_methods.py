@@ -310,14 +310,38 @@ def test_distillation_loss_is_every_kind(impl, generator):
         ({"correct_share": 0.5}, "correct_share belongs to kind='uniform', got kind='logits'"),
         ({"kind": "uniform", "correct_share": 1.5}, "correct_share must be None"),
         ({"kind": "uniform", "alpha": 2.0, "ce_alpha": -1.0}, "alpha must be at most 1"),
+        ({"kind": "uniform", "ce_weight": -1.0}, "ce_weight must be finite and >= 0, got -1"),
+        ({"kind": "uniform", "ce_alpha": float("nan")}, "ce_alpha must be finite, got nan"),
+        ({"kd_mask": torch.ones(4).bool()}, "kd_mask was given without a teacher"),
         ({"teacher": torch.zeros(4, 4)}, "distillation_loss: "),
-        ({"kd_mask": torch.ones(3).bool()}, "kd_mask must be a bool"),
+        ({"kind": "uniform", "kd_mask": torch.ones(3).bool()}, "kd_mask must be a bool"),
         ({"target_b": torch.zeros(4).long()}, "the mixup pair form needs"),
     ],
 )
 def test_distillation_loss_names_misuse(options, message):
     with pytest.raises(ValueError, match=message):
         dlb_fast.distillation_loss(torch.zeros(4, 5), torch.arange(4), **options)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (torch.zeros(4, 5), "teacher.inputs. must return a dlb_fast.Teacher, got Tensor"),
+        (Teacher("probs", torch.zeros(4, 5)), "kind must be one of logits, probabilities, uniform, none, got 'probs'"),
+        (Teacher("logits"), "kind 'logits' needs a tensor"),
+        (Teacher("none", torch.zeros(4, 5)), "kind 'none' takes no tensor"),
+        (Teacher("logits", torch.zeros(4, 5), correct_share=0.9), "correct_share belongs to a teacher of kind 'unif"),
+        (Teacher("logits", torch.zeros(4, 5), add_entropy=True), "add_entropy belongs to a teacher of kind 'prob"),
+        (Teacher("uniform", mask=torch.ones(2).bool()), r"kd_mask must be a bool tensor of shape \(4,\)"),
+    ],
+)
+def test_a_teacher_whose_fields_do_not_fit_is_refused(impl, teacher, message):
+    class Wrong(DistillationLoss):
+        def teacher(self, inputs):
+            return teacher
+
+    with pytest.raises((ValueError, TypeError), match=f"Wrong: .*{message}"):
+        Wrong(impl=impl)(torch.zeros(4, 5), torch.arange(4))
 
 
 def test_a_method_without_a_teacher_says_so():
