@@ -497,8 +497,6 @@ def _parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: 
     """`tyro.cli`, whose complaint about a wrong flag becomes a ValueError of one sentence."""
     if tyro is None:
         raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
-    if tyro is None:
-        raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
