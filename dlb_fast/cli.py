@@ -259,8 +259,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     if preset is None:
         parser.add_argument("--preset", help="recipe by name (default: digits, or the defaults with --data)")
         parser.add_argument("--config", type=Path, help="YAML config, on top of the preset if both are given")
-    default = "ce,ls,two_view,dlb"
-    parser.add_argument("--methods", default=default, help="comma-separated, or 'all' (default: %(default)s)")
+    names = f"comma-separated, or 'all' (default: %(default)s); known: {', '.join(comparison.VARIANTS)}"
+    parser.add_argument("--methods", default="ce,ls,two_view,dlb", help=names)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. SEEDS-1 (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default: one per core, one on a GPU)")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default: a new one under runs/)")

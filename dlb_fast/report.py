@@ -254,7 +254,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
             values = [[r.rows[i].get(column, math.nan) for r in group] for i in range(length)]
             mean = [statistics.fmean(v) for v in values]
             band = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-            (drawn,) = axis.plot(x, mean, label=f"{label} (n={len(group)})")
+            marker = "o" if length == 1 else None  # a line of one point is invisible
+            (drawn,) = axis.plot(x, mean, marker=marker, label=f"{label} (n={len(group)})")
             low, high = ([m + s * b for m, b in zip(mean, band, strict=True)] for s in (-1, 1))
             axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="images seen")

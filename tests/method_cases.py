@@ -67,7 +67,8 @@ CASES = {
     "zipf": Case(({}, {"alpha": 1.0, "power": 2.0})),
 }
 
-assert set(CASES) == set(METHODS), "every method has one entry in CASES, and no other"
+unmatched = sorted(set(CASES) ^ set(METHODS))
+assert not unmatched, f"tests/method_cases.py: CASES needs one entry per method, and no other; see {unmatched}"
 
 
 def module_of(name):

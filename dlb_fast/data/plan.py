@@ -92,8 +92,9 @@ class OverlapPlan:
         full, rest = divmod(self.length, self.global_rows)
         if not full and (self.drop_last or not rest):
             raise ValueError(
-                f"{name}: needs at least one global half of half * world_size = {self.rows} * {self.world_size} = "
-                f"{self.global_rows} samples, got {self.length}; use a smaller batch, fewer ranks or drop_last=False"
+                f"{name}: the new rows of one step on all ranks need {self.rows} * {self.world_size} = "
+                f"{self.global_rows} samples, got {self.length}; use a smaller batch_size, fewer ranks or "
+                "drop_last=False"
             )
         short = rest > 0 and not self.drop_last
         self.steps_per_epoch = full + short  # equal on all ranks

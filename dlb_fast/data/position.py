@@ -115,8 +115,8 @@ class StreamPosition:
         if saved_rows != self.plan.global_rows:
             raise ValueError(
                 f"{name}: half * world_size was {state['half']} * {state['world_size']} = {saved_rows} when the state "
-                f"was saved and is {self.plan.rows} * {self.plan.world_size} = {self.plan.global_rows} here; "
-                "another number of ranks needs the batch size that keeps the product"
+                f"was saved and is {self.plan.rows} * {self.plan.world_size} = {self.plan.global_rows} here; these are "
+                "the new rows of a step: keep the batch size of all ranks together, or start a new run"
             )
         epoch, step = as_int(state["epoch"], name, "epoch", 0), as_int(state["step"], name, "step", 0)
         if step >= self.plan.steps_per_epoch:
