@@ -239,7 +239,7 @@ def test_two_views_of_one_step_are_mixed_alike():
             half = len(batch) // 2
             for part in content(batch)[:-1]:
                 assert torch.equal(part[:half], part[half:])
-    with pytest.raises(ValueError, match="ClassBatchSampler belong together by their one class"):
+    with pytest.raises(ValueError, match="ClassBatchSampler, which groups rows by class"):
         SampledLoader(numbered(), ClassBatchSampler([0, 0, 1, 1], 4), mix=MIXES[0])
 
 

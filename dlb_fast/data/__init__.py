@@ -1,7 +1,7 @@
 """Data for training with the last mini-batch: plan, samplers, loaders, datasets, transforms of a view.
 
-This package knows nothing of losses. It promises one thing: the first H rows of a batch are the last H rows of the one
-before, in the same order; sample ids let the criterion check it.
+The first H rows of a batch repeat the last H rows of the batch before, in the same order; the criterion checks this by
+the sample ids. This package does not import the losses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of arguments that the loaders, samplers and datasets share; each error names operation, argument and value."""
+"""Argument checks of the loaders, samplers and datasets; each error names operation, argument and value."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 
 
 def as_bool(value: object, operation: str, name: str) -> bool:
-    """`value` as a plain bool; anything but True and False raises (a string "False" would be true)."""
+    """`value` as a bool; TypeError for anything else (the string "False" would count as true)."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{operation}: {name} must be True or False, got {value!r} ({type(value).__name__})")
     return bool(value)
 
 
 def device_of(operation: str, device: torch.device | str | None) -> torch.device:
-    """The device batches are made on; None is the CPU, and a GPU without a number the current one."""
+    """`device` as a torch.device; None means the CPU, "cuda" the current GPU."""
     try:
         found = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{operation}: device: expected cpu, cuda or cuda:N, got {device!r}") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"{operation}: device: {str(found)!r} is not there, torch {torch.__version__} sees "
+            f"{operation}: device: {str(found)!r} does not exist, torch {torch.__version__} sees "
             f"{torch.cuda.device_count()} CUDA devices; pass device='cpu', or see `dlb-fast doctor`"
         )
     if found.type == "cuda" and found.index is None:
@@ -34,7 +34,7 @@ def device_of(operation: str, device: torch.device | str | None) -> torch.device
 
 
 def length_of(operation: str, dataset: Any) -> int:
-    """`len(dataset)`; TypeError where it has none."""
+    """`len(dataset)`; TypeError if it has no length."""
     try:
         return len(dataset)
     except TypeError as error:
@@ -45,14 +45,14 @@ def length_of(operation: str, dataset: Any) -> int:
 
 
 def check_callable(operation: str, **arguments: Any) -> None:
-    """TypeError for an argument that is neither None nor can be called."""
+    """TypeError for an argument that is neither None nor callable."""
     for name, value in arguments.items():
         if value is not None and not callable(value):
             raise TypeError(f"{operation}: {name} must be callable or None, got {value!r} ({type(value).__name__})")
 
 
 def class_indices(operation: str, values: Any) -> NDArray[np.int64]:
-    """`values` (a list, array or tensor of integers) as int64; TypeError for floats, strings and the like.
+    """`values` (a list, array or tensor of integers) as int64; TypeError for floats and strings.
 
     Example:
         >>> class_indices("Example", [0, 2, True]).tolist()
@@ -71,10 +71,10 @@ def class_indices(operation: str, values: Any) -> NDArray[np.int64]:
 
 
 def class_index(operation: str, value: Any) -> int:
-    """One target as an int; TypeError for a float, a string, more than one number."""
+    """One target as an int; TypeError for a float, a string or several numbers."""
     try:
         return operator.index(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError) as error:  # `item` of more than one number raises the latter two
+    except (TypeError, ValueError, RuntimeError) as error:  # `item` of several numbers raises the latter two
         dtype = getattr(value, "dtype", None)
         got = repr(value) if dtype is None else f"{dtype} {tuple(value.shape)}"
         raise TypeError(

@@ -1,24 +1,23 @@
 """The index plan that every loader follows: which samples are new in which step, on which rank.
 
-Training with the last mini-batch needs batches `[new half of the step before | new half of this step]`. So the *half*
-is planned, shuffled and sharded: a rank shows both views of its samples, every rank takes the same number of steps,
-and each sample that an epoch keeps is seen exactly twice, in two consecutive steps.
+Training with the last mini-batch needs batches `[new half of the step before | new half of this step]`. So the plan
+shuffles and shards *halves*: a rank trains on both views of its samples, every rank takes the same number of steps, and
+each sample of an epoch is in exactly two consecutive steps.
 
-Halves run on across epochs: the last half of epoch e is the old half of the first batch of epoch e + 1. So that no
-batch holds a sample twice, a sample of that last half may not be in the first half of epoch e + 1. How this is kept
-without walking through all the epochs before (`half` is a pure function) depends on the number of halves in an epoch:
+The stream continues across epochs: the last half of epoch e is repeated in the first batch of epoch e + 1. So that no
+batch holds a sample twice, the first half of epoch e + 1 must not contain a sample of that last half. `half` is a pure
+function, so the plan ensures this without a walk through the epochs before. The rule depends on the halves per epoch:
 
-- three or more: an offending entry of the first half trades places with the first later entry of the same permutation
-  that is not in the last half of e either. Entries of the last half never take part, so the last half of an epoch is
-  always that of its raw permutation, and the rule looks back one epoch only. There is always such an entry.
-- two: a batch then holds (nearly) the whole set, and the sets of the two halves are forced: an epoch's first half can
-  only be what the last half before it left over. One split of the set, chosen by the seed, serves all epochs; the
-  order inside the halves (hence the ranks' shares, and with `drop_last` which surplus samples are dropped) is new
-  each epoch.
-- one: impossible with fewer samples than two halves. A batch may hold a sample twice, as an old and as a new row, in
-  two epochs and hence augmented differently.
+- Three or more: each such sample of the first half is swapped with the first later entry of the permutation that is
+  not in the last half of e either. Swaps never touch an epoch's last half, so the last half is that of the raw
+  permutation, and the rule looks back one epoch only. There are always enough entries to swap with.
+- Two: a batch holds (nearly) the whole dataset, so the first half of an epoch must be the complement of the last half
+  before it. One split of the dataset, chosen by the seed, serves all epochs. The order inside the halves (hence the
+  ranks' shares, and with `drop_last` the dropped samples) is new each epoch.
+- One: impossible, because there are fewer samples than two halves. A batch may hold a sample as a repeated and as a new
+  row; the two belong to different epochs, so they are augmented differently.
 
-With `overlap=False` no batch repeats the one before, and the order is the raw permutation.
+With `overlap=False` no batch repeats rows, and the order is the raw permutation.
 """
 
 from __future__ import annotations
@@ -37,31 +36,31 @@ from dlb_fast.data._args import as_bool
 from dlb_fast.data.rng import ORDER, SPLIT, key_of, permutation
 
 Ids = NDArray[np.int64]
-_CACHED_EPOCHS = 3  # the running one, the one before its boundary, the one a prefetcher has already entered
+_CACHED_EPOCHS = 3  # the current epoch, the one before it, and the next one, which a prefetcher reads ahead
 
 
 class OverlapPlan:
-    """Which sample ids form which half: a pure function of (seed, epoch, index, rank) that knows nothing of images.
+    """The sample ids of every half: a pure function of (seed, epoch, index, rank).
 
     The global half `index` of an epoch is `half * world_size` consecutive entries of the epoch's permutation; rank r
-    owns rows `[r * half, (r + 1) * half)` of it. Batch i of an epoch is `[half i-1 | half i]`; before half 0 of epoch
-    e comes the last half of epoch e - 1, and before half 0 of epoch 0 nothing.
+    has rows `[r * half, (r + 1) * half)` of it. Batch i of an epoch is `[half i-1 | half i]`. The half before half 0 of
+    epoch e is the last half of epoch e - 1; before half 0 of epoch 0 there is none.
 
     Args:
         length: number of samples N, at least `half * world_size` with `drop_last`, else at least 1.
-        half: rows per half on one rank, H (half of the rows the model sees).
+        half: rows per half on one rank, H: half of the rows of a batch.
         shuffle: a new order each epoch; False keeps 0..N-1.
         seed: non-negative integer.
         world_size: number of ranks W.
-        drop_last: True keeps `N // (H * W)` full halves per epoch (with shuffling, other samples are left out each
-            epoch). False covers every sample: the last half may be short, with equal rows on all ranks; where its s
-            samples do not divide by W it is padded by wrapping around itself (at most W - 1 duplicates, each on another
-            rank than the original).
-        overlap: False plans plain epochs: a batch is one half and repeats nothing.
+        drop_last: True keeps `N // (H * W)` full halves per epoch (with shuffling, each epoch drops other samples).
+            False covers every sample: the last half may be short, with equal rows on all ranks. If W does not divide
+            its length, the half is padded with its own first samples (at most W - 1 duplicates, each on another rank
+            than the original).
+        overlap: False turns repetition off: a batch is one half.
 
     Raises:
         ValueError: too few samples, a size below 1, a negative seed.
-        TypeError: an argument that is not an integer (or not a bool).
+        TypeError: an argument that is not an integer or not a bool.
 
     Example:
         >>> plan = OverlapPlan(10, 2, shuffle=False)
@@ -99,7 +98,7 @@ class OverlapPlan:
         short = rest > 0 and not self.drop_last
         self.steps_per_epoch = full + short  # equal on all ranks
         self._last_rows = rest if short else self.global_rows  # samples of an epoch's last global half, unpadded
-        self._last_share = -(-self._last_rows // self.world_size)  # of one rank, padded
+        self._last_rank_rows = -(-self._last_rows // self.world_size)  # rows of it on one rank, padded
         self._kept = full * self.global_rows if self.drop_last else self.length
         self._forget_orders()
 
@@ -116,7 +115,7 @@ class OverlapPlan:
 
     def rows_of(self, index: int) -> int:
         """Rows of half `index` on every rank: `half`, or fewer for the short last one."""
-        return self.rows if index < self.steps_per_epoch - 1 else self._last_share
+        return self.rows if index < self.steps_per_epoch - 1 else self._last_rank_rows
 
     def before(self, epoch: int, index: int) -> tuple[int, int] | None:
         """(epoch, index) of the half before, or None before (0, 0)."""
@@ -129,12 +128,12 @@ class OverlapPlan:
         return (epoch, index + 1) if index + 1 < self.steps_per_epoch else (epoch + 1, 0)
 
     def num_old(self, epoch: int, index: int) -> int:
-        """Rows of batch (epoch, index) that repeat the batch before; with `overlap` 0 only at the very start."""
+        """Number of repeated rows of batch (epoch, index); with `overlap` 0 only at (0, 0)."""
         before = self.before(epoch, index) if self.overlap else None
         return 0 if before is None else self.rows_of(before[1])
 
     def half(self, epoch: int, index: int, rank: int = 0) -> Ids:
-        """Sample ids (rows_of(index),) int64 of one half on one rank; a fresh array."""
+        """Sample ids (rows_of(index),) int64 of one half on one rank; a new array."""
         last = self.steps_per_epoch - 1
         if not 0 <= index <= last or epoch < 0 or not 0 <= rank < self.world_size:
             raise ValueError(
@@ -144,20 +143,20 @@ class OverlapPlan:
         order = self._orders.get(epoch)
         if order is None:
             order = self.order(epoch)
-        rows = self.rows if index < last else self._last_share
+        rows = self.rows if index < last else self._last_rank_rows
         start = index * self.global_rows
         ids = order[start : min(start + self.global_rows, self._kept)]
         return ids[np.arange(rank * rows, (rank + 1) * rows) % len(ids)]
 
     def batch(self, epoch: int, index: int, rank: int = 0) -> tuple[Ids, Ids]:
-        """(old ids, new ids) of batch `index` of an epoch on one rank; with `overlap` old ids are missing at (0, 0)."""
+        """(repeated ids, new ids) of batch `index` of an epoch on one rank; at (0, 0) there are no repeated ids."""
         ids, _, views = self.views(epoch, index, rank)
         return ids[views == 1], ids[views == 0]
 
     def views(self, epoch: int, index: int, rank: int = 0) -> tuple[Ids, Ids, Ids]:
-        """The rows of a batch: (sample ids, epochs in which these were new, view 0 or 1), each (n,) int64.
+        """The rows of a batch: (sample ids, epochs in which the samples were new, views 0 or 1), each (n,) int64.
 
-        The repeated rows come first; they are the second views (1) of the samples that were new one step before.
+        The repeated rows come first: the second views (1) of the samples that were new one step before.
         """
         new = self.half(epoch, index, rank)
         if not self.overlap or (epoch == 0 and index == 0):
@@ -168,7 +167,7 @@ class OverlapPlan:
         return np.concatenate([old, new]), np.repeat([before[0], epoch], counts), np.repeat([1, 0], counts)
 
     def order(self, epoch: int) -> Ids:
-        """The epoch's final order (N,), read-only; its first `steps_per_epoch` global halves are used."""
+        """The order (N,) of an epoch, read-only; its first `steps_per_epoch` global halves are used."""
         order = self._orders.get(epoch)
         if order is None:
             order = self._make_order(int(epoch))
@@ -176,7 +175,7 @@ class OverlapPlan:
             with self._lock:
                 self._orders[epoch] = order
                 while len(self._orders) > _CACHED_EPOCHS:
-                    del self._orders[next(iter(self._orders))]  # the one that was made first
+                    del self._orders[next(iter(self._orders))]  # the oldest entry
         return order
 
     def _make_order(self, epoch: int) -> Ids:
@@ -193,15 +192,15 @@ class OverlapPlan:
         return permutation(key_of(self.seed, ORDER, epoch), self.length)
 
     def _last_of_raw(self, epoch: int) -> Ids:
-        known = self._orders.get(epoch)  # equal to the raw one there: swaps never touch the last half
+        known = self._orders.get(epoch)  # its last half is that of the raw order, because swaps never touch it
         order = self._raw_order(epoch) if known is None else known
         return order[self._kept - self._last_rows : self._kept]
 
     def _swap_collisions(self, order: Ids, last: Ids) -> None:
-        """Trade entries of the first half that are in `last` for later ones that are not; `order` is changed in place.
+        """Swap, in place, entries of the first half that are in `last` with later entries that are not.
 
-        There is always a partner: between the first and the last half stand at least s entries (s = len(last), three
-        halves or more), and the c <= s collisions leave at most s - c of those forbidden.
+        There are enough later entries: with three or more halves at least s = len(last) entries are between the first
+        and the last half, and after c collisions at most s - c of these are in `last`.
         """
         forbidden = np.zeros(self.length, dtype=bool)
         forbidden[last] = True
@@ -213,7 +212,7 @@ class OverlapPlan:
     def _two_half_order(self, epoch: int) -> Ids:
         split = permutation(key_of(self.seed, SPLIT), self.length)
         surplus = self.length - self.global_rows - self._last_rows
-        cut = self.global_rows + surplus // 2  # both sides share the samples that drop_last leaves out
+        cut = self.global_rows + surplus // 2  # both sides get half of the samples that drop_last drops
         raw = self._raw_order(epoch)
         in_first = np.zeros(self.length, dtype=bool)
         in_first[split[:cut]] = True
@@ -240,9 +239,9 @@ def make_plan(
     rank: int | None,
     world_size: int | None,
 ) -> tuple[OverlapPlan, int]:
-    """(plan, rank) of a loader whose batches have `batch_size` rows: with `overlap` half of them are new."""
-    halved = as_bool(overlap, operation, "overlap")
-    rows = half_of(operation, batch_size) if halved else as_int(batch_size, operation, "batch_size", 1)
+    """(plan, rank) of a loader whose batches have `batch_size` rows, half of them new with `overlap`."""
+    overlap = as_bool(overlap, operation, "overlap")
+    rows = half_of(operation, batch_size) if overlap else as_int(batch_size, operation, "batch_size", 1)
     rank, world_size = resolve_ranks(operation, rank, world_size)
     return OverlapPlan(
         length, rows, shuffle=shuffle, seed=seed, world_size=world_size, drop_last=drop_last, overlap=overlap
@@ -250,7 +249,7 @@ def make_plan(
 
 
 def half_of(operation: str, batch_size: int) -> int:
-    """Half the rows the model sees; ValueError unless `batch_size` is even and at least 2."""
+    """`batch_size / 2`; ValueError unless `batch_size` is even and at least 2."""
     batch_size = as_int(batch_size, operation, "batch_size", 2)
     if batch_size % 2:
         raise ValueError(
@@ -261,14 +260,14 @@ def half_of(operation: str, batch_size: int) -> int:
 
 
 def resolve_ranks(operation: str, rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """(rank, world_size), each from torch.distributed where it is None and a process group exists, else (0, 1)."""
+    """(rank, world_size); a None is taken from torch.distributed, or is 0 or 1 without a process group."""
     grouped = dist.is_available() and dist.is_initialized()
     processes = os.environ.get("WORLD_SIZE", "1")
     if rank is None and world_size is None and not grouped and processes not in ("", "1"):
         warnings.warn(
-            f"{operation}: WORLD_SIZE={processes}, but torch.distributed is not initialised yet, so this process takes "
-            "all of the data as rank 0 of 1, like every other; make the loader after the process group (in Lightning: "
-            "in train_dataloader()), or pass rank= and world_size=",
+            f"{operation}: WORLD_SIZE={processes}, but torch.distributed is not initialised, so this process is rank 0 "
+            "of 1 and trains on all data, like every other process; make the loader after the process group (in "
+            "Lightning: in train_dataloader()), or pass rank= and world_size=",
             stacklevel=4,
         )
     if world_size is None:

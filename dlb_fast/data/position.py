@@ -1,13 +1,13 @@
-"""Where a stream of batches stands: position, epochs, state. The sampler and all loaders share these rules:
+"""The position in a stream of batches. The samplers and all loaders follow these rules:
 
-- `(epoch, step)` names the next batch to deliver; after an epoch's last batch it is `(epoch + 1, 0)` at once, so a
-  state saved exactly at an epoch's end resumes into the next epoch and never into an empty one.
-- A position is absolute, two counters, O(1): loading is exact however often a run was resumed before.
-- One iteration delivers the rest of one epoch. An iteration that was left early starts again where it began (as with
-  any DataLoader: looking at one batch first costs nothing), while `state_dict` still tells what was delivered.
-- An iteration whose batch could not be made is not active: what raised may be caught, and a state be loaded there.
-- A newer iteration, `set_epoch` to another epoch or a loaded state makes an older iteration stale: it raises.
-- Between a loaded state and its first batch `set_epoch` to an earlier epoch raises: it would silently undo the resume.
+- `(epoch, step)` is the next batch to deliver. After an epoch's last batch it is `(epoch + 1, 0)`, so a state saved at
+  the end of an epoch resumes with the next epoch.
+- A position is absolute: two counters, independent of how often the run was resumed.
+- One iteration delivers the rest of one epoch. After an iteration that was left early, the next one starts where that
+  one began, as with any DataLoader; `state_dict` still counts the delivered batches.
+- An iteration is not active after its batch raised an error, so a state can be loaded in the handler.
+- A newer iteration, `set_epoch` to another epoch and a loaded state make older iterations stale: they raise.
+- After a loaded state, `set_epoch` to an earlier epoch raises until the first batch: it would undo the resume.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ STATE_VERSION = 1
 
 
 class StreamPosition:
-    """The position of one loader in the endless stream of a plan.
+    """The position of one sampler or loader in the endless stream of batches of a plan.
 
     Args:
-        plan: the index plan.
-        owner: the loader's name, for messages.
+        plan: index plan.
+        owner: name of the sampler or loader, for messages.
     """
 
     def __init__(self, plan: OverlapPlan, owner: str) -> None:
@@ -36,10 +36,10 @@ class StreamPosition:
         self._next = (0, 0)  # the next batch to deliver
         self._begin = (0, 0)  # where the current iteration began
         self._current: weakref.ref[Iteration] | None = None
-        self._loaded = False  # a state was loaded and no batch asked for since
+        self._loaded = False  # a state was loaded and no batch was requested since
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_current": None}  # a copy has the position and no iteration
+        return {**self.__dict__, "_current": None}  # a copy keeps the position, not the iteration
 
     @property
     def epoch(self) -> int:
@@ -52,20 +52,20 @@ class StreamPosition:
         return self._next[1]
 
     def iterate(self) -> Iteration:
-        """A new iteration; it becomes the current one when its first batch is asked for."""
+        """A new iteration; it becomes the current one at its first batch."""
         return Iteration(self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Start epoch `epoch` from its first batch; nothing happens when it is the current one."""
+        """Start `epoch` from its first batch; the current epoch is not restarted."""
         epoch = as_int(epoch, f"{self._owner}.set_epoch", "epoch", 0)
         if self._loaded and epoch < self.epoch:
             raise ValueError(
                 f"{self._owner}.set_epoch: epoch {epoch} would undo the state that was just loaded (epoch "
-                f"{self.epoch}, step {self.step}); whoever calls it (Accelerate's prepared DataLoader counts from 0 in "
-                "every process) has to go on from there, or must not be given this loader: see docs/integrations.md"
+                f"{self.epoch}, step {self.step}); pass an epoch from {self.epoch} on, and do not give this loader to "
+                "Accelerate's prepare, which counts epochs from 0 in every process: see docs/integrations.md"
             )
         if epoch != self.epoch:
-            self._place(epoch, 0)
+            self._move_to(epoch, 0)
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
         """The position after the delivered batches, or after `delivered` batches of the latest iteration."""
@@ -80,14 +80,14 @@ class StreamPosition:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; raises while an iteration is active, and on any mismatch, changing nothing."""
+        """Continue from `state`; raises, and changes nothing, during an iteration or on a mismatch."""
         current = self._current() if self._current is not None else None
         if current is not None and current.active:
             raise RuntimeError(
                 f"{self._owner}.load_state_dict: an iteration is active at epoch {self.epoch}, step {self.step}, and "
-                "would go on from the old position; load before iterating, or exhaust or drop the iterator first"
+                "would continue from the old position; load before iterating, or exhaust or drop the iterator first"
             )
-        self._place(*self._read_state(state))
+        self._move_to(*self._read_state(state))
         self._loaded = True
 
     def _identity(self) -> dict[str, Any]:
@@ -129,21 +129,21 @@ class StreamPosition:
         reached = (self._next[0] - epoch) * steps + self._next[1] - first
         if delivered > reached:
             raise ValueError(
-                f"{self._owner}.state_dict: delivered={delivered}, but only {reached} batches were drawn since the "
-                f"iteration began at epoch {epoch}, step {first}"
+                f"{self._owner}.state_dict: delivered must be at most {reached}, the batches sampled since the "
+                f"iteration began at epoch {epoch}, step {first}, got {delivered}"
             )
         extra, step = divmod(first + delivered, steps)
         return epoch + extra, step
 
-    def _place(self, epoch: int, step: int) -> None:
+    def _move_to(self, epoch: int, step: int) -> None:
         self._next = self._begin = (epoch, step)
         self._current = None
         self._loaded = False
 
     def _start(self, iteration: Iteration) -> tuple[int, int]:
-        """Make `iteration` the current one and say where it begins."""
+        """Make `iteration` the current one and return its start."""
         if self._next[0] == self._begin[0]:
-            self._next = self._begin  # the iteration before was left early: start it again
+            self._next = self._begin  # the iteration before was left early, so repeat it
         else:
             self._begin = self._next
         self._loaded = False
@@ -152,18 +152,18 @@ class StreamPosition:
 
 
 class Iteration:
-    """One pass over the rest of an epoch: `peek` names the next batch, `advance` notes that it was delivered.
+    """One pass over the rest of an epoch: `peek` returns the next position, `advance` counts its batch as delivered.
 
-    It takes its start from the stream at the first `peek`, not before.
+    The iteration reads its start from the stream at the first `peek`.
     """
 
-    __slots__ = ("__weakref__", "_epoch", "_making", "_next", "_steps", "_stream")
+    __slots__ = ("__weakref__", "_epoch", "_next", "_pending", "_steps", "_stream")
 
     def __init__(self, stream: StreamPosition) -> None:
         self._stream = stream
         self._steps = stream.plan.steps_per_epoch
         self._epoch = self._next = -1
-        self._making = False  # a batch was asked for and not delivered
+        self._pending = False  # a batch was requested and not delivered
 
     def peek(self) -> tuple[int, int] | None:
         """(epoch, step) of the next batch, or None at the epoch's end; RuntimeError when the iteration is stale."""
@@ -177,22 +177,22 @@ class Iteration:
                 f"{self._stream._owner}: this iterator is stale: a newer one was started, or set_epoch or "
                 "load_state_dict was called; use the newest iterator only"
             )
-        self._making = True
+        self._pending = True
         return self._epoch, self._next
 
     def advance(self) -> None:
-        """The batch that `peek` named was made and is delivered now."""
-        self._making = False
+        """Count the batch at the position of the last `peek` as delivered."""
+        self._pending = False
         self._next += 1
         last = self._next == self._steps
         self._stream._next = (self._epoch + 1, 0) if last else (self._epoch, self._next)
 
     @property
     def left_early(self) -> bool:
-        """Whether it delivered some of its epoch and not all of it."""
+        """Whether it started and has batches left."""
         return 0 <= self._next < self._steps
 
     @property
     def active(self) -> bool:
-        """Whether it would go on from here: it delivered some of its epoch, and its last batch could be made."""
-        return self.left_early and not self._making
+        """Whether it started, has batches left, and its last request did not fail."""
+        return self.left_early and not self._pending

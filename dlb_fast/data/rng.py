@@ -1,9 +1,9 @@
-"""The only source of randomness of this package: a counter-based hash of integers, and the random numbers of a view.
+"""Counter-based random numbers: all randomness of this package comes from here.
 
-Everything random here (an epoch's order, a view's crop) is a pure function of integers: SplitMix64's finaliser folded
-over (seed, domain, fields). It is integer arithmetic modulo 2**64, so scalar Python, NumPy and every platform give the
-same bits, and there is no generator state to save. `ViewRng` serves one view, `ViewRngs` all views of a batch at once;
-both give the same numbers for the same view, whatever the number of threads, ranks or resumes.
+Every random choice (an epoch's order, a view's crop) is a pure function of integers: SplitMix64's finaliser folded over
+(seed, domain, fields). It is integer arithmetic modulo 2**64, so scalar Python, NumPy and every platform give the same
+bits, and there is no generator state to save. `ViewRng` serves one view, `ViewRngs` all views of a batch at once; both
+give the same numbers for the same view, independent of threads, ranks and resumes.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64).
 """
@@ -20,7 +20,7 @@ MASK = 0xFFFFFFFFFFFFFFFF
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, SplitMix64's increment
 MIX1, MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-# Domains keep the streams of one seed apart: an epoch's order must not be correlated with its crops.
+# Domains separate the streams of one seed: an epoch's order must not be correlated with its crops.
 ORDER = 0x6F72646572
 VIEW = 0x76696577
 SPLIT = 0x73706C6974
@@ -35,7 +35,7 @@ SUBSTITUTE = 0x73756273
 
 U64 = NDArray[np.uint64]
 _S30, _S27, _S31, _M1, _M2 = (np.uint64(value) for value in (30, 27, 31, MIX1, MIX2))
-_TO_UNIT = 2.0**-24  # 24 bits: exact in float32 and float64 alike
+_TO_UNIT = 2.0**-24  # 24 bits are exact in float32 and float64
 
 
 def mix(z: int) -> int:
@@ -53,7 +53,7 @@ def mix_array(z: U64) -> U64:
 
 
 def fold(key: int, field: int) -> int:
-    """The key that follows from a key and one integer (negative ones wrap modulo 2**64)."""
+    """The key derived from a key and one integer (negative integers wrap modulo 2**64)."""
     return mix(((key ^ (field & MASK)) + GOLDEN) & MASK)
 
 
@@ -87,7 +87,7 @@ def view_key(seed: int, epoch: int, sample: int, view: int) -> int:
 
     Args:
         seed: the run's seed.
-        epoch: the epoch in which the sample was new; its second view keeps it, also when it falls into the next epoch.
+        epoch: the epoch in which the sample was new, also for a second view that falls into the next epoch.
         sample: sample id.
         view: 0 for the first view (a new row), 1 for the second (a repeated row).
     """
@@ -118,13 +118,13 @@ class ViewRng:
     def bits(self) -> int:
         """The next 64 random bits."""
         self.counter += 1
-        z = (self.key + self.counter * GOLDEN) & MASK  # `mix`, in place: this is called some forty times an image
+        z = (self.key + self.counter * GOLDEN) & MASK  # `mix`, inlined because an image needs some forty calls
         z = ((z ^ (z >> 30)) * MIX1) & MASK
         z = ((z ^ (z >> 27)) * MIX2) & MASK
         return z ^ (z >> 31)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A float in [low, high), 24 bits fine."""
+        """A float in [low, high) with 24 random bits."""
         return low + (high - low) * ((self.bits() >> 40) * _TO_UNIT)
 
     def integer(self, bound: int) -> int:
@@ -132,7 +132,7 @@ class ViewRng:
         return ((self.bits() >> 32) * bound) >> 32
 
     def skip(self, count: int) -> None:
-        """Leave out `count` numbers, so that a transform that needs a varying number of them takes a fixed one."""
+        """Skip `count` numbers, so that a transform always consumes the same number of them."""
         self.counter += count
 
     def torch_generator(self) -> torch.Generator:
@@ -163,7 +163,7 @@ class Draws:
     def bits(self) -> U64:
         """The next 64 random bits of every row, (n,) uint64."""
         self.counter += 1
-        z = self.keys + np.uint64(self.counter * GOLDEN & MASK)  # `mix_array`, in place
+        z = self.keys + np.uint64(self.counter * GOLDEN & MASK)  # `mix_array`, inlined
         z = (z ^ (z >> _S30)) * _M1
         z = (z ^ (z >> _S27)) * _M2
         return z ^ (z >> _S31)
@@ -179,7 +179,7 @@ class Draws:
         return (scaled >> np.uint64(32)).astype(np.int64)
 
     def skip(self, count: int) -> None:
-        """Leave out `count` numbers of every row."""
+        """Skip `count` numbers of every row."""
         self.counter += count
 
 

@@ -1,7 +1,7 @@
-"""Batch samplers for any `torch.utils.data.DataLoader`, and the dataset and collate functions beside them.
+"""Batch samplers for any `torch.utils.data.DataLoader`, with a dataset wrapper and collate functions for them.
 
-`OverlapBatchSampler` repeats half of the batch before. `ClassBatchSampler` (BAKE, CS-KD) and `ViewPairSampler` (DDGSD)
-make batches whose rows belong together and repeat nothing.
+`OverlapBatchSampler` repeats half of the batch before. `ClassBatchSampler` (BAKE, CS-KD) groups samples of a class and
+`ViewPairSampler` (DDGSD) the two views of a sample; both repeat no rows.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ __all__ = [
 
 
 class SampleIndex(int):
-    """A sample id that also knows which view is wanted: an `int` for any dataset, with `seed`, `epoch`, `view`, `step`.
+    """A sample id that also identifies a view: an `int` with `seed`, `epoch`, `view` and `step`.
 
-    `epoch` is the one in which the sample was new, `view` 0 for a new row and 1 for a repeated one, `step` that of its
-    batch.
+    `epoch` is the epoch in which the sample was new, `view` is 0 for a new row and 1 for a repeated one, `step` is the
+    step of its batch.
     """
 
     seed: int
@@ -62,11 +62,11 @@ class SampleIndex(int):
 
 
 class PlanSampler(Sampler[list[int]], abc.ABC):
-    """The base of the samplers here: one endless stream of batches that follow an `OverlapPlan`.
+    """Base of the samplers: an endless stream of batches that follow an `OverlapPlan`.
 
-    Iterating once gives one epoch and moves on to the next by itself. A batch is `views(epoch, step)`, a pure function.
-    `state_dict` and `load_state_dict` save and restore the position; torchdata's `StatefulDataLoader` calls them by
-    itself, so it resumes exactly with any number of workers.
+    One iteration yields one epoch, the next iteration the next. `views(epoch, step)` computes a batch. `state_dict` and
+    `load_state_dict` save and restore the position; torchdata's `StatefulDataLoader` calls them, so it resumes exactly
+    with any number of workers.
     """
 
     def __init__(self, plan: OverlapPlan, rank: int, batch_size: int) -> None:
@@ -74,14 +74,14 @@ class PlanSampler(Sampler[list[int]], abc.ABC):
         self._position = StreamPosition(plan, type(self).__name__)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_position": copy.copy(self._position)}  # a copy moves on by itself
+        return {**self.__dict__, "_position": copy.copy(self._position)}  # a copy has its own position
 
     @abc.abstractmethod
     def views(self, epoch: int, step: int) -> tuple[Ids, Ids, Ids]:
-        """The rows of one batch on this rank: (sample ids, epochs in which these were new, views), each (n,)."""
+        """The rows of one batch on this rank: (sample ids, epochs in which they were new, views), each (n,)."""
 
     def indices(self, epoch: int, step: int) -> list[int]:
-        """The indices of one batch: `SampleIndex`, so that every view is reproducible."""
+        """The indices of one batch as `SampleIndex`, so that every view is reproducible."""
         rows, seed = [column.tolist() for column in self.views(epoch, step)], self.plan.seed
         return [SampleIndex(i, seed, new_in, view, step) for i, new_in, view in zip(*rows, strict=True)]
 
@@ -98,26 +98,26 @@ class PlanSampler(Sampler[list[int]], abc.ABC):
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch to draw."""
+        """Epoch of the next batch."""
         return self._position.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Start `epoch` from its first batch; nothing happens when it is the current one (so a resume stays exact)."""
+        """Start `epoch` from its first batch; the current epoch is not restarted, so a resume stays exact."""
         self._position.set_epoch(epoch)
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
-        """The position in the stream, O(1): a flat dict of ints and bools.
+        """The position in the stream: a flat dict of ints and bools.
 
         Args:
             delivered: batches received from the DataLoader since its current iteration began. None counts all batches
-                drawn from this sampler: exact with `num_workers=0` and under a `StatefulDataLoader`.
+                taken from this sampler: exact with `num_workers=0` and under a `StatefulDataLoader`.
         """
         return self._position.state_dict(delivered)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved position.
 
-        Another world size may continue when `half * world_size` is the same: the global order goes on.
+        The number of ranks may differ if `half * world_size` is the same: the global order continues.
 
         Raises:
             RuntimeError: an iteration is active.
@@ -129,30 +129,28 @@ class PlanSampler(Sampler[list[int]], abc.ABC):
 class OverlapBatchSampler(PlanSampler):
     """Batches of indices, each `[the new half of the batch before, in order | new samples]`, as one endless stream.
 
-    Iterating once gives one epoch (the half carried over included) and moves on to the next epoch by itself. Each
-    sample an epoch keeps is seen exactly twice, in two consecutive steps, on one rank; the very first batch of epoch 0
-    has no old half. Every rank takes the same number of steps with the same number of rows. The rules of shuffling,
-    sharding and of the epochs' boundaries are `OverlapPlan`'s.
+    One iteration yields one epoch, the next iteration the next. Each sample of an epoch is in exactly two consecutive
+    steps, on one rank; the first batch of epoch 0 has no repeated rows. All ranks take the same number of steps with
+    the same number of rows. `OverlapPlan` defines shuffling, sharding and the boundary between epochs.
 
-    It works with any `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. **A map-style dataset is then asked
-    twice for every sample, so each image is decoded twice**; `OverlapLoader` decodes once, and `TwoViews` is the
-    official scheme.
+    Use it with any `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. **The DataLoader then loads every sample
+    twice, so each image is decoded twice**; `OverlapLoader` decodes once, and so does `TwoViews`, the official scheme.
 
-    The indices are `SampleIndex` (ints that know epoch and view). `IndexedDataset` with `collate_overlap` turns them
-    into `Batch` with ids and `num_old`; without these, `num_old(epoch, step)` tells the number of repeated rows.
+    The indices are `SampleIndex` (ints with epoch and view). `IndexedDataset` with `collate_overlap` turns them into
+    `Batch` with ids and `num_old`; otherwise `num_old(epoch, step)` returns the number of repeated rows.
 
-    A DataLoader with workers draws batches ahead of those it delivers, and this sampler sees only what is drawn. So
-    beside a plain DataLoader pass `state_dict(delivered=k)`, k batches received since its iteration began, or use
-    torchdata's `StatefulDataLoader`, whose own state is exact.
+    A DataLoader with workers takes batches from the sampler before it delivers them, so the sampler's position is ahead
+    of the training. Save `state_dict(delivered=k)` with the k batches received since the iteration began, or use
+    torchdata's `StatefulDataLoader`, whose state is exact.
 
     Args:
         data_source_or_len: number of samples, or a dataset with a length.
-        batch_size: rows the model sees on this rank: even, at least 2; half of them are new.
-        shuffle: a new order each epoch; False keeps the natural order.
+        batch_size: rows of a batch on this rank: even, at least 2; half of them are new.
+        shuffle: a new order each epoch; False keeps the order of the dataset.
         seed: non-negative integer; all ranks must pass the same.
-        rank: None takes that of torch.distributed where it is initialised, else 0.
-        world_size: None takes that of torch.distributed where it is initialised, else 1.
-        drop_last: True gives full halves only; False covers every sample (see `OverlapPlan`).
+        rank: rank of this process; None means that of torch.distributed, or 0 without a process group.
+        world_size: number of ranks; None means that of torch.distributed, or 1 without a process group.
+        drop_last: True yields full halves only; False covers every sample (see `OverlapPlan`).
 
     Raises:
         ValueError: an odd or too small batch size, fewer samples than one half over all ranks, a wrong rank.
@@ -192,23 +190,21 @@ class OverlapBatchSampler(PlanSampler):
         super().__init__(plan, rank, 2 * plan.rows)
 
     def views(self, epoch: int, step: int) -> tuple[Ids, Ids, Ids]:
-        """Old rows (view 1), then new rows (view 0)."""
+        """Repeated rows (view 1), then new rows (view 0)."""
         return self.plan.views(epoch, step, self.rank)
 
     def num_old(self, epoch: int, step: int) -> int:
-        """Repeated rows at the front of batch `step` of `epoch`."""
+        """Number of repeated rows of batch `step` of `epoch`."""
         return self.plan.num_old(epoch, step)
 
 
 class HalfBatchSampler(OverlapBatchSampler):
-    """The new half of every batch of an `OverlapBatchSampler`: what a DataLoader of `TwoViews` has to load.
+    """The new half of every batch of an `OverlapBatchSampler`, for a DataLoader of `TwoViews`.
 
     `pair_halves(DataLoader(TwoViews(data, transform, seed=s), batch_sampler=HalfBatchSampler(data, rows, seed=s)))`
-    gives the batches of every other loader with that seed, bit for bit, and decodes each image once.
+    yields the same batches as the other loaders with that seed, bit for bit, and decodes each image once.
 
-    Args:
-        data_source_or_len: as in `OverlapBatchSampler`, like the options.
-        batch_size: rows the model sees, even; a batch of this sampler is half of them.
+    The arguments are those of `OverlapBatchSampler`; a batch of this sampler has `batch_size / 2` indices.
 
     Example:
         >>> [[int(i) for i in batch] for batch in HalfBatchSampler(6, 4, shuffle=False)]
@@ -228,21 +224,24 @@ class HalfBatchSampler(OverlapBatchSampler):
 class ClassBatchSampler(PlanSampler):
     """Batches `[anchors | companions]`: for every anchor `companions` samples of its class, anchor by anchor.
 
-    The anchors follow a plan without overlap: an epoch visits every sample once as an anchor, and with M companions it
-    shows M + 1 times the images (count that when you compare). Companions are sampled without replacement and without
-    the anchor, with replacement where the class is too small for that, and are the anchor itself where it is alone in
-    its class. They are a pure function of (seed, epoch, anchor), whatever the rank, the thread or the number of
-    resumes; their views differ from all other views of the same sample in that epoch.
+    An epoch has every sample once as an anchor, so with M companions it trains on M + 1 times the images (count that in
+    a comparison). Companions are sampled without replacement and without the anchor; with replacement if the class is
+    too small; an anchor alone in its class is its own companion. They depend on (seed, epoch, anchor) only. Their views
+    differ from all other views of the same sample in that epoch.
 
     Source: `IdentityBatchSampler` of the official BAKE code; with `companions=1, include_anchor=True` the
     `PairBatchSampler` of the official CS-KD code. (Both keep a short last batch: `drop_last=False`.)
 
     Args:
         targets: (N,) class of every sample.
-        batch_size: rows the model sees on this rank, a multiple of `companions + 1`.
-        companions: M, per anchor.
+        batch_size: rows of a batch on this rank, a multiple of `companions + 1`.
+        companions: number of companions per anchor, M.
         include_anchor: whether the anchor may be its own companion.
-        shuffle: as in `OverlapBatchSampler`, like `seed`, `rank`, `world_size` and `drop_last`.
+        shuffle: as in `OverlapBatchSampler`.
+        seed: as in `OverlapBatchSampler`.
+        rank: as in `OverlapBatchSampler`.
+        world_size: as in `OverlapBatchSampler`.
+        drop_last: as in `OverlapBatchSampler`.
 
     Raises:
         ValueError: a batch size that does not divide, fewer samples than the anchors of one step over all ranks.
@@ -292,23 +291,23 @@ class ClassBatchSampler(PlanSampler):
         super().__init__(plan, rank, batch_size)
         order = np.argsort(classes, kind="stable")
         self._members = np.split(order, np.flatnonzero(np.diff(classes[order])) + 1)
-        self._home = np.empty(len(classes), np.int64)  # class of a sample, counted 0, 1, ...
-        self._place = np.empty(len(classes), np.int64)  # its place among them
+        self._class = np.empty(len(classes), np.int64)  # index of a sample's class in `_members`
+        self._index = np.empty(len(classes), np.int64)  # index of the sample within its class
         for number, members in enumerate(self._members):
-            self._home[members], self._place[members] = number, np.arange(len(members))
+            self._class[members], self._index[members] = number, np.arange(len(members))
 
     def views(self, epoch: int, step: int) -> tuple[Ids, Ids, Ids]:
         """Anchors (view 0), then the companions of the first anchor, of the second, ..."""
         anchors = self.plan.half(epoch, step, self.rank)
         others = np.array([self._companions_of(epoch, anchor) for anchor in anchors.tolist()], np.int64).reshape(-1)
-        # A view that no other row of the epoch has: 2 * sample + view is one number per (anchor, place, sample).
+        # View numbers that are unique in the epoch: 2 * sample + view differs for every (anchor, companion, sample).
         number = (anchors[:, None] * self.companions + np.arange(self.companions)).reshape(-1)
         views = np.concatenate([np.zeros_like(anchors), 2 * self.plan.length * (1 + number)])
         return np.concatenate([anchors, others]), np.full(len(views), epoch), views
 
     def _companions_of(self, epoch: int, anchor: int) -> list[int]:
-        members = self._members[self._home[anchor]]
-        place, wanted = int(self._place[anchor]), self.companions
+        members = self._members[self._class[anchor]]
+        own, wanted = int(self._index[anchor]), self.companions
         pool = len(members) - (not self.include_anchor)
         if pool == 0:
             return [anchor] * wanted
@@ -317,18 +316,18 @@ class ClassBatchSampler(PlanSampler):
         for draw in range(wanted):
             high = pool if pool < wanted else pool - wanted + 1 + draw
             pick = ((mix((key + (draw + 1) * GOLDEN) & MASK) >> 32) * high) >> 32
-            # Floyd's sample: where it is taken already, the newest place is free.
+            # Floyd's sampling without replacement: a pick that was chosen before is replaced by the newest index.
             chosen.append(high - 1 if pool >= wanted and pick in chosen else pick)
-        step_over = not self.include_anchor
-        return [int(members[pick + (step_over and pick >= place)]) for pick in chosen]
+        skip_anchor = not self.include_anchor
+        return [int(members[pick + (skip_anchor and pick >= own)]) for pick in chosen]
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
-        """As `OverlapBatchSampler.state_dict`, with what belongs to the companions."""
+        """As `OverlapBatchSampler.state_dict`, with `companions` and `include_anchor`."""
         own = {"companions": self.companions, "include_anchor": self.include_anchor}
         return {**super().state_dict(delivered), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved position; ValueError when anything that decides the batches differs."""
+        """Continue from a saved position; ValueError if an argument that affects the batches differs."""
         for name in ("companions", "include_anchor"):
             if state.get(name) != getattr(self, name):
                 raise ValueError(
@@ -341,9 +340,7 @@ class ClassBatchSampler(PlanSampler):
 class ViewPairSampler(PlanSampler):
     """Batches `[n samples, first views | the same n samples, second views]`: both views in one step.
 
-    Args:
-        data_source_or_len: as in `OverlapBatchSampler`, like the options.
-        batch_size: rows the model sees, even; half of them are samples.
+    The arguments are those of `OverlapBatchSampler`; a batch has `batch_size / 2` samples.
 
     Example:
         >>> sampler = ViewPairSampler(4, 4, shuffle=False)
@@ -386,8 +383,8 @@ def _length(operation: str, source: int | Sized) -> int:
     """The number of samples of a dataset, or that number itself."""
     if isinstance(source, (Sampler, DataLoader)):
         raise TypeError(
-            f"{operation}: expected a dataset or its length, got a {type(source).__name__}, whose length counts "
-            "batches or draws; pass the dataset, or torch.utils.data.Subset(dataset, indices) for a part of it"
+            f"{operation}: expected a dataset or its length, got a {type(source).__name__}, whose length is not the "
+            "number of samples; pass the dataset, or torch.utils.data.Subset(dataset, indices) for a part of it"
         )
     return as_int(len(source) if isinstance(source, Sized) else source, operation, "data_source_or_len", 0)
 
@@ -397,8 +394,8 @@ class IndexedDataset(Dataset[tuple[Any, Any, int]]):
 
     Args:
         dataset: any map-style dataset of `(image, target)`.
-        transform: called as `transform(image, rng)` with the view's `ViewRng`, so that every view is reproducible; None
-            leaves it to the dataset's own transforms. It needs the indices of a sampler of this package.
+        transform: called as `transform(image, rng)` with the view's `ViewRng`, so that every view is reproducible. It
+            needs the indices of a sampler of this package. None uses the dataset's own transforms only.
 
     Example:
         >>> IndexedDataset([("image", 1)])[0]
@@ -437,7 +434,7 @@ def collate_overlap(items: Sequence[tuple[Any, Any, int]]) -> Batch:
 
 
 def collate_rows(items: Sequence[tuple[Any, Any, int]]) -> Batch:
-    """`collate_fn` for an `IndexedDataset` under a sampler that repeats nothing: one `Batch` with num_old 0.
+    """`collate_fn` for an `IndexedDataset` under a sampler without repeated rows: one `Batch` with num_old 0.
 
     Raises:
         TypeError: items without the indices of such a sampler, targets that are not integers.
@@ -450,7 +447,7 @@ def collate_rows(items: Sequence[tuple[Any, Any, int]]) -> Batch:
 def _collated(
     operation: str, sampler: str, items: Sequence[tuple[Any, Any, int]]
 ) -> tuple[torch.Tensor, torch.Tensor, list[SampleIndex]]:
-    """(images, targets, indices) of `IndexedDataset` items; TypeError where they are anything else."""
+    """(images, targets, indices) of `IndexedDataset` items; TypeError for other items."""
     tagged = [
         item[2]
         for item in items

@@ -1,10 +1,9 @@
-"""Image bytes to uint8 RGB: simplejpeg (strict), else torchvision, else Pillow.
+"""Decode image bytes to uint8 RGB: by simplejpeg (strict), else torchvision, else Pillow.
 
-Which decoder reads a file is decided by its magic bytes and colour space, never by its name:
-ImageNet holds a PNG and two dozen CMYK files called ``.JPEG``. All three give bit-identical pixels on
-ordinary JPEGs (libjpeg-turbo behind each). Only simplejpeg reports most damage inside the scan;
-Pillow and torchvision fill a damaged region and say nothing, so files that simplejpeg calls damaged are not
-handed to them unless ``strict=False``.
+The magic bytes and the colour space of a file choose the decoder, not its name: ImageNet has a PNG and two dozen CMYK
+files named ``.JPEG``. The three decoders give bit-identical pixels for ordinary JPEGs, because all use libjpeg-turbo.
+Only simplejpeg reports most damage inside the image data; Pillow and torchvision fill a damaged region silently. So
+they get no file that simplejpeg reports as damaged, unless ``strict=False``.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from dlb_fast.data.decode.jpeg import JpegHeader, parse_header, zero_run
 __all__ = ["BACKENDS", "DecodeError", "ImageDecoder", "available_backends", "is_pillow", "plain_pixels"]
 
 BACKENDS = ("simplejpeg", "torchvision", "pillow")
-_MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: 512 MiB of RGB
+_MAX_PIXELS = 178_956_970  # the limit above which Pillow raises: 512 MiB of RGB
 _DAMAGE = ("corrupt jpeg data", "premature end", "unsupported marker type")
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class DecodeError(ValueError):
-    """The bytes are not an image that can be trusted; the message says what is wrong with them.
+    """The bytes are not a valid image; the message says why.
 
     Example:
         >>> str(DecodeError("empty file (0 bytes)"))
@@ -58,13 +57,13 @@ def _torchvision() -> Callable[[bytes], Array]:
 
 
 def _plain(image: Any) -> Any:
-    """A Pillow image of any mode as 8 bits of grey or of RGB."""
+    """Convert a Pillow image of any mode to 8-bit grey or RGB."""
     from PIL import Image
 
-    if image.mode == "P" and "transparency" in image.info:  # keeps Pillow from warning
+    if image.mode == "P" and "transparency" in image.info:  # avoids a warning of Pillow
         image = image.convert("RGBA")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # 16 bits of grey: the upper byte, as Pillow takes it of 16-bit colours; its own conversion clips at 255
+        # 16-bit grey: take the upper byte, as Pillow does for 16-bit colours; its own conversion clips at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = image.format or f"an image of mode {image.mode}"
@@ -75,16 +74,16 @@ def _plain(image: Any) -> Any:
 
 
 def is_pillow(value: Any) -> bool:
-    """Whether `value` is a Pillow image; Pillow is not imported to find out."""
+    """Whether `value` is a Pillow image; does not import Pillow."""
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(value, module.Image)
 
 
 def plain_pixels(image: Any) -> Array:
-    """uint8 pixels of a Pillow image: (height, width) of a grey one, (height, width, 3) of any other.
+    """uint8 pixels of a Pillow image: (height, width) for grey, (height, width, 3) otherwise.
 
     Raises:
-        ValueError: 32-bit pixels, whose range is not known.
+        ValueError: 32-bit pixels, whose range is unknown.
 
     Example:
         >>> from PIL import Image
@@ -100,7 +99,7 @@ def _pillow() -> Callable[[bytes], Array]:
     def decode(data: bytes) -> Array:
         with Image.open(io.BytesIO(data)) as image:
             plain = _plain(image)
-            # a copy: the array of a Pillow image is read-only
+            # np.array copies, because np.asarray of a Pillow image is read-only
             return np.array(plain if plain.mode == "RGB" else plain.convert("RGB"))
 
     return decode
@@ -110,10 +109,9 @@ _MAKERS = {"simplejpeg": _simplejpeg, "torchvision": _torchvision, "pillow": _pi
 
 
 def available_backends() -> dict[str, str]:
-    """Decoder name -> "" when it can be used, else why not.
+    """Decoder name -> "" if it is available, else the reason.
 
-    A torchvision that does not fit the installed torch raises RuntimeError on import: every
-    exception counts as "not available".
+    Any exception on import counts as unavailable; a torchvision that does not fit torch raises RuntimeError.
 
     Example:
         >>> available_backends()["pillow"]
@@ -133,19 +131,19 @@ class ImageDecoder:
     """Callable from the bytes of one image file to a uint8 RGB array (height, width, 3).
 
     Args:
-        backend: ``"auto"`` (first of ``BACKENDS`` that imports) or one of them, which then must exist.
-        strict: damage inside a JPEG is an error. False hands such files to Pillow, which keeps what it
-            can read (it still refuses truncated files), and counts them in ``fallbacks``.
-        max_pixels: larger images are refused before a byte is decoded (decompression bombs).
+        backend: ``"auto"`` (the first of ``BACKENDS`` that imports) or one of them, which must then be installed.
+        strict: True raises for a damaged JPEG. False passes it to Pillow, which fills the damaged region (but
+            refuses truncated files), and counts it in ``fallbacks``.
+        max_pixels: refuse larger images before decoding (decompression bombs).
 
     Attributes:
-        name: the JPEG decoder in use.
-        fallbacks: Counter of reasons for which Pillow read a file.
+        name: name of the JPEG decoder.
+        fallbacks: Counter of the reasons why Pillow decoded a file.
 
     EXIF orientation is ignored, as in torchvision's ImageFolder.
 
     Raises:
-        DecodeError: with the decoder's message.
+        DecodeError: the bytes are not a valid image.
 
     Example:
         >>> import io
@@ -171,7 +169,7 @@ class ImageDecoder:
         self.name, self._jpeg = self._choose(backend)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # the lock and a library's function cannot be pickled: the copy makes its own
+        # the lock and the decoder function cannot be pickled, so a copy creates its own
         return functools.partial(ImageDecoder, strict=self.strict, max_pixels=self.max_pixels), (self.name,)
 
     @staticmethod
@@ -221,7 +219,7 @@ class ImageDecoder:
             message = f"{self.name}: {error}"
             if self.strict and any(sign in message.lower() for sign in _DAMAGE):
                 raise DecodeError(message) from error
-            # not damage by its words (an odd JFIF revision, say), or the user asked for leniency
+            # the message does not report damage (but, say, an odd JFIF revision), or strict is False
             return self._with_pillow(data, message)
 
     def _check_size(self, width: int, height: int) -> None:
@@ -253,8 +251,9 @@ class ImageDecoder:
 
 
 def _why_odd(header: JpegHeader) -> str | None:
+    """Why only Pillow can decode this JPEG, or None."""
     if header.components == 4:
-        return "CMYK JPEG"  # Pillow knows Adobe's inverted inks
+        return "CMYK JPEG"  # Pillow handles Adobe's inverted channels
     if header.components not in (1, 3) or header.precision != 8 or header.sof > 0xC2:
         return f"JPEG of {header.components} components, {header.precision} bits, frame {header.sof:#x}"
     return None

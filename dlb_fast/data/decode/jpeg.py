@@ -1,9 +1,9 @@
-"""The header of a JPEG file, and zeros inside its image data that no encoder writes (ITU-T T.81, annex B).
+"""Parse the header of a JPEG file and find runs of zeros that no encoder writes (ITU-T T.81, annex B).
 
-A decoder reports damage only when its Huffman codes stop making sense. A block of zero bytes inside the scan often
-does not do that, because zero bits are a valid code word. They decode to the same symbol over and over, and the table
-tells which: the first code word of a canonical Huffman table is all zeros. So a long run of zeros is honest only where
-the tables spell "no change, end of block" with zero bits (a flat image with optimised tables).
+A decoder reports damage only when it meets an invalid Huffman code. A block of zero bytes is often valid, because the
+first code word of a canonical Huffman table is all zeros: the block decodes to one symbol repeated. An encoder writes
+such a run only if the zero code means "no change, end of block" (a flat image with optimised tables). In any other file
+a long run of zeros is damage.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class JpegHeader:
         sof: the frame marker (0xC0, 0xC1 sequential, 0xC2 progressive, others rare).
         scan: byte offset of the first entropy-coded byte.
         scan_components: components in that first scan.
-        flat_zero_code: zero bits may spell a flat block (see the module).
+        flat_zero_code: whether zero bits may encode a flat block (see the module).
 
     Example:
         >>> JpegHeader(500, 375, 3, 8, 0xC0, 623, 3, False).sequential
@@ -51,20 +51,22 @@ class JpegHeader:
 
 
 def _zeros_may_be_flat(scan_header: bytes | memoryview, first: dict[int, int]) -> bool:
-    """Whether every table of the scan gives zero bits the meaning "no change" and "end of block".
+    """Whether zero bits mean "no change" and "end of block" in every table of the scan.
 
-    One luminance block stands in every unit of an interleaved scan, so one table that says otherwise is
-    enough. `first` maps (class << 4 | id) to the symbol coded by zeros.
+    Every unit of an interleaved scan has a block of each component, so one table with another meaning excludes a flat
+    run. `first` maps (class << 4 | id) to the symbol of the zero code.
     """
     tables = [scan_header[2 + 2 * i] for i in range(scan_header[0])]
     return all(first.get(t >> 4) == 0 and first.get(0x10 | t & 15) == 0 for t in tables)
 
 
 def parse_header(data: bytes | memoryview) -> JpegHeader | None:
-    """Header of a JPEG byte string, or None when its markers cannot be followed up to the scan.
+    """Header of a JPEG file, or None if its markers are not valid up to the scan.
 
     Args:
-        data: the whole file. Source: ITU-T T.81 B.2.
+        data: the whole file.
+
+    Source: ITU-T T.81 B.2.
 
     Example:
         >>> parse_header(b"not a jpeg") is None
@@ -72,7 +74,7 @@ def parse_header(data: bytes | memoryview) -> JpegHeader | None:
     """
     size, position = len(data), 2
     frame: tuple[int, int, int, int, int] | None = None
-    first: dict[int, int] = {}  # Huffman table -> the symbol that zero bits code
+    first: dict[int, int] = {}  # Huffman table -> symbol of the zero code
     if size < 4 or data[0] != 0xFF or data[1] != 0xD8:
         return None
     while position + 4 <= size:
@@ -110,10 +112,10 @@ def parse_header(data: bytes | memoryview) -> JpegHeader | None:
 
 
 def zero_run(data: bytes | bytearray, header: JpegHeader) -> int:
-    """Offset of 256 zero bytes inside the image data that no honest encoder writes, or -1.
+    """Offset of 256 zero bytes inside the image data that no encoder writes, or -1.
 
-    Only interleaved sequential files are judged (nearly all photographs). Whatever follows the image's end is not:
-    padding, or further images (files of several views and gain maps hold more than one, with zeros between).
+    Checks interleaved sequential files only (nearly all photographs), and only up to the end of the image: padding or
+    further images (multi-picture files, gain maps) may follow it.
 
     Example:
         >>> zero_run(b"", JpegHeader(1, 1, 3, 8, 0xC0, 0, 3, False))
@@ -125,4 +127,4 @@ def zero_run(data: bytes | bytearray, header: JpegHeader) -> int:
     interleaved = header.scan_components == header.components
     if not header.sequential or not interleaved or header.flat_zero_code:
         return -1
-    return found if data.find(_END, header.scan, found) < 0 else -1  # one scan, so the first such marker ends it
+    return found if data.find(_END, header.scan, found) < 0 else -1  # one scan, so its first end marker ends the image

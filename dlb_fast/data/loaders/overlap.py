@@ -1,4 +1,4 @@
-"""`OverlapLoader`: each image is read and decoded once, each view copied once."""
+"""`OverlapLoader` reads and decodes each image once and copies each view once."""
 
 from __future__ import annotations
 
@@ -30,46 +30,53 @@ __all__ = ["OverlapLoader"]
 
 
 class OverlapLoader:
-    """Overlapping batches from worker threads; iterating gives one epoch of `Batch` and moves on to the next by itself.
+    """Overlapping batches from worker threads; one iteration yields one epoch of `Batch`, the next iteration the next.
 
-    A thread reads and decodes a sample once and makes both its views: the first goes into the batch in which the sample
-    is new, the second straight into the batch after it. Views are functions of (seed, epoch, sample, view), so batches
-    are the same with any number of threads, after a resume, on any number of ranks (by id), and as those of an
+    A thread reads and decodes a sample once and makes both its views: the first for the batch in which the sample is
+    new, the second for the batch after it. A view depends on (seed, epoch, sample, view) only. So the batches do not
+    depend on the number of threads, on resumes or (by id) on the number of ranks, and equal those of an
     `OverlapBatchSampler` with the same transform.
 
-    The threads start at the first `next` and run on across epochs; they end at `close()`, when an iteration is left
-    early, when an error is raised, and when the loader is garbage. Images belong to whoever receives them: they are
-    never written again. A transform in Python holds the interpreter lock, and then a second thread hardly helps; those
-    of `dlb_fast.data` work in compiled code.
+    The threads start at the first `next` and keep running across epochs. They end at `close()`, when an iteration is
+    left early, when an error is raised, and when the loader is garbage-collected. The loader never writes to a batch
+    that it has yielded. A transform written in Python holds the interpreter lock, so a second thread hardly helps; the
+    transforms of `dlb_fast.data` run in compiled code.
 
     Args:
-        dataset: `read(i)` (bytes or a path) and `targets`, or `images` and `targets`, or anything with `load`.
-        batch_size: rows the model sees on this rank: even; half of them are new.
-        transform: `transform(image, rng)`: uint8 (c, h, w) and the view's `ViewRng` to a (c, h', w') tensor of one
-            size; it runs in worker threads and must not change its input. None takes images as they are.
-        device: where batches are yielded: cpu or cuda. None: cpu.
-        overlap: False gives plain epochs: `batch_size` new samples per batch, one view of each.
-        num_threads: None: the cores this process may use, at most 8.
-        depth: finished batches kept ahead; host (and device) memory is `depth + 2` batches of views, and on a CPU the
-            last two that were delivered.
-        seed: as in `OverlapBatchSampler`, like `shuffle`, `drop_last`, `rank` and `world_size`.
-        mean: of images in [0, 1], per channel: `(x / 255 - mean) / std`; without mean and std `x / 255`.
-        std: likewise.
-        dtype: of the images; torch.uint8 leaves pixels as they are. Views that are not uint8 are passed on unchanged.
+        dataset: has `targets` and either `read(i)` (bytes or a path) or `images`; any dataset when `load` is given.
+        batch_size: rows of a batch on this rank, an even number; half of them are new.
+        transform: called as `transform(image, rng)` with a uint8 (c, h, w) image and the view's `ViewRng`; returns a
+            (c, h', w') tensor, the same size for every image. It runs in worker threads and must not modify its input.
+            None leaves the images unchanged.
+        device: device of the batches, cpu or cuda; None means cpu.
+        overlap: False turns repetition off: `batch_size` new samples per batch, one view of each.
+        num_threads: number of worker threads; None means the cores of this process, at most 8.
+        depth: batches finished ahead. Host (and device) memory holds `depth + 2` batches of views; on a CPU also the
+            last two yielded ones.
+        seed: non-negative integer, the same on all ranks.
+        shuffle: a new order each epoch; False keeps the order of the dataset.
+        drop_last: True yields full halves only; False covers every sample (see `OverlapPlan`).
+        rank: as in `OverlapBatchSampler`.
+        world_size: as in `OverlapBatchSampler`.
+        mean: per channel, of pixels in [0, 1]: images are `(x / 255 - mean) / std`, or `x / 255` without mean and std.
+        std: per channel, of pixels in [0, 1].
+        dtype: dtype of the images; torch.uint8 keeps the pixels. Views that are not uint8 keep their dtype and values.
         channels_last: memory format of the images.
-        erase: `RandomErasing` or `Cutout`: a box of every view is overwritten at the end.
-        mix: mixup and CutMix on the finished batch, both views of a sample mixed alike.
-        on_error: "raise" (a `SampleError` in the batch it belongs to) or "replace" (a substitute, for both views).
-        max_failures: with "replace", how many different samples may fail: an int, or a float fraction of the dataset.
-        timeout: seconds `next` may wait before `LoaderTimeout` reports what each thread is doing; None: for ever.
-        decoder: bytes to uint8 (h, w, 3); None: `ImageDecoder()`.
-        load: `load(dataset, i)` giving (image, target) for datasets of another kind.
+        erase: `RandomErasing` or `Cutout`, applied to normalised views.
+        mix: mixup and CutMix; both views of a sample are mixed alike.
+        on_error: "raise" raises a `SampleError` with the batch of the sample; "replace" substitutes another sample in
+            both views.
+        max_failures: with "replace", the number of distinct samples that may fail: an int, or a float fraction of the
+            dataset.
+        timeout: seconds that `next` may wait before it raises `LoaderTimeout`; None waits for ever.
+        decoder: maps bytes to uint8 (h, w, 3); None means `ImageDecoder()`.
+        load: `load(dataset, i)` returns (image, target), for datasets of another kind.
 
     Raises:
         ValueError: an argument out of range.
         TypeError: an argument of another type.
-        SampleError: from `next`, a sample that cannot be loaded.
-        LoaderTimeout: from `next`; asking again waits again.
+        SampleError: from `next`, for a sample that cannot be loaded.
+        LoaderTimeout: from `next`; another call waits again.
 
     Example:
         >>> from types import SimpleNamespace
@@ -140,15 +147,15 @@ class OverlapLoader:
             decoder=self.decoder,
         )
         self._position = StreamPosition(self.plan, name)
-        self._lock = threading.RLock()  # the collector may close an iteration at any point
+        self._lock = threading.RLock()  # reentrant: the garbage collector may close an iteration while it is held
         self._pipeline: Pipeline | None = None
-        self._user: weakref.ref[Iteration] | None = None  # the iteration the pipeline works for
+        self._user: weakref.ref[Iteration] | None = None  # the iteration that uses the pipeline
         self._finaliser: weakref.finalize[..., OverlapLoader] | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            "OverlapLoader: a loader with threads and buffers cannot be pickled or copied; make another one with the "
-            "same arguments where it is needed, and give it this one's position: load_state_dict(loader.state_dict())"
+            "OverlapLoader: a loader with threads and buffers cannot be pickled or copied; make a second one with the "
+            "same arguments and pass on the position: load_state_dict(loader.state_dict())"
         )
 
     def __len__(self) -> int:
@@ -165,7 +172,7 @@ class OverlapLoader:
 
     @property
     def device(self) -> torch.device:
-        """Where the batches are."""
+        """Device of the batches."""
         return self._settings.device
 
     @property
@@ -175,19 +182,19 @@ class OverlapLoader:
 
     @property
     def sampler(self) -> OverlapLoader:
-        """Itself, for frameworks that announce the epoch by `loader.sampler.set_epoch` (Lightning, timm)."""
+        """The loader itself, for frameworks that call `loader.sampler.set_epoch` (Lightning, timm)."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Start `epoch` from its first batch; nothing happens when it is the current one."""
+        """Start `epoch` from its first batch; the current epoch is not restarted, so a resume stays exact."""
         self._position.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the delivered batches, O(1); what was prefetched is forgotten."""
+        """The position after the delivered batches; prefetched batches do not count."""
         return self._position.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved position, also on another number of ranks with the same global half.
+        """Continue from a saved position; the number of ranks may differ if half * world_size is the same.
 
         Raises:
             RuntimeError: an iteration is active.
@@ -197,9 +204,9 @@ class OverlapLoader:
 
     def stats(self) -> LoaderStats:
         """Counters since the loader was made: batches, decodes, bytes, waiting time, failures."""
-        found, pipeline = self._settings.counters(), self._pipeline
+        counters, pipeline = self._settings.counters(), self._pipeline
         running = 0.0 if pipeline is None else pipeline.idle_seconds()
-        return dataclasses.replace(found, idle_seconds=found.idle_seconds + running)
+        return dataclasses.replace(counters, idle_seconds=counters.idle_seconds + running)
 
     def close(self) -> None:
         """End the threads and free the buffers; the loader may be iterated again."""
@@ -217,21 +224,21 @@ class OverlapLoader:
         self.close()
 
     def _next(self, epoch: int, step: int, user: Iteration) -> Batch:
-        """The batch of a position, from the running pipeline when it stands there, else from a new one."""
+        """The batch of a position, from the running pipeline if it is there, else from a new one."""
         position = epoch * self.plan.steps_per_epoch + step
         pipeline = self._pipeline
         try:
-            if pipeline is None or not pipeline.stands_at(position):
+            if pipeline is None or not pipeline.is_at(position):
                 self.close()
                 pipeline = Pipeline(self._settings, position)
                 with self._lock:
                     self._pipeline = pipeline
                     self._finaliser = weakref.finalize(self, pipeline.stop)
-                pipeline.start()  # a Ctrl-C in here must not leave a pipeline that nobody works for
+                pipeline.start()  # inside the `try`, so that Ctrl-C during the start closes the pipeline
             self._user = weakref.ref(user)
             return pipeline.next(self.timeout)
         except LoaderTimeout:
-            raise  # nothing is lost: asking again waits again
+            raise  # the pipeline keeps running; another call waits again
         except BaseException:
             self.close()
             raise
@@ -240,7 +247,7 @@ class OverlapLoader:
 class _Epoch:
     """One pass over the rest of an epoch; leaving it early ends the threads.
 
-    It is no generator, because an iteration goes on after a `LoaderTimeout`.
+    Not a generator, because an iteration continues after a `LoaderTimeout` and a generator would be finished.
     """
 
     def __init__(self, loader: OverlapLoader) -> None:
@@ -253,13 +260,13 @@ class _Epoch:
     def __next__(self) -> Batch:
         position = self._iteration.peek()
         if position is None:
-            raise StopIteration  # the threads go on with the next epoch
+            raise StopIteration  # the threads continue with the next epoch
         batch = self._loader._next(*position, self._iteration)
         self._iteration.advance()
         return batch
 
     def close(self) -> None:
-        """End the threads, unless the epoch was delivered or the pipeline works for a newer iteration."""
+        """End the threads, unless the epoch is complete or a newer iteration uses the pipeline."""
         user = self._loader._user
         if self._iteration.left_early and user is not None and user() is self._iteration:
             self._loader.close()

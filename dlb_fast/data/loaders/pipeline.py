@@ -1,4 +1,4 @@
-"""One run of the worker threads over the ring: made where an iteration starts, stopped where it is left."""
+"""The pipeline of `OverlapLoader`: worker threads, ring and device stage, from one position of the stream onwards."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dlb_fast.data.transforms.normalise import Normalise
 
 __all__ = ["LoaderStats", "LoaderTimeout", "Pipeline", "Settings"]
 
-_JOIN = 5.0  # seconds; a thread stuck in a system call cannot be ended, only reported
+_JOIN = 5.0  # seconds; a thread that hangs in a system call cannot be ended, only reported
 
 
 class LoaderTimeout(TimeoutError):
-    """``next()`` waited longer than ``timeout``; the message says what every thread is doing.
+    """``next()`` waited longer than ``timeout``; the message names the activity of every thread.
 
     Example:
         >>> isinstance(LoaderTimeout("waited 5 s"), TimeoutError)
@@ -40,17 +40,17 @@ class LoaderStats:
     """Counters of one loader.
 
     Attributes:
-        batches: delivered.
-        views: in these batches.
-        reads: samples loaded; each is decoded once per read.
-        bytes_read: of files.
-        bytes_to_device: copied from the host (0 on a CPU).
-        wait_seconds: spent waiting inside `next`.
-        idle_seconds: that all threads together waited for a free batch, because the consumer was slower.
+        batches: delivered batches.
+        views: views in these batches.
+        reads: loaded samples, each decoded once.
+        bytes_read: bytes read from files.
+        bytes_to_device: bytes copied to the device (0 on a CPU).
+        wait_seconds: seconds that `next` waited for a batch.
+        idle_seconds: seconds that all threads together waited for a free slot because the consumer was slower.
         failed: distinct samples that could not be loaded.
-        replaced: times a substitute was used.
-        failures: the first of the errors.
-        fallbacks: why the default decoder handed files to Pillow, and how often.
+        replaced: number of times a substitute was used.
+        failures: the first errors.
+        fallbacks: reason -> number of files that Pillow decoded instead of the JPEG decoder.
     """
 
     batches: int = 0
@@ -68,7 +68,7 @@ class LoaderStats:
 
 @dataclass
 class Settings:
-    """What a loader hands to each of its pipelines; it must not refer to the loader (see `OverlapLoader.close`)."""
+    """Arguments that a loader passes to its pipelines. They must not refer to the loader, or it is never collected."""
 
     plan: OverlapPlan
     rank: int
@@ -82,10 +82,10 @@ class Settings:
     mix: Mix | None
     decoder: Any
     stats: LoaderStats = field(default_factory=LoaderStats)
-    copy_stream: Any = None  # one for the loader's life, however often iterations are left early
+    copy_stream: Any = None  # one per loader, shared by its pipelines
 
     def counters(self) -> LoaderStats:
-        """A copy of the counters, with those that live elsewhere."""
+        """A copy of the counters, including those of the source, the failure policy and the decoder."""
         return replace(
             self.stats,
             reads=self.source.reads,
@@ -98,11 +98,11 @@ class Settings:
 
 
 class Pipeline:
-    """Threads, ring and device side from one position of the stream onwards.
+    """Threads, ring and device stage from one position of the stream onwards.
 
     Args:
-        settings: the loader's.
-        position: the step (epoch * steps_per_epoch + step) to deliver first.
+        settings: settings of the loader.
+        position: first step to deliver, epoch * steps_per_epoch + step.
     """
 
     def __init__(self, settings: Settings, position: int) -> None:
@@ -116,17 +116,17 @@ class Pipeline:
             settings.plan, settings.rank, start=position, depth=settings.depth, on_full=self._finish_batch
         )
         self._pool = WorkerPool(settings.num_threads, self._work)
-        written = self._stage.row_dtype in (torch.uint8, torch.float32)  # what the compiled crop can write
-        self._crop = CompiledCrop.of(settings.transform) if written else None
+        writable = self._stage.row_dtype in (torch.uint8, torch.float32)  # dtypes that the compiled crop writes
+        self._crop = CompiledCrop.of(settings.transform) if writable else None
         self._table: torch.Tensor | None = None
-        self._form: tuple[tuple[int, int, int], torch.dtype] | None = None  # (h, w, c) and dtype of all views
-        self._form_lock = threading.Lock()
+        self._view_type: tuple[tuple[int, int, int], torch.dtype] | None = None  # (h, w, c) and dtype of all views
+        self._view_type_lock = threading.Lock()
 
     def start(self) -> None:
         """Start the threads."""
         self._pool.start()
 
-    # What the threads do.
+    # Called by the worker threads.
 
     def _work(self, status: Status) -> None:
         try:
@@ -138,11 +138,11 @@ class Pipeline:
                     error = caught
                 self._ring.finish(item, error)
                 status.set("waiting for a free batch")
-        except BaseException as error:  # not of one sample: the plan or this code
+        except BaseException as error:  # raised by the plan or by this code, not by a sample
             self._ring.abort(error)
 
     def _make(self, item: Item, status: Status) -> None:
-        """One sample: read and decode it, and write each of its views into its row of a batch."""
+        """Read and decode one sample and write its views into their rows."""
         s, epoch = self._s, item.epoch
         sample, image, target = s.policy.get(epoch, item.sample, status.set)
         status.set("making the views of", sample)
@@ -178,17 +178,17 @@ class Pipeline:
         return view
 
     def _expect(self, sample: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        """The first view of the run decides the size of the buffers; ValueError for a later one of another form."""
-        form = shape, dtype
-        if self._form is None:
-            with self._form_lock:
-                if self._form is None:
+        """Allocate the buffers for the first view; ValueError for a later view of another shape or dtype."""
+        view_type = shape, dtype
+        if self._view_type is None:
+            with self._view_type_lock:
+                if self._view_type is None:
                     if self._crop is not None and self._stage.row_dtype == torch.float32:
                         self._table = self._s.normalise.table(shape[2])
                     self._stage.prepare(self._ring.slots, 2 * self._s.plan.rows, shape, dtype)
-                    self._form = form
-        if form != self._form:
-            (h, w, c), known = self._form
+                    self._view_type = view_type
+        if view_type != self._view_type:
+            (h, w, c), known = self._view_type
             raise ValueError(
                 f"OverlapLoader: views of one size are needed: sample {sample} ({self._s.source.path(sample)}) gave "
                 f"{(shape[2], *shape[:2])} {dtype}, others {(c, h, w)} {known}; pass a transform that crops or resizes "
@@ -196,7 +196,7 @@ class Pipeline:
             )
 
     def _finish_batch(self, slot: Slot) -> None:
-        """All rows of a slot are written: choose the boxes to erase in them, and hand it to the device side."""
+        """Choose the boxes to erase in a full slot and pass it to the device stage."""
         plan, normalise = self._s.plan, self._s.normalise
         if normalise.erase is not None:
             views = (np.arange(slot.rows) < slot.num_old).astype(np.int64)
@@ -205,14 +205,14 @@ class Pipeline:
             slot.boxes = normalise.erase.draw(rngs, *self._stage.size)
         self._stage.submit(slot)
 
-    # What the consumer does.
+    # Called by the consumer.
 
-    def stands_at(self, position: int) -> bool:
-        """Whether the next batch of this pipeline is that of `position` (never in a forked child)."""
+    def is_at(self, position: int) -> bool:
+        """Whether `position` is the next batch of this pipeline (never in a forked child, which has no threads)."""
         return not self._stopped and self._position == position and self._pid == os.getpid()
 
     def next(self, timeout: float | None) -> Batch:
-        """The next batch; SampleError, LoaderTimeout or what a thread raised."""
+        """The next batch; raises SampleError, LoaderTimeout or the error of a thread."""
         started = time.monotonic()
         slot = self._ring.wait(timeout)
         waited = time.monotonic() - started
@@ -224,7 +224,7 @@ class Pipeline:
                 f"{self._pool.report(self._s.source.path)}"
             )
         if slot.error is not None:
-            error, slot.error = slot.error, None  # its traceback leads back to the slot
+            error, slot.error = slot.error, None  # break the cycle: the traceback refers to the slot
             try:
                 raise error
             finally:
@@ -243,14 +243,14 @@ class Pipeline:
         return batch
 
     def idle_seconds(self) -> float:
-        """How long the threads of this run have waited for a free batch, all together."""
+        """Seconds that all threads of this pipeline together have waited for a free slot."""
         return 0.0 if self._stopped else self._ring.idle_seconds()
 
     def stop(self) -> None:
         """End the threads and free the buffers."""
         if self._pid != os.getpid():
             self._stopped = True
-            return  # a forked child: the threads are the parent's, and its locks may have been copied while held
+            return  # in a forked child the threads do not exist, and a lock may have been held during the fork
         self._s.stats.idle_seconds += self.idle_seconds()
         self._stopped = True
         self._ring.stop()

@@ -1,4 +1,4 @@
-"""`ResidentLoader`: a set that fits on the device, uint8 images beside the model, batches by one gather."""
+"""`ResidentLoader` keeps a dataset as uint8 on the device and gathers each batch in one operation."""
 
 from __future__ import annotations
 
@@ -23,28 +23,34 @@ __all__ = ["ResidentLoader", "ResidentViews", "resident_tensors"]
 
 
 class ResidentLoader:
-    """Overlapping batches from images that live on the device; one iteration is one epoch and moves on by itself.
+    """Overlapping batches of images on the device; one iteration is one epoch, the next iteration the next.
 
-    Rows `[0, num_old)` of a batch are the new rows of the batch before, gathered and augmented again. With the same
-    transform the batches are those of `OverlapBatchSampler` and `OverlapLoader`, bit for bit.
+    Rows `[0, num_old)` of a batch repeat the new rows of the batch before, with new augmentation. With the same
+    transform the batches equal those of `OverlapBatchSampler` and `OverlapLoader` bit for bit.
 
     Args:
         dataset: has `images` (N, c, h, w) uint8 and `targets` (N,), tensors or arrays.
-        batch_size: rows the model sees on this rank: even; half of them are new.
-        transform: `transform(image, rng)`, or None. Those of `dlb_fast.data` run on the whole batch at once (a leading
-            `PadCrop` is the gather itself, from a set that was padded once); any other callable is called per image.
-        device: where the set is kept and batches are made; None is the CPU.
-        overlap: False gives plain epochs: `batch_size` new samples per batch (odd sizes too), each seen once.
-        seed: as in `OverlapBatchSampler`, like `shuffle`, `drop_last`, `rank` and `world_size`.
-        mean: of images in [0, 1], per channel: `(x / 255 - mean) / std`; without mean and std `x / 255`.
-        std: likewise.
-        dtype: of the images; torch.uint8 leaves pixels as they are.
+        batch_size: rows of a batch on this rank, an even number; half of them are new.
+        transform: called as `transform(image, rng)`, or None. The transforms of `dlb_fast.data` run on the whole batch
+            at once (a leading `PadCrop` is part of the gather, from a dataset that was padded once). Any other callable
+            is called per image.
+        device: device of the dataset and of the batches; None means the CPU.
+        overlap: False turns repetition off: `batch_size` new samples per batch (odd sizes too), one view of each.
+        seed: non-negative integer, the same on all ranks.
+        shuffle: a new order each epoch; False keeps the order of the dataset.
+        drop_last: True yields full halves only; False covers every sample (see `OverlapPlan`).
+        rank: as in `OverlapBatchSampler`.
+        world_size: as in `OverlapBatchSampler`.
+        mean: per channel, of pixels in [0, 1]: images are `(x / 255 - mean) / std`, or `x / 255` without mean and std.
+        std: per channel, of pixels in [0, 1].
+        dtype: dtype of the images; torch.uint8 keeps the pixels.
         channels_last: memory format of the images.
-        erase: `RandomErasing` or `Cutout`: a box of every view is overwritten at the end.
-        mix: mixup and CutMix, both views of a sample mixed alike.
+        erase: `RandomErasing` or `Cutout`, applied to normalised views.
+        mix: mixup and CutMix; both views of a sample are mixed alike.
 
     Raises:
-        TypeError, ValueError: a set without uint8 images, targets that do not match, sizes as in `OverlapPlan`.
+        TypeError: no uint8 images, targets that are no integers, a size that is no integer.
+        ValueError: as many targets as images are expected; sizes as in `OverlapPlan`.
 
     Example:
         >>> from types import SimpleNamespace
@@ -107,7 +113,7 @@ class ResidentLoader:
             yield batch
 
     def make(self, epoch: int, step: int) -> Batch:
-        """Batch `step` of `epoch`, a pure function: `[second views of the half before | first views of this half]`."""
+        """Batch `step` of `epoch`: `[second views of the half before | first views of this half]`."""
         ids, epochs, views = self.plan.views(epoch, step, self.rank)
         images, rows = self._views(ViewRngs(self.plan.seed, epochs, ids, views))
         batch = Batch(images, self._targets[rows], rows, int(views.sum()), epoch, step)
@@ -120,15 +126,15 @@ class ResidentLoader:
 
     @property
     def sampler(self) -> ResidentLoader:
-        """Itself, for frameworks that announce the epoch by `loader.sampler.set_epoch` (Lightning, timm)."""
+        """The loader itself, for frameworks that call `loader.sampler.set_epoch` (Lightning, timm)."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Start `epoch` from its first batch; nothing happens when it is the current one (so a resume stays exact)."""
+        """Start `epoch` from its first batch; the current epoch is not restarted, so a resume stays exact."""
         self._position.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the delivered batches, O(1): a flat dict of ints and bools."""
+        """The position after the delivered batches: a flat dict of ints and bools."""
         return self._position.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -136,7 +142,7 @@ class ResidentLoader:
         self._position.load_state_dict(state)
 
     def close(self) -> None:
-        """Nothing to stop: nothing runs between batches. All loaders have this method."""
+        """Does nothing, because this loader has no threads; all loaders have this method."""
 
     def __enter__(self) -> ResidentLoader:
         return self
@@ -151,13 +157,13 @@ class ResidentLoader:
 
 
 class ResidentViews:
-    """Views of images that live on the device, a batch at a time: gather and crop, transform, normalise, erase.
+    """Makes the views of one batch from images on the device: gather and crop, transform, normalise, erase.
 
     Args:
         images: (N, c, h, w) uint8 on the device.
         transform: None, transforms of `dlb_fast.data`, or any callable `transform(image, rng)`.
         normalise: cast and normalisation.
-        operation: the loader's name, for messages.
+        operation: name of the loader, for messages.
     """
 
     def __init__(
@@ -172,21 +178,21 @@ class ResidentViews:
         self._cropped = crop is not None
         pad = PadCrop(0) if crop is None else crop
         h, w = pad.output(*images.shape[2:])
-        self._windows = windows(pad.pad(images), (h, w))  # padded once: every crop is then a window
+        self._windows = windows(pad.pad(images), (h, w))  # padded once, so that every crop is a window
         self._shape = (-1, h, w, images.shape[1])
 
     def __call__(self, rngs: ViewRngs) -> tuple[torch.Tensor, torch.Tensor]:
         """(images (n, c, h, w), sample ids (n,)) on the device."""
-        where = np.zeros((3, len(rngs.samples)), dtype=np.int64)
-        where[0] = rngs.samples
-        if self._cropped:  # the numbers that PadCrop draws
+        index = np.zeros((3, len(rngs.samples)), dtype=np.int64)  # sample, top, left
+        index[0] = rngs.samples
+        if self._cropped:  # the same random numbers as PadCrop
             _, down, across = self._windows.shape[:3]
-            where[1], where[2] = rngs.integer(down), rngs.integer(across)
+            index[1], index[2] = rngs.integer(down), rngs.integer(across)
         if self._windows.is_cpu:  # NumPy copies whole lines of windows, three times as fast as torch
-            ids = torch.from_numpy(where[0])
-            views = torch.from_numpy(self._windows.numpy()[tuple(where)]).view(self._shape)
+            ids = torch.from_numpy(index[0])
+            views = torch.from_numpy(self._windows.numpy()[tuple(index)]).view(self._shape)
         else:
-            ids, top, left = to_device(where, self._windows.device)
+            ids, top, left = to_device(index, self._windows.device)
             views = self._windows[ids, top, left].view(self._shape)
         if self._rest.transforms:
             views = self._transformed(views.permute(0, 3, 1, 2), rngs).permute(0, 2, 3, 1).contiguous()

@@ -1,16 +1,16 @@
-"""The ring of batches being built, the order in which worker threads fill it, and these threads.
+"""A ring of batches that worker threads fill, and the threads.
 
 Steps are numbered through the whole run: step g is batch g % K of epoch g // K, K = steps per epoch. A work item is one
-sample of half g. It is decoded once and gives two views: the first goes into the new rows of slot g, the second into
-the old rows of slot g + 1. A slot is ready when all its rows are written; that is a counter, there is no barrier, so
-threads run ahead into later batches. The rules, each with a test:
+sample of half g. A thread decodes it once and makes two views: the first goes into the new rows of slot g, the second
+into the repeated rows of slot g + 1. Each slot counts its missing rows. There is no barrier, so threads run ahead into
+later batches. The rules, each with a test:
 
-1. An item of half g is handed out only when slots g and g + 1 are both free, i.e. g + 1 < released + depth + 2.
-2. A slot is delivered only when its counter of missing rows is 0, and slots are delivered in order.
-3. A slot is used again (opened for step g + depth + 2) only after the consumer released it.
-4. A failed item still counts its rows; its error belongs to the first batch that holds the sample and is raised there.
+1. The ring hands out an item of half g only when slots g and g + 1 are both free: g + 1 < released + depth + 2.
+2. It delivers a slot only when no row is missing, and delivers slots in order.
+3. It reuses a slot (for step g + depth + 2) only after the consumer released it.
+4. A failed item still counts its rows. Its error is raised with the first batch that holds the sample.
 
-In plain epochs (a plan without overlap) an item gives its first view only, needs slot g alone, in a ring of depth + 1.
+Without overlap an item has one view and needs slot g alone; the ring then has depth + 1 slots.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _LOG = logging.getLogger("dlb_fast.data")
 
 
 class Slot:
-    """One batch being built: host buffers, which step they hold and how many rows are missing.
+    """One batch that is being built.
 
     Attributes:
-        step: the step being built.
-        num_old: repeated rows of it.
-        rows: all rows of it.
-        images: (max rows, height, width, channels): a staging buffer that stays, or on a CPU the batch being made.
-        fresh: no view of this step was written yet.
+        step: step number.
+        num_old: number of repeated rows.
+        rows: number of rows.
+        images: (max rows, height, width, channels): a permanent staging buffer, or on a CPU the batch itself.
+        fresh: whether no view of this step has been written.
         meta: (2, max rows) int64: targets and sample ids.
-        numbers: the memory of `meta` as a NumPy array.
-        missing: rows not yet written.
-        error: the failure of the lowest row, if any.
+        numbers: NumPy array that shares the memory of `meta`.
+        missing: number of rows not yet written.
+        error: error of the lowest failed row, or None.
         error_row: that row.
-        boxes: (5, rows) to erase, or None.
-        stage: what the device side keeps with a slot (events, device buffers).
+        boxes: (5, rows) boxes to erase, or None.
+        stage: events and buffers of the device stage.
     """
 
     __slots__ = (
@@ -78,20 +78,20 @@ class Slot:
         self.stage: object = None
 
     def open(self, step: int, num_old: int, num_new: int) -> None:
-        """Begin a step."""
+        """Start building a step."""
         self.step, self.num_old, self.rows, self.fresh = step, num_old, num_old + num_new, True
         self.missing, self.error, self.error_row = self.rows, None, self.rows
 
 
 @dataclass(slots=True)
 class Item:
-    """One sample of one half and where its views go.
+    """One sample of one half, with the destinations of its views.
 
     Attributes:
-        epoch: epoch the half belongs to.
-        sample: its id in the plan (a substitute may take its place).
-        views: up to two of (view, slot, row); a half carried into a resumed run has its second view only, and in plain
-            epochs there is no second view.
+        epoch: epoch of the half.
+        sample: sample id in the plan (a substitute may replace it).
+        views: one or two of (view, slot, row). The half before a resumed step has only its second view; without
+            overlap there is only the first.
     """
 
     epoch: int
@@ -100,15 +100,15 @@ class Item:
 
 
 class SlotRing:
-    """Hands out items, counts written rows and hands over finished batches, in order.
+    """Hands out items, counts written rows and delivers finished batches in order.
 
     Args:
-        plan: which samples.
-        rank: this process.
-        start: the first step to deliver.
-        depth: finished batches kept ahead, at least 1.
-        on_full: called by the thread that wrote the last row of a slot, before the slot counts as ready
-            (the device side launches its copy there).
+        plan: index plan.
+        rank: rank of this process.
+        start: first step to deliver.
+        depth: number of batches finished ahead, at least 1.
+        on_full: called by the thread that wrote the last row of a slot, before the slot is ready. The device stage
+            starts its copy there.
 
     Example:
         >>> ring = SlotRing(OverlapPlan(4, 2, shuffle=False), 0, start=0, depth=1)
@@ -128,20 +128,20 @@ class SlotRing:
     ) -> None:
         self._plan, self._rank = plan, rank
         self._per_epoch = plan.steps_per_epoch
-        self._later = int(plan.overlap)  # batches after its own in which a half is shown
+        self._later = int(plan.overlap)  # 1: a half is repeated in the next batch
         self.size = depth + 1 + self._later
         self.slots = [Slot() for _ in range(self.size)]
         self._on_full = on_full
-        self._lock = threading.RLock()  # the collector may run `stop` inside a locked region
+        self._lock = threading.RLock()  # reentrant: the garbage collector may call `stop` while the lock is held
         self._work = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
         self._stopped = False
         self._abort: BaseException | None = None
         self._idle, self._waiting, self._since = 0.0, 0, time.monotonic()
-        self._released = start  # steps below are free
-        self._delivered = start  # the next step to hand over
-        self._opened = start  # steps below have a slot
-        self._half = max(0, start - self._later)  # half whose samples are being handed out
+        self._released = start  # the consumer released all steps below
+        self._delivered = start  # next step to deliver
+        self._opened = start  # all steps below have a slot
+        self._half = max(0, start - self._later)  # half that is being handed out
         self._row = 0
         self._first = start
         self._ids = self._half_ids(self._half)
@@ -177,12 +177,12 @@ class SlotRing:
                 self._open_next()
             item = self._item(half, row)
             self._row += 1
-            turn = self._row == len(self._ids)
-            if turn:
+            half_done = self._row == len(self._ids)
+            if half_done:
                 self._half, self._row = half + 1, 0
                 self._ids = self._half_ids(self._half)
-        if turn and (half + 2) % self._per_epoch == 0:
-            self._plan.order((half + 2) // self._per_epoch)  # sorted here, so not under the lock later
+        if half_done and (half + 2) % self._per_epoch == 0:
+            self._plan.order((half + 2) // self._per_epoch)  # cache the next epoch's order while the lock is free
         return item
 
     def _count_waiting(self, more: int) -> None:
@@ -191,7 +191,7 @@ class SlotRing:
         self._waiting, self._since = self._waiting + more, now
 
     def idle_seconds(self) -> float:
-        """How long threads have waited for a free slot, all together: that long the consumer was the slower one."""
+        """Seconds that all threads together have waited for a free slot because the consumer was slower."""
         with self._lock:
             self._count_waiting(0)
             return self._idle
@@ -203,15 +203,15 @@ class SlotRing:
         if not self._later:
             return Item(epoch, sample, (first,))
         second = (1, self.slots[(half + 1) % self.size], row)
-        if half < self._first:  # carried into this run: its first view was delivered before
+        if half < self._first:  # its first view was delivered before the resume
             return Item(epoch, sample, (second,))
         return Item(epoch, sample, (first, second))
 
     def finish(self, item: Item, error: BaseException | None = None) -> None:
-        """Count an item's rows as written (or as failed); the last row of a slot makes it ready."""
+        """Count an item's rows as written or failed; the last row makes its slot ready."""
         if error is not None:
             with self._lock:
-                _, slot, row = item.views[0]  # the first batch that would show the sample
+                _, slot, row = item.views[0]  # the first batch that holds the sample
                 if slot.error is None or row < slot.error_row:
                     slot.error, slot.error_row = error, row
         for _, slot, _ in item.views:
@@ -219,7 +219,7 @@ class SlotRing:
                 full = slot.missing == 1
                 if not full:
                     slot.missing -= 1
-            if full:  # this thread alone wrote the last row: nobody else touches the slot now
+            if full:  # this thread wrote the last row, so no other thread touches the slot now
                 self._fill(slot)
 
     def _fill(self, slot: Slot) -> None:
@@ -235,7 +235,7 @@ class SlotRing:
             self._done.notify_all()
 
     def wait(self, timeout: float | None = None) -> Slot | None:
-        """The next slot in order once all its rows are there; None when `timeout` seconds passed or after `stop()`."""
+        """The next slot once all its rows are written; None after `timeout` seconds or after `stop()`."""
         with self._done:
             slot = self.slots[self._delivered % self.size]
 
@@ -253,7 +253,7 @@ class SlotRing:
             return slot
 
     def release(self, slot: Slot) -> None:
-        """The consumer is done with the slot's host buffers: they may be filled again."""
+        """Allow the threads to fill the slot's host buffers again."""
         with self._work:
             if slot.step != self._released:
                 raise RuntimeError(f"SlotRing.release: expected step {self._released}, got {slot.step}")
@@ -261,7 +261,7 @@ class SlotRing:
             self._work.notify_all()
 
     def abort(self, error: BaseException) -> None:
-        """A thread failed outside any sample: `wait` raises its error."""
+        """Make `wait` raise `error`, which a thread raised outside any sample."""
         with self._lock:
             self._abort = error
             self._done.notify_all()
@@ -274,7 +274,7 @@ class SlotRing:
             self._done.notify_all()
 
     def progress(self) -> str:
-        """What is ready and what is missing, for the timeout report."""
+        """Number of rows written in every open slot, for the timeout report."""
         with self._lock:
             opened = [s for s in self.slots if s.step >= self._delivered]
             slots = ", ".join(
@@ -285,14 +285,14 @@ class SlotRing:
 
 @dataclass(slots=True)
 class Status:
-    """What one thread is doing, since when; written by that thread, read by the timeout report."""
+    """Current activity of one thread and its start time. The thread writes it, the timeout report reads it."""
 
     doing: str = "starting"
     sample: int | None = None
     since: float = field(default_factory=time.monotonic)
 
     def set(self, doing: str, sample: int | None = None) -> None:
-        """Note what the thread does from now on."""
+        """Start another activity."""
         self.since = time.monotonic()
         self.doing, self.sample = doing, sample
 
@@ -305,15 +305,14 @@ class Status:
 
 
 class WorkerPool:
-    """`count` daemon threads running `work(status)` once each; one torch thread inside each.
+    """`count` daemon threads that each call `work(status)` once and use one torch thread.
 
-    `torch.set_num_threads(1)` sets the calling thread's count, but also the default for threads born later,
-    so `start` restores that default afterwards.
+    `torch.set_num_threads(1)` also changes the default of threads started later, so `start` restores that default.
 
     Args:
         count: number of threads.
-        work: runs until told to stop by other means (the ring's `stop`); it must not raise.
-        name: prefix of the threads' names.
+        work: runs until the ring's `stop` ends it; it must not raise.
+        name: prefix of the thread names.
 
     Example:
         >>> pool = WorkerPool(2, lambda status: status.set("done"))
@@ -342,12 +341,12 @@ class WorkerPool:
                 self._started.acquire()
         finally:
             torch.set_num_threads(own)
-            self._go.set()  # only now, so that threads which the work makes find the default of the others
+            self._go.set()  # only now, so that threads started by `work` get the restored default
 
     def _run(self, status: Status) -> None:
         try:
-            torch.set_num_threads(1)  # for this thread alone
-            torch.get_num_threads()  # else the thread's first operation takes over the process-wide default again
+            torch.set_num_threads(1)
+            torch.get_num_threads()  # without this call the first operation resets the thread to the default
             torch.set_grad_enabled(False)
         finally:
             self._started.release()
@@ -356,7 +355,7 @@ class WorkerPool:
         status.set("ended")
 
     def join(self, timeout: float) -> list[str]:
-        """Wait up to `timeout` seconds in all; returns what the threads that did not end are doing."""
+        """Wait up to `timeout` seconds in all; returns the activities of the threads that did not end."""
         deadline = time.monotonic() + timeout
         current = threading.current_thread()
         for thread in self._threads:
@@ -369,6 +368,6 @@ class WorkerPool:
         return left
 
     def report(self, path: Callable[[int], str]) -> str:
-        """One line per thread: its name and what it is doing."""
+        """One line per thread: its name and its activity."""
         pairs = zip(self._threads, self._statuses, strict=True)
         return "\n".join(f"  {t.name}: {s.describe(path)}" for t, s in pairs)

@@ -1,4 +1,4 @@
-"""`SampledLoader`: the batches of a class or view-pair sampler. `EvalLoader`: every sample once, in order."""
+"""`SampledLoader` yields the batches of a class or view-pair sampler, `EvalLoader` every sample once, in order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Rows = list[tuple[torch.Tensor, int]]
 def loaded_ahead(
     batches: Iterable[Iterable[tuple[Any, ...]]], load: Callable[..., tuple[torch.Tensor, int]], num_threads: int
 ) -> Iterator[Rows]:
-    """`[load(*row) for row in batch]` of every batch, in threads that are one batch ahead."""
+    """Yields `[load(*row) for row in batch]` for every batch; threads load one batch ahead."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dlb-rows")
     ahead: deque[list[Future[tuple[torch.Tensor, int]]]] = deque()
     try:
@@ -49,21 +49,27 @@ def loaded_ahead(
 
 
 class SampledLoader:
-    """Batches of a `ClassBatchSampler` or `ViewPairSampler`; one iteration is one epoch and moves on by itself.
+    """Batches of a `ClassBatchSampler` or `ViewPairSampler`; one iteration is one epoch, the next iteration the next.
 
-    A set with `images` is kept on the device and gathered there, as in `ResidentLoader`; any other is read, decoded and
-    augmented by threads, one step ahead. Every row is its own read: rows that share a sample decode it once each.
+    A dataset with `images` stays on the device, as in `ResidentLoader`. Any other is read, decoded and augmented by
+    threads, one step ahead. Two rows of the same sample read and decode it twice.
 
     Args:
-        dataset: has `targets`, and `images` (N, c, h, w) uint8 or `read(i)`.
-        sampler: its position is this loader's.
-        transform: as in `ResidentLoader`, like `device`, `mean`, `std`, `dtype`, `channels_last` and `erase`.
-        num_threads: threads that load, for sets not in memory.
-        mix: mixup and CutMix, both views of a sample mixed alike; with a `ViewPairSampler` only.
+        dataset: has `targets`, and either `images` (N, c, h, w) uint8 or `read(i)`.
+        sampler: decides the rows of every batch and keeps the position.
+        transform: as in `ResidentLoader`.
+        device: as in `ResidentLoader`.
+        mean: as in `ResidentLoader`.
+        std: as in `ResidentLoader`.
+        dtype: as in `ResidentLoader`.
+        channels_last: as in `ResidentLoader`.
+        num_threads: number of loading threads, for datasets not in memory.
+        erase: as in `ResidentLoader`.
+        mix: mixup and CutMix, both views of a sample mixed alike; only with a `ViewPairSampler`.
 
     Raises:
-        SampleError: a file that cannot be read, naming path and index; other errors as `ResidentLoader`.
-        ValueError: `mix` with rows that belong together by their class.
+        SampleError: a file cannot be read; the message names path and index. Other errors as in `ResidentLoader`.
+        ValueError: `mix` with a `ClassBatchSampler`.
 
     Example:
         >>> from types import SimpleNamespace
@@ -96,8 +102,8 @@ class SampledLoader:
         self.mix = check_mix("SampledLoader", mix, dtype)
         if mix is not None and not isinstance(sampler, ViewPairSampler):
             raise ValueError(
-                f"SampledLoader: mix fits two views of the same samples (ViewPairSampler); the rows of a "
-                f"{type(sampler).__name__} belong together by their one class, which mixed images do not have"
+                f"SampledLoader: mix needs a ViewPairSampler, got a {type(sampler).__name__}, which groups rows by "
+                "class; mixed images have no single class, so turn mix off"
             )
         self._threads = as_int(num_threads, "SampledLoader", "num_threads", 1)
         self._transform = transform
@@ -162,11 +168,11 @@ class SampledLoader:
         return self.sampler.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Start `epoch` from its first batch; nothing happens when it is the current one."""
+        """Start `epoch` from its first batch; the current epoch is not restarted, so a resume stays exact."""
         self.sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the delivered batches, O(1)."""
+        """The position after the delivered batches."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -174,7 +180,7 @@ class SampledLoader:
         self.sampler.load_state_dict(state)
 
     def close(self) -> None:
-        """Nothing to stop: threads live no longer than an iteration. All loaders have this method."""
+        """Does nothing, because the threads end with an iteration; all loaders have this method."""
 
     def __enter__(self) -> SampledLoader:
         return self
@@ -186,26 +192,30 @@ class SampledLoader:
 
 
 class EvalLoader:
-    """One pass over a rank's share of a dataset; iterate it as often as wanted.
+    """Every sample of this rank's share of a dataset once, in order; may be iterated repeatedly.
 
-    Rank r has samples `[r * N // W, (r + 1) * N // W)`: the shares are disjoint, cover the set, and differ by one
-    sample at most, so ranks may take different numbers of steps. Call no collective operation inside the loop; add
-    the sums up after it. The last batch is short where the batch size does not divide the share.
+    Rank r has samples `[r * N // W, (r + 1) * N // W)`. The shares are disjoint, cover the dataset and differ by at
+    most one sample, so ranks may take different numbers of steps: use no collective inside the loop, reduce after it.
+    The last batch may be short.
 
     Args:
-        dataset: `images` and `targets`, or `read(i)` and `targets`, or `dataset[i]` giving (image, target).
+        dataset: has `targets` and either `images` or `read(i)`; or `dataset[i]` returns (image, target).
         batch_size: rows per batch.
-        transform: a fixed one, such as `eval_transform(224)`; it must bring all images of a batch to one size.
-        device: where batches are yielded; None is the CPU.
-        num_threads: threads that load and decode, for sets not in memory.
-        mean: as in `ResidentLoader`, like `std`, `dtype` and `channels_last`.
-        rank: as in `OverlapBatchSampler`, like `world_size`.
+        transform: a deterministic transform that gives all images one size, such as `eval_transform(224)`.
+        device: device of the batches; None means the CPU.
+        num_threads: number of loading threads, for datasets not in memory.
+        rank: as in `OverlapBatchSampler`.
+        world_size: as in `OverlapBatchSampler`.
+        mean: as in `ResidentLoader`.
+        std: as in `ResidentLoader`.
+        dtype: as in `ResidentLoader`.
+        channels_last: as in `ResidentLoader`.
 
     Yields:
         `Batch` with num_old 0, epoch 0 and its step.
 
     Raises:
-        SampleError: a file that cannot be read or decoded, naming path and index.
+        SampleError: a file cannot be read or decoded; the message names path and index.
         ValueError: images of different sizes.
 
     Example:
@@ -241,7 +251,7 @@ class EvalLoader:
         self._source = SampleSource(dataset, ImageDecoder(), None if own else operator.getitem, name)
         size = length_of(name, dataset)
         self._ids = np.arange(rank * size // world_size, (rank + 1) * size // world_size)
-        # A set in memory is sliced; it is brought to the device batch by batch.
+        # A dataset in memory is sliced and moved to the device batch by batch.
         self._images = tensor_of(dataset.images) if own and hasattr(dataset, "images") else None
         self._targets = torch.from_numpy(class_indices(name, dataset.targets)) if self._images is not None else None
 

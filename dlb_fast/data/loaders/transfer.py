@@ -1,20 +1,20 @@
-"""From a filled slot to a batch that belongs to the consumer; on CUDA by way of one copy stream.
+"""Turn a filled slot into a batch that the consumer owns; on CUDA over one copy stream.
 
 The rules for CUDA (`tests/test_device_stream.py` runs this file against a model of streams that executes late and in
-any order the events allow, and shows that dropping any rule gives wrong pixels):
+any order the events allow, and shows that every rule is needed for correct pixels):
 
-1. One copy stream for the loader's life, one pinned host buffer and one device buffer per slot, never freed between
-   batches, so the caching allocator cannot give their memory to anybody else while a copy is under way.
+1. A loader has one copy stream, and every slot one pinned host buffer and one device buffer. They are not freed between
+   batches, so the caching allocator cannot reuse their memory during a copy.
 2. Before a copy into a device buffer the copy stream waits for `consumed`, which the consumer's stream recorded after
    it last read that buffer.
 3. After the copy the copy stream records `copied`; the consumer's stream waits for it before it reads.
 4. Before a thread writes into a pinned buffer again, the host waits for `copied`: the copy engine may still read it.
-5. What is yielded is a new tensor, allocated and written on the consumer's current stream (cast, normalisation and
-   memory format in one operation) from the device buffer: it needs no `record_stream` and is never overwritten.
-6. On `close` the copy stream is drained before the device buffers are let go.
+5. The batch is a new tensor, allocated and written on the consumer's current stream (cast, normalisation and memory
+   format in one operation), so it needs no `record_stream` and is never overwritten.
+6. `close` waits for the copy stream before it frees the device buffers.
 
-The thread that wrote a slot's last row launches its copy, so it runs while the consumer trains on an earlier batch.
-On a CPU there is nothing to copy: the same calls come in the same order, and threads normalise straight into the batch.
+The thread that wrote a slot's last row starts its copy, which runs while the consumer trains on an earlier batch. On a
+CPU there is no copy: threads write normalised pixels into the batch.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _LOG = logging.getLogger("dlb_fast.data")
 
 
 class CpuStage:
-    """The device side on a CPU: nothing to copy, so threads normalise straight into the batch that will be yielded.
+    """Stage for the CPU: threads write normalised pixels into the batch that is yielded.
 
     Args:
-        normalise: what becomes of the pixels.
+        normalise: cast and normalisation.
     """
 
     copy_stream = None
 
     def __init__(self, normalise: Normalise) -> None:
         self.device = torch.device("cpu")
-        self.row_dtype = normalise.dtype  # what `rows` holds of uint8 views
+        self.row_dtype = normalise.dtype  # dtype of `rows` when the views are uint8
         self._normalise = normalise
         self._delivered: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque()
         self._lock = threading.Lock()
@@ -59,30 +59,30 @@ class CpuStage:
         self._dtype = torch.uint8
 
     def prepare(self, slots: Sequence[Slot], rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        """Views are (h, w, c) = `shape` of `dtype`; only the numbers have buffers that stay."""
+        """Allocate the targets and ids of all slots; views are (h, w, c) = `shape` of `dtype`."""
         self._shape, self._dtype = shape, dtype
         for slot in slots:
             slot.meta = torch.zeros((2, rows), dtype=torch.int64, device="cpu")
             slot.numbers = slot.meta.numpy()
 
     def rows(self, slot: Slot) -> torch.Tensor:
-        """The batch being made, (n, h, w, c); its first view gets it its memory."""
+        """The images (n, h, w, c) of a slot, allocated when the first view is written."""
         if slot.fresh:
             with self._lock:
                 if slot.fresh:
-                    # The consumer holds the last batch, and the one before until it has bound the last. Earlier ones
-                    # die here and not in its thread: every tensor that dies gives the interpreter lock away, and a
-                    # consumer that has just woken two threads waits for it and for a core, up to 5 ms (measured).
+                    # Keep the last two batches, which the consumer may hold, and free earlier ones in this thread.
+                    # Freeing a tensor releases the interpreter lock; in the consumer's thread, which competes with
+                    # the workers for the lock and a core, that took up to 5 ms.
                     while len(self._delivered) > 2:
                         self._delivered.popleft()
-                    with torch.enable_grad():  # a view made without it is never written to where a gradient is wanted
+                    with torch.enable_grad():  # a view made under no_grad cannot be modified in place under autograd
                         slot.images = self._normalise.empty((slot.rows, *self._shape), self._dtype, self.device)
                     slot.fresh = False
         assert slot.images is not None
         return slot.images
 
     def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
-        """One view (c, h, w) into its row."""
+        """Write one view (c, h, w) into its row."""
         self._normalise.into(self.rows(slot)[row : row + 1], view.permute(1, 2, 0)[None])
 
     def ids(self, slot: Slot) -> NDArray[np.int64]:
@@ -96,10 +96,10 @@ class CpuStage:
         return self._shape[0], self._shape[1]
 
     def submit(self, slot: Slot) -> None:
-        """A slot is full: erase its boxes, and make what will be delivered.
+        """Erase the boxes of a full slot and build the batch.
 
-        This thread makes it, because the consumer would give the interpreter lock away with every call of torch and
-        wait for it again.
+        The worker thread does this, because every torch call of the consumer would release the interpreter lock and
+        then wait for it.
         """
         assert slot.images is not None and slot.meta is not None
         if slot.boxes is not None:
@@ -109,24 +109,24 @@ class CpuStage:
             slot.stage = (images.permute(0, 3, 1, 2), *slot.meta[:, : slot.rows].clone().unbind())
 
     def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images (rows, c, h, w), targets and ids (rows,); the slot forgets them."""
-        made, slot.stage = slot.stage, None
-        assert isinstance(made, tuple)
-        self._delivered.append(made)
-        return made
+        """Images (rows, c, h, w), targets (rows,) and ids (rows,), removed from the slot."""
+        tensors, slot.stage = slot.stage, None
+        assert isinstance(tensors, tuple)
+        self._delivered.append(tensors)
+        return tensors
 
     def bytes_of(self, slot: Slot) -> int:
         """Bytes copied to the device for the slot's batch."""
         return 0
 
     def close(self) -> None:
-        """Free the buffers; nothing is under way."""
+        """Free the buffers."""
         self._delivered.clear()
         self._normalise.forget_buffers()
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A host buffer for copies to `device`: pinned; pageable, with a warning, where the system refuses to pin so much.
+    """A pinned host buffer for copies to `device`; pageable, with a warning, if the system refuses to pin it.
 
     Example:
         >>> pinned((2, 3), torch.uint8, torch.device("cpu")).shape
@@ -141,7 +141,7 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class StreamApi(Protocol):
-    """What `CudaStage` needs of streams: torch.cuda, or the tests' model of it."""
+    """The stream operations of `CudaStage`: `torch.cuda`, or the tests' model of it."""
 
     def new_event(self) -> Any: ...
     def record(self, event: Any, stream: Any) -> None: ...
@@ -154,7 +154,7 @@ class StreamApi(Protocol):
 
 
 class CudaApi:
-    """`torch.cuda` behind the names of `StreamApi`, for one device."""
+    """`StreamApi` on `torch.cuda`, for one device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -187,24 +187,24 @@ class CudaApi:
 
 @dataclass(slots=True)
 class _DeviceSlot:
-    """The device half of one slot."""
+    """Device buffers and events of one slot."""
 
     images: torch.Tensor
     meta: torch.Tensor
     copied: Any
     consumed: Any
-    copying: bool = False  # `copied` was recorded and not yet waited for by the host
+    copying: bool = False  # `copied` was recorded and the host has not waited for it
     read: bool = False  # `consumed` was recorded
 
 
 class CudaStage:
-    """The device side on CUDA: rules 1 to 6 at the top of this file.
+    """Stage for CUDA, by rules 1 to 6 at the top of this file.
 
     Args:
         device: a CUDA device.
-        normalise: what becomes of the pixels.
-        api: torch.cuda's streams unless a test brings its own.
-        copy_stream: None makes one.
+        normalise: cast and normalisation.
+        api: stream operations; None uses `torch.cuda`.
+        copy_stream: None creates one.
     """
 
     def __init__(
@@ -216,10 +216,10 @@ class CudaStage:
         self._api: StreamApi = api or CudaApi(device)
         self.copy_stream = copy_stream if copy_stream is not None else torch.cuda.Stream(device)
         self._slots: list[_DeviceSlot] = []
-        self.size = (0, 0)  # (h, w) of the views, once they are known
+        self.size = (0, 0)  # (h, w) of the views, set by `prepare`
 
     def prepare(self, slots: Sequence[Slot], rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        """Pinned and device buffers of all slots (rule 1); views are (h, w, c) = `shape`."""
+        """Allocate pinned and device buffers of all slots (rule 1); views are (h, w, c) = `shape`."""
         for slot in slots:
             slot.images = pinned((rows, *shape), dtype, self.device)
             slot.meta = pinned((2 + (BOX_COLUMNS if self._normalise.erase else 0), rows), torch.int64, self.device)
@@ -231,24 +231,24 @@ class CudaStage:
         with self._api.device():
             images, meta = (torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in (images, meta))
             device_slot = _DeviceSlot(images, meta, self._api.new_event(), self._api.new_event())
-            # the allocator may have handed out memory that the current stream's pending work still uses
-            fresh = self._api.new_event()
-            self._api.record(fresh, self._api.current())
-            self._api.wait(self.copy_stream, fresh)
+            # pending work of the current stream may still use the memory that the allocator returned
+            allocated = self._api.new_event()
+            self._api.record(allocated, self._api.current())
+            self._api.wait(self.copy_stream, allocated)
         slot.stage = device_slot
         self._slots.append(device_slot)
 
     def rows(self, slot: Slot) -> torch.Tensor:
-        """The rows of the pinned buffer, (n, h, w, c), after the copy engine has read the old ones (rule 4)."""
+        """The pinned buffer (n, h, w, c), after the copy engine has read its previous rows (rule 4)."""
         device_slot = slot.stage
         assert isinstance(device_slot, _DeviceSlot) and slot.images is not None
         if device_slot.copying:
-            self._api.synchronize(device_slot.copied)  # several threads may: the event is not recorded again meanwhile
+            self._api.synchronize(device_slot.copied)  # safe from several threads: nothing records the event meanwhile
             device_slot.copying = False
         return slot.images
 
     def write(self, slot: Slot, row: int, view: torch.Tensor) -> None:
-        """One view (c, h, w) into its row of the pinned buffer."""
+        """Write one view (c, h, w) into its row of the pinned buffer."""
         self.rows(slot)[row].copy_(view.permute(1, 2, 0))
 
     def ids(self, slot: Slot) -> NDArray[np.int64]:
@@ -257,7 +257,7 @@ class CudaStage:
         return slot.numbers[1, : slot.rows]
 
     def submit(self, slot: Slot) -> None:
-        """Launch the copy of a full slot (rules 2 and 3); called by the thread that filled it."""
+        """Start the copy of a full slot (rules 2 and 3); the thread that filled it calls this."""
         device_slot, n = slot.stage, slot.rows
         assert isinstance(device_slot, _DeviceSlot) and slot.images is not None and slot.meta is not None
         if slot.boxes is not None:
@@ -272,7 +272,7 @@ class CudaStage:
             device_slot.copying = True
 
     def deliver(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images (rows, c, h, w), targets and ids (rows,) as new tensors of the consumer's stream (rules 3 and 5)."""
+        """Images (rows, c, h, w), targets (rows,) and ids (rows,): new tensors on the current stream (rules 3, 5)."""
         device_slot, n = slot.stage, slot.rows
         assert isinstance(device_slot, _DeviceSlot)
         with self._api.device():
@@ -294,12 +294,12 @@ class CudaStage:
         return out.permute(0, 3, 1, 2), meta[0], meta[1]
 
     def bytes_of(self, slot: Slot) -> int:
-        """Bytes copied to the device for the slot's batch: every view once, and its numbers."""
+        """Bytes copied to the device for the slot's batch."""
         assert slot.images is not None and slot.meta is not None
         return slot.images[: slot.rows].nbytes + slot.meta[:, : slot.rows].nbytes
 
     def close(self) -> None:
-        """Wait for everything that touches the device buffers, then let them go (rule 6)."""
+        """Wait for all work on the device buffers, then free them (rule 6)."""
         with self._api.device():
             self._api.synchronize(self.copy_stream)
             for device_slot in self._slots:
@@ -309,7 +309,7 @@ class CudaStage:
 
 
 def make_stage(device: torch.device, normalise: Normalise, copy_stream: Any = None) -> CpuStage | CudaStage:
-    """The stage of a device: CUDA (and ROCm, which uses the same names) or the CPU.
+    """The stage of a device: CUDA (also ROCm, which torch calls cuda) or the CPU.
 
     Example:
         >>> type(make_stage(torch.device("cpu"), Normalise(None, None))).__name__

@@ -1,7 +1,7 @@
-"""The official scheme on any `DataLoader`: two views per item, the second one kept until the next batch.
+"""The official scheme for any `DataLoader`: two views per item, the second one kept until the next batch.
 
-The loader's items are then new samples only, each decoded once; `pair_halves` builds `[second views of the batch
-before | first views of this batch]`. Each view is copied to the device once, as uint8 where the transform leaves it so.
+The DataLoader loads new samples only and decodes each once. `pair_halves` builds `[second views of the batch before |
+first views of this batch]` and copies each view to the device once, as uint8 if the transform returns uint8.
 
 Source: Meta-knowledge-Lab/DLB, `my_dataloader.py` (two transforms of one image) and `dlb.py` (`train_one_epoch`).
 """
@@ -24,13 +24,13 @@ class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
     """Items `(first view, second view, target, id)` of a map-style dataset whose items are `(image, target)`.
 
     Args:
-        dataset: map-style; each item is asked for once and viewed twice.
-        transform: called as `transform(image)` twice, like torchvision's; with a `seed`, as `transform(image, rng)`
-            with the view's `ViewRng`, which makes every view a function of (seed, epoch, id, view).
+        dataset: map-style dataset; each item is loaded once.
+        transform: called twice per item, as `transform(image)` like torchvision's, or with a `seed` as
+            `transform(image, rng)` with the view's `ViewRng`; a view then depends on (seed, epoch, id, view) only.
         seed: None, or the seed of the views.
 
-    Call `set_epoch(e)` before each epoch when `seed` is given. A DataLoader's worker processes have their own copy of
-    this object: with persistent workers pass the indices of a `HalfBatchSampler` instead, which know their epoch.
+    With a `seed` call `set_epoch(e)` before each epoch. Worker processes of a DataLoader have copies of this object, so
+    with persistent workers use a `HalfBatchSampler`, whose indices carry the epoch.
 
     Example:
         >>> first, second, target, index = TwoViews([(torch.zeros(1, 2, 2), 5)], lambda image: image + 1)[0]
@@ -47,7 +47,7 @@ class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of the views made from now on."""
+        """Set the epoch of the next views."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -63,13 +63,13 @@ class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
 
 
 class PairHalves:
-    """See `pair_halves`."""
+    """The iterable that `pair_halves` returns."""
 
     def __init__(self, loader: Iterable[Any], device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         self._loader = loader
         self._device = torch.device("cpu" if device is None else device)
         self._dtype = dtype
-        self._normalise = None if dtype is None else Normalise(None, None, dtype)  # the bits of the other loaders
+        self._normalise = None if dtype is None else Normalise(None, None, dtype)  # bit-identical to the other loaders
         self._kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.epoch = 0
 
@@ -77,11 +77,11 @@ class PairHalves:
         return len(self._loader)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch written into the batches; the loader's own sampler and dataset have their own `set_epoch`."""
+        """Set the epoch in the batches; the DataLoader's sampler and dataset have their own `set_epoch`."""
         self.epoch = epoch
 
     def reset(self) -> None:
-        """Forget the second views that were kept: the next batch has no old rows."""
+        """Drop the second views that were kept; the next batch has no repeated rows."""
         self._kept = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -113,17 +113,18 @@ def pair_halves(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> PairHalves:
-    """Turn a DataLoader of `TwoViews` items into overlapping batches; iterating gives one epoch of `Batch`.
+    """Turn a DataLoader of `TwoViews` items into overlapping batches; one iteration yields one epoch of `Batch`.
 
-    The second views kept at an epoch's end are carried into the next epoch, as in the official code. Shuffling and
-    sharding are the loader's; its batch size is the new half. With `batch_sampler=HalfBatchSampler(...)` they are those
-    of `OverlapPlan`; with the DataLoader's own shuffling nothing keeps a sample of an epoch's last half out of the next
-    epoch's first one. An iteration in the middle of an epoch cannot be saved.
+    The second views of an epoch's last half become the repeated rows of the next epoch's first batch, as in the
+    official code. The DataLoader shuffles and shards; its batch size is the new half. With
+    `batch_sampler=HalfBatchSampler(...)` the order is that of `OverlapPlan`. With the DataLoader's own shuffling a
+    sample may be in an epoch's last half and in the next epoch's first half. A position inside an epoch cannot be
+    saved.
 
     Args:
         loader: yields (first views (h, c, H, W), second views, targets (h,), ids (h,)).
-        device: where batches are built; None is the CPU.
-        dtype: of the images; uint8 ones are scaled to [0, 1], as in the other loaders. None leaves them.
+        device: device of the batches; None means the CPU.
+        dtype: dtype of the images; uint8 images are scaled to [0, 1]. None leaves them unchanged.
 
     Example:
         >>> loader = [(torch.zeros(2, 1), torch.ones(2, 1), torch.zeros(2), torch.tensor([0, 1]))] * 2

@@ -1,12 +1,12 @@
-"""Crops, flips and resizes of one view, on uint8 images, driven by the view's own random numbers.
+"""Crops, flips and resizes of uint8 images, driven by the random numbers of the view.
 
-A transform is called as `transform(image, rng)`: image (c, h, w) uint8, rng a `ViewRng`; it returns a (c, h', w') uint8
-tensor and never writes into its input. The same numbers drive its batched form `transform.batch(images, rngs)`, images
-(n, c, h, w) on any device and rngs a `ViewRngs`: row i equals `transform(images[i], ViewRng(...i...))`, bit for bit.
-The batched form may write into `images`, which its caller has just gathered.
+A transform is called as `transform(image, rng)` with a uint8 image (c, h, w) and a `ViewRng`; it returns a uint8 tensor
+(c, h', w') and does not modify its input. Some transforms also have `transform.batch(images, rngs)` for images
+(n, c, h, w) on any device and a `ViewRngs`; row i equals `transform(images[i], rng of view i)` bit for bit. `batch` may
+modify `images`, which the loader has just gathered.
 
-Any callable of the first form serves every loader; `ResidentLoader` is faster with transforms that have both. Casting
-and normalising belong to the loader, after the transform.
+Every loader accepts any callable `transform(image, rng)`; `ResidentLoader` is faster if it also has `batch`. The loader
+casts and normalises after the transform.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "train_transform",
 ]
 
-# (mean, std) per channel of the training images scaled to [0, 1]; the values everybody trains these sets with.
+# (mean, std) per channel of the training images scaled to [0, 1]; the customary values.
 NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -51,13 +51,13 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 
 class Transform(Protocol):
-    """A transform that every loader takes."""
+    """A transform for any loader."""
 
     def __call__(self, image: torch.Tensor, rng: ViewRng) -> torch.Tensor: ...
 
 
 class BatchTransform(Transform, Protocol):
-    """A transform that takes a whole batch at once."""
+    """A transform that also processes a whole batch at once."""
 
     def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor: ...
 
@@ -75,7 +75,7 @@ def windows(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 class Compose:
-    """Transforms one after the other, drawing from one stream of random numbers."""
+    """Applies transforms in order; they share the random numbers of the view."""
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         for transform in transforms:
@@ -90,11 +90,11 @@ class Compose:
 
     @property
     def batched(self) -> bool:
-        """Whether all transforms have the batched form."""
+        """Whether all transforms have `batch`."""
         return all(has_batch(transform) for transform in self.transforms)
 
     def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
-        """All transforms' batched forms in turn."""
+        """Apply the transforms in order to a batch."""
         for transform in self.transforms:
             images = transform.batch(images, rngs)  # type: ignore[attr-defined]
         return images
@@ -109,11 +109,11 @@ def has_batch(transform: object) -> bool:
 
 
 class PadCrop:
-    """Zero padding on all sides, then a crop of the original size (or `size`) at a uniform place.
+    """Zero padding on all sides, then a crop of the original size (or `size`) at a uniform position.
 
     Args:
         padding: pixels on each side.
-        size: side of the crop, None for the image's own.
+        size: side of the crop; None means the size of the image.
 
     Example:
         >>> PadCrop(4)(torch.zeros(3, 32, 32, dtype=torch.uint8), ViewRng(0, 0, 0, 0)).shape
@@ -157,7 +157,7 @@ class PadCrop:
         return padded[:, top : top + h, left : left + w]
 
     def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
-        """One gather from the padded batch."""
+        """Crop a batch by one gather from the padded images."""
         count, channels, height, width = images.shape
         h, w = self.output(height, width)
         top, left = (to_device(a, images.device) for a in self.place(rngs, height, width))
@@ -173,11 +173,11 @@ class Flip:
 
     Args:
         p: probability.
-        alternate: instead of by chance, every sample is shown once as it is and once flipped in each epoch, and the
-            first of the two alternates between epochs; which starts is random per sample. `p` must then be 0.5.
+        alternate: flip exactly one of the two views of a sample in each epoch; which one alternates between epochs,
+            with a random start per sample. `p` must then be 0.5.
 
-    Source: the alternating flip of K. Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498, carried over to two
-    views per epoch.
+    Source: the alternating flip of K. Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498, here for two views
+    per epoch.
     """
 
     def __init__(self, p: float = 0.5, *, alternate: bool = False) -> None:
@@ -198,14 +198,14 @@ class Flip:
         return rng.uniform() < self.p
 
     def chosen(self, rngs: ViewRngs) -> NDArray[np.bool_]:
-        """(n,) which views are flipped."""
+        """(n,) bool: which views are flipped."""
         if self.alternate:
             start = fold_array(key_of(rngs.seed, FLIP), rngs.samples).astype(np.int64)
             return ((start ^ rngs.epochs ^ rngs.views) & 1).astype(bool)
         return rngs.uniform() < self.p
 
     def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
-        """Flips the chosen rows in place."""
+        """Flip the chosen rows in place."""
         rows = to_device(np.flatnonzero(self.chosen(rngs)), images.device)
         images[rows] = images[rows].flip(3)
         return images
@@ -215,19 +215,19 @@ class Flip:
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Antialiased bilinear resize of a uint8 (c, h, w) image; equal to Pillow's to about 0.01 grey levels."""
+    """Antialiased bilinear resize of a uint8 (c, h, w) image; differs from Pillow by about 0.01 grey levels."""
     if tuple(image.shape[1:]) == size:
         return image
-    # The batch dimension gets a stride that keeps channels-last recognisable (`image[None]` hides it): twice as fast.
+    # This batch stride lets torch recognise channels-last, which `image[None]` does not; the resize is twice as fast.
     batch = image.as_strided((1, *image.shape), (image.stride(1) * image.shape[1], *image.stride()))
     return F.interpolate(batch, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 class RandomResizedCrop:
-    """A crop of random area and aspect ratio, resized to `size`; the distributions are those of torchvision.
+    """A crop of random area and aspect ratio, resized to `size`; distributed as in torchvision.
 
     Args:
-        size: side of the result.
+        size: side of the output.
         scale: range of the crop's share of the area.
         ratio: range of width / height.
     """
@@ -248,7 +248,7 @@ class RandomResizedCrop:
         self._log_ratio = math.log(ratio[0]), math.log(ratio[1])
 
     def box(self, height: int, width: int, rng: ViewRng) -> tuple[int, int, int, int]:
-        """(top, left, h, w) of the crop; always takes the same number of draws."""
+        """(top, left, h, w) of the crop; always consumes the same number of random numbers."""
         start = rng.counter
         for _ in range(self.ATTEMPTS):
             area = height * width * rng.uniform(*self.scale)
@@ -258,7 +258,7 @@ class RandomResizedCrop:
                 rng.counter = start + 2 * self.ATTEMPTS
                 return rng.integer(height - h + 1), rng.integer(width - w + 1), h, w
         rng.skip(2)
-        h, w = height, width  # the widest crop in the allowed aspect, in the middle
+        h, w = height, width  # the largest central crop with an allowed aspect ratio
         if width / height < self.ratio[0]:
             h = min(height, max(1, round(width / self.ratio[0])))
         elif width / height > self.ratio[1]:
@@ -283,16 +283,16 @@ _NO_VIEW = (None, 0, 0, 0, 0, 0, False)
 
 @functools.cache
 def resized_crops() -> Any:
-    """The op `dlb_fast::resized_crops_`, or None where it is not built or torch is as fast (it has vectors for ARM).
+    """The op `dlb_fast::resized_crops_`; None if it is not built, or on ARM, where torch is as fast.
 
-    `op(image, images, row, top, left, height, width, flip, images_b or None, row_b, ..., flip_b, table or None)` writes
-    the crop `image[:, top:top+height, left:left+width]`, resized with antialiasing to the size of `images[row]` and
-    mirrored where `flip` says so, into `images[row]`; the same for the second view. It holds no interpreter lock.
-    image: (c, h, w) uint8; images: (n, h', w', c), any strides: uint8, or float32 with a table (c, 256) float32, and
-    then `table[channel, pixel]` is written.
+    `op(image, images, row, top, left, height, width, flip, images_b or None, row_b, ..., flip_b, table or None)`
+    resizes the crop `image[:, top:top+height, left:left+width]` with antialiasing to the size of `images[row]`, mirrors
+    it if `flip`, and writes it into `images[row]`; the second view likewise. It releases the interpreter lock.
+    image: (c, h, w) uint8. images: (n, h', w', c), any strides, uint8; or float32 with a table (c, 256) float32, and
+    the op writes `table[channel, pixel]`.
 
     Raises:
-        RuntimeError: from the op: a shape, dtype, row or crop that does not fit.
+        RuntimeError: from the op, for a shape, dtype, row or crop that does not fit.
 
     Source: the arithmetic of torch's `_upsample_bilinear2d_aa` (after Pillow's resampling).
     """
@@ -303,13 +303,13 @@ def resized_crops() -> Any:
 
 
 class CompiledCrop:
-    """`RandomResizedCrop`, then perhaps `Flip`, of all views of one image, written into their rows of the batches.
+    """`RandomResizedCrop` and optionally `Flip` by one compiled call that writes the views into their batches.
 
-    The pixels are those of the transform, made by one compiled call: no view exists outside its batch.
+    The pixels equal those of the transforms. No view is allocated outside its batch.
 
     Args:
         crop: the crop.
-        flip: the flip behind it, or None.
+        flip: the flip after it, or None.
     """
 
     def __init__(self, crop: RandomResizedCrop, flip: Flip | None) -> None:
@@ -317,9 +317,9 @@ class CompiledCrop:
 
     @classmethod
     def of(cls, transform: object) -> CompiledCrop | None:
-        """The compiled form of a transform, or None where it has none."""
+        """The compiled form of a transform, or None."""
         steps = transform.transforms if isinstance(transform, Compose) else [transform]
-        kinds = [type(step) for step in steps]  # a subclass may do anything
+        kinds = [type(step) for step in steps]  # exact types, because a subclass may behave differently
         if kinds not in ([RandomResizedCrop], [RandomResizedCrop, Flip]) or resized_crops() is None:
             return None
         return cls(steps[0], steps[1] if len(steps) == 2 else None)  # type: ignore[arg-type]
@@ -336,8 +336,8 @@ class CompiledCrop:
 
         Args:
             image: any strides.
-            rows: for each view its random numbers, the images (n, size, size, c) it goes into, and its row there.
-            table: None for uint8 images; (c, 256) float32, what each pixel value becomes, for float32 ones.
+            rows: for each view its random numbers, the images (n, size, size, c) of its batch, and its row.
+            table: None for uint8 images; for float32 images the normalised pixel values, (c, 256) float32.
         """
         _, height, width = image.shape
         views: list[Any] = []
@@ -350,7 +350,7 @@ class CompiledCrop:
 
 
 class Resize:
-    """The shorter side becomes `size` (the longer one keeps the aspect), or exactly (h, w) when a pair is given."""
+    """Resize the shorter side to `size`, keeping the aspect ratio, or the image to (h, w) if `size` is a pair."""
 
     def __init__(self, size: int | tuple[int, int]) -> None:
         sizes = (size,) if isinstance(size, int) else tuple(size)
@@ -389,7 +389,7 @@ class CenterCrop:
 
 
 def train_transform(kind: str, size: int) -> Compose:
-    """The customary training views: "small" pads by an eighth of the side and flips, "imagenet" is RRC and flip."""
+    """Usual training transform: "small" is `PadCrop(size // 8)`, "imagenet" `RandomResizedCrop(size)`; then `Flip`."""
     if kind == "small":
         return Compose([PadCrop(size // 8), Flip()])
     if kind == "imagenet":
@@ -398,5 +398,5 @@ def train_transform(kind: str, size: int) -> Compose:
 
 
 def eval_transform(size: int, resize_to: int | None = None) -> Compose:
-    """Resize of the short side (by default to size / 0.875, as for ImageNet) and a centre crop."""
+    """Resize of the shorter side (by default to size / 0.875, as for ImageNet) and a centre crop."""
     return Compose([Resize(round(size / 0.875) if resize_to is None else resize_to), CenterCrop(size)])

@@ -1,8 +1,8 @@
-"""Random erasing and Cutout: rectangles of finished views that are overwritten.
+"""Random erasing and Cutout overwrite a rectangle of a view.
 
-The boxes are a pure function of the view (seed, epoch, sample, view) and are drawn on the host, so every loader erases
-the same ones. A noise value is a hash of the view's key and of the pixel's place, in integers, so every device writes
-the same bits.
+The boxes are a pure function of the view (seed, epoch, sample, view) and are computed on the host, so all loaders erase
+the same boxes. A noise value is an integer hash of the view's key and the pixel's position, so all devices write the
+same bits.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dlb_fast.data.rng import ERASE, GOLDEN, MASK, MIX1, MIX2, Draws, ViewRng, V
 
 __all__ = ["BOX_COLUMNS", "Cutout", "Eraser", "RandomErasing", "box_mask", "check_erase", "erase_"]
 
-BOX_COLUMNS = 5  # top, left, height, width (0: nothing is erased), key of the noise
+BOX_COLUMNS = 5  # top, left, height, width (0 if nothing is erased), key of the noise
 MODES = ("const", "rand", "pixel")
-NOISE_START = 1 << 20  # counters below belong to the boxes
-NOISE_UNIT = math.sqrt(3) / 65536  # makes the variance of four summed 16-bit uniforms 1
+NOISE_START = 1 << 20  # the boxes use the counters below
+NOISE_UNIT = math.sqrt(3) / 65536  # scales the sum of four 16-bit uniforms to variance 1
 
 
 class Eraser(Protocol):
-    """What the `erase` option of a loader is: `RandomErasing` or `Cutout`."""
+    """The type of a loader's `erase` argument: `RandomErasing` or `Cutout`."""
 
     @property
     def mode(self) -> str:
@@ -36,16 +36,16 @@ class Eraser(Protocol):
 
     @property
     def fill(self) -> list[int] | None:
-        """Grey values of mode "const"; None is the mean."""
+        """Grey values of mode "const"; None means the mean."""
 
     def draw(self, rngs: ViewRngs, height: int, width: int) -> NDArray[np.int64]:
         """(5, n): the box of every view, inside the image, and the key of its noise."""
 
 
 class Cutout:
-    """A square of `size` pixels around a uniform centre is filled; it may reach over the border.
+    """Fills a square of `size` pixels around a uniform centre; the square may reach over the border.
 
-    It is a transform on uint8 like the others, or, as `erase=Cutout(...)` of a loader, applied after the normalisation.
+    Use it as a transform on uint8 images, or as `erase=Cutout(...)` of a loader on normalised views.
 
     Args:
         size: side in pixels.
@@ -74,7 +74,7 @@ class Cutout:
         return image
 
     def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
-        """The squares as one mask."""
+        """Fill the squares of a batch by one mask."""
         height, width = images.shape[2:]
         boxes = to_device(self._squares(rngs, height, width), images.device)
         return torch.where(box_mask(boxes, height, width)[:, None], self._fill(images), images)
@@ -98,7 +98,7 @@ class Cutout:
                 f"{self.fill}"
             )
         found = self._fills.get(images.device)
-        if found is None:  # made once per device: a copy from pageable memory would stop the host every time
+        if found is None:  # cached per device, because a copy from pageable memory synchronises
             found = torch.tensor(self.fill, dtype=torch.uint8, device=images.device)[:, None, None]
             self._fills[images.device] = found
         return found
@@ -108,14 +108,14 @@ class Cutout:
 
 
 class RandomErasing:
-    """A rectangle of random area and aspect is erased after the normalisation; `erase=` of a loader.
+    """Erases a rectangle of random area and aspect ratio of a normalised view; the `erase` argument of a loader.
 
     Args:
         prob: probability that a view is erased.
-        area: range of the box's share of the image.
-        aspect: range of the box's height / width, drawn on a logarithmic scale.
-        mode: what is written: "const" zeros (the mean, after normalisation), "rand" one value per channel, "pixel" one
-            per value. Noise has mean 0 and variance 1: the sum of four uniforms, nearly normal, within 3.5.
+        area: range of the area of the box relative to the image.
+        aspect: range of height / width of the box, log-uniform.
+        mode: "const" writes zeros (the mean, after normalisation), "rand" one noise value per channel, "pixel" one per
+            pixel and channel. The noise is a sum of four uniforms: mean 0, variance 1, nearly normal, at most 3.5.
 
     Raises:
         ValueError: a number out of range, an unknown mode.
@@ -151,13 +151,13 @@ class RandomErasing:
         self.prob, self.area, self.aspect, self.mode = prob, area, aspect, mode
 
     def draw(self, rngs: ViewRngs, height: int, width: int) -> NDArray[np.int64]:
-        """(5, n) boxes: of ten attempts the first that fits; a view for which none does stays whole."""
+        """(5, n) boxes: the first of ten attempts that fits; a view without a fit is not erased."""
         keys = erase_keys(rngs)
         draws, boxes = Draws(keys), np.zeros((BOX_COLUMNS, len(rngs)), np.int64)
         missing = draws.uniform() < self.prob
         for attempt in range(self.ATTEMPTS):
             if not missing.any():
-                draws.skip(2 * (self.ATTEMPTS - attempt))  # every view takes the same share of its numbers
+                draws.skip(2 * (self.ATTEMPTS - attempt))  # every view consumes the same number of random numbers
                 break
             area = height * width * draws.uniform(*self.area)
             aspect = np.exp(draws.uniform(math.log(self.aspect[0]), math.log(self.aspect[1])))
@@ -174,14 +174,13 @@ class RandomErasing:
 
 
 def erase_keys(rngs: ViewRngs) -> NDArray[np.uint64]:
-    """(n,) keys of the erasing, apart from the numbers that the views' transforms draw."""
+    """(n,) keys for erasing, independent of the random numbers of the transforms."""
     return fold_array(rngs.keys, np.array(ERASE, np.int64))
 
 
-def noise(key: int, places: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Values of mean 0 and variance 1 at `places` (numbers below 2**40) of one view; exact in float32 up to one
-    rounding."""
-    counters = (places + NOISE_START).astype(np.uint64)
+def noise(key: int, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Noise of mean 0 and variance 1 at `positions` (below 2**40) of one view, rounded once to float32."""
+    counters = (positions + NOISE_START).astype(np.uint64)
     bits = mix_array(np.uint64(key & MASK) + counters * np.uint64(GOLDEN))
     parts = [(bits >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)]
     total = sum(part.astype(np.int64) for part in parts) - 2 * 65535
@@ -198,7 +197,7 @@ def box_mask(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def erase_(out: torch.Tensor, boxes: torch.Tensor, mode: str, fill: torch.Tensor) -> None:
-    """Overwrite boxes of views in place, by slices on a CPU (the definition) and by a mask on a device.
+    """Overwrite boxes of views in place: by slices on a CPU (the definition), by a mask on other devices.
 
     Args:
         out: (n, h, w, c) normalised views.
@@ -223,14 +222,14 @@ def erase_(out: torch.Tensor, boxes: torch.Tensor, mode: str, fill: torch.Tensor
 
 
 def erase_by_mask(out: torch.Tensor, boxes: torch.Tensor, mode: str, fill: torch.Tensor) -> None:
-    """`erase_` on a device; nothing waits for the host."""
+    """`erase_` on a GPU, without a synchronisation."""
     value = fill if mode == "const" else _device_noise(boxes[4], out, mode)
     mask = box_mask(boxes[:4], out.shape[1], out.shape[2])[..., None]
     out.copy_(torch.where(mask, value.to(out.dtype), out))
 
 
 def _device_noise(keys: torch.Tensor, out: torch.Tensor, mode: str) -> torch.Tensor:
-    """float32 noise of all places of `out`, by int64 arithmetic modulo 2**64."""
+    """float32 noise at all positions of `out`, by int64 arithmetic modulo 2**64."""
     n, height, width, channels = out.shape
     count = channels if mode == "rand" else height * width * channels
     counters = torch.arange(NOISE_START, NOISE_START + count, device=out.device)

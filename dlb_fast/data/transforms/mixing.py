@@ -1,12 +1,12 @@
-"""Mixup and CutMix for batches that repeat rows: both views of a sample are mixed alike, with the same partner.
+"""Mixup and CutMix for batches with repeated rows: both views of a sample are mixed alike, with the same partner.
 
-The teacher of rows `[0, num_old)` is what the model said of the same samples one step ago. If the two batches mixed
-them with different partners, shares or boxes, the teacher would have seen another picture. So the random numbers
-belong to a *half*, not to a batch: they are a pure function of (seed, epoch in which the half was new, its number
-there, row). A half is mixed within itself, first as the new rows of its own batch and then as the old rows of the next
-one, also across epochs, after a resume and on any number of ranks.
+The teacher of the repeated rows is the model's output for the same samples one step ago. If the two steps mixed a
+sample with different partners, weights or boxes, the teacher's output would belong to another image. So the random
+numbers belong to a *half*, not to a batch: they are a pure function of (seed, epoch of the half, index of the half,
+row). A half is mixed within itself, first as new rows and then as repeated rows of the next batch, also across epochs,
+after a resume and on any number of ranks.
 
-Sources: mixup, Zhang et al., arXiv 1710.09412; CutMix, Yun et al., arXiv 1905.04899 (box and corrected share as in its
+Sources: mixup, Zhang et al., arXiv 1710.09412; CutMix, Yun et al., arXiv 1905.04899 (box and corrected weight as in its
 code); options as in timm's `Mixup`.
 """
 
@@ -30,15 +30,15 @@ from dlb_fast.data.transforms.erasing import box_mask
 __all__ = ["Mix", "check_mix", "partners", "symmetric_beta"]
 
 MODES = ("batch", "elem")
-# One column per row of the batch: the row mixed in, the own share outside the box, the own share of the label, the box.
+# One column per row of the batch: the partner row, the weight of the own pixels, that of the own label, and the box.
 _PARTNER, _SHARE, _LAM, _TOP, _LEFT, _HEIGHT, _WIDTH = range(7)
 
 
 def partners(rows: int) -> NDArray[np.int64]:
-    """(rows,) who is mixed into whom: neighbours are each other's partners, of an odd number the last three in a ring.
+    """(rows,) partner of every row: neighbours are paired; for an odd number the last three form a cycle.
 
-    The order is shuffled anew every epoch, so neighbours are random. Pairs of neighbours stay together when a half is
-    split over another number of ranks (with an even number of rows on each).
+    Every epoch is shuffled, so neighbours are random. Pairs stay together when a half is split over another number of
+    ranks, if each rank has an even number of rows.
 
     Example:
         >>> partners(4).tolist(), partners(5).tolist(), partners(1).tolist()
@@ -66,19 +66,19 @@ def symmetric_beta(alpha: float, draws: Draws) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Mix:
-    """Mixup, CutMix or both, with random numbers per half; `mix=Mix(...)` of a loader, or called in your own loop.
+    """Mixup, CutMix or both, with random numbers per half; for `mix=` of a loader, or called in a training loop.
 
-    Row i of a half shows `lam[i] * image[i] + (1 - lam[i]) * image[partner]` (mixup), or a box of the partner (CutMix;
-    `lam` is then the share of pixels outside the box, which is cut off at the border). The batch's `target_b` and `lam`
-    go to the loss: `LastBatchLoss(...)(logits, targets, ids, target_b=batch.target_b, lam=batch.lam)`. The CutMix box
-    is a place in the view: the two views of a sample are different crops, with the same box.
+    Mixup: image i becomes `lam[i] * image[i] + (1 - lam[i]) * image[partner]`. CutMix: a box of image i, clipped at the
+    border, is replaced by the partner's; `lam` is the fraction of pixels outside the box. Pass `target_b` and `lam` of
+    the batch to the loss: `LastBatchLoss(...)(logits, targets, ids, target_b=batch.target_b, lam=batch.lam)`. The two
+    views of a sample are different crops with the same box.
 
     Args:
-        mixup_alpha: of Beta(alpha, alpha), the distribution of the shares; 0 turns mixup off.
+        mixup_alpha: alpha of Beta(alpha, alpha), the distribution of `lam`; 0 turns mixup off.
         cutmix_alpha: the same for CutMix.
-        prob: probability that rows are mixed at all.
-        switch_prob: probability of CutMix where both are on.
-        mode: "batch": one share and box per half (of all ranks together); "elem": one for every row.
+        prob: probability that rows are mixed.
+        switch_prob: probability of CutMix when both are on.
+        mode: "batch" draws one `lam` and box per half (for all ranks together), "elem" one per row.
 
     Raises:
         ValueError: a number out of range, both alphas 0, an unknown mode.
@@ -110,22 +110,23 @@ class Mix:
             raise ValueError(f"Mix: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
 
     def __call__(self, batch: Batch, *, seed: int = 0, steps_per_epoch: int, rank: int = 0) -> Batch:
-        """The batch with mixed images, `target_b` and `lam`; `batch` itself is left as it is.
+        """A copy of the batch with mixed images, `target_b` and `lam`.
 
         Args:
-            batch: floating images; `num_old`, `epoch` and `step` say which halves its rows are.
-            seed: of the run.
-            steps_per_epoch: `len(loader)`: the half before an epoch's first one is the last of the epoch before.
-            rank: of this process.
+            batch: batch with floating images; `num_old`, `epoch` and `step` identify its halves.
+            seed: seed of the run.
+            steps_per_epoch: `len(loader)`, to find the half before an epoch's first batch.
+            rank: rank of this process.
 
         Raises:
-            ValueError: a batch that is mixed already, a step that the epoch does not have. TypeError: uint8 images.
+            ValueError: a batch that is mixed already, or a step beyond the epoch.
+            TypeError: uint8 images.
         """
         own = dataclasses.replace(batch, images=batch.images.clone())
         return self.in_place(own, halves_of(batch, steps_per_epoch), seed, rank)
 
     def of_plan(self, batch: Batch, plan: OverlapPlan, rank: int) -> Batch:
-        """`__call__` for a loader that follows `plan`; writes into the images of `batch`."""
+        """`__call__` for a loader with an index plan; modifies the images of `batch`."""
         return self.in_place(batch, halves_of(batch, plan.steps_per_epoch), plan.seed, rank)
 
     def in_place(self, batch: Batch, halves: Sequence[tuple[int, int, int]], seed: int, rank: int) -> Batch:
@@ -143,43 +144,43 @@ class Mix:
             columns[-1][_PARTNER] += start
             start += rows
         table = np.concatenate(columns, axis=1)
-        numbers = to_device(table, images.device)  # all the host knows, in one copy
+        numbers = to_device(table, images.device)  # one copy for all columns
         partner, lam = numbers[_PARTNER].long(), numbers[_LAM].float()
         if (table[_LAM] < 1).any():
-            _blend(images, images[partner], _own_share(numbers, table, size))
+            _blend(images, images[partner], _pixel_weight(numbers, table, size))
         return dataclasses.replace(batch, target_b=batch.targets[partner], lam=lam)
 
     def _draw(
         self, seed: int, epoch: int, index: int, rows: int, rank: int, size: tuple[int, int]
     ) -> NDArray[np.float64]:
         """(7, rows) of one half: see `_PARTNER`; a pure function of its arguments."""
-        place = rank * rows + np.arange(rows) if self.mode == "elem" else np.zeros(rows, np.int64)
-        draws = Draws(fold_array(key_of(seed, MIX, epoch, index), place))
+        row = rank * rows + np.arange(rows) if self.mode == "elem" else np.zeros(rows, np.int64)
+        draws = Draws(fold_array(key_of(seed, MIX, epoch, index), row))
         partner = partners(rows)
         mixed = (draws.uniform() < self.prob) & (partner != np.arange(rows))
         boxed = (draws.uniform() < self.switch_prob) if self.mixup_alpha else np.ones(rows, bool)
         boxed &= mixed & bool(self.cutmix_alpha)
-        # Both laws use the same two numbers of a row: only one of them counts.
-        spot = draws.counter
+        # Mixup and CutMix use the same two random numbers of a row, because only one of them is used.
+        start = draws.counter
         lam = symmetric_beta(self.mixup_alpha or 1.0, draws)
-        draws.counter = spot
+        draws.counter = start
         lam = np.where(boxed, symmetric_beta(self.cutmix_alpha or 1.0, draws), lam)
         table = np.zeros((7, rows))
         table[_PARTNER] = np.where(mixed, partner, np.arange(rows))
-        # In float32, the type of the shares: pixels and labels then have exactly the same.
+        # Rounded to float32 here, so that pixels and labels get exactly the same weight.
         table[_SHARE] = np.where(mixed & ~boxed, lam.astype(np.float32), 1.0)
         side = np.sqrt(1 - lam)
-        for start, extent, length in ((_TOP, _HEIGHT, size[0]), (_LEFT, _WIDTH, size[1])):
+        for corner, extent, length in ((_TOP, _HEIGHT, size[0]), (_LEFT, _WIDTH, size[1])):
             centre, reach = draws.integer(length), (length * side).astype(np.int64) // 2
-            table[start] = np.clip(centre - reach, 0, length)
-            table[extent] = np.where(boxed, np.clip(centre + reach, 0, length) - table[start], 0)
+            table[corner] = np.clip(centre - reach, 0, length)
+            table[extent] = np.where(boxed, np.clip(centre + reach, 0, length) - table[corner], 0)
         area = table[_HEIGHT] * table[_WIDTH]
         table[_LAM] = np.where(boxed, (1 - area / (size[0] * size[1])).astype(np.float32), table[_SHARE])
         return table
 
 
 def halves_of(batch: Batch, steps_per_epoch: int) -> list[tuple[int, int, int]]:
-    """(rows, epoch, number) of the halves that make up a batch: the old one, where there is one, and the new one."""
+    """(rows, epoch, index) of the halves of a batch: the repeated one, if any, and the new one."""
     steps = as_int(steps_per_epoch, "Mix", "steps_per_epoch", 1)
     if not 0 <= batch.step < steps:
         raise ValueError(f"Mix: steps_per_epoch is {steps}, but the batch is step {batch.step}; pass len(loader)")
@@ -188,12 +189,12 @@ def halves_of(batch: Batch, steps_per_epoch: int) -> list[tuple[int, int, int]]:
         return [new]
     before = (batch.epoch, batch.step - 1) if batch.step else (batch.epoch - 1, steps - 1)
     if before[0] < 0:
-        raise ValueError("Mix: the first batch of epoch 0 has old rows, but there is no half before it")
+        raise ValueError("Mix: the first batch of epoch 0 has repeated rows, but there is no half before it")
     return [(batch.num_old, *before), new]
 
 
 def check_mix(operation: str, mix: Mix | None, dtype: torch.dtype) -> Mix | None:
-    """`mix` as a loader takes it; raises for another type, and for images that stay uint8."""
+    """`mix`, checked: TypeError for another type, ValueError for images that stay uint8."""
     if mix is None:
         return None
     if not isinstance(mix, Mix):
@@ -203,17 +204,17 @@ def check_mix(operation: str, mix: Mix | None, dtype: torch.dtype) -> Mix | None
     return mix
 
 
-def _own_share(numbers: torch.Tensor, table: NDArray[np.float64], size: tuple[int, int]) -> torch.Tensor:
-    """float32 (n, 1, h, w), or (n, 1, 1, 1) where no row has a box: the share of a pixel that is the row's own."""
-    share = numbers[_SHARE].float()[:, None, None]
+def _pixel_weight(numbers: torch.Tensor, table: NDArray[np.float64], size: tuple[int, int]) -> torch.Tensor:
+    """float32 (n, 1, h, w), or (n, 1, 1, 1) without boxes: weight of the own image at every pixel."""
+    weight = numbers[_SHARE].float()[:, None, None]
     if table[_HEIGHT].any():
-        share = torch.where(box_mask(numbers[_TOP:], *size), 0.0, share)
-    return share[:, None]
+        weight = torch.where(box_mask(numbers[_TOP:], *size), 0.0, weight)
+    return weight[:, None]
 
 
-def _blend(images: torch.Tensor, others: torch.Tensor, share: torch.Tensor) -> None:
-    """`images = share * images + (1 - share) * others`, every operation rounded by itself: the same on any device."""
+def _blend(images: torch.Tensor, others: torch.Tensor, weight: torch.Tensor) -> None:
+    """`images = weight * images + (1 - weight) * others`; separate operations, so that all devices round alike."""
     if images.dtype in (torch.float32, torch.float64):
-        images.mul_(share).add_(others.mul_(1 - share))
+        images.mul_(weight).add_(others.mul_(1 - weight))
     else:
-        images.copy_(images.float().mul_(share).add_(others.float().mul_(1 - share)))
+        images.copy_(images.float().mul_(weight).add_(others.float().mul_(1 - weight)))

@@ -1,4 +1,4 @@
-"""From uint8 pixels to what the network sees: cast, normalisation and memory format in one operation, then erasing."""
+"""Cast and normalise uint8 pixels into the network's dtype and memory format in one operation, then erase boxes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from dlb_fast.data.transforms.erasing import Eraser, check_erase, erase_
 
 __all__ = ["BufferPool", "Normalise"]
 
-# Values per operation on a CPU: below torch's grain for threads, because waking threads for 100 kB costs more than it
-# saves, and on a busy machine waiting for them takes 20 ms an operation (measured: 2 cores, load 8).
+# Values per operation on a CPU. Below torch's threshold for threads, because waking threads for 100 kB costs more than
+# it saves, and on a busy machine an operation then waits 20 ms for them (measured: 2 cores, load 8).
 CPU_CHUNK = 32768
 _ALIGN = 64
 _CPU = torch.device("cpu")
 
 
 class BufferPool:
-    """Lends uninitialised host tensors and takes their memory back by itself.
+    """Allocates uninitialised host tensors and reuses their memory once they are freed.
 
-    A batch of images is tens of megabytes; fresh from the system, its pages cost more time to map and clear than the
-    pixels take to write. Here a tensor's storage keeps a NumPy array alive; when the last tensor, view or NumPy alias
-    of it is gone, that array dies and its memory is lent again. So what a consumer holds is never written again.
+    A batch of images has tens of megabytes. For new memory the system maps and clears pages, which takes longer than
+    writing the pixels. Here a tensor's storage keeps a NumPy array alive. When the last tensor, view or NumPy alias is
+    freed, the array is freed and its memory is reused. So the memory of a tensor that is still in use never changes.
 
     Args:
-        keep: blocks kept for reuse; further ones go back to the system.
+        keep: number of blocks kept for reuse; further blocks are freed.
 
     Example:
         >>> pool = BufferPool()
@@ -47,16 +47,16 @@ class BufferPool:
         self._free: deque[np.ndarray[Any, np.dtype[np.uint8]]] = deque(maxlen=keep)  # appends and pops are atomic
 
     def __reduce__(self) -> tuple[type[BufferPool], tuple[int | None]]:
-        return BufferPool, (self._free.maxlen,)  # a copy has no use for what is free here
+        return BufferPool, (self._free.maxlen,)  # a copy starts without free blocks
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised contiguous tensor of one batch; its memory comes back when its storage dies."""
+        """An uninitialised contiguous tensor; its memory is reused after its storage is freed."""
         size = math.prod(shape) * dtype.itemsize
         block = None
         for _ in range(len(self._free)):
             try:
                 found = self._free.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:  # another thread took the last block
                 break
             if size + _ALIGN <= len(found) <= 2 * (size + _ALIGN):
                 block = found
@@ -74,11 +74,11 @@ class Normalise:
     """uint8 (n, h, w, c) to (n, c, h, w) of `dtype`: `(x / 255 - mean) / std`, one multiply-add per value.
 
     Args:
-        mean: one number per channel, of images scaled to [0, 1].
-        std: likewise; None for both means plain `x / 255`.
-        dtype: floating, or torch.uint8 to hand the pixels over as they are.
+        mean: one number per channel, of images scaled to [0, 1]; None for both means `x / 255`.
+        std: one number per channel, of images scaled to [0, 1].
+        dtype: a floating dtype, or torch.uint8 to keep the pixels.
         channels_last: memory format of the result (its shape is always (n, c, h, w)).
-        erase: `RandomErasing` or `Cutout`: a box of each view is overwritten afterwards.
+        erase: `RandomErasing` or `Cutout`, applied after the normalisation.
 
     Raises:
         ValueError: std has a zero, the channel counts differ, or a dtype that is neither floating nor uint8.
@@ -116,7 +116,7 @@ class Normalise:
         self._fills: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor, rngs: ViewRngs | None = None) -> torch.Tensor:
-        """(n, c, h, w) of views `x` (n, h, w, c); with the views' `rngs` they are erased as well."""
+        """Normalise views `x` (n, h, w, c) to (n, c, h, w); with `rngs` also erase boxes."""
         out = self.empty(x.shape, x.dtype, x.device)
         self.into(out, x)
         if rngs is not None and self.erase is not None:
@@ -124,7 +124,7 @@ class Normalise:
         return out.permute(0, 3, 1, 2)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for the result, as (n, h, w, c), of views of that shape and dtype; on a CPU it is lent by a pool."""
+        """An uninitialised result (n, h, w, c) for views of this shape and dtype; on a CPU from the buffer pool."""
         out_dtype = self.dtype if dtype == torch.uint8 else dtype
         n, h, w, c = shape
         order = (n, h, w, c) if self.channels_last else (n, c, h, w)
@@ -135,11 +135,11 @@ class Normalise:
         return out if self.channels_last else out.permute(0, 2, 3, 1)
 
     def forget_buffers(self) -> None:
-        """Give the memory that the pool keeps back to the system."""
+        """Free the memory of the buffer pool."""
         self._pool = BufferPool()
 
     def into(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """`out[...] = normalised x`, both (n, h, w, c); views that are not uint8 are the user's to normalise."""
+        """Write normalised `x` into `out`, both (n, h, w, c); views that are not uint8 are copied unchanged."""
         if x.dtype != torch.uint8 or self.dtype == torch.uint8:
             out.copy_(x)
             return
@@ -154,11 +154,11 @@ class Normalise:
             return
         step = max(1, CPU_CHUNK // max(1, x[0].numel()))
         for part, pixels in zip(out.split(step), x.split(step), strict=True):
-            # a CPU would convert into a temporary first; the values are the same
+            # `part` holds the converted pixels, so that addcmul allocates no temporary; the values are the same
             torch.addcmul(bias, part.copy_(pixels), scale, out=part)
 
     def factors(self, device: torch.device, width: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 (width * channels,) scale and bias of one row of an image: a value becomes `x * scale + bias`."""
+        """float32 scale and bias (width * channels,) of an image row: `x * scale + bias` is the normalised value."""
         mean, std = self.mean or (0.0,) * channels, self.std or (1.0,) * channels
         if len(mean) != channels:
             raise ValueError(f"Normalise: mean has {len(mean)} channels, the images have {channels}.")
@@ -168,19 +168,19 @@ class Normalise:
         return found
 
     def table(self, channels: int) -> torch.Tensor:
-        """(channels, 256): what each value of a byte becomes, by the arithmetic of `into`."""
+        """(channels, 256): the normalised value of every pixel value, by the arithmetic of `into`."""
         ramp = torch.arange(256, dtype=torch.uint8, device="cpu").repeat_interleave(channels).view(256, 1, 1, channels)
         out = self.empty(ramp.shape, ramp.dtype, _CPU)
         self.into(out, ramp)
         return out.reshape(256, channels).t().contiguous()
 
     def blank(self, out: torch.Tensor, boxes: torch.Tensor) -> None:
-        """Erase the `boxes` (5, n) of normalised views `out` (n, h, w, c), on the device of both."""
+        """Erase `boxes` (5, n) in normalised views `out` (n, h, w, c); both are on one device."""
         assert self.erase is not None
         erase_(out, boxes, self.erase.mode, self._fill(out.device, out.shape[3]))
 
     def _fill(self, device: torch.device, channels: int) -> torch.Tensor:
-        """float32 (channels,): what the boxes of mode "const" are filled with, normalised."""
+        """float32 (channels,): normalised fill values of mode "const"."""
         found = self._fills.get((device, channels))
         if found is None:
             greys = None if self.erase is None else self.erase.fill

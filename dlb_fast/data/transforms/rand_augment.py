@@ -1,7 +1,7 @@
-"""RandAugment on uint8 tensors: the operations are Pillow's.
+"""RandAugment on uint8 tensors, by Pillow's operations.
 
-Source: Cubuk et al., "RandAugment", arXiv 1909.13719; magnitudes as in torchvision's `RandAugment` (31 bins); shears
-and translations from the upper left corner, as in the paper's code.
+Source: Cubuk et al., "RandAugment", arXiv 1909.13719; magnitudes as in torchvision's `RandAugment` (31 bins). Shears
+and translations start at the upper left corner, as in the paper's code.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from dlb_fast.data.rng import ViewRng
 __all__ = ["RandAugment"]
 
 _BINS = 31
-# An operation on a Pillow image, its magnitude from a level in [0, 1] and the height and width, and whether its sign is
-# random.
+# (operation on a Pillow image, magnitude from (level in [0, 1], height, width), whether the sign is random)
 Operation = tuple[Callable[[Any, float], Any], Callable[[float, int, int], float], bool]
 
 
 @functools.cache
 def operations() -> dict[str, Operation]:
-    """The fourteen operations by name; Pillow is imported with the first of them."""
+    """The fourteen operations by name; the first call imports Pillow."""
     from PIL import Image, ImageEnhance, ImageOps
 
-    def affine(image: Any, *matrix: float) -> Any:  # (x, y) shows (a x + b y + c, d x + e y + f), black outside
+    def affine(image: Any, *matrix: float) -> Any:  # output (x, y) is input (a x + b y + c, d x + e y + f), or black
         return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
 
     def none(level: float, h: int, w: int) -> float:
@@ -66,7 +65,7 @@ def operations() -> dict[str, Operation]:
             False,
         ),
         "solarize": (
-            lambda image, m: ImageOps.solarize(image, m),  # type: ignore[arg-type]  # any number will do
+            lambda image, m: ImageOps.solarize(image, m),  # type: ignore[arg-type]  # a float works too
             lambda level, h, w: 255 * (1 - level),
             False,
         ),
@@ -76,11 +75,11 @@ def operations() -> dict[str, Operation]:
 
 
 class RandAugment:
-    """`num_ops` operations, each one of fourteen at random, all at one magnitude, with a random sign where it has one.
+    """Applies `num_ops` random operations of fourteen, all at one magnitude, with a random sign for signed operations.
 
     Args:
-        num_ops: operations per view.
-        magnitude: 0 to 30.
+        num_ops: number of operations per view.
+        magnitude: integer from 0 to 30.
 
     Raises:
         ImportError: Pillow is not installed.
@@ -95,7 +94,7 @@ class RandAugment:
         self.magnitude = as_int(magnitude, "RandAugment", "magnitude", 0)
         if self.magnitude >= _BINS:
             raise ValueError(f"RandAugment: magnitude must be at most {_BINS - 1}, got {magnitude}")
-        operations()  # here and not in the middle of an epoch: Pillow may be missing
+        operations()  # raise now, not during an epoch, if Pillow is missing
 
     def __call__(self, image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
         from PIL import Image
@@ -109,10 +108,10 @@ class RandAugment:
         for _ in range(self.num_ops):
             operation, strength, signed = choice[rng.integer(len(choice))]
             magnitude = strength(self.magnitude / (_BINS - 1), height, width)
-            negative = bool(rng.integer(2))  # always drawn: every operation takes the same share of the numbers
+            negative = bool(rng.integer(2))  # drawn for unsigned operations too: each consumes two random numbers
             picture = operation(picture, -magnitude if signed and negative else magnitude)
-        made = torch.from_numpy(np.array(picture).reshape(height, width, channels))
-        return made.permute(2, 0, 1).to(image.device)
+        result = torch.from_numpy(np.array(picture).reshape(height, width, channels))
+        return result.permute(2, 0, 1).to(image.device)
 
     def __repr__(self) -> str:
         return f"RandAugment({self.num_ops}, magnitude={self.magnitude})"
