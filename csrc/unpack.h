@@ -104,7 +104,8 @@ inline Outputs unpack(const Tensor& logits, const Options& o, bool need_grad, La
     a.target_stride = o.target->stride(0);
   }
   if (o.target_b) {
-    STD_TORCH_CHECK(a.target && o.lam, "last_batch: the pair form needs target, target_b and lam");
+    // The address of an empty tensor may be null.
+    STD_TORCH_CHECK((a.target || a.batch == 0) && o.lam, "last_batch: the pair form needs target, target_b and lam");
     STD_TORCH_CHECK(o.target_b->dim() == 1 && o.target_b->size(0) == a.batch,
                     "last_batch: target_b must have shape (B,)");
     a.target_b = static_cast<const int64_t*>(address(o.target_b, logits, "target_b", ST::Long, -1));
@@ -142,7 +143,7 @@ inline Outputs unpack(const Tensor& logits, const Options& o, bool need_grad, La
 inline void unpack_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, LastBatchArgs& a) {
   STD_TORCH_CHECK(teacher_kind >= 0 && teacher_kind <= 3, "last_batch: unknown teacher_kind ", teacher_kind);
   a.kind = static_cast<TeacherKind>(teacher_kind);
-  STD_TORCH_CHECK(a.kind != TeacherKind::virtual_teacher || a.correct_share < 0 || a.target,
+  STD_TORCH_CHECK(a.kind != TeacherKind::virtual_teacher || a.correct_share < 0 || a.target || a.batch == 0,
                   "last_batch: a virtual teacher that knows the right class needs labels");
   if (a.kind == TeacherKind::none || a.kind == TeacherKind::virtual_teacher) return;
   STD_TORCH_CHECK(teacher, "last_batch: this teacher_kind needs a teacher");

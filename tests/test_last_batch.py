@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DTYPES, eager_official, row_loss
 
-from dlb_fast import fused_lb_loss, reference
+from dlb_fast import distillation_loss, fused_lb_loss, reference
 
 SIZES = [(1, 1, 1), (2, 1, 2), (7, 3, 10), (64, 32, 100), (33, 20, 1000), (9, 4, 1001), (5, 5, 3000), (4, 2, 21843)]
 EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.9e-3, torch.float16: 9.8e-4, torch.float64: 2.3e-16}
@@ -367,3 +367,17 @@ def test_seeded_random_shapes_and_options(impl, generator):
         loss = fused_lb_loss(z, y, t, kd_mask=mask, impl=impl, **options)
         truth = reference.last_batch_loss(z.double(), y, t.double(), kd_mask=mask, **options)[0]
         torch.testing.assert_close(loss.double(), truth, rtol=3e-5, atol=1e-6)
+
+
+def test_an_empty_batch_is_zero_in_every_form(impl):
+    """The address of an empty tensor may be null, which must not read as a missing argument."""
+    z, y = torch.zeros(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.long)
+    for loss in (
+        fused_lb_loss(z, y, z.detach(), impl=impl),
+        fused_lb_loss(z, torch.zeros(0, 5), impl=impl),
+        fused_lb_loss(z, y, target_b=y, lam=0.3, impl=impl),
+        fused_lb_loss(z, y, target_b=y, lam=torch.zeros(0), impl=impl),
+        distillation_loss(z, y, kind="uniform", correct_share=0.9, impl=impl),
+    ):
+        (grad,) = torch.autograd.grad(loss, z)
+        assert loss.item() == 0 and grad.shape == z.shape

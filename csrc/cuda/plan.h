@@ -131,7 +131,7 @@ inline const char* refusal(const LastBatchArgs& a) {
   if (a.classes < 1 || a.classes > (1 << 24)) return "the CUDA kernels take 1 to 16777216 classes";
   if (a.batch > (1 << 24) || a.capacity > (1 << 24) || a.teacher_rows > (1 << 24))
     return "the CUDA kernels take at most 16777216 rows: their counters are exact float32 integers";
-  if (a.kind == TeacherKind::virtual_teacher && a.correct_share >= 0.0 && a.target == nullptr)
+  if (a.kind == TeacherKind::virtual_teacher && a.correct_share >= 0.0 && a.target == nullptr && a.batch > 0)
     return "a virtual teacher with correct_share needs integer labels";
   return nullptr;
 }
