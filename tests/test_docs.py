@@ -15,6 +15,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ import yaml
 
 from benchmarks import tables
 from dlb_fast import _backends, cli
+from dlb_fast.methods import METHODS
 
 pytestmark = pytest.mark.slow  # guards the documentation
 
@@ -29,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
-OWN = [name for name in TEXTS if not name.startswith("docs/methods/")]  # test_method_cards.py runs those
+OWN = [name for name in TEXTS if not name.startswith("docs/methods/")]  # test_methods.py runs those
 _BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?```python\n(?P<code>.*?)```", re.S)
 PYTHON = [(name, k, m["code"], m["reason"]) for name in OWN for k, m in enumerate(_BLOCK.finditer(TEXTS[name]))]
 
@@ -42,7 +44,8 @@ def test_python_blocks_run(page, number, code, reason, tmp_path, monkeypatch, ca
         pytest.skip(f"{page}: {reason}")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(program, {"__name__": "docs"})
+    with mock.patch.dict(METHODS):  # CONTRIBUTING registers a method, which later tests must not find
+        exec(program, {"__name__": "docs"})
 
 
 def commands() -> list[tuple[str, str]]:
