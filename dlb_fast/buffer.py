@@ -262,7 +262,7 @@ def _state_trouble(state: dict[str, Any], num_classes: int, capacity: int) -> st
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         return f"ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
     if count > capacity:
-        return f"room for {capacity} rows, saved {count}"
+        return f"capacity {capacity}, saved {count} rows"
     if tuple(logits.shape) != (count, num_classes) or tuple(ids.shape) != (count,):
         return f"expected logits {(count, num_classes)}, got {tuple(logits.shape)} with ids {tuple(ids.shape)}"
     return ""

@@ -462,7 +462,7 @@ class Teacher(NamedTuple):
     """
 
     kind: str
-    tensor: Tensor | None = None  # (H, C): teaches the first H <= B rows
+    tensor: Tensor | None = None  # (H, C): teacher of the first H <= B rows
     correct_share: float | None = None  # with kind "uniform": probability of the right class
     mask: Tensor | None = None  # (H,) bool: False takes a row out of the KL
     rows: int | None = None  # only the first rows have a loss at all; None: all

@@ -1,4 +1,4 @@
-"""The losses as modules: criteria with memory, for any training loop."""
+"""The losses as modules, for any training loop."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ def _starts_with(ids: Tensor, stored: Tensor) -> bool:
 
 
 class Inputs(NamedTuple):
-    """What a method may look at: one batch, before its optimiser step."""
+    """The inputs of a method: one batch, before its optimiser step."""
 
-    logits: Tensor  # (B, C), with their graph: detach what is kept
+    logits: Tensor  # (B, C), with their graph; a method must detach what it stores
     target: Tensor | None  # (B,) labels or (B, C) probabilities
     temperature: Scalar
     ids: Tensor | None = None  # (B,) sample ids
-    images: Tensor | None = None  # (B, ...) what the model was given
+    images: Tensor | None = None  # (B, ...) input of the model
     epoch: int | None = None  # epoch in which the new rows were sampled
     ignore_index: int = -100
     target_b: Tensor | None = None  # (B,) second labels, where the images are mixed
 
 
 class DistillationLoss(nn.Module):
-    """Base of every method: a criterion that knows its teacher. ``loss = criterion(logits, target, ids, images=...)``.
+    """Base of every method: a criterion with a teacher. ``loss = criterion(logits, target, ids, images=...)``.
 
     ``L = (ce_weight + ce_alpha * alpha) CE + alpha * tau^2 * mean KL(teacher || softmax(z / tau))``
 
-    A method overrides :meth:`teacher`, and where it remembers something also :meth:`record` (called after the loss of
+    A method overrides :meth:`teacher`. A method with a state also overrides :meth:`record` (called after the loss of
     every training batch), :meth:`step` (after every optimiser step), :meth:`setup` (once, with the model),
-    :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and ``set_extra_state``. A loop calls ``setup(model)``
-    once and ``step()`` after every optimiser step; methods that need neither inherit them empty. In ``eval()`` every
-    method is torch's cross entropy with the same options, and its memory is not touched.
+    :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and ``set_extra_state``. The training loop calls
+    ``setup(model)`` once and ``step()`` after every optimiser step. In ``eval()`` every method is torch's cross entropy
+    with the same options and does not change its state.
 
     Args:
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.

@@ -1,4 +1,4 @@
-// The batch around the row kernels: plan, choice of the instruction set, reduction.
+// One batch on the CPU: batch plan, choice of the instruction set, row kernels, reduction.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>

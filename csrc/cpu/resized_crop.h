@@ -1,4 +1,4 @@
-// A crop of an image, resized with antialiasing and perhaps mirrored, into its place in a batch. No torch header here.
+// Resizes a crop of an image with antialiasing, optionally mirrored, into its row of a batch. No torch header here.
 #pragma once
 #include <cstdint>
 

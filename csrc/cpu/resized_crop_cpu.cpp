@@ -1,4 +1,4 @@
-// Around the passes of the resize: weights, layouts, and which line is needed when.
+// The resize around its two passes: weights, layouts, and the order of the lines.
 //
 // The weights follow torch's in every rounding (double, then int16 with the largest precision that fits the largest
 // weight), so this file must be compiled without contraction of a * b + c.

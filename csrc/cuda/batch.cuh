@@ -56,7 +56,7 @@ struct DeviceArgs {
   bool precounted;
 };
 
-// Derived once per block, then read by everybody from shared memory.
+// Computed once per block; all threads read it from shared memory.
 struct BatchState {
   int start, stored, teacher_limit;  // pair j: rows j < start and start + j; slot j < stored takes row start + j
   TermScales<float> scales;
@@ -102,7 +102,7 @@ DLB_DEVICE bool label_counts(const DeviceArgs& a, int row) {
   return a.target_b == nullptr || load(a.target_b + row * a.target_b_stride) != a.ignore_index;
 }
 
-// A virtual teacher that knows the right class.
+// A virtual teacher that depends on the label (correct_share).
 DLB_DEVICE bool by_label(const DeviceArgs& a) {
   return a.kind == TeacherKind::virtual_teacher && a.correct_share >= 0.0f;
 }

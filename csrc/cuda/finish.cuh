@@ -29,8 +29,8 @@ DLB_DEVICE void write_outputs(const DeviceArgs& a, const BatchState& s, const fl
   store(a.parts + part_valid, s.counts.valid);
 }
 
-// Whose id slot j remembers from now on. Written by the pair's owner when the counts came from count_kernel; otherwise
-// other blocks may still be comparing ids, so the last block writes them all.
+// Stores the sample id of slot j. The pair's owner writes it if count_kernel did the counting; otherwise other blocks
+// may still be comparing ids, so the last block writes all of them.
 DLB_DEVICE void write_id(const DeviceArgs& a, const BatchState& s, int slot) {
   store(a.slots + slots_header + slot, a.ids != nullptr ? load(a.ids + s.start + slot) : unknown_id);
 }

@@ -1,4 +1,4 @@
-// What csrc/last_batch.cpp calls for CUDA tensors. No torch and no CUDA header here: streams travel as void*.
+// The functions that csrc/last_batch.cpp calls for CUDA tensors. No torch and no CUDA header: streams are void*.
 //
 // Every function enqueues on `stream` of the current device and can be captured in a CUDA graph. They return nullptr,
 // or a text saying what was refused (nothing has been written then).

@@ -79,7 +79,7 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
   } else {
     plan.regime = c <= 1024 ? Regime::two_pass_warp : Regime::two_pass_block, group = 32;
   }
-  // Streamed kernels come plain for logits teachers of long rows, the one case that matters without clusters.
+  // A plain two-pass kernel exists for logits teachers of long rows only, the one case that matters without clusters.
   const bool streamed = plan.regime == Regime::two_pass_warp || plan.regime == Regime::two_pass_block;
   plan.general = streamed && (options || plan.regime == Regime::two_pass_warp || a.kind != TeacherKind::logits);
 

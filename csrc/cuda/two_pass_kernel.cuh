@@ -44,7 +44,7 @@ DLB_DEVICE void store_slot_columns(const DeviceArgs& a, int slot, int first, int
 
 DLB_DEVICE float shift_base(float top) { return top == -infinity() ? 0.0f : top; }
 
-// A maximum that moves, and by how much sums taken relative to it shrink when it does.
+// A running maximum, and the factor by which sums relative to it shrink when it grows.
 struct RunningMax {
   float top = -infinity();
   DLB_DEVICE float move(float to, float log2_scale) {
@@ -58,7 +58,7 @@ DLB_DEVICE float distance(float before, float base) { return before == -infinity
 // gap may be infinite where a class that has lost all its mass met a logit of -inf: that class costs nothing.
 DLB_DEVICE float shrink_gap(float gap, float factor) { return factor == 0.0f ? 0.0f : gap * factor; }
 
-// What the kind of teacher, fixed or not at compile time, means for one row.
+// The teacher of one row; its kind may be a template argument or read from the arguments.
 struct TeacherOfRow {
   bool logits, probabilities, is_virtual;
 };

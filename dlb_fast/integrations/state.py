@@ -14,12 +14,11 @@ VERSION = 1
 
 
 class LastBatchState:
-    """What a checkpoint needs beside model and optimiser: the position in the data and the memory of the criterion.
+    """The position in the data and the state of the criterion, as one object for a framework's checkpoint.
 
-    Frameworks let rank 0 write the checkpoint, but every rank remembers other rows. So `state_dict()` gathers the
-    memories of all ranks (all ranks must call it, as Accelerate's `save_state` and Lightning do), and
-    `load_state_dict()` gives each rank its own. The state has tensors and plain values only:
-    `torch.load(weights_only=True)` reads it.
+    Frameworks let rank 0 write the checkpoint, but every rank stores other rows. So `state_dict()` gathers the states
+    of all ranks (all ranks must call it, as Accelerate's `save_state` and Lightning do), and `load_state_dict()` gives
+    each rank its own. The state has tensors and plain values only, so `torch.load(weights_only=True)` reads it.
 
     Args:
         criterion: `LastBatchLoss`, or another criterion with a memory in its `state_dict`.

@@ -1,4 +1,4 @@
-"""What several methods share."""
+"""Helpers of several methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trainer, command line and `compare` know of a method: one `Method` per name, made in the method's file."""
+"""The methods that the trainer, the command line and `compare` offer; each method's file registers one `Method`."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Make a method known by its name.
+    """Register a method under its name.
 
     Raises:
         ValueError: the name is taken.

@@ -1,12 +1,11 @@
-"""Checkpoints: a crash at any moment leaves a valid one, and reading one runs nobody's code.
+"""Checkpoints: a crash at any moment leaves a valid checkpoint, and reading one executes no code from it.
 
 A checkpoint is one `torch.save` zip of tensors, numbers, strings, lists and dicts, loaded with `weights_only=True`. It
-is written to a temporary file, flushed to the disk and renamed; the zip's checksums detect damage.
+is written to a temporary file, flushed to the disk and renamed; the checksums of the zip detect damage.
 
-It holds one state for all ranks, whatever wraps the model and however many ranks there are. Weights, optimiser and
-schedule are the same on every rank (or shards of one) and are stored once, whole. What each rank has of its own (the
-rows its criterion remembers, its random numbers, its position in the data) is stored for every rank, in the same file:
-there is no checkpoint with a rank missing.
+One file has the state of all ranks, so no rank can be missing. Weights, optimiser and schedule are equal on all ranks
+(or shards) and are stored once, unsharded. The stored rows of the criterion, the random number generators and the
+position in the data differ between ranks and are stored for every rank. The format does not depend on DDP or FSDP.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ __all__ = [
 FORMAT = "dlb_fast.checkpoint"
 VERSION = 1
 NAME = re.compile(r"step-\d{9}\.pt")
-LEFTOVER = re.compile(r"\.step-\d{9}\.pt\.\d+\.tmp")  # of a process that was killed while writing
+LEFTOVER = re.compile(r"\.step-\d{9}\.pt\.\d+\.tmp")  # left by a process that was killed while writing
 COUNTERS = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "last")
 
 
@@ -64,7 +63,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Call `write(file)` on a temporary file in the same folder, flush it to the disk and rename it to `path`.
 
     Raises:
-        CheckpointError: the disk is full or not writable; whatever was at `path` is still there.
+        CheckpointError: the disk is full or not writable; the previous file at `path` is kept.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -78,8 +77,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
-            f"cannot write {path}: {error}; {_free_space(path.parent)}. What was there before is kept; make room, then "
-            f"continue with --resume"
+            f"cannot write {path}: {error}; {_free_space(path.parent)}. The previous file is kept; free some space, "
+            f"then continue with --resume"
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -87,7 +86,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there
+    if os.name == "nt":  # Windows cannot open a folder
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -104,13 +103,13 @@ def _free_space(folder: Path) -> str:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write `step-<step>.pt` into `folder` and, once it is safe, delete all but the newest `keep` checkpoints.
+    """Write `step-<step>.pt` into `folder`, then delete all but the newest `keep` checkpoints.
 
-    Checkpoints of later steps count as the oldest: a resume has just skipped them as unusable. Files that do not have
-    exactly the name of a checkpoint, or of its temporary file, are left alone.
+    Checkpoints of later steps count as the oldest, because a resume skipped them as unusable. Only files with exactly
+    the name of a checkpoint or of its temporary file are deleted.
 
     Raises:
-        CheckpointError: naming the file, the cause and the last good checkpoint, which is kept.
+        CheckpointError: the write failed; the message names the last good checkpoint, which is kept.
     """
     path = folder / f"step-{state['step']:09d}.pt"
     for file in folder.glob(".step-*.tmp"):
@@ -135,7 +134,7 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load alone does not compare the checksums
+            damaged = archive.testzip()  # torch.load does not check the checksums
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
         state = torch.load(path, map_location=map_location, weights_only=True)
@@ -157,14 +156,15 @@ def load_newest(
     say: Callable[[str], None],
     ranks: Ranks | None = None,
 ) -> Path | None:
-    """Call `load(state, origin)` with the newest checkpoint that is valid and fits; name and skip the others.
+    """Call `load(state, origin)` with the newest valid checkpoint; report and skip checkpoints that do not load.
 
-    Rank 0 reads; every rank is given the same state, and a checkpoint is skipped when it does not fit on any of them.
+    Rank 0 reads and broadcasts the state. A checkpoint that fails on any rank is skipped on all.
 
     Returns:
-        Its path, or None where there is no checkpoint at all.
+        The path of the checkpoint, or None if there are no checkpoints.
+
     Raises:
-        CheckpointError: there are checkpoints but none can be used. (Starting over would hide that work is lost.)
+        CheckpointError: there are checkpoints but none can be used. (Starting over would hide the lost work.)
     """
     ranks = ranks or Ranks()
     reasons = []
@@ -195,13 +195,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a model's weights (or its full `state_dict()`) alone as safetensors, atomically, with `metadata`."""
+    """Write a model's weights (or a full `state_dict()`) and `metadata` as safetensors, atomically."""
     from safetensors.torch import save
 
     weights = full_state(model.state_dict()) if isinstance(model, nn.Module) else model
-    # clones: safetensors refuses tensors that share memory, and the file must not depend on tied weights
+    # cloned, because safetensors refuses tensors that share memory (tied weights)
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}
-    # one entry, because safetensors orders several at random and equal weights should make equal files
+    # one entry, because safetensors writes several in random order, and equal weights should give equal files
     note = {"dlb_fast": json.dumps(metadata)}
     write_atomically(path, lambda file: file.write(save(tensors, metadata=note)))
 
@@ -252,7 +252,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put every global generator back."""
+    """Restore every global generator."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"]:
         torch.cuda.set_rng_state(state["cuda"][0])
@@ -263,7 +263,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def trainer_state(trainer: Trainer) -> dict[str, Any]:
-    """The state of a trainer; on several ranks a collective that is complete on rank 0."""
+    """The state of a trainer, complete on rank 0 only; a collective."""
     parts = trainer.ranks.gather(_rank_state(trainer))
     ema = trainer.ema
     return {
@@ -281,14 +281,14 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def _rank_state(trainer: Trainer) -> dict[str, Any]:
-    """The state that each rank has of its own."""
+    """The part of the state that differs between ranks."""
     own = {
         "criterion": trainer.criterion.state_dict(),
         "loader": trainer.loader.state_dict() if hasattr(trainer.loader, "state_dict") else None,
         "metrics": trainer.metrics.state_dict(),
         "rng": get_rng_state(),
     }
-    if not trainer.ranks.is_main:  # rank 0's are in its model
+    if not trainer.ranks.is_main:  # the buffers of rank 0 are part of the model's state
         own["buffers"] = {name: buffer.cpu() for name, buffer in trainer.model.named_buffers()}
     return own
 
@@ -308,7 +308,7 @@ def load_trainer_state(trainer: Trainer, state: dict[str, Any], origin: str) -> 
     for name in COUNTERS:
         setattr(trainer, name, state[name])
     _load_rank_state(trainer, _rank_state_of(trainer, state), origin)
-    trainer.log.rewind(state["logs"])  # last: a refused state leaves the logs as they are
+    trainer.log.rewind(state["logs"])  # last, so that a refused state does not change the logs
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], origin: str) -> None:
@@ -346,19 +346,19 @@ def _load_rank_state(trainer: Trainer, own: dict[str, Any], origin: str) -> None
 
 
 def _rank_state_of(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
-    """This rank's own part of the state; made from all parts when the number of ranks has changed.
+    """This rank's part of the state; computed from all parts if the number of ranks has changed.
 
-    The global order of the samples continues (the loader refuses if it cannot), and so do the remembered rows:
-    concatenated in rank order they are the whole half batch, of which each new rank takes its share. Other methods
-    remember the same on all ranks. Ranks that did not exist start new random numbers (dropout).
+    The global order of the samples continues (or the loader raises). The stored rows of all ranks, concatenated in rank
+    order, are divided among the new ranks. Other methods store the same on all ranks. Additional ranks get new random
+    numbers (dropout).
     """
     ranks = trainer.ranks
     parts = [state, *state.get("others", [])]
     if len(parts) == ranks.world_size:
         return parts[ranks.rank]
     trainer.log.say(
-        f"the checkpoint is of {len(parts)} ranks and continues on {ranks.world_size}: the same samples in the same "
-        f"order, the remembered rows divided anew"
+        f"the checkpoint has {len(parts)} ranks and continues on {ranks.world_size}: the samples keep their order, the "
+        f"stored rows are divided among the new ranks"
     )
     rng = parts[ranks.rank]["rng"] if ranks.rank < len(parts) else None
     if rng is None:
@@ -374,7 +374,7 @@ def _rank_state_of(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _divide_buffer(buffers: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-    """A rank's rows of the buffers of all ranks; empty where there were none or they do not divide."""
+    """A rank's part of the rows stored on all ranks; empty if there are none or they do not divide evenly."""
     rows = sum(buffer.get("count", 0) for buffer in buffers)
     if not rows or rows % world_size:
         return {}
@@ -386,6 +386,6 @@ def _divide_buffer(buffers: list[dict[str, Any]], rank: int, world_size: int) ->
 
 
 def _merge_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """All ranks' sums, for rank 0; the times are means over the ranks, and every rank has them."""
+    """The sums over all ranks (for rank 0), with the mean times (for every rank)."""
     merged = {name: sum(part[name] for part in parts) for name in ("sums", "batches", "rows", "with_parts")}
     return {**merged, **{name: sum(part[name] for part in parts) / len(parts) for name in ("waited", "seconds")}}

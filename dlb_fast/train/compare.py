@@ -1,6 +1,6 @@
-"""Methods side by side: the same steps, the same rows per step, the same images seen, several seeds.
+"""Compare methods over several seeds, with equal steps, rows per step and images seen.
 
-Each run lives in `<folder>/<method>-seed<k>`; a comparison that was interrupted is continued by running it again.
+Each run is in `<folder>/<method>-seed<k>`. Running an interrupted comparison again continues it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MARK = "comparison.json"
 def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
     """The config of every named method, all with the steps, evaluations and schedule of DLB's epochs.
 
-    DLB samples `batch_size / 2` new images a step, cross entropy `batch_size`; the network sees `batch_size` rows with
-    every method. So at equal steps they have seen equally many images (except in DLB's first step, which has no
-    repeated half). Further forwards of a method (the copies of MrKD) are not counted; its seconds are.
+    DLB samples `batch_size / 2` new images per step, cross entropy `batch_size`; the network gets `batch_size` rows
+    with every method. So equal steps mean equal images seen (except for DLB's first step, which has no repeated rows).
+    Additional forwards of a method (the copies of MrKD) count as time, not as images.
     """
     rows = config.data.batch_size
     length = len(open_data(config.data).train)
@@ -48,7 +48,7 @@ def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig
         if not per_epoch:
             raise ValueError(f"compare: {name} needs at least {sampled_rows(one)} training images, got {length}")
         if per_epoch != of_dlb:
-            # the schedule counts epochs, which have another number of steps with this method
+            # the schedule counts epochs, and an epoch of this method has another number of steps
             factor = of_dlb / per_epoch
             schedule = dataclasses.replace(
                 one.schedule,
@@ -73,13 +73,14 @@ def run(
     """Train every method with seeds `0 .. seeds-1`; returns the folder, which `read_comparison` lists.
 
     Args:
-        config: what all runs share.
+        config: config shared by all runs.
         methods: names in `VARIANTS`.
         seeds: number of seeds.
-        jobs: processes at a time; None: one per core on a CPU, one on a GPU. The cores are divided among them.
-        folder: of the comparison; an existing one is continued and must have been made by the same config.
+        jobs: processes at a time, which share the cores; None means one per core on a CPU and one on a GPU.
+        folder: folder of the comparison; an existing comparison is continued and must have the same config.
         label: part of a new folder's name.
-        command: the command line, which is recorded.
+        command: command line, for the record.
+
     Raises:
         ValueError: unknown or repeated method, no seed, or a folder of another comparison.
     """
@@ -124,7 +125,7 @@ def _claim(path: Path, config: RunConfig, methods: Sequence[str], seeds: int, co
 
 
 def _train_one(item: tuple[str, int, dict[str, Any], str], threads: int | None) -> dict[str, Any]:
-    """One run, in this process or in a worker; a finished one is read, an unfinished one continued."""
+    """Train one run, in this process or a worker; read a finished run, continue an unfinished one."""
     if threads is not None:
         torch.set_num_threads(threads)
     _, _, values, path = item
@@ -136,7 +137,7 @@ def _train_one(item: tuple[str, int, dict[str, Any], str], threads: int | None) 
 
 
 def _run_pool(work: list[Any], jobs: int, threads: int) -> None:
-    context = multiprocessing.get_context("spawn")  # fork and a started OpenMP pool do not go together
+    context = multiprocessing.get_context("spawn")  # fork after OpenMP has started its threads may hang
     with concurrent.futures.ProcessPoolExecutor(min(jobs, len(work)), mp_context=context) as pool:
 
         def stop(number: int, frame: Any) -> None:
@@ -167,7 +168,7 @@ def _report_progress(work: Sequence[Any], results: Any) -> None:
 
 
 def read_comparison(path: Path) -> list[tuple[Path, str]]:
-    """(run folder, label) of every finished run of a comparison, method by method; empty for any other folder."""
+    """(run folder, label) of every finished run of a comparison, ordered by method; empty for any other folder."""
     mark = Path(path) / MARK
     if not mark.exists():
         return []

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, checked when they are made.
+"""The configuration of a run: frozen dataclasses that check their values.
 
 A config comes from a preset, a YAML file and command-line flags, each overriding the one before. The resolved config is
 saved in the run folder. tyro parses both files and flags. Field names are unique over all groups, so `--lr 0.1` needs
@@ -60,31 +60,31 @@ def _require(condition: bool, name: str, expected: str, got: Any) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, how many rows a step sees, how they are augmented."""
+    """Dataset, batch size, crop and flip."""
 
     source: Annotated[str, _DATA_FLAG] = "digits"
     """KIND[:PATH]: digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, synthetic[:N,C,SIZE], ..."""
     batch_size: int = 128
-    """Rows the model sees per step, over all ranks; with DLB half of them repeat the step before. Even."""
+    """Rows per step over all ranks, an even number; with DLB half of them are repeated."""
     per_class: int | None = None
     """Keep only this many training images of each class."""
     label_noise: float = 0.0
-    """Share of the training labels that are made wrong."""
+    """Fraction of wrong training labels."""
     noise_kind: Literal["symmetric", "asymmetric"] = "symmetric"
-    """symmetric: any other class alike; asymmetric: the class it is confused with."""
+    """symmetric: any other class, uniformly; asymmetric: a fixed class per class, such as cat for dog."""
     data_seed: int = 0
-    """Draws splits, subset and label noise; kept apart from `seed` so that runs share the data."""
+    """Seed of splits, subset and label noise; separate from `seed`, so that runs with other seeds share the data."""
     padding: int = 4
     """Random crop after zero padding by this many pixels; 0 turns it off."""
     flip: bool = True
     """Random horizontal flip."""
     image_size: int = 32
-    """Height and width that images of a folder are brought to (ignored by sets of a fixed size)."""
+    """Height and width of the crops of image files (ignored by datasets of a fixed size)."""
     eval_size: int | None = None
-    """The same in the evaluation; None: image_size. Training on smaller crops than one evaluates on is cheaper and no
-    worse (Touvron et al., NeurIPS 2019)."""
+    """Height and width in the evaluation; None: image_size. Smaller crops in training than in evaluation cost less and
+    are no worse (Touvron et al., NeurIPS 2019)."""
     eval_resize: int | None = None
-    """Short side before the centre crop of the evaluation; None: the crop's side / 0.875."""
+    """Shorter side before the centre crop of the evaluation; None: the crop's side / 0.875."""
     eval_batch_size: int = 512
     """Rows per forward in the evaluation."""
     num_threads: int = 2
@@ -111,7 +111,7 @@ class AugmentConfig:
     rand_augment: str | None = None
     """N,M: RandAugment with N operations of magnitude M (0 to 30); 2,9 is usual."""
     cutout: int = 0
-    """Side of the square that Cutout blackens; 0 turns it off."""
+    """Side of Cutout's black square; 0 turns it off."""
     erase_prob: float = 0.0
     """Probability that a rectangle of a view is erased after the normalisation (random erasing); 0.25 is usual."""
     erase_area: tuple[float, float] = (0.02, 1 / 3)
@@ -119,15 +119,15 @@ class AugmentConfig:
     erase_mode: Literal["const", "rand", "pixel"] = "const"
     """Zeros (the mean), noise per channel, or noise per pixel."""
     mixup_alpha: float = 0.0
-    """Mixup with shares from Beta(alpha, alpha); 0 turns it off. Both views of a sample are mixed alike."""
+    """Mixup with weights from Beta(alpha, alpha); 0 turns it off. Both views of a sample are mixed alike."""
     cutmix_alpha: float = 0.0
-    """CutMix, the same way."""
+    """CutMix with areas from Beta(alpha, alpha); 0 turns it off."""
     mix_prob: float = 1.0
-    """Probability that rows are mixed, where mixup or CutMix is on."""
+    """Probability that rows are mixed, if mixup or CutMix is on."""
     mix_switch_prob: float = 0.5
-    """Probability of CutMix where both are on."""
+    """Probability of CutMix if both are on."""
     mix_mode: Literal["batch", "elem"] = "batch"
-    """One share and box for each half of a batch, or one for every row."""
+    """batch: one weight and box per half of a batch; elem: one per row."""
 
     def __post_init__(self) -> None:
         try:
@@ -167,7 +167,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network."""
+    """The network."""
 
     model: str = "small_cnn"
     """A built-in name (resnet32, resnet110, wrn20_8, vgg16, ...), or timm:NAME."""
@@ -175,7 +175,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class _LossConfig:
-    """Which method, and its options."""
+    """The method and its options."""
 
     method: str = "dlb"
     alpha: float | None = None
@@ -212,7 +212,7 @@ def _field_type(method: str, name: str, option: Any) -> Any:
 
 
 def _options_as_fields() -> list[tuple[str, Any, Any]]:
-    """A field per option of any method; its help has the methods' own words and their defaults."""
+    """One field per option of any method; its help lists the methods' descriptions and defaults."""
     kinds: dict[str, Any] = {}
     texts: dict[str, list[str]] = {}
     for method in METHODS.values():
@@ -232,7 +232,7 @@ _NAMES = f"{'; '.join(f'{m.name}: {m.about}' for m in METHODS.values())}; module
 if TYPE_CHECKING:
     LossConfig = _LossConfig
 else:
-    # Made of the signatures of the methods, so that an option is declared in one place.
+    # Built from the signatures of the methods, so that an option is declared in one place.
     fields_of_methods = [("method", _with_help(str, _NAMES), "dlb"), *_options_as_fields()]
     LossConfig = dataclasses.make_dataclass("LossConfig", fields_of_methods, bases=(_LossConfig,), frozen=True)
     LossConfig.__doc__, LossConfig.__module__ = _LossConfig.__doc__, __name__
@@ -240,12 +240,12 @@ else:
 METHOD_FIELDS = tuple(
     f.name for f in dataclasses.fields(LossConfig) if f.name not in ("method", "label_smoothing", "impl")
 )
-"""Fields of `LossConfig` that belong to methods; set for a method that does not have them they are an error."""
+"""Fields of `LossConfig` that are options of methods; a method that lacks an option refuses it."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights move."""
+    """The optimiser."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.05
@@ -258,7 +258,7 @@ class OptimConfig:
     """AdamW only."""
     weight_decay: float = 5e-4
     decay_norm_and_bias: bool = True
-    """False keeps weight decay off everything with at most one dimension (norms, biases)."""
+    """False: no weight decay for parameters with at most one dimension (norms, biases)."""
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.lr) and self.lr > 0, "lr", "finite and > 0", self.lr)
@@ -270,7 +270,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate runs; it changes with every step."""
+    """The learning rate schedule; it is updated every step."""
 
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     warmup_epochs: float = 0.0
@@ -279,7 +279,7 @@ class ScheduleConfig:
     """multistep: epochs at which the rate is multiplied by gamma."""
     gamma: float = 0.1
     min_lr: float = 0.0
-    """cosine: rate at the end."""
+    """cosine: final learning rate."""
 
     def __post_init__(self) -> None:
         _require(self.warmup_epochs >= 0, "warmup_epochs", "at least 0", self.warmup_epochs)
@@ -292,39 +292,39 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how precisely, and what is written when."""
+    """Length, precision, distribution and output of the training."""
 
     epochs: int = 30
-    """Passes of the loader. A DLB epoch draws every sample once and shows it twice; a ce epoch shows it once."""
+    """Passes of the loader. A DLB epoch samples every image once and trains on it twice, a ce epoch once."""
     max_steps: int | None = None
     """Optimiser steps in all; overrides epochs."""
     forward: Literal["joint", "two_pass", "partners"] = "joint"
-    """joint: one forward over [old | new] (the paper). two_pass: two forwards (the official code). partners: the second
-    half without gradient (cs_kd, which always runs so)."""
+    """joint: one forward over all rows (the paper). two_pass: two forwards (the official code). partners: the second
+    half without gradient (always used by cs_kd)."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     accumulate: int = 1
     """Batches per optimiser step. The teacher is then the previous batch, not the previous step."""
     clip_grad: float | None = None
-    """Largest gradient norm."""
+    """Maximum gradient norm."""
     ema: float | None = None
-    """Decay of averaged weights; they are then what is evaluated and exported."""
+    """Decay of averaged weights, which are then evaluated and exported."""
     channels_last: bool = False
     distributed: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """auto: ddp under torchrun. ddp: a copy of the model on every rank. fsdp: a share of it (FSDP2)."""
+    """auto: ddp under torchrun. ddp: a copy of the model on every rank. fsdp: a shard on every rank (FSDP2)."""
     sync_bn: bool = False
-    """BatchNorm statistics over all ranks' rows (SyncBatchNorm; GPUs only). Without, over each rank's own rows."""
+    """BatchNorm statistics over the rows of all ranks (SyncBatchNorm; GPUs only) instead of each rank's own."""
     compile: bool = False
-    """Train through torch.compile; the evaluation stays eager."""
+    """Train with torch.compile; the evaluation stays eager."""
     eval_every: int | None = None
     """Steps between evaluations, each a row of metrics; None: every epoch."""
     log_every: int = 50
     """Steps between progress lines in metrics.jsonl and checks for a loss that is not finite."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints (there is one at the end in any case); None: at every evaluation."""
+    """Steps between checkpoints (the last step always has one); None: at every evaluation."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Number of checkpoints kept."""
     nan_check: bool = True
-    """Stop when the loss is not finite; looked at only at log points, because looking waits for the device."""
+    """Stop when the loss is not finite; checked at log points only, because the check synchronises."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Experiment trackers beside metrics.csv and metrics.jsonl."""
     seed: int = 0
@@ -364,8 +364,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """Train a network. Numbers come from --preset or --config, then from flags; the resolved config is saved in the run
-    folder together with metrics, versions and checkpoints."""
+    """Train a network. Flags override --config, which overrides --preset; the run folder gets the resolved config,
+    metrics, versions and checkpoints."""
 
     preset: str | None = None
     """Recipe by name (dlb-fast presets list). Without it and --config: digits."""
@@ -374,10 +374,10 @@ class TrainArgs:
     out: Path | None = None
     """Run folder (default: a new one under runs/)."""
     resume: Annotated[bool, _NO_OPPOSITE] = False
-    """Continue: alone, the newest run under runs/; with --out, that one."""
+    """Continue the run in --out, or without it the newest run under runs/."""
     smoke: Annotated[bool, _NO_OPPOSITE] = False
-    """A rehearsal of seconds: four short steps, evaluation, checkpoint and resume, on synthetic images unless --data is
-    given."""
+    """Test the config in seconds: four short steps, evaluation, checkpoint and resume, on synthetic images unless
+    --data is given."""
     quiet: Annotated[bool, _NO_OPPOSITE] = False
     """No progress on the console."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -397,7 +397,7 @@ def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) 
 
 
 def override(config: RunConfig, **values: Any) -> RunConfig:
-    """The config with single fields replaced, each found by its name in whatever group has it, or whole groups."""
+    """The config with fields replaced by name (in any group), or whole groups."""
     groups = _fields()
     homes = {name: group for group, names in groups.items() for name in names}
     for name, value in values.items():
@@ -412,7 +412,7 @@ def override(config: RunConfig, **values: Any) -> RunConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dict of the config, tuples as lists: what config.yaml holds."""
+    """The config as a nested dict with lists in place of tuples, as saved in config.yaml."""
     plain = dataclasses.asdict(config)
     return {g: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()} for g, part in plain.items()}
 
@@ -494,7 +494,7 @@ def _as_flag(where: str, name: str, value: Any) -> list[str]:
 
 
 def _parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: str) -> Any:
-    """`tyro.cli`, whose complaint about a wrong flag becomes a ValueError of one sentence."""
+    """`tyro.cli`, with its message about a wrong flag as a ValueError of one sentence."""
     if tyro is None:
         raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
     complaint = io.StringIO()

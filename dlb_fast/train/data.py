@@ -1,4 +1,4 @@
-"""The data of a run: training batches for the loop, and the images to evaluate on."""
+"""The data of a run: training loader and test batches."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = ["RunData", "open_data"]
 
 @dataclass
 class RunData:
-    """A training set and its test set, from which loaders are made.
+    """A training set and a test set, with methods that make their loaders.
 
     Attributes:
         train: dataset with `targets`, `classes` and `num_classes`; images in memory or files.
         test: dataset of the same classes.
         config: batch size, crop, sizes.
-        mean: of the training set, per channel, of pixels in [0, 1].
-        std: likewise.
+        mean: per channel, of the training set's pixels in [0, 1].
+        std: per channel, of the training set's pixels in [0, 1].
     """
 
     train: Any
@@ -50,7 +50,7 @@ class RunData:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the training set."""
+        """Number of classes."""
         return self.train.num_classes
 
     @property
@@ -60,7 +60,7 @@ class RunData:
 
     @property
     def channels(self) -> int:
-        """Channels of an image."""
+        """Number of channels of an image."""
         return self.train.images.shape[1] if self.in_memory else 3
 
     def train_loader(
@@ -74,15 +74,15 @@ class RunData:
         augment: AugmentConfig | None = None,
         ranks: Ranks | None = None,
     ) -> Any:
-        """This rank's share of training batches of `batch_size` rows over all ranks.
+        """A loader of this rank's share of the training batches (`batch_size` rows over all ranks).
 
         Args:
             overlap: whether half of every batch repeats the batch before; otherwise all rows are distinct.
-            seed: of the order and the views.
-            device: of the batches.
+            seed: seed of the order and the views.
+            device: device of the batches.
             channels_last: memory format of the images.
-            sampler: decides the rows of every batch instead.
-            augment: what follows crop and flip.
+            sampler: a sampler of the rows, in place of `overlap` and `seed`.
+            augment: augmentation after crop and flip.
             ranks: the processes that share the batches.
         """
         augment, ranks = augment or AugmentConfig(), ranks or Ranks()
@@ -121,8 +121,10 @@ class RunData:
         return Compose(steps) if steps else None
 
     def test_batches(self, device: torch.device, ranks: Ranks | None = None) -> EvalLoader:
-        """This rank's share of the test set, once, in order, without augmentation; the shares differ by at most one
-        image and no image is in two."""
+        """A loader of this rank's share of the test set, in order, without augmentation.
+
+        The shares are disjoint and differ by at most one image.
+        """
         config, ranks = self.config, ranks or Ranks()
         in_memory = hasattr(self.test, "images")
         return EvalLoader(
@@ -139,7 +141,7 @@ class RunData:
 
 
 def open_data(config: DataConfig) -> RunData:
-    """Open training and test set; take the subset of the training set and make its labels wrong as the config says.
+    """Open the training and the test set; apply the config's subset and label noise to the training set.
 
     Raises:
         ValueError: unknown kind, missing or damaged files, a test set with other classes.

@@ -1,8 +1,8 @@
-"""Training one model on several processes: the process group, decisions of rank 0, DDP and FSDP2.
+"""Training on several processes: the process group, work done on rank 0 only, DDP and FSDP2.
 
 `torchrun --nproc-per-node N -m dlb_fast train ...` starts N ranks and describes the group in their environment. Only
-rank 0 touches the run folder; what it read, decided or failed at is sent to the others, so that all of them continue or
-stop together. These messages travel between the hosts (gloo), never through the device.
+rank 0 accesses the run folder. It broadcasts its results and errors, so that all ranks continue or stop together. These
+messages use gloo on the hosts, not the GPUs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 T = TypeVar("T")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# what gloo and NCCL say when the process at the other end is gone
+# parts of the messages of gloo and NCCL when another process ended
 CONNECTION_LOST = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "Timed out", "remote process")
 
 
@@ -59,14 +59,14 @@ def started_by_torchrun() -> bool:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process and its group. `Ranks()` is a single process, for which no method communicates.
+    """This process and its group. `Ranks()` is a single process; its methods do not communicate.
 
     Attributes:
-        rank: of this process, over all machines.
-        world_size: processes over all machines.
-        local_rank: of this process on its machine; chooses its GPU.
-        local_size: processes on this machine.
-        grouped: whether there is a process group (also one of a single rank).
+        rank: rank of this process, over all machines.
+        world_size: number of processes, over all machines.
+        local_rank: rank of this process on its machine; chooses the GPU.
+        local_size: number of processes on this machine.
+        grouped: whether there is a process group (also with a single rank).
 
     Example:
         >>> Ranks().sum([1.0, 2.0]), Ranks().is_main
@@ -78,11 +78,11 @@ class Ranks:
     local_rank: int = 0
     local_size: int = 1
     grouped: bool = False
-    _hosts: Any = field(default=None, compare=False, repr=False)  # a gloo group; None: the default group is one
+    _hosts: Any = field(default=None, compare=False, repr=False)  # a gloo group; None if the default group has gloo
 
     @classmethod
     def join(cls) -> Ranks:
-        """Join the process group that torchrun's environment describes; a single process where there is none.
+        """Join the process group of torchrun's environment; without one this is a single process.
 
         On a GPU machine the group uses NCCL for tensors on GPUs and gloo for those on the host.
         """
@@ -90,14 +90,14 @@ class Ranks:
             return cls.current()
         if torch.cuda.is_available():
             local = _environment_number("LOCAL_RANK", "RANK")
-            if local < torch.cuda.device_count():  # otherwise resolve_device says what is wrong, unless device is cpu
+            if local < torch.cuda.device_count():  # otherwise resolve_device raises, unless the device is cpu
                 torch.cuda.set_device(local)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls.current()
 
     @classmethod
     def current(cls) -> Ranks:
-        """The ranks of the process group that exists already; a single process where there is none."""
+        """The ranks of the existing process group; without one this is a single process."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -107,17 +107,17 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes."""
+        """Whether this is rank 0, the only one that prints and writes."""
         return self.rank == 0
 
     def leave(self) -> None:
-        """Destroy the process group after a run that ended well. (A failing process just ends: the others notice.)"""
+        """Destroy the process group after a successful run. (A failing process just exits; the others notice.)"""
         if self.grouped and dist.is_initialized():
-            gc.collect()  # a wrapped model keeps the group, whose threads must not outlive the interpreter
+            gc.collect()  # frees wrapped models, which keep the group and its threads alive
             dist.destroy_process_group()
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums over the ranks, in float64, the same bits on all of them; NaN stays NaN."""
+        """Element-wise sums over the ranks in float64, bit-identical on all ranks; NaN stays NaN."""
         return self._all_reduce(values, dist.ReduceOp.SUM) if self.world_size > 1 else list(values)
 
     def max(self, values: Sequence[float]) -> list[float]:
@@ -164,7 +164,7 @@ class Ranks:
         return found or []
 
     def first_failure(self, error: str | None) -> str | None:
-        """The error of the lowest rank that has one; None when no rank has."""
+        """The error of the lowest rank that has one, or None."""
         if self.world_size == 1:
             return error
         found: list[Any] = [None] * self.world_size
@@ -172,7 +172,7 @@ class Ranks:
         return next((f"rank {r}: {e}" for r, e in enumerate(found) if e is not None), None)
 
     def cat(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors concatenated along dimension 0, in which they may differ; no gradient."""
+        """The tensors of all ranks concatenated along dimension 0, where their sizes may differ; no gradient."""
         if self.world_size == 1:
             return tensor
         rows = int(self.max([len(tensor)])[0])
@@ -185,7 +185,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def explain_lost_connection(self) -> Iterator[None]:
-        """Raise RankError where torch reports a broken connection: another rank ended."""
+        """Raise RankError if torch reports a broken connection, because then another rank ended."""
         try:
             yield
         except RuntimeError as error:
@@ -200,9 +200,9 @@ class Ranks:
 
 
 def _host_group() -> Any:
-    """The gloo group: None if the default group can use gloo, else one that is made once per default group.
+    """None if the default group can use gloo, else a gloo group, created once per default group.
 
-    Making a group is a collective, so all ranks must call this for the first time together.
+    Creating a group is a collective, so all ranks must make their first call together.
     """
     if "gloo" in dist.get_backend_config():
         return None
@@ -220,7 +220,7 @@ def _environment_number(*names: str, default: int = 0) -> int:
 
 
 def _picklable(error: Exception | None) -> Exception | None:
-    """The exception, or a RankError with its text where it does not survive pickling."""
+    """The exception, or a RankError with its text if it cannot be pickled."""
     if error is None:
         return None
     try:
@@ -235,7 +235,7 @@ def distributed_mode(config: TrainConfig, ranks: Ranks, criterion: nn.Module, de
 
     Raises:
         ValueError: DDP or FSDP without ranks, ranks without either, SyncBatchNorm on a CPU, or FSDP2 with a method that
-            copies the model, of which each rank has only a shard.
+            copies the model (a rank has only a shard of it).
     """
     mode = config.distributed
     if mode == "auto":
@@ -279,12 +279,12 @@ def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
 
 
 def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None, mode: str) -> nn.Module:
-    """The module that a training step calls: the model itself, DDP around it, or the model sharded by FSDP2.
+    """The module that a training step calls: the model, the model in DDP, or the model sharded by FSDP2.
 
     Args:
-        model: the bare network, on this rank's device. It stays the one to evaluate and to save.
-        optimizer: over its parameters, before its first step. FSDP2 replaces its parameters by their shards.
-        average: a second network of the same kind (EMA), which is sharded the same way; or None.
+        model: the bare network, on this rank's device; evaluation and checkpoints use it.
+        optimizer: optimiser of its parameters, before its first step; FSDP2 replaces them by shards.
+        average: the EMA network, sharded the same way, or None.
         mode: "none", "ddp" or "fsdp".
     """
     if mode == "fsdp":
@@ -293,8 +293,8 @@ def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module 
             _fully_shard(average, None)
     elif mode == "ddp":
         device = next(model.parameters()).device
-        # Each rank keeps its own BatchNorm statistics, and an evaluation takes rank 0's: two_pass runs two forwards
-        # before one backward, and DDP would write into the statistics between them.
+        # No broadcast of BatchNorm statistics in the forward: two_pass runs two forwards before one backward, and DDP
+        # would overwrite the statistics between them. Each rank keeps its own; an evaluation uses those of rank 0.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {sync: False}
@@ -303,7 +303,7 @@ def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module 
 
 
 def gradient_sync(model: nn.Module, sync: bool) -> AbstractContextManager[Any]:
-    """Around a forward and backward of a wrapped model: whether the ranks' gradients are reduced in this backward."""
+    """Context of one forward and backward of a wrapped model; `sync` reduces the gradients over the ranks."""
     if isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext() if sync else model.no_sync()
     if is_sharded(model):
@@ -319,13 +319,13 @@ def reshard(model: nn.Module) -> None:
 
 
 def _fully_shard(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """FSDP2 over all ranks: every block of a sequence is gathered on its own, the rest with the whole."""
+    """Shard a model by FSDP2 over all ranks: each block of a sequence separately, the rest as one unit."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     if optimizer is not None and optimizer.state:
         raise ValueError("Trainer: distributed=fsdp needs an optimiser that has made no step yet; make a new one")
-    for parameter in model.parameters():  # FSDP2 has no channels_last weights; the images may still be so
+    for parameter in model.parameters():  # FSDP2 does not support channels_last weights
         parameter.data = parameter.data.contiguous()
     before = {id(p): name for name, p in model.named_parameters()}
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
@@ -339,20 +339,20 @@ def _fully_shard(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> N
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Elements of sequences that have children themselves: residual blocks, transformer layers."""
+    """Elements of sequences that have children: residual blocks, transformer layers."""
     sequences = (nn.Sequential, nn.ModuleList)
     elements = [child for parent in model.modules() if isinstance(parent, sequences) for child in parent.children()]
     return [e for e in elements if not isinstance(e, sequences) and any(e.children()) and list(e.parameters())]
 
 
 def _is_dtensor(value: Any) -> bool:
-    """Whether a value is a DTensor, without importing them (over a second) where nobody has."""
+    """Whether a value is a DTensor; does not import torch.distributed.tensor, which takes over a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 manages a module, so that each rank holds a shard of its weights; without an import, too."""
+    """Whether FSDP2 has sharded a module; does not import torch.distributed.fsdp."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
@@ -363,7 +363,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def distribute_like(reference: Any, tensor: Any) -> Any:
-    """`tensor` as a DTensor with `reference`'s placements; a plain reference leaves it. Every rank passes it whole."""
+    """`tensor`, passed whole by every rank, as a DTensor with `reference`'s placements, if `reference` is a DTensor."""
     if not _is_dtensor(reference) or _is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -373,7 +373,7 @@ def distribute_like(reference: Any, tensor: Any) -> Any:
 
 
 def full_state(state: Any) -> Any:
-    """A nested state with every DTensor gathered on the host; a collective where there are any."""
+    """A nested state with every DTensor gathered on the host; a collective if there are DTensors."""
     if isinstance(state, dict):
         return {key: full_state(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

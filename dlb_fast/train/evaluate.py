@@ -1,4 +1,4 @@
-"""Evaluation: accuracy, likelihood and calibration over exactly the images given."""
+"""Evaluation: accuracy, likelihood and calibration, with every image counted once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def predictions(
     autocast: AbstractContextManager[Any] | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits `(N, C)` in float32 (float64 stays) and targets `(N,)`, in eval mode; the model's mode is put back.
+    """Logits `(N, C)` in float32 (float64 stays) and targets `(N,)` in eval mode; restores the model's mode.
 
     Args:
         model: the network.
@@ -32,6 +32,7 @@ def predictions(
             share, with a length. Every rank then gets the rows of all ranks, in rank order.
         autocast: context manager for the forwards.
         ranks: the processes that evaluate together.
+
     Raises:
         ValueError: no image, or fewer images than ranks.
     """
@@ -52,7 +53,7 @@ def predictions(
                 out = model(images)
             logits.append(out if out.dtype == torch.float64 else out.float())
             targets.append(labels)
-        for _ in range(extra):  # FSDP2: the other ranks' forwards gather this rank's shard
+        for _ in range(extra):  # with FSDP2 every rank must take part in the forwards of the others
             model(images[:1])
     finally:
         model.train(was_training)
@@ -67,7 +68,7 @@ def evaluate(
     autocast: AbstractContextManager[Any] | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a model over a set, each image counted once, the same on all ranks. Arguments: `predictions`.
+    """Metrics of a model over a dataset, equal on all ranks. The arguments are those of `predictions`.
 
     Returns:
         top1: accuracy in [0, 1].
@@ -101,7 +102,7 @@ def evaluate(
 
 
 def calibration_error(logits: Tensor, targets: Tensor, bins: int = ECE_BINS) -> float:
-    """`sum over bins of share * |accuracy - mean confidence|`, bins equal in width, closed on the right."""
+    """`sum over bins of share * |accuracy - mean confidence|`; bins of equal width, closed on the right."""
     _, share, accuracy, confidence = reliability(logits, targets, bins)
     return float((share * (accuracy - confidence).abs()).sum())
 

@@ -1,4 +1,4 @@
-"""The network of a run for use elsewhere: a plain `nn.Module`, and what its user has to know."""
+"""Load the trained network of a run as a plain `nn.Module`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["load_model"]
 
 
 def load_model(run: Path | str, *, weights: str = "best") -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a run in eval mode on the CPU, and the metadata of its weights. The data are not needed.
+    """Load the network of a run, in eval mode on the CPU, and the metadata of its weights; does not need the data.
 
     Args:
         run: run folder.
         weights: `best` or `last`.
 
     Returns:
-        The network, which takes `(pixel / 255 - mean) / std` per channel, float32 of shape (B, channels, *size).
+        The network; its input is `(pixel / 255 - mean) / std`, float32 of shape (B, channels, *size).
         A dict with `model`, `num_classes`, `channels`, `size`, `mean`, `std`, `classes` and `step`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Metrics of a run: a bar or plain lines on the console, metrics.csv and metrics.jsonl, and experiment trackers.
+"""Log the metrics of a run to the console, metrics.csv, metrics.jsonl and experiment trackers.
 
-Both files only grow, line by line. A checkpoint remembers their lengths, and a resumed run cuts them back to these, so
-that the steps it repeats are not in them twice.
+The files are append-only. A checkpoint stores their lengths, and a resume truncates them to these lengths, so that
+repeated steps are not logged twice.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COLUMNS = (
     "data_wait",
 )
 
-PLAIN_SECONDS = 10.0  # between two lines of progress where there is no bar
+PLAIN_SECONDS = 10.0  # between two progress lines without a bar
 
 
 class TensorBoard:
@@ -58,7 +58,7 @@ class TensorBoard:
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # a killed process loses what it has not written
+        self.writer.flush()  # otherwise a killed process would lose the last values
 
     def finish(self) -> None:
         self.writer.close()
@@ -103,7 +103,7 @@ TRACKERS: dict[str, Callable[[], Any]] = {"tensorboard": TensorBoard, "trackio":
 
 
 def _run_id(folder: Path) -> str:
-    """The id under which a tracker continues the run of this folder; made once."""
+    """The tracker's id of the run in this folder, created once, so that a resumed run continues it."""
     path = folder / "tracker_id"
     if not path.exists():
         path.write_text(uuid.uuid4().hex, encoding="ascii")
@@ -114,12 +114,12 @@ class RunLog:
     """Console, metric files and trackers of one run.
 
     Args:
-        folder: where metrics.csv and metrics.jsonl go; None writes no files.
+        folder: folder of metrics.csv and metrics.jsonl; None writes no files.
         quiet: no console output.
-        stream: the console.
-        trackers: names in `TRACKERS`, which need a folder. One that fails while the run lasts is named once and left
-            out from then on; it never ends the run.
-        config: the run's configuration, for the trackers.
+        stream: the console; None means stderr.
+        trackers: names in `TRACKERS`; they need a folder. A tracker that fails during the run is reported once and then
+            dropped; it does not end the run.
+        config: configuration of the run, for the trackers.
 
     Raises:
         ValueError: trackers without a folder, or a tracker that is unknown or cannot be imported.
@@ -158,7 +158,7 @@ class RunLog:
                 ) from error
 
     def start(self, *, step: int, total: int) -> None:
-        """Begin the progress and the trackers after `step`."""
+        """Start the progress bar and the trackers after `step`."""
         self.total, self.printed = total, time.monotonic()
         self._call_trackers("start", self.folder, self.config, step)
         if self.quiet or not self.stream.isatty():
@@ -179,7 +179,7 @@ class RunLog:
             print(text, file=self.stream, flush=True)
 
     def warn(self, text: str) -> None:
-        """Print a line even in a quiet run: something was lost or is not as it was."""
+        """Print a warning, in a quiet run too."""
         if self.quiet:
             print(text, file=self.stream, flush=True)
         else:
@@ -196,9 +196,9 @@ class RunLog:
             self.say(f"step {row['step']}/{self.total}  {_short(row)}")
 
     def result(self, row: Mapping[str, Any]) -> None:
-        """A row at an evaluation: to both files, the trackers and a line on the console.
+        """Log a row of an evaluation to both files, the trackers and the console.
 
-        Values that are not numbers (the bins of the calibration) go to metrics.jsonl only.
+        Values that are not numbers (the calibration bins) are written to metrics.jsonl only.
         """
         finite = _finite(row)
         self._append(self.jsonl, json.dumps({"kind": "eval", **finite}))
@@ -219,7 +219,7 @@ class RunLog:
         return sizes
 
     def rewind(self, positions: Mapping[str, int]) -> None:
-        """Cut the files back to the lengths of a checkpoint (to nothing for a start from scratch)."""
+        """Truncate the files to the lengths of a checkpoint, or to 0 without one."""
         for path in (self.csv, self.jsonl):
             if path is None or not path.exists():
                 continue
@@ -229,14 +229,14 @@ class RunLog:
             os.truncate(path, min(length, size))
 
     def close(self) -> None:
-        """End the bar and the trackers."""
+        """Close the bar and the trackers."""
         self._call_trackers("finish")
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
     def _track(self, row: Mapping[str, Any]) -> None:
-        """Send the numbers of a row that its step has not sent before: an evaluation may fall on a log point."""
+        """Send the numbers of a row to the trackers, except values that this step has sent before."""
         step = row["step"]
         values = {_tag(k): v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
         values = {name: value for name, value in values.items() if (step, name) not in self.sent}
@@ -249,7 +249,7 @@ class RunLog:
                 getattr(tracker, method)(*arguments)
             except Exception as error:
                 del self.trackers[name]
-                self.warn(f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}")
+                self.warn(f"tracker {name} failed and is dropped: {type(error).__name__}: {error}")
 
     def _append(self, path: Path | None, line: str) -> None:
         if path is None:
@@ -258,11 +258,11 @@ class RunLog:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise CheckpointError(f"cannot write {path}: {error}; make room, then continue with --resume") from error
+            raise CheckpointError(f"cannot write {path}: {error}; free space, then continue with --resume") from error
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for nan and infinities, which strict JSON does not have."""
+    """`value` with None for NaN and infinities, which strict JSON lacks."""
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -271,7 +271,7 @@ def _finite(value: Any) -> Any:
 
 
 def _tag(name: str) -> str:
-    """`test_top1` -> `test/top1`; everything else belongs to the training: `loss` -> `train/loss`."""
+    """Tracker name of a column: `test_top1` -> `test/top1`, `loss` -> `train/loss`."""
     group, _, rest = name.partition("_")
     return f"{group}/{rest}" if group in ("train", "test") and rest else f"train/{name}"
 
@@ -298,5 +298,5 @@ def _phrases(row: Mapping[str, Any]) -> str:
 
 
 def _short(row: Mapping[str, Any]) -> str:
-    """The part of a row that is shown between two evaluations."""
+    """The values of a row that are printed between two evaluations."""
     return _phrases({name: row.get(name) for name in ("loss", "lr", "images_per_second", "data_wait")})

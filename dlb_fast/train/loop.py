@@ -47,26 +47,26 @@ __all__ = [
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite; the last checkpoint, from before, is kept."""
+    """The loss is not finite; the last checkpoint, saved before, is kept."""
 
 
 class Trainer:
     """Trains a model with a criterion that may remember the last mini-batch.
 
     Args:
-        model: maps images to logits `(n, C)`; on the device to train on. On several ranks it is the bare network: the
-            trainer wraps or shards it as `config.distributed` says, and gives the optimiser the shards.
-        criterion: called as `criterion(logits, targets)`, plus those of `ids`, `num_old`, `images`, `epoch`, `target_b`
-            and `lam` that its `forward` takes. Where it has them, `setup(model)` is called once and `step()` after
-            every optimiser step.
-        optimizer: over the model's parameters.
-        loader: any iterable of `Batch`; one pass is an epoch. With `state_dict`/`load_state_dict` it resumes exactly
-            by itself; without, the batches of the epoch so far are skipped, which is exact for a fixed sequence.
-        scheduler: stepped once per optimiser step; None keeps the rates.
+        model: maps images to logits `(n, C)`, on the device of the training. On several ranks pass the bare network;
+            the trainer wraps or shards it (`config.distributed`) and updates the optimiser's parameters.
+        criterion: called as `criterion(logits, targets)`, with those of `ids`, `num_old`, `images`, `epoch`, `target_b`
+            and `lam` that its `forward` accepts. If it has them, `setup(model)` is called once and `step()` after every
+            optimiser step.
+        optimizer: optimiser of the model's parameters.
+        loader: any iterable of `Batch`; one pass is an epoch. With `state_dict` and `load_state_dict` it resumes
+            exactly; without, a resume skips the batches of the epoch so far, which is exact for a fixed sequence.
+        scheduler: stepped once per optimiser step; None keeps the learning rates.
         evaluate: `model -> {"top1": ..., ...}`, called every `eval_every` steps; its values are logged as `test_*`.
-        folder: the run folder for metrics and checkpoints; None writes nothing.
-        config: how long, how precisely, what is written when.
-        log: console, metric files and trackers; made from `folder` and `config` by default. Only rank 0's is used.
+        folder: run folder for metrics and checkpoints; None writes nothing.
+        config: length, precision and output of the training.
+        log: console, metric files and trackers of rank 0; by default made from `folder` and `config`.
         ranks: this process and its group; by default those of the torch.distributed group, if there is one.
         metadata: written into exported weights.
         **settings: single fields of `TrainConfig`, overriding `config`.
@@ -119,7 +119,7 @@ class Trainer:
         self.ema = None if config.ema is None else Ema(model, config.ema)
         self.wrapped = wrap(model, optimizer, None if self.ema is None else self.ema.model, self.distributed)
         self.network = self.wrapped
-        if config.compile:  # batches have two sizes, the first half batch and the rest: no reason for dynamic shapes
+        if config.compile:  # static shapes, because there are two batch sizes only: the first batch is half as large
             self.network = torch.compile(self.wrapped, dynamic=False)  # type: ignore[assignment]
         self.autocast: Any = None
         if config.amp != "none":
@@ -130,14 +130,14 @@ class Trainer:
         if hasattr(criterion, "setup"):
             criterion.setup(model)  # type: ignore[operator]
         self.criterion_step: Callable[[], None] | None = getattr(criterion, "step", None)
-        if getattr(type(criterion), "step", None) is DistillationLoss.step:  # the base's, which does nothing
+        if getattr(type(criterion), "step", None) is DistillationLoss.step:  # the base's `step` does nothing
             self.criterion_step = None
 
         self.step = 0  # optimiser steps done
         self.epoch = 0  # passes of the loader finished
-        self.in_epoch = 0  # batches delivered of the running pass
-        self.images_seen = 0  # rows through the network on all ranks, repeated ones included
-        self.seconds = 0.0  # training time up to the last evaluation, evaluations and checkpoints not included
+        self.in_epoch = 0  # batches delivered of the current pass
+        self.images_seen = 0  # rows through the network on all ranks, including repeated ones
+        self.seconds = 0.0  # training time up to the last evaluation, without evaluations and checkpoints
         self.best: dict[str, float] = {}  # {"step", "top1"} of the best evaluation
         self.last: dict[str, Any] = {}  # the last row of metrics
         self.stop = StopSignals(ranks)
@@ -145,10 +145,11 @@ class Trainer:
         self.metrics = MetricAverager(self.device)  # since the last evaluation
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, or to SIGTERM/SIGINT, which save a checkpoint and return.
+        """Train to the end, or until SIGTERM or SIGINT; then save a checkpoint and return.
 
         Returns:
             The last row of metrics, with `best_top1`, `best_step` and `stopped_by` (None, "SIGTERM" or "SIGINT").
+
         Raises:
             TrainingDiverged: the loss of any rank is not finite at a log point.
             CheckpointError: the disk is full or not writable; the last good checkpoint is kept.
@@ -174,7 +175,7 @@ class Trainer:
                 started = time.perf_counter()
                 for micro_step in range(1, config.accumulate + 1):
                     batch = next(batches)
-                    if syncs_gradients:  # with the last batch of the step only
+                    if syncs_gradients:  # reduce the gradients in the last backward of the step only
                         with gradient_sync(self.wrapped, micro_step == config.accumulate):
                             self.forward_backward(batch)
                     else:
@@ -210,7 +211,7 @@ class Trainer:
         }
 
     def forward_backward(self, batch: Batch) -> None:
-        """Add the gradient of one batch to the parameters', and its loss to the metrics."""
+        """Forward and backward of one batch; adds its loss to the metrics."""
         if batch.images.device != self.device:
             batch = batch.to(self.device, non_blocking=True)
         if self.config.channels_last:
@@ -226,11 +227,11 @@ class Trainer:
         self.scaler.scale(loss / self.config.accumulate if self.config.accumulate > 1 else loss).backward()
         rows = len(batch.targets)
         self.images_seen += rows * self.ranks.world_size
-        # CS-KD counts half of the rows
+        # `parts.correct` counts half of the rows with CS-KD
         self.metrics.add(loss, getattr(self.criterion, "parts", None), getattr(self.criterion, "counted", None) or rows)
 
     def optimizer_step(self) -> None:
-        """Clip, step the optimiser and everything that follows it."""
+        """Clip the gradient; step the optimiser, the scheduler, the EMA and the criterion."""
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -245,9 +246,9 @@ class Trainer:
             self.criterion_step()
 
     def check_finite(self) -> None:
-        """Stop when the loss since the last evaluation is not finite on any rank. Reading it waits for the device.
+        """Raise TrainingDiverged if a loss since the last evaluation is not finite on any rank; synchronises.
 
-        Called before every checkpoint too, so that none holds weights that a NaN has reached.
+        Called before every checkpoint too, so that no checkpoint has NaN weights.
         """
         if not self.config.nan_check or self.metrics.reduced(self.ranks).is_finite():
             return
@@ -261,7 +262,7 @@ class Trainer:
         )
 
     def save(self) -> Path | None:
-        """Write a checkpoint of all ranks and the exported weights; returns the checkpoint's path."""
+        """Write a checkpoint of all ranks and the weights; returns the path of the checkpoint."""
         if self.folder is None:
             return None
         folder, state = self.folder / "checkpoints", self.state_dict()
@@ -270,20 +271,19 @@ class Trainer:
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a continuation depends on, as tensors and plain values; complete on rank 0."""
+        """The state of the training, as tensors and plain values; complete on rank 0 only."""
         return checkpoint.trainer_state(self)
 
     def load_state_dict(self, state: dict[str, Any], origin: str = "the checkpoint") -> None:
-        """Continue where `state_dict()` was taken. On several ranks each is given rank 0's state.
+        """Continue from `state_dict()`. Every rank passes the state of rank 0.
 
         Raises:
-            CheckpointError: the state belongs to another model, or was made with EMA and this run has none (or the
-                reverse).
+            CheckpointError: the state belongs to another model, or only one of the state and this run has an EMA.
         """
         checkpoint.load_trainer_state(self, state, origin)
 
     def resume(self) -> Path | None:
-        """Continue from the folder's newest valid checkpoint; None (and empty logs) when there is none."""
+        """Continue from the newest valid checkpoint of the folder; without one return None and clear the logs."""
         if self.folder is None:
             raise ValueError("Trainer.resume: needs a run folder")
 
@@ -297,10 +297,10 @@ class Trainer:
         return found
 
     def _batches(self) -> Iterator[Batch]:
-        """Batches without end, epoch after epoch; measures how long each one is waited for."""
+        """Yields batches epoch after epoch, without end, and measures the waiting time."""
         length = _length(self.loader)
         empty = 0
-        while empty < 2:  # a pass that is resumed at its very end is empty; two in a row mean that nothing will come
+        while empty < 2:  # a pass resumed at its end is empty; two empty passes mean that the loader is exhausted
             batches = iter(self.loader)
             if self.in_epoch and not hasattr(self.loader, "load_state_dict"):
                 batches = islice(batches, self.in_epoch, None)
@@ -313,18 +313,18 @@ class Trainer:
                     break
                 empty = 0
                 self.in_epoch += 1
-                if self.in_epoch == length:  # counted at the last batch, so that a checkpoint there says epoch + 1
+                if self.in_epoch == length:  # counted at the last batch, so that a checkpoint there has epoch + 1
                     self.epoch, self.in_epoch = self.epoch + 1, 0
                 yield batch
             if self.in_epoch:
                 self.epoch, self.in_epoch = self.epoch + 1, 0
         raise ValueError(
             f"Trainer: the loader has no more batches at step {self.step} of {self.total_steps}; "
-            f"is it a generator that is used up, or is the data smaller than a batch?"
+            f"is it an exhausted generator, or is the dataset smaller than a batch?"
         )
 
     def _evaluate(self) -> None:
-        """Log a row of metrics and export the best weights so far."""
+        """Evaluate, log a row of metrics, and write the weights if they are the best so far."""
         row = self._row()
         if self.evaluate is not None:
             weights = self.model if self.ema is None else self.ema.model
@@ -349,7 +349,7 @@ class Trainer:
         return {**seen, **metrics.means(), "seconds": round(self.seconds + metrics.seconds, 3)}
 
     def _export(self, name: str) -> None:
-        """Write the weights that are evaluated, alone."""
+        """Write the evaluated weights (the EMA's, if there is one) as safetensors."""
         if self.folder is None:
             return
         path = self.folder / "checkpoints" / f"{name}.safetensors"
@@ -359,15 +359,15 @@ class Trainer:
 
 
 def joint(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits `(n, C)` of one forward over the rows `[old | new]` (the paper): the halves share BatchNorm statistics."""
+    """Logits `(n, C)` of one forward over all rows (the paper): both halves share their BatchNorm statistics."""
     return model(batch.images)
 
 
 def two_pass(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits `(n, C)` in the order `[old | new]` from two forwards, the new rows first.
+    """Logits `(n, C)` in the order `[repeated | new]` from two forwards, first of the new rows.
 
-    As in the official code (Meta-knowledge-Lab/DLB@8949a46 `dlb.py`): each half is normalised with its own statistics,
-    and the running statistics are updated twice. Without BatchNorm and dropout it equals `joint`.
+    As in the official code (Meta-knowledge-Lab/DLB@8949a46 `dlb.py`): BatchNorm normalises each half with its own
+    statistics and updates the running statistics twice. Without BatchNorm and dropout it equals `joint`.
     """
     new_logits = model(batch.new)
     if not batch.has_old:
@@ -377,8 +377,10 @@ def two_pass(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def partners(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits `(n, C)` of rows `[anchors | partners]`: the anchors, then the partners without gradient but in train mode
-    (BatchNorm sees both, one after the other), as in the official code of CS-KD (alinlab/cs-kd `train.py`)."""
+    """Logits `(n, C)` of rows `[anchors | partners]` from two forwards: the partners without gradient, in train mode.
+
+    As in the official code of CS-KD (alinlab/cs-kd `train.py`), BatchNorm sees the anchors first, then the partners.
+    """
     half = len(batch) // 2
     anchors = model(batch.images[:half])
     with torch.no_grad():
@@ -394,7 +396,7 @@ FORWARDS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
 
 
 def accepted_inputs(criterion: nn.Module) -> frozenset[str]:
-    """The fields of a batch that the criterion takes: a `DistillationLoss` all of these, `nn.CrossEntropyLoss` none."""
+    """The fields of a batch that the criterion's `forward` accepts; `nn.CrossEntropyLoss` accepts none."""
     fields = {"ids", "num_old", "images", "epoch", "target_b", "lam"}
     return frozenset(inspect.signature(criterion.forward).parameters) & fields
 
@@ -408,20 +410,22 @@ def training_loss(
     autocast: AbstractContextManager[Any] | None = None,
     inputs: frozenset[str] | None = None,
 ) -> Tensor:
-    """The loss of one batch `[old | new]`; the criterion then remembers its new rows.
+    """The loss of one batch `[repeated rows | new rows]`; the criterion may store the new rows.
 
-    `loss = CE over all rows + alpha * tau^2 * KL(logits the new half gave one step ago || logits of the old rows)`
+    With DLB `loss = CE over all rows + alpha * tau^2 * KL(logits one step ago || logits)` over the repeated rows.
 
     Args:
         model: maps images `(n, ch, h, w)` to logits `(n, C)`.
-        criterion: called as `criterion(logits, targets)`, plus those of `ids`, `num_old`, `images`, `epoch`, `target_b`
-            and `lam` that its `forward` takes. One without `lam` gets dense targets `(n, C)` for mixed images.
-        batch: rows `[old | new]`.
+        criterion: called as `criterion(logits, targets)`, with those of `ids`, `num_old`, `images`, `epoch`, `target_b`
+            and `lam` that its `forward` accepts. Without `lam` it gets dense targets `(n, C)` for mixed images.
+        batch: rows `[repeated | new]`.
         forward: a name in `FORWARDS`.
         autocast: context manager for the network's forward; the loss runs outside it and computes in float32.
-        inputs: `accepted_inputs(criterion)`, if the caller has it.
+        inputs: `accepted_inputs(criterion)`; None computes it.
+
     Returns:
         The 0-d loss.
+
     Raises:
         ValueError: unknown forward.
     """
@@ -445,7 +449,7 @@ def training_loss(
 def mixed_targets(batch: Batch, pairs: bool, logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Targets of mixed images: `(target, {"target_b": ..., "lam": ...})` with `pairs`, else `(dense (n, C), {})`.
 
-    Of a pair, the class with the larger share comes first: it is the one that `parts.correct` (train_top1) counts.
+    The class with the larger weight becomes `target`, because `parts.correct` (train_top1) counts that one.
     """
     own, other, share = batch.targets, batch.target_b, batch.lam
     assert other is not None and share is not None
@@ -460,13 +464,13 @@ def mixed_targets(batch: Batch, pairs: bool, logits: Tensor) -> tuple[Tensor, di
 
 
 class MetricAverager:
-    """Means over the batches since the last evaluation. The sums stay on the device, so training never waits for them.
+    """Means over the batches since the last evaluation. The sums stay on the device, so `add` does not synchronise.
 
     Attributes:
         sums: (4,) float64 sums of loss, ce, lb and correct.
         batches: number of batches.
         rows: number of rows that `correct` counts.
-        with_parts: number of batches whose criterion told its parts.
+        with_parts: number of batches whose criterion has `parts`.
         waited: seconds spent waiting for batches.
         seconds: seconds of training.
     """
@@ -477,7 +481,7 @@ class MetricAverager:
         self.waited = self.seconds = 0.0
 
     def add(self, loss: Tensor, parts: Any, rows: int) -> None:
-        """Add one batch: its loss alone, or `parts` with loss, ce, lb and correct."""
+        """Add one batch: `parts` with loss, ce, lb and correct, or only the loss if `parts` is None."""
         if parts is None:
             self.sums[0] += loss.detach()
         else:
@@ -488,7 +492,7 @@ class MetricAverager:
         self.rows += rows
 
     def reduced(self, ranks: Ranks) -> MetricAverager:
-        """The averager of all ranks' rows, in their mean time; a collective that waits for the device."""
+        """The sums over all ranks, with their mean times; a collective that synchronises."""
         if ranks.world_size == 1:
             return self
         counts = [self.batches, self.rows, self.with_parts, self.waited, self.seconds]
@@ -500,11 +504,11 @@ class MetricAverager:
         return reduced
 
     def is_finite(self) -> bool:
-        """Whether every sum is finite; waits for the device."""
+        """Whether every sum is finite; synchronises."""
         return bool(self.sums.isfinite().all())
 
     def means(self) -> dict[str, Any]:
-        """A row of metrics; None for what is not known."""
+        """A row of metrics; None for unknown ones."""
         if not self.batches:
             return dict.fromkeys(("loss", "ce", "lb", "train_top1", "images_per_second", "data_wait"))
         loss, ce, lb, correct = self.sums.tolist()
@@ -519,7 +523,7 @@ class MetricAverager:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint between two evaluations."""
+        """The sums and counts, for a checkpoint between two evaluations."""
         return {**vars(self), "sums": self.sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -528,15 +532,15 @@ class MetricAverager:
         self.sums = state["sums"].to(self.sums.device)
 
 
-VOTE_SECONDS = 0.5  # between two votes on stopping
-VOTE_STEPS = 256  # at most between two votes, however fast the steps before were
+VOTE_SECONDS = 0.5  # aimed time between two votes on stopping
+VOTE_STEPS = 256  # most steps between two votes
 
 
 class StopSignals:
-    """SIGTERM and SIGINT end the run after the running step; a second one ends it at once.
+    """SIGTERM and SIGINT end the run after the current step; a second signal ends it at once.
 
-    A single process looks at `signal`. Several ranks vote: about twice a second they reduce two numbers, which tell all
-    of them whether any got a signal and, by the slowest rank's pace, after how many steps to vote again.
+    A single process checks `signal`. Several ranks vote about twice a second: they reduce the signal numbers and the
+    seconds per step, so that all stop at the same step and agree on the step of the next vote.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -546,8 +550,10 @@ class StopSignals:
         self._voted = time.perf_counter()
 
     def agreed(self, *, now: bool = False) -> str | None:
-        """The name of the signal that ends the run, or None. All ranks call it before every step; `now` (the same on
-        all of them) votes whether or not it is time."""
+        """The name of the signal that ends the run, or None. All ranks call this before every step.
+
+        `now`, the same on all ranks, votes at once.
+        """
         number = self.signal
         if self.ranks.world_size > 1:
             self._left -= 1
@@ -592,7 +598,7 @@ def total_steps(loader: Any, config: TrainConfig) -> int:
 
 
 def _length(loader: Any) -> int:
-    """Batches per epoch, or 0 where the loader does not say."""
+    """Batches per epoch, or 0 if the loader has no length."""
     try:
         return len(loader)
     except TypeError:

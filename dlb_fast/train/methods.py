@@ -1,8 +1,8 @@
-"""From the method of a config to its criterion and its batches, and the methods that `compare` puts side by side.
+"""Make the criterion and the sampler of a config's method; list the methods of `compare`.
 
-The methods are in `dlb_fast.methods`; this file joins them with configs and samplers. `compare` runs them at equal
-optimiser steps and equal rows per step, hence equal images seen. DLB shows every sample twice in a row; `two_view`
-shows the same batches without the KL, which isolates the KL; `ce` fills the batch with distinct samples.
+The methods are in `dlb_fast.methods`. `compare` trains them with equal optimiser steps and equal rows per step, hence
+equal images seen. DLB has every sample in two consecutive steps; `two_view` has the same batches without the KL, which
+isolates the effect of the KL; `ce` has distinct samples in every batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "sampled_rows", "variant",
 ]  # fmt: skip
 
-# name in `compare` -> fields it sets on top of the shared config, and its label
+# name in `compare` -> fields that it sets on top of the shared config
 VARIANTS: dict[str, dict[str, Any]] = {
     name: {"method": method.name, **fields}
     for method in METHODS.values()
@@ -34,7 +34,7 @@ LABELS = {name: label for method in METHODS.values() for name, (label, _) in met
 
 
 def method_options(config: LossConfig) -> dict[str, Any]:
-    """The options of the config's method: what the config sets over the method's defaults.
+    """The options of the config's method: its defaults, overridden by the config.
 
     Raises:
         ValueError: an unknown method, or an option that the method does not have.
@@ -60,12 +60,12 @@ def method_options(config: LossConfig) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A default as a config holds it."""
+    """A default value in the form that a config stores."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The config with the options of its method and the forward it needs written into it: what a run folder holds.
+    """The config with all options of its method and the method's forward filled in, as saved in a run folder.
 
     Raises:
         ValueError: an option, a forward or mixed images that the method cannot use.
@@ -103,18 +103,18 @@ def _check_mixing(config: RunConfig, method: Method, options: dict[str, Any]) ->
 
 
 def sampled_rows(config: RunConfig) -> int:
-    """Newly sampled rows per step."""
+    """Number of newly sampled rows per step."""
     return find(config.loss.method).sampled_rows(config.data.batch_size, method_options(config.loss))
 
 
 def make_sampler(config: LossConfig, targets: Any, rows: int, seed: int) -> Any:
-    """The sampler of rows that belong together; None where the loader's own batches (distinct or overlapping) serve.
+    """The sampler of a method that needs view pairs or classmates; None for methods with distinct or overlapping rows.
 
     Args:
-        config: which method, and its options.
+        config: the method and its options.
         targets: ``(N,)`` class of every training sample.
-        rows: per step on this rank.
-        seed: of the run.
+        rows: rows per step on this rank.
+        seed: seed of the run.
     """
     method, options = find(config.method), method_options(config)
     if method.batches == "two_views":
@@ -129,10 +129,10 @@ def make_criterion(config: LossConfig, *, num_classes: int, num_samples: int, ro
     """The criterion of a config.
 
     Args:
-        config: which method, its options, and those that every criterion has.
-        num_classes: of the data.
-        num_samples: of the training set.
-        rows: per step on this rank.
+        config: the method, its options, and those of every criterion.
+        num_classes: number of classes.
+        num_samples: size of the training set.
+        rows: rows per step on this rank.
         epochs: passes of the loader in the whole run.
     """
     method = find(config.method)
@@ -155,9 +155,9 @@ def make_criterion(config: LossConfig, *, num_classes: int, num_samples: int, ro
 
 
 def variant(config: RunConfig, name: str) -> RunConfig:
-    """The config of one of the compared methods, all its options written out.
+    """The config of one of the compared methods, with all its options.
 
-    The options of the shared config belong to its own method; methods with another criterion have their defaults.
+    Options of the shared config apply to methods with the same criterion; other methods use their defaults.
 
     Raises:
         ValueError: unknown name.

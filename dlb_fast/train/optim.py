@@ -23,8 +23,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """SGD or AdamW over the model's parameters that need a gradient.
 
     With `decay_norm_and_bias=False`, parameters with at most one dimension (norms, biases) form a group without weight
-    decay. The official code decays everything, which is the default. A state that is loaded later brings its moments
-    and leaves the numbers of `config` as they are.
+    decay. The official code decays all parameters, which is the default. `load_state_dict` restores the moments but
+    keeps the hyperparameters of `config`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
@@ -42,7 +42,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     names = ("weight_decay", "momentum", "nesterov", "betas")
     configured = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
 
-    def keep(loaded: Optimizer) -> None:  # torch would take them from the saved state; the schedule sets the rates
+    def keep(loaded: Optimizer) -> None:  # torch would restore the saved hyperparameters; the schedule sets the rates
         for group, own in zip(loaded.param_groups, configured, strict=True):
             group.update(own)
 
@@ -51,7 +51,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def lr_factor(step: int, *, config: ScheduleConfig, total_steps: int, steps_per_epoch: float, peak: float) -> float:
-    """Factor on the peak rate in optimiser step `step` (from 0): a function of the step alone.
+    """Factor on the peak learning rate in optimiser step `step` (from 0).
 
     warm-up: `(step + 1) / warmup_steps`; cosine: from 1 to `min_lr / peak` over the steps after the warm-up;
     multistep: `gamma ** (milestones passed)`, as `MultiStepLR` stepped once an epoch.
@@ -60,7 +60,7 @@ def lr_factor(step: int, *, config: ScheduleConfig, total_steps: int, steps_per_
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule == "cosine":
-        # the floor is reached one step after the last one, as with CosineAnnealingLR: the last step still moves
+        # the minimum is reached one step after the last one, as with CosineAnnealingLR, so the last step has an effect
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         floor = config.min_lr / peak
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -71,7 +71,7 @@ def lr_factor(step: int, *, config: ScheduleConfig, total_steps: int, steps_per_
 
 
 class _ConfiguredLR(LambdaLR):
-    """Takes the step from a saved state and nothing else: the rates are those of this run's config."""
+    """Restores only the step from a saved state; the rates are those of this run's config."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
@@ -85,14 +85,15 @@ class _ConfiguredLR(LambdaLR):
 def make_scheduler(
     optimizer: Optimizer, config: ScheduleConfig, *, total_steps: int, steps_per_epoch: float
 ) -> LambdaLR:
-    """A torch scheduler for the config, to be stepped once per optimiser step. A continuation with another rate or
-    length goes on at its own rates.
+    """A torch scheduler for the config, stepped once per optimiser step.
+
+    A resumed run with another learning rate or length uses its own rates.
 
     Args:
-        optimizer: its current rates are the peak.
-        config: which schedule.
+        optimizer: its current rates are the peak rates.
+        config: the schedule.
         total_steps: optimiser steps of the whole run.
-        steps_per_epoch: turns epochs (warm-up, milestones) into steps.
+        steps_per_epoch: converts epochs (warm-up, milestones) to steps.
     """
     peak = max(group["lr"] for group in optimizer.param_groups)
     numbers = {"config": config, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "peak": peak}
@@ -102,9 +103,9 @@ def make_scheduler(
 class Ema:
     """Exponential moving average of a model's weights: `average += (1 - d) * (weights - average)`.
 
-    The decay warms up, `d = min(decay, (1 + t) / (10 + t))` after `t` updates, so that the random start is forgotten.
-    Buffers (BatchNorm statistics) are copied. Only the model is averaged; the loss remembers the logits of the model
-    that is trained.
+    The decay warms up, `d = min(decay, (1 + t) / (10 + t))` after `t` updates, so that the random initial weights lose
+    their influence. Buffers (BatchNorm statistics) are copied. The criterion stores logits of the trained model, not of
+    the average.
 
     Example:
         >>> average = Ema(nn.Linear(2, 1), decay=0.99)
@@ -117,7 +118,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Average in the model's weights after an optimiser step."""
+        """Update the average after an optimiser step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         averages: list[torch.Tensor] = [local_shard(p) for p in self.model.parameters()]

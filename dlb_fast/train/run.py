@@ -1,4 +1,4 @@
-"""From a config to a finished run in its folder, and from a run folder to its scores.
+"""Train a run in its folder, from a config; evaluate a run from its folder.
 
 A run folder holds config.yaml, versions.json, metrics.csv, metrics.jsonl, checkpoints/ and, once finished, result.json.
 """
@@ -76,7 +76,7 @@ class RunFolder:
         """Make the folder and lock it against other processes until `unlock()` or the end of this process.
 
         Raises:
-            ValueError: another process trains there, or the folder cannot be made.
+            ValueError: another process trains in the folder, or it cannot be made.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -99,14 +99,14 @@ class RunFolder:
         self._lock = handle
 
     def unlock(self) -> None:
-        """Let another process train here."""
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     @classmethod
     def named(cls, label: str) -> RunFolder:
-        """A new folder `runs/<date>-<time>-<label>`, numbered if it is taken."""
+        """A new folder `runs/<date>-<time>-<label>`, with a number if it exists."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}"
         path, number = RUNS / name, 2
         while path.exists():
@@ -114,11 +114,11 @@ class RunFolder:
         return cls(path)
 
     def exists(self) -> bool:
-        """Whether a run was started here."""
+        """Whether the folder has a run."""
         return self.config.exists()
 
     def create(self, config: RunConfig, impl: str) -> None:
-        """Write versions.json, then config.yaml, whose presence marks a folder as a run."""
+        """Write versions.json, then config.yaml, which marks the folder as a run."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         report = json.dumps({**versions(), "implementation": impl}, indent=1).encode()
         write_atomically(self.path / "versions.json", lambda file: file.write(report))
@@ -126,14 +126,14 @@ class RunFolder:
         write_atomically(self.config, lambda file: file.write(text))
 
     def read_config(self) -> RunConfig:
-        """The config the run was started with."""
+        """The config of the run."""
         if not self.exists():
             raise ValueError(f"there is no run in {self.path}: {self.config} is missing")
         return load_config(self.config)
 
 
 def newest_run(root: Path | str = RUNS) -> RunFolder:
-    """The run under `root` that was worked on last (its newest checkpoint, or its start).
+    """The run under `root` with the newest checkpoint or start.
 
     Raises:
         ValueError: there is no run.
@@ -145,7 +145,7 @@ def newest_run(root: Path | str = RUNS) -> RunFolder:
 
 
 def versions() -> dict[str, Any]:
-    """Interpreter, torch, this package and its commit, machine, threads: what a result depends on."""
+    """Versions of Python, torch and this package, and the platform, threads, ranks and GPU."""
     import dlb_fast
 
     return {
@@ -173,7 +173,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def resolve_device(name: str, ranks: Ranks | None = None) -> torch.device:
-    """The device of a name. `auto` is the GPU where there is one; on several ranks each takes its own.
+    """The device of a name. `auto` is the GPU if there is one; on several ranks each rank gets its own GPU.
 
     Raises:
         ValueError: torch cannot use the device, or the machine has fewer GPUs than ranks.
@@ -216,12 +216,12 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of a config; the same config gives the same initial weights and the same batches.
 
-    `batch_size` counts the rows of a step over all ranks: a rank trains on `batch_size / world_size` of them, so the
-    same config means the same training on any number of ranks.
+    `batch_size` is the number of rows per step over all ranks. A rank trains on `batch_size / world_size` of them, so
+    the number of ranks does not change the training.
 
     Args:
         config: the run.
-        data: already opened; None opens `config.data`.
+        data: opened data; None opens `config.data`.
         folder: run folder; None writes nothing.
         log: console and metric files.
         ranks: this process and its group; by default those of the torch.distributed group, if there is one.
@@ -240,7 +240,7 @@ def build_trainer(
     model = create_model(config.model.model, data.num_classes, data.channels).to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if ranks.rank:  # the weights are equal; the network's random numbers (dropout) must differ from rank to rank
+    if ranks.rank:  # the weights are equal on all ranks, but dropout must differ
         seed_everything(config.train.seed + ranks.rank)
     rows = config.data.batch_size // ranks.world_size
     loader = data.train_loader(
@@ -280,7 +280,7 @@ def build_trainer(
 
 
 def weights_metadata(config: RunConfig, data: RunData) -> dict[str, str]:
-    """What exported weights say about themselves, as text: enough to build the model and feed it without the data."""
+    """Metadata of exported weights, as text: what is needed to build the model and normalise its input."""
     side = config.data.eval_size or config.data.image_size
     size = list(data.train.images.shape[2:]) if data.in_memory else [side, side]
     return {
@@ -302,10 +302,10 @@ def train_run(
     quiet: bool = False,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Train in a run folder, from the start or from its newest valid checkpoint; returns the trainer's result.
+    """Train in a run folder, from the start or from its newest valid checkpoint; returns the result of `Trainer.fit`.
 
-    Errors in the config, the data or the model are raised before the folder is made. A finished run leaves result.json.
-    On several ranks all call this; rank 0 alone prints and writes.
+    Errors in the config, the data or the model are raised before the folder is made. A finished run writes result.json.
+    All ranks call this; only rank 0 prints and writes.
     """
     config, ranks = resolve(config), ranks or Ranks.current()
     log = RunLog(quiet=True)
@@ -334,7 +334,7 @@ def train_run(
             log.say(f"{config.loss.method}: {cost()}")
         if resume and started:
             found = trainer.resume()
-            # after resume(): a refused continuation leaves the run's config as it was
+            # after resume(), so that a refused resume does not change the config of the run
             ranks.run_on_main(lambda: folder.create(config, impl))
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
             if trainer.step >= trainer.total_steps:
@@ -363,7 +363,7 @@ def train_run(
 
 
 def _rows(config: RunConfig, trainer: Trainer) -> str:
-    """The rows of an optimiser step and the peak rate: `128 rows (2 ranks x 64, ddp) on cpu, lr 0.05`."""
+    """Rows per optimiser step and peak learning rate, such as `128 rows (2 ranks x 64, ddp) on cpu, lr 0.05`."""
     size, batches = trainer.ranks.world_size, config.train.accumulate
     factors = [f"{size} ranks"] * (size > 1) + [f"{batches} batches"] * (batches > 1)
     product = " x ".join([*factors, str(config.data.batch_size // size)])
@@ -374,11 +374,11 @@ def _rows(config: RunConfig, trainer: Trainer) -> str:
 
 
 def _compare_versions(folder: RunFolder, log: RunLog) -> None:
-    """Say what changed since the start: a continuation is bit-identical only with the same software and threads."""
+    """Log what changed since the start: a resume is bit-identical only with the same software and threads."""
     try:
         before = json.loads((folder.path / "versions.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        log.say(f"{folder.path / 'versions.json'} cannot be read; it is written anew")
+        log.say(f"{folder.path / 'versions.json'} cannot be read and is replaced")
         return
     now = versions()
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
@@ -387,7 +387,7 @@ def _compare_versions(folder: RunFolder, log: RunLog) -> None:
 
 
 def _reset_peak_memory(device: torch.device) -> None:
-    """Start measuring: device memory on a GPU, resident memory of this process on Linux."""
+    """Reset the peak of the device memory (GPU) or of the resident memory of this process (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -396,7 +396,7 @@ def _reset_peak_memory(device: torch.device) -> None:
 
 
 def _peak_memory_mib(device: torch.device) -> float | None:
-    """MiB at the peak since `_reset_peak_memory`; None where the system does not report it."""
+    """Peak memory in MiB since `_reset_peak_memory`; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -409,16 +409,16 @@ def _peak_memory_mib(device: torch.device) -> float | None:
 def evaluate_run(
     path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Scores of a run's exported weights (`best` or `last`) on its own test set or on another one of the same classes.
+    """Scores of a run's weights (`best` or `last`) on its own test set or on another dataset with the same classes.
 
     Raises:
-        ValueError: no run there, or a set with another number of classes.
+        ValueError: there is no run, or the dataset has another number of classes.
         CheckpointError: the weights are missing or damaged.
     """
     folder = RunFolder(path)
     config = folder.read_config()
     if source is not None:
-        # normalisation is part of the model: another set is evaluated with the statistics of the training set
+        # normalisation is part of the model, so another dataset uses the statistics of the training set
         trained = open_data(config.data)
         other = open_data(override(config, source=source, per_class=None, label_noise=0.0).data)
         if other.num_classes != trained.num_classes:
@@ -441,9 +441,9 @@ SMOKE_STEPS, SMOKE_ROWS, SMOKE_CLASSES, SMOKE_PIXELS = 4, 16, 10, 64
 
 
 def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
-    """The config cut down to four steps of at most 16 rows, evaluated and saved at every second, without trackers.
+    """The config with four steps of at most 16 rows, an evaluation and a checkpoint every second step, and no trackers.
 
-    Its images become random ones of ten classes, of the size it asks for but at most 64 pixels, unless `real_data`.
+    Unless `real_data`, the images are synthetic, of ten classes and of the config's size, at most 64 pixels.
 
     Example:
         >>> from dlb_fast.presets import load_preset
@@ -467,17 +467,17 @@ def rehearse(
     """Train two steps, evaluate, save; resume, train to the end, evaluate the exported weights.
 
     Args:
-        config: of the run that is rehearsed.
-        folder: kept when given; otherwise a temporary one is used and removed.
+        config: config of the run.
+        folder: run folder, which is kept; None uses and removes a temporary folder.
         real_data: read the config's own data (all of its test set).
         quiet: no console output.
         ranks: this process and its group.
 
     Returns:
         The scores of the last weights, with `seconds`.
+
     Raises:
-        RuntimeError: the evaluation of the weights that were written is not that of the run.
-        Whatever a run raises.
+        RuntimeError: the written weights have another top-1 than the run. Other errors as in `train_run`.
     """
     short = shortened(config, real_data=real_data)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Datasets whose images are one uint8 tensor: digits, CIFAR, synthetic images, and any set loaded once."""
+"""Datasets in memory, with all images in one uint8 tensor: digits, CIFAR and synthetic images."""
 
 from __future__ import annotations
 
@@ -28,18 +28,17 @@ _CIFAR_PIXELS = 3 * 32 * 32
 
 
 class ArrayDataset:
-    """Images in memory.
+    """A map-style dataset in memory: `dataset[i]` is `(image (c, h, w) uint8, target)`.
 
     Args:
         images: (N, c, h, w) uint8.
         targets: (N,) class indices below `len(classes)`.
-        classes: names.
-        name: of the set, for messages and logs.
-
-    `dataset[i]` is `(image (c, h, w) uint8, target)`, so it is a map-style dataset as well.
+        classes: class names.
+        name: name of the dataset, for messages and logs.
 
     Raises:
-        TypeError, ValueError: another dtype or shape, lengths that differ, a target out of range.
+        TypeError: another dtype or number of dimensions.
+        ValueError: lengths that differ, or a target out of range.
     """
 
     def __init__(self, images: Any, targets: Any, classes: Sequence[str], name: str = "array") -> None:
@@ -72,7 +71,7 @@ class ArrayDataset:
         return self.images[index], int(self.targets[index])
 
     def select(self, indices: NDArray[np.int64]) -> Self:
-        """The same kind of set with only these samples, in this order; ids count anew from 0."""
+        """A dataset of only these samples, in this order; ids start again at 0."""
         chosen = copy.copy(self)
         rows = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         chosen.images, chosen.targets = self.images[rows], self.targets[rows]
@@ -90,16 +89,16 @@ class ArrayDataset:
 
 
 def check_split(operation: str, split: str) -> str:
-    """`split`, when it is "train" or "test"."""
+    """`split`; ValueError unless it is "train" or "test"."""
     if split not in ("train", "test"):
         raise ValueError(f'{operation}: split must be "train" or "test", got {split!r}')
     return split
 
 
 def stratified_split(targets: NDArray[np.int64], test_share: float, seed: int) -> tuple[Any, Any]:
-    """(train indices, test indices), sorted: of every class the same share goes to the test set, chosen by the seed.
+    """(train indices, test indices), sorted: `test_share` of every class, chosen by the seed, is the test set.
 
-    Every class with two samples or more has at least one on each side; a single one is for training.
+    A class with two or more samples has at least one on each side; a single sample is for training.
     """
     if not 0 < test_share < 1:
         raise ValueError(f"stratified_split: test_share must be between 0 and 1, got {test_share}")
@@ -118,12 +117,12 @@ def digits(split: str = "train", *, seed: int = 0, test_share: float = 0.5) -> A
 
     Args:
         split: "train" or "test".
-        seed: of the stratified split.
-        test_share: of each class; half by default, because a small test set could not tell methods apart (0.5 leaves
-            900 images: one standard error is 0.6 % at 96 %).
+        seed: seed of the stratified split.
+        test_share: fraction of each class in the test set. Half by default, because a smaller test set could not
+            separate the methods: with 900 images the standard error is 0.6 % at 96 %.
 
-    Source: scikit-learn `load_digits`: Optical Recognition of Handwritten Digits (UCI), grey values 0 to 16, stretched
-    here to 0 to 255.
+    Source: scikit-learn `load_digits`: Optical Recognition of Handwritten Digits (UCI); grey values 0 to 16 are scaled
+    to 0 to 255.
     """
     check_split("digits", split)
     try:
@@ -149,14 +148,14 @@ def synthetic(
     size: int = 32,
     seed: int = 0,
 ) -> ArrayDataset:
-    """Made-up images that can be learned, the same on every machine: a smooth pattern per class under strong noise.
+    """Synthetic images, the same on every machine: a smooth pattern per class plus strong noise.
 
     Args:
         split: "train" has `length` samples, "test" a quarter of it (at least one per class), with the same patterns.
-        length: training samples.
+        length: number of training samples.
         num_classes: number of classes.
         size: height and width of the 3-channel images.
-        seed: of patterns, targets and noise.
+        seed: seed of patterns, targets and noise.
     """
     name = "synthetic"
     check_split(name, split)
@@ -173,7 +172,7 @@ def synthetic(
     targets = np.arange(count) % num_classes
     targets = targets[permutation(key_of(seed, SYNTHETIC, which, 0), count)].astype(np.int64)
     images = np.empty((count, 3, size, size), dtype=np.uint8)
-    for start in range(0, count, 1024):  # in pieces: the noise is float64
+    for start in range(0, count, 1024):  # in chunks, because the float64 sums take eight times the memory
         labels = targets[start : start + 1024]
         key = key_of(seed, SYNTHETIC, which, 1, start)
         noise = _bytes(key, len(labels) * 3 * size * size).reshape(-1, 3, size, size)
@@ -187,16 +186,16 @@ def _bytes(key: int, count: int) -> NDArray[np.uint8]:
 
 
 def cifar(path: str | Path, classes: int, split: str = "train") -> ArrayDataset:
-    """CIFAR-10 or CIFAR-100 from its published *binary* version; the Python version is pickled and is never opened.
+    """CIFAR-10 or CIFAR-100 from the published *binary* version; the Python version is not read, because it is pickled.
 
     Args:
-        path: the unpacked folder (`cifar-10-batches-bin`, `cifar-100-binary`) or the folder that holds it.
+        path: the unpacked folder (`cifar-10-batches-bin`, `cifar-100-binary`) or its parent.
         classes: 10 or 100 (fine labels).
         split: "train" or "test".
 
     Raises:
-        FileNotFoundError: a missing folder or file, naming it.
-        ValueError: a file of the wrong size or a label out of range, naming file, offset and value.
+        FileNotFoundError: a folder or file is missing; the message names it.
+        ValueError: a file has the wrong size or a label out of range; the message names file, offset and value.
 
     Source: Krizhevsky, "Learning multiple layers of features from tiny images"; format:
         https://www.cs.toronto.edu/~kriz/cifar.html

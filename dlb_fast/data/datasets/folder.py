@@ -1,7 +1,7 @@
 """Datasets of image files: class folders, a list of files, and the TinyImageNet layout. Tar shards are in `tar.py`.
 
-They hold targets and names; `read(i)` gives a file's bytes and `path(i)` its name. Decoding is the loader's work;
-`dataset[i]` decodes too, so that each is a map-style dataset as well.
+`read(i)` returns a file's bytes and `path(i)` its name; the loader decodes. `dataset[i]` decodes as well, so each is a
+map-style dataset.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ _MOST_CLASSES = 1_000_000
 
 
 def numbered(labels: Sequence[str], operation: str, *, names: bool = False) -> tuple[list[str], list[int]]:
-    """(names of the classes, index of each label): labels that are all numbers are the indices, others are sorted.
+    """(class names, class index of each label): numeric labels are indices, other labels are numbered in sorted order.
 
     Args:
-        names: they are names, even where all are numbers.
+        labels: one label per sample.
+        operation: name for messages.
+        names: True treats numeric labels as names too.
 
     Raises:
-        ValueError: numbers that are no class indices, such as dates: every number below would be a class.
+        ValueError: numbers too large for class indices, such as dates.
     """
     if names or not all(label.isascii() and label.isdigit() for label in labels):
         classes = sorted(set(labels))
@@ -54,31 +56,31 @@ def numbered(labels: Sequence[str], operation: str, *, names: bool = False) -> t
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file; opening a pipe would wait for ever, and a device may never end.
+    """The bytes of a regular file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: the file cannot be read or is not regular (reading a pipe or a device may never return).
     """
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder names the error itself
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # for a folder `open` raises a clear error
         raise OSError(f"{os.fspath(path)}: not a regular file but a pipe, socket or device; remove it from the set")
     with open(path, "rb") as file:
         return file.read()
 
 
 class FileDataset:
-    """The base of the datasets of files.
+    """Base of the datasets of files.
 
     Args:
-        paths: of the files, relative to `root`.
+        paths: paths of the files, relative to `root`.
         targets: (N,) class indices.
-        classes: names.
-        root: folder.
-        name: of the set, for messages.
+        classes: class names.
+        root: folder of the relative paths.
+        name: name of the dataset, for messages.
     """
 
     def __init__(self, paths: Iterable[str], targets: Any, classes: Sequence[str], root: str | Path, name: str) -> None:
-        # one array of bytes: 1.28 million paths cost little more than their characters, and forked workers copy nothing
+        # One bytes array: 1.28 million paths take little more than their characters, and forked workers share it.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.targets: NDArray[np.int64] = np.asarray(targets, dtype=np.int64)
         self.classes = list(classes)
@@ -94,11 +96,11 @@ class FileDataset:
         return len(self.targets)
 
     def path(self, index: int) -> str:
-        """Where sample `index` is, for messages."""
+        """Path of sample `index`."""
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
     def read(self, index: int) -> bytes:
-        """The file's bytes; OSError names what is wrong with it."""
+        """Bytes of the file; OSError if it cannot be read."""
         return read_file(self.path(index))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
@@ -106,7 +108,7 @@ class FileDataset:
         return image, int(self.targets[index])
 
     def select(self, indices: NDArray[np.int64]) -> Self:
-        """The same kind of set with only these samples, in this order; ids count anew from 0."""
+        """A dataset of only these samples, in this order; ids start again at 0."""
         chosen = copy.copy(self)
         chosen._paths, chosen.targets = self._paths[indices], self.targets[indices]
         return chosen
@@ -127,21 +129,21 @@ def _decoder() -> ImageDecoder:
 
 
 class ImageFolder(FileDataset):
-    """`root/CLASS/**/image.jpg`: one folder per class, as torchvision's.
+    """`root/CLASS/**/image.jpg`: one folder per class, as in torchvision.
 
     Args:
-        root: folder with the class folders. Names that begin with a dot are left out; links are followed, but not back
-            to a folder that they lie in.
-        classes: names in the order of their indices; None takes all folders, sorted. Give a training set's classes to
-            its validation folder, so that both agree even when one lacks a class.
-        extensions: which files count, as in (".jpg", ".png"); the case does not matter.
+        root: folder with the class folders. Names that begin with a dot are ignored. Links are followed, except to a
+            parent folder of the link.
+        classes: class names in the order of their indices; None means all folders, sorted. Pass the classes of the
+            training set for its validation folder, so that the indices agree even if one folder lacks a class.
+        extensions: file extensions, such as (".jpg", ".png"), in any case.
         allow_empty: keep classes without an image instead of raising.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: the folder does not exist.
         ValueError: no class folders, a class without images, or a class folder that is not in `classes`.
-        TypeError: extensions in one string.
-        OSError: a folder that cannot be read.
+        TypeError: `extensions` is one string.
+        OSError: a folder cannot be read.
     """
 
     def __init__(
@@ -176,18 +178,18 @@ class ImageFolder(FileDataset):
 
 
 class ListFile(FileDataset):
-    """A text file with one `path<TAB>label` per line; in a line without a tab the label is the last word.
+    """Images listed in a text file, one `path<TAB>label` per line; without a tab the last word is the label.
 
     Args:
         file: the list, in UTF-8. Empty lines and lines that begin with # are skipped.
-        root: folder of relative paths; None is the list's own.
-        classes: names in the order of their indices. None: numbers are class indices themselves, and other labels are
+        root: folder of the relative paths; None means the folder of the list.
+        classes: class names in the order of their indices. None: numeric labels are class indices, other labels are
             numbered in sorted order.
 
     Raises:
-        FileNotFoundError: no such list.
-        ValueError: a line without a label or with an unknown one, naming file and line; numbers that are no class
-            indices.
+        FileNotFoundError: the list does not exist.
+        ValueError: a line without a label or with an unknown one (the message names file and line), or numbers too
+            large for class indices.
     """
 
     def __init__(
@@ -201,7 +203,7 @@ class ListFile(FileDataset):
         if not file.is_file():
             raise FileNotFoundError(f"ListFile: no file {file}; expected lines of `path<TAB>label`")
         paths, labels, numbers = [], [], []
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # some editors write a mark in front
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # some editors write a byte order mark
         for number, line in enumerate(text.splitlines(), start=1):
             line = line.strip()
             if not line or line.startswith("#"):
@@ -232,7 +234,7 @@ class TinyImageNet(FileDataset):
 
     Args:
         root: the unpacked `tiny-imagenet-200`.
-        split: "train", or "test" for the annotated validation images (the published test images have no labels).
+        split: "train", or "test" for the validation images (the published test images have no labels).
     """
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
@@ -251,10 +253,10 @@ class TinyImageNet(FileDataset):
         paths, targets = [], []
         if split == "train":
             for name in classes:
-                place = root / "train" / name
-                found = image_files(root, os.path.join("train", name), IMAGE_EXTENSIONS) if place.is_dir() else []
+                folder = root / "train" / name
+                found = image_files(root, os.path.join("train", name), IMAGE_EXTENSIONS) if folder.is_dir() else []
                 if not found:
-                    raise ValueError(f"TinyImageNet: no images in {place}")
+                    raise ValueError(f"TinyImageNet: no images in {folder}")
                 paths += found
                 targets += [index[name]] * len(found)
         else:
@@ -268,7 +270,7 @@ class TinyImageNet(FileDataset):
 
 
 def has_folders(root: Path) -> bool:
-    """Whether `root` has folders in it that are not hidden."""
+    """Whether `root` contains folders that are not hidden."""
     return bool(_folders(root))
 
 
@@ -292,14 +294,14 @@ def image_files(root: Path, folder: str, endings: tuple[str, ...]) -> list[str]:
     """Image files below `root/folder`, relative to `root`, sorted.
 
     Raises:
-        OSError: a folder that cannot be read: its images would be missing without a word.
+        OSError: a folder cannot be read; skipping it would silently drop its images.
     """
     found = tree(str(root), folder, _unreadable)
     return sorted(path for path, is_folder in found if not is_folder and is_image(path, endings))
 
 
 def is_image(path: str, endings: tuple[str, ...]) -> bool:
-    """Whether a file's name is that of an image; names that begin with a dot are not."""
+    """Whether a file name has an image extension and does not begin with a dot."""
     name = os.path.basename(path)
     return name.lower().endswith(endings) and not name.startswith(".")
 
@@ -307,40 +309,40 @@ def is_image(path: str, endings: tuple[str, ...]) -> bool:
 def tree(
     root: str, folder: str, failed: Callable[[str, OSError], None], *, deep: bool = True
 ) -> Iterator[tuple[str, bool]]:
-    """(path relative to `root`, whether it is a folder) of everything below `root/folder`, each folder sorted.
+    """Yields (path relative to `root`, whether it is a folder) of everything below `root/folder`, sorted per folder.
 
-    Hidden folders are named but not entered. Links are followed, but not back to a folder that they lie in.
+    Hidden folders are yielded but not entered. Links are followed, except to a parent folder of the link.
 
     Args:
-        root: where the paths begin.
-        folder: below `root`, or "".
-        failed: called with a folder that cannot be read and the reason; raises, or returns to go on without it.
-        deep: False names what is directly in the folder only.
+        root: base of the paths.
+        folder: start, relative to `root`, or "".
+        failed: called with a folder that cannot be read and the error; it raises, or returns to skip the folder.
+        deep: False does not descend into subfolders.
     """
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     if folder:
         waiting = [(folder, frozenset([_identity(root)]))]
     while waiting:
         inside, above = waiting.pop()
-        place = os.path.join(root, inside) if inside else root
+        current = os.path.join(root, inside) if inside else root
         try:
-            here = _identity(place)
+            here = _identity(current)
             if here in above:
-                _LOG.warning("%s leads back to a folder that it lies in, and is not followed", place)
+                _LOG.warning("%s links to one of its parent folders and is not followed", current)
                 continue
-            with os.scandir(place) as entries:
+            with os.scandir(current) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            failed(place, error)
+            failed(current, error)
             continue
         for entry in found:
             path = os.path.join(inside, entry.name)
             try:
                 is_folder = entry.is_dir()
-            except PermissionError as error:  # a link to a place that may not be looked at
+            except PermissionError as error:  # a link to a folder without permission
                 failed(entry.path, error)
                 continue
-            except OSError:  # a link to itself: like one to nowhere it is a file that `read` will name
+            except OSError:  # a link to itself; like a broken link it counts as a file, and `read` raises
                 is_folder = False
             yield path, is_folder
             if is_folder and deep and not entry.name.startswith("."):
@@ -354,8 +356,8 @@ def _identity(folder: str) -> tuple[int, int]:
 
 def _unreadable(folder: str, error: OSError) -> NoReturn:
     raise type(error)(
-        f"ImageFolder: cannot look into {folder} ({error.strerror}): its images would be missing; allow reading and "
-        "searching it (chmod u+rx), or take it out of the set"
+        f"ImageFolder: cannot read the folder {folder} ({error.strerror}), so its images would be missing; allow it "
+        "(chmod u+rx), or remove the folder from the dataset"
     ) from error
 
 
@@ -363,7 +365,7 @@ def check_extensions(operation: str, extensions: Sequence[str]) -> tuple[str, ..
     """The extensions in lower case.
 
     Raises:
-        TypeError: one string, whose letters would each count as an extension.
+        TypeError: one string, because each of its letters would count as an extension.
     """
     if isinstance(extensions, str):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What can be done to any dataset: fewer samples of every class, and wrong labels."""
+"""Change a dataset: keep fewer samples per class, or give some samples wrong labels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _CIFAR10_CONFUSED = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
 
 
 def subset(dataset: Any, per_class: int, seed: int = 0) -> Any:
-    """The same dataset with only `per_class` samples of every class, chosen by the seed.
+    """A dataset with only `per_class` samples of every class, chosen by the seed.
 
-    A larger `per_class` keeps the samples of a smaller one. Sample ids count anew from 0.
+    A larger `per_class` contains the samples of a smaller one. Sample ids start again at 0.
 
     Raises:
-        ValueError: a class has fewer samples, naming it.
+        ValueError: a class has fewer samples; the message names it.
     """
     per_class = as_int(per_class, "subset", "per_class", 1)
     targets = np.asarray(dataset.targets)
@@ -53,17 +53,17 @@ def with_label_noise(
     *,
     mapping: Mapping[int, int] | None = None,
 ) -> Any:
-    """The same dataset with wrong labels in an exact share of the samples; the clean ones are kept as `clean_targets`.
+    """A dataset with wrong labels for an exact fraction of the samples; `clean_targets` keeps the true labels.
 
     Args:
-        dataset: with `targets` and `with_targets`.
-        rate: in [0, 1].
-        kind: "symmetric": of all samples, `round(rate * N)` get another class, each other class alike. "asymmetric": of
-            every class that `mapping` names, `round(rate * n)` samples get the class it is confused with.
-        seed: which samples, and which classes.
-        mapping: class -> class, for "asymmetric". None: CIFAR-10's customary confusions (truck to automobile, bird to
-            airplane, deer to horse, cat and dog to each other) for a set with its class names, else every class to
-            the next.
+        dataset: has `targets` and `with_targets`.
+        rate: fraction of wrong labels, in [0, 1].
+        kind: "symmetric" gives `round(rate * N)` samples another class, uniformly. "asymmetric" gives
+            `round(rate * n)` of the n samples of every class in `mapping` the class it maps to.
+        seed: chooses the samples and their classes.
+        mapping: class -> class, for "asymmetric". None means the usual CIFAR-10 confusions (truck to automobile, bird
+            to airplane, deer to horse, cat and dog to each other) if the dataset has CIFAR-10's class names, else every
+            class to the next.
 
     Raises:
         ValueError: a rate outside [0, 1], another kind, a single class, a mapping to itself or out of range.

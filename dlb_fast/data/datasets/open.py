@@ -1,4 +1,4 @@
-"""`open_dataset`: the dataset that `--data KIND[:PATH]` names. `MapDataset`, `load_into_memory`: any other dataset."""
+"""`open_dataset` opens the dataset of `--data KIND[:PATH]`; `MapDataset` and `load_into_memory` take any dataset."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ _KINDS = (
     "digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, tinyimagenet:PATH, list:FILE, tar:PATH, "
     "synthetic[:N,C,SIZE]"
 )
-_HELD_OUT = 0.1  # share of each class that is the test set of a folder without one
+_HELD_OUT = 0.1  # fraction of each class that becomes the test set of a dataset without one
 _VALIDATION = ("val", "valid", "validation", "test")
 _SYNTHETIC_DEFAULT = (2000, 10, 32)
 
 
 def open_dataset(kind: str, split: str = "train", *, seed: int = 0) -> Any:
-    """The dataset that `--data KIND[:PATH]` names.
+    """Open the dataset of `--data KIND[:PATH]`.
 
     Args:
         kind: digits | cifar10:PATH | cifar100:PATH | imagefolder:PATH | tinyimagenet:PATH | list:FILE | tar:PATH |
             synthetic[:N,C,SIZE] (N training images of C classes, SIZE pixels square).
-        split: "train" or "test". An imagefolder with `train` and one of val, valid, validation, test inside has these
-            (a `train` that holds no folders, without one of the others, is a class). Of any other imagefolder, list or
-            tar a tenth of every class, chosen by `seed`, is held out as the test set, and a log line says so.
-        seed: of the random splits, and of synthetic images.
+        split: "train" or "test". An imagefolder may contain `train` and one of val, valid, validation, test (`train`
+            alone is a split if it contains class folders, else a class). For any other imagefolder, list or tar a tenth
+            of every class, chosen by `seed`, is held out as the test set, with a log line.
+        seed: seed of the random splits and of synthetic images.
 
     Returns:
-        Something with `__len__`, `classes`, `num_classes`, `targets` and either `images` (N, c, h, w) uint8 or
+        A dataset with `__len__`, `classes`, `num_classes`, `targets` and either `images` (N, c, h, w) uint8 or
         `read(i)`.
 
     Raises:
-        ValueError: an unknown kind or a path that is missing or not wanted.
-        FileNotFoundError: nothing there.
+        ValueError: an unknown kind, or a path that is missing or superfluous.
+        FileNotFoundError: the path does not exist.
 
     Example:
         >>> dataset = open_dataset("synthetic:20,2,8", "test")
@@ -96,14 +96,14 @@ def _synthetic_sizes(kind: str, path: str) -> dict[str, int]:
 
 def _folder(root: Path, split: str, seed: int) -> Any:
     train = root / "train"
-    held = [name for name in _VALIDATION if (root / name).is_dir()]
-    # `train` may also be a class, beside `bus` and `car`: a training set has class folders, or a set to test beside it
-    if not train.is_dir() or not (held or has_folders(train)):
+    validation = [name for name in _VALIDATION if (root / name).is_dir()]
+    # `train` may be a class, beside `bus` and `car`; it is a split if it has class folders or a validation folder
+    if not train.is_dir() or not (validation or has_folders(train)):
         return _held_out(ImageFolder(root), split, seed)
-    if not held:
+    if not validation:
         return _held_out(ImageFolder(train), split, seed)
     found = ImageFolder(train)
-    return found if split == "train" else ImageFolder(root / held[0], classes=found.classes)
+    return found if split == "train" else ImageFolder(root / validation[0], classes=found.classes)
 
 
 def _held_out(dataset: Any, split: str, seed: int) -> Any:
@@ -120,17 +120,16 @@ def _held_out(dataset: Any, split: str, seed: int) -> Any:
 
 
 class MapDataset:
-    """Any map-style dataset as one of ours: `load(dataset, i)` gives (image, target), called once per sample.
+    """Adds `targets` and `classes` to any map-style dataset and converts its images to (c, h, w) tensors.
 
-    `OverlapLoader` takes the inner dataset and `load` itself: `OverlapLoader(dataset, batch_size, load=load)`.
+    For `OverlapLoader` pass the dataset itself: `OverlapLoader(dataset, batch_size, load=load)`.
 
     Args:
         dataset: has `__len__` and whatever `load` uses.
-        load: None is `dataset[i]`. Images are uint8 tensors (c, h, w), arrays (h, w[, c]), or PIL images: grey ones
-            have one channel, all others are RGB.
-        targets: None takes the dataset's own; where it has none, all samples are loaded once to learn them, at the
-            first use.
-        classes: None takes the dataset's own names; where it has none, numbers.
+        load: `load(dataset, i)` returns (image, target); None means `dataset[i]`. Images are uint8 tensors (c, h, w),
+            arrays (h, w[, c]) or PIL images (grey images have one channel, all others become RGB).
+        targets: (N,) class indices; None means `dataset.targets`, or the targets of all samples, loaded at first use.
+        classes: class names; None means `dataset.classes`, or numbers.
     """
 
     def __init__(
@@ -176,15 +175,15 @@ class MapDataset:
 
 
 def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_threads: int = 2) -> ArrayDataset:
-    """Load a dataset once into memory as uint8, so that `ResidentLoader` can serve it.
+    """Load a dataset into memory as uint8, for `ResidentLoader`.
 
     Args:
-        dataset: `dataset[i]` gives (image, target); the image a uint8 tensor (c, h, w), or an array or PIL image.
-        transform: a fixed transform that brings all images to one size, such as `eval_transform(64)`.
-        num_threads: that load and decode.
+        dataset: `dataset[i]` returns (image, target); the image is a uint8 tensor (c, h, w), an array or a PIL image.
+        transform: a deterministic transform that gives all images one size, such as `eval_transform(64)`.
+        num_threads: number of loading threads.
 
     Raises:
-        ValueError: no samples, or images of different sizes, naming two.
+        ValueError: no samples, or images of different sizes.
     """
     data = dataset if hasattr(dataset, "targets") else MapDataset(dataset)
     name = getattr(dataset, "name", "array")

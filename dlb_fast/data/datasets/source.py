@@ -1,4 +1,4 @@
-"""One sample of a dataset as an image, and what happens when it cannot be loaded."""
+"""Load one sample of a dataset as an image, and handle samples that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from dlb_fast.data.rng import SUBSTITUTE, key_of
 __all__ = ["FailurePolicy", "SampleError", "SampleSource", "as_image", "as_pair"]
 
 _LOG = logging.getLogger("dlb_fast.data")
-_LISTED = 100  # failures remembered with their reason
+_LISTED = 100  # number of errors that are kept
 
 
 class SampleError(RuntimeError):
     """One sample could not be read or decoded.
 
     Attributes:
-        path: the file (or ``"sample 17"`` where the dataset has no paths).
-        index: the sample id in the dataset.
-        epoch: the epoch in which the sample was wanted.
-        reason: the message of the reader or the decoder.
-        remedy: what else than repairing the file the loader that raises it can do, or "".
+        path: path of the file, or ``"sample 17"`` if the dataset has no paths.
+        index: sample id in the dataset.
+        epoch: epoch in which the sample was requested.
+        reason: message of the reader or the decoder.
+        remedy: an option of the loader that would help, or "".
 
     Example:
         >>> error = SampleError("a/b.jpg", 17, 3, "empty file (0 bytes)")
@@ -49,9 +49,9 @@ class SampleError(RuntimeError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        # a dataset without paths has no file that could be repaired
+        # without a path there is no file to repair
         remedy = (
-            "Look at what the dataset or `load` gives for it"
+            "Check what the dataset or `load` returns for it"
             if self.path == f"sample {self.index}"
             else "Repair or remove the file (`dlb-fast verify-data` lists all of them)"
         )
@@ -62,14 +62,13 @@ class SampleError(RuntimeError):
 
 
 def as_image(value: Any) -> torch.Tensor:
-    """An image as a (channels, height, width) tensor; NumPy and PIL images come as (height, width[, channels]).
+    """Convert an image to a (channels, height, width) tensor; NumPy and PIL images are (height, width[, channels]).
 
-    PIL images become what the decoder makes of such a file, but that grey ones keep their one channel; arrays and
-    tensors keep the channels they have. The strides stay channels-last, which is what torch's antialiased uint8 resize
-    is fastest on.
+    PIL images become grey or RGB; tensors and arrays keep their channels. The strides stay channels-last, for which
+    torch's antialiased uint8 resize is fastest.
 
     Raises:
-        TypeError: not an image, or of integers other than uint8, whose range is not known.
+        TypeError: not an image, or integers other than uint8, whose range is unknown.
 
     Example:
         >>> as_image(np.zeros((4, 6, 3), np.uint8)).shape
@@ -89,7 +88,7 @@ def as_image(value: Any) -> torch.Tensor:
 
 
 def _as_tensor(value: Any) -> torch.Tensor:
-    """A tensor with the axes of `value`, sharing its memory where torch can."""
+    """`value` as a tensor with the same axes; shares memory if possible."""
     if isinstance(value, torch.Tensor):
         return value
     array = np.asarray(value)
@@ -98,22 +97,22 @@ def _as_tensor(value: Any) -> torch.Tensor:
             f"an image must be a tensor (c, h, w), an array (h, w[, c]) or a PIL image, got {type(value).__name__} of "
             f"{array.dtype}"
         )
-    if not array.flags.writeable or min(array.strides, default=0) < 0:  # torch has no such tensors
+    if not array.flags.writeable or min(array.strides, default=0) < 0:  # torch supports neither
         array = array.copy()
     return torch.from_numpy(array)
 
 
 def as_pair(item: Any) -> tuple[Any, Any]:
-    """(image, target) as `load` or `dataset[i]` gave it.
+    """The (image, target) pair that `load` or `dataset[i]` returned.
 
     Raises:
-        TypeError: anything else, saying what it is and what is wanted.
+        TypeError: anything else.
 
     Example:
         >>> as_pair(("image", 3))
         ('image', 3)
     """
-    wanted = "expected a pair (image, class index) of load or dataset[i]"
+    wanted = "expected a pair (image, class index) from load or dataset[i]"
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = type(item).__name__
         if isinstance(item, (tuple, list)):
@@ -126,8 +125,8 @@ def as_pair(item: Any) -> tuple[Any, Any]:
     if size != 1 or target is None or isinstance(target, str):
         got = f"{type(target).__name__} of shape {tuple(np.shape(target))}" if size != 1 else repr(target)
         raise TypeError(
-            f"{wanted}, got the target {got}; class names must be numbered, and of soft targets the loaders take the "
-            "class alone (mix in the batch: docs/augmentation.md)"
+            f"{wanted}, got the target {got}; number the class names, and pass the class instead of soft targets (the "
+            "loaders mix whole batches: docs/augmentation.md)"
         )
     return image, target
 
@@ -136,16 +135,16 @@ class SampleSource:
     """Images and targets of a dataset of one of three kinds.
 
     Args:
-        dataset: has a length, and (a) ``read(i)`` giving the file's bytes or its path, with ``targets``; or (b)
-            ``images`` (N, c, h, w) with ``targets``; or (c) anything, when `load` is given.
-        decoder: bytes to uint8 (h, w, 3).
-        load: ``load(dataset, i)`` giving (image, target), called once per sample of an epoch; the image is anything
-            `as_image` takes.
-        operation: the loader's name, for messages.
+        dataset: has a length, and either (a) ``targets`` and ``read(i)``, which returns the file's bytes or its path;
+            or (b) ``targets`` and ``images`` (N, c, h, w); or (c) anything, if `load` is given.
+        decoder: maps bytes to uint8 (h, w, 3).
+        load: ``load(dataset, i)`` returns (image, target) and is called once per sample of an epoch; the image is any
+            that `as_image` accepts.
+        operation: name of the loader, for messages.
 
     Raises:
         TypeError: a dataset of another kind.
-        ValueError: targets and length differ.
+        ValueError: the dataset and its targets differ in length.
     """
 
     def __init__(
@@ -159,7 +158,7 @@ class SampleSource:
         self._dataset = dataset
         self._decoder = decoder
         self._load = load
-        self.reads = 0  # statistics; losing a count to a race would be harmless, but they are kept under the lock
+        self.reads = 0
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._targets: NDArray[np.int64] | None = None
@@ -189,17 +188,17 @@ class SampleSource:
         return len(self._dataset)
 
     def path(self, sample: int) -> str:
-        """The sample's file, as far as the dataset tells."""
-        give = getattr(self._dataset, "path", None)
-        if callable(give):
+        """The path of a sample if the dataset has paths, else `sample 17`."""
+        path_of = getattr(self._dataset, "path", None)
+        if callable(path_of):
             try:
-                return str(give(sample))
+                return str(path_of(sample))
             except Exception:
                 _LOG.debug("dataset.path(%d) failed", sample, exc_info=True)
         return f"sample {sample}"
 
     def get(self, sample: int) -> tuple[torch.Tensor, int]:
-        """(uint8 or float image (c, h, w), target) of one sample; raises whatever the reader or decoder raises."""
+        """(uint8 or float image (c, h, w), target) of one sample; passes on errors of the reader and the decoder."""
         if self._load is not None:
             image, target = as_pair(self._load(self._dataset, sample))
             target, size = class_index(self._operation, target), 0
@@ -212,36 +211,35 @@ class SampleSource:
                     data = read_file(data)
                 image, size = self._decoder(data), len(data)
             else:
-                held = self._dataset.images[sample]  # an array here is (c, h, w) already
-                image = held if is_pillow(held) else _as_tensor(held)
+                stored = self._dataset.images[sample]
+                image = stored if is_pillow(stored) else _as_tensor(stored)  # an array is (c, h, w) already
         with self._lock:
             self.reads += 1
             self.bytes_read += size
         return as_image(image), target
 
     def load(self, sample: int, epoch: int) -> tuple[torch.Tensor, int]:
-        """`get`, with every error but MemoryError as a `SampleError` that names path, index and epoch."""
+        """`get`, but every error except MemoryError becomes a `SampleError` that names path, index and epoch."""
         try:
             return self.get(sample)
         except MemoryError:
-            raise  # the machine's trouble, not this file's
+            raise  # not an error of this sample
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise SampleError(self.path(sample), sample, epoch, reason) from error
 
 
 class FailurePolicy:
-    """What to do with a sample that cannot be loaded: raise, or put a fixed substitute in its place.
+    """Raises for a sample that cannot be loaded, or replaces it by a fixed substitute.
 
-    The substitute is chosen before any view exists, by (seed, epoch, sample, attempt) alone, so both views of the
-    sample, every number of threads and every resumed run get the same one. Distinct failing samples are counted; more
-    than `max_failures` of them stop the run.
+    The substitute depends on (seed, epoch, sample, attempt) only, so it is the same for both views, any number of
+    threads and a resumed run. More than `max_failures` distinct failed samples stop the run.
 
     Args:
-        source: where samples come from.
-        seed: the run's.
+        source: source of the samples.
+        seed: seed of the run.
         on_error: "raise" or "replace".
-        max_failures: an int, or a fraction of the dataset.
+        max_failures: an int, or a float fraction of the dataset.
 
     Raises:
         ValueError: another `on_error`, or a negative bound.
@@ -261,21 +259,21 @@ class FailurePolicy:
         self.bound = max(1, int(max_failures * len(source))) if fraction and max_failures else int(max_failures)
         self._lock = threading.Lock()
         self._failed: set[int] = set()
-        self.errors: dict[int, SampleError] = {}  # the first ones, by sample
+        self.errors: dict[int, SampleError] = {}  # sample -> its error, for the first ones
         self.replaced = 0
 
     @property
     def failed(self) -> int:
-        """Distinct samples that failed."""
+        """Number of distinct samples that failed."""
         return len(self._failed)
 
     def substitute(self, epoch: int, sample: int, attempt: int) -> int:
-        """The sample that stands in for a failed one."""
+        """The sample that replaces a failed one."""
         key = key_of(self._seed, SUBSTITUTE, epoch, sample, attempt)
         return (key >> 32) * len(self._source) >> 32
 
     def get(self, epoch: int, sample: int, doing: Callable[[str, int], None]) -> tuple[int, torch.Tensor, int]:
-        """(id of the sample or of its substitute, image, target); SampleError when it fails for good."""
+        """(id of the sample or its substitute, image, target); SampleError if neither can be loaded."""
         wanted, attempts = sample, 100 + 20 * self.bound
         for attempt in range(attempts):
             doing("loading", sample)

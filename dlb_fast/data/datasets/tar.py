@@ -1,4 +1,4 @@
-"""A dataset of the images in uncompressed tar files, read by index."""
+"""`TarShards`: a dataset of images in uncompressed tar files."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ __all__ = ["TarShards"]
 
 
 class TarShards(FileDataset):
-    """Uncompressed tar files read by index: the headers are walked once, each `read` is then one positioned read.
+    """Images in uncompressed tar files, read by index: the constructor indexes the headers, `read` is one `pread`.
 
-    A member's label is the number in the member of the same key that ends in `.cls` (WebDataset's convention), else the
-    name of the folder it lies in. Names that begin with a dot are left out, as in `ImageFolder`; links are read
-    where the tar holds what they lead to.
+    The label of an image is the number in the `.cls` member of the same key (WebDataset's convention), else the name of
+    its folder. Names that begin with a dot are ignored, as in `ImageFolder`. Links to members of the same tar are
+    followed.
 
     Args:
-        shards: a tar file, a folder of them, or a list of files; taken in sorted order.
+        shards: a tar file, a folder of tar files, or a list of files; read in sorted order.
 
     Raises:
         FileNotFoundError: no shards.
-        ValueError: a compressed or damaged tar, an image without a label or that is a link out of the tar, numbers that
-            are no class indices.
+        ValueError: a compressed or damaged tar, an image without a label, a link out of the tar, or numbers too large
+            for class indices.
     """
 
     def __init__(self, shards: str | Path | Sequence[str | Path]) -> None:
@@ -43,11 +43,11 @@ class TarShards(FileDataset):
         self._lock = threading.Lock()
         names: list[str] = []
         labels: list[str] = []
-        places: list[tuple[int, int, int]] = []
-        named = False  # a folder's name is a name, even 7
+        extents: list[tuple[int, int, int]] = []
+        named = False  # a folder name is a class name, even if it is a number
         for number, shard in enumerate(self.shards):
             images, classes = _walk(shard)
-            for name, place in images:
+            for name, extent in images:
                 key = name.split("/")[-1].split(".")[0]
                 key = name[: len(name) - len(name.split("/")[-1])] + key
                 folder = os.path.basename(os.path.dirname(name))
@@ -59,19 +59,19 @@ class TarShards(FileDataset):
                 else:
                     raise ValueError(f"TarShards: {shard}: {name} has neither a {key}.cls beside it nor a class folder")
                 names.append(name)
-                places.append((number, *place))
+                extents.append((number, *extent))
         if not names:
             raise ValueError(f"TarShards: no images in {some(self.shards)}")
         all_classes, targets = numbered(labels, f"TarShards: {some(self.shards)}", names=named)
-        self._places = np.array(places, dtype=np.int64)  # (N, 3): shard, offset, size
+        self._extents = np.array(extents, dtype=np.int64)  # (N, 3): shard, offset, size
         super().__init__(names, targets, all_classes, os.path.dirname(self.shards[0]), "tar")
 
     def path(self, index: int) -> str:
-        return f"{self.shards[self._places[index, 0]]}!{os.fsdecode(self._paths[index])}"
+        return f"{self.shards[self._extents[index, 0]]}!{os.fsdecode(self._paths[index])}"
 
     def read(self, index: int) -> bytes:
-        shard, offset, size = (int(v) for v in self._places[index])
-        data = os.pread(self._descriptor(shard), size, offset)  # no file position: threads and forks share it safely
+        shard, offset, size = (int(v) for v in self._extents[index])
+        data = os.pread(self._descriptor(shard), size, offset)  # pread is safe to share between threads and forks
         if len(data) != size:
             raise OSError(f"{self.path(index)}: expected {size} bytes, got {len(data)}: the tar file is cut off")
         return data
@@ -94,7 +94,7 @@ class TarShards(FileDataset):
 
     def select(self, indices: NDArray[np.int64]) -> Self:
         chosen = super().select(indices)
-        chosen._places = self._places[indices]
+        chosen._extents = self._extents[indices]
         return chosen
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,8 +107,8 @@ class TarShards(FileDataset):
 
 def _shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
     if isinstance(shards, (str, Path)):
-        place = Path(shards)
-        files = sorted(place.glob("*.tar")) if place.is_dir() else [place]
+        path = Path(shards)
+        files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     else:
         files = sorted(Path(shard) for shard in shards)
     missing = [str(file) for file in files if not file.is_file()]
@@ -146,16 +146,16 @@ def _walk(shard: str) -> tuple[list[tuple[str, tuple[int, int]]], dict[str, str]
         raise ValueError(
             f"TarShards: {shard}: {error}; expected an uncompressed tar (a compressed one cannot be read by index)"
         ) from error
-    return [(name, place or _place(shard, name, files, links)) for name, place in images], classes
+    return [(name, extent or _link_target(shard, name, files, links)) for name, extent in images], classes
 
 
-def _place(shard: str, name: str, files: dict[str, tuple[int, int]], links: dict[str, str]) -> tuple[int, int]:
-    """(offset, size) of the file that a link leads to."""
+def _link_target(shard: str, name: str, files: dict[str, tuple[int, int]], links: dict[str, str]) -> tuple[int, int]:
+    """(offset, size) of the file that a link points to."""
     target, steps = posixpath.normpath(name), 0
     while target not in files:
         if target not in links or steps > len(links):
             raise ValueError(
-                f"TarShards: {shard}: {name} is a link to {target}, which the tar does not hold; make the tar with "
+                f"TarShards: {shard}: {name} is a link to {target}, which the tar does not contain; make the tar with "
                 "--dereference, or leave the link out"
             )
         target, steps = links[target], steps + 1

@@ -1,4 +1,4 @@
-"""Read and decode every image under a folder before a run does: the engine of `dlb-fast verify-data PATH`."""
+"""`dlb-fast verify-data PATH`: read and decode every image under a folder and report the damaged ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOWN = 50
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file that cannot be used: its path, and the message of the decoder or the system."""
+    """A damaged file: its path, and the message of the decoder or the system."""
 
     path: str
     reason: str
@@ -31,18 +31,18 @@ class BadFile:
 
 @dataclass
 class VerifyReport:
-    """What `verify_data` found.
+    """The result of `verify_data`.
 
     Attributes:
-        root: where.
-        decoder: the JPEG decoder used.
-        files: images read (bad ones included).
-        bytes: of these.
+        root: the folder or file.
+        decoder: name of the JPEG decoder.
+        files: number of images read, including bad ones.
+        bytes: total size of these files.
         bad: files that a loader would refuse, sorted by path.
-        skipped: files with another extension or whose name begins with a dot.
-        oddities: how many good files Pillow had to read, by reason (PNG named .jpg, CMYK, ...).
-        smallest: smallest (width, height) by area; (0, 0) when there is none.
-        largest: largest likewise.
+        skipped: number of files with another extension or a name that begins with a dot.
+        oddities: reason -> number of good files that Pillow decoded (PNG named .jpg, CMYK, ...).
+        smallest: smallest (width, height) by area; (0, 0) without images.
+        largest: largest (width, height) by area; (0, 0) without images.
         seconds: wall time.
     """
 
@@ -59,7 +59,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether there were images and every one can be used."""
+        """Whether there are images and none is bad."""
         return self.files > 0 and not self.bad
 
     def __str__(self) -> str:
@@ -87,12 +87,12 @@ def verify_data(
     """Decode every image under `path` with the decoder the loader uses, in threads.
 
     Args:
-        path: a folder (links are followed, but not back to a folder that they lie in; names that begin with a dot are
-            left out) or one file.
-        num_threads: None: the cores this process may use, at most 8.
-        decoder: None: `ImageDecoder()`.
-        extensions: which files count as images; the case does not matter.
-        progress: called with the number of files done, from the threads, now and then.
+        path: a folder or one file. Links are followed, except to a parent folder of the link; names that begin with a
+            dot are ignored.
+        num_threads: number of threads; None means the cores of this process, at most 8.
+        decoder: None means `ImageDecoder()`.
+        extensions: file extensions of images, in any case.
+        progress: called from the threads with the number of files done, every hundred files.
 
     Returns:
         A `VerifyReport`; bad files never raise.
@@ -126,12 +126,12 @@ def verify_data(
         for thread in threads:
             thread.join()
     finally:
-        check.stopped = True  # after Ctrl-C: let the threads end
+        check.stopped = True  # ends the threads after Ctrl-C
     return check.finished()
 
 
 class _Check:
-    """One walk, shared by the threads."""
+    """One walk through the folder, shared by the threads."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class _Check:
                 if path is None:
                     return
                 self._one(path)
-        except BaseException as error:  # not of a file: shown by `finished`
+        except BaseException as error:  # not an error of a file; `finished` raises it
             self._failure, self.stopped = error, True
 
     def _one(self, path: str) -> None:
@@ -203,7 +203,7 @@ class _Check:
             self._progress(done)
 
     def _bad(self, path: str, reason: str, counted: bool = False) -> None:
-        """Note a bad file; called with the lock held."""
+        """Add a bad file to the report; the caller holds the lock."""
         self.report.files += not counted
         self.report.bad.append(BadFile(path, reason))
 
@@ -221,7 +221,7 @@ def _area(size: tuple[int, int]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`dlb-fast verify-data PATH [--threads N] [--lenient] [--json FILE]`: 0 all good, 1 something is bad, 2 misuse.
+    """`dlb-fast verify-data PATH [--threads N] [--lenient] [--json FILE]`: returns 0 all good, 1 bad files, 2 misuse.
 
     Example:
         >>> import tempfile
@@ -234,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("dlb-fast verify-data", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("path", help="folder of images (any depth), or one image")
     parser.add_argument("--threads", type=int, default=None, help="worker threads (default: the cores, at most 8)")
-    parser.add_argument("--lenient", action="store_true", help="damage that Pillow can read over is no error")
-    parser.add_argument("--json", metavar="FILE", help="write the whole report there")
+    parser.add_argument("--lenient", action="store_true", help="accept damaged files that Pillow can read")
+    parser.add_argument("--json", metavar="FILE", help="write the whole report to FILE")
     options = parser.parse_args(argv)
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.path, options.threads, decoder=decoder, progress=show if sys.stderr.isatty() else None
     )
     failure = None
-    if options.json:  # first, so that nothing that befalls the terminal takes the report with it
+    if options.json:  # before printing, so that a closed terminal does not lose the report
         try:
             Path(options.json).write_text(json.dumps(asdict(report), indent=1) + "\n")
         except OSError as error:
@@ -265,6 +265,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(text: str) -> None:
-    """To stdout, with escapes for what its encoding lacks: names of files may be any bytes."""
+    """Print, escaping characters that stdout cannot encode: file names may be any bytes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
