@@ -69,8 +69,10 @@ def test_the_widest_vectors_stay_within_their_rows(tmp_path):
     done = run(build(tmp_path, CSRC / "last_batch_rows.cpp", widest()))
     assert done.stdout == "600 batches\n", done.stderr[-3000:]
 
-    folder = tmp_path / "broken"
+    folder = tmp_path / "broken" / "csrc"
     shutil.copytree(CSRC.parent, folder)
+    (tmp_path / "broken" / "dlb_fast").mkdir()
+    shutil.copy(CSRC.parent.parent / "dlb_fast" / "options.h", tmp_path / "broken" / "dlb_fast")
     loops = folder / "cpu" / "row_loops.h"
     source = loops.read_text()
     broken = source.replace("store(at(n - lanes), out + n - lanes);", "store(at(n - n % lanes), out + n - n % lanes);")

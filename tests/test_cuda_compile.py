@@ -114,7 +114,7 @@ def test_rows_move_in_16_byte_accesses(build: tuple[str, int], cubins: dict[tupl
         taught = "TeachE1" in name
         packets = 8 if "f32" in build[0] else 4  # per thread and array at 32 columns
         if "resident_kernel" in name and "Li32E" in name.split("Teach")[1]:
-            # The logits of two code paths, each by a read-only and by a coherent load (in place), and the teacher.
+            # The logits of two code paths, each by loads that may and that need not stay in L1, and the teacher.
             assert len(wide["LDG"]) >= packets * (5 if taught else 2), name
             assert len(wide["STG"]) >= packets * (2 if taught else 1), name
         assert len(wide["LDG"]) >= 1 and len(wide["STG"]) >= 1, name

@@ -162,13 +162,13 @@ DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& gr
   if (!read) {
     DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = -infinity();
   } else {
-    load_resident(columns, z_row, z, true);
+    // A row that is stored with another shift is read once more: it may stay in L1.
+    load_resident(columns, z_row, z, slot < 0);
     // A stored row is a new row, and new rows have no teacher (teacher_limit <= start).
     if constexpr (!with_teacher) {
       if (slot >= 0) store_slot(a, columns, group, z_row, shift, slot, z);
     }
   }
-  T* grad_row = a.grad != nullptr && exists ? static_cast<T*>(a.grad) + static_cast<int64_t>(row) * a.classes : nullptr;
   RowGradient g;
   float et[with_teacher ? E : 1];  // the teacher's logits, then exp(y / tau)
   float m = 0;
@@ -231,9 +231,12 @@ DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& gr
     constexpr Teach by = with_teacher ? teach : Teach::none;
     if (exists && role.active()) g = finish_row<by, false>(a, s, role, n, z_row, row, group.rank == 0, totals);
   }
+  // Keeps the compiler from moving the stores' addresses up, across the sums, where they would spill.
+  asm volatile("" ::: "memory");
   if (!exists) return;
   if (!role.active()) finish_idle_row(a, row, group.rank == 0);
-  if (grad_row == nullptr) return;
+  if (a.grad == nullptr) return;
+  T* grad_row = static_cast<T*>(a.grad) + static_cast<int64_t>(row) * a.classes;
   // Of an idle row nothing is left but zeros: with a teacher by exp(-inf) and coefficients of 0, here by hand.
   if constexpr (!with_teacher) {
     if (!role.active()) {
