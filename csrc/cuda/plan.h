@@ -80,8 +80,8 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
     plan.regime = c <= 1024 ? Regime::two_pass_warp : Regime::two_pass_block, group = 32;
   }
   // A plain two-pass kernel exists for logits teachers of long rows only, the one case that matters without clusters.
-  const bool streamed = plan.regime == Regime::two_pass_warp || plan.regime == Regime::two_pass_block;
-  plan.general = streamed && (options || plan.regime == Regime::two_pass_warp || a.kind != TeacherKind::logits);
+  const bool two_pass = plan.regime == Regime::two_pass_warp || plan.regime == Regime::two_pass_block;
+  plan.general = two_pass && (options || plan.regime == Regime::two_pass_warp || a.kind != TeacherKind::logits);
 
   const int64_t sms = device.multiprocessors;
   int64_t blocks = pairs;

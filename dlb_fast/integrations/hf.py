@@ -33,7 +33,7 @@ class LastBatchTrainer(_hf.Trainer):
 
     `per_device_train_batch_size` is the rows the model sees, so it must be even; an epoch has twice the usual number of
     steps. With gradient accumulation the cross entropy is that of the whole accumulated batch (by `num_items_in_batch`,
-    unless class weights are set), and the last-batch term is the mean over its micro-batches, each taught by the
+    unless class weights are set), and the last-batch term is the mean over its micro-batches, each learning from the
     micro-batch before it.
 
     Args:

@@ -1,7 +1,8 @@
 """The Triton kernel of ``last_batch`` and ``last_batch_update``: every row, the buffer and the scalars in one launch.
 
-Program ``p`` takes tiles ``p, p + programs, ...`` of ROWS pairs. Pair ``j`` is row ``j``, taught by slot ``j``, and
-row ``start + j``, which then replaces slot ``j``: one owner per slot, so one buffer at a fixed address without a race.
+Program ``p`` takes tiles ``p, p + programs, ...`` of ROWS pairs. Pair ``j`` is row ``j``, whose teacher is slot ``j``,
+and row ``start + j``, which then replaces slot ``j``: one owner per slot, so one buffer at a fixed address without a
+race.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Launches: one; a second, small one before it only where the means divide by a count that takes too long to count in
 every program (``B > 4096``, or programs * B * bytes per row > 16 MiB, see ``launch``): 8 bytes per row and label.
-Bytes per logit of the batch, ``s`` per logit, half the rows taught: read s, write s, teacher read s/2, and with
+Bytes per logit of the batch, ``s`` per logit, half the rows with a teacher: read s, write s, teacher read s/2, and with
 the buffer write s/2: 2.5 s and 3 s. Above 8192 columns the row is read twice; the second pass runs backwards, so
 that it meets the end of the row in L2 (up to 4 s and 4.5 s where it does not). Without gradient: 1.5 s and 2 s.
 

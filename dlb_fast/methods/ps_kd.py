@@ -1,9 +1,9 @@
-"""PS-KD: every sample is taught by what the model predicted when it saw the sample last.
+"""PS-KD: the teacher of a sample is what the model predicted when it saw the sample last.
 
     L = CE(z, (1 - a) y + a p),    a = alpha * (epoch + 1) / epochs
 
-``p`` is the stored prediction (of another augmentation, not softened); a sample that was not seen yet is taught by its
-label. The loss is computed as ``(1 - a) CE + a [KL(p || softmax(z)) + H(p)]``, which is the same value and gradient.
+``p`` is the stored prediction (of another augmentation, not softened); a sample that was not seen yet has its label as
+teacher. The loss is computed as ``(1 - a) CE + a [KL(p || softmax(z)) + H(p)]``, which is the same value and gradient.
 
 Source: **official** code lgcnsai/PS-KD-Pytorch, `loss/pskd_loss.py` and `main.py` (Kim et al., ICCV 2021).
 """
