@@ -85,6 +85,7 @@ def main() -> None:
     accelerator.print(f"test accuracy {share:.3f}; stopped and resumed: {'bit-identical' if same else 'DIFFERENT'}")
     if not same:
         raise SystemExit(1)
+    accelerator.end_training()  # destroys the process group
 
 
 if __name__ == "__main__":

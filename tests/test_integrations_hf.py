@@ -255,8 +255,10 @@ def test_refusals(tmp_path):
         next(iter(as_dataloader(loader)))
 
 
+# The end frees the model that DistributedDataParallel wraps and then destroys the process group: gloo's threads abort a
+# process that exits while they run.
 SCRIPT = """
-    import sys, torch
+    import gc, sys, torch
     import test_integrations_hf as case
     folder, resume = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
     trainer = case.make(f"{folder}/resumed" if resume else f"{folder}/whole", per_device_train_batch_size=8,
@@ -265,6 +267,11 @@ SCRIPT = """
     assert trainer.criterion.buffer.mismatched == 0
     if trainer.args.process_index == 0:
         torch.save(case.weights(trainer), f"{folder}/{'resumed' if resume else 'whole'}.pt")
+    torch.distributed.barrier()
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    torch.distributed.destroy_process_group()
 """
 
 
