@@ -15,13 +15,13 @@ ARG DLB_FAST_CUDA_ARCHS=80,90,100+ptx
 ENV DLB_FAST_BUILD=cuda DLB_FAST_CUDA_ARCHS=${DLB_FAST_CUDA_ARCHS} CUDA_HOME=/usr/local/cuda
 # Some of these images bring a Python that its distribution guards (PEP 668); in an image of our own it is ours.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1
-RUN apt-get update && apt-get install -y --no-install-recommends g++ make && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m pip install "setuptools>=77" wheel "pybind11>=2.13" numpy
 WORKDIR /src
-COPY setup.py pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md Makefile CMakeLists.txt ./
+COPY setup.py pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md CMakeLists.txt ./
 COPY csrc csrc
 COPY dlb_fast dlb_fast
-RUN make wheel PYTHON=python VENV=none
+RUN python -m pip wheel --no-deps --no-build-isolation -w dist .
 
 FROM pytorch/pytorch:${TORCH}-runtime
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1

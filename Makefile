@@ -1,14 +1,14 @@
 # Two commands do everything on a fresh machine, set-up included:  make demo   make test
 #
-#   PYTHON=python3.12       the interpreter to make .venv with
+#   PYTHON=python3.12         the interpreter to make .venv with
 #   PYTHON=python3 VENV=none  use an interpreter that already has torch and the test tools (an offline GPU machine)
 #   GPU_CHECK="--copy FOLDER"  what gpu-check is given: --budget SECONDS, --copy FOLDER
-#   DLB_FAST_BUILD=...      auto (default), require, cpu, cuda, none: see setup.py
+#   DLB_FAST_BUILD=...        auto (default), require, cpu, cuda, none: see setup.py
 
-PYTHON ?= python3
-VENV ?= .venv
-TORCH ?= torch==2.13.0
-JOBS ?= 2
+export PYTHON ?= python3
+export VENV ?= .venv
+export TORCH ?= torch==2.13.0
+export JOBS ?= 2
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
@@ -20,20 +20,11 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup integrations demo test lint pytest gpu-check bench bench-regress doctor wheel sdist docs clean
+.PHONY: setup demo test test-slow other-torch lint gpu-check bench doctor wheel sdist docs clean
 setup: $(READY)
 
-# One version-pinned torch, and only where there is none: nothing after it may drag in a second one.
-$(VENV)/.ready: $(SOURCES)
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
-	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
-	touch $@
-
-# No network and nothing installed: the compiled parts are built in place and the checkout is imported as it is.
-.built: $(SOURCES)
-	$(PY) setup.py build_ext --inplace
+$(READY): $(SOURCES)
+	.ci/run setup
 	touch $@
 
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
@@ -41,20 +32,12 @@ export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 demo: $(READY)
 	$(PY) -m dlb_fast demo
 
-test: $(READY) lint pytest
-
-# The integrations with the real frameworks, after the tests that need none. torch has to be there first; timm is left out:
-# wheels of torchvision want a torch of their own.
-integrations: $(READY)
-	$(PY) -m pip install -q "lightning>=2.6" "transformers>=5.0" "accelerate>=1.10"
-	$(PY) -m pytest -n $(JOBS) --dist loadfile tests/test_examples.py tests/test_integrations*.py
+test test-slow other-torch: $(READY)
+	.ci/run $@
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-
-pytest: $(READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # On a machine with a GPU: builds, proves and measures; see benchmarks/gpu_check.py.
 gpu-check: export DLB_FAST_BUILD := cuda
@@ -63,10 +46,6 @@ gpu-check: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks.bench_last_batch
-
-# Against a baseline of this machine: python -m benchmarks.regress --save FILE.json makes one.
-bench-regress: $(READY)
-	$(PY) -m benchmarks.regress
 
 doctor: $(READY)
 	$(PY) -m dlb_fast doctor --self-test

@@ -17,7 +17,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,18 +100,13 @@ def gencode() -> list[str]:
 def run(command: list[str]) -> None:
     """Run one compiler, showing what it said when it failed; nothing to do when its output is newer than csrc/."""
     target = Path(command[command.index("-o") + 1])
-    newest = max(path.stat().st_mtime for path in [*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"])
+    sources = [*(ROOT / "csrc").rglob("*.*"), ROOT / "dlb_fast" / "options.h", ROOT / "setup.py"]
+    newest = max(path.stat().st_mtime for path in sources)
     if "-c" in command and target.exists() and target.stat().st_mtime > newest:
         return
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
-
-
-def first_error(words: str) -> str:
-    """The line of a compiler's report to show."""
-    lines = words.strip().splitlines() or [words]
-    return next((line for line in lines if "error:" in line), lines[0])
 
 
 def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]:
@@ -127,7 +121,7 @@ def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]
             extra = [f"-DDLB_FAST_ISA={isa}", *flags.split()]
             commands.append((target, [*cxx, *CXX_FLAGS, *extra, "-c", source, "-o", str(target)]))
     cuda = nvcc()
-    bindings = ["last_batch.cpp", "resized_crops.cpp", "gathered_views.cpp"]
+    bindings = ["last_batch.cpp", "resized_crops.cpp"]
     bindings += ["last_batch_on_cuda.cpp"] if cuda else []
     for source in ("cpu/last_batch_cpu.cpp", "cpu/resized_crop_cpu.cpp", "cpu/isa.cpp", *bindings):
         target = out / (Path(source).stem + ".o")
@@ -141,67 +135,27 @@ def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]
     return commands  # the slow ones first
 
 
-def python_tag() -> str:
-    """As in 311 or 313t: whose modules this Python loads; empty where its headers are not installed."""
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    parts = str(sysconfig.get_config_var("SOABI")).split("-")  # cpython-311-x86_64-linux-gnu
-    return parts[1] if headers.exists() and len(parts) > 1 else ""
-
-
-def node_commands(out: Path, torch_dir: Path, version: str) -> list[tuple[Path, list[str]]]:
-    """(object, command) of the autograd node, and of the call that goes straight to it where Python's headers are. Both
-    belong to one version of torch (see csrc/autograd_node.cpp), the call to this Python as well."""
-    flags = [flag if flag != "-O3" else "-O2" for flag in CXX_FLAGS]
-    include = [f"-isystem{torch_dir / 'include' / part}" for part in (".", "torch/csrc/api/include")]
-    tag, sources = python_tag(), {"autograd_node": include}
-    if tag:
-        sources["settled_call"] = [*include, f"-isystem{sysconfig.get_path('include')}", f"-DDLB_FAST_PYTHON={tag}"]
-    commands = []
-    for stem, more in sources.items():
-        target = out / f"{stem}-{version}-{tag}.o"
-        source = str(ROOT / "csrc" / f"{stem}.cpp")
-        commands.append((target, [*compiler(), *flags, *more, "-c", source, "-o", str(target)]))
-    return commands
-
-
 def build_library(destination: Path, scratch: Path) -> None:
-    """Compile csrc/ and link libdlb_fast_ops.so and the autograd node into ``destination``."""
+    """Compile csrc/ and link libdlb_fast_ops.so into ``destination``."""
     torch_dir, version = torch_home()
     scratch.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    objects, node = compile_commands(scratch, torch_dir), node_commands(scratch, torch_dir, version)
+    objects = compile_commands(scratch, torch_dir)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        needed = [pool.submit(run, command) for _, command in objects]
-        wished = [pool.submit(run, command) for _, command in node]
-        for compiled in needed:
-            compiled.result()
-        errors = [compiled.exception() for compiled in wished]
-    if MODE != "auto" and any(errors):
-        raise next(error for error in errors if error)
+        list(pool.map(run, [command for _, command in objects]))
     destination.mkdir(parents=True, exist_ok=True)
     library = destination / "libdlb_fast_ops.so"
     # libtorch has to stay in NEEDED: torch.ops.load_library resolves symbols through it.
-    libtorch = ["-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    link = list(libtorch)
+    link = ["-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     cuda = nvcc()
     if cuda:
         # The static runtime: the library then loads on machines without CUDA, and beside any CUDA torch.
         home = Path(cuda).resolve().parent.parent
         where = [f"-L{home / part}" for part in ("lib64", "targets/x86_64-linux/lib", "lib")]
         link += [*where, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-    targets = [(library, objects, link)]
-    # Each a library of its own: the node serves every Python.
-    names = (f"libdlb_fast_node-{version}.so", f"libdlb_fast_call-{version}-{python_tag()}.so")
-    needs_of = (libtorch, [*libtorch, "-ltorch_python"])
-    for name, compiled_part, needs, error in zip(names, node, needs_of, errors, strict=False):
-        if error:  # Python does its work, slower
-            print(f"dlb_fast: {name} was not built ({first_error(str(error))})")
-        else:
-            targets.append((destination / name, [compiled_part], needs))
-    for made, parts, needs in targets:
-        fresh = made.with_suffix(".new")
-        run([*compiler(), "-shared", "-o", str(fresh), *(str(target) for target, _ in parts), *needs])
-        os.replace(fresh, made)  # a process that has the old file mapped keeps it
+    fresh = library.with_suffix(".new")
+    run([*compiler(), "-shared", "-o", str(fresh), *(str(target) for target, _ in objects), *link])
+    os.replace(fresh, library)  # a process that has the old file mapped keeps it
     parts = f"C++ and CUDA {cuda_archs()}" if cuda else "C++"
     print(f"dlb_fast: built {library.name} ({parts}) against torch {version} in {time.perf_counter() - start:.0f} s")
 
@@ -243,8 +197,8 @@ class BuildOps(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """One wheel per platform for every Python: the op library and the node know none, and what was made for another
-    Python (build information, the direct call) is just not found there."""
+    """One wheel per platform for every Python: the op library is tied to none, and a Python other than the one that
+    built the wheel does without the build information."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

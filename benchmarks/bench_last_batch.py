@@ -1,4 +1,4 @@
-"""The loss alone: loss, gradient and buffer roll, ours against what people run today.
+"""The loss alone: loss, gradient and buffer update, ours against what people run today.
 
     python -m benchmarks.bench_last_batch --device cpu --seconds 4 --out benchmarks/results/cpu.jsonl
     python -m benchmarks.bench_last_batch --device cuda --out benchmarks/results/gpu.jsonl

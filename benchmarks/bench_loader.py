@@ -50,11 +50,11 @@ from loader_contenders import (
 from loader_resident import compare as compare_resident
 from loader_stalls import machine_busy, stalls
 
-from dlb_fast.data import ViewRng, train_transform
-from dlb_fast.data.decode import ImageDecoder
+from dlb_fast.data import ImageDecoder, ViewRng, train_transform
 
+JPEG = (".jpg", ".jpeg")
 _TICKS = os.sysconf("SC_CLK_TCK")
-SECTIONS = ("pixels", "stall", "resident", "throughput")
+SECTIONS = ("pixels", "stall", "resident", "throughput", "ordinary")
 
 
 def cpu_seconds() -> float:
@@ -134,6 +134,42 @@ def compare(files: Files, half: int, rounds: int, batches: int, only: str) -> li
             for key, suffix in (("views_per_s", ""), ("views_per_cpu_s", "_per_core")):
                 pairs = zip(measured, results[anchor], strict=True)
                 row[label + suffix] = spread([mine[key] / theirs[key] for mine, theirs in pairs])
+        rows.append(row)
+    return rows
+
+
+def ordinary(files: Files, half: int, rounds: int, batches: int) -> list[dict[str, Any]]:
+    """The ordinary loader (mean/std, float32, two threads) against uint8 and against the published scheme with Pillow.
+
+    The consumer takes batches as fast as they come, before and during the timed ones, so what was made ahead is used up
+    when the clock starts. Ratios are taken round by round.
+    """
+    makers = {
+        "published two views, DataLoader 2 workers, Pillow, float32": lambda f, h: published(f, h, 2),
+        "ours 2 threads, uint8": lambda f, h: ours(f, h, 2, torch.uint8),
+        "ours 2 threads, mean/std, float32": lambda f, h: ours(f, h, 2, torch.float32),
+    }
+    contenders = [Contender(name, make) for name, make in makers.items()]
+    rounds_of: dict[str, list[dict[str, float]]] = {name: [] for name in makers}
+    order = random.Random(0)
+    for number in range(rounds):
+        for contender in order.sample(contenders, len(contenders)):
+            rounds_of[contender.name].append(measure(contender, files, half, batches, warm=8))
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    scheme, pixels, floats = rounds_of.values()
+    keys = ("views_per_s", "views_per_cpu_s", "others")
+    rows: list[dict[str, Any]] = [
+        {"what": "ordinary", "name": name, **{key: spread([one[key] for one in found]) for key in keys}}
+        for name, found in rounds_of.items()
+    ]
+    for label, mine, theirs in (
+        ("float32 / uint8", floats, pixels),
+        ("float32 / published", floats, scheme),
+        ("uint8 / published", pixels, scheme),
+    ):
+        row: dict[str, Any] = {"what": "ordinary", "name": label, "rounds": rounds}
+        for key, name in (("views_per_s", "ratio"), ("views_per_cpu_s", "ratio_per_core")):
+            row[name] = spread([a[key] / b[key] for a, b in zip(mine, theirs, strict=True)])
         rows.append(row)
     return rows
 
@@ -258,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=8, help="timed batches per contender and round")
     parser.add_argument("--half", type=int, default=32, help="new samples per batch")
-    parser.add_argument("--files", type=int, default=256)
+    parser.add_argument("--files", type=int, default=256, help="JPEGs to make, without --images")
+    parser.add_argument("--images", help="folder of JPEGs to use instead of made ones (any depth)")
     parser.add_argument("--stall-steps", type=int, default=40, help="steps per load and round")
     parser.add_argument("--loads", default="1.0,1.05,1.1", help="step lengths, in times a batch takes to make")
     parser.add_argument("--only", default="", help="names (parts, comma separated) to run beside anchors A and B")
@@ -268,7 +305,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--sections: expected some of {','.join(SECTIONS)}, got {','.join(sorted(unknown))}")
     rows = [machine()]
     with tempfile.TemporaryDirectory() as folder:
-        files = make_files(Path(folder), options.files)
+        if options.images:
+            files = Files(sorted(path for path in Path(options.images).rglob("*") if path.suffix.lower() in JPEG))
+        else:
+            files = make_files(Path(folder), options.files)
         mean = statistics.fmean(len(files.read(i)) for i in range(len(files)))
         rows.append({"what": "files", "count": len(files), "mean_bytes": round(mean)})
         if "pixels" in sections:
@@ -279,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += stalls(files, options.half, options.rounds, options.stall_steps, loads)
         if "resident" in sections:
             rows += compare_resident(options.rounds, cpu_seconds)
+        if "ordinary" in sections:
+            rows += ordinary(files, options.half, options.rounds, options.batches)
         if "throughput" in sections:
             rows += compare(files, options.half, options.rounds, options.batches, options.only)
     for row in rows:

@@ -6,25 +6,35 @@
 A step is forward, loss, backward, optimiser and whatever the method keeps. Every method gets a batch of the same rows;
 what its sampler or loader costs is not in these times (batches are made before), and that BAKE's epochs are
 `companions + 1` times longer is not either: its card says so. `loss` is the criterion alone (forward and backward on
-given logits), without the model and without MrKD's copies.
+given logits), without the model and so without methods that evaluate copies of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dlb_fast.data.batch import Batch
+from dlb_fast import DistillationLoss
+from dlb_fast.data import Batch
 from dlb_fast.train.config import LossConfig
-from dlb_fast.train.methods import METHODS, Task, find, make_criterion
+from dlb_fast.train.loop import accepted_inputs, training_loss
+from dlb_fast.train.methods import METHODS, find, make_criterion
 from dlb_fast.train.models import create_model
-from dlb_fast.train.step import accepted_inputs, training_loss
 
 from . import harness
+
+
+def criterion_of(name: str, args: argparse.Namespace) -> DistillationLoss:
+    """The criterion with the defaults of its method; copies of the model, if any, are taken early."""
+    options = {"copy_every": 5} if "copy_every" in find(name).options else {}
+    sizes = {"num_classes": args.classes, "num_samples": 4 * args.rows, "rows": args.rows, "epochs": 100}
+    criterion: Any = make_criterion(LossConfig(method=name, **options), **sizes)
+    return criterion.to(args.device)
 
 
 def whole_step(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], str]:
@@ -32,52 +42,44 @@ def whole_step(name: str, args: argparse.Namespace) -> tuple[Callable[[], None],
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = create_model(args.model, args.classes, 3).to(args.device).train()
-    task = Task(args.classes, args.rows, 4 * args.rows, 100)
-    numbers = {"copy_every": 5} if name == "mr_kd" else {}
-    config = LossConfig(method=name, **numbers)
-    criterion: Any = make_criterion(config, task).to(args.device)
-    if hasattr(criterion, "attach"):
-        criterion.attach(model)
+    criterion = criterion_of(name, args)
+    criterion.setup(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     half = args.rows // 2
     images = torch.randn(args.rows, 3, args.size, args.size, generator=generator).to(args.device)
     targets = torch.randint(0, args.classes, (half,), generator=generator).repeat(2).to(args.device)
     ids = torch.arange(half).repeat(2).to(args.device)
-    num_old = half if find(name).overlap else 0
+    num_old = half if find(name).batches == "overlap" else 0
     batch = Batch(images, targets, ids, num_old, epoch=0, step=0)
     accepts, forward = accepted_inputs(criterion), find(name).forward or "joint"
     if num_old:  # the very first batch of DLB has no old half
         training_loss(model, criterion, Batch(images[half:], targets[half:], ids[half:], 0, 0, 0))
 
     def step() -> None:
-        loss = training_loss(model, criterion, batch, forward=forward, accepts=accepts)
+        loss = training_loss(model, criterion, batch, forward=forward, inputs=accepts)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if hasattr(criterion, "update"):
-            criterion.update()
+        criterion.step()
 
     for _ in range(12):
         step()
-    cost = getattr(criterion, "cost", lambda: "the logits of half a batch" if num_old else "nothing")
-    return step, cost()
+    return step, criterion.cost()
 
 
 def loss_only(name: str, args: argparse.Namespace) -> Callable[[], None] | None:
-    """The criterion on given logits, forward and backward; None where it needs the model (MrKD)."""
-    if name == "mr_kd":
+    """The criterion on given logits, forward and backward; None where it needs the model."""
+    if find(name).criterion.copies_model:
         return None
     generator = torch.Generator().manual_seed(0)
     half = args.rows // 2
-    task = Task(args.classes, args.rows, 4 * args.rows, 100)
-    criterion: Any = make_criterion(LossConfig(method=name), task).to(args.device)
+    criterion = criterion_of(name, args)
     logits = torch.randn(args.rows, args.classes, generator=generator).to(args.device).requires_grad_()
     targets = torch.randint(0, args.classes, (half,), generator=generator).repeat(2).to(args.device)
     given: dict[str, Any] = {"ids": torch.arange(half).repeat(2).to(args.device), "epoch": 0}
-    given = {key: value for key, value in given.items() if key in accepted_inputs(criterion)}
-    if name == "bake":
+    if "features" in inspect.signature(criterion.forward).parameters:
         given["features"] = torch.randn(args.rows, args.features, generator=generator).to(args.device)
-    if find(name).overlap:
+    if find(name).batches == "overlap":
         criterion(logits.detach()[half:], targets[half:], given["ids"][half:])
 
     def step() -> None:

@@ -1,7 +1,7 @@
 """What a whole training step costs with DLB, beside plain cross entropy over the same number of rows.
 
     python -m benchmarks.bench_step --device cpu --seconds 200 --out benchmarks/results/step-cpu.jsonl
-    python -m benchmarks.bench_step --device cuda --models resnet18_imagenet resnet50 --modes eager graph compile
+    python -m benchmarks.bench_step --device cuda --models resnet18_imagenet resnet50 --modes eager compile
 
 The variants (`benchmarks/step_variants.py`) run in turn, in shuffled order, in one process. One percent is less than
 what a shared machine varies from minute to minute, so the verdict comes from paired differences: every round gives one
@@ -22,20 +22,19 @@ from typing import Any
 import torch
 
 from . import harness, memory
-from .results_file import verdicts
-from .step_variants import VARIANTS, Rig, Setting, able, build
+from .step_variants import VARIANTS, Rig, Setting, build
+from .tables import verdicts
 
 
 def measure(setting: Setting, wanted: list[str], seconds: float) -> list[dict[str, Any]]:
     """A record per variant; the first of ``wanted`` is what the others are divided by."""
-    calls = 6 if setting.mode == "graph" else 2  # a graph is captured after three ordinary steps
+    calls = 2
     peaks: dict[str, int] = {}
     for _ in range(2 if setting.device == "cuda" else 1):  # the first time libraries try algorithms and keep workspaces
         for name in wanted:
-            if able(name, setting):
-                peaks[name] = memory.peak_of(
-                    lambda name=name: build(name, setting, Rig(setting)), setting.device, calls  # type: ignore[misc]
-                )
+            peaks[name] = memory.peak_of(
+                lambda name=name: build(name, setting, Rig(setting)), setting.device, calls  # type: ignore[misc]
+            )
     rig = Rig(setting)
     steps = {name: build(name, setting, rig) for name in peaks}
     for step in steps.values():
@@ -45,12 +44,11 @@ def measure(setting: Setting, wanted: list[str], seconds: float) -> list[dict[st
     base = wanted[0]
     shape = {"model": setting.model, "rows": setting.rows, "classes": setting.classes, "size": setting.size}
     how = {"mode": setting.mode, "dtype": "bfloat16" if setting.bf16 else "float32"}
-    missing = [f"{name} (reads values on the host in the step)" for name in wanted if name not in steps]
     return [
         {
             "bench": "step", "variant": name, **harness.spread(times.wall), **shape, **how, "base": base,
             **ratios(times, samples[base], setting.device), "peak_bytes": peaks[name],
-            "peak_ratio": peaks[name] / peaks[base], "missing": missing,
+            "peak_ratio": peaks[name] / peaks[base],
         }
         for name, times in samples.items()
     ]  # fmt: skip
@@ -78,15 +76,13 @@ def report(records: list[dict[str, Any]]) -> None:
         )
         if r["variant"] == "dlb" and r["base"] == "ce":
             print(f"{'':12}{verdicts(r, records)}")
-    for name in first["missing"]:
-        print(f"  missing: {name}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench_step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", help="default: resnet32; on a GPU resnet18_imagenet and resnet50")
-    parser.add_argument("--modes", nargs="+", choices=("eager", "graph", "compile"), help="default: all on a GPU")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compile"), help="default: all on a GPU")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--rows", type=int, default=128, help="the model sees, half of them repeated (default: 128)")
     parser.add_argument("--classes", type=int, help="default: 100; on a GPU 1000")
@@ -99,9 +95,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines file to append to")
     args = parser.parse_args()
     gpu, began = args.device == "cuda", time.perf_counter()
-    modes = args.modes or (["eager", "graph", "compile"] if gpu else ["eager"])
-    if "graph" in modes and not gpu:
-        parser.error("--modes graph needs --device cuda: a CUDA graph is captured")
+    modes = args.modes or (["eager", "compile"] if gpu else ["eager"])
     if args.rows < 2 or args.rows % 2:
         parser.error(f"--rows must be even and at least 2, got {args.rows}")
     if args.threads is not None or not gpu:

@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages.save()
     # These write after each shape or model: what time does not allow is missing.
     step = [sys.executable, "-m", "benchmarks.bench_step", "--device", "cuda", "--seconds", "3", "--limit", "30"]
-    stages.run("steps", [*step, "--modes", "eager", "graph", "--out", str(results)], 60)
+    stages.run("steps", [*step, "--modes", "eager", "--out", str(results)], 60)
     loader = [sys.executable, "benchmarks/loader_gpu.py", "--steps", "50", "--out", str(results)]
     stages.run("loader", loader, 50)
     compiled = ["--variants", "cuda", "compile", "compile-ro", "liger", "--classes", "100", "1000", "32000"]

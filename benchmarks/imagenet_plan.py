@@ -2,7 +2,7 @@
 
     python -m benchmarks.imagenet_plan [--rate IMAGES_PER_SECOND]
 
-Prints the tables of docs/imagenet.md (`python -m benchmarks.docs_tables` writes them there). Step counts come from the
+Prints the tables of docs/imagenet.md (`python -m benchmarks.tables` writes them there). Step counts come from the
 index plan and the config, bytes from the shapes of the recipe's own tensors (activations: what autograd saves in one
 forward on the meta device), views per second from `results/`. No GPU figure is invented: hours are rows over a rate,
 and the rate is yours to measure (`images/s` of the run's own log after the first hundred steps).
@@ -12,39 +12,32 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from dlb_fast.data.plan import OverlapPlan
-from dlb_fast.presets import get_preset
+from dlb_fast.data import OverlapPlan
+from dlb_fast.presets import load_preset
 from dlb_fast.train.config import RunConfig
-from dlb_fast.train.methods import drawn_rows
+from dlb_fast.train.loop import total_steps
+from dlb_fast.train.methods import sampled_rows
 from dlb_fast.train.models import create_model
-from dlb_fast.train.window import total_steps
 
-RESULTS = Path(__file__).parent / "results"
+from .tables import newest, read, table, wrapped
+
 IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # ILSVRC 2012
 TRAIN_BYTES = 147_897_477_120  # ILSVRC2012_img_train.tar
 RECIPES = ("imagenet-resnet50-dlb", "imagenet-resnet50-ce", "imagenet-resnet50-short-dlb", "imagenet-resnet50-short-ce")
 RATES = (500, 1000, 2000, 4000, 8000)
-SLOTS = 4  # device buffers of the loader: depth 2 + the two being filled (dlb_fast/data/slots.py)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table, all columns but the first to the right."""
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+SLOTS = 4  # device buffers of the loader: depth 2 + the two being filled (dlb_fast/data/loaders/ring.py)
 
 
 def steps_of(config: RunConfig) -> tuple[int, int, int]:
     """(steps per epoch, steps in all, rows the network sees in all)."""
-    per_epoch = OverlapPlan(IMAGES, drawn_rows(config)).halves_per_epoch
+    per_epoch = OverlapPlan(IMAGES, sampled_rows(config)).steps_per_epoch
     steps = total_steps(range(per_epoch), config.train)
-    first = config.data.batch_size - drawn_rows(config)  # the very first batch has no repeated rows
+    first = config.data.batch_size - sampled_rows(config)  # the very first batch has no repeated rows
     return per_epoch, steps, steps * config.data.batch_size - first
 
 
@@ -84,47 +77,34 @@ def memory_of(config: RunConfig, ranks: int) -> dict[str, int]:
     held["bf16 copies of the weights"] = weights // 2
     held["activations"] = rows * saved_bytes_per_row(config.model.model, size)
     held["images (4 uint8 slots, one float32 batch)"] = rows * 3 * size * size * (SLOTS + 4)
-    held["logit buffer"] = (rows - drawn_rows(config) // ranks) * CLASSES * 2
+    held["logit buffer"] = (rows - sampled_rows(config) // ranks) * CLASSES * 2
     return held
-
-
-def newest_file(pattern: str) -> Path:
-    """The newest results file of that name; none raises."""
-    files = sorted(RESULTS.glob(pattern))
-    if not files:
-        raise FileNotFoundError(f"no {RESULTS / pattern}; run the benchmark first")
-    return files[-1]
-
-
-def newest(pattern: str) -> list[dict[str, Any]]:
-    """The rows of the newest results file of that name."""
-    return [json.loads(line) for line in newest_file(pattern).read_text(encoding="utf-8").splitlines()]
 
 
 def steps_table() -> str:
     """Steps and images of the recipes."""
     rows = []
     for name in RECIPES:
-        config = get_preset(name).config
+        config = load_preset(name)
         per_epoch, steps, seen = steps_of(config)
-        drawn = OverlapPlan(IMAGES, drawn_rows(config)).halves_per_epoch * drawn_rows(config) * config.train.epochs
+        drawn = OverlapPlan(IMAGES, sampled_rows(config)).steps_per_epoch * sampled_rows(config) * config.train.epochs
         numbers = (config.train.epochs, config.data.batch_size, per_epoch, steps, seen, drawn)
         rows.append([f"`{name}`", *(f"{n:,}" for n in numbers)])
     head = ("preset", "epochs", "rows per step", "steps per epoch", "steps", "rows forwarded", "files decoded")
-    return table(head, rows)
+    return table(head, rows, right=True)
 
 
 def memory_table() -> str:
     """Bytes per device of the two recipes, for 1 to 8 devices."""
     found = {}
     for name in ("imagenet-resnet50-dlb", "imagenet-resnet50-short-dlb"):
-        config = get_preset(name).config
+        config = load_preset(name)
         for ranks in (1, 2, 4, 8):
             found[name, ranks] = memory_of(config, ranks)
     parts = list(dict.fromkeys(part for held in found.values() for part in held))
     head = ("GiB per device", *(f"{n.removeprefix('imagenet-resnet50-')}, {ranks}" for n, ranks in found))
     rows = [[part, *(gib(held.get(part, 0)) for held in found.values())] for part in parts]
-    return table(head, [*rows, ["**sum**", *(gib(sum(held.values())) for held in found.values())]])
+    return table(head, [*rows, ["**sum**", *(gib(sum(held.values())) for held in found.values())]], right=True)
 
 
 def gib(count: int) -> str:
@@ -141,7 +121,7 @@ def decodes_per_view(rows: list[dict[str, Any]]) -> float:
 
 def loader_table(rates: Sequence[int] = RATES) -> str:
     """Cores that decoding takes at a rate of rows, from the measured views per CPU second."""
-    rows = newest("loader-cpu-[0-9]*.jsonl")
+    rows = read(newest("loader-cpu-[0-9]*.jsonl"))
     (ours,) = [row for row in rows if row.get("name") == "ours 2 threads, uint8"]
     (machine,) = [row for row in rows if row["what"] == "machine"]
     (files,) = [row for row in rows if row["what"] == "files"]
@@ -157,42 +137,29 @@ def loader_table(rates: Sequence[int] = RATES) -> str:
         f"(`dlb-fast bench loader`)."
     )
     cores = [(f"{r:,}", f"{r / rate['median']:.1f}", f"{r * reads * per_file / 1e6:.0f}") for r in rates]
-    return told + "\n\n" + table(("rows per second", "cores that decode", "MB read per second"), cores)
+    return (
+        wrapped(told)
+        + "\n\n"
+        + table(("rows per second", "cores that decode", "MB read per second"), cores, right=True)
+    )
 
 
 def hours_table(rates: Sequence[int] = RATES) -> str:
     """Hours by arithmetic: rows over the rate."""
     rows = []
     for name in RECIPES:
-        config = get_preset(name).config
+        config = load_preset(name)
         seen = steps_of(config)[2]
         evals = config.train.epochs * VAL_IMAGES
         rows.append([f"`{name}`", f"{seen + evals / 3:,.0f}", *(f"{(seen + evals / 3) / r / 3600:.0f}" for r in rates)])
-    return table(("preset", "rows", *(f"{r:,}/s" for r in rates)), rows)
+    return table(("preset", "rows", *(f"{r:,}/s" for r in rates)), rows, right=True)
 
 
-def dry_run_table() -> str:
-    """The stages of the newest dry run, and what it left."""
-    rows = newest("imagenet-dry-run-cpu-[0-9]*.jsonl")
-    result = rows[-1]
-    stopped = "stopped by SIGTERM and continued" if result["stopped_mid_run"] else "NOT STOPPED"
-    told = (
-        f"`{result['command']}`, {result['hardware']}, {result['cores']} cores, torch {result['versions']['torch']}, "
-        f"commit {result['commit']}, {result['date'][:10]}: {result['images']:,} made JPEGs of "
-        f"{result['classes']:,} classes, {result['steps']} steps, {stopped}; {result['evaluated']:,} images evaluated; "
-        f"a checkpoint has {result['checkpoint_bytes'] / 1e6:.0f} MB, the exported weights "
-        f"{result['weights_bytes'] / 1e6:.0f} MB."
-    )
-    stages = [(row["stage"], f"`dlb-fast {row['dlb_fast'].split()[0]}`", row["seconds"]) for row in rows[:-1]]
-    return told + "\n\n" + table(("stage", "command", "seconds"), stages)
-
-
-BLOCKS = {
+TABLES = {
     "imagenet steps": steps_table,
     "imagenet memory": memory_table,
     "imagenet loader": loader_table,
     "imagenet hours": hours_table,
-    "imagenet dry run": dry_run_table,
 }
 
 
@@ -201,15 +168,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", type=int, help="your images per second: one more line")
     args = parser.parse_args(argv)
-    for name, block in BLOCKS.items():
-        try:
-            print(f"\n### {name}\n\n{block()}")
-        except FileNotFoundError as error:  # a part that has not been measured yet
-            print(f"\n### {name}\n\n{error}")
+    for name, made in TABLES.items():
+        print(f"\n### {name}\n\n{made()}")
     if args.rate:
         for name in RECIPES:
             print(
-                f"{name}: {steps_of(get_preset(name).config)[2] / args.rate / 3600:.1f} hours at {args.rate:,} rows/s"
+                f"{name}: {steps_of(load_preset(name))[2] / args.rate / 3600:.1f} hours at {args.rate:,} rows/s"
             )
 
 

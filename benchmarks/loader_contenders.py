@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dlb_fast.data import OverlapBatchSampler, OverlapLoader, OverlapPlan, RandomResizedCrop, ViewRng, train_transform
-from dlb_fast.data.decode import ImageDecoder
+from dlb_fast.data.decode.decode import ImageDecoder
 from dlb_fast.data.sampler import SampleIndex
 
 SIZE, SEED = 224, 7
@@ -114,7 +114,7 @@ class HalfSampler:
         self.plan, self.epoch = OverlapPlan(length, half, seed=SEED), 0
 
     def __len__(self) -> int:
-        return self.plan.halves_per_epoch
+        return self.plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
@@ -141,24 +141,24 @@ def published(files: Files, half: int, workers: int, floats: bool = True) -> Ite
     yield from _paired(stack for stack, _ in _epochs(loader))
 
 
-def ours(files: Files, half: int, threads: int, dtype: torch.dtype, resize: str = "torch") -> Iterator[Halves]:
-    transform = _transform(resize)
+def ours(files: Files, half: int, threads: int, dtype: torch.dtype, transform: Any = None) -> Iterator[Halves]:
+    transform = transform or train_transform("imagenet", SIZE)
     loader = OverlapLoader(
         files, 2 * half, transform=transform, num_threads=threads, seed=SEED, dtype=dtype, mean=MEAN, std=STD,
-        check_threads=False,
     )
     with loader:
         for batch in _epochs(loader):
             yield [batch.images]
 
 
-def _transform(resize: str) -> Any:
-    if resize == "torch":
-        return train_transform("imagenet", SIZE)
-    from dlb_fast.data.aliased import AliasedRandomResizedCrop
-    from dlb_fast.data.augment import Compose, Flip
+def opencv_view(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
+    """The same crops resized by OpenCV without antialiasing: a transform of the user's own."""
+    import cv2
 
-    return Compose([AliasedRandomResizedCrop(SIZE), Flip()])
+    top, left, h, w = _BOX.box(image.shape[1], image.shape[2], rng)
+    window = np.ascontiguousarray(image[:, top : top + h, left : left + w].permute(1, 2, 0).numpy())
+    view = cv2.resize(window, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(view[:, ::-1].copy() if rng.uniform() < 0.5 else view).permute(2, 0, 1)
 
 
 def torchdata_nodes(files: Files, half: int, workers: int) -> Iterator[Halves]:
@@ -276,7 +276,9 @@ def contenders() -> list[Contender]:
         Contender("ours 2 threads, uint8", lambda f, h: ours(f, h, 2, torch.uint8)),
         Contender("ours 4 threads, uint8", lambda f, h: ours(f, h, 4, torch.uint8)),
         Contender("ours 2 threads, float32 normalised on the CPU", lambda f, h: ours(f, h, 2, torch.float32)),
-        Contender("ours 2 threads, uint8, OpenCV (aliased)", lambda f, h: ours(f, h, 2, torch.uint8, "cv"), "cv2"),
+        Contender(
+            "ours 2 threads, uint8, OpenCV (aliased)", lambda f, h: ours(f, h, 2, torch.uint8, opencv_view), "cv2"
+        ),
         Contender("torchdata nodes 2 threads, our decode, uint8", lambda f, h: torchdata_nodes(f, h, 2), "torchdata"),
         Contender("SPDL 2 threads, our decode, uint8", lambda f, h: spdl(f, h, 2), "spdl.pipeline"),
         Contender("timm PrefetchLoader 2 workers, PIL, float32", lambda f, h: timm_prefetcher(f, h, 2), "timm"),

@@ -27,8 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dlb_fast.data import OverlapLoader, ResidentLoader, train_transform
-from dlb_fast.data.augment import NORMALISATION
+from dlb_fast.data import NORMALISATION, OverlapLoader, ResidentLoader, train_transform
 
 ENOUGH, LAUNCH_GAP_US = 0.05, 20.0
 Span = tuple[float, float]

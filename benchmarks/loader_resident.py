@@ -17,9 +17,7 @@ import torch
 from loader_stalls import machine_busy
 from torch.utils.data import DataLoader, Dataset
 
-from dlb_fast.data import Compose, Flip, OverlapBatchSampler, PadCrop, ResidentLoader
-from dlb_fast.data.augment import NORMALISATION
-from dlb_fast.data.sampler import SampleIndex
+from dlb_fast.data import NORMALISATION, Compose, Flip, OverlapBatchSampler, PadCrop, ResidentLoader, SampleIndex
 
 SIDE, PADDING = 32, 4
 MEAN, STD = NORMALISATION["cifar10"]

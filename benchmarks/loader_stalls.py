@@ -34,8 +34,7 @@ from typing import Any
 import torch
 from loader_contenders import MEAN, SEED, SIZE, STD, Files
 
-from dlb_fast.data import OverlapLoader, train_transform
-from dlb_fast.data.decode import ImageDecoder
+from dlb_fast.data import ImageDecoder, OverlapLoader, train_transform
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 WARM, ENOUGH = 6, 0.05
@@ -186,7 +185,7 @@ class Kind:
         transform = train_transform("imagenet", SIZE)
         cpu, busy, begun = time.process_time(), machine_busy(), time.perf_counter()
         with OverlapLoader(
-            self.files, 2 * self.half, transform=transform, mean=MEAN, std=STD, check_threads=False, **options
+            self.files, 2 * self.half, transform=transform, mean=MEAN, std=STD, **options
         ) as loader:
             batches = (batch for _ in range(10**6) for batch in loader)
             for _ in range(WARM):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlb_fast import LastBatchLoss, LogitBuffer, _backends, dlb_step, ops
+from dlb_fast import LastBatchLoss, LogitBuffer, _backends, _options, dlb_step, functional, ops
 
 from .shapes import Shape
 
@@ -139,8 +139,9 @@ def ours(impl: str, values: Tensor, target: Tensor, teacher: Tensor) -> dict[Key
         criterion(leaf, target).backward()
         return (leaf.grad,)
 
-    op = ops.op_for(impl, "last_batch_roll")
-    options = (target, None, None, None, None, None, None, 1.0, TAU, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 1, 0, True)
+    op = ops.op_for(impl, "last_batch_update")
+    given = {"target": target}
+    options = (*map(given.get, _options.TENSORS), *functional.prepare("bench", temperature=TAU).numbers, True)
     return {
         (impl, "autograd"): autograd,
         (impl, "gradient"): functools.partial(dlb_step, logits, target, kept, temperature=TAU, impl=impl),

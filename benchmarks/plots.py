@@ -1,10 +1,10 @@
-"""Curves from results files; every point is a record, nothing is typed.
+"""Curves of a sweep from its results file; every point is a record.
 
     python -m benchmarks.plots benchmarks/results/sweep-cpu.jsonl --out benchmarks/results
 
-From records of `bench_last_batch --sweep classes`: time or throughput with the roof that a copy set in the same run,
-and the speed-up of ours over eager and torch.compile, against the number of classes. From `--sweep batch`:
-microseconds against rows. A curve is the median, its band the 20 to 80 % quantiles.
+Makes one SVG per dtype and kind of timing from the records of `bench_last_batch --sweep classes` and `--sweep batch`:
+the cost of a logit and the speed-up over eager and torch.compile against the classes, the time of a call against the
+rows. A curve is the median, its band reaches from the 20 to the 80 % quantile.
 """
 
 from __future__ import annotations
@@ -16,123 +16,82 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .results_file import OURS, Record, label, machine, read
+from .tables import OURS, Record, label, machine, read
 
-Curves = dict[tuple[str, str], list[Record]]  # (variant, path) -> records in order of x
-KINDS = {
-    "wall": "wall clock",
-    "device_warm": "device time, warm cache",
-    "device_cold": "device time, cold cache",
-    "graph": "graph replay",
-}
+Value = Callable[[Record, str], float]  # (record, "median_us" or another quantile) -> y
 
 
-def curves(records: list[Record], x: str) -> Curves:
-    """The records of each contender, by growing ``x``. ValueError where two stand at one place."""
-    found: Curves = defaultdict(list)
+def draw(axes: Any, records: list[Record], x: str, value: Value) -> None:
+    """A line with its band per contender; ours are thicker and on top. ValueError for two records at one place."""
+    curves: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: r[x]):
-        found[record["variant"], record["path"]].append(record)
-    for (variant, path), points in found.items():
-        if len({p[x] for p in points}) < len(points):
+        if record["path"] == "autograd" or record["variant"] in OURS:  # the others' second path is the same work
+            curves[record["variant"], record["path"]].append(record)
+    for (variant, path), points in sorted(curves.items(), key=lambda item: item[0][0] in OURS):
+        at = [p[x] for p in points]
+        if len(set(at)) < len(at):
             raise ValueError(f"plots: {variant} ({path}) was measured twice at one {x}; plot one run at a time")
-    # Beside the public faces the bare op says nothing new, and the peers' second path is the same work.
-    return {
-        key: points
-        for key, points in found.items()
-        if not key[0].endswith("-op") and (key[1] == "autograd" or key[0] in OURS)
-    }
-
-
-def draw(axes: Any, found: Curves, x: str, value: Callable[[Record, str], float]) -> None:
-    """A line with its band per contender; ours are drawn on top and thicker."""
-    for (variant, path), points in sorted(found.items(), key=lambda item: item[0][0] in OURS):
-        at, ours = [p[x] for p in points], variant in OURS
-        (line,) = axes.plot(
-            at, [value(p, "median_us") for p in points], marker="o", markersize=3, linewidth=2 if ours else 1,
-            linestyle="--" if path == "gradient" else "-", label=label(variant, path),
-        )  # fmt: skip
-        low, high = ([value(p, q) for p in points] for q in ("p20_us", "p80_us"))
+        style = {"linewidth": 2 if variant in OURS else 1, "linestyle": "--" if path == "gradient" else "-"}
+        (line,) = axes.plot(at, [value(p, "median_us") for p in points], "o", ms=3, label=label(variant, path), **style)
+        low, high = ([value(p, quantile) for p in points] for quantile in ("p20_us", "p80_us"))
         axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xscale("log")
 
 
-def cost_of_classes(axes: Any, records: list[Record], gpu: bool) -> None:
-    """GB/s of the least traffic under the roof (GPU), or nanoseconds per logit above the time a copy takes (CPU)."""
-    found = curves(records, "classes")
-
-    def rate(r: Record, which: str) -> float:
-        logits = r["rows"] * r["classes"]
-        return r["least_bytes_per_logit"] * logits / r[which] * 1e-3 if gpu else r[which] * 1e3 / logits
-
-    draw(axes, found, "classes", rate)
-    roofs = sorted({(r["classes"], r["copy_bandwidth"], r["least_bytes_per_logit"]) for r in records})
-    heights = [band * 1e-9 if gpu else least / band * 1e9 for _, band, least in roofs]
-    axes.plot([c for c, _, _ in roofs], heights, color="black", linestyle=":", label="copy of as many bytes")
-    axes.set_ylabel("GB/s of the least traffic" if gpu else "ns per logit")
-    axes.set_xlabel(f"classes C ({records[0]['rows']} rows)")
-    if not gpu:
-        axes.set_yscale("log")
+def cost_of_classes(axes: Any, records: list[Record]) -> None:
+    """Nanoseconds per logit, above the time of a copy of as many bytes."""
+    draw(axes, records, "classes", lambda r, which: r[which] * 1e3 / (r["rows"] * r["classes"]))
+    copies = sorted({(r["classes"], r["least_bytes_per_logit"] / r["copy_bandwidth"] * 1e9) for r in records})
+    axes.plot(*zip(*copies, strict=True), color="black", linestyle=":", label="copy of as many bytes")
+    axes.set(xlabel=f"classes ({records[0]['rows']} rows)", ylabel="ns per logit", yscale="log")
 
 
-def speedup_over_classes(axes: Any, records: list[Record], gpu: bool) -> None:
-    """How many times faster our criterion is than each peer, by medians of one run."""
-    found = curves([r for r in records if r["path"] == "autograd"], "classes")
-    best: dict[int, float] = {}
-    for (variant, _), points in found.items():
-        for p in points if variant in OURS else ():
-            best[p["classes"]] = min(best.get(p["classes"], p["median_us"]), p["median_us"])
-    peers = {key: [p for p in points if p["classes"] in best] for key, points in found.items() if key[0] not in OURS}
-    draw(axes, peers, "classes", lambda r, which: r[which] / best[r["classes"]])
+def speedup_over_classes(axes: Any, records: list[Record]) -> None:
+    """The time of each contender over that of our criterion, by medians of one run."""
+    records = [r for r in records if r["path"] == "autograd"]
+    ours = {r["classes"]: r["median_us"] for r in records if r["variant"] in OURS}
+    others = [r for r in records if r["variant"] not in OURS and r["classes"] in ours]
+    draw(axes, others, "classes", lambda r, which: r[which] / ours[r["classes"]])
     axes.axhline(1, color="black", linestyle=":")
-    axes.set_ylabel("time over our criterion's")
-    axes.set_xlabel(f"classes C ({records[0]['rows']} rows)")
+    axes.set(xlabel=f"classes ({records[0]['rows']} rows)", ylabel="time over our criterion's")
 
 
-def time_of_rows(axes: Any, records: list[Record], gpu: bool) -> None:
+def time_of_rows(axes: Any, records: list[Record]) -> None:
     """Microseconds of one call."""
-    draw(axes, curves(records, "rows"), "rows", lambda r, which: r[which])
-    axes.set_yscale("log")
-    axes.set_ylabel("µs")
-    axes.set_xlabel(f"rows (C = {records[0]['classes']})")
+    draw(axes, records, "rows", lambda r, which: r[which])
+    axes.set(xlabel=f"rows (C = {records[0]['classes']})", ylabel="µs", yscale="log")
 
 
-PLOTS: dict[str, tuple[str, Callable[[Any, list[Record], bool], None]]] = {
-    "cost": ("classes", cost_of_classes),
-    "speedup": ("classes", speedup_over_classes),
-    "batch": ("batch", time_of_rows),
-}
+PANELS = {"classes": (cost_of_classes, speedup_over_classes), "batch": (time_of_rows,)}
 
 
-def plot(paths: list[Path], out: Path) -> list[Path]:
-    """Write an SVG per plot, kind of timing and dtype found in the files; returns them. ValueError for no sweep."""
+def plot(results: Path, out: Path) -> list[Path]:
+    """Write the figures of a results file and return their paths. ValueError for a file without a sweep."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "dlb_fast"  # the same file from the same records
     import matplotlib.pyplot as plt
 
-    written: list[Path] = []
-    for path in paths:
-        groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-        for record in read([path]):
-            if record.get("bench") == "last_batch" and "sweep" in record:
-                groups[record["sweep"], record["kind"], record["dtype"]].append(record)
-        if not groups:
-            raise ValueError(f"plots: {path} holds no sweep; make one with bench_last_batch --sweep classes|batch")
-        out.mkdir(parents=True, exist_ok=True)
-        for (sweep, kind, dtype), records in groups.items():
-            for name, (over, paint) in PLOTS.items():
-                if over != sweep:
-                    continue
-                figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-                paint(axes, records, kind != "wall" or "launches" in records[0])
-                axes.set_title(f"{dtype}, {KINDS[kind]}\n{machine(records[0])}", fontsize=8)
-                axes.grid(alpha=0.3)
-                axes.legend(fontsize=8)
-                target = out / f"{path.stem}-{name}-{dtype}-{kind}.svg"
-                figure.savefig(target, metadata={"Date": None})
-                plt.close(figure)
-                written.append(target)
+    groups: dict[tuple[str, str], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in read(results):
+        if record.get("bench") == "last_batch" and "sweep" in record and not record["variant"].endswith("-op"):
+            groups[record["dtype"], record["kind"]][record["sweep"]].append(record)
+    if not groups:
+        raise ValueError(f"plots: {results} holds no sweep; make one with bench_last_batch --sweep classes|batch")
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for (dtype, kind), sweeps in groups.items():
+        panels = [(paint, records) for sweep, records in sweeps.items() for paint in PANELS[sweep]]
+        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+        for ax, (paint, records) in zip(axes[0], panels, strict=True):
+            paint(ax, records)
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize=8)
+        figure.suptitle(f"{dtype}, {kind}: {machine(panels[0][1][0])}", fontsize=9)
+        written.append(out / f"{results.stem}-{dtype}-{kind}.svg")
+        figure.savefig(written[-1], metadata={"Date": None})
+        plt.close(figure)
     return written
 
 
@@ -142,7 +101,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the SVG files")
     args = parser.parse_args()
     try:
-        written = plot(args.results, args.out)
+        written = [path for results in args.results for path in plot(results, args.out)]
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print("\n".join(str(path) for path in written))

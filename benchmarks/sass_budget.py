@@ -3,7 +3,7 @@
     python -m benchmarks.sass_budget                 needs nvcc, and nvdisasm and cuobjdump (Triton's wheel has both)
 
 For each regime that holds its rows it counts the instructions that a warp issues for one pair of rows (one taught, one
-not) with labels, roll and gradient, per logit of the pair, and compares with what an H200 can issue in the time its
+not) with labels, buffer and gradient, per logit of the pair, and compares with what an H200 can issue in the time its
 memory takes. Counted are the straight pieces of code that hold exponentials, reductions, conversions or 16-byte
 accesses, each once: both forms of the loads (in place or not) and of the buffer's dtype are in there, and pieces that
 move single elements at a row's ends are not. What is neither (roles, addresses, one row's coefficients) comes on top,
@@ -138,7 +138,7 @@ def costs(cubin: Path, dtype: str) -> dict[str, Cost]:
     found = {}
     for name, pieces in code_of(cubin).items():
         for regime, group in GROUPS.items():
-            if "held_kernel" in name and "TeachE1" in name and group in name:
+            if "resident_kernel" in name and "TeachE1" in name and group in name:
                 found[regime] = cost(pieces, registers[name], regime, SIZES[dtype])
     return found
 

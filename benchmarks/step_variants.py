@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.batch import Batch
-from dlb_fast.train.graphed import GraphedStep
+from dlb_fast.data import Batch
+from dlb_fast.train.loop import accepted_inputs, training_loss
 from dlb_fast.train.models import create_model
-from dlb_fast.train.step import accepted_inputs, training_loss
 
 TAU, ALPHA = 3.0, 1.0
 VARIANTS = {
@@ -35,7 +34,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants of a run share. ``mode``: eager, compile (the network) or graph (forward, loss, backward)."""
+    """What all variants of a run share. ``mode``: eager, or compile (the network)."""
 
     model: str
     rows: int
@@ -64,7 +63,7 @@ class PlainCrossEntropy(nn.Module):
 
 
 class EagerLastBatchLoss(nn.Module):
-    """The DLB loss as anyone would write it, its teacher at a fixed address so that it can be captured as well."""
+    """The DLB loss as anyone would write it, its teacher at a fixed address."""
 
     def __init__(self, half: int, classes: int, device: str) -> None:
         super().__init__()
@@ -97,11 +96,6 @@ class Rig:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, **numbers)
 
 
-def able(variant: str, setting: Setting) -> bool:
-    """Whether a variant can run: a graph cannot hold the official loop's reads on the host."""
-    return not (variant == "official" and setting.mode == "graph")
-
-
 def build(variant: str, setting: Setting, rig: Rig) -> Callable[[], Any]:
     """One training step of a variant."""
     return official_step(setting, rig) if variant == "official" else joint_step(variant, setting, rig)
@@ -123,17 +117,11 @@ def joint_step(variant: str, setting: Setting, rig: Rig) -> Callable[[], Tensor]
     images = torch.cat((views[:, 1], views[:, 0])).to(device, memory_format=layout)
     ids = torch.arange(half, device=device).repeat(2)
     batch = Batch(images, labels.repeat(2).to(device), ids, half, epoch=0, step=1)
-    accepts = accepted_inputs(criterion)
-
-    def backward(batch: Batch) -> Tensor:
-        loss = training_loss(network, criterion, batch, autocast=setting.autocast(), accepts=accepts)
-        loss.backward()
-        return loss
-
-    run = GraphedStep(backward, model.parameters()) if setting.mode == "graph" else backward
+    inputs = accepted_inputs(criterion)
 
     def step() -> Tensor:
-        loss = run(batch)
+        loss = training_loss(network, criterion, batch, autocast=setting.autocast(), inputs=inputs)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss

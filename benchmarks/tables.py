@@ -1,64 +1,112 @@
-"""Markdown tables from results files; no figure in them is typed.
+"""The tables of the documentation, made from `benchmarks/results/` and the presets; nobody types a figure.
 
-    python -m benchmarks.tables                                  # print the tables of the committed results
-    python -m benchmarks.tables --write benchmarks/README.md     # put them between the markers of a file
-    python -m benchmarks.tables RESULTS.jsonl ...                # of other files
+    python -m benchmarks.tables                     write them into docs/ between their marks
+    python -m benchmarks.tables --check             only say which pages are stale
+    python -m benchmarks.tables RESULTS.jsonl ...   print the tables of these files
 
-`generated()` gives the same text to whoever else wants to publish it; a test holds benchmarks/README.md to it.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test fails when one is stale.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from .results_file import OURS, Record, label, machine, read, verdicts
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
+Record = dict[str, Any]
 
-RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- begin: python -m benchmarks.tables -->", "<!-- end: python -m benchmarks.tables -->"
+OURS = ("cuda", "triton", "cpu")
+LABELS = {
+    "eager": "eager",
+    "official": "official code's form",
+    "compile": "torch.compile",
+    "compile-ro": "torch.compile, reduce-overhead",
+    "liger": "Liger CE + KL",
+    "cpu": "ours (C++)",
+    "cuda": "ours (CUDA)",
+    "triton": "ours (Triton)",
+}
+BAR_TIME, BAR_MEMORY = 1.03, 1.01  # a whole step with DLB over one with CE may cost so much
 
 
-def committed() -> list[Path]:
-    """The results files of the checkout."""
-    return sorted(RESULTS.glob("*.jsonl"))
+# Records
 
 
-def generated(paths: Iterable[Path] | None = None) -> str:
-    """All tables of these results files (None: the committed ones), as markdown."""
-    sections = []
-    for path in committed() if paths is None else paths:
-        records = read([path])
-        for bench, table in TABLES.items():
-            wanted = latest([r for r in records if r.get("bench") == bench and "sweep" not in r])
-            if wanted:
-                sections.append(f"{table(wanted)}\n\n{origin(path, wanted)}")
-    return "\n\n".join(sections) + "\n"
+def read(path: Path) -> list[Record]:
+    """The records of a results file. ValueError names the line that is none."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a JSON record ({error})") from None
+        records.append(record)
+    return records
+
+
+def newest(pattern: str) -> Path:
+    """The newest results file of that name. FileNotFoundError when there is none."""
+    files = sorted(RESULTS.glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"no {RESULTS / pattern}; run the benchmark first")
+    return files[-1]
 
 
 def latest(records: list[Record]) -> list[Record]:
-    """Without what the same file measured again later."""
+    """Only the last of the records that measured the same thing."""
     names = ("kind", "variant", "path", "rows", "classes", "dtype", "model", "size", "mode")
     return list({tuple(r.get(name) for name in names): r for r in records}.values())
 
 
+def label(variant: str, path: str = "autograd") -> str:
+    """The name of a contender in tables and plots."""
+    if variant.removesuffix("-op") in OURS and variant.endswith("-op"):
+        return f"{LABELS[variant.removesuffix('-op')]}, bare op"
+    if variant in OURS and path == "gradient":
+        return f"{LABELS[variant]}, dlb_step"
+    return LABELS.get(variant, variant)
+
+
+def machine(record: Record) -> str:
+    """`AMD EPYC, 2 threads, torch 2.13.0+cpu, commit abc, 2026-11-21`: where and when it was measured."""
+    threads = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
+    where = f"{record['hardware']}, {threads}, torch {record['versions']['torch']}"
+    return f"{where}, commit {record['commit']}, {record['date'][:10]}"
+
+
 def origin(path: Path, records: list[Record]) -> str:
-    """Where the figures above stand and how they were made."""
-    made = sorted({r["command"] for r in records})
-    counts = sorted(r["n"] for r in records)
+    """The file, machine, n and commands of the figures above."""
+    commands = ", ".join(f"`{command}`" for command in sorted({r["command"] for r in records}))
     places = "; ".join(sorted({machine(r) for r in records}))
-    n = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    fewest, most = min(r["n"] for r in records), max(r["n"] for r in records)
+    n = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     missing = sorted({name for r in records for name in r.get("missing", ())})
-    text = f"`{path.name}`: {places}; n = {n}. " + ", ".join(f"`{command}`" for command in made) + "."
-    return text + (f" Not there: {'; '.join(missing)}." if missing else "")
+    text = f"`{path.name}`: {places}; n = {n}. {commands}."
+    return wrapped(text + (f" Not there: {'; '.join(missing)}." if missing else ""))
 
 
-def rows_of(heads: list[str], rows: list[list[str]]) -> str:
-    """A markdown table without the columns in which no row has anything."""
+def wrapped(text: str) -> str:
+    """A paragraph in lines of at most 120 columns."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+# Tables
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]], right: bool = False) -> str:
+    """A Markdown table without its empty columns; `right` aligns all but the first to the right."""
+    rows = [[str(cell) for cell in row] for row in rows]
     full = [i for i in range(len(heads)) if any(row[i] != "-" for row in rows)]
-    lines = [[row[i] for i in full] for row in (heads, ["---"] * len(heads), *rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rule = ["---" if i == 0 or not right else "---:" for i in range(len(heads))]
+    return "\n".join(f"| {' | '.join(row[i] for i in full)} |" for row in (heads, rule, *rows))
 
 
 def spread(record: Record, unit: float = 1.0, form: str = ".0f") -> str:
@@ -67,102 +115,176 @@ def spread(record: Record, unit: float = 1.0, form: str = ".0f") -> str:
 
 
 def loss_table(records: list[Record]) -> str:
-    """The loss alone. Each ratio divides by our criterion's time of the same run and kind of timing."""
-    ours = {}
+    """The loss alone. Each ratio is to the criterion with autograd of the same run and kind of timing."""
+
+    def shape(r: Record) -> tuple[Any, ...]:
+        return r["rows"], r["classes"], r["dtype"], r["kind"]
+
+    ours: dict[tuple[Any, ...], float] = {}
     for r in records:
-        key = (r["rows"], r["classes"], r["dtype"], r["kind"])
         if r["variant"] in OURS and r["path"] == "autograd":
-            ours[key] = min(ours.get(key, r["median_us"]), r["median_us"])
+            ours[shape(r)] = min(ours.get(shape(r), r["median_us"]), r["median_us"])
+    heads = ["shape", "dtype", "timing", "variant", "us [20 %, 80 %]", "x ours", "of copy bandwidth", "peak MB"]
     rows = []
     for r in records:
-        bare = r["path"] == "gradient"
-        if bare and not r["variant"].startswith(OURS):
-            continue  # the same work by another call; the file has it
-        base = ours.get((r["rows"], r["classes"], r["dtype"], r["kind"]))
-        share, peak = r.get("of_copy_bandwidth"), r.get("peak_bytes")
-        rows.append([
-            f"{r['rows']} x {r['classes']}", r["dtype"], r["kind"], label(r["variant"], r["path"]), spread(r),
-            f"{r['median_us'] / base:.2f}" if base else "-",
-            "-" if share is None else f"{share:.0%}",
-            "-" if peak is None else f"{peak / 1e6:.2f}",
-            f"{r['launches']}" if "launches" in r else "-",
-        ])  # fmt: skip
-    heads = [
-        "shape",
-        "dtype",
-        "timing",
-        "variant",
-        "us [20 %, 80 %]",
-        "x ours",
-        "of copy bandwidth",
-        "peak MB",
-        "launches",
-    ]
-    return "**The loss alone**\n\n" + rows_of(heads, rows)
+        if r["path"] == "gradient" and not r["variant"].startswith(OURS):
+            continue  # the others do the same work by another call
+        base, share, peak = ours.get(shape(r)), r.get("of_copy_bandwidth"), r.get("peak_bytes")
+        rows.append(
+            [
+                f"{r['rows']} x {r['classes']}",
+                r["dtype"],
+                r["kind"],
+                label(r["variant"], r["path"]),
+                spread(r),
+                f"{r['median_us'] / base:.2f}" if base else "-",
+                "-" if share is None else f"{share:.0%}",
+                "-" if peak is None else f"{peak / 1e6:.2f}",
+                r.get("launches", "-"),
+            ]
+        )
+    return table([*heads, "launches"], rows)
 
 
 def step_table(records: list[Record]) -> str:
-    """Whole steps; ratios are medians over rounds, with 95 % intervals."""
+    """Whole steps: medians over rounds of the ratio to CE, with 95 % intervals, and the verdicts."""
     rows, judged = [], []
     for r in records:
-        ratio = f"{r['ratio']:.4f} [{r['ratio_low']:.4f}, {r['ratio_high']:.4f}]"
-        what = f"{r['model']}, {r['rows']} rows of {r['size']} px, {r['dtype']}, {r['mode']}"
+        what = f"{r['model']}, {r['rows']} x {r['size']} px, {r['dtype']}, {r['mode']}"
+        ratio = f"{r['ratio']:.3f} [{r['ratio_low']:.3f}, {r['ratio_high']:.3f}]"
         peak = f"{r['peak_bytes'] / 1e6:.1f}"
         rows.append([what, r["variant"], spread(r, 1e3, ".1f"), ratio, peak, f"{r['peak_ratio']:.4f}"])
         if r["variant"] == "dlb" and r["base"] == "ce":
-            judged.append(f"{what}: {verdicts(r, records)}.")
-    heads = [
-        "step",
-        "variant",
-        "ms [20 %, 80 %]",
-        f"{records[0]['clock']} time over ce [95 %]",
-        "peak MB",
-        "peak over ce",
-    ]
-    return "\n\n".join(["**A whole training step**", rows_of(heads, rows), *judged])
+            judged.append(wrapped(f"{what}: {verdicts(r, records)}."))
+    clock = f"{records[0]['clock']} time over ce [95 %]"
+    return "\n\n".join(
+        [
+            table(["step", "variant", "ms [20 %, 80 %]", clock, "peak MB", "peak over ce"], rows),
+            *judged,
+        ]
+    )
+
+
+def verdicts(dlb: Record, records: list[Record]) -> str:
+    """Whether a step with DLB keeps the bars, beside records of the same run.
+
+    `met` or `missed` in time where the whole interval lies on one side of the bar and the control, CE measured once
+    more, stays within it; otherwise `undecided`.
+    """
+    same = ("model", "rows", "size", "mode", "dtype", "command", "date")
+    control = [r for r in records if r["variant"] == "ce_again" and all(r[n] == dlb[n] for n in same if n in dlb)]
+    quiet = bool(control) and all(1 / BAR_TIME <= r["ratio_low"] <= r["ratio_high"] <= BAR_TIME for r in control)
+    time = "met" if dlb["ratio_high"] <= BAR_TIME else "missed" if dlb["ratio_low"] > BAR_TIME else "undecided"
+    peak = "met" if dlb["peak_ratio"] <= BAR_MEMORY else "missed"
+    return (
+        f"at most {BAR_TIME:.2f} x the time of ce: {time if quiet else 'undecided'}; "
+        f"at most {BAR_MEMORY:.2f} x its peak memory: {peak}"
+    )
 
 
 def methods_table(records: list[Record]) -> str:
     """What each method costs beside plain cross entropy."""
-    rows = [
-        [
-            f"{r['model']}, {r['rows']} rows of {r['size']} px", r["kind"], r["variant"],
-            spread(r), f"{r['of_ce']:.2f}", r["cost"],
-        ]
-        for r in records
-    ]  # fmt: skip
-    heads = ["step", "timing", "method", "us [20 %, 80 %]", "x ce", "keeps"]
-    return "**The methods**\n\n" + rows_of(heads, rows)
+    heads = ["step", "timing", "method", "us [20 %, 80 %]", "x ce"]
+    return table(
+        heads,
+        (
+            [
+                f"{r['model']}, {r['rows']} rows of {r['size']} px",
+                r["kind"],
+                r["variant"],
+                spread(r),
+                f"{r['of_ce']:.2f}",
+            ]
+            for r in records
+        ),
+    )
 
 
-TABLES: dict[str, Callable[[list[Record]], str]] = {
-    "last_batch": loss_table,
-    "step": step_table,
-    "methods": methods_table,
-}
+BENCHMARKS = {"last_batch": loss_table, "step": step_table, "methods": methods_table}
 
 
-def between_markers(text: str, tables: str) -> str:
-    """``text`` with what stands between its markers replaced. ValueError where it has none."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"tables: expected the lines {BEGIN!r} and {END!r} once each, in this order")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{tables}\n{text[text.index(END) :]}"
+def tables_of(path: Path) -> str:
+    """The tables of a results file."""
+    records, made = read(path), []
+    for bench, draw in BENCHMARKS.items():
+        wanted = latest([r for r in records if r.get("bench") == bench and "sweep" not in r])
+        if wanted:
+            made.append(f"{draw(wanted)}\n\n{origin(path, wanted)}")
+    return "\n\n".join(made)
 
 
-def main() -> int:
+def views_table() -> str:
+    """The loaders' views per second."""
+    rows = read(newest("loader-cpu-[0-9]*.jsonl"))
+    (run,) = [row for row in rows if row["what"] == "machine"]
+    told = f"`{run['command']}`; {run['cpu']}, {run['cores']} cores, torch {run['torch']}, commit {run['commit'][:7]}."
+    lines = []
+    for row in rows:
+        if row["what"] == "throughput" and "missing" not in row:
+            views, cpu, over = row["views_per_s"], row["views_per_cpu_s"], row["over_A"]
+            spread = f"{views['median']:,.0f} ({views['q25']:,.0f} to {views['q75']:,.0f})"
+            lines.append((row["name"], spread, f"{cpu['median']:,.0f}", f"{over['median']:.2f}"))
+    return f"{wrapped(told)}\n\n{table(('loader', 'views per second', 'per CPU second', 'over A'), lines, right=True)}"
+
+
+def noise_table() -> str:
+    """Accuracy of the methods under label noise, as the report of the comparison has it."""
+    text = (RESULTS / "digits-label-noise" / "report.md").read_text(encoding="utf-8")
+    command = re.search(r"^Command: .*$", text, re.M)
+    first = re.search(r"(?:^\|.*\n)+", text, re.M)
+    if command is None or first is None:
+        raise ValueError("tables: digits-label-noise/report.md has no command line or no table")
+    return f"{command.group(0)}\n\n{first.group(0).strip()}"
+
+
+# Pages
+
+
+def sources() -> dict[str, Callable[[], str]]:
+    """Table name -> what makes it."""
+    from . import imagenet_plan  # needs the trainer
+
+    return {
+        **imagenet_plan.TABLES,
+        "loss": lambda: tables_of(newest("cpu-[0-9]*.jsonl")),
+        "steps": lambda: tables_of(newest("step-cpu-[0-9]*.jsonl")),
+        "methods": lambda: tables_of(newest("methods-cpu-[0-9]*.jsonl")),
+        "loaders": views_table,
+        "label noise": noise_table,
+    }
+
+
+def fill(text: str) -> str:
+    """A page with every marked table made anew. ValueError for an unknown name."""
+    known = sources() if MARK.search(text) else {}
+
+    def made(match: re.Match[str]) -> str:
+        if match[2] not in known:
+            raise ValueError(f"tables: unknown table {match[2]!r}; known: {', '.join(known)}")
+        return f"{match[1]}\n{known[match[2]]()}\n\n{match[3]}"
+
+    return MARK.sub(made, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write, check or print the tables; 1 when a page is stale under --check."""
     parser = argparse.ArgumentParser(prog="tables", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", nargs="*", type=Path, help="default: the committed files")
-    parser.add_argument("--write", type=Path, help="markdown file with the two markers")
-    args = parser.parse_args()
-    try:
-        tables = generated(args.results or None)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    if args.write is None:
-        print(tables, end="")
-    else:
-        args.write.write_text(between_markers(args.write.read_text(), tables))
-    return 0
+    parser.add_argument("results", nargs="*", type=Path, help="print the tables of these files instead")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a page is stale")
+    args = parser.parse_args(argv)
+    for path in args.results:
+        print(tables_of(path))
+    if args.results:
+        return 0
+    stale = []
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if (new := fill(text)) != text:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(new, encoding="utf-8")
+    print(f"{'stale' if args.check else 'written'}: {', '.join(stale) or 'none'}")
+    return 1 if stale and args.check else 0
 
 
 if __name__ == "__main__":

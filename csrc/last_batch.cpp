@@ -1,5 +1,5 @@
-// The ops `dlb_fast::last_batch*`: schema and CPU dispatch, through libtorch's stable ABI (one file serves torch 2.10 and
-// newer, and any Python). No mathematics here: cpu/ and cuda/ compute.
+// The ops `dlb_fast::last_batch*`: schema and CPU dispatch, through libtorch's stable ABI (one file serves torch 2.10
+// and newer, and any Python). The mathematics is in cpu/ and cuda/.
 #include <vector>
 
 #include "cpu/batch_plan.h"
@@ -22,22 +22,24 @@ void run_on_cpu(const LastBatchArgs& args) {
   const PairJob job = pair_job(args, plan, losses);
   const PairKernel kernel = pair_kernel(args);
   const int64_t second = args.batch - plan.split, pairs = plan.split > second ? plan.split : second;
-  torch::stable::parallel_for(0, pairs, grain(2 * args.classes), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  torch::stable::parallel_for(0, pairs, grain(2 * args.classes),
+                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   finish_batch(args, plan, losses);
 }
 
-Outputs run_taught(const Tensor& logits, const MaybeTensor& teacher, const Options& options, GradTo grad_to) {
+Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, const Options& options,
+                         bool need_grad) {
   LastBatchArgs args;
-  Outputs outputs = unpack(logits, options, grad_to, args);
-  unpack_teacher(logits, teacher, args);
+  Outputs outputs = unpack(logits, options, need_grad, args);
+  unpack_teacher(logits, teacher, teacher_kind, args);
   run_on_cpu(args);
   return outputs;
 }
 
-Outputs run_rolling(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids, int64_t num_old,
-                    const Options& options, GradTo grad_to) {
+Outputs run_with_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids,
+                        int64_t num_old, const Options& options, bool need_grad) {
   LastBatchArgs args;
-  Outputs outputs = unpack(logits, options, grad_to, args);
+  Outputs outputs = unpack(logits, options, need_grad, args);
   unpack_buffer(logits, buffer, slots, ids, num_old, args);
   run_on_cpu(args);
   return outputs;
@@ -71,22 +73,16 @@ void scale_grad_cpu(Tensor grad, Tensor upstream, Tensor parts) {
 }
 
 STABLE_TORCH_LIBRARY(dlb_fast, m) {
-  m.def("last_batch(Tensor logits, Tensor? teacher, " DLB_OPTION_SCHEMA ", bool need_grad) -> " DLB_RETURNS);
-  m.def("last_batch_roll(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, " DLB_OPTION_SCHEMA
-        ", bool need_grad) -> " DLB_RETURNS);
-  m.def("last_batch_(Tensor(a!) logits, Tensor? teacher, " DLB_OPTION_SCHEMA ") -> " DLB_RETURNS_IN_PLACE);
-  m.def("last_batch_roll_(Tensor(a!) logits, Tensor(b!) buffer, Tensor(c!) slots, Tensor? ids, int num_old, " DLB_OPTION_SCHEMA
-        ") -> " DLB_RETURNS_IN_PLACE);
+  m.def("last_batch(Tensor logits, Tensor? teacher, int teacher_kind, " DLB_OPTION_SCHEMA);
+  m.def("last_batch_update(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, "
+        DLB_OPTION_SCHEMA);
   m.def("scale_grad_(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()");
-  m.def(DLB_CROPS_SCHEMA);  // implemented in resized_crops.cpp and gathered_views.cpp; a library has one such block
-  m.def(DLB_GATHER_SCHEMA);
+  m.def(DLB_CROPS_SCHEMA);  // implemented in resized_crops.cpp; a library has one such block
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlb_fast, CPU, m) {
-  m.impl("last_batch", TORCH_BOX(&last_batch<run_taught>));
-  m.impl("last_batch_", TORCH_BOX(&last_batch_<run_taught>));
-  m.impl("last_batch_roll", TORCH_BOX(&last_batch_roll<run_rolling>));
-  m.impl("last_batch_roll_", TORCH_BOX(&last_batch_roll_<run_rolling>));
+  m.impl("last_batch", TORCH_BOX(&last_batch<run_with_teacher>));
+  m.impl("last_batch_update", TORCH_BOX(&last_batch_update<run_with_buffer>));
   m.impl("scale_grad_", TORCH_BOX(&scale_grad_cpu));
 }
 

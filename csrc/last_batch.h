@@ -3,14 +3,16 @@
 #pragma once
 #include <cstdint>
 
+#include "../dlb_fast/options.h"
+
 namespace dlb_fast {
 
 enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
-enum class TeacherKind : int32_t { none = 0, logits = 1, probabilities = 2, given_by_rule = 3 };
+enum class TeacherKind : int32_t { none = 0, logits = 1, probabilities = 2, virtual_teacher = 3 };
 enum class Reduction : int32_t { mean = 0, sum = 1, none = 2 };
 
 // Entries of the op's `parts` output, as in dlb_fast/ops.py PARTS.
-enum Part : int32_t { part_loss, part_ce, part_lb, part_correct, part_grad_scale, part_taught, part_count };
+enum Part : int32_t { part_loss, part_ce, part_lb, part_correct, part_grad_scale, part_valid, part_count };
 
 // Header of the buffer's `slots`, as in dlb_fast/buffer.py: [count, mismatched, ids...].
 constexpr int64_t slots_count = 0, slots_mismatched = 1, slots_header = 2;
@@ -42,21 +44,21 @@ struct LastBatchArgs {
   int64_t* slots = nullptr;              // (2 + S,) contiguous
   const int64_t* ids = nullptr;          // (B,) contiguous
   int64_t num_old = -1;                  // repeated rows of this batch; -1: the count in slots
-  const bool* kd_mask = nullptr;         // one per taught row
-  int64_t kd_mask_rows = 0;              // rows from here on are not taught
-  double correct_share = -1.0;           // teacher by rule: share of the right class; < 0: uniform
-  // Weights of the terms: (ce_weight + ce_alpha * alpha) CE + alpha tau^2 KL + z_loss lse^2.
+  const bool* kd_mask = nullptr;         // one per row with a teacher
+  int64_t kd_mask_rows = 0;              // rows from here on have no valid teacher
+  // Weights of the terms: (ce_weight + ce_alpha * alpha) CE + alpha tau^2 KL.
   const void* alpha_ptr = nullptr;       // (A) 0-d, overrides alpha
   const void* temperature_ptr = nullptr; // (A) 0-d, overrides temperature
-  double alpha = 1.0, temperature = 3.0, ce_weight = 1.0, ce_alpha = 0.0;
-  double label_smoothing = 0.0, z_loss = 0.0;
-  int64_t ignore_index = -100;
-  Reduction reduction = Reduction::mean;
+#define DLB_NUMBER(name, initial) double name = initial;
+#define DLB_INTEGER(name, type, initial) type name = initial;
+  DLB_NUMBER_OPTIONS(DLB_NUMBER)
+  DLB_INTEGER_OPTIONS(DLB_INTEGER)
+#undef DLB_NUMBER
+#undef DLB_INTEGER
   // Outputs.
   void* loss = nullptr;                  // (A) 0-d, or (B,) for Reduction::none
   void* parts = nullptr;                 // (A) (part_count,)
-  void* grad = nullptr;                  // (B, C) contiguous in `dtype`, or null: no gradient wanted. It may be `logits`
-                                         // itself, then contiguous: the gradient replaces them. No other overlap.
+  void* grad = nullptr;                  // (B, C) contiguous in `dtype`, or null: no gradient wanted
 };
 
 }  // namespace dlb_fast

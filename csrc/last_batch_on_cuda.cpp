@@ -1,13 +1,14 @@
-// CUDA dispatch of the ops: current stream, device guard; no mathematics. Compiled only where nvcc is, and
-// linked with the kernels of cuda/. It loads beside a CPU build of torch too: the one CUDA symbol it needs from libtorch
-// is weak, and is only reached with a CUDA tensor in hand.
+// CUDA dispatch of the ops: current stream and device guard. Compiled where nvcc is installed, and linked with the
+// kernels of cuda/. It loads beside a CPU build of torch too: the one CUDA symbol it needs from libtorch is weak, and
+// only a call with CUDA tensors reaches it.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/last_batch_cuda.h"
 #include "last_batch_options.h"
 #include "unpack.h"
 
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 
 namespace dlb_fast {
 namespace {
@@ -24,20 +25,21 @@ void launch(const Tensor& logits, const LastBatchArgs& args) {
   STD_TORCH_CHECK(!refused, "last_batch: ", refused ? refused : "");
 }
 
-Outputs run_taught(const Tensor& logits, const MaybeTensor& teacher, const Options& options, GradTo grad_to) {
+Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, const Options& options,
+                         bool need_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   LastBatchArgs args;
-  Outputs outputs = unpack(logits, options, grad_to, args);
-  unpack_teacher(logits, teacher, args);
+  Outputs outputs = unpack(logits, options, need_grad, args);
+  unpack_teacher(logits, teacher, teacher_kind, args);
   launch(logits, args);
   return outputs;
 }
 
-Outputs run_rolling(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids, int64_t num_old,
-                    const Options& options, GradTo grad_to) {
+Outputs run_with_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids,
+                        int64_t num_old, const Options& options, bool need_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   LastBatchArgs args;
-  Outputs outputs = unpack(logits, options, grad_to, args);
+  Outputs outputs = unpack(logits, options, need_grad, args);
   unpack_buffer(logits, buffer, slots, ids, num_old, args);
   launch(logits, args);
   return outputs;
@@ -65,10 +67,8 @@ void scale_grad_cuda_op(Tensor grad, Tensor upstream, Tensor parts) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlb_fast, CUDA, m) {
-  m.impl("last_batch", TORCH_BOX(&last_batch<run_taught>));
-  m.impl("last_batch_", TORCH_BOX(&last_batch_<run_taught>));
-  m.impl("last_batch_roll", TORCH_BOX(&last_batch_roll<run_rolling>));
-  m.impl("last_batch_roll_", TORCH_BOX(&last_batch_roll_<run_rolling>));
+  m.impl("last_batch", TORCH_BOX(&last_batch<run_with_teacher>));
+  m.impl("last_batch_update", TORCH_BOX(&last_batch_update<run_with_buffer>));
   m.impl("scale_grad_", TORCH_BOX(&scale_grad_cuda_op));
 }
 

@@ -1,45 +1,43 @@
-// The ops' signatures as C++ (last_batch_schema.h: as schema text): written once, used by the CPU and the CUDA registration.
+// The options of dlb_fast/options.h as schema text, C++ parameters and a struct, and the two ops around a device's
+// kernels.
 #pragma once
-#include "last_batch_schema.h"
 #include "unpack.h"
 
-#define DLB_OPTION_PARAMETERS                                                                                         \
-  MaybeTensor target, MaybeTensor target_b, MaybeTensor lam, MaybeTensor weight, MaybeTensor kd_mask,                 \
-      MaybeTensor alpha_t, MaybeTensor temperature_t, double alpha, double temperature, double ce_weight,             \
-      double ce_alpha, double label_smoothing, double z_loss, double correct_share, int64_t ignore_index,             \
-      int64_t teacher_kind, int64_t reduction
+#define DLB_TENSOR_SCHEMA(name) "Tensor? " #name ", "
+#define DLB_NUMBER_SCHEMA(name, initial) "float " #name ", "
+#define DLB_INTEGER_SCHEMA(name, type, initial) "int " #name ", "
+#define DLB_OPTION_SCHEMA                                                                                              \
+  DLB_TENSOR_OPTIONS(DLB_TENSOR_SCHEMA)                                                                                \
+  DLB_NUMBER_OPTIONS(DLB_NUMBER_SCHEMA) DLB_INTEGER_OPTIONS(DLB_INTEGER_SCHEMA)                                        \
+  "bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
 
-#define DLB_OPTIONS                                                                                                   \
-  Options {                                                                                                           \
-    target, target_b, lam, weight, kd_mask, alpha_t, temperature_t, alpha, temperature, ce_weight, ce_alpha,          \
-        label_smoothing, z_loss, correct_share, ignore_index, teacher_kind, reduction                                 \
+#define DLB_TENSOR_PARAMETER(name) MaybeTensor name,
+#define DLB_NUMBER_PARAMETER(name, initial) double name,
+#define DLB_INTEGER_PARAMETER(name, type, initial) int64_t name,
+#define DLB_OPTION_PARAMETERS                                                                                          \
+  DLB_TENSOR_OPTIONS(DLB_TENSOR_PARAMETER)                                                                             \
+  DLB_NUMBER_OPTIONS(DLB_NUMBER_PARAMETER) DLB_INTEGER_OPTIONS(DLB_INTEGER_PARAMETER) bool need_grad
+
+#define DLB_TENSOR_NAME(name) name,
+#define DLB_NUMBER_NAME(name, initial) name,
+#define DLB_INTEGER_NAME(name, type, initial) name,
+#define DLB_OPTIONS                                                                                                    \
+  Options {                                                                                                            \
+    DLB_TENSOR_OPTIONS(DLB_TENSOR_NAME)                                                                                \
+    DLB_NUMBER_OPTIONS(DLB_NUMBER_NAME) DLB_INTEGER_OPTIONS(DLB_INTEGER_NAME)                                          \
   }
 
 namespace dlb_fast {
 
-// The four ops around a device's `run` of each kind. Those that end in an underscore replace the logits by their gradient.
 template <auto run>
-Outputs last_batch(Tensor logits, MaybeTensor teacher, DLB_OPTION_PARAMETERS, bool need_grad) {
-  return run(logits, teacher, DLB_OPTIONS, need_grad ? GradTo::new_tensor : GradTo::nowhere);
+Outputs last_batch(Tensor logits, MaybeTensor teacher, int64_t teacher_kind, DLB_OPTION_PARAMETERS) {
+  return run(logits, teacher, teacher_kind, DLB_OPTIONS, need_grad);
 }
 
 template <auto run>
-LossAndParts last_batch_(Tensor logits, MaybeTensor teacher, DLB_OPTION_PARAMETERS) {
-  const Outputs outputs = run(logits, teacher, DLB_OPTIONS, GradTo::logits);
-  return {std::get<0>(outputs), std::get<1>(outputs)};
-}
-
-template <auto run>
-Outputs last_batch_roll(Tensor logits, Tensor buffer, Tensor slots, MaybeTensor ids, int64_t num_old, DLB_OPTION_PARAMETERS,
-                        bool need_grad) {
-  return run(logits, buffer, slots, ids, num_old, DLB_OPTIONS, need_grad ? GradTo::new_tensor : GradTo::nowhere);
-}
-
-template <auto run>
-LossAndParts last_batch_roll_(Tensor logits, Tensor buffer, Tensor slots, MaybeTensor ids, int64_t num_old,
-                              DLB_OPTION_PARAMETERS) {
-  const Outputs outputs = run(logits, buffer, slots, ids, num_old, DLB_OPTIONS, GradTo::logits);
-  return {std::get<0>(outputs), std::get<1>(outputs)};
+Outputs last_batch_update(Tensor logits, Tensor buffer, Tensor slots, MaybeTensor ids, int64_t num_old,
+                          DLB_OPTION_PARAMETERS) {
+  return run(logits, buffer, slots, ids, num_old, DLB_OPTIONS, need_grad);
 }
 
 }  // namespace dlb_fast

@@ -6,6 +6,11 @@
 #ifndef DLB_FAST_CUDA_ARCHS
 #define DLB_FAST_CUDA_ARCHS ""
 #endif
+#if defined(__GNUC__) && !defined(__clang__)
+#define DLB_FAST_COMPILER "GCC " __VERSION__
+#else
+#define DLB_FAST_COMPILER __VERSION__  // "Clang 15.0.6"
+#endif
 
 PYBIND11_MODULE(_build, m) {
   m.doc() = "Build information of dlb_fast.";
@@ -13,7 +18,7 @@ PYBIND11_MODULE(_build, m) {
       "build_info",
       [] {
         pybind11::dict info;
-        info["compiler"] = __VERSION__;
+        info["compiler"] = DLB_FAST_COMPILER;
         info["cxx_standard"] = static_cast<long>(__cplusplus);
         info["torch"] = DLB_FAST_TORCH_VERSION;
         info["cuda_archs"] = DLB_FAST_CUDA_ARCHS;

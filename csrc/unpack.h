@@ -17,8 +17,6 @@ namespace dlb_fast {
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, parts, grad
-using LossAndParts = std::tuple<Tensor, Tensor>;     // of the ops that write the gradient over the logits
-enum class GradTo { nowhere, new_tensor, logits };
 using ST = torch::headeronly::ScalarType;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
@@ -27,20 +25,25 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     case ST::Double: return DType::f64;
     case ST::BFloat16: return DType::bf16;
     case ST::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "last_batch: ", name, " must be float32, float64, bfloat16 or float16"); return DType::f32;
+    default:
+      STD_TORCH_CHECK(false, "last_batch: ", name, " must be float32, float64, bfloat16 or float16");
+      return DType::f32;
   }
 }
 
 inline void check_rows(const Tensor& t, const char* name, int64_t classes) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == classes, "last_batch: ", name, " must have ", classes, " columns");
-  STD_TORCH_CHECK(classes <= 1 || t.size(0) == 0 || t.stride(1) == 1, "last_batch: ", name, " must have unit column stride");
+  STD_TORCH_CHECK(classes <= 1 || t.size(0) == 0 || t.stride(1) == 1, "last_batch: ", name,
+                  " must have unit column stride");
 }
 
 // torch's own macro for this has another name in each version of the stable ABI.
-inline void must(AOTITorchError error) { STD_TORCH_CHECK(error == 0, "last_batch: torch could not allocate its outputs"); }
+inline void must(AOTITorchError error) {
+  STD_TORCH_CHECK(error == 0, "last_batch: torch could not allocate its outputs");
+}
 
-// A contiguous tensor on the device of `like`, straight from its allocator: through the dispatcher the three outputs would
-// take as long as the rows of a small batch.
+// A contiguous tensor on the device of `like`, straight from its allocator: through the dispatcher the three outputs
+// would take as long as the rows of a small batch.
 inline Tensor allocated(const Tensor& like, ST dtype, const std::array<int64_t, 2>& sizes, int64_t dims) {
   const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
   int32_t device_type = 0, device_index = 0, code = 0;
@@ -57,11 +60,17 @@ inline Tensor allocated(const Tensor& like, ST dtype, const std::array<int64_t, 
   return Tensor(handle);
 }
 
-// The options in the order of the schema (dlb_fast/ops.py); one list for both ops and all devices.
+// The options as the op got them.
 struct Options {
-  const MaybeTensor &target, &target_b, &lam, &weight, &kd_mask, &alpha_t, &temperature_t;
-  double alpha, temperature, ce_weight, ce_alpha, label_smoothing, z_loss, correct_share;
-  int64_t ignore_index, teacher_kind, reduction;
+#define DLB_TENSOR(name) const MaybeTensor& name;
+#define DLB_NUMBER(name, initial) double name;
+#define DLB_INTEGER(name, type, initial) int64_t name;
+  DLB_TENSOR_OPTIONS(DLB_TENSOR)
+  DLB_NUMBER_OPTIONS(DLB_NUMBER)
+  DLB_INTEGER_OPTIONS(DLB_INTEGER)
+#undef DLB_TENSOR
+#undef DLB_NUMBER
+#undef DLB_INTEGER
 };
 
 // Reads a tensor's address after checking that the kernel will read what it believes to read.
@@ -74,14 +83,12 @@ inline const void* address(const MaybeTensor& t, const Tensor& logits, const cha
   return t->const_data_ptr();
 }
 
-inline Outputs unpack(const Tensor& logits, const Options& o, GradTo grad_to, LastBatchArgs& a) {
+inline Outputs unpack(const Tensor& logits, const Options& o, bool need_grad, LastBatchArgs& a) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "last_batch: logits must have shape (B, C) with C >= 1");
   a.batch = logits.size(0);
   a.classes = logits.size(1);
   a.dtype = dtype_of(logits, "logits");
   check_rows(logits, "logits", a.classes);
-  const bool in_place = grad_to == GradTo::logits;
-  STD_TORCH_CHECK(!in_place || logits.is_contiguous(), "last_batch: logits must be contiguous to be replaced by their gradient");
   a.logits = logits.const_data_ptr();
   a.logits_stride = logits.stride(0);
   const ST acc = a.dtype == DType::f64 ? ST::Double : ST::Float;
@@ -97,8 +104,10 @@ inline Outputs unpack(const Tensor& logits, const Options& o, GradTo grad_to, La
     a.target_stride = o.target->stride(0);
   }
   if (o.target_b) {
-    STD_TORCH_CHECK(a.target && o.lam, "last_batch: the pair form needs target, target_b and lam");
-    STD_TORCH_CHECK(o.target_b->dim() == 1 && o.target_b->size(0) == a.batch, "last_batch: target_b must have shape (B,)");
+    // The address of an empty tensor may be null.
+    STD_TORCH_CHECK((a.target || a.batch == 0) && o.lam, "last_batch: the pair form needs target, target_b and lam");
+    STD_TORCH_CHECK(o.target_b->dim() == 1 && o.target_b->size(0) == a.batch,
+                    "last_batch: target_b must have shape (B,)");
     a.target_b = static_cast<const int64_t*>(address(o.target_b, logits, "target_b", ST::Long, -1));
     a.target_b_stride = o.target_b->stride(0);
     STD_TORCH_CHECK(o.lam->dim() == 0 || (o.lam->dim() == 1 && o.lam->size(0) == a.batch),
@@ -113,34 +122,30 @@ inline Outputs unpack(const Tensor& logits, const Options& o, GradTo grad_to, La
   }
   a.alpha_ptr = address(o.alpha_t, logits, "alpha", acc, 1);
   a.temperature_ptr = address(o.temperature_t, logits, "temperature", acc, 1);
-  a.alpha = o.alpha;
-  a.temperature = o.temperature;
-  a.ce_weight = o.ce_weight;
-  a.ce_alpha = o.ce_alpha;
-  a.label_smoothing = o.label_smoothing;
-  a.z_loss = o.z_loss;
-  a.correct_share = o.correct_share;
-  a.ignore_index = o.ignore_index;
-  STD_TORCH_CHECK(o.teacher_kind >= 0 && o.teacher_kind <= 3, "last_batch: unknown teacher_kind ", o.teacher_kind);
   STD_TORCH_CHECK(o.reduction >= 0 && o.reduction <= 2, "last_batch: unknown reduction ", o.reduction);
-  a.kind = static_cast<TeacherKind>(o.teacher_kind);
-  a.reduction = static_cast<Reduction>(o.reduction);
-  STD_TORCH_CHECK(a.kind != TeacherKind::given_by_rule || a.correct_share < 0 || a.target,
-                  "last_batch: a corrected teacher needs labels");
+#define DLB_NUMBER(name, initial) a.name = o.name;
+#define DLB_INTEGER(name, type, initial) a.name = static_cast<type>(o.name);
+  DLB_NUMBER_OPTIONS(DLB_NUMBER)
+  DLB_INTEGER_OPTIONS(DLB_INTEGER)
+#undef DLB_NUMBER
+#undef DLB_INTEGER
 
   const bool per_row = a.reduction == Reduction::none;
   Tensor loss = allocated(logits, acc, {a.batch}, per_row ? 1 : 0);
   Tensor parts_out = allocated(logits, acc, {part_count}, 1);
-  const int64_t rows = grad_to == GradTo::new_tensor ? a.batch : 0;
-  Tensor grad = in_place ? logits : allocated(logits, logits.scalar_type(), {rows, a.classes}, 2);
+  Tensor grad = allocated(logits, logits.scalar_type(), {need_grad ? a.batch : 0, a.classes}, 2);
   a.loss = loss.mutable_data_ptr();
   a.parts = parts_out.mutable_data_ptr();
-  a.grad = grad_to == GradTo::nowhere ? nullptr : grad.mutable_data_ptr();
+  a.grad = need_grad ? grad.mutable_data_ptr() : nullptr;
   return {loss, parts_out, grad};
 }
 
-inline void unpack_teacher(const Tensor& logits, const MaybeTensor& teacher, LastBatchArgs& a) {
-  if (a.kind == TeacherKind::none || a.kind == TeacherKind::given_by_rule) return;
+inline void unpack_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, LastBatchArgs& a) {
+  STD_TORCH_CHECK(teacher_kind >= 0 && teacher_kind <= 3, "last_batch: unknown teacher_kind ", teacher_kind);
+  a.kind = static_cast<TeacherKind>(teacher_kind);
+  STD_TORCH_CHECK(a.kind != TeacherKind::virtual_teacher || a.correct_share < 0 || a.target || a.batch == 0,
+                  "last_batch: a virtual teacher that knows the right class needs labels");
+  if (a.kind == TeacherKind::none || a.kind == TeacherKind::virtual_teacher) return;
   STD_TORCH_CHECK(teacher, "last_batch: this teacher_kind needs a teacher");
   check_rows(*teacher, "teacher", a.classes);
   STD_TORCH_CHECK(teacher->device() == logits.device(), "last_batch: teacher must be on the device of the logits");
@@ -162,6 +167,7 @@ inline void unpack_buffer(const Tensor& logits, const Tensor& buffer, const Tens
   a.capacity = buffer.size(0);
   address(slots, logits, "slots", ST::Long, slots_header + a.capacity);
   a.slots = static_cast<int64_t*>(slots.mutable_data_ptr());
+  STD_TORCH_CHECK(!ids || ids->dim() == 1, "last_batch: ids must have shape (B,)");
   a.ids = static_cast<const int64_t*>(address(ids, logits, "ids", ST::Long, a.batch));
   STD_TORCH_CHECK(num_old >= -1 && num_old <= a.batch, "last_batch: num_old must be between 0 and the batch size");
   a.num_old = num_old;

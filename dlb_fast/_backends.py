@@ -7,22 +7,19 @@ device. A kernel that has not yet passed ``make gpu-check`` on a GPU is never ch
 from __future__ import annotations
 
 import functools
-import importlib.machinery
 import importlib.util
 import logging
 import os
-import sysconfig
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from ._args import IMPLEMENTATIONS
+
 log = logging.getLogger("dlb_fast")
 
-IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
 LIBRARY = Path(__file__).parent / "lib" / "libdlb_fast_ops.so"
-# Unlike the ops it belongs to one version of torch, and says to which.
-NODE = LIBRARY.with_name(f"libdlb_fast_node-{torch.__version__}.so")
 UNPROVEN = "not yet run on a GPU"
 ABOUT = {
     "cuda": "CUDA C++, sm_80, sm_90, sm_100 and PTX",
@@ -51,47 +48,9 @@ def load_library() -> str:
         )
     try:
         torch.ops.load_library(str(LIBRARY))
-    except OSError as error:  # a library of another platform or an older torch
+    except OSError as error:  # the library of another platform, or a torch older than 2.10
         return f"{LIBRARY.name} could not be loaded into torch {torch.__version__}: {error}"
     return ""
-
-
-@functools.cache
-def load_node() -> str:
-    """Load the compiled ops' autograd node once; an empty string when it is there, else why Python does its work."""
-    wished = os.environ.get("DLB_FAST_NODE", "auto")
-    if wished not in ("auto", "python"):
-        raise ValueError(f"DLB_FAST_NODE must be auto or python, got {wished!r}")
-    if wished == "python":
-        return "DLB_FAST_NODE=python"
-    missing = load_library()
-    if missing:
-        return missing
-    if not NODE.exists():
-        others = sorted(path.stem.split("-", 1)[1] for path in NODE.parent.glob("libdlb_fast_node-*.so"))
-        built = f"it was built for torch {', '.join(others)}" if others else "it was not built"
-        return f"{built}, this is torch {torch.__version__}; reinstall with: pip install --no-build-isolation -e ."
-    try:
-        torch.ops.load_library(str(NODE))
-    except OSError as error:
-        return f"{NODE.name} could not be loaded: {error}"
-    return ""
-
-
-@functools.cache
-def load_settled_call() -> Any:
-    """``settled_call`` of csrc/settled_call.cpp; None where it was not built for this torch and this Python."""
-    tag = "".join(str(sysconfig.get_config_var("SOABI")).split("-")[1:2])  # cpython-311-x86_64-linux-gnu
-    library = LIBRARY.with_name(f"libdlb_fast_call-{torch.__version__}-{tag}.so")
-    if load_node() or not library.exists():
-        return None
-    loader = importlib.machinery.ExtensionFileLoader(f"settled_call_{tag}", str(library))
-    try:
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        return importlib.util.module_from_spec(spec).settled_call if spec is not None else None
-    except ImportError as error:
-        log.warning("%s could not be loaded: %s", library.name, error)
-        return None
 
 
 def compiled_for(device: str) -> str:
@@ -150,10 +109,9 @@ def implementations() -> dict[str, Implementation]:
 def state_table() -> str:
     """The README's table of implementations in Markdown: what each is and what it has been proven on."""
     proof = gpu_proof()
-    unproven = f"{UNPROVEN}; compiles for every target, and CI runs it on the CPU in"
     states = {
-        "cuda": proof.get("cuda", f"{unproven} an execution-model emulator"),
-        "triton": proof.get("triton", f"{unproven} Triton's interpreter"),
+        "cuda": proof.get("cuda", f"{UNPROVEN}; CI runs it in an emulator"),
+        "triton": proof.get("triton", f"{UNPROVEN}; CI runs it in Triton's interpreter"),
         "cpu": "tested in CI",
         "torch": "tested in CI",
     }
@@ -161,33 +119,8 @@ def state_table() -> str:
     return "\n".join(["| `impl=` | what it is | state |", "| --- | --- | --- |", *rows])
 
 
-def _auto(device_type: str) -> str:
-    wished = os.environ.get("DLB_FAST_BACKEND", "auto")
-    if wished != "auto":
-        if wished not in IMPLEMENTATIONS:
-            raise ValueError(f"DLB_FAST_BACKEND must be auto or one of {', '.join(IMPLEMENTATIONS)}, got {wished!r}")
-        require(wished, device_type)
-        choice, why = wished, "DLB_FAST_BACKEND"
-    elif device_type == "cpu":
-        missing = compiled_for("cpu")
-        choice, why = ("torch", missing) if missing else ("cpu", "compiled C++")
-    else:
-        known = implementations()
-        proven = [n for n in ("cuda", "triton") if known[n].available and known[n].state != UNPROVEN]
-        if device_type == "cuda" and proven:
-            choice, why = proven[0], f"proven on {known[proven[0]].state}"
-        else:
-            usable = [n for n in ("cuda", "triton") if known[n].available and device_type == "cuda"]
-            why = f"{' and '.join(usable)} can be named but are {UNPROVEN}" if usable else "no other works here"
-            choice = "torch"
-    log.info('dlb_fast: impl="auto" runs %r on %s (%s)', choice, device_type, why)
-    return choice
-
-
 def require(impl: str, device_type: str) -> None:
-    """Raise unless the named implementation runs on tensors of this device type: a named one never falls back."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    """Raise unless the named implementation runs on tensors of this device type."""
     if impl == "torch":
         return
     hint = "; run `dlb-fast doctor` for the state of every implementation"
@@ -203,23 +136,38 @@ def require(impl: str, device_type: str) -> None:
         raise RuntimeError(f"impl={impl!r} is not available: {missing}{hint}")
 
 
-# What `pick` has already answered: it is asked once per loss, and torch's own look-up takes longer than a small kernel.
+# Kept by `pick`, which is asked once per loss: torch's own look-up takes longer than a small kernel.
 _PICKED: dict[tuple[str, str], str] = {}
 
 
 def pick(impl: str, device_type: str) -> str:
-    """The implementation to run for ``impl`` on this device type; raises when a named one cannot run."""
-    picked = _PICKED.get((impl, device_type))
-    if picked is None:
-        if impl != "auto":
-            require(impl, device_type)
-        picked = _PICKED[impl, device_type] = _auto(device_type) if impl == "auto" else impl
-    return picked
-
-
-def picked(impl: str, logits: Any) -> str | None:
-    """What :func:`pick` has answered before for this device type, or None."""
-    return _PICKED.get((impl, logits.device.type)) if isinstance(logits, torch.Tensor) else None
+    """The implementation to run for ``impl`` on this device type; raises where a named one cannot run."""
+    choice = _PICKED.get((impl, device_type))
+    if choice is not None:
+        return choice
+    wished = os.environ.get("DLB_FAST_BACKEND", "auto") if impl == "auto" else impl
+    if wished not in ("auto", *IMPLEMENTATIONS):
+        name = "DLB_FAST_BACKEND" if impl == "auto" else "impl"
+        raise ValueError(f"{name} must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {wished!r}")
+    if wished != "auto":
+        require(wished, device_type)
+        choice, why = wished, "named"
+    elif device_type == "cpu":
+        missing = compiled_for("cpu")
+        choice, why = ("torch", missing) if missing else ("cpu", "compiled C++")
+    else:
+        known = implementations() if device_type == "cuda" else {}
+        usable = [name for name in ("cuda", "triton") if known and known[name].available]
+        proven = [name for name in usable if known[name].state != UNPROVEN]
+        if proven:
+            choice, why = proven[0], f"proven on {known[proven[0]].state}"
+        else:
+            why = f"{' and '.join(usable)} can be named but are {UNPROVEN}" if usable else "no other works here"
+            choice = "torch"
+    if impl == "auto":
+        log.info('dlb_fast: impl="auto" runs %r on %s (%s)', choice, device_type, why)
+    _PICKED[impl, device_type] = choice
+    return choice
 
 
 def forget_picks() -> None:

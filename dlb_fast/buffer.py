@@ -1,4 +1,4 @@
-"""What is remembered: the logits of the rows that the next batch repeats."""
+"""The logit buffer: the logits of the rows that the next batch repeats."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._args import as_int
+
 UNKNOWN_ID = -(2**63)
 """Slot id of a row stored without a sample id; it matches any id."""
 
@@ -18,23 +20,27 @@ _VERSION = 1
 
 
 class LogitBuffer:
-    """The last logits of up to ``capacity`` rows, at a fixed address on the device, with their sample ids.
+    """The logits of up to ``capacity`` rows and their sample ids, at a fixed address on the device.
 
-    Slot ``j`` holds the row that the next batch carries at position ``j``. What a kernel needs to know lives on the
-    device (count, ids, mismatch counter), so a first step, a short batch and a resume need no branch on the host and a
-    step can be captured in a CUDA graph. A row whose id differs from the slot's gets no KL and is counted.
+    Slot ``j`` holds the row that the next batch has at position ``j``. The count, the ids and the number of mismatches
+    are on the device, so a first step, a short batch and a resume need no branch on the host, and a step can be
+    captured in a CUDA graph. A row whose id differs from the slot's gets no KL and is counted.
 
     Args:
         num_classes: ``C``.
-        capacity: rows kept, normally half the batch the model sees.
-        dtype: storage dtype, normally that of the logits (lossless). float16 halves float32 at 0.1 to 0.3 % of the
-            KL gradient, bfloat16 costs 1 to 2 %.
-        device: where the kernels run.
+        capacity: rows stored, normally half the batch the model sees.
+        dtype: of the stored logits, normally that of the logits (lossless). float16 instead of float32 changes the KL
+            gradient by 0.1 to 0.3 %, bfloat16 by 1 to 2 %.
+        device: device of the logits.
 
-    Errors are raised by the loss that uses the buffer. Source: state ``pre_out`` of the official ``dlb.py``.
+    Raises:
+        ValueError, TypeError: sizes that are no integers >= 1, a dtype that cannot be stored. The loss that uses the
+            buffer raises the other errors.
+
+    Source: ``pre_out`` of the official ``dlb.py``.
 
     >>> buffer = LogitBuffer(num_classes=10, capacity=4)
-    >>> buffer.roll(torch.randn(4, 10), torch.arange(4))
+    >>> buffer.update(torch.randn(4, 10), torch.arange(4))
     >>> buffer.count, buffer.ids.tolist()
     (4, [0, 1, 2, 3])
     """
@@ -46,17 +52,16 @@ class LogitBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value in (("num_classes", num_classes), ("capacity", capacity)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"LogitBuffer: {name} must be an integer >= 1, got {value!r}")
+        as_int(num_classes, "LogitBuffer", "num_classes", 1)
+        as_int(capacity, "LogitBuffer", "capacity", 1)
         check_buffer_dtype("LogitBuffer", dtype)
-        # Made under inference_mode, the buffer still has to serve training.
+        # Tensors made under inference_mode could not be written to in training.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self.logits = torch.zeros(capacity, num_classes, dtype=dtype, device=device)
             # One tensor for the kernels: [count, mismatched, id of slot 0, id of slot 1, ...].
             self.slots = torch.full((_HEADER + capacity,), UNKNOWN_ID, dtype=torch.int64, device=device)
             self.slots[:_HEADER] = 0
-        # The host's copy of the count follows from the batch shapes alone; nothing is read back from the device.
+        # The host computes its copy of the count from the batch sizes; nothing is read from the device.
         self.count = 0
 
     @property
@@ -76,46 +81,43 @@ class LogitBuffer:
 
     @property
     def mismatched(self) -> Tensor:
-        """How many rows so far met a slot of another sample (0-d int64 on the device)."""
+        """How many rows so far had another id than their slot (0-d int64 on the device)."""
         return self.slots[_MISMATCHED]
 
     @property
     def valid(self) -> Tensor:
-        """Which slots (capacity,) hold a teacher, decided on the device."""
+        """Which slots (capacity,) hold a row, computed on the device."""
         return torch.arange(self.capacity, device=self.slots.device) < self.slots[_COUNT]
 
     def reset(self) -> None:
-        """Forget every row: the next batch is plain cross entropy. Addresses stay as they are."""
+        """Forget every row: the next batch is plain cross entropy. Addresses stay."""
         self.slots.fill_(UNKNOWN_ID)
         self.slots[:_HEADER] = 0
         self.count = 0
 
     def to(self, device: torch.device | str) -> LogitBuffer:
-        """Move the storage (new addresses); does nothing when it is already there."""
+        """Move the storage to another device, which changes its addresses."""
         self.logits, self.slots = self.logits.to(device), self.slots.to(device)
         return self
 
     def stored_rows(self, batch: int, num_old: int | None) -> int:
-        """How many rows of a batch of ``batch`` rows will be stored; raises when the layout is impossible."""
+        """How many of ``batch`` rows will be stored; raises ValueError where the rows do not fit the buffer."""
+        capacity = self.logits.shape[0]
         old = self.count if num_old is None else num_old
         new = batch - old
-        if num_old is None and self.count == 0 and batch == 2 * self.capacity:
-            return self.capacity  # [old | new] before any teacher exists
-        if 0 <= old <= batch and 0 <= new <= self.capacity and (new > 0 or num_old is not None):
+        if num_old is None and self.count == 0 and batch == 2 * capacity:
+            return capacity  # [old | new] before any teacher exists
+        if 0 <= old <= batch and 0 <= new <= capacity and (new > 0 or num_old is not None):
             return new
         given = "num_old" if num_old is not None else "the buffer"
         raise ValueError(
             f"LastBatchLoss: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves "
-            f"{new} new ones of {batch}, and the buffer keeps at most {self.capacity}. Feed it by OverlapBatchSampler, "
+            f"{new} new ones of {batch}, and the buffer keeps at most {capacity}. Feed it by OverlapBatchSampler, "
             "pass capacity= (half the batch size) or num_old=, or call reset() when a new stream of batches starts"
         )
 
-    def advance(self, batch: int, num_old: int | None = None) -> None:
-        """Bring the host's count up to date after the kernel has rolled the buffer over ``batch`` rows."""
-        self.count = self.stored_rows(batch, num_old)
-
     def teacher(self, logits: Tensor, ids: Tensor | None, num_old: int | None = None) -> tuple[Tensor, Tensor]:
-        """The stored rows facing this batch (k, C) and which are valid (k,), in plain torch; counts mismatches."""
+        """The stored rows (k, C) for the first rows of a batch, and which are valid (k,); counts mismatches."""
         rows = min(self.capacity, logits.shape[0] if num_old is None else num_old)
         valid = torch.arange(rows, device=self.slots.device) < self.slots[_COUNT]
         if ids is not None:
@@ -126,8 +128,8 @@ class LogitBuffer:
         return self.logits[:rows], valid
 
     @torch.no_grad()
-    def roll(self, logits: Tensor, ids: Tensor | None = None, num_old: int | None = None) -> None:
-        """Replace the stored rows by the new rows of the batch, in plain torch and without reading the device.
+    def update(self, logits: Tensor, ids: Tensor | None = None, num_old: int | None = None) -> None:
+        """Replace the stored rows by the new rows of the batch, in plain torch, without reading the device.
 
         Args:
             logits: ``(B, C)``; the rows after the repeated ones are stored, cast to the buffer's dtype.
@@ -135,7 +137,7 @@ class LogitBuffer:
             num_old: how many of the first rows repeat; None takes the device's count.
         """
         batch, rows = logits.shape[0], min(self.capacity, logits.shape[0])
-        self.stored_rows(batch, num_old)
+        count = self.stored_rows(batch, num_old)
         old = self.slots[_COUNT] if num_old is None else torch.full_like(self.slots[_COUNT], num_old)
         stored = (batch - old).clamp(0, self.capacity)
         position = torch.arange(rows, device=self.slots.device)
@@ -147,10 +149,10 @@ class LogitBuffer:
         slot_ids = self.slots[_HEADER : _HEADER + rows]
         self.slots[_HEADER : _HEADER + rows] = torch.where(written, new_ids, slot_ids)
         self.slots[_COUNT] = stored
-        self.advance(batch, num_old)
+        self.count = count
 
     def resized(self, capacity: int, skip: int = 0) -> LogitBuffer:
-        """A buffer of another capacity holding the stored rows of this one from ``skip`` on."""
+        """A buffer of another capacity with the stored rows of this one from ``skip`` on."""
         other = LogitBuffer(self.num_classes, capacity, self.logits.dtype, self.logits.device)
         kept = self.count - skip
         other.logits[:kept] = self.logits[skip : self.count]
@@ -191,9 +193,9 @@ class LogitBuffer:
     def from_state(
         cls, state: dict[str, Any], num_classes: int | None = None, dtype: torch.dtype | None = None
     ) -> LogitBuffer | None:
-        """A buffer as it was saved, on the CPU; None, with a warning, when the state cannot be read.
+        """A saved buffer, on the CPU; None, with a warning, where the state cannot be read.
 
-        ``num_classes`` is what the state has to hold, ``dtype`` the storage; None takes those of the state.
+        ``num_classes`` and ``dtype``, where given, replace those of the state; another number of classes is refused.
         """
         known = state if isinstance(state, dict) else {}
         classes, capacity = known.get("num_classes"), known.get("capacity")
@@ -209,7 +211,7 @@ class LogitBuffer:
 
 
 def check_buffer_dtype(op: str, dtype: object) -> None:
-    """A dtype that the kernels can keep logits in."""
+    """A dtype in which the kernels can store logits."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"{op}: dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
 
@@ -224,14 +226,14 @@ def pack_state(state: dict[str, Any]) -> Tensor:
 
 
 def unpack_state(packed: Any) -> Any:
-    """What `pack_state` packed; anything else as it is, and a reason to complain where the bytes cannot be read."""
+    """The state that `pack_state` packed, or {"unreadable": reason}; anything but a tensor is returned as it is."""
     if not isinstance(packed, Tensor):
         return packed
     if packed.numel() == 0:
         return {}
     try:
         return torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged archive makes of the reader
+    except Exception as error:  # a damaged archive may raise anything
         return {"unreadable": f"{type(error).__name__}: {error}"}
 
 
@@ -260,7 +262,7 @@ def _state_trouble(state: dict[str, Any], num_classes: int, capacity: int) -> st
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         return f"ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
     if count > capacity:
-        return f"room for {capacity} rows, saved {count}"
+        return f"capacity {capacity}, saved {count} rows"
     if tuple(logits.shape) != (count, num_classes) or tuple(ids.shape) != (count,):
         return f"expected logits {(count, num_classes)}, got {tuple(logits.shape)} with ids {tuple(ids.shape)}"
     return ""

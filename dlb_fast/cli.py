@@ -1,6 +1,6 @@
-"""The `dlb-fast` command. A new subcommand is one function `(argv) -> exit code` and one line in `COMMANDS`.
+"""The `dlb-fast` command. A subcommand is one function `(argv) -> exit code` and one line in `COMMANDS`.
 
-Nothing heavy is imported before a subcommand needs it.
+A subcommand imports what it needs when it runs, so that `dlb-fast --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dlb_fast.report import Run
     from dlb_fast.train.config import RunConfig
 
 __all__ = ["COMMANDS", "main"]
@@ -27,14 +28,13 @@ COMMANDS = {
     "compare": ("dlb_fast.cli:compare", "methods x seeds at equal images seen: table, curves, report"),
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
     "report": ("dlb_fast.cli:report", "a page per run; tables, curves and calibration over several"),
-    "export": ("dlb_fast.train.export:main", "a run's model alone: safetensors, ONNX or torch.export"),
-    "presets": ("dlb_fast.cli:presets", "list, show and copy recipes"),
-    "verify-data": ("dlb_fast.data.verify:main", "find damaged and odd files of a data set"),
+    "presets": ("dlb_fast.cli:presets", "list the recipes, or show one"),
+    "verify-data": ("dlb_fast.data.datasets.verify:main", "find damaged and odd files of a data set"),
     "bench": ("dlb_fast.cli:bench", "measure on this machine: bench [last_batch | loader | methods | step] [options]"),
-    "doctor": ("dlb_fast.doctor:main", "what works on this machine and why the rest does not"),
+    "doctor": ("dlb_fast.doctor:main", "which implementations of the loss work here, and why the others do not"),
 }
-# What `pip install "dlb_fast[train]"` brings; without it the losses and `doctor` work, the other commands name it.
-_TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
+ONE_PROCESS = ("compare", "demo", "eval")
+TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,48 +49,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: dlb-fast COMMAND [options]        (COMMAND --help for its options)\n")
         print("\n".join(f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()))
         return 0 if args else 2
-    if args[0] not in COMMANDS:
-        print(f"dlb-fast: unknown command {args[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        print(f"dlb-fast: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    if args[0] in ("compare", "demo", "eval", "export") and os.environ.get("WORLD_SIZE", "1") != "1":
-        print(
-            f"dlb-fast {args[0]}: expects one process, torchrun started {os.environ['WORLD_SIZE']}; start it without",
-            file=sys.stderr,
-        )
+    world_size = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
+    if name in ONE_PROCESS and world_size != "1":
+        print(f"dlb-fast {name}: expects one process, torchrun started {world_size}; start it without", file=sys.stderr)
         return 2
-    module, function = COMMANDS[args[0]][0].split(":")
+    module, function = COMMANDS[name][0].split(":")
     try:
-        return int(getattr(importlib.import_module(module), function)(args[1:]))
+        return int(getattr(importlib.import_module(module), function)(rest))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output went away (`| head`)
+    except BrokenPipeError:  # the reader of the output has closed it (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if os.environ.get("DLB_FAST_DEBUG") == "1":
             raise
-        several = os.environ.get("WORLD_SIZE", "1") != "1"  # under torchrun
-        rank = f" (rank {os.environ.get('RANK')})" if several else ""
-        print(f"dlb-fast {args[0]}{rank}: {type(error).__name__}: {error}", file=sys.stderr)
-        if isinstance(error, ModuleNotFoundError) and error.name in _TRAIN_EXTRA:
-            print('the trainer\'s libraries: pip install "dlb_fast[train]"', file=sys.stderr)
+        rank = f" (rank {os.environ.get('RANK')})" if world_size != "1" else ""
+        print(f"dlb-fast {name}{rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
+            print('the trainer needs further libraries: pip install "dlb_fast[train]"', file=sys.stderr)
         print("(DLB_FAST_DEBUG=1 shows where it happened)", file=sys.stderr)
         return 1
 
 
 def train(argv: list[str]) -> int:
     """`dlb-fast train`: 0 when the run is finished, or was stopped by a signal with everything saved."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # these decide the defaults of all other flags
+    # These flags decide the defaults of all others, so they are read first.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--config", type=Path)
+    early.add_argument("--data")
     early.add_argument("--out", type=Path)
     early.add_argument("--resume", action="store_true")
     first, _ = early.parse_known_args(argv)
     from dlb_fast.train.config import TrainArgs, parse_flags
     from dlb_fast.train.distributed import Ranks
-    from dlb_fast.train.run_folder import RunFolder, newest_run
+    from dlb_fast.train.run import RunFolder, newest_run
 
-    ranks = Ranks.join()  # under torchrun: rank 0 looks at the folders, and all do the same
+    ranks = Ranks.join()
 
     def find() -> tuple[RunFolder | None, RunConfig | None]:
         folder = None if first.out is None else RunFolder(first.out)
@@ -104,37 +104,55 @@ def train(argv: list[str]) -> int:
             raise ValueError(f"--out: {folder.path} already holds a run; --resume continues it, or choose another")
         return folder, None
 
-    folder, begun = ranks.on_main(find)
-    base = begun or _config(first.preset, first.config)
+    folder, begun = ranks.run_on_main(find)  # rank 0 looks at the folders, and all ranks do the same
+    base, sources = (begun, "") if begun else _base_config(first.preset, first.config, first.data)
     args = parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
-    if ranks.is_main and begun is not None and args.run != begun:
-        print(f"changed for the rest of the run: {_changes(begun, args.run)}", file=sys.stderr)
-    elif ranks.is_main and begun is None and not args.quiet:
-        print(_origin(first.preset, first.config, base, args.run), file=sys.stderr)
+    changed = _changes(base, args.run)
+    if ranks.is_main and begun and changed:
+        print(f"changed for the rest of the run: {changed}", file=sys.stderr)
+    elif ranks.is_main and not begun and not args.quiet:
+        print(sources + (f"; then flags: {changed}" if changed else ""), file=sys.stderr)
     if args.smoke:
         if args.resume:
             raise ValueError("--smoke starts a rehearsal of its own; leave --resume out")
-        from dlb_fast.train.smoke import rehearse
+        from dlb_fast.train.run import rehearse
 
-        named = any(flag.split("=")[0] == "--data" for flag in argv)
-        found = rehearse(args.run, first.out, real_data=named, quiet=args.quiet, ranks=ranks)
+        found = rehearse(args.run, first.out, real_data=first.data is not None, quiet=args.quiet, ranks=ranks)
         if ranks.is_main:
             print(f"smoke: training, evaluation, checkpoint and resume work ({found['seconds']} seconds)")
         ranks.leave()
         return 0
     label = f"{args.run.data.source.split(':')[0]}-{args.run.loss.method}"
-    folder = folder or ranks.on_main(lambda: RunFolder.named(label))
-    from dlb_fast.train.build import train_run
+    folder = folder or ranks.run_on_main(lambda: RunFolder.named(label))
+    from dlb_fast.train.run import train_run
 
     train_run(args.run, folder, resume=args.resume, quiet=args.quiet, ranks=ranks)
-    if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may be stopped before its first evaluation
+    if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may stop before its first evaluation
         _write_page(folder.path, args.quiet)
     ranks.leave()
     return 0
 
 
+def _base_config(preset: str | None, file: Path | None, data: str | None) -> tuple[RunConfig, str]:
+    """The config that the flags change, and its sources in words: a preset, a file, or a file on top of a preset.
+
+    Without both it is the digits recipe, or with `--data` the trainer's defaults: a recipe belongs to its data.
+    """
+    from dlb_fast.presets import load_preset
+    from dlb_fast.train.config import RunConfig, load_config
+
+    if preset is None and file is None and data in (None, "digits"):
+        preset = "digits"
+    base = RunConfig() if preset is None else load_preset(preset)
+    sources = "config from " + ("defaults" if preset is None else f"preset {preset}")
+    if file is None:
+        return base, sources
+    config = load_config(file, base)
+    return config, f"{sources}; then {file}: {_changes(base, config) or 'no change'}"
+
+
 def _changes(old: RunConfig, new: RunConfig) -> str:
-    """`lr 0.05 -> 0.1, epochs 30 -> 2`: where two configs differ."""
+    """The fields in which two configs differ: `lr 0.05 -> 0.1, epochs 30 -> 2`."""
     from dlb_fast.train.config import to_dict
 
     before, after = to_dict(old), to_dict(new)
@@ -142,38 +160,29 @@ def _changes(old: RunConfig, new: RunConfig) -> str:
     return ", ".join(f"{n} {before[g][n]} -> {after[g][n]}" for g, n in names)
 
 
-def _origin(preset: str | None, file: Path | None, base: RunConfig, run: RunConfig) -> str:
-    """Where a run's numbers come from, each source overriding the one before."""
-    from dlb_fast.train.config import RunConfig
+def _write_page(folder: Path, quiet: bool) -> None:
+    """Write the page of a run; the run is saved already, so a failure is printed and not raised."""
+    from dlb_fast import report as pages
 
-    parts = [f"preset {preset or 'digits'}" if preset or file is None else "defaults"]
-    if file is not None:
-        under = RunConfig() if preset is None else _config(preset, None)
-        parts.append(f"{file}: {_changes(under, base) or 'no change'}")
-    if flags := _changes(base, run):
-        parts.append(f"flags: {flags}")
-    return "config from " + "; then ".join(parts)
-
-
-def _config(preset: str | None, path: Path | None) -> RunConfig:
-    """The config of a preset (digits where nothing is named), of a file, or of a file on top of a preset."""
-    from dlb_fast.presets import get_preset
-    from dlb_fast.train.config import load_config
-
-    base = get_preset(preset or "digits").config if preset is not None or path is None else None
-    return load_config(path, base) if path is not None else base  # type: ignore[return-value]
+    try:
+        page = pages.write_page(pages.read_run(folder))
+    except Exception as error:
+        print(f"the run is saved, but its page could not be written: {error}", file=sys.stderr)
+        return
+    if not quiet:
+        print(f"page: {page}", file=sys.stderr)
 
 
 def evaluate(argv: list[str]) -> int:
     """`dlb-fast eval RUN [--weights best|last] [--data KIND[:PATH]] [--json]`."""
     parser = argparse.ArgumentParser(prog="dlb-fast eval", description="Evaluate a run's weights on its test set.")
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--weights", default="best", choices=("best", "last"), help="which export (default: best)")
+    parser.add_argument("--weights", default="best", choices=("best", "last"), help="which weights (default: best)")
     parser.add_argument("--data", help="KIND[:PATH] of another set with the same classes")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    from dlb_fast.train.build import evaluate_run
+    from dlb_fast.train.run import evaluate_run
 
     scores = evaluate_run(args.run, weights=args.weights, source=args.data, device=args.device)
     if args.json:
@@ -189,33 +198,21 @@ def evaluate(argv: list[str]) -> int:
 
 
 def presets(argv: list[str]) -> int:
-    """`dlb-fast presets [list] | show NAME | copy NAME FILE`."""
+    """`dlb-fast presets [list] | show NAME`."""
     parser = argparse.ArgumentParser(prog="dlb-fast presets")
     verbs = parser.add_subparsers(dest="verb")
     verbs.add_parser("list", help="names and what they are")
-    show = verbs.add_parser("show", help="print a recipe as a config file, with the source of its numbers")
+    show = verbs.add_parser("show", help="print a recipe, a config file whose comments name the sources of its numbers")
     show.add_argument("name")
-    copy = verbs.add_parser("copy", help="write it to a file for `train --config FILE`")
-    copy.add_argument("name")
-    copy.add_argument("file", type=Path)
-    copy.add_argument("--force", action="store_true", help="overwrite")
     args = parser.parse_args(argv)
-    from dlb_fast import presets as recipes
+    from dlb_fast.presets import PRESETS, describe_preset, preset_file
 
-    if args.verb in (None, "list"):
-        width = max(map(len, recipes.PRESETS))
-        print("\n".join(f"{name:<{width}}  {preset.about}" for name, preset in recipes.PRESETS.items()))
-        print("\nshow NAME prints a recipe with the sources of its numbers, copy NAME FILE writes it", file=sys.stderr)
-        return 0
-    text = recipes.to_yaml(recipes.get_preset(args.name))
     if args.verb == "show":
-        print(text, end="")
+        print(preset_file(args.name).read_text(encoding="utf-8"), end="")
         return 0
-    if args.file.exists() and not args.force:
-        raise ValueError(f"presets copy: {args.file} exists; --force overwrites it")
-    args.file.parent.mkdir(parents=True, exist_ok=True)
-    args.file.write_text(text, encoding="utf-8")
-    print(f"wrote {args.file}; train with: dlb-fast train --config {args.file}")
+    width = max(map(len, PRESETS))
+    print("\n".join(f"{name:<{width}}  {describe_preset(name)}" for name in PRESETS))
+    print("\n`presets show NAME > FILE` makes a file for `train --config FILE`", file=sys.stderr)
     return 0
 
 
@@ -232,7 +229,7 @@ def report(argv: list[str]) -> int:
     from dlb_fast import report as pages
     from dlb_fast.train.compare import read_comparison
 
-    read = []
+    read: list[Run] = []
     for path in args.runs:
         compared = read_comparison(path)
         read += [pages.read_run(run, label) for run, label in compared] if compared else [pages.read_run(path)]
@@ -245,35 +242,25 @@ def report(argv: list[str]) -> int:
     return 0
 
 
-def _write_page(folder: Path, quiet: bool) -> None:
-    """The page of a run that has just been trained. Its failure is told and does not fail the training."""
-    from dlb_fast import report as pages
-
-    try:
-        page = pages.write_page(pages.read_run(folder))
-    except Exception as error:
-        print(f"the run is saved, but its page could not be written: {error}", file=sys.stderr)
-        return
-    if not quiet:
-        print(f"page: {page}", file=sys.stderr)
-
-
 def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None) -> int:
     """`dlb-fast compare --preset NAME --methods ce,ls,two_view,dlb --seeds 5 --out FOLDER --jobs N [config flags]`."""
+    from dlb_fast import report as pages
     from dlb_fast.train import compare as comparison
-    from dlb_fast.train.config import RunConfig, parse_flags
+    from dlb_fast.train.config import RunConfig, override, parse_flags
+    from dlb_fast.train.run import RunFolder
 
     parser = argparse.ArgumentParser(
         prog=f"dlb-fast {prog}",
         allow_abbrev=False,
         description="Train methods x seeds at equal optimiser steps and rows per step; the same command continues a "
-        "comparison that was interrupted. Further flags are those of `dlb-fast train` (--epochs, --lr, ...).",
+        "comparison that was interrupted. Further flags are those of `dlb-fast train` (--data, --epochs, --lr, ...).",
     )
+    parser.set_defaults(preset=preset, config=None)
     if preset is None:
-        parser.add_argument("--preset", default="digits")
-        parser.add_argument("--config", type=Path, help="YAML config instead of a preset")
-    default = "ce,ls,two_view,dlb"
-    parser.add_argument("--methods", default=default, help="comma-separated, or 'all' (default: %(default)s)")
+        parser.add_argument("--preset", help="recipe by name (default: digits, or the defaults with --data)")
+        parser.add_argument("--config", type=Path, help="YAML config, on top of the preset if both are given")
+    names = f"comma-separated, or 'all' (default: %(default)s); known: {', '.join(comparison.VARIANTS)}"
+    parser.add_argument("--methods", default="ce,ls,two_view,dlb", help=names)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. SEEDS-1 (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default: one per core, one on a GPU)")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default: a new one under runs/)")
@@ -281,46 +268,46 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
         "--noises", help="shares of wrong labels, such as 0,0.2,0.4: a comparison for each, and a table over all"
     )
     args, rest = parser.parse_known_args(argv)
-    base = _config(preset, None) if preset else _config(None if args.config else args.preset, args.config)
+    data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    data.add_argument("--data")
+    base, _ = _base_config(args.preset, args.config, data.parse_known_args(rest)[0].data)
     config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}")
     command = f"dlb-fast {prog} {shlex.join(argv)}".strip()
     methods = list(comparison.VARIANTS) if args.methods == "all" else args.methods.split(",")
     title = "DLB on handwritten digits" if preset else f"Comparison on {config.data.source}"
 
-    from dlb_fast import report as pages
-
-    def one(config: RunConfig, folder: Path | None) -> tuple[Path, list[pages.Run]]:
+    def one(config: RunConfig, folder: Path | None) -> tuple[Path, list[Run]]:
         folder = comparison.run(
             config, methods=methods, seeds=args.seeds, jobs=args.jobs, folder=folder, label=prog, command=command
         )
         runs = [pages.read_run(path, label) for path, label in comparison.read_comparison(folder)]
-        for each in runs:
-            pages.write_page(each)
         pages.write_report(folder, runs, title=title, command=command)
         return folder, runs
 
     if args.noises is not None:
-        from dlb_fast.train.config import override
-        from dlb_fast.train.run_folder import RunFolder
-
         root = args.out or RunFolder.named(prog).path
         shares = [float(share) for share in args.noises.split(",")]
         found = {s: one(override(config, label_noise=s), root / f"noise-{s:g}")[1] for s in shares}
         page = pages.write_noise_report(root, found, title=title, command=command)
-        print(f"\n{pages.noise_table(found)}\n\nwrote {page}, {root / 'noise.png'} and a page per share")
+        print(f"\n{pages.noise_table(found)}\n\nwrote {page}, {root / 'noise.png'} and a report.md per share")
         return 0
     folder, runs = one(config, args.out)
-    page = folder / "report.md"
     print(f"\n{pages.compare_table(runs)}\n")
     if paired := pages.paired_table(runs, "DLB"):
         print(f"{paired}\n")
     used = ", ".join(sorted({str(r.versions.get("implementation")) for r in runs}))
-    print(f"loss implementation that ran: {used}\nwrote {page} and {folder / 'curves.png'}")
+    print(f"loss implementation that ran: {used}\nwrote {folder / 'report.md'} and {folder / 'curves.png'}")
+    print(f"`dlb-fast report {shlex.quote(str(folder))}` writes a page per run")
     return 0
 
 
+def demo(argv: list[str]) -> int:
+    """`dlb-fast demo`: `compare` on digits with few and partly wrong labels."""
+    return compare(argv, prog="demo", preset="digits")
+
+
 def bench(argv: list[str]) -> int:
-    """`dlb-fast bench [NAME] [options]`: the checkout's benchmarks, in a process apart."""
+    """`dlb-fast bench [NAME] [options]`: run a benchmark of the checkout in a process of its own."""
     scripts = {"last_batch": ["-m", "benchmarks.bench_last_batch"], "loader": ["benchmarks/bench_loader.py"]}
     scripts |= {name: ["-m", f"benchmarks.bench_{name}"] for name in ("methods", "step")}
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("last_batch", argv)
@@ -329,15 +316,10 @@ def bench(argv: list[str]) -> int:
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / "benchmarks" / "harness.py").exists():
         raise ValueError("bench: the benchmarks come with the source checkout, not with an installed package; clone it")
-    # The caller's folder is kept for --out; the checkout only has to be importable.
+    # --out is relative to the caller's folder, so that folder stays and the checkout is made importable.
     script = [str(checkout / part) if part.endswith(".py") else part for part in scripts[name]]
     path = os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])
     return subprocess.run([sys.executable, *script, *rest], env={**os.environ, "PYTHONPATH": path}).returncode
-
-
-def demo(argv: list[str]) -> int:
-    """`dlb-fast demo`: `compare` on digits with few and partly wrong labels."""
-    return compare(argv, prog="demo", preset="digits")
 
 
 if __name__ == "__main__":

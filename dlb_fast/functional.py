@@ -1,21 +1,20 @@
-"""What users call: the losses as functions of tensors, without memory."""
+"""The losses as functions of tensors, and the one way from their arguments to an op."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _backends, _check, ops, reference
+from . import _args, _backends, ops, reference
+from ._options import NUMBERS, REDUCTION, TEACHER_KIND, TENSORS
 from .buffer import LogitBuffer
-from .settled import SETTLED_STEPS, Scalar, settle, settled_step
+from .reference import Scalar
 
 
 class LossParts(NamedTuple):
-    """The loss and its terms, detached 0-d tensors on the device of the logits (reading them is the user's choice).
+    """The loss and its terms, detached 0-d tensors on the device of the logits.
 
     ``loss`` as returned (summed for ``reduction="none"``), ``ce`` and ``lb`` the two terms without their weights,
     ``correct`` the number of rows whose label has the largest logit (a tie counts; 0 without a target).
@@ -33,151 +32,250 @@ class LossParts(NamedTuple):
         return cls(loss, ce, lb, correct)
 
 
-def _rows_contiguous(value: Tensor) -> Tensor:
-    """Kernels walk a row with unit stride and take any row stride."""
-    return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
+class Options(NamedTuple):
+    """The options of a loss, checked by :func:`prepare`."""
+
+    op: str  # the name that errors begin with
+    impl: str
+    alpha: Scalar
+    temperature: Scalar
+    ce_weight: float
+    ce_alpha: float
+    label_smoothing: float
+    correct_share: float | None
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    numbers: tuple[Any, ...]  # the floats and integers of options.h, in its order
 
 
-def _split_scalar(value: Scalar, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """A number travels as an argument, a 0-d tensor by its address, so that a schedule never recompiles."""
-    if isinstance(value, Tensor):
-        value = value.detach()
-        return value.to(device=device, dtype=dtype), 0.0
-    return None, float(value)
-
-
-def _as_dtype(value: Scalar, dtype: torch.dtype) -> Scalar:
-    return value.detach().to(dtype) if isinstance(value, Tensor) else value
-
-
-def check_impl(op: str, impl: str) -> None:
-    """A name of an implementation, whether or not it works here."""
-    if impl not in ("auto", *_backends.IMPLEMENTATIONS):
-        raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(_backends.IMPLEMENTATIONS)}, got {impl!r}")
-
-
-def check_loss_inputs(
+def prepare(
     op: str,
-    logits: Tensor,
-    target: Tensor | None,
     *,
-    alpha: Scalar,
-    temperature: Scalar,
-    label_smoothing: float,
-    weight: Tensor | None,
-    reduction: str,
-) -> None:
-    """Raise ValueError or TypeError, in the project's form, unless these arguments fit together."""
-    _check.check_logits(op, logits)
-    if target is not None:
-        _check.check_target(op, logits, target)
-    if weight is not None:
-        _check.check_weight(op, logits, weight)
-    _check.check_scalar(op, "alpha", alpha, positive=False)
-    _check.check_scalar(op, "temperature", temperature, positive=True)
-    _check.check_options(op, label_smoothing, reduction)
-
-
-def row_loss(
-    op: str,
-    impl: str,
-    logits: Tensor,
-    target: Tensor | None,
-    *,
-    teacher: Tensor | None = None,
-    buffer: LogitBuffer | None = None,
-    ids: Tensor | None = None,
-    num_old: int | None = None,
-    teacher_kind: str = "logits",
+    impl: str = "auto",
     alpha: Scalar = 1.0,
     temperature: Scalar = 3.0,
     ce_weight: float = 1.0,
     ce_alpha: float = 0.0,
     label_smoothing: float = 0.0,
+    correct_share: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    kd_mask: Tensor | None = None,
     reduction: str = "mean",
+) -> Options:
+    """Check what does not depend on a batch. A module does this once and keeps the result until an option changes."""
+    _args.check_impl(op, impl)
+    _args.check_scalar(op, "alpha", alpha, positive=False)
+    _args.check_scalar(op, "temperature", temperature, positive=True)
+    _args.check_options(op, label_smoothing, reduction)
+    _args.check_ignore_index(op, ignore_index)
+    values = {
+        "alpha": 0.0 if isinstance(alpha, Tensor) else float(alpha),
+        "temperature": 0.0 if isinstance(temperature, Tensor) else float(temperature),
+        "ce_weight": ce_weight,
+        "ce_alpha": ce_alpha,
+        "label_smoothing": label_smoothing,
+        "correct_share": -1.0 if correct_share is None else correct_share,
+        "ignore_index": ignore_index,
+        "reduction": REDUCTION[reduction],
+    }
+    return Options(
+        op, impl, alpha, temperature, ce_weight, ce_alpha, label_smoothing, correct_share, weight, ignore_index,
+        reduction, tuple(map(values.get, NUMBERS)),
+    )  # fmt: skip
+
+
+def _rows_contiguous(value: Tensor) -> Tensor:
+    """Kernels walk a row with unit stride and take any row stride."""
+    return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
+
+
+def _integers(value: Tensor) -> Tensor:
+    """int64 where ``value`` holds integers; anything else as it is, for the op to refuse."""
+    return value.long() if value.dtype in _args.INTEGERS else value
+
+
+def row_loss(
+    options: Options,
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    teacher: Tensor | None = None,
+    teacher_kind: str = "logits",
+    buffer: LogitBuffer | None = None,
+    ids: Tensor | None = None,
+    num_old: int | None = None,
+    kd_mask: Tensor | None = None,
     target_b: Tensor | None = None,
     lam: Scalar | None = None,
-    z_loss: float = 0.0,
-    correct_share: float | None = None,
-    inplace_grad: bool = False,
-    execute: Callable[..., Any] = ops.run,
-) -> Any:
-    """The one road from checked arguments to an implementation; every method of the family passes here.
+    upstream: Scalar | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The one way to an implementation: every loss of the package ends here.
 
-    ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 KL(teacher || z) + z_loss * lse^2``, the teacher being a
-    tensor, the rows of ``buffer`` (which then takes the new rows of the batch), or virtual. Returns loss and parts, or
-    what ``execute`` makes of the op's arguments.
+    ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 * KL(teacher || z)``. The teacher is a tensor, the stored rows
+    of ``buffer`` (which then takes the new rows of the batch; the caller sets ``buffer.count``), or virtual. ``logits``
+    are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have passed their checks.
+
+    The compiled ops check their tensors before they write anything, so they are called first; the arguments are
+    examined only where the call fails, to say which one is wrong and what to do. Triton's ops and plain PyTorch check
+    nothing, and neither does tracing: there the arguments are examined first.
+
+    Returns:
+        ``(loss, parts)``, or with ``upstream`` ``(loss, grad)``: the gradient times ``upstream``, without autograd.
     """
-    wished, impl = impl, _backends.pick(impl, logits.device.type)
-    _check.check_ignore_index(op, ignore_index)
-    if inplace_grad and logits.requires_grad and torch.is_grad_enabled():  # otherwise there is nothing to write
-        _check.check_inplace_grad(op, impl, logits, last_logits=teacher, target=target, weight=weight, lam=lam)
-        execute = functools.partial(ops.run_in_place, op)
-    if impl != "torch" and (unknown := ops.unknown_to_ops(logits)):
-        if wished != "auto" or inplace_grad:
-            raise RuntimeError(f"{op}: impl={impl!r} does not know {unknown}; use impl='torch', plain autograd")
-        impl = "torch"
-    if target is not None and target.dim() == 1:
-        target = target if target.dtype == torch.int64 else target.long()
-        target_b = None if target_b is None else target_b.long()
-        if impl != "cpu":
-            _check.check_label_ranges(op, target, target_b, logits.shape[1], ignore_index)
-    if buffer is not None:
-        teacher_kind = "logits"
-    elif teacher is None and teacher_kind != "virtual":
-        teacher_kind = "none"
-
-    if impl == "torch":
-        if buffer is not None:
-            teacher, valid = buffer.teacher(logits, ids, num_old)
-            kd_mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
-        # As in the kernels: only the logits get a gradient, and a scalar does not decide the dtype of the loss.
-        dtype = reference.compute_dtype(logits.dtype)
-        alpha, temperature = _as_dtype(alpha, dtype), _as_dtype(temperature, dtype)
-        target, weight = (None if tensor is None else tensor.detach() for tensor in (target, weight))
-        lam = lam.detach() if isinstance(lam, Tensor) else lam
-        loss, parts = reference.last_batch_loss(
-            logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
-            weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction, target_b=target_b,
-            lam=lam, ce_weight=ce_weight + ce_alpha * alpha if ce_alpha else ce_weight, z_loss=z_loss,
-            teacher_kind=teacher_kind, correct_share=correct_share,
-        )  # fmt: skip
-        if buffer is not None:
-            buffer.roll(logits, ids, num_old)
-        return loss, parts
-
-    dtype = reference.compute_dtype(logits.dtype)
-    alpha_t, alpha = _split_scalar(alpha, logits.device, dtype)
-    temperature_t, temperature = _split_scalar(temperature, logits.device, dtype)
-    if target is not None and target.dim() == 2:
-        target = _rows_contiguous(target.to(dtype))
-    if target_b is not None:
-        lam = torch.as_tensor(1.0 if lam is None else lam, dtype=dtype, device=logits.device).contiguous()
-    options: tuple[Any, ...] = (
-        target, target_b, lam, None if weight is None else weight.to(dtype).contiguous(),
-        None if kd_mask is None else kd_mask.contiguous(), alpha_t, temperature_t, alpha, temperature,
-        ce_weight, ce_alpha, label_smoothing, z_loss, -1.0 if correct_share is None else correct_share,
-        ignore_index, ops.TEACHER_KIND[teacher_kind], ops.REDUCTION[reduction],
-    )  # fmt: skip
-    tensors: tuple[Any, ...]
-    if buffer is not None:
-        old = -1 if num_old is None else num_old
-        ids = None if ids is None else ids.long().contiguous()
-        name, tensors = "last_batch_roll", (buffer.logits, buffer.slots, ids, old)
-    else:
-        name, tensors = "last_batch", (None if teacher is None else _rows_contiguous(teacher.detach()),)
+    examined = False
     try:
-        result = execute(impl, name, _rows_contiguous(logits), *tensors, *options)
-    except RuntimeError:
-        # The C++ op reads the labels anyway and refuses bad ones before it writes anything; say it in our words.
-        _check.check_label_ranges(op, target, target_b, logits.shape[1], ignore_index)
+        impl = _backends.pick(options.impl, logits.device.type)
+        if impl != "torch" and (feature := ops.unsupported(logits)):
+            if options.impl != "auto" or upstream is not None:
+                raise RuntimeError(
+                    f"{options.op}: impl={impl!r} does not know {feature}; use impl='torch', plain autograd"
+                )
+            impl = "torch"
+        if impl not in ("cpu", "cuda") or type(logits) is not Tensor or torch.compiler.is_compiling():
+            _examine(options, logits, target, target_b, teacher, buffer, ids)
+            examined = True
+        if buffer is not None:
+            teacher_kind = "logits"
+        elif teacher is None and teacher_kind != "virtual":
+            teacher_kind = "none"
+        if impl == "torch":
+            return _plain_torch(
+                options, logits, target, teacher, teacher_kind, buffer, ids, num_old, kd_mask, target_b, lam
+            )
+
+        tensors = _op_tensors(options, logits, target, kd_mask, target_b, lam)
+        first: tuple[Any, ...]
+        if buffer is None:
+            name = "last_batch"
+            first = (None if teacher is None else _rows_contiguous(teacher.detach()), TEACHER_KIND[teacher_kind])
+        else:
+            name = "last_batch_update"
+            if ids is not None and not (ids.dtype is torch.int64 and ids.is_contiguous()):
+                ids = _integers(ids).contiguous()
+            first = (buffer.logits, buffer.slots, ids, -1 if num_old is None else num_old)
+        args = (*first, *map(tensors.get, TENSORS), *options.numbers)
+        if not logits.is_contiguous():
+            logits = _rows_contiguous(logits)
+        if upstream is None:
+            result = ops.run(impl, name, logits, args)
+        else:
+            result = ops.run_with_grad(impl, name, logits, args, upstream)
+    except Exception:
+        if examined:
+            raise
+        try:
+            _examine(options, logits, target, target_b, teacher, buffer, ids)
+        except (TypeError, ValueError) as reason:
+            raise reason from None
         raise
-    if buffer is not None:
-        buffer.advance(logits.shape[0], num_old)
     return result
+
+
+def _op_tensors(
+    options: Options,
+    logits: Tensor,
+    target: Tensor | None,
+    kd_mask: Tensor | None,
+    target_b: Tensor | None,
+    lam: Scalar | None,
+) -> dict[str, Tensor | None]:
+    """The tensors of options.h that are given, in the dtype and layout that the op reads."""
+    tensors: dict[str, Tensor | None] = {"target": target}
+    if target is not None and target.dtype is not torch.int64:
+        if target.dim() == 2 and target.is_floating_point():
+            tensors["target"] = _rows_contiguous(target.to(reference.compute_dtype(logits.dtype)))
+        else:
+            tensors["target"] = _integers(target)
+    if kd_mask is not None:
+        tensors["kd_mask"] = kd_mask.contiguous()
+    if target_b is not None:
+        dtype = reference.compute_dtype(logits.dtype)
+        tensors["target_b"] = _integers(target_b)
+        tensors["lam"] = torch.as_tensor(lam, dtype=dtype, device=logits.device).contiguous()
+    if options.weight is not None:
+        _args.check_weight(options.op, logits, options.weight)
+        tensors["weight"] = options.weight.to(reference.compute_dtype(logits.dtype)).contiguous()
+    if isinstance(options.alpha, Tensor):
+        _args.check_scalar(options.op, "alpha", options.alpha, positive=False)  # its value may have changed
+        tensors["alpha_t"] = options.alpha.detach().to(logits.device, reference.compute_dtype(logits.dtype))
+    if isinstance(options.temperature, Tensor):
+        _args.check_scalar(options.op, "temperature", options.temperature, positive=True)
+        tensors["temperature_t"] = options.temperature.detach().to(logits.device, reference.compute_dtype(logits.dtype))
+    return tensors
+
+
+def _examine(
+    options: Options,
+    logits: Tensor,
+    target: Tensor | None,
+    target_b: Tensor | None,
+    teacher: Tensor | None,
+    buffer: LogitBuffer | None,
+    ids: Tensor | None,
+) -> None:
+    """Raise the error of the first tensor that does not fit the others."""
+    op = options.op
+    _args.check_logits(op, logits)
+    if target is not None:
+        _args.check_target(op, logits, target)
+    if options.weight is not None:
+        _args.check_weight(op, logits, options.weight)
+    if teacher is not None:
+        _args.check_teacher(op, logits, teacher)
+    if buffer is not None:
+        _check_buffer(op, logits, buffer)
+    if ids is not None:
+        _args.check_ids(op, logits, ids)
+    _args.check_label_ranges(op, target, target_b, logits.shape[1], options.ignore_index)
+
+
+def _check_buffer(op: str, logits: Tensor, buffer: LogitBuffer) -> None:
+    if buffer.num_classes != logits.shape[1] or buffer.logits.device != logits.device:
+        raise ValueError(
+            f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
+            f"{buffer.logits.device}"
+        )
+
+
+def _plain_torch(
+    options: Options,
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Tensor | None,
+    teacher_kind: str,
+    buffer: LogitBuffer | None,
+    ids: Tensor | None,
+    num_old: int | None,
+    kd_mask: Tensor | None,
+    target_b: Tensor | None,
+    lam: Scalar | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition. As in the kernels only the logits get a gradient, and a scalar does not decide the dtype."""
+    dtype = reference.compute_dtype(logits.dtype)
+    alpha, temperature = options.alpha, options.temperature
+    if isinstance(alpha, Tensor):
+        _args.check_scalar(options.op, "alpha", alpha, positive=False)
+        alpha = alpha.detach().to(dtype)
+    if isinstance(temperature, Tensor):
+        _args.check_scalar(options.op, "temperature", temperature, positive=True)
+        temperature = temperature.detach().to(dtype)
+    if buffer is not None:
+        teacher, valid = buffer.teacher(logits, ids, num_old)
+        kd_mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
+    if target is not None:
+        target = target.detach() if target.dim() == 2 else target.long()
+    loss, parts = reference.last_batch_loss(
+        logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=options.label_smoothing,
+        weight=None if options.weight is None else options.weight.detach(), ignore_index=options.ignore_index,
+        kd_mask=kd_mask, reduction=options.reduction, target_b=None if target_b is None else target_b.long(),
+        lam=lam.detach() if isinstance(lam, Tensor) else lam,
+        ce_weight=options.ce_weight + options.ce_alpha * alpha if options.ce_alpha else options.ce_weight,
+        teacher_kind=teacher_kind, correct_share=options.correct_share,
+    )  # fmt: skip
+    if buffer is not None:
+        buffer.update(logits, ids, num_old)
+    return loss, parts
 
 
 def fused_lb_loss(
@@ -191,13 +289,11 @@ def fused_lb_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     kd_mask: Tensor | None = None,
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
     reduction: str = "mean",
     impl: str = "auto",
     return_parts: bool = False,
-    target_b: Tensor | None = None,
-    lam: Scalar | None = None,
-    z_loss: float = 0.0,
-    inplace_grad: bool = False,
 ) -> Any:
     """Cross entropy plus consistency with the logits of the last mini-batch (DLB), loss and gradient in one pass.
 
@@ -209,8 +305,7 @@ def fused_lb_loss(
     are what the community uses with this method, not values read from the paper.
 
     Args:
-        logits: ``(B, C)`` float32, bfloat16, float16 or float64; any strides; never written to, unless you ask for it
-            with ``inplace_grad``.
+        logits: ``(B, C)`` float32, bfloat16, float16 or float64; any strides; never written to.
         target: ``(B,)`` integer labels, ``(B, C)`` class probabilities, or None for the KL term alone.
         last_logits: ``(H, C)`` with ``H <= B``: the previous logits of rows ``[0, H)``; None gives plain CE. Detached.
         alpha: weight of the KL term, a number >= 0 or a 0-d tensor (a schedule that never recompiles).
@@ -219,18 +314,13 @@ def fused_lb_loss(
         weight: ``(C,)`` class weights of the CE, as in torch.
         ignore_index: rows with this label leave the CE; they leave the KL only through ``kd_mask``.
         kd_mask: ``(H,)`` bool, False takes a row out of the KL.
+        target_b: ``(B,)`` labels of the other images of mixed pairs (mixup, CutMix). With ``lam`` it gives the same as
+            the dense target ``lam * onehot(target) + (1 - lam) * onehot(target_b)``, which is never formed.
+        lam: share of ``target`` in mixed images, a number, ``()`` or ``(B,)``.
         reduction: ``"mean"`` (as above), ``"sum"``, or ``"none"`` for per-row losses ``(B,)``. A term without any valid
             row is 0 with zero gradient (torch's CE would give NaN).
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``; a named one runs or raises, it never falls back.
         return_parts: also return :class:`LossParts`.
-        target_b, lam: the mixup pair form: labels ``(B,)`` of the mixed-in images and the share of ``target``, a number
-            or ``(B,)``. The same as the dense target ``lam * onehot(target) + (1 - lam) * onehot(target_b)``, unread.
-        z_loss: weight of the mean squared log-sum-exp of the rows that count in the CE; 0 leaves it out.
-        inplace_grad: write the gradient over the logits instead of into memory of its own: ``B C`` elements less. The
-            logits must be contiguous and no leaf, and their values are lost: take what you need of them (``parts``
-            has the top-1 count) before. Another use of them that needs a derivative raises a RuntimeError in backward,
-            before the loss ("modified by an inplace operation") or after it. Where no gradient is wanted nothing is
-            written. Not for ``impl="torch"``, nor inside torch.compile.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-d or ``(B,)``; with ``return_parts`` a pair. The gradient
@@ -251,26 +341,22 @@ def fused_lb_loss(
     (0.339, torch.Size([2, 2]))
     """
     op = "fused_lb_loss"
-    check_loss_inputs(
-        op, logits, target, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
-        weight=weight, reduction=reduction,
-    )  # fmt: skip
+    _args.check_logits(op, logits)
     if target_b is not None or lam is not None:
-        _check.check_pair(op, logits, target, target_b, lam)
-    _check.check_scalar(op, "z_loss", z_loss, positive=False)
-    if last_logits is not None:
-        _check.check_teacher(op, logits, last_logits)
-        if kd_mask is not None:
-            _check.check_kd_mask(op, logits, kd_mask, last_logits.shape[0])
-    elif kd_mask is not None:
-        raise ValueError(f"{op}: kd_mask was given without last_logits; there is no KL term to mask")
-    elif target is None:
+        _args.check_pair(op, logits, target, target_b, lam)
+    if kd_mask is not None:
+        if last_logits is None:
+            raise ValueError(f"{op}: kd_mask was given without last_logits; there is no KL term to mask")
+        _args.check_kd_mask(op, logits, kd_mask, _args.check_tensor(op, "last_logits", last_logits).shape[0])
+    if target is None and last_logits is None:
         raise ValueError(f"{op}: target and last_logits are both None; nothing is left to compute")
-    loss, parts = row_loss(
-        op, impl, logits, target, teacher=last_logits, alpha=alpha, temperature=temperature,
-        label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, reduction=reduction,
-        target_b=target_b, lam=lam, z_loss=z_loss, inplace_grad=inplace_grad,
+    options = prepare(
+        op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
+        ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
+    loss, parts = row_loss(
+        options, logits, target, teacher=last_logits, kd_mask=kd_mask, target_b=target_b, lam=lam
+    )
     return (loss, LossParts.unpack(parts)) if return_parts else loss
 
 
@@ -288,25 +374,28 @@ def dlb_step(
     ignore_index: int = -100,
     upstream: Scalar = 1.0,
     impl: str = "auto",
-    inplace_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of one batch, the buffer rolled on, without an autograd node.
+    """Loss and gradient of one batch without autograd; the buffer takes the new rows.
 
     For loops that continue with ``logits.backward(grad)``, and for graph capture. The loss is that of
     :class:`LastBatchLoss` with ``reduction="mean"``.
 
     Args:
-        logits: ``(B, C)``; its graph is not entered. target, alpha, temperature, label_smoothing, weight, ignore_index,
-            impl: as in :func:`fused_lb_loss`. ids, num_old: as in :class:`LastBatchLoss`.
+        logits: ``(B, C)``; its graph is not entered.
+        target: ``(B,)`` labels, ``(B, C)`` probabilities, or None, as in :func:`fused_lb_loss`.
         buffer: :class:`LogitBuffer` with ``C`` classes on the device of the logits.
-        upstream: what the loss will be multiplied by (a loss scale), a number or a 0-d tensor; already in the gradient.
-        inplace_grad: write the gradient over the logits, which must be contiguous and no leaf that requires grad. Their
-            version moves, so a node that saved them raises in backward; what reads them afterwards gets the gradient.
-            Not for ``impl="torch"``, nor inside torch.compile.
+        ids: ``(B,)`` sample ids, as in :class:`LastBatchLoss`.
+        num_old: how many of the first rows repeat the stored ones, as in :class:`LastBatchLoss`.
+        alpha: weight of the KL, a number or a 0-d tensor.
+        temperature: tau > 0, a number or a 0-d tensor.
+        label_smoothing: of the CE, as in torch.
+        weight: ``(C,)`` class weights of the CE, as in torch.
+        ignore_index: rows with this label leave the CE.
+        upstream: factor of the gradient (a loss scale), a number or a 0-d tensor; the loss is not multiplied.
+        impl: as in :func:`fused_lb_loss`.
 
     Returns:
-        ``(loss, grad)``: 0-d float32 (float64 for float64 logits), and ``(B, C)`` in the dtype of the logits, with
-        ``inplace_grad`` in their memory.
+        ``(loss, grad)``: 0-d float32 (float64 for float64 logits), and ``(B, C)`` in the dtype of the logits.
 
     Raises:
         ValueError, TypeError: as :func:`fused_lb_loss`, and for a buffer of other classes or another device.
@@ -321,50 +410,261 @@ def dlb_step(
     (torch.Size([2, 5]), 2)
     """
     op = "dlb_step"
-    numbers = (alpha, temperature, label_smoothing, ignore_index)
-    simple = weight is None and not inplace_grad and type(alpha) is type(temperature) is type(upstream) is float
-    simple = simple and bool(upstream == 1.0) and not torch.compiler.is_compiling()
-    if simple and (like_last := SETTLED_STEPS.get((_backends.picked(impl, logits), numbers))) is not None:
-        found = settled_step(like_last, logits, target, buffer, ids, num_old)
-        if found is not None:
-            return found[0], found[2]
+    _args.check_logits(op, logits)
+    _args.check_scalar(op, "upstream", upstream, positive=False)
+    _args.check_num_old(op, num_old)
+    options = prepare(
+        op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
+        ignore_index=ignore_index,
+    )  # fmt: skip
+    _check_buffer(op, logits, buffer)
+    stored = buffer.stored_rows(logits.shape[0], num_old)
+    if _backends.pick(impl, logits.device.type) != "torch":
+        loss, grad = row_loss(options, logits, target, buffer=buffer, ids=ids, num_old=num_old, upstream=upstream)
+    else:
+        with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+            leaf = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
+            loss, _ = row_loss(options, leaf, target, buffer=buffer, ids=ids, num_old=num_old)
+            (grad,) = torch.autograd.grad(loss * upstream, leaf)
+        loss = loss.detach()
+    buffer.count = stored
+    return loss, grad
+
+
+def check_loss_inputs(
+    op: str,
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    alpha: Scalar,
+    temperature: Scalar,
+    label_smoothing: float,
+    weight: Tensor | None,
+    reduction: str,
+) -> None:
+    """Raise ValueError or TypeError unless these arguments fit together."""
+    _args.check_logits(op, logits)
+    if target is not None:
+        _args.check_target(op, logits, target)
+    if weight is not None:
+        _args.check_weight(op, logits, weight)
+    _args.check_scalar(op, "alpha", alpha, positive=False)
+    _args.check_scalar(op, "temperature", temperature, positive=True)
+    _args.check_options(op, label_smoothing, reduction)
+
+
+class Teacher(NamedTuple):
+    """The teacher of one batch, as the kernel takes it.
+
+    ``kind``: ``"logits"`` (softened with the temperature of the student), ``"probabilities"`` (used as they are),
+    ``"uniform"`` (no tensor: the same probability for every class, or ``correct_share`` for the right class and the
+    rest divided equally), or ``"none"`` (plain cross entropy).
+    """
+
+    kind: str
+    tensor: Tensor | None = None  # (H, C): teacher of the first H <= B rows
+    correct_share: float | None = None  # with kind "uniform": probability of the right class
+    mask: Tensor | None = None  # (H,) bool: False takes a row out of the KL
+    rows: int | None = None  # only the first rows have a loss at all; None: all
+    student: Tensor | None = None  # (B, C) logits for the KL in place of the batch's
+    add_entropy: bool = False  # add the teacher's entropy: the KL becomes the cross entropy with the teacher
+    kl_weight: float = 1.0  # > 0, multiplies the KL
+    alpha_scale: float = 1.0  # multiplies alpha wherever alpha stands: a schedule
+
+
+_KINDS = {"logits": True, "probabilities": True, "uniform": False, "none": False}
+"""Kind of a teacher -> whether it has a tensor."""
+
+
+def _check_teacher_fields(op: str, teacher: Teacher) -> None:
+    """A Teacher whose fields belong to its kind."""
+    if not isinstance(teacher, Teacher):
+        raise TypeError(f"{op}: teacher(inputs) must return a dlb_fast.Teacher, got {type(teacher).__name__}")
+    kind = teacher.kind
+    if kind not in _KINDS:
+        raise ValueError(f"{op}: the teacher's kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    if _KINDS[kind] != (teacher.tensor is not None):
+        raise ValueError(f"{op}: a teacher of kind {kind!r} {'needs a' if _KINDS[kind] else 'takes no'} tensor")
+    if teacher.correct_share is not None and kind != "uniform":
+        raise ValueError(f"{op}: correct_share belongs to a teacher of kind 'uniform', got kind {kind!r}")
+    if teacher.add_entropy and kind != "probabilities":
+        raise ValueError(f"{op}: add_entropy belongs to a teacher of kind 'probabilities', got kind {kind!r}")
+
+
+def distill(
+    op: str,
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Teacher,
+    *,
+    alpha: Scalar,
+    temperature: Scalar,
+    ce_weight: float = 1.0,
+    ce_alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    kd_mask: Tensor | None = None,
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Loss and parts of :func:`distillation_loss` for a :class:`Teacher`; errors name ``op``."""
     check_loss_inputs(
         op, logits, target, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
-        reduction="mean",
+        reduction=reduction,
     )  # fmt: skip
-    if buffer.num_classes != logits.shape[1] or buffer.logits.device != logits.device:
+    if target_b is not None or lam is not None:
+        _args.check_pair(op, logits, target, target_b, lam)
+    if kd_mask is not None:
+        _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
+    _check_teacher_fields(op, teacher)
+    if (rows := teacher.rows) is not None:
+        logits = logits[:rows]
+        target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
+        lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
+    if teacher.tensor is not None:
+        _args.check_teacher(op, logits, teacher.tensor)
+    if teacher.mask is not None:
+        _args.check_kd_mask(op, logits, teacher.mask, len(logits if teacher.tensor is None else teacher.tensor))
+    if teacher.kl_weight <= 0:
         raise ValueError(
-            f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
-            f"{buffer.logits.device}"
+            f"{op}: kl_weight must be > 0, got {teacher.kl_weight}; use Teacher('none') for a batch without a teacher"
         )
-    if ids is not None:
-        _check.check_ids(op, logits, ids)
-    _check.check_scalar(op, "upstream", upstream, positive=False)
-    _check.check_num_old(op, num_old)
-    buffer.stored_rows(logits.shape[0], num_old)
-    impl = _backends.pick(impl, logits.device.type)
-    if inplace_grad:
-        _check.check_inplace_grad(op, impl, logits, target=target, weight=weight, buffer=buffer.logits)
-    options: dict[str, Any] = {
-        "buffer": buffer, "ids": ids, "num_old": num_old, "alpha": alpha, "temperature": temperature,
-        "label_smoothing": label_smoothing, "weight": weight, "ignore_index": ignore_index,
-    }  # fmt: skip
-    if impl == "torch":  # whose gradient is autograd's, whatever mode the caller is in
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = logits.clone() if logits.is_inference() else logits
-            leaf = leaf.detach().requires_grad_()
-            loss, _ = row_loss(op, impl, leaf, target, **options)
-            (grad,) = torch.autograd.grad(loss * upstream, leaf)
-        return loss.detach(), grad
-    step = functools.partial(ops.step, upstream=upstream, in_place=inplace_grad)
-    result = row_loss(op, impl, logits.detach(), target, **options, execute=step)
-    if simple:
-        settled = settle(
-            impl, logits, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, z_loss=0.0,
-            ignore_index=ignore_index, reduction="mean", gradient=True,
-        )  # fmt: skip
-        if len(SETTLED_STEPS) >= 64:  # a schedule of numbers
-            SETTLED_STEPS.clear()
-        if settled is not None:
-            SETTLED_STEPS[impl, numbers] = settled
-    return result[0], result[2]
+    if teacher.correct_share is not None:
+        _args.check_correct_share(op, teacher.correct_share)
+        if target is None or target.dim() != 1 or target_b is not None:
+            raise ValueError(
+                f"{op}: correct_share needs one class per row, target (B,), got none, probabilities (B, C) or the "
+                "mixup pair form; use correct_share=None with mixed images"
+            )
+    elif target is None and teacher.kind == "none":
+        raise ValueError(f"{op}: target is None and there is no teacher; nothing is left to compute")
+    mask = teacher.mask if kd_mask is None else kd_mask
+    if kd_mask is not None and teacher.tensor is not None:
+        mask = kd_mask[: teacher.tensor.shape[0]]
+        mask = mask if teacher.mask is None else mask & teacher.mask
+    shared: dict[str, Any] = {"impl": impl, "ignore_index": ignore_index, "reduction": reduction}
+    ce_options: dict[str, Any] = {"label_smoothing": label_smoothing, "weight": weight, **shared}
+    ce: dict[str, Any] = {"target": target, "target_b": target_b, "lam": lam}
+    if teacher.kind == "none":
+        return row_loss(prepare(op, **ce_options), logits, **ce)
+    _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+    alpha = alpha * teacher.alpha_scale
+    kd_alpha = alpha * teacher.kl_weight
+    kind = "virtual" if teacher.kind == "uniform" else teacher.kind
+    kd: dict[str, Any] = {"teacher": teacher.tensor, "teacher_kind": kind, "kd_mask": mask}
+    kd_options: dict[str, Any] = {"correct_share": teacher.correct_share, "temperature": temperature, "alpha": kd_alpha}
+    if teacher.student is None:
+        rate = ce_alpha / teacher.kl_weight  # the kernel weighs its CE by ce_weight + rate * (its weight of the KL)
+        options = prepare(op, ce_weight=ce_weight, ce_alpha=rate, **ce_options, **kd_options)
+        loss, parts = row_loss(options, logits, **ce, **kd)
+    else:
+        ce_loss, ce_parts = row_loss(prepare(op, **ce_options), logits, **ce)
+        kd_loss, kd_parts = row_loss(prepare(op, **kd_options, **shared), teacher.student, None, **kd)
+        factor = ce_weight + ce_alpha * alpha
+        loss = factor * ce_loss + kd_loss
+        with torch.no_grad():
+            total = factor * ce_parts[0] + kd_parts[0]
+            parts = torch.stack([total, ce_parts[1], kd_parts[2], ce_parts[3]])
+    if teacher.add_entropy:
+        assert teacher.tensor is not None
+        entropy = -torch.xlogy(teacher.tensor, teacher.tensor).sum(1)
+        extra = kd_alpha * _reduce_constants(entropy, mask, logits.shape[0], reduction)
+        loss = loss + extra.to(loss.dtype)
+        parts = parts[:4].clone()  # the op keeps its own for the backward
+        parts[0] += extra.sum()
+    return loss, parts
+
+
+def _reduce_constants(rows: Tensor, mask: Tensor | None, batch: int, reduction: str) -> Tensor:
+    """Constants ``rows`` (H,) reduced as the kernel reduces its KL rows."""
+    if mask is not None:
+        rows = torch.where(mask, rows, torch.zeros_like(rows))
+    if reduction == "sum":
+        return rows.sum()
+    if reduction == "none":
+        return torch.cat([rows, rows.new_zeros(batch - rows.shape[0])])
+    count = rows.shape[0] if mask is None else mask.sum()
+    return rows.sum() / torch.as_tensor(count, device=rows.device).clamp(min=1)
+
+
+def distillation_loss(
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Tensor | None = None,
+    *,
+    kind: str = "logits",
+    alpha: Scalar = 1.0,
+    temperature: Scalar = 1.0,
+    ce_weight: float = 1.0,
+    ce_alpha: float = 0.0,
+    correct_share: float | None = None,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    kd_mask: Tensor | None = None,
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_parts: bool = False,
+) -> Any:
+    """Cross entropy plus the KL divergence from a teacher: the general form of every method of this package.
+
+    ``L = (ce_weight + ce_alpha * alpha) CE(z, y) + alpha * tau^2 * mean_{i < H} KL(teacher_i || softmax(z_i / tau))``
+
+    Loss and gradient come from one pass of the kernel of :func:`fused_lb_loss`. ``ce_alpha=-1`` gives the
+    ``(1 - alpha) CE`` of the methods that derive from label smoothing.
+
+    Args:
+        logits: ``(B, C)`` as in :func:`fused_lb_loss`.
+        target: ``(B,)`` labels, ``(B, C)`` probabilities, or None for the KL alone.
+        teacher: ``(H, C)``, ``H <= B``, for the first ``H`` rows; None with ``kind="uniform"``, otherwise None means
+            plain cross entropy. Detached.
+        kind: ``"logits"`` (softened with ``temperature``), ``"probabilities"`` (used as they are) or ``"uniform"``.
+        alpha: weight of the KL, a number >= 0 or a 0-d tensor.
+        temperature: tau > 0 of the student and of teacher logits, a number or a 0-d tensor.
+        ce_weight: weight of the cross entropy.
+        ce_alpha: what alpha adds to the weight of the cross entropy; the sum must not be negative.
+        correct_share: with ``kind="uniform"``, the teacher's probability of the right class in ``[0, 1]``; the others
+            divide the rest equally. None: every class ``1 / C``. Needs labels ``(B,)``.
+        label_smoothing: of the cross entropy, as in torch.
+        weight: ``(C,)`` class weights of the cross entropy, as in torch.
+        ignore_index: rows with this label leave the CE; they leave the KL only through ``kd_mask`` (or, with
+            ``correct_share``, because they have no right class).
+        kd_mask: ``(B,)`` bool, False takes a row out of the KL.
+        target_b: ``(B,)`` second labels of mixed images, see :func:`fused_lb_loss`.
+        lam: share of ``target`` in mixed images, a number, ``()`` or ``(B,)``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (per row, ``(B,)``).
+        impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``.
+        return_parts: also return :class:`LossParts`.
+
+    Returns:
+        The loss, or ``(loss, LossParts)``, as :func:`fused_lb_loss`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together, as :func:`fused_lb_loss`; an unknown ``kind``.
+
+    >>> z, y = torch.zeros(2, 4), torch.tensor([0, 1])
+    >>> round(distillation_loss(z, y, kind="uniform", alpha=0.1, ce_alpha=-1.0).item(), 4)    # 0.9 log 4
+    1.2477
+    """
+    op = "distillation_loss"
+    if kind not in ("logits", "probabilities", "uniform"):
+        raise ValueError(f"{op}: kind must be 'logits', 'probabilities' or 'uniform', got {kind!r}")
+    if kind == "uniform" and teacher is not None:
+        raise ValueError(f"{op}: teacher must be None with kind='uniform', which needs no tensor")
+    if kind != "uniform" and correct_share is not None:
+        raise ValueError(f"{op}: correct_share belongs to kind='uniform', got kind={kind!r}")
+    if kd_mask is not None and teacher is None and kind != "uniform":
+        raise ValueError(f"{op}: kd_mask was given without a teacher; there is no KL term to mask")
+    _args.check_logits(op, logits)
+    given = Teacher("none" if teacher is None and kind != "uniform" else kind, teacher, correct_share)
+    loss, parts = distill(
+        op, logits, target, given, alpha=alpha, temperature=temperature, ce_weight=ce_weight, ce_alpha=ce_alpha,
+        label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, target_b=target_b,
+        lam=lam, reduction=reduction, impl=impl,
+    )  # fmt: skip
+    return (loss, LossParts.unpack(parts)) if return_parts else loss

@@ -1,51 +1,247 @@
-"""The losses as modules: criteria with memory, ready for anyone's training loop."""
+"""The losses as modules, for any training loop."""
 
 from __future__ import annotations
 
+import operator
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from . import _check
+from . import _args
 from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
-from .functional import LossParts, check_impl, check_loss_inputs, row_loss
-from .settled import Scalar, Settled, settle, settled_step
+from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
+from .reference import Scalar
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
     return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
 
 
-class LastBatchLoss(nn.Module):
+class Inputs(NamedTuple):
+    """The inputs of a method: one batch, before its optimiser step."""
+
+    logits: Tensor  # (B, C), with their graph; a method must detach what it stores
+    target: Tensor | None  # (B,) labels or (B, C) probabilities
+    temperature: Scalar
+    ids: Tensor | None = None  # (B,) sample ids
+    images: Tensor | None = None  # (B, ...) input of the model
+    epoch: int | None = None  # epoch in which the new rows were sampled
+    ignore_index: int = -100
+    target_b: Tensor | None = None  # (B,) second labels, where the images are mixed
+
+
+class DistillationLoss(nn.Module):
+    """Base of every method: a criterion with a teacher. ``loss = criterion(logits, target, ids, images=...)``.
+
+    ``L = (ce_weight + ce_alpha * alpha) CE + alpha * tau^2 * mean KL(teacher || softmax(z / tau))``
+
+    A method overrides :meth:`teacher`. A method with a state also overrides :meth:`record` (called after the loss of
+    every training batch), :meth:`step` (after every optimiser step), :meth:`setup` (once, with the model),
+    :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and ``set_extra_state``. The training loop calls
+    ``setup(model)`` once and ``step()`` after every optimiser step. In ``eval()`` every method is torch's cross entropy
+    with the same options and does not change its state.
+
+    Args:
+        alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.
+        temperature: tau > 0, a number or a 0-d tensor; may be reassigned at any time.
+        ce_weight: weight of the cross entropy.
+        ce_alpha: what alpha adds to that weight; -1 gives ``(1 - alpha) CE``.
+        label_smoothing: of the cross entropy, as in torch.
+        weight: ``(C,)`` class weights of the cross entropy, as in torch; goes where the module goes.
+        ignore_index: rows with this label leave the cross entropy.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``, as in :func:`fused_lb_loss`.
+
+    Attributes:
+        needs: which of ``ids``, ``images`` and ``epoch`` every training batch must come with.
+        mixes: whether the teacher still fits when images are mixed (mixup, CutMix); otherwise ``target_b`` is refused.
+        copies_model: whether the method keeps copies of all weights (then FSDP is refused).
+        counted: how many rows ``parts.correct`` counts; None: all of the last batch.
+        parts: :class:`LossParts` of the last call.
+
+    >>> class MeanTeacher(DistillationLoss):
+    ...     def teacher(self, inputs):                # every row learns the batch's mean prediction
+    ...         mean = inputs.logits.detach().softmax(1).mean(0, keepdim=True)
+    ...         return Teacher("probabilities", mean.expand(inputs.logits.shape))
+    >>> MeanTeacher(alpha=0.5)(torch.zeros(2, 4), torch.tensor([0, 1])).shape
+    torch.Size([])
+    """
+
+    needs: frozenset[str] = frozenset()
+    mixes = False
+    copies_model = False
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        alpha: Scalar = 1.0,
+        temperature: Scalar = 1.0,
+        ce_weight: float = 1.0,
+        ce_alpha: float = 0.0,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        prepare(
+            op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
+            ignore_index=ignore_index, reduction=reduction,
+        )  # fmt: skip
+        _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        self.alpha, self.temperature = alpha, temperature
+        self.ce_weight, self.ce_alpha = ce_weight, ce_alpha
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.reduction, self.impl = reduction, impl
+        self.register_buffer("weight", weight, persistent=False)
+        self.counted: int | None = None
+        self._parts: Tensor | None = None
+        # The attributes that the options were last prepared from, and those options.
+        self._prepared: tuple[tuple[Any, ...], Options] | None = None
+
+    def teacher(self, inputs: Inputs) -> Teacher:
+        """The teacher of this batch; every method writes it."""
+        raise NotImplementedError(f"{type(self).__name__}: a method must define teacher(inputs) -> Teacher")
+
+    def record(self, inputs: Inputs) -> None:
+        """Remember the batch; called without gradient after its loss was computed."""
+
+    def step(self) -> None:
+        """Count an optimiser step; the loop calls it after every one."""
+
+    def setup(self, model: nn.Module) -> None:
+        """See the model; the loop calls it once before training."""
+
+    def reset(self) -> None:
+        """Forget everything: the method is then as it was made."""
+
+    def cost(self) -> str:
+        """One line on memory and extra work per step beside plain cross entropy."""
+        return "no state, no extra forward"
+
+    @property
+    def parts(self) -> LossParts:
+        """The terms of the last call, detached 0-d tensors on the device."""
+        if self._parts is None:
+            raise RuntimeError(f"{type(self).__name__}.parts: there are none before the first call of the criterion")
+        return LossParts.unpack(self._parts)
+
+    def _options(self) -> Options:
+        """The checked options; prepared again when one of the attributes was set since."""
+        given = (
+            self.alpha, self.temperature, self.ce_weight, self.ce_alpha, self.label_smoothing, self.weight,
+            self.ignore_index, self.reduction, self.impl,
+        )  # fmt: skip
+        kept = None if torch.compiler.is_compiling() else self._prepared
+        if kept is not None and all(map(operator.is_, given, kept[0])):
+            return kept[1]
+        options = prepare(
+            type(self).__name__, impl=self.impl, alpha=self.alpha, temperature=self.temperature,
+            ce_weight=self.ce_weight, ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
+            ignore_index=self.ignore_index, reduction=self.reduction,
+        )  # fmt: skip
+        _args.check_ce_weight(type(self).__name__, self.alpha, self.ce_weight, self.ce_alpha)
+        if not torch.compiler.is_compiling():
+            self._prepared = given, options
+        return options
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, temperature={self.temperature}, reduction={self.reduction!r}, impl={self.impl!r}"
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        ids: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        epoch: int | None = None,
+        target_b: Tensor | None = None,
+        lam: Scalar | None = None,
+        kd_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            logits: ``(B, C)``.
+            target: ``(B,)`` labels, ``(B, C)`` probabilities, or None for the KL alone.
+            ids: ``(B,)`` integer sample ids, for methods that remember samples.
+            images: ``(B, ...)`` what the model was given, for methods that evaluate other weights on it.
+            epoch: epoch of the batch, for methods with a schedule.
+            target_b: ``(B,)`` second labels of mixed images.
+            lam: share of ``target`` in mixed images, a number, ``()`` or ``(B,)``.
+            kd_mask: ``(B,)`` bool, False takes a row out of the KL.
+        """
+        op = type(self).__name__
+        teacher, inputs = Teacher("none"), None
+        if self.training:
+            _args.check_logits(op, logits)
+            if target is not None:
+                _args.check_target(op, logits, target)
+            if ids is not None:
+                _args.check_ids(op, logits, ids)
+            given = {"ids": ids, "images": images, "epoch": epoch}
+            if missing := sorted(name for name in self.needs if given[name] is None):
+                wanted = " and ".join(f"{name}=" for name in missing)
+                raise ValueError(f"{op}: needs {wanted} with every batch in train(); pass it to the call")
+            if target_b is not None and not self.mixes:
+                raise ValueError(
+                    f"{op}: needs one class per row, got target_b of mixed images, which its teacher does not fit; "
+                    "turn mixup and CutMix off"
+                )
+            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b)
+            teacher = self.teacher(inputs)
+        elif target is None:
+            raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
+        loss, self._parts = distill(
+            op, logits, target, teacher, alpha=self.alpha, temperature=self.temperature, ce_weight=self.ce_weight,
+            ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
+            ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
+            impl=self.impl,
+        )  # fmt: skip
+        self.counted = teacher.rows
+        if inputs is not None:
+            with torch.no_grad():
+                self.record(inputs)
+        return loss
+
+
+class LastBatchLoss(DistillationLoss):
     """Self-distillation from the last mini-batch as a criterion: ``loss = criterion(logits, target, ids)``.
 
     ``L = CE + alpha * tau^2 * mean KL(softmax(t / tau) || softmax(z / tau))`` over the rows that repeat samples of the
-    previous batch, ``t`` being the logits the model gave them then. A batch is ``[repeated rows | new rows]`` as
-    ``OverlapBatchSampler`` makes it: the stored rows teach the first rows, then the remaining rows replace them, in the
-    same launch. The first batch ever holds new rows only and is plain CE.
+    previous batch; ``t`` are the logits the model gave them then. A batch is ``[repeated rows | new rows]``, as
+    ``OverlapBatchSampler`` makes it: the stored rows teach the first rows, then the other rows replace them, in the
+    same launch. The first batch holds new rows only and is plain CE.
 
-    In ``eval()`` the criterion is plain cross entropy and does not touch the buffer. The buffer is not a registered
-    buffer: DistributedDataParallel would overwrite every rank's teacher with rank 0's. It is part of ``state_dict()``
-    through ``get_extra_state`` (logits, ids, count, version, packed into one tensor that safetensors takes as well); a
-    saved buffer that does not fit, or a checkpoint without one, restarts it with a warning. With gradient accumulation
-    every call is a batch: a micro-batch is taught by the previous micro-batch.
+    In ``eval()`` the criterion is torch's cross entropy with the same options and does not touch the buffer. The buffer
+    is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with rank 0's. It
+    is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit, or a checkpoint without
+    one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-batch learns from the
+    previous micro-batch.
 
     Args:
         num_classes: ``C``.
-        capacity: rows kept, half the batch the model sees; None takes it from the first batches.
-        dtype: storage dtype of the teacher logits; None takes that of the first logits (lossless).
-        alpha, temperature: as in :func:`fused_lb_loss`; both may be reassigned at any time (numbers or 0-d tensors).
-            The defaults are community values, not values read from the paper.
-        label_smoothing, weight, ignore_index, reduction, z_loss, impl: as in :func:`fused_lb_loss`. ``weight`` goes
-            where the module goes.
-        inplace_grad: as in :func:`fused_lb_loss`, in ``train()`` only.
+        capacity: rows stored, half the batch the model sees; None takes it from the first batches.
+        dtype: dtype of the stored logits; None takes that of the first logits (lossless).
+        alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be set at any time. The default is the community's,
+            not a value read from the paper.
+        temperature: tau > 0, a number or a 0-d tensor; may be set at any time. The default is the community's.
+        label_smoothing: of the CE, as in torch.
+        weight: ``(C,)`` class weights of the CE, as in torch; goes where the module goes.
+        ignore_index: rows with this label leave the CE.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``, as in :func:`fused_lb_loss`.
         device: where to allocate the buffer when ``capacity`` is given; it follows the logits otherwise.
 
     Attributes:
-        parts: :class:`LossParts` of the last call. buffer: the :class:`LogitBuffer`, or None before the first batch.
+        parts: :class:`LossParts` of the last call.
+        buffer: the :class:`LogitBuffer`, or None before the first batch.
 
     Raises:
         ValueError: logits with another number of classes, a batch without new rows, or arguments as in
@@ -61,7 +257,7 @@ class LastBatchLoss(nn.Module):
     (2, True)
     """
 
-    weight: Tensor | None
+    mixes = True
 
     def __init__(
         self,
@@ -75,67 +271,33 @@ class LastBatchLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
-        z_loss: float = 0.0,
         impl: str = "auto",
         device: torch.device | str | None = None,
-        inplace_grad: bool = False,
     ) -> None:
-        super().__init__()
         op = "LastBatchLoss"
-        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
-            raise ValueError(f"{op}: num_classes must be an integer >= 1, got {num_classes!r}")
-        _check.check_scalar(op, "alpha", alpha, positive=False)
-        _check.check_scalar(op, "temperature", temperature, positive=True)
-        _check.check_options(op, label_smoothing, reduction)
-        _check.check_ignore_index(op, ignore_index)
-        check_impl(op, impl)
+        _args.as_int(num_classes, op, "num_classes", 1)
         if dtype is not None:
             check_buffer_dtype(op, dtype)
         if weight is not None:
-            _check.check_weight_form(op, weight, num_classes)
+            _args.check_weight_form(op, weight, num_classes)
+        super().__init__(
+            alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
+            ignore_index=ignore_index, reduction=reduction, impl=impl,
+        )  # fmt: skip
         self.num_classes = num_classes
         self.dtype = dtype
-        self.alpha, self.temperature = alpha, temperature
-        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
-        self.reduction, self.impl = reduction, impl
-        _check.check_scalar(op, "z_loss", z_loss, positive=False)
-        self.z_loss = z_loss
-        self.inplace_grad = inplace_grad
-        self.register_buffer("weight", weight, persistent=False)
         self.buffer: LogitBuffer | None = None
         self._size_follows = capacity is None
+        self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
             self.buffer = LogitBuffer(num_classes, capacity, dtype or torch.float32, device or "cpu")
-            self._dtype_follows = dtype is None
-        else:
-            self._dtype_follows = False
-        # In a list: assigning a module's attribute costs as much as a small kernel, and this happens at every step.
-        self._last: list[Tensor | None] = [None]
-
-    # What the checks of the last ordinary call found out, for the next one like it; None after any attribute was set.
-    _settled: Settled | None = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        self.__dict__["_settled"] = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The settled call is a function of this process.
-        return {name: value for name, value in self.__dict__.items() if name != "_settled"}
 
     def extra_repr(self) -> str:
         rows = None if self.buffer is None else self.buffer.capacity
-        return (
-            f"num_classes={self.num_classes}, capacity={rows}, alpha={self.alpha}, temperature={self.temperature}, "
-            f"reduction={self.reduction!r}, impl={self.impl!r}"
-        )
+        return f"num_classes={self.num_classes}, capacity={rows}, {super().extra_repr()}"
 
-    @property
-    def parts(self) -> LossParts:
-        """The terms of the last call, detached 0-d tensors on the device."""
-        if self._last[0] is None:
-            raise RuntimeError("LastBatchLoss.parts: there are none before the first call of the criterion")
-        return LossParts.unpack(self._last[0])
+    def cost(self) -> str:
+        return "half a batch of logits; no extra forward or pass over the logits"
 
     def reset(self) -> None:
         """Forget the stored rows; the next batch is taken as the first one of a stream."""
@@ -149,69 +311,78 @@ class LastBatchLoss(nn.Module):
         ids: Tensor | None = None,
         *,
         num_old: int | None = None,
-        kd_mask: Tensor | None = None,
+        images: Tensor | None = None,
+        epoch: int | None = None,
         target_b: Tensor | None = None,
         lam: Scalar | None = None,
+        kd_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
         Args:
-            logits: ``(B, C)``. target: as in :func:`fused_lb_loss`.
+            logits: ``(B, C)``.
+            target: ``(B,)`` labels, ``(B, C)`` probabilities, or None, as in :func:`fused_lb_loss`.
             ids: ``(B,)`` integer sample ids; a repeated row whose id differs from the stored one gets no KL and is
                 counted in ``buffer.mismatched``.
             num_old: how many of the first rows repeat the stored ones; None takes the number stored. Needed only where
                 the buffer cannot know: a stream resumed without its buffer.
+            images: not used; accepted as by every method.
+            epoch: not used; accepted as by every method.
+            target_b: ``(B,)`` second labels of mixed images. Mix the repeated rows with the partners and the share
+                they had as new rows, or mask them: their teacher saw that image.
+            lam: share of ``target`` in mixed images, a number, ``()`` or ``(B,)``.
             kd_mask: ``(B,)`` bool, False takes a repeated row out of the KL.
-            target_b, lam: the mixup pair form of :func:`fused_lb_loss`. Mix the repeated rows with the partners and the
-                share they had as new rows, or mask them: their teacher saw that image.
         """
         op = "LastBatchLoss"
-        compiling = is_compiling()
-        ordinary = kd_mask is None and target_b is None and lam is None
-        if ordinary and not compiling and self._settled is not None:
-            found = settled_step(self._settled, logits, target, self.buffer, ids, num_old)
-            if found is not None:
-                self._last[0] = found[1]
-                return found[0]
-        check_loss_inputs(
-            op, logits, target, alpha=self.alpha, temperature=self.temperature, label_smoothing=self.label_smoothing,
-            weight=self.weight, reduction=self.reduction,
-        )  # fmt: skip
-        if target is None and not self.training:
-            raise ValueError(f"{op}: target is None in eval(), which knows no last batch; nothing is left to compute")
-        if logits.shape[1] != self.num_classes:
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
+            _args.check_logits(op, logits)
             raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
-        _check.check_num_old(op, num_old)
-        if ids is not None:
-            _check.check_ids(op, logits, ids)
+        if num_old is not None and type(num_old) is not int:
+            _args.check_num_old(op, num_old)
         if kd_mask is not None:
-            _check.check_kd_mask(op, logits, kd_mask, logits.shape[0])
+            _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
         if target_b is not None or lam is not None:
-            _check.check_pair(op, logits, target, target_b, lam)
-        before, followed = self.buffer, self._dtype_follows
-        buffer = self._ready_buffer(logits, num_old, ids) if self.training else None
-        try:
-            loss, parts = row_loss(
-                op, self.impl, logits, target, buffer=buffer, ids=ids, num_old=num_old, alpha=self.alpha,
-                temperature=self.temperature, label_smoothing=self.label_smoothing, weight=self.weight,
-                ignore_index=self.ignore_index, kd_mask=kd_mask if self.training else None, reduction=self.reduction,
-                target_b=target_b, lam=lam, z_loss=self.z_loss, inplace_grad=self.inplace_grad and self.training,
-            )  # fmt: skip
-        except Exception:
-            # A refused batch changes nothing, not even the size that it would have given the buffer.
-            self.buffer, self._dtype_follows = before, followed
-            raise
-        self._last[0] = parts
-        if ordinary and not compiling and buffer is not None and self.weight is None and not self.inplace_grad:
-            self.__dict__["_settled"] = settle(
-                self.impl, logits, alpha=self.alpha, temperature=self.temperature, reduction=self.reduction,
-                label_smoothing=self.label_smoothing, z_loss=self.z_loss, ignore_index=self.ignore_index,
-            )  # fmt: skip
+            _args.check_pair(op, logits, target, target_b, lam)
+        options = self._options()
+        if self.training:
+            before = self.buffer, self._dtype_follows
+            try:
+                buffer, stored = self._buffer_for(logits, target, ids, num_old)
+                loss, parts = row_loss(
+                    options, logits, target, buffer=buffer, ids=ids, num_old=num_old, kd_mask=kd_mask,
+                    target_b=target_b, lam=lam,
+                )  # fmt: skip
+                buffer.count = stored
+            except Exception:
+                # A refused batch changes nothing, not even the size that it would have given the buffer.
+                self.buffer, self._dtype_follows = before
+                raise
+        elif target is None:
+            raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
+        else:
+            loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
+        self._parts = parts
         return loss
 
-    def _ready_buffer(self, logits: Tensor, num_old: int | None, ids: Tensor | None) -> LogitBuffer:
-        """The buffer on the right device and large enough, every decision from shapes the host knows."""
+    def _buffer_for(
+        self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None
+    ) -> tuple[LogitBuffer, int]:
+        """The buffer, on the device of the logits and large enough, and how many rows it will store.
+
+        Decided from shapes, without reading the device.
+        """
         batch, buffer = logits.shape[0], self.buffer
+        if buffer is not None and not self._dtype_follows and buffer.logits.device == logits.device:
+            old = buffer.count if num_old is None else num_old
+            if 0 < old < batch <= old + buffer.logits.shape[0]:
+                return buffer, batch - old
+        # Here the buffer is made, moved or resized, so the other arguments are examined first.
+        op = "LastBatchLoss"
+        _args.check_logits(op, logits)
+        if target is not None:
+            _args.check_target(op, logits, target)
+        if ids is not None:
+            _args.check_ids(op, logits, ids)
         if buffer is None:
             new = max(batch - (num_old or 0), 1)
             buffer = LogitBuffer(self.num_classes, new, self.dtype or logits.dtype, logits.device)
@@ -221,7 +392,7 @@ class LastBatchLoss(nn.Module):
             buffer = buffer.to(logits.device)
         if self._size_follows:
             old = buffer.count if num_old is None else num_old
-            if num_old is None and batch == buffer.count and batch % 2 == 0:
+            if num_old is None and batch == buffer.count > 0 and batch % 2 == 0:
                 # Two batches of one size, all rows of the first stored: both were [old | new], and only the second
                 # half of the first is repeated now. Or a stream that starts anew with as many new rows: that would
                 # shift every later pair, so here, and only here, the ids are read on the host.
@@ -231,10 +402,10 @@ class LastBatchLoss(nn.Module):
                     buffer = buffer.resized(buffer.capacity, skip=buffer.count)
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
-        buffer.stored_rows(batch, num_old)
+        stored = buffer.stored_rows(batch, num_old)
         if buffer is not self.buffer or self._dtype_follows:
             self.buffer, self._dtype_follows = buffer, False
-        return buffer
+        return buffer, stored
 
     def get_extra_state(self) -> Tensor:
         """The buffer's state for ``state_dict()``, packed into one uint8 tensor; empty before the first batch."""

@@ -1,80 +1,48 @@
-"""What torch is promised: the ops ``dlb_fast::last_batch*``, their fake tensors and their derivative.
+"""The ops ``dlb_fast::last_batch``, ``last_batch_update`` and ``scale_grad_``: schemas, fake tensors, derivative.
 
-One op computes the loss, its gradient and the top-1 count in one call; ``last_batch_roll`` also reads its teacher from
-the logit buffer and replaces it. The compiled ops are declared in ``csrc/last_batch.cpp`` with the schema below (a test
-compares the two); the Triton ones are declared here. The derivative is a plain ``autograd.Function`` around the op: the
-gradient is ready when backward arrives, which multiplies it by the upstream gradient, in place, and not at all when
-that is 1. Differentiable once. Where it was built for this torch, a node in C++ (``csrc/autograd_node.cpp``) does the
-same for eager calls of the compiled ops and spares them Python's time; ``DLB_FAST_NODE=python`` leaves it out. The ops
-that end in an underscore write the gradient over the logits; autograd is told (``_Overwritten``).
+``last_batch`` computes the loss, its gradient and the top-1 count in one call. ``last_batch_update`` takes its teacher
+from the logit buffer and then replaces the stored rows by the batch's new rows. ``scale_grad_`` multiplies a gradient
+by the upstream gradient in place, and touches nothing where that is 1.
+
+The compiled ops are defined in ``csrc/last_batch.cpp``, their Triton forms (``*_triton``) here. Both take their
+arguments from the table in ``options.h``. The derivative is an ``autograd.Function`` around the op: the gradient is
+ready when backward arrives. It is differentiable once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 
 from . import _backends
+from ._options import OPTIONS, PARTS, REDUCTION
 from .reference import compute_dtype
 
-REDUCTION = {"mean": 0, "sum": 1, "none": 2}
-TEACHER_KIND = {"none": 0, "logits": 1, "probabilities": 2, "virtual": 3}
-PARTS = ("loss", "ce", "lb", "correct", "grad_scale", "taught")
-"""Entries of the op's ``parts``. ``grad_scale`` is the power of two by which a float16 gradient is stored multiplied,
-so that it neither underflows before the upstream gradient (a loss scale) reaches it nor overflows; 1 for the other
-dtypes."""
-
-_OPTIONS = (
-    "Tensor? target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? kd_mask, "
-    "Tensor? alpha_t, Tensor? temperature_t, float alpha, float temperature, float ce_weight, float ce_alpha, "
-    "float label_smoothing, float z_loss, float correct_share, int ignore_index, int teacher_kind, "
-    "int reduction"
-)
-_WITH_GRAD = f"{_OPTIONS}, bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
-_IN_PLACE = f"{_OPTIONS}) -> (Tensor loss, Tensor parts)"
+_GRAD_SCALE = PARTS.index("grad_scale")
+_TAIL = "".join(f"{kind} {name}, " for name, kind in OPTIONS.items())
+_TAIL += "bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
 SCHEMAS = {
-    "last_batch": f"(Tensor logits, Tensor? teacher, {_WITH_GRAD}",
-    "last_batch_": f"(Tensor(a!) logits, Tensor? teacher, {_IN_PLACE}",
-    "last_batch_roll": f"(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, {_WITH_GRAD}",
-    "last_batch_roll_": (
-        f"(Tensor(a!) logits, Tensor(b!) buffer, Tensor(c!) slots, Tensor? ids, int num_old, {_IN_PLACE}"
-    ),
+    "last_batch": f"(Tensor logits, Tensor? teacher, int teacher_kind, {_TAIL}",
+    "last_batch_update": f"(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, {_TAIL}",
     "scale_grad_": "(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()",
 }
 
 
-def _fake_outputs(logits: Tensor, reduction: int, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, classes = logits.shape
+    *_, reduction, need_grad = args
+    for value in args:
+        # A real call with one tensor on the meta device comes here too.
+        if isinstance(value, Tensor) and value.device != logits.device:
+            raise RuntimeError(f"last_batch: a tensor is on {value.device}, the logits are on {logits.device}")
     dtype = compute_dtype(logits.dtype)
     loss = logits.new_empty((batch,) if reduction == REDUCTION["none"] else (), dtype=dtype)
     parts = logits.new_empty((len(PARTS),), dtype=dtype)
-    grad = logits.new_empty((batch, classes) if need_grad else (0, classes))
+    grad = logits.new_empty((batch if need_grad else 0, classes))
     return loss, parts, grad
-
-
-def _fake_last_batch(logits: Tensor, teacher: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_outputs(logits, options[-2], options[-1])
-
-
-def _fake_last_batch_roll(
-    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_outputs(logits, options[-2], options[-1])
-
-
-def _fake_last_batch_in_place(logits: Tensor, teacher: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(logits, options[-1], False)[:2]
-
-
-def _fake_last_batch_roll_in_place(
-    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any
-) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(logits, options[-1], False)[:2]
 
 
 def _fake_scale_grad(grad: Tensor, upstream: Tensor, parts: Tensor) -> None:
@@ -82,12 +50,25 @@ def _fake_scale_grad(grad: Tensor, upstream: Tensor, parts: Tensor) -> None:
 
 
 _FAKES: dict[str, Any] = {
-    "last_batch": _fake_last_batch,
-    "last_batch_": _fake_last_batch_in_place,
-    "last_batch_roll": _fake_last_batch_roll,
-    "last_batch_roll_": _fake_last_batch_roll_in_place,
+    "last_batch": _fake_loss,
+    "last_batch_update": _fake_loss,
     "scale_grad_": _fake_scale_grad,
 }
+_TRITON = {
+    "last_batch": "last_batch_triton",
+    "last_batch_update": "last_batch_update_triton",
+    "scale_grad_": "scale_grad_triton_",
+}
+
+
+def _triton_kernel(name: str) -> Any:
+    def run(*args: Any) -> Any:
+        # The first call that needs Triton imports it; `import dlb_fast` does not.
+        from .kernels import last_batch_triton
+
+        return getattr(last_batch_triton, name)(*args)
+
+    return run
 
 
 def _register() -> torch.library.Library:
@@ -103,28 +84,7 @@ def _register() -> torch.library.Library:
     return library
 
 
-_TRITON = {
-    "last_batch": "last_batch_triton",
-    "last_batch_": "last_batch_triton_",
-    "last_batch_roll": "last_batch_roll_triton",
-    "last_batch_roll_": "last_batch_roll_triton_",
-    "scale_grad_": "scale_grad_triton_",
-}
-
-
-def _triton_kernel(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        # Triton is imported by the first call that needs it, never by `import dlb_fast`.
-        from .kernels import last_batch_triton
-
-        return getattr(last_batch_triton, name)(*args)
-
-    return run
-
-
 _LIBRARY = _register()
-
-
 _FOUND: dict[tuple[str, str], Any] = {}
 
 
@@ -137,31 +97,15 @@ def op_for(impl: str, name: str) -> Any:
     return op
 
 
-def node_for(impl: str, name: str) -> Any:
-    """The op that makes the autograd node in C++, or None where Python has to; looked up once."""
-    key = (impl, name + "_node")
-    if key not in _FOUND:
-        there = impl in ("cpu", "cuda") and not _backends.load_node()
-        _FOUND[key] = getattr(torch.ops.dlb_fast, name + "_node").default if there else None
-    return _FOUND[key]
-
-
-def _gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-    grad, parts = ctx.saved_tensors
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        grad = grad.clone()  # retain_graph=True: the saved gradient has to survive for the next backward
-    # The op skips a factor of 1 by itself; on the CPU, where looking is free, even the call can be spared.
-    if grad.dtype is torch.float16 or not grad.is_cpu or upstream.dim() > 0 or upstream.item() != 1.0:
-        op_for(ctx.impl, "scale_grad_")(grad, upstream, parts)
-    return grad, None, None, None
-
-
-def _traced_gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-    """The same without a write into what is saved, for torch.compile."""
-    grad, parts = ctx.saved_tensors
-    factor = upstream / parts[4]
-    factor = factor if factor.dim() == 0 else factor[:, None]
-    return (grad.to(parts.dtype) * factor).to(grad.dtype), None, None, None
+def unsupported(logits: Tensor) -> str:
+    """What asks for more than one derivative of the ops: torch.func (vmap too), forward mode; "" for neither."""
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func"
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+        return "forward mode"
+    return ""
 
 
 class _LastBatch(torch.autograd.Function):
@@ -178,141 +122,41 @@ class _LastBatch(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _parts: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None
-        if torch.compiler.is_compiling():
-            return _traced_gradient(ctx, upstream)
+        grad, parts = ctx.saved_tensors
+        if torch.compiler.is_compiling():  # a traced backward must not write into what is saved
+            factor = upstream / parts[_GRAD_SCALE]
+            factor = factor if factor.dim() == 0 else factor[:, None]
+            return (grad.to(parts.dtype) * factor).to(grad.dtype), None, None, None
         if torch.is_grad_enabled():
-            # Somebody wants a derivative of this gradient. torch's once_differentiable would refuse it only where the
-            # upstream gradient needs one: that of a loss is a constant, and a penalty would silently train on a part.
+            # create_graph=True. torch's once_differentiable would refuse only where the upstream gradient requires a
+            # gradient; that of a loss is a constant, and a gradient penalty would silently train on a part.
             raise RuntimeError(
                 "the compiled losses are differentiable once, and backward was called with create_graph=True; use "
                 "impl='torch' for second derivatives"
             )
-        return _gradient(ctx, upstream)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grad = grad.clone()  # retain_graph=True: the next backward needs the saved gradient unchanged
+        # scale_grad_ itself skips a factor of 1; on the CPU, where reading it costs nothing, so does this line.
+        if upstream.dim() > 0 or not grad.is_cpu or grad.dtype is torch.float16 or upstream.item() != 1.0:
+            op_for(ctx.impl, "scale_grad_")(grad, upstream, parts)
+        return grad, None, None, None
 
 
-# What Function.apply calls once it has looked for functorch transforms and default arguments, in Python, at every call.
-_plain_apply = super(torch.autograd.Function, _LastBatch).apply
-
-
-def unknown_to_ops(logits: Tensor) -> str:
-    """What asks for more than the ops can give: a transform of torch.func (vmap too) or a forward derivative; or ""."""
-    if torch.compiler.is_compiling():
-        return ""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func"
-    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None
-    return "forward mode" if dual else ""
-
-
-def run(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Call op ``name`` of ``impl``; ``args`` are its arguments after ``logits`` without the last, ``need_grad``.
-
-    Returns the loss, differentiable with respect to the logits, and ``parts``.
-    """
-    if torch.compiler.is_compiling() and logits.requires_grad and torch.is_grad_enabled():
-        return _LastBatch.apply(logits, impl, name, args)
-    return run_eagerly(impl, name, logits, *args)
-
-
-def run_eagerly(impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """The same outside torch.compile."""
+def run(impl: str, name: str, logits: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Loss, differentiable with respect to the logits, and parts; ``args`` follow the logits, without ``need_grad``."""
     if logits.requires_grad and torch.is_grad_enabled():
         # One tuple, because autograd walks over every argument of a Function in Python.
-        node = node_for(impl, name)
-        return _plain_apply(logits, impl, name, args) if node is None else node(logits, *args)
+        return _LastBatch.apply(logits, impl, name, args)
     loss, parts, _ = op_for(impl, name)(logits, *args, False)
     return loss, parts
 
 
-class _Overwritten(torch.autograd.Function):
-    """The logits after their gradient has replaced them: moves their version, so that a node that saved them refuses to
-    run backward, and their history, so that a use of what they hold now refuses as well."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, op: str, done: list[bool]) -> Tensor:
-        ctx.mark_dirty(logits)
-        ctx.op, ctx.done = op, done
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.done:
-            raise RuntimeError(
-                f"{ctx.op}: the logits were used after inplace_grad=True had replaced them by their gradient, and that "
-                "use needs a derivative; compute it before the loss, or leave inplace_grad=False"
-            )
-        return upstream, None, None  # the batch was refused and the logits are what they were
-
-
-class _LastBatchInPlace(_LastBatch):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits: Tensor, impl: str, name: str, args: tuple[Any, ...], op: str
-    ) -> tuple[Tensor, Tensor]:
-        # The edge to the node that made the logits was taken before this; what is recorded now comes after the loss.
-        # It raises, before anything is written, where torch lets nobody modify them.
-        done: list[bool] = []
-        with torch.enable_grad():
-            _Overwritten.apply(logits, op, done)
-        grad = logits.detach()  # one storage and one version counter: what writes there later is noticed in backward
-        loss, parts = op_for(impl, name + "_")(grad, *args)
-        done.append(True)
-        ctx.save_for_backward(grad, parts)
-        ctx.impl = impl
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
-        return loss, parts
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _parts: None) -> tuple[Tensor | None, ...]:
-        return *_LastBatch.backward(ctx, upstream, _parts), None
-
-
-def _eager_only() -> None:
-    # torch.compile has given up the caller's frame, where the check refused it, and tries this one by itself.
-    if torch.compiler.is_compiling():
-        raise ValueError("inplace_grad=True is for eager calls")
-
-
-def run_in_place(op: str, impl: str, name: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Like :func:`run` where a gradient is wanted, written over the logits: ``_check.check_inplace_grad`` comes first.
-
-    ``op`` is the name that errors speak in.
-    """
-    _eager_only()
-    return _LastBatchInPlace.apply(logits, impl, name, args, op)
-
-
-def step(
-    impl: str, name: str, logits: Tensor, *args: Any, upstream: Tensor | float = 1.0, in_place: bool = False
-) -> tuple[Tensor, ...]:
-    """Like :func:`run` without an autograd node: loss, parts, and the gradient times ``upstream``.
-
-    ``in_place``: the gradient is written over the logits, and their version moves.
-    """
-    if in_place:
-        _eager_only()
-        grad = logits.detach()
-        loss, parts = op_for(impl, name + "_")(grad, *args)
-        if not logits.is_inference():  # such a tensor has no version: autograd never saves it
-            torch.autograd.graph.increment_version(logits)
-    else:
-        loss, parts, grad = op_for(impl, name)(logits.detach(), *args, True)
+def run_with_grad(
+    impl: str, name: str, logits: Tensor, args: tuple[Any, ...], upstream: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Loss and the gradient times ``upstream``, without autograd."""
+    loss, parts, grad = op_for(impl, name)(logits.detach(), *args, True)
     if isinstance(upstream, Tensor) or upstream != 1.0 or logits.dtype == torch.float16:
         factor = torch.as_tensor(upstream, dtype=parts.dtype, device=parts.device)
         op_for(impl, "scale_grad_")(grad, factor, parts)
-    return loss, parts, grad
-
-
-def roll_call(impl: str, options: tuple[Any, ...], *, gradient: bool) -> Callable[..., tuple[Tensor, ...] | None]:
-    """``call(logits, buffer, slots, ids, num_old, target)``, one op with the same options again and again: what
-    ``run_eagerly`` returns, with ``gradient`` what ``step`` does, or None where a call has to go by them."""
-    settled_call = _backends.load_settled_call() if impl in ("cpu", "cuda") else None
-    if settled_call is not None:
-        return settled_call(options, gradient, DeviceContext)
-    run_it = step if gradient else run_eagerly
-
-    def call(logits: Tensor, *args: Any) -> tuple[Tensor, ...] | None:
-        return None if unknown_to_ops(logits) else run_it(impl, "last_batch_roll", logits, *args, *options)
-
-    return call
+    return loss, grad

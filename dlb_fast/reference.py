@@ -1,7 +1,7 @@
-"""The definition of every loss, in plain PyTorch, in the order of the papers.
+"""The definition of the objective in plain PyTorch, in the order of the paper.
 
-This file is the oracle of the tests and the implementation called ``torch``. It imports torch and nothing else,
-favours reading over speed, and differentiates through autograd. Sizes: ``B`` rows in a batch, ``C`` classes, ``H``
+The tests compare every implementation with this file, and ``impl="torch"`` runs it. It imports torch alone and is
+differentiated by autograd. Sizes: ``B`` rows in a batch, ``C`` classes, ``H``
 repeated rows (the first ones). Arithmetic is float32, or float64 when the logits are float64; losses come back in
 that dtype.
 
@@ -103,7 +103,7 @@ def cross_entropy_rows(
 def virtual_teacher(
     target: Tensor | None, rows: int, classes: int, correct_share: float | None, like: Tensor
 ) -> Tensor:
-    """The teacher nobody trained, (rows, C): uniform, or ``correct_share`` on the right class and the rest even."""
+    """(rows, C) probabilities: uniform, or ``correct_share`` for the right class and the rest divided equally."""
     if correct_share is None:
         return torch.full((rows, classes), 1.0 / classes, dtype=like.dtype, device=like.device)
     assert target is not None and target.dim() == 1
@@ -179,14 +179,13 @@ def last_batch_loss(
     target_b: Tensor | None = None,
     lam: Scalar | None = None,
     ce_weight: Scalar = 1.0,
-    z_loss: float = 0.0,
     teacher_kind: str = "logits",
     correct_share: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The objective: ``ce_weight * L_CE + alpha * L_LB (+ z_loss * mean lse^2)``.
+    """The objective: ``ce_weight * L_CE + alpha * L_LB``.
 
-    ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), or ``"virtual"`` (nothing given: all rows are
-    taught by :func:`virtual_teacher`). Returns ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached
+    ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), or ``"virtual"`` (no tensor: all rows learn from
+    :func:`virtual_teacher`). Returns ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached
     ``[loss, L_CE, L_LB, correct]``; with ``reduction="none"`` the parts are sums over the rows.
 
     >>> z, y = torch.zeros(2, 4), torch.tensor([0, 1])
@@ -204,43 +203,44 @@ def last_batch_loss(
     # An empty sum is 0 and stays in the graph: a loss to which no row counts still has a (zero) gradient.
     zero = RowTerms(z[:, :0].sum(1), z.new_zeros(()))
 
-    ce, extra = zero, zero
+    ce = zero
     if target is not None:
         target = target.to(dtype) if target.dim() == 2 else target
         ce = cross_entropy_rows(
             z, target, target_b=target_b, lam=lam, weight=weight,
             label_smoothing=label_smoothing, ignore_index=ignore_index,
         )  # fmt: skip
-        if z_loss > 0.0:
-            counts = (ce.rows == ce.rows) if target.dim() == 2 else target != ignore_index
-            if target_b is not None:
-                counts = counts & (target_b != ignore_index)
-            square = torch.logsumexp(_keep_finite_gradient(z, counts), dim=1).square()
-            extra = RowTerms(torch.where(counts, square, torch.zeros_like(square)), counts.sum().to(dtype))
 
     lb = zero
     if teacher_kind == "virtual":
         teacher = virtual_teacher(target, batch, classes, correct_share, z)
-        if correct_share is not None:  # no right class, no correction: an ignored row has no such teacher
+        if correct_share is not None:  # an ignored row has no right class, so no such teacher
             assert target is not None
             labelled = target != ignore_index
             kd_mask = labelled if kd_mask is None else kd_mask & labelled
     if teacher is not None:
-        taught = teacher.shape[0]
+        rows = teacher.shape[0]
         lb = kl_rows(
-            z[:taught], teacher.to(dtype), temperature=temperature, keep=kd_mask,
+            z[:rows], teacher.to(dtype), temperature=temperature, keep=kd_mask,
             teacher_is_probabilities=teacher_kind != "logits",
         )  # fmt: skip
-        lb = RowTerms(torch.cat([lb.rows, z.new_zeros(batch - taught)]), lb.norm)
+        lb = RowTerms(torch.cat([lb.rows, z.new_zeros(batch - rows)]), lb.norm)
 
     loss = ce_weight * reduce_rows(ce, reduction)
     if teacher is not None:
         loss = loss + alpha * reduce_rows(lb, reduction)
-    if z_loss > 0.0:
-        loss = loss + z_loss * reduce_rows(extra, reduction)
     with torch.no_grad():
         shown = "sum" if reduction == "none" else reduction
         parts = torch.stack(
             [loss.sum(), reduce_rows(ce, shown), reduce_rows(lb, shown), top1_correct(z, target, ignore_index)]
         )
     return loss, parts.detach()
+
+
+def teacher_kl(teacher: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """``tau^2 * sum p (log p - log q) / B`` for probabilities ``p`` and ``q = softmax(z / tau)``.
+
+    The KDLoss of the official code of BAKE and CS-KD; the definitions in ``methods/`` are written with it.
+    """
+    student = torch.log_softmax(logits / temperature, dim=1)
+    return torch.nn.functional.kl_div(student, teacher.detach(), reduction="sum") * temperature**2 / logits.shape[0]

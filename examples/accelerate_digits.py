@@ -1,11 +1,11 @@
 """An Accelerate loop with the last mini-batch. What changed against the usual one:
 
-1. the loader: `OverlapBatchSampler` in an ordinary DataLoader, made after `Accelerator()` and not given to `prepare`
-   (it knows its rank); `ResidentLoader(..., device=accelerator.device)` or `OverlapLoader` would do as well,
-2. the criterion: `LastBatchLoss`, called with the sample ids as well,
-3. `register_last_batch(...)`: `save_state` and `load_state` then carry both, for every rank.
+1. the loader: `OverlapBatchSampler` in torchdata's `StatefulDataLoader`, made after `Accelerator()`, because the
+   sampler asks for its rank, and not given to `prepare`; `ResidentLoader(..., device=accelerator.device)` works too,
+2. the criterion: `LastBatchLoss`, which also takes the sample ids,
+3. `register_last_batch(...)`: `save_state` and `load_state` then store both, for every rank.
 
-Run it alone, or on several processes: `accelerate launch --cpu --num_processes 2 examples/accelerate_digits.py`. It is
+Run it in one process, or in several: `accelerate launch --cpu --num_processes 2 examples/accelerate_digits.py`. It is
 stopped in the middle of an epoch and resumed in new objects; the weights end bit-identical.
 """
 
@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dlb_fast import LastBatchLoss
 from dlb_fast.data import EvalLoader, IndexedDataset, OverlapBatchSampler, collate_overlap, digits
@@ -25,7 +25,7 @@ EPOCHS = 4
 
 
 def as_float(image: torch.Tensor, rng: object) -> torch.Tensor:
-    return image.float() / 255  # an augmentation would draw from rng: it knows sample, epoch and visit
+    return image.float() / 255  # an augmentation draws from rng, which is seeded by sample, epoch and view
 
 
 def train(folder: str, stop_after: int | None = None, resume: bool = False) -> tuple[Accelerator, nn.Module]:
@@ -34,14 +34,21 @@ def train(folder: str, stop_after: int | None = None, resume: bool = False) -> t
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     data = IndexedDataset(digits("train"), as_float)
-    loader = DataLoader(data, batch_sampler=OverlapBatchSampler(data, 64), collate_fn=collate_overlap)  # changed
+    sampler = OverlapBatchSampler(data, 64)  # changed
+    # Without a generator of its own the loader draws a seed where the dropout draws, also once more after a resume.
+    loader = StatefulDataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=collate_overlap,
+        generator=torch.Generator(),  # changed
+    )
     criterion = LastBatchLoss(num_classes=10)  # changed
     model, optimizer = accelerator.prepare(model, optimizer)
     loader = register_last_batch(accelerator, criterion, loader)  # changed
     if resume:
         accelerator.load_state(folder)
     steps = 0
-    while loader.epoch < EPOCHS:
+    while sampler.epoch < EPOCHS:
         for batch in loader:
             loss = criterion(model(batch.images), batch.targets, batch.ids)  # changed
             accelerator.backward(loss)
@@ -78,6 +85,7 @@ def main() -> None:
     accelerator.print(f"test accuracy {share:.3f}; stopped and resumed: {'bit-identical' if same else 'DIFFERENT'}")
     if not same:
         raise SystemExit(1)
+    accelerator.end_training()  # destroys the process group
 
 
 if __name__ == "__main__":

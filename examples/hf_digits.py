@@ -1,7 +1,7 @@
 """Hugging Face's Trainer with the last mini-batch. What changed against the usual script:
 
-1. `LastBatchTrainer(..., criterion=LastBatchLoss(10))` in place of `Trainer(...)`: batches, loss and checkpoints,
-2. twice the steps per epoch: `per_device_train_batch_size` is the rows the model sees, half of them repeated.
+1. `LastBatchTrainer(..., criterion=LastBatchLoss(10))` in place of `Trainer(...)`: its batches, loss and checkpoints,
+2. twice the steps per epoch: `per_device_train_batch_size` counts the rows the model sees, half of them repeated.
 
 Model, dataset, collator and arguments are the usual ones, gradient accumulation included. Evaluation is plain cross
 entropy. The run is resumed from a checkpoint made in the middle of an epoch; the weights end bit-identical.
@@ -44,16 +44,29 @@ def train(folder: str, resume_from_checkpoint: str | None = None) -> LastBatchTr
         ResNetConfig(
             num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10
         )
-    )  # fmt: skip
+    )
     arguments = TrainingArguments(
-        folder, use_cpu=not torch.cuda.is_available(), num_train_epochs=4, per_device_train_batch_size=64,
-        gradient_accumulation_steps=2, learning_rate=3e-3, save_steps=15, logging_strategy="no", report_to=[],
-        disable_tqdm=True, dataloader_drop_last=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        folder,
+        use_cpu=not torch.cuda.is_available(),
+        num_train_epochs=4,
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-3,
+        save_steps=15,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+    )
     trainer = LastBatchTrainer(  # changed
-        model, arguments, train_dataset=Digits("train"), eval_dataset=Digits("test"), compute_metrics=accuracy,
+        model,
+        arguments,
+        train_dataset=Digits("train"),
+        eval_dataset=Digits("test"),
+        compute_metrics=accuracy,
         criterion=LastBatchLoss(num_classes=10),  # changed
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return trainer
 

@@ -1,8 +1,8 @@
 """A Lightning Trainer with the last mini-batch. What changed against the usual module:
 
 1. the loader: any of `dlb_fast.data`, made in `train_dataloader()`,
-2. the criterion: `self.criterion = LastBatchLoss(10)`, called with the sample ids as well,
-3. `LastBatchCallback()` in the Trainer: it stores and gives back what the method remembers and where the data are.
+2. the criterion: `self.criterion = LastBatchLoss(10)`, which also takes the sample ids,
+3. `LastBatchCallback()` in the Trainer: it saves and loads the state of the criterion and of the loader.
 
 Validation is plain cross entropy: Lightning puts the module in eval mode, and the criterion with it. The run is resumed
 from a checkpoint made in the middle of an epoch; the weights end bit-identical.
@@ -51,13 +51,17 @@ def fit(folder: str, ckpt_path: str | None = None) -> tuple[Digits, pl.Trainer]:
     pl.seed_everything(0, verbose=False)
     module = Digits()
     trainer = pl.Trainer(
-        max_epochs=4, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         callbacks=[
             LastBatchCallback(),  # changed
             pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=50, save_top_k=-1),
         ],
         # With several ranks: use_distributed_sampler=False where the loader is a DataLoader; ours are left alone.
-    )  # fmt: skip
+    )
     trainer.fit(module, ckpt_path=ckpt_path)
     return module, trainer
 

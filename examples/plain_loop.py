@@ -1,9 +1,9 @@
 """Your own loop with the last mini-batch. What changed against the usual one:
 
-1. the loader: `ResidentLoader` (for files `OverlapLoader`, or a DataLoader with an `OverlapBatchSampler`) gives batches
-   `[repeated | new]`,
-2. the criterion: `LastBatchLoss` in place of `nn.CrossEntropyLoss`, called with the sample ids as well,
-3. two more entries in the checkpoint.
+1. the loader: `ResidentLoader` (for files `OverlapLoader`, or a DataLoader with an `OverlapBatchSampler`) yields
+   batches `[repeated | new]`,
+2. the criterion: `LastBatchLoss` in place of `nn.CrossEntropyLoss`; it also takes the sample ids,
+3. the state of both in the checkpoint.
 
 The run is stopped in the middle of an epoch and resumed in new objects; the weights end bit-identical.
 """
@@ -23,9 +23,14 @@ EPOCHS = 4
 def train(folder: Path, stop_after: int | None = None, resume: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Dropout(0.1), nn.Linear(16 * 16, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(16 * 16, 10),
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     loader = ResidentLoader(digits("train"), batch_size=64)  # changed
     criterion = LastBatchLoss(num_classes=10)  # changed

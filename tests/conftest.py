@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -16,7 +19,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 
-from dlb_fast import _backends
+from dlb_fast import _backends, _options, functional
+
+SLOW_FILE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.slow", re.M)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The fast tier does not even import files whose tests are all slow: the frameworks alone take seconds."""
+    if config.getoption("markexpr") != "not slow" or collection_path.suffix != ".py":
+        return None
+    return True if SLOW_FILE.search(collection_path.read_text(encoding="utf-8")) else None
+
+
+def pytest_collection_finish() -> None:
+    """Take what the imports made out of the garbage collector's sight: tests that collect would walk it every time."""
+    gc.collect()
+    gc.freeze()
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -44,7 +63,35 @@ def eager_official(logits, target, last_logits, *, alpha=1.0, temperature=3.0, *
     return loss
 
 
+def op_options(target, *, reduction="mean", need_grad=True, **given):
+    """An op's arguments from ``target`` on, in the order of options.h: tensors, then numbers."""
+    tensors = {"target": target, **{name: given.pop(name) for name in _options.TENSORS if name in given}}
+    numbers = functional.prepare("test", reduction=reduction, **given).numbers
+    return (*map(tensors.get, _options.TENSORS), *numbers, need_grad)
+
+
+def row_loss(op, impl, logits, target, **given):
+    """``functional.row_loss`` with its options given beside the tensors."""
+    names = functional.Options._fields
+    options = {name: given.pop(name) for name in names if name in given}
+    buffer = given.get("buffer")
+    stored = None if buffer is None else buffer.stored_rows(logits.shape[0], given.get("num_old"))
+    result = functional.row_loss(functional.prepare(op, impl=impl, **options), logits, target, **given)
+    if buffer is not None:
+        buffer.count = stored
+    return result
+
+
 ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
+
+
+def require(impl: str) -> None:
+    """Skip the test where an implementation does not run, or fail it where the build should have made it."""
+    if not available(impl):
+        reason = f"{impl}: {_backends.implementations()[impl].reason}"
+        if impl == "cpu" and os.environ.get("DLB_FAST_BUILD") in ("require", "cpu", "cuda"):
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=["torch", "cpu", *(ON_GPU if torch.cuda.is_available() else [])])
@@ -53,23 +100,17 @@ def impl(request: pytest.FixtureRequest) -> Iterator[str]:
 
     Tensors that a test makes without naming a device are made where the implementation runs.
     """
-    name: str = request.param
-    if not available(name):
-        if name == "cpu" and os.environ.get("DLB_FAST_BUILD") in ("require", "cpu", "cuda"):
-            pytest.fail(_backends.implementations()["cpu"].reason)
-        pytest.skip(f"{name}: {_backends.implementations()[name].reason}")
-    with torch.device(device_of(name)):
-        yield name
+    require(request.param)
+    with torch.device(device_of(request.param)):
+        yield request.param
 
 
 @pytest.fixture(params=["cpu", *(ON_GPU if torch.cuda.is_available() else [])])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Like ``impl``, without plain PyTorch."""
-    name: str = request.param
-    if not available(name):
-        pytest.skip(f"{name}: {_backends.implementations()[name].reason}")
-    with torch.device(device_of(name)):
-        yield name
+    """Like `impl`, without plain PyTorch."""
+    require(request.param)
+    with torch.device(device_of(request.param)):
+        yield request.param
 
 
 @pytest.fixture
@@ -80,11 +121,11 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 
 
 @pytest.fixture(scope="session")
-def gang():
-    """Two ranks on the CPU that call a test module's functions: `gang(function, *arguments)`."""
-    from gang import Gang
+def process_group():
+    """Two ranks on the CPU that call a test module's functions: `process_group(function, *arguments)`."""
+    from process_group import ProcessGroup
 
-    made = Gang()
+    made = ProcessGroup()
     yield made
     made.close()
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-import io
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from builders import jpeg, wait_for
 
-from dlb_fast.data.overlap_loader import OverlapLoader
-from dlb_fast.data.view_rng import ViewRng
+from dlb_fast.data.loaders.overlap import OverlapLoader
+from dlb_fast.data.rng import ViewRng
 
 
 class Files:
@@ -34,13 +31,6 @@ class Files:
         return str(self.paths[index])
 
 
-def jpeg(seed: int, height: int = 60, width: int = 80) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
 def make_files(folder: Path) -> Files:
     paths = []
     for i in range(24):
@@ -55,7 +45,7 @@ def corner(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
 
 
 def loader(data: Any, batch_size: int = 8, **options: Any) -> OverlapLoader:
-    defaults = {"transform": corner, "num_threads": 2, "dtype": torch.uint8, "check_threads": False, "timeout": 20}
+    defaults = {"transform": corner, "num_threads": 2, "dtype": torch.uint8, "timeout": 20}
     return OverlapLoader(data, batch_size, **{**defaults, **options})
 
 
@@ -66,7 +56,4 @@ def threads() -> list[str]:
 def assert_no_threads() -> None:
     """All threads of loaders ended (a moment is allowed to those that were just told to)."""
     gc.collect()
-    deadline = time.monotonic() + 5
-    while threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threads() == []
+    wait_for(lambda: not threads(), f"the end of {threads()}")

@@ -1,4 +1,4 @@
-"""What the tests of several ranks train: one small network, on whatever share of the same batches is this rank's."""
+"""The small network that the tests of several ranks train, each rank on its share of the same batches."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import torch
 from torch import nn
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.evaluation import EvalLoader
-from dlb_fast.data.resident import ResidentLoader
-from dlb_fast.train.distributed import Ranks
-from dlb_fast.train.engine import Trainer
+from dlb_fast.data import EvalLoader, ResidentLoader
+from dlb_fast.train.distributed import Ranks, full_state, is_sharded
 from dlb_fast.train.evaluate import evaluate
 from dlb_fast.train.log import RunLog
-from dlb_fast.train.parallel import is_shared, whole_states
+from dlb_fast.train.loop import Trainer
 
 CLASSES, ROWS = 5, 16  # rows of a step over all ranks
 
@@ -52,9 +50,10 @@ def make(kind="auto", folder=None, *, norm=nn.Identity, dropout=0.0, adam=False,
     if settings.get("channels_last"):
         model = model.to(memory_format=torch.channels_last)
     torch.manual_seed(17 + ranks.rank)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01) if adam else torch.optim.SGD(
-        model.parameters(), lr=0.05, momentum=0.9
-    )  # fmt: skip
+    if adam:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     rows = ROWS // ranks.world_size
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
     loader = ResidentLoader(digits(), rows, dtype=torch.float64, seed=1, **place)
@@ -74,7 +73,7 @@ def make(kind="auto", folder=None, *, norm=nn.Identity, dropout=0.0, adam=False,
 
 
 def whole(model):
-    return {name: value.clone() for name, value in whole_states(model.state_dict()).items()}
+    return {name: value.clone() for name, value in full_state(model.state_dict()).items()}
 
 
 def trained(*arguments, **options):
@@ -84,11 +83,12 @@ def trained(*arguments, **options):
     average = None if trainer.ema is None else whole(trainer.ema.model)
     buffer = trainer.criterion.buffer
     return SimpleNamespace(
-        weights=whole(trainer.model), average=average, logits=buffer.logits.clone(), ids=buffer.ids.clone(),
-        result=result, shared=is_shared(trainer.model), mismatched=int(buffer.mismatched),
-    )  # fmt: skip
+        weights=whole(trainer.model),
+        average=average,
+        logits=buffer.logits.clone(),
+        ids=buffer.ids.clone(),
+        result=result,
+        sharded=is_sharded(trainer.model),
+        mismatched=int(buffer.mismatched),
+    )
 
-
-def distance(a, b):
-    assert a.keys() == b.keys()
-    return max((a[k] - b[k]).abs().max().item() for k in a)

@@ -1,139 +1,89 @@
-"""The rooms of the package: which may import which, how long a file may be, and that the losses stand alone."""
+"""Who may import whom, and that the losses work without the trainer and the optional packages."""
 
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from builders import environment, python
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "dlb_fast"
+PACKAGE = Path(__file__).parent.parent / "dlb_fast"
 
-# Room -> rooms of ours it may import. A room is a file or a folder at the top of the package.
-LOSS_FACES = {
-    "losses", "functional", "teachers", "buffer", "family", "family_losses", "family_teachers", "lessons", "memories",
-    "__init__",
-}  # fmt: skip
-ALLOWED = {
-    "_version": set(),
+# A module or folder imports only what stands before it in this list; so nothing imports `integrations`.
+ORDER = ["_version", "_args", "_options", "reference", "_backends", "kernels", "ops", "buffer", "functional", "losses"]
+ORDER += ["methods", "__init__", "data", "train", "presets", "doctor", "report", "cli", "__main__", "integrations"]
+ONLY = {  # stricter than the order: the definition stands alone, and the data knows no losses
     "reference": set(),
-    "_check": set(),
-    "_backends": set(),
-    "kernels": {"_check", "reference"},
-    "ops": {"_backends", "kernels", "reference"},
-    "buffer": set(),
-    "settled": {"_backends", "ops", "buffer"},
-    "functional": {"_backends", "_check", "ops", "reference", "buffer", "settled"},
-    "teachers": {"_check", "buffer", "reference", "functional"},
-    "reference_family": set(),
-    "memories": set(),
-    "lessons": {"_check", "functional", "reference", "teachers"},
-    "family": {"_check", "functional", "lessons", "teachers"},
-    "family_teachers": {"lessons", "memories", "teachers"},
-    "family_losses": {"_check", "buffer", "family_teachers", "functional", "lessons", "memories", "teachers"},
-    "losses": {"_check", "functional", "settled", "buffer", "teachers"},
-    "data": {"_backends"},  # where the compiled library is: it has an op of this room
-    "train": {*LOSS_FACES, "data", "_backends", "_version", "presets"},
-    "presets": {"train"},
-    "doctor": {*LOSS_FACES, "_backends", "_version", "reference"},
-    "report": {"train", "_version", "presets"},
-    "cli": {"train", "report", "doctor", "presets", "data", *LOSS_FACES, "_version"},
-    "integrations": {*LOSS_FACES, "data"},
-    "__init__": {*LOSS_FACES, "_version"},
-    "__main__": {"cli"},
+    "data": {"_version", "_args", "_backends"},
+    "integrations": {*ORDER[: ORDER.index("data") + 1]},
 }
 
 
-def room_of(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
-
-
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of ours that a file names in an import anywhere, lazy imports included."""
+def imported(path: Path) -> set[str]:
+    """The units that a file imports anywhere, also inside functions."""
     package = ["dlb_fast", *path.relative_to(PACKAGE).parts[:-1]]
-    rooms = set()
+    names = []
     for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "dlb_fast" and len(parts) > 1:
-                is_room = (PACKAGE / parts[1]).exists() or (PACKAGE / f"{parts[1]}.py").exists()
-                rooms.add(parts[1] if is_room else "__init__")
-    return rooms
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    parts = [name.split(".") for name in names if name.startswith("dlb_fast.")]
+    exists = {path.stem for path in PACKAGE.iterdir()}
+    return {part[1] if part[1] in exists else "__init__" for part in parts}
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports(path):
+    unit = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    allowed = ONLY.get(unit, {*ORDER[: ORDER.index(unit)]})
+    assert imported(path) <= allowed | {unit}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_follow_the_arrows(path):
-    room = room_of(path)
-    assert room in ALLOWED, f"{room} is not a room of DESIGN section 4; add it there and here"
-    wrong = imported_rooms(path) - ALLOWED[room] - {room}
-    assert not wrong, f"{path.name}: {room} must not import {sorted(wrong)}"
-
-
-def test_the_rule_has_teeth(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+def test_imports_are_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
     (tmp_path / "train").mkdir()
-    (tmp_path / "losses.py").write_text("def f():\n    from .train import engine\n    import dlb_fast.train.state\n")
-    assert imported_rooms(tmp_path / "losses.py") == {"train"}
+    (tmp_path / "losses.py").write_text("def f():\n    from .train import loop\n    import dlb_fast.train.run\n")
+    assert imported(tmp_path / "losses.py") == {"train"}
 
 
-@pytest.mark.parametrize("suffix", ["*.py", "*.cpp", "*.cu", "*.cuh", "*.h"])
-def test_no_file_is_longer_than_400_lines(suffix):
-    tracked = subprocess.run(["git", "ls-files", suffix], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    files = [ROOT / name for name in tracked] or list((ROOT / "dlb_fast").rglob(suffix))
-    long = {str(f.relative_to(ROOT)): n for f in files if f.exists() and (n := len(f.read_text().splitlines())) > 400}
-    assert not long, f"each file is one room of at most 400 lines: {long}"
+def test_imports_are_light():
+    """The losses load nothing of the rest, the data no decoder, the integrations no framework, --help no trainer."""
+    optional = {"triton", "PIL", "yaml", "tyro", "matplotlib", "sklearn", "torchvision", "torch._dynamo"}
+    steps = {
+        "import dlb_fast": {*optional, "dlb_fast.data", "dlb_fast.train", "dlb_fast.cli"},
+        "import dlb_fast.data": {*optional, "dlb_fast.train"},
+        "import dlb_fast.integrations.state": {*optional, "lightning", "accelerate", "transformers", "timm"},
+        "from dlb_fast import cli; cli.main(['--help'])": optional,
+    }
+    code = "\n".join(["import sys", *(f"{step}; print('loaded', *sys.modules)" for step in steps)])
+    lines = [line.split() for line in python("-c", code).stdout.splitlines() if line.startswith("loaded")]
+    for (step, unwanted), loaded in zip(steps.items(), lines, strict=True):
+        assert not unwanted & set(loaded), step
 
 
-def test_the_loss_library_stands_alone():
-    """Importing the losses loads no trainer, no data, no Triton and none of the optional packages."""
-    code = (
-        "import sys, dlb_fast; "
-        "bad = [m for m in sys.modules if m.startswith(('dlb_fast.train', 'dlb_fast.data', 'dlb_fast.cli'))]; "
-        "bad += [m for m in ('triton', 'PIL', 'yaml', 'tyro', 'matplotlib', 'sklearn') if m in sys.modules]; "
-        "print(bad)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_the_face_names_what_it_has():
-    """The lazy table of `dlb_fast/__init__.py` and its imports for type checkers are one list, and all of it loads."""
+def test_the_lazy_exports_are_those_that_type_checkers_see():
     import dlb_fast
 
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     static = {alias.name: str(node.module) for node in imports for alias in node.names}
-    assert static == dlb_fast._HOME
+    assert static == dlb_fast._MODULE_OF
     assert {*static, "__version__"} == set(dlb_fast.__all__)
     assert all(getattr(dlb_fast, name) is not None for name in dlb_fast.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = dlb_fast.nonsense
 
 
-def test_doctor_and_help_survive_a_broken_torch(tmp_path):
+@pytest.mark.parametrize(("command", "said"), [("--help", "train"), ("doctor", "this torch is broken")])
+def test_help_and_doctor_survive_a_broken_torch(command, said, tmp_path):
     """A torch that raises while it is imported is a finding of the doctor, not its end."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('this torch is broken')\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    for command, said in (("--help", "train"), ("doctor", "this torch is broken")):
-        done = subprocess.run(
-            [sys.executable, "-m", "dlb_fast", command], capture_output=True, text=True, env=environment, cwd=tmp_path
-        )
-        assert said in done.stdout, done.stderr
-        assert "Traceback" not in done.stderr
+    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
+    done = python("-m", "dlb_fast", command, check=False, cwd=tmp_path, PYTHONPATH=path)
+    assert said in done.stdout and "Traceback" not in done.stderr

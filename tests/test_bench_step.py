@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from benchmarks import bench_step, harness, memory, step_variants
-from benchmarks.results_file import verdicts
 from benchmarks.step_variants import EagerLastBatchLoss, Rig, Setting, build, two_views
+from benchmarks.tables import verdicts
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.batch import Batch
-from dlb_fast.train.graphed import GraphedStep
-from dlb_fast.train.step import training_loss
+from dlb_fast.data import Batch
+from dlb_fast.train.loop import training_loss
 
 SMALL = Setting("small_cnn", rows=8, classes=5, size=8, device="cpu", mode="eager", bf16=False)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # guards the benchmarks, not the package
 
 
 def test_eager_loss_is_ours():
@@ -76,26 +75,6 @@ def test_the_joint_batch_is_both_views_of_the_same_samples():
     assert criterion.buffer.mismatched == 0
 
 
-class Recorded:
-    """A capture as far as a CPU has one: the work is noted with its addresses, and done again on replay."""
-
-    def warm_up(self, work):
-        return work()
-
-    def record(self, work):
-        result = work().detach().clone()
-        return result, lambda: result.copy_(work().detach())
-
-
-def test_graph_mode_leaves_the_official_loop_out(monkeypatch):
-    monkeypatch.setattr(
-        step_variants, "GraphedStep", lambda work, parameters: GraphedStep(work, parameters, Recorded())
-    )
-    records = bench_step.measure(dataclasses.replace(SMALL, mode="graph"), ["ce", "dlb", "official"], seconds=0.05)
-    assert [r["variant"] for r in records] == ["ce", "dlb"]
-    assert records[0]["missing"] == ["official (reads values on the host in the step)"]
-
-
 def test_compile_mode_compiles_the_network(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
@@ -126,7 +105,7 @@ def test_command_writes_complete_records(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [(["--rows", "7"], "--rows must be even"), (["--modes", "graph"], "needs --device cuda")],
+    [(["--rows", "7"], "--rows must be even"), (["--modes", "graph"], "invalid choice: 'graph'")],
 )
 def test_wrong_arguments(monkeypatch, capsys, arguments, reason):
     with pytest.raises(SystemExit) as stopped:

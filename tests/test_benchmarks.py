@@ -1,4 +1,4 @@
-"""The benchmarks run, write what they promise, and the GPU's proof cannot be had for nothing."""
+"""The benchmark of the loss runs, writes complete records and refuses wrong contenders and arguments."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_last_batch, harness, loss_variants, shapes
+from benchmarks import bench_last_batch, loss_variants, shapes
 from dlb_fast import _backends
+
+pytestmark = pytest.mark.slow  # guards the benchmarks, not the package
 
 
 def test_loss_benchmark_writes_complete_records(tmp_path, monkeypatch, capsys):
@@ -84,117 +86,6 @@ def test_sweeps(tmp_path, monkeypatch, sweep):
     want = [(shape.rows, shape.classes) for shape in shapes.SWEEPS[sweep]]
     assert [(r["rows"], r["classes"]) for r in records] == want
     assert {(r["sweep"], r["dtype"]) for r in records} == {(sweep, "float32")}
-
-
-class Clock:
-    """Device time as the fake events below see it, in milliseconds."""
-
-    now = 0.0
-
-
-class Event:
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = Clock.now
-
-    def elapsed_time(self, end):
-        return end.at - self.at
-
-
-class Within:
-    """A context that a fake stream or graph stands for."""
-
-    def __init__(self, *args):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *problem):
-        pass
-
-    def wait_stream(self, other):
-        pass
-
-    def replay(self):
-        Clock.now += 1.0
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch):
-    """CUDA's clock and capture without CUDA; `slept` collects what hides the host's launches."""
-    slept = []
-    fakes = {
-        "Event": Event, "Stream": Within, "stream": Within, "graph": Within, "CUDAGraph": Within,
-        "current_stream": Within, "synchronize": lambda: None, "_sleep": slept.append,
-    }  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(harness, "GPU", "cpu")
-    monkeypatch.setattr(harness, "FLUSH", 1024)
-    return slept
-
-
-def takes(milliseconds):
-    def work():
-        Clock.now += milliseconds
-
-    return work
-
-
-def test_gpu_timing_reads_the_events(fake_gpu):
-    work = {("cuda", "autograd"): takes(0.25), ("eager", "autograd"): takes(2.0)}
-    times = harness.all_times(work, "cuda", seconds=0.01)
-    assert list(times) == ["wall", "device_cold", "device_warm", "graph", "graph_each"]
-    for kind in ("device_warm", "device_cold"):
-        assert times[kind]["cuda", "autograd"]["median_us"] == pytest.approx(250)
-        assert times[kind]["eager", "autograd"]["median_us"] == pytest.approx(2000)
-        assert times[kind]["eager", "autograd"]["n"] >= 10
-    assert set(times["graph"]) == set(times["graph_each"]) == set(work)
-    assert times["graph_each"]["eager", "autograd"]["median_us"] == pytest.approx(1000 / harness.IN_A_GRAPH)
-    assert fake_gpu  # every timed call was queued behind a kernel
-
-
-@pytest.mark.parametrize("cold", [True, False])
-def test_cold_calls_follow_a_flush_and_warm_ones_a_call(fake_gpu, monkeypatch, cold):
-    done = []
-    monkeypatch.setattr(torch.Tensor, "zero_", lambda tensor: done.append(tensor.nbytes))
-    harness.device_times({"ours": lambda: done.append("call")}, seconds=0.0, cold=cold)
-    assert done[:3] == ["call"] * 3  # to warm up
-    assert done[3:] == [1024 if cold else "call", "call"] * 10
-
-
-def test_what_cannot_be_captured_has_no_graph_time(fake_gpu, monkeypatch):
-    class Refusing(Within):
-        def __exit__(self, *problem):
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(torch.cuda, "graph", Refusing)
-    times = harness.all_times({"official": takes(1.0)}, "cuda", seconds=0.01)
-    assert times["graph"] == times["graph_each"] == {}
-    assert times["device_cold"]["official"]["n"] >= 10
-
-
-def test_gpu_records_carry_launches_and_their_share_of_the_copy(fake_gpu, monkeypatch):
-    """The GPU's path of `measure`, with contenders of known device time in place of the real ones."""
-    import argparse
-
-    work = {("cuda", "autograd"): takes(0.001), ("eager", "autograd"): takes(0.009)}
-    monkeypatch.setattr(bench_last_batch, "variants", lambda *a: (work, ["liger (not installed)"]))
-    monkeypatch.setattr(bench_last_batch, "check_alike", lambda work: None)
-    monkeypatch.setattr(harness, "launches", lambda works: {key: 1 if key[0] == "cuda" else 12 for key in works})
-    monkeypatch.setattr(bench_last_batch.memory, "peak_bytes", lambda step, device: 77)
-    options = argparse.Namespace(device="cuda", variants=[], paths=["autograd"], seconds=0.01, sweep=None)
-    found = bench_last_batch.measure(shapes.Shape(100, 1000, ""), "bfloat16", options, roof=1e12)
-    cold = {r["variant"]: r for r in found if r["kind"] == "device_cold"}
-    assert cold["cuda"]["median_us"] == pytest.approx(1.0)
-    # 100 000 logits of six bytes in one microsecond are 0.6 TB/s of a roof of 1.
-    assert cold["cuda"]["of_copy_bandwidth"] == pytest.approx(0.6)
-    assert cold["eager"]["copy_bytes_per_logit"] == pytest.approx(90)
-    assert (cold["cuda"]["launches"], cold["eager"]["launches"]) == (1, 12)
-    assert cold["cuda"]["missing"] == ["liger (not installed)"]
 
 
 def test_the_command_runs_a_benchmark_and_names_a_wrong_one(tmp_path, capfd, monkeypatch):

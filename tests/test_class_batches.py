@@ -23,12 +23,12 @@ from dlb_fast.data import (
     OverlapBatchSampler,
     PadCrop,
     SampledLoader,
+    SampleError,
     ViewPairSampler,
-    class_batches,
     collate_rows,
-    sampled_loader,
 )
-from dlb_fast.data.errors import SampleError
+from dlb_fast.data import sampler as samplers
+from dlb_fast.data.loaders import sampled
 
 torch.set_num_threads(1)
 
@@ -77,7 +77,7 @@ def test_every_batch_keeps_the_rules(length, classes, companions, anchors, inclu
                     assert len(set(mine)) == companions
                 if not include and pool:
                     assert int(anchor) not in mine
-            views = [(int(i), i.use) for i in batch]
+            views = [(int(i), i.view) for i in batch]
             assert len(set(views)) == len(views)
     assert len(steps) == 1  # every rank takes the same number of steps
     full = length // (anchors * world) * anchors * world
@@ -232,7 +232,7 @@ def test_misuse_is_named():
         collate_rows([(torch.zeros(1), 0, 3)])
 
 
-@pytest.mark.parametrize("module", [class_batches, sampled_loader])
+@pytest.mark.parametrize("module", [samplers, sampled])
 def test_examples_run(module):
     found = doctest.testmod(module)
     assert found.failed == 0 and found.attempted > 0
@@ -242,10 +242,10 @@ def test_examples_run(module):
 def test_two_steps_per_epoch_are_shuffled_between_the_steps(make):
     sampler = make()
     epochs = [list(sampler) for _ in range(5)]
-    first = [frozenset(int(i) for i in batches[0] if i.use == 0) for batches in epochs]
+    first = [frozenset(int(i) for i in batches[0] if i.view == 0) for batches in epochs]
     assert len(set(first)) == 5 and {len(ids) for ids in first} == {8}
 
 
 def test_states_of_overlapping_batches_are_refused():
-    with pytest.raises(ValueError, match="repeat was True when the state was saved and is False here"):
+    with pytest.raises(ValueError, match="overlap was True when the state was saved and is False here"):
         ViewPairSampler(16, 8).load_state_dict(OverlapBatchSampler(16, 8).state_dict())

@@ -1,29 +1,24 @@
 """The command as a user types it (in this process, except where a process is the point)."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from builders import PATIENCE, environment, wait_for
 
 from dlb_fast import cli
-from dlb_fast.presets import PRESETS, get_preset, to_yaml
-from dlb_fast.train.config import load_config, override
-from dlb_fast.train.methods import resolve
-from dlb_fast.train.run_folder import RunFolder
+from dlb_fast.presets import PRESETS, load_preset, preset_file
+from dlb_fast.train.config import load_config
+from dlb_fast.train.run import RunFolder
 
 torch.set_num_threads(1)
 
 SMALL = ["--preset", "digits", "--per-class", "4", "--batch-size", "20", "--epochs", "2", "--quiet"]
-ROOT = str(Path(cli.__file__).parents[1])
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +54,7 @@ def test_flags_override_the_file_and_the_file_the_preset(here):
     config = RunFolder("r").read_config()
     assert (config.optim.lr, config.loss.alpha) == (0.5, 0.75)
     assert (config.data.source, config.data.flip) == ("synthetic:40,3,8", False)
-    assert config.data.label_noise == get_preset("digits").config.data.label_noise  # from the preset
+    assert config.data.label_noise == load_preset("digits").data.label_noise  # from the preset
 
 
 def test_the_start_says_where_the_numbers_come_from(here, capsys):
@@ -83,7 +78,7 @@ def test_smoke_goes_through_everything_and_leaves_nothing(here, capsys, monkeypa
     out, err = capsys.readouterr()
     assert "training, evaluation, checkpoint and resume work" in out
     assert "synthetic:160,10,32: 2 steps of 16 rows" in err and "continuing from" in err
-    assert list(here.iterdir()) == []
+    assert [path for path in here.iterdir() if "inductor" not in path.name] == []  # that one is torch's
 
 
 def test_smoke_on_real_data_in_a_named_folder(here, capsys):
@@ -95,17 +90,8 @@ def test_smoke_on_real_data_in_a_named_folder(here, capsys):
 
 
 def test_smoke_finds_what_would_fail_later(here, capsys, monkeypatch):
-    monkeypatch.setattr("dlb_fast.train.smoke.evaluate_run", lambda *a, **k: {"top1": 2.0})
+    monkeypatch.setattr("dlb_fast.train.run.evaluate_run", lambda *a, **k: {"top1": 2.0})
     assert "top-1 of the written weights is 2.0" in failing(["train", "--smoke", "--preset", "digits"], capsys)
-
-
-@pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith("imagenet")])
-def test_every_recipe_can_be_rehearsed(name):
-    from dlb_fast.train.distributed import Ranks
-    from dlb_fast.train.smoke import rehearse
-
-    config = override(get_preset(name).config, model="small_cnn")
-    assert rehearse(config, quiet=True, ranks=Ranks())["count"] > 0
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
@@ -137,13 +123,13 @@ def test_eval_repeats_the_runs_own_numbers(finished, capsys):
 
 
 def failing(arguments, capsys):
-    """Run a command that must fail with a message and no traceback; the message as one line, without its frame."""
+    """Run a command that must fail with a message and no traceback; the message as one line."""
     try:
         code = cli.main(arguments)
     except SystemExit as exit:  # wrong flags end in the parser, with 2
         code = exit.code
-    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert code in (1, 2) and (code == 2) == ("For full helptext" in said)
+    said = " ".join(capsys.readouterr().err.split())
+    assert code in (1, 2) and (code == 2) == ("--help lists" in said)
     assert "Traceback" not in said
     return said
 
@@ -219,43 +205,33 @@ def test_debug_shows_the_traceback(monkeypatch, here):
         cli.main(["train", "--preset", "nothing"])
 
 
-def test_presets_list_show_and_copy(here, capsys):
+def test_presets_list_and_show(here, capsys):
     assert cli.main(["presets", "list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in PRESETS)
+    assert [line.split()[0] for line in out.splitlines()] == list(PRESETS)
+    assert "CIFAR-100, ResNet-32: DLB" in out
     assert cli.main(["presets"]) == 0 and capsys.readouterr().out == out
     assert cli.main(["presets", "show", "cifar100-resnet32-dlb"]) == 0
-    shown = capsys.readouterr().out
-    assert "temperature: 3.0  # community default, not a value read from the paper" in shown
-    assert cli.main(["presets", "copy", "cifar100-resnet32-dlb", "c.yaml"]) == 0
-    assert load_config("c.yaml") == resolve(get_preset("cifar100-resnet32-dlb").config)
-    assert "exists; --force" in failing(["presets", "copy", "digits", "c.yaml"], capsys)
-    assert cli.main(["presets", "copy", "digits", "c.yaml", "--force"]) == 0
-    assert cli.main(["presets", "copy", "digits", "new/folder/c.yaml"]) == 0
-    assert load_config("new/folder/c.yaml") == resolve(get_preset("digits").config)
+    assert capsys.readouterr().out == preset_file("cifar100-resnet32-dlb").read_text()
     said = failing(["presets", "show", "cifar10-dlb"], capsys)
-    assert "did you mean" in said and "cifar10-resnet32-dlb" in said and "presets` lists all" in said
-    assert "known: digits, digits-alpha0" in failing(["presets", "show", "zzz"], capsys)
+    assert "did you mean" in said and "cifar10-resnet32-dlb" in said
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("optim: {lrr: 0.1}", "unknown field optim.lrr; did you mean 'lr'?"),
-        ("optm: {lr: 0.1}", "unknown group 'optm'; did you mean 'optim'?"),
-        ("lr: 0.1", "unknown group 'lr'; lr is a field of optim: write optim: {lr: ...}"),
-        ("optim: {epochs: 3}", "unknown field optim.epochs; epochs is a field of train: write train: {epochs: ...}"),
-        ("optim: {lr: fast}", "optim.lr must be float, got 'fast'"),
-        ("data: {flip: 'no'}", "data.flip must be bool, got 'no'"),
-        ("train: {amp: fp8}", "train.amp must be one of none, bf16, fp16, got 'fp8'"),
+        ("optim: {lrr: 0.1}", "unknown field optim.lrr; did you mean optim.lr?"),
+        ("optm: {lr: 0.1}", "unknown group 'optm'; did you mean optim?"),
+        ("lr: 0.1", "unknown group 'lr'; did you mean optim.lr?"),
+        ("optim: {epochs: 3}", "unknown field optim.epochs; did you mean train.epochs?"),
+        ("optim: {lr: fast}", "optim.lr must be FLOAT, got 'fast'"),
+        ("data: {flip: 'no'}", "data.flip must be one of 'True', 'False', got 'no'"),
+        ("train: {amp: fp8}", "train.amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
         ("loss: {method: dbl}", "got 'dbl'; did you mean 'dlb'?"),
         ("optim: [lr]", "optim must hold fields, got ['lr']"),
         ("- lr", "expected groups (data, augment, model"),
         ("optim: {lr: [", "cannot read c.yaml"),
-        (
-            "train: {trackers: [mlflow]}",
-            "trackers must be distinct names of tensorboard, trackio, wandb, got ('mlflow',)",
-        ),
+        ("train: {trackers: [mlflow]}", "trackers must be one of 'tensorboard', 'trackio', 'wandb', got 'mlflow'"),
     ],
 )
 def test_a_wrong_config_file_is_told_with_what_was_meant(text, message, here, capsys):
@@ -265,51 +241,29 @@ def test_a_wrong_config_file_is_told_with_what_was_meant(text, message, here, ca
 
 
 def test_a_wrong_flag_is_told_with_what_was_meant(here, capsys):
-    assert "--lr" in failing(["train", "--lrr", "0.1"], capsys)
-    assert "float" in failing(["train", "--lr", "fast"], capsys)
+    assert "did you mean --lr?" in failing(["train", "--lrr", "0.1"], capsys)
+    assert "--lr must be FLOAT, got 'fast'" in failing(["train", "--lr", "fast"], capsys)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_a_config_file_with_known_sources(name):
-    preset = get_preset(name)
-    text = to_yaml(preset)
-    fields = {field for part in yaml.safe_load(text).values() for field in part}
-    assert set(preset.sources) <= fields | {"data"}
-    assert text.startswith(f"# {preset.about}")
-
-
-def test_controls_see_as_many_images_as_dlb():
-    for stem in ("cifar10-resnet32", "cifar100-resnet32"):
-        dlb, ce, ls, alpha0 = (get_preset(f"{stem}-{kind}").config for kind in ("dlb", "ce", "ls", "alpha0"))
-        assert ce.data.batch_size == dlb.data.batch_size and ce.train.epochs == 2 * dlb.train.epochs
-        assert ce.schedule.milestones == tuple(2 * m for m in dlb.schedule.milestones)
-        assert ls.loss.label_smoothing == 0.1 and ls.train == ce.train
-        assert (alpha0.loss.method, alpha0.train, alpha0.schedule) == ("two_view", dlb.train, dlb.schedule)
+def test_data_without_a_preset_start_from_the_defaults(here, capsys):
+    """Neither the subset nor the label noise of the digits recipe reaches other data."""
+    flags = ["--data", "synthetic:40,2,8", "--batch-size", "20", "--max-steps", "2", "--out", "r"]
+    assert cli.main(["train", *flags]) == 0
+    config = RunFolder("r").read_config()
+    assert (config.data.per_class, config.data.label_noise, config.train.epochs) == (None, 0.0, 30)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith("config from defaults; then flags: source digits -> synthetic:40,2,8, batch_size 128 -> 20")
 
 
 def test_a_signal_saves_and_exits_cleanly(tmp_path):
     """A real process and a real SIGINT."""
-    arguments = [*SMALL[:-1], "--epochs", "2000", "--out", "run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dlb_fast", "train", *arguments],
-        cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.time() + 60
-    while not list(tmp_path.glob("run/checkpoints/*.pt")) and process.poll() is None:
-        assert time.time() < deadline, "no checkpoint appeared"
-        time.sleep(0.01)
+    command = [sys.executable, "-m", "dlb_fast", "train", *SMALL[:-1], "--epochs", "2000", "--out", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), "a checkpoint", process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert "stopped by SIGINT at step" in said and "--resume --out run" in said and "Traceback" not in said
-
-
-def test_start_up_is_light():
-    """Listing commands must not pay for what only training needs."""
-    heavy = "('tyro', 'yaml', 'matplotlib', 'sklearn', 'torch._dynamo')"
-    code = f"import sys, dlb_fast.cli as c; c.main(['--help']); print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("[]")
 
 
 def test_verify_data_names_the_bad_file(here, capsys):

@@ -1,26 +1,25 @@
-"""Every instruction set that this machine can run computes the losses: the row kernels are compiled once for each.
+"""Every instruction set that this machine can run computes the losses and the crops: one process for each.
 
-The rule of tests/test_last_batch.py: no further from float64 than plain PyTorch, plus four units in the
-last place of the largest element.
+The row kernels and the resize are compiled once for each set. The crops are torch's, bit for bit. The losses are no
+further from float64 than plain PyTorch, plus four units in the last place of the largest element, as in
+tests/test_last_batch.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from builders import ROOT, python
 
 from dlb_fast import _backends
 
-ROOT = Path(__file__).parent.parent
+CROPS = 150
 SETS = ("portable", "avx2", "avx512")
 
 MEASURE = """
-import json, torch
+import json, sys, torch, test_resized_crops
 from dlb_fast import _build, fused_lb_loss
 errors = {}
 for classes in (1, 5, 100, 1003, 5000):
@@ -47,20 +46,31 @@ for classes in (1, 5, 100, 1003, 5000):
             errors[f"{classes} {dtype} {temperature}"] = (
                 ((ours - true).abs().max() / allowed).item(), abs(loss - value) / max(abs(value), 1.0) / 5e-7
             )
-print(json.dumps({"set": _build.build_info()["cpu_instruction_set"], "errors": errors}))
+print(json.dumps({"set": _build.build_info()["cpu_instruction_set"], "errors": errors,
+    "crops": test_resized_crops.compare(3, int(sys.argv[1])) if test_resized_crops.resized_crops() else None}))
 """
 
 
-@pytest.mark.parametrize("wished", SETS)
-def test_losses_and_gradients(wished):
+@pytest.fixture(scope="module", params=SETS)
+def found(request):
+    """What a process with this instruction set measured: errors of the losses, and how many crops of which kind."""
     if not _backends.implementations()["cpu"].available:
         pytest.skip(_backends.implementations()["cpu"].reason)
     pytest.importorskip("dlb_fast._build", reason="the build-info module is not built")
-    environment = {**os.environ, "DLB_FAST_CPU_ISA": wished, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    if found["set"] != wished:
-        pytest.skip(f"this machine has no {wished}; it ran {found['set']}")
+    tests = str(ROOT / "tests")
+    done = python("-c", MEASURE, CROPS, PYTHONPATH=os.pathsep.join([str(ROOT), tests]), DLB_FAST_CPU_ISA=request.param)
+    measured = json.loads(done.stdout)
+    if measured["set"] != request.param:
+        pytest.skip(f"this machine has no {request.param}; it ran {measured['set']}")
+    return measured
+
+
+def test_losses_and_gradients(found):
     worst = {case: pair for case, pair in found["errors"].items() if not (pair[0] <= 1 and pair[1] <= 1)}
     assert not worst, f"error of gradient and loss, as a share of what is allowed: {worst}"
+
+
+def test_crops(found):
+    if found["crops"] is None:
+        pytest.skip("the op is not built here")
+    assert all(count > 10 for count in found["crops"].values()), found["crops"]

@@ -15,7 +15,7 @@ CSRC = ROOT / "csrc" / "cpu"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
-FLAGS = ["-std=c++17", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+FLAGS = ["-std=c++17", "-O0", "-g1", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
@@ -69,8 +69,10 @@ def test_the_widest_vectors_stay_within_their_rows(tmp_path):
     done = run(build(tmp_path, CSRC / "last_batch_rows.cpp", widest()))
     assert done.stdout == "600 batches\n", done.stderr[-3000:]
 
-    folder = tmp_path / "broken"
+    folder = tmp_path / "broken" / "csrc"
     shutil.copytree(CSRC.parent, folder)
+    (tmp_path / "broken" / "dlb_fast").mkdir()
+    shutil.copy(CSRC.parent.parent / "dlb_fast" / "options.h", tmp_path / "broken" / "dlb_fast")
     loops = folder / "cpu" / "row_loops.h"
     source = loops.read_text()
     broken = source.replace("store(at(n - lanes), out + n - lanes);", "store(at(n - n % lanes), out + n - n % lanes);")
@@ -118,26 +120,3 @@ def test_random_crops_are_clean_and_a_line_read_too_far_is_not(tmp_path):
         done = run(build_crops(folder, folder / "around.cpp"), 2000)
         assert done.returncode != 0, (old, new)
         assert said in done.stderr, (old, new)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None or platform.system() != "Linux", reason="needs g++ or clang++ on Linux")
-def test_random_gathers_are_clean_and_a_line_too_many_is_not(tmp_path):
-    shutil.copytree(CSRC, tmp_path / "csrc" / "cpu")
-    (tmp_path / "tests" / "sanitize").mkdir(parents=True)
-    fuzz = shutil.copy(ROOT / "tests" / "sanitize" / "gather_fuzz.cpp", tmp_path / "tests" / "sanitize")
-    compiled([str(fuzz), "-o", str(tmp_path / "clean")])
-    assert run(tmp_path / "clean", 2000).stdout == "2000 batches\n"
-
-    header = tmp_path / "csrc" / "cpu" / "gathered_views.h"
-    source = header.read_text()
-    for old, new, said in (
-        ("y < a.out_height; ++y", "y <= a.out_height; ++y", "heap-buffer-overflow"),
-        ("(a.out_width - 1) * column", "a.out_width * column", "overflow"),
-    ):
-        assert old in source
-        header.write_text(source.replace(old, new))
-        compiled([str(fuzz), "-o", str(tmp_path / "broken")])
-        done = run(tmp_path / "broken", 2000)
-        assert done.returncode != 0, old
-        assert said in done.stderr or "another value" in done.stdout, (old, done.stderr[-2000:])

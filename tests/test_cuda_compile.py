@@ -24,13 +24,13 @@ BUILDS = [("kernels_bf16", 80), ("kernels_bf16", 90), ("kernels_bf16", 100), ("k
 IDS = [f"{unit}-sm_{arch}" for unit, arch in BUILDS]
 # Part of the mangled name -> registers a thread may use, so that 512 threads (768 of the plain streamed kernel) fit.
 REGIMES = {
-    "held_kernel.*LaneGroupILi8E": 128,
-    "held_kernel.*LaneGroupILi32E": 128,
-    "held_kernel.*BlockGroupILi512E": 128,
-    "held_kernel.*ClusterGroup": 128,
-    "streamed_kernel.*BlockGroupILi256ELi3E": 85,
-    "streamed_kernel.*BlockGroupILi256ELi2E": 128,
-    "streamed_kernel.*LaneGroupILi32E": 128,
+    "resident_kernel.*LaneGroupILi8E": 128,
+    "resident_kernel.*LaneGroupILi32E": 128,
+    "resident_kernel.*BlockGroupILi512E": 128,
+    "resident_kernel.*ClusterGroup": 128,
+    "two_pass_kernel.*BlockGroupILi256ELi3E": 85,
+    "two_pass_kernel.*BlockGroupILi256ELi2E": 128,
+    "two_pass_kernel.*LaneGroupILi32E": 128,
 }
 
 
@@ -113,8 +113,8 @@ def test_rows_move_in_16_byte_accesses(build: tuple[str, int], cubins: dict[tupl
         wide = {kind: [o for o in opcodes if o.startswith(kind) and ".128" in o] for kind in ("LDG", "STG")}
         taught = "TeachE1" in name
         packets = 8 if "f32" in build[0] else 4  # per thread and array at 32 columns
-        if "held_kernel" in name and "Li32E" in name.split("Teach")[1]:
-            # The logits of two code paths, each by a read-only and by a coherent load (in place), and the teacher.
+        if "resident_kernel" in name and "Li32E" in name.split("Teach")[1]:
+            # The logits of two code paths, each by loads that may and that need not stay in L1, and the teacher.
             assert len(wide["LDG"]) >= packets * (5 if taught else 2), name
             assert len(wide["STG"]) >= packets * (2 if taught else 1), name
         assert len(wide["LDG"]) >= 1 and len(wide["STG"]) >= 1, name

@@ -9,7 +9,7 @@ from dlb_fast.data import EvalLoader, OverlapLoader, ResidentLoader, open_datase
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        ("cuda:99", "'cuda:99' is not there, torch .* sees .* CUDA devices; pass device='cpu'"),
+        ("cuda:99", "'cuda:99' does not exist, torch .* sees .* CUDA devices; pass device='cpu'"),
         ("gpu", "expected cpu, cuda or cuda:N, got 'gpu'"),
         (1.5, "expected cpu, cuda or cuda:N, got 1.5"),
     ],

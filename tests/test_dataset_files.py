@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from builders import contents, png, write_images
 
 from dlb_fast.data import (
     ImageFolder,
@@ -21,36 +22,16 @@ from dlb_fast.data import (
     TinyImageNet,
     open_dataset,
 )
-from dlb_fast.data.files import StringTable
+from dlb_fast.data.datasets import folder
 
 Image = pytest.importorskip("PIL.Image")
-
-
-def png(value, size=(6, 5)):
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((*size[::-1], 3), value, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def tree(root, files):
-    """Images at these paths; the k-th is uniformly grey of value k."""
-    for value, name in enumerate(files):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(value))
-    return root
-
-
-def contents(dataset):
-    """{(grey value, class name)} through decoding."""
-    return [(int(dataset[i][0].unique()), dataset.classes[dataset.targets[i]]) for i in range(len(dataset))]
 
 
 FOLDER = ["b/2.png", "b/1.JPG", "a/deep/er/x.png", "c/0.jpeg", "a/y.PNG"]
 
 
 def test_image_folder(tmp_path):
-    tree(tmp_path, [*FOLDER, ".hidden/z.png", "a/.z.png"])
+    write_images(tmp_path, [*FOLDER, ".hidden/z.png", "a/.z.png"])
     (tmp_path / "b" / "notes.txt").write_text("no image")
     (tmp_path / "readme.png").write_bytes(png(200))
     dataset = ImageFolder(tmp_path)
@@ -73,7 +54,7 @@ def test_image_folder_errors(tmp_path):
     (tmp_path / "flat").mkdir()
     with pytest.raises(ValueError, match="has no class folders; expected .*CLASS/image"):
         ImageFolder(tmp_path / "flat")
-    tree(tmp_path / "set", FOLDER)
+    write_images(tmp_path / "set", FOLDER)
     (tmp_path / "set" / "empty").mkdir()
     with pytest.raises(ValueError, match="no images in 'empty' of .* allow_empty=True"):
         ImageFolder(tmp_path / "set")
@@ -81,14 +62,16 @@ def test_image_folder_errors(tmp_path):
     assert dataset.classes == ["a", "b", "c", "empty"] and len(dataset) == 5
     with pytest.raises(ValueError, match="class folders that the given classes lack: 'c', 'empty'"):
         ImageFolder(tmp_path / "set", classes=["a", "b"])
-    dataset.paths = StringTable(["a/gone.png"] * 5)
+    (tmp_path / "set" / "a" / "gone.png").symlink_to("nowhere")
+    dataset = ImageFolder(tmp_path / "set", allow_empty=True)
+    gone = next(i for i in range(len(dataset)) if dataset.path(i).endswith("gone.png"))
     with pytest.raises(FileNotFoundError, match="gone.png"):
-        dataset.read(0)
+        dataset.read(gone)
 
 
 def test_links_are_followed_but_never_back(tmp_path, caplog):
-    tree(tmp_path / "set", ["cat/a.png", "dog/b.png"])
-    tree(tmp_path / "elsewhere", ["deep/c.png", "d.png"])
+    write_images(tmp_path / "set", ["cat/a.png", "dog/b.png"])
+    write_images(tmp_path / "elsewhere", ["deep/c.png", "d.png"])
     (tmp_path / "set" / "cat" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "set" / "dog" / "same").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     honest = [(0, "cat"), (1, "cat"), (0, "cat"), (1, "dog"), (1, "dog"), (0, "dog")]
@@ -98,13 +81,13 @@ def test_links_are_followed_but_never_back(tmp_path, caplog):
     (tmp_path / "elsewhere" / "deep" / "back").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "set" / "cat" / "itself").symlink_to("itself")
     assert contents(ImageFolder(tmp_path / "set")) == honest
-    assert "cat/again leads back to a folder that it lies in" in caplog.text
-    assert "cat/root leads back" in caplog.text
+    assert "cat/again links to one of its parent folders" in caplog.text
+    assert "cat/root links to one of its parent folders" in caplog.text
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     """Root reads everything, so the refusal is made here."""
-    tree(tmp_path, ["a/0.png", "a/sub/1.png", "b/2.png"])
+    write_images(tmp_path, ["a/0.png", "a/sub/1.png", "b/2.png"])
     look = os.scandir
 
     def refuse(path):
@@ -114,81 +97,78 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     for closed in ("sub", "b", str(tmp_path)):
-        with pytest.raises(PermissionError, match=rf"cannot look into .*{closed} \(Permission denied\).*chmod"):
+        with pytest.raises(PermissionError, match=rf"cannot read the folder .*{closed} \(Permission denied\).*chmod"):
             ImageFolder(tmp_path)
 
 
 def test_many_classes_take_no_more_than_their_number(tmp_path, monkeypatch):
-    from dlb_fast.data import files
-
-    monkeypatch.setattr(files, "class_folders", lambda root: [f"{k:06}" for k in range(30_000)])
-    monkeypatch.setattr(files, "image_files", lambda root, folder, endings: [folder + "/0.png"])
-    started = time.perf_counter()
+    monkeypatch.setattr(folder, "class_folders", lambda root: [f"{k:06}" for k in range(30_000)])
+    monkeypatch.setattr(folder, "image_files", lambda root, folder, endings: [folder + "/0.png"])
+    started = time.process_time()  # what other processes take does not count
     assert len(ImageFolder(tmp_path)) == 30_000
-    assert time.perf_counter() - started < 3  # a set of all classes made for each of them took minutes
+    assert time.process_time() - started < 30  # a set of all classes made for each of them took minutes
 
 
 @pytest.mark.parametrize("extensions", ["jpg", ".jpg"])
 def test_one_string_is_not_a_list_of_extensions(tmp_path, extensions):
-    tree(tmp_path, ["a/0.jpg"])
+    write_images(tmp_path, ["a/0.jpg"])
     with pytest.raises(TypeError, match=r"ImageFolder: extensions: .* got the string .*; pass \(\"\.jpg\","):
         ImageFolder(tmp_path, extensions=extensions)
 
 
 @pytest.mark.parametrize("give_path", [False, True])
 def test_a_pipe_among_the_images_is_named_and_never_opened(tmp_path, give_path):
-    tree(tmp_path, ["a/0.png", "a/1.png", "a/2.png"])
+    write_images(tmp_path, ["a/0.png", "a/1.png", "a/2.png"])
     os.mkfifo(tmp_path / "a" / "pipe.jpg")
     dataset = ImageFolder(tmp_path)
     if give_path:  # a user's dataset may name the file and leave the reading to the loader
         dataset.read = dataset.path
     with (
-        OverlapLoader(dataset, 4, num_threads=1, timeout=20, check_threads=False, drop_last=False) as loader,
+        OverlapLoader(dataset, 4, num_threads=1, timeout=20, drop_last=False) as loader,
         pytest.raises(SampleError, match=r"pipe\.jpg: .*not a regular file but a pipe, socket or device"),
     ):
         list(loader)
 
 
 def test_train_may_be_a_class(tmp_path):
-    vehicles = tree(tmp_path / "vehicles", [f"{c}/{k}.png" for c in ("bus", "car", "train") for k in range(3)])
+    vehicles = write_images(tmp_path / "vehicles", [f"{c}/{k}.png" for c in ("bus", "car", "train") for k in range(3)])
     assert open_dataset(f"imagefolder:{vehicles}").classes == ["bus", "car", "train"]
-    lone = tree(tmp_path / "lone", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)])
+    lone = write_images(tmp_path / "lone", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)])
     assert open_dataset(f"imagefolder:{lone}").classes == ["a", "b"]
-    flat = tree(tmp_path / "flat", ["train/0.png", "val/a/0.png"])
+    flat = write_images(tmp_path / "flat", ["train/0.png", "val/a/0.png"])
     with pytest.raises(ValueError, match="train has no class folders"):
         open_dataset(f"imagefolder:{flat}")
 
 
 def test_open_image_folder_with_and_without_a_validation_folder(tmp_path, caplog):
-    tree(tmp_path / "two", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)] + ["val/b/0.png"])
+    write_images(tmp_path / "two", [f"train/{c}/{k}.png" for c in "ab" for k in range(3)] + ["val/b/0.png"])
     train, test = (open_dataset(f"imagefolder:{tmp_path}/two", split) for split in ("train", "test"))
     assert len(train) == 6 and train.classes == test.classes == ["a", "b"] and test.targets.tolist() == [1]
     caplog.set_level("INFO", "dlb_fast.data")
-    tree(tmp_path / "one", [f"{c}/{k:02}.png" for c in "ab" for k in range(20)])
+    write_images(tmp_path / "one", [f"{c}/{k:02}.png" for c in "ab" for k in range(20)])
     train, test = (open_dataset(f"imagefolder:{tmp_path}/one", split) for split in ("train", "test"))
     assert np.bincount(train.targets).tolist() == [18, 18] and np.bincount(test.targets).tolist() == [2, 2]
     assert not {train.path(i) for i in range(36)} & {test.path(i) for i in range(4)}
     assert "held out" in caplog.text
-    tree(tmp_path / "lone", ["a/0.png", "b/0.png"])
+    write_images(tmp_path / "lone", ["a/0.png", "b/0.png"])
     with pytest.raises(ValueError, match="nothing to hold out"):
         open_dataset(f"imagefolder:{tmp_path}/lone")
 
 
-def test_paths_are_kept_in_one_buffer():
+def test_paths_are_kept_in_one_array(tmp_path):
     names = [f"class/{'x' * (k % 40)}é{k}.jpg" for k in range(5000)]
-    table = StringTable(names)
-    assert [table[k] for k in range(5000)] == names and len(table) == 5000
-    assert len(pickle.dumps(table)) < sum(len(n.encode()) for n in names) + 8 * 5001 + 1000
-    with pytest.raises(IndexError, match="index 5000 is out of range for 5000"):
-        table[5000]
     undecodable = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
-    assert StringTable([undecodable])[0] == undecodable
+    dataset = folder.FileDataset([*names, undecodable], [0] * 5001, ["a"], "root", "test")
+    assert [dataset.path(k) for k in range(5001)] == [f"root/{name}" for name in [*names, undecodable]]
+    assert len(pickle.dumps(dataset)) < 5001 * (max(len(n.encode()) for n in names) + 8) + 2000
+    assert dataset.select(np.array([7])).path(0) == f"root/{names[7]}"
+
 
 
 def test_list_file(tmp_path):
-    tree(tmp_path / "images", ["x.png", "y z.png", "w.png"])
+    write_images(tmp_path / "images", ["x.png", "y z.png", "w.png"])
     lists = tmp_path / "images" / "train.txt"
-    lists.write_text("# a comment\nx.png 2\n\ny z.png\t0\nw.png,2\n")
+    lists.write_text("# a comment\nx.png 2\n\ny z.png\t0\nw.png 2\n")
     dataset = ListFile(lists)
     assert contents(dataset) == [(0, "2"), (1, "0"), (2, "2")] and dataset.num_classes == 3
     lists.write_text("x.png dog\ny z.png cat\n")
@@ -198,7 +178,7 @@ def test_list_file(tmp_path):
     dataset = ListFile(other, root=tmp_path / "images", classes=["dog", "cat"])
     assert contents(dataset) == [(2, "cat")] and dataset.targets.tolist() == [1]
     other.write_text("w.png cat\nalone\n")
-    with pytest.raises(ValueError, match="other.txt line 2: expected `path label`, got 'alone'"):
+    with pytest.raises(ValueError, match="other.txt line 2: expected `path<TAB>label`, got 'alone'"):
         ListFile(other)
     other.write_text("w.png cow\n")
     with pytest.raises(ValueError, match="line 1: label 'cow' is not one of the given classes"):
@@ -214,25 +194,15 @@ def test_list_file(tmp_path):
     ("line", "path", "label"),
     [
         ("x,y.jpg 3", "x,y.jpg", "3"),
-        ("a, b c.JPEG,dog", "a, b c.JPEG", "dog"),
-        ("c.jpg,golden retriever", "c.jpg", "golden retriever"),
-        ("c.gif , golden retriever", "c.gif", "golden retriever"),
-        ("c.jpg\tgolden retriever, young", "c.jpg", "golden retriever, young"),
-        ("a.jpg b.jpg 3", "a.jpg b.jpg", "3"),
+        ("a.jpg b.jpg   3", "a.jpg b.jpg", "3"),
         ("no extension 3", "no extension", "3"),
-        ("v1.0 x/no,extension 3", "v1.0 x/no,extension", "3"),
-        ("c.jpg golden retriever", None, None),
-        ("c.jpg,3,rest", None, None),
-        ("c.jpg,", None, None),
+        ("c.jpg\tgolden retriever, young", "c.jpg", "golden retriever, young"),
+        ("a\tb.jpg\tdog", "a\tb.jpg", "dog"),
     ],
 )
-def test_a_line_of_a_list_is_split_where_the_path_ends(tmp_path, line, path, label):
+def test_the_label_of_a_line_follows_the_last_tab_or_is_the_last_word(tmp_path, line, path, label):
     lists = tmp_path / "list.txt"
     lists.write_text("".join(f"{k}.jpg {k}\n" for k in range(12)) + line + "\n")
-    if path is None:
-        with pytest.raises(ValueError, match="line 13: expected `path label`, got 'c.jpg"):
-            ListFile(lists)
-        return
     dataset = ListFile(lists)
     assert dataset.path(12) == str(tmp_path / path) and dataset.classes[dataset.targets[12]] == label
     assert label != "3" or dataset.targets.tolist() == [*range(12), 3]
@@ -241,7 +211,7 @@ def test_a_line_of_a_list_is_split_where_the_path_ends(tmp_path, line, path, lab
 def test_a_list_with_a_mark_in_front(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.jpg 1\r\ncaf\xe9.jpg 0\r\n")
     dataset = ListFile(tmp_path / "list.txt")
-    assert dataset.paths[0] == "a.jpg" and os.fsencode(dataset.paths[1]) == b"caf\xe9.jpg"
+    assert dataset.path(0) == str(tmp_path / "a.jpg") and os.fsencode(dataset.path(1)).endswith(b"/caf\xe9.jpg")
 
 
 def test_numbers_that_are_no_class_indices(tmp_path):
@@ -255,7 +225,7 @@ def test_numbers_that_are_no_class_indices(tmp_path):
 
 
 def test_tiny_imagenet(tmp_path):
-    tree(
+    write_images(
         tmp_path,
         [
             "train/n2/images/n2_0.JPEG",
@@ -319,7 +289,7 @@ def test_links_and_hidden_members_of_a_tar(tmp_path):
     add_link(shard, "cat/f.jpg", "../dog/raw.bin", tarfile.SYMTYPE)
     assert contents(TarShards(shard)) == [(1, "cat"), (2, "dog"), (1, "dog"), (2, "cat"), (2, "cat"), (3, "cat")]
     add_link(shard, "cat/g.jpg", "../../outside.jpg", tarfile.SYMTYPE)
-    with pytest.raises(ValueError, match=r"cat/g.jpg is a link to ../outside.jpg, which the tar does not hold; make"):
+    with pytest.raises(ValueError, match=r"cat/g.jpg is a link to ../outside.jpg, which the tar does not contain"):
         TarShards(shard)
     loop = tmp_path / "loop.tar"
     write_tar(loop, [("cat/a.jpg", png(1))])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import sys
 
 import numpy as np
 import pytest
 import torch
+from builders import contents, write_images
 
 from dlb_fast.data import (
     ArrayDataset,
@@ -26,31 +26,11 @@ from dlb_fast.data import (
     synthetic,
     with_label_noise,
 )
-from dlb_fast.data.arrays import stratified_split
+from dlb_fast.data.datasets.arrays import stratified_split
 
 Image = pytest.importorskip("PIL.Image")
 FROZEN_PIXELS = [62, 62, 54, 150]
 FROZEN_TARGETS = [2, 1, 1, 2, 1, 3]
-
-
-def png(value, size=(6, 5)):
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((*size[::-1], 3), value, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def tree(root, files):
-    """Images at these paths; the k-th is uniformly grey of value k."""
-    for value, name in enumerate(files):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(value))
-    return root
-
-
-def contents(dataset):
-    """{(grey value, class name)} through decoding."""
-    return [(int(dataset[i][0].unique()), dataset.classes[dataset.targets[i]]) for i in range(len(dataset))]
 
 
 # Sets in memory
@@ -217,7 +197,7 @@ def test_subset_is_balanced_nested_and_seeded():
 
 
 def test_subset_of_files_and_of_noisy_labels(tmp_path):
-    tree(tmp_path, [f"{c}/{k}.png" for c in "ab" for k in range(6)])
+    write_images(tmp_path, [f"{c}/{k}.png" for c in "ab" for k in range(6)])
     files = subset(ImageFolder(tmp_path), 2)
     assert [name for _, name in contents(files)] == ["a", "a", "b", "b"]
     noisy = with_label_noise(synthetic(length=100, num_classes=4, size=8), 0.4)
@@ -256,7 +236,7 @@ def test_asymmetric_noise_follows_the_confusions():
 
 
 def cifar_names():
-    from dlb_fast.data.arrays import CIFAR10_CLASSES
+    from dlb_fast.data.datasets.arrays import CIFAR10_CLASSES
 
     return CIFAR10_CLASSES
 
@@ -277,7 +257,7 @@ def test_noise_errors(options, match):
 
 
 def test_map_dataset_and_loading_into_memory(tmp_path):
-    tree(tmp_path, FOLDER)
+    write_images(tmp_path, FOLDER)
     paths = [str(path) for path in sorted(tmp_path.rglob("*.*")) if path.is_file()]
     data = MapDataset(paths, lambda paths, index: (Image.open(paths[index]).convert("RGB"), index % 2))
     assert data.targets.tolist() == [0, 1, 0, 1, 0] and data.classes == ["0", "1"] and data[0][0].shape == (3, 5, 6)
@@ -292,10 +272,10 @@ def test_map_dataset_and_loading_into_memory(tmp_path):
 
 
 def test_the_loaders_take_every_kind_of_dataset(tmp_path):
-    tree(tmp_path, [f"{c}/{k}.png" for c in "ab" for k in range(4)])
+    write_images(tmp_path, [f"{c}/{k}.png" for c in "ab" for k in range(4)])
     files = ImageFolder(tmp_path)
     memory = load_into_memory(files)
-    with OverlapLoader(files, 4, num_threads=1, seed=1, check_threads=False) as loader:
+    with OverlapLoader(files, 4, num_threads=1, seed=1) as loader:
         for got, expected in zip(loader, ResidentLoader(memory, 4, seed=1), strict=True):
             assert torch.equal(got.images, expected.images) and torch.equal(got.ids, expected.ids)
     for got, expected in zip(EvalLoader(files, 3), EvalLoader(memory, 3), strict=True):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
-import types
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from dlb_fast.data import decode as decode_module
-from dlb_fast.data.decode import ImageDecoder, available_backends
-from dlb_fast.data.errors import DecodeError
-from dlb_fast.data.jpeg_header import parse_header, zero_run
+from dlb_fast.data import DecodeError
+from dlb_fast.data.decode import decode as decode_module
+from dlb_fast.data.decode.decode import ImageDecoder, available_backends
+from dlb_fast.data.decode.jpeg import parse_header, zero_run
 
 HAVE_SIMPLEJPEG = available_backends()["simplejpeg"] == ""
 BACKENDS = ["pillow"] + (["simplejpeg"] if HAVE_SIMPLEJPEG else [])
@@ -131,23 +130,6 @@ def test_zeros_inside_are_never_silent(backend: str) -> None:
     assert backend != "simplejpeg" or silent_in_libjpeg > 0  # else the scan check proves nothing
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("length", [256, 1024, 4096])
-def test_zeros_inside_a_progressive_file_are_named(mode: str, length: int) -> None:
-    """Where a scan's tables read zeros as something that goes on for ever, or for more blocks than there are."""
-    good = encoded(photo(240, 320).convert(mode), progressive=True, quality=80)
-    decoder, silent = ImageDecoder(), []
-    pixels = decoder(good)
-    for offset in range(parse_header(good).scan, len(good) - length - 50, 61):
-        data = good[:offset] + bytes(length) + good[offset + length :]
-        try:
-            if not np.array_equal(decoder(data), pixels):
-                silent.append(offset)
-        except DecodeError:
-            pass
-    assert silent == []
-
-
 @pytest.mark.parametrize("progressive", [False, True])
 def test_zeros_between_the_images_of_one_file_are_not_accused(progressive: bool) -> None:
     """Views and gain maps follow the image as whole JPEGs, whose metadata are padded with zeros."""
@@ -159,7 +141,7 @@ def test_zeros_between_the_images_of_one_file_are_not_accused(progressive: bool)
     for file in (first + second, first + bytes(300) + second, views):
         assert np.array_equal(ImageDecoder()(file), expected)
     start = parse_header(first).scan + 3000
-    with pytest.raises(DecodeError, match="zeros|corrupt|premature"):
+    with pytest.raises(DecodeError, match="zeros|[Cc]orrupt|premature"):
         ImageDecoder()(first[:start] + bytes(1024) + first[start + 1024 :] + second)
 
 
@@ -256,27 +238,6 @@ def test_broken_torchvision_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(decode_module._MAKERS, "torchvision", broken)
     assert ImageDecoder().name == "pillow"
     assert "nms" in available_backends()["torchvision"]
-
-
-def test_torchvision_is_used_when_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in with torchvision's face: bytes tensor in, CHW tensor out."""
-    import torch
-
-    io_module = types.ModuleType("torchvision.io")
-
-    def decode_jpeg(raw: torch.Tensor, mode: object) -> torch.Tensor:
-        assert raw.dtype == torch.uint8 and mode == "rgb"
-        pixels = np.array(Image.open(io.BytesIO(raw.numpy().tobytes())).convert("RGB"))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-    io_module.decode_jpeg = decode_jpeg
-    io_module.ImageReadMode = types.SimpleNamespace(RGB="rgb")
-    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
-    monkeypatch.setitem(sys.modules, "torchvision.io", io_module)
-    monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    decoder = ImageDecoder()
-    assert decoder.name == "torchvision"
-    np.testing.assert_array_equal(decoder(JPEG), ImageDecoder("pillow")(JPEG))
 
 
 def test_arguments_are_checked() -> None:

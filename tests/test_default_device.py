@@ -28,8 +28,8 @@ from dlb_fast.data import (
 )
 
 OVERLAP: list[dict[str, Any]] = [
-    {}, {"dtype": torch.uint8}, {"augment_on": "device"}, {"erase": RandomErasing()}, {"erase": Cutout(4, fill=(9,))},
-    {"augment_on": "device", "erase": RandomErasing(mode="pixel")}, {"mix": Mix(mixup_alpha=0.2)},
+    {}, {"dtype": torch.uint8}, {"erase": RandomErasing()}, {"erase": Cutout(4, fill=(9,))},
+    {"erase": RandomErasing(mode="pixel")}, {"mix": Mix(mixup_alpha=0.2)},
 ]  # fmt: skip
 RESIDENT: list[dict[str, Any]] = [
     {"transform": Compose([PadCrop(2), Flip()])}, {"transform": Cutout(3)}, {"transform": RandAugment()},

@@ -1,6 +1,6 @@
 """The stream rules against a model of CUDA streams: work runs late, in any order that streams and events allow.
 
-Every rule of `dlb_fast/data/device_stream.py` is dropped in turn, and the pixels must then come out wrong; with all
+Every rule of `dlb_fast/data/loaders/transfer.py` is dropped in turn, and the pixels must then come out wrong; with all
 rules they are right in every order tried. This proves the order of the calls, not torch's CUDA streams themselves.
 """
 
@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from dlb_fast.data.device_stream import CpuStage, CudaStage, Normalise
-from dlb_fast.data.overlap_loader import OverlapLoader
-from dlb_fast.data.slots import Slot
+from dlb_fast.data.loaders.overlap import OverlapLoader
+from dlb_fast.data.loaders.ring import Slot
+from dlb_fast.data.loaders.transfer import CpuStage, CudaStage
+from dlb_fast.data.transforms.normalise import Normalise
 
 CPU = torch.device("cpu")
 
@@ -190,7 +191,7 @@ class Images:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_whole_loader_over_late_streams(depth: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """1000 batches by way of the CUDA order, several threads, streams that run late: every sample is right."""
-    from dlb_fast.data import pipeline
+    from dlb_fast.data.loaders import pipeline
 
     streams = Streams(seed)
 
@@ -200,7 +201,7 @@ def test_the_whole_loader_over_late_streams(depth: int, seed: int, monkeypatch: 
 
     monkeypatch.setattr(pipeline, "make_stage", make_stage)
     data, held = Images(), []
-    with OverlapLoader(data, 6, num_threads=3, depth=depth, dtype=torch.uint8, check_threads=False) as loader:
+    with OverlapLoader(data, 6, num_threads=3, depth=depth, dtype=torch.uint8) as loader:
         while len(held) < 1000:
             for batch in loader:
                 held.append(batch)
@@ -244,7 +245,7 @@ def test_on_a_gpu_a_late_consumer_gets_the_right_pixels() -> None:
     busy = torch.randn(2048, 2048, device="cuda")
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     expected = data.images.float().mean((1, 2, 3)).cuda()
-    with OverlapLoader(data, 6, device="cuda", num_threads=4, dtype=torch.uint8, check_threads=False) as loader:
+    with OverlapLoader(data, 6, device="cuda", num_threads=4, dtype=torch.uint8) as loader:
         seen = 0
         while seen < 1000:
             for batch in loader:

@@ -1,4 +1,4 @@
-"""Two ranks against one: the same weights where the mathematics says so, exact evaluation, agreement."""
+"""Two ranks against one: the same weights where the mathematics says so, exact evaluation, common decisions."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import signal
 
 import pytest
 import torch
-from ranks import CLASSES, digits, distance, make, network, trained
-from test_train_resume import final_state
+from builders import distance, last_checkpoint
+from ranks import CLASSES, digits, make, network, trained
 from torch import nn
 
-from dlb_fast import LastBatchLoss
-from dlb_fast.data.evaluation import EvalLoader
-from dlb_fast.train import build
-from dlb_fast.train import state as files
+from dlb_fast import LastBatchLoss, PsKDLoss, bake_loss
+from dlb_fast.data import EvalLoader
+from dlb_fast.methods import bake
+from dlb_fast.train import checkpoint
 from dlb_fast.train.config import RunConfig, TrainConfig, override
-from dlb_fast.train.distributed import Ranks
-from dlb_fast.train.engine import TrainingDiverged
+from dlb_fast.train.distributed import Ranks, distributed_mode
 from dlb_fast.train.evaluate import evaluate
-from dlb_fast.train.parallel import check_parallel
+from dlb_fast.train.loop import TrainingDiverged
+from dlb_fast.train.run import build_trainer, resolve_device
 
 torch.set_num_threads(1)
 
@@ -39,15 +39,17 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_two_ranks_train_like_one_process_on_the_joined_batch(name, kind, gang):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "ddp") for name in SETTINGS] + [(name, "fsdp") for name in ("plain", "adam-ema", "channels-last", "all")],
+)
+def test_two_ranks_train_like_one_process_on_the_joined_batch(name, kind, process_group):
     settings = SETTINGS[name]
     one = trained(alone=True, **settings)
-    two = gang(on_rank, (kind,), settings)
+    two = process_group(on_rank, (kind,), settings)
     start = {k: v for k, v in network().state_dict().items()}
     assert distance(one.weights, start) > 1e-3  # it did train
-    assert two[0].shared == (kind == "fsdp") and not one.shared
+    assert two[0].sharded == (kind == "fsdp") and not one.sharded
     for rank in two:
         assert distance(one.weights, rank.weights) < 1e-12
         if one.average is not None:
@@ -61,20 +63,20 @@ def test_two_ranks_train_like_one_process_on_the_joined_batch(name, kind, gang):
     torch.testing.assert_close(torch.cat([rank.logits for rank in two]), one.logits, rtol=0, atol=1e-11)
 
 
-def test_clipping_is_by_the_norm_of_the_whole_gradient(gang):
+def test_clipping_is_by_the_norm_of_the_whole_gradient(process_group):
     """Clipping far below the norm makes the step's length `lr * clip_grad`, whoever holds which share."""
     settings = {"clip_grad": 0.01, "max_steps": 1, "eval_every": 1}
-    for rank in gang(on_rank, ("fsdp",), settings):
+    for rank in process_group(on_rank, ("fsdp",), settings):
         start = network().state_dict()
         moved = torch.cat([(rank.weights[k] - start[k]).flatten() for k in start]).norm().item()
         assert moved == pytest.approx(0.05 * 0.01, rel=1e-5)
 
 
-def test_with_batchnorm_each_rank_normalises_its_own_rows(gang):
+def test_with_batchnorm_each_rank_normalises_its_own_rows(process_group):
     """What docs/distributed.md says is not equal, is not; the ranks still agree with each other."""
     one = trained(alone=True, norm=nn.BatchNorm2d)
-    two = gang(on_rank, ("ddp",), {"norm": nn.BatchNorm2d})
-    shared = gang(on_rank, ("fsdp",), {"norm": nn.BatchNorm2d})
+    two = process_group(on_rank, ("ddp",), {"norm": nn.BatchNorm2d})
+    shared = process_group(on_rank, ("fsdp",), {"norm": nn.BatchNorm2d})
     assert distance(one.weights, two[0].weights) > 1e-4
     # the evaluation at the end gave all of them rank 0's statistics
     assert distance(two[0].weights, two[1].weights) == 0.0
@@ -91,8 +93,8 @@ def drawn_ids(norm):
     return masks[0]
 
 
-def test_ranks_drop_different_units(gang):
-    first, second = gang(drawn_ids, None)
+def test_ranks_drop_different_units(process_group):
+    first, second = process_group(drawn_ids, None)
     assert first.shape == second.shape and not torch.equal(first, second)
 
 
@@ -121,10 +123,53 @@ def wrapped_buffer():
         return wrapper.criterion.buffer.logits.clone(), wrapper.model(seen[-1])
 
 
-def test_ddp_leaves_the_remembered_rows_alone(gang):
-    (first, own_first), (second, own_second) = gang(wrapped_buffer)
+def test_ddp_leaves_the_remembered_rows_alone(process_group):
+    (first, own_first), (second, own_second) = process_group(wrapped_buffer)
     assert torch.equal(first.double(), own_first.float().double()) or torch.allclose(first, own_first.to(first.dtype))
     assert torch.allclose(second, own_second.to(second.dtype)) and not torch.allclose(first, second)
+
+
+def cross_rank_methods():
+    """BAKE and PS-KD on half of 12 rows each, with the other rank's rows and without; rank by rank."""
+    rank = torch.distributed.get_rank()
+    mine = slice(6 * rank, 6 * rank + 6)
+    z, f, y = method_rows()
+    own = z[mine].clone().requires_grad_()
+    loss = bake_loss(own, f[mine], y[mine], omega=0.9, temperature=2.0, cross_rank=True)
+    loss.backward()
+    alone = bake_loss(z[mine], f[mine], y[mine], omega=0.9, temperature=2.0)
+    y[0] = y[7] = -100
+    banks = []
+    for cross_rank in (True, False):
+        criterion = PsKDLoss(12, 4, cross_rank=cross_rank)
+        criterion(own, y[mine], torch.arange(12)[mine])
+        banks.append(criterion.bank.state_dict())
+    return loss.detach(), alone, own.grad, banks
+
+
+def method_rows():
+    g = torch.Generator().manual_seed(5)
+    return torch.randn(12, 4, generator=g), torch.randn(12, 6, generator=g), torch.randint(0, 4, (12,), generator=g)
+
+
+def test_methods_on_two_ranks_are_one_rank_with_the_joined_batch(process_group):
+    first, second = process_group(cross_rank_methods)
+    z, f, y = method_rows()
+    joined = z.clone().requires_grad_()
+    whole = bake.reference(joined, f, y, omega=0.9, temperature=2.0)
+    whole.backward()
+    assert (first[0] + second[0]).item() / 2 == pytest.approx(whole.item(), abs=1e-5)  # the mean over ranks
+    assert abs((first[1] + second[1]) / 2 - whole) > 1e-3  # is not what each rank does alone
+    torch.testing.assert_close(torch.cat([first[2], second[2]]) / 2, joined.grad, rtol=1e-4, atol=1e-6)
+    labelled = torch.ones(12, dtype=torch.bool).index_fill_(0, torch.tensor([0, 7]), False)
+    for rank, (_, _, _, (shared, own)) in enumerate((first, second)):
+        assert torch.equal(shared["seen"], labelled)  # both ranks' labelled rows are on every rank
+        assert torch.equal(own["seen"], labelled & (torch.arange(12) // 6 == rank))
+        for bank in (shared, own):
+            seen = bank["seen"]
+            torch.testing.assert_close(
+                bank["rows"].float()[seen], torch.log_softmax(z, 1)[seen], rtol=2e-3, atol=2e-3
+            )
 
 
 # ---- evaluation
@@ -138,11 +183,11 @@ def scores_of(kind, rows):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_every_test_image_counts_once(kind, gang):
+def test_every_test_image_counts_once(kind, process_group):
     alone = evaluate(network(), EvalLoader(digits(23, 4), 7, dtype=torch.float64))
     assert alone["count"] == 23
     for rows in (3, 11, 64):  # 23 images: 11 and 12; with 11 rows one rank has a batch more than the other
-        (steps, first), (others, second) = gang(scores_of, kind, rows)
+        (steps, first), (others, second) = process_group(scores_of, kind, rows)
         assert first == second and (steps != others or rows != 11)
         assert (first["count"], first["top1"], first["top5"]) == (23, alone["top1"], alone["top5"])
         assert first["nll"] == pytest.approx(alone["nll"], rel=1e-12)
@@ -157,8 +202,8 @@ def too_few():
         return str(error)
 
 
-def test_fewer_images_than_ranks_is_said_on_all(gang):
-    assert all("an image for each of 2 ranks" in said for said in gang(too_few))
+def test_fewer_images_than_ranks_is_said_on_all(process_group):
+    assert all("an image for each of 2 ranks" in said for said in process_group(too_few))
 
 
 # ---- agreement
@@ -166,44 +211,44 @@ def test_fewer_images_than_ranks_is_said_on_all(gang):
 
 def diverging(folder):
     trainer = make("ddp", folder)
-    original = trainer._accumulate
+    original = trainer.forward_backward
 
     def poisoned(batch):
         if trainer.step == 4 and trainer.ranks.rank == 1:
             batch.images = batch.images * float("nan")
         original(batch)
 
-    trainer._accumulate = poisoned
+    trainer.forward_backward = poisoned
     try:
         trainer.fit()
     except TrainingDiverged as error:
         return str(error)
 
 
-def test_a_loss_that_is_nan_on_one_rank_stops_all(gang, tmp_path):
-    said = gang(diverging, tmp_path)
+def test_a_loss_that_is_nan_on_one_rank_stops_all(process_group, tmp_path):
+    said = process_group(diverging, tmp_path)
     assert all("NaN or infinite by step 5" in text for text in said), said
 
 
 def stopped(folder, who, kind, settings):
     trainer = make(kind, folder, epochs=400, eval_every=10_000, **settings)
-    original = trainer._optimizer_step
+    original = trainer.optimizer_step
 
     def noticing():
         if trainer.step == 6 and trainer.ranks.rank == who:
-            trainer.stop.number = signal.SIGTERM
+            trainer.stop.signal = signal.SIGTERM
         original()
 
-    trainer._optimizer_step = noticing
+    trainer.optimizer_step = noticing
     result = trainer.fit()
     return trainer.step, result["stopped_by"], result["images_seen"]
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_signal_on_any_rank_stops_all_at_one_step(who, gang, tmp_path):
-    (step, by, seen), other = gang(stopped, tmp_path, who, "ddp", {})
+def test_a_signal_on_any_rank_stops_all_at_one_step(who, process_group, tmp_path):
+    (step, by, seen), other = process_group(stopped, tmp_path, who, "ddp", {})
     assert other == (step, by, seen) and by == "SIGTERM" and 6 < step < 300
-    saved = final_state(tmp_path)
+    saved = last_checkpoint(tmp_path)
     assert saved["step"] == step and len(saved["others"]) == 1
 
 
@@ -211,41 +256,47 @@ def failing_save(folder):
     trainer = make("ddp", folder)
 
     def full(*args, **kwargs):
-        raise files.CheckpointError("cannot write: the disk is full")
+        raise checkpoint.CheckpointError("cannot write: the disk is full")
 
-    before, files.save_checkpoint = files.save_checkpoint, full
+    before, checkpoint.save_checkpoint = checkpoint.save_checkpoint, full
     try:
         trainer.fit()
-    except files.CheckpointError as error:
+    except checkpoint.CheckpointError as error:
         return str(error)
     finally:
-        files.save_checkpoint = before
+        checkpoint.save_checkpoint = before
 
 
-def test_a_full_disk_is_everybodys_error(gang, tmp_path):
-    assert gang(failing_save, tmp_path) == ["cannot write: the disk is full"] * 2
+def test_a_full_disk_is_everybodys_error(process_group, tmp_path):
+    assert process_group(failing_save, tmp_path) == ["cannot write: the disk is full"] * 2
 
 
 def decisions():
     ranks = Ranks.current()
     asked = []
-    value = ranks.on_main(lambda: asked.append(1) or "made")
+    value = ranks.run_on_main(lambda: asked.append(1) or "made")
     try:
-        ranks.on_main(lambda: 1 / 0)
+        ranks.run_on_main(lambda: 1 / 0)
         failed = ""
     except ZeroDivisionError as error:
         failed = str(error)
     rows = torch.full((ranks.rank + 1, 2), ranks.rank)
     return (
-        value, len(asked), failed, ranks.from_main(ranks.rank), ranks.gather(ranks.rank),
-        ranks.total([1.0, ranks.rank]), ranks.largest([ranks.rank, -ranks.rank]), ranks.joined(rows).tolist(),
+        value,
+        len(asked),
+        failed,
+        ranks.broadcast(ranks.rank),
+        ranks.gather(ranks.rank),
+        ranks.sum([1.0, ranks.rank]),
+        ranks.max([ranks.rank, -ranks.rank]),
+        ranks.cat(rows).tolist(),
         ranks.first_failure("broken" if ranks.rank else None),
-    )  # fmt: skip
+    )
 
 
-def test_what_ranks_can_agree_on(gang):
+def test_what_ranks_can_agree_on(process_group):
     common = ("division by zero", 0)
-    for rank, found in enumerate(gang(decisions)):
+    for rank, found in enumerate(process_group(decisions)):
         assert found[:2] == ("made", 1 - rank) and found[2:4] == common
         assert found[4] == ([] if rank else [0, 1]) and found[5] == [2.0, 1.0] and found[6] == [1.0, 0.0]
         assert found[7] == [[0, 0], [1, 1], [1, 1]] and found[8] == "rank 1: broken"
@@ -254,11 +305,11 @@ def test_what_ranks_can_agree_on(gang):
 # ---- refused
 
 
-def test_engines_are_refused_in_words(monkeypatch):
+def test_modes_that_cannot_work_are_refused():
     cpu, criterion = torch.device("cpu"), nn.CrossEntropyLoss()
     two = Ranks(1, 2, grouped=True)
-    assert check_parallel(TrainConfig(), Ranks(), criterion, cpu) == "none"
-    assert check_parallel(TrainConfig(), two, criterion, cpu) == "ddp"
+    assert distributed_mode(TrainConfig(), Ranks(), criterion, cpu) == "none"
+    assert distributed_mode(TrainConfig(), two, criterion, cpu) == "ddp"
     for settings, ranks, said in (
         ({"distributed": "none"}, two, "distributed=none expects one process, got 2 ranks"),
         ({"distributed": "ddp"}, Ranks(), "distributed=ddp expects ranks.*torchrun --nproc-per-node"),
@@ -266,13 +317,16 @@ def test_engines_are_refused_in_words(monkeypatch):
         ({"sync_bn": True}, two, "sync_bn expects GPUs.*got device cpu"),
     ):
         with pytest.raises(ValueError, match=said):
-            check_parallel(TrainConfig(**settings), ranks, criterion, cpu)
+            distributed_mode(TrainConfig(**settings), ranks, criterion, cpu)
+    criterion.copies_model = True
+    with pytest.raises(ValueError, match="distributed=fsdp expects a method that does not copy the model"):
+        distributed_mode(TrainConfig(distributed="fsdp"), two, criterion, cpu)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     three = dataclasses.replace(Ranks(0, 3), grouped=True)
     with pytest.raises(ValueError, match="rows of all ranks; 3 ranks expect a multiple of 6, got 128; use 126 or 132"):
-        build.build_trainer(override(RunConfig(), batch_size=128), ranks=three)
+        build_trainer(override(RunConfig(), batch_size=128), ranks=three)
 
 
 def test_a_gpu_per_rank_is_asked_for(monkeypatch):
@@ -280,9 +334,9 @@ def test_a_gpu_per_rank_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     four = Ranks(0, 4, 0, 4, True)
     with pytest.raises(ValueError, match="4 ranks on this machine expect as many GPUs, it has 2"):
-        build.resolve_device("auto", four)
+        resolve_device("auto", four)
     with pytest.raises(ValueError, match="device expects cuda, auto or cpu on 4 ranks, got 'cuda:1'"):
-        build.resolve_device("cuda:1", four)
+        resolve_device("cuda:1", four)
 
 
 def test_only_training_runs_through_compile(monkeypatch):

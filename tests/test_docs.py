@@ -10,23 +10,28 @@ import doctest
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 
-from benchmarks import docs_tables
-from dlb_fast import cli
+from benchmarks import tables
+from dlb_fast import _backends, cli
+from dlb_fast.methods import METHODS
+
+pytestmark = pytest.mark.slow  # guards the documentation
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
-# The cards of docs/methods, README and CONTRIBUTING run their Python in test_method_cards.py and test_readme.py.
-OWN = [name for name in TEXTS if name.startswith("docs/") and not name.startswith("docs/methods/")]
+OWN = [name for name in TEXTS if not name.startswith("docs/methods/")]  # test_methods.py runs those
 _BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?```python\n(?P<code>.*?)```", re.S)
 PYTHON = [(name, k, m["code"], m["reason"]) for name in OWN for k, m in enumerate(_BLOCK.finditer(TEXTS[name]))]
 
@@ -39,7 +44,8 @@ def test_python_blocks_run(page, number, code, reason, tmp_path, monkeypatch, ca
         pytest.skip(f"{page}: {reason}")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(program, {"__name__": "docs"})
+    with mock.patch.dict(METHODS):  # CONTRIBUTING registers a method, which later tests must not find
+        exec(program, {"__name__": "docs"})
 
 
 def commands() -> list[tuple[str, str]]:
@@ -49,6 +55,7 @@ def commands() -> list[tuple[str, str]]:
         for block in re.findall(r"```(?:sh|bash|shell)\n(.*?)```", text, re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
+                words = words[: words.index(">")] if ">" in words else words
                 for part in " ".join(shlex.quote(w) if w not in ("&&", "|", ";") else "\0" for w in words).split("\0"):
                     if part.strip():
                         found.append((page, part.strip()))
@@ -77,13 +84,15 @@ class Parsed(Exception):
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}: {c[:50]}" for p, c in COMMANDS])
 def test_commands_parse(page, command, monkeypatch, tmp_path):
     words = shlex.split(command)
-    if words[0] == "make":
-        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), command
-    if words[0] in ("python", "python3") and "-m" in words:
-        module = words[words.index("-m") + 1]
-        if module.startswith("benchmarks"):
-            source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
-            assert all(f'"{flag.split("=")[0]}"' in source for flag in words if flag.startswith("--")), command
+    if words[0] == "make" and shutil.which("make"):
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    if words[0] in ("python", "python3") and words[1:2] == ["-m"] and words[2].startswith("benchmarks."):
+        module = importlib.import_module(words[2])
+        monkeypatch.setattr(sys, "argv", words[2:])
+        stop_after_parsing(monkeypatch)
+        with pytest.raises(Parsed):
+            module.main()
     arguments = ours(command)
     if arguments is None:
         return
@@ -92,28 +101,33 @@ def test_commands_parse(page, command, monkeypatch, tmp_path):
     parse(arguments, monkeypatch)
 
 
+def stop_after_parsing(monkeypatch):
+    """Let a command read its arguments and raise `Parsed` then; wrong ones end it before."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parsed(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+
+
 def parse(arguments, monkeypatch):
     """Let a command read its arguments and stop there; wrong ones raise."""
     name, rest = arguments[0], arguments[1:]
     if name == "train":
-        from dlb_fast.presets import get_preset
+        from dlb_fast.presets import load_preset
         from dlb_fast.train.config import TrainArgs, parse_flags
 
         preset = rest[rest.index("--preset") + 1] if "--preset" in rest else "digits"
-        parse_flags(TrainArgs, TrainArgs(run=get_preset(preset).config), own_modules_as_dlb(rest), "dlb-fast train")
+        parse_flags(TrainArgs, TrainArgs(run=load_preset(preset)), own_modules_as_dlb(rest), "dlb-fast train")
         return
     if name in ("compare", "demo"):
         monkeypatch.setattr("dlb_fast.train.compare.run", raising)
     elif name == "bench":
         monkeypatch.setattr(subprocess, "run", raising)
     elif name != "presets":  # which is done for real
-        original = argparse.ArgumentParser.parse_args
-
-        def parsed(self, *args, **kwargs):
-            original(self, *args, **kwargs)
-            raise Parsed
-
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+        stop_after_parsing(monkeypatch)
     monkeypatch.setenv("DLB_FAST_DEBUG", "1")
     try:
         assert cli.main(arguments) == 0
@@ -139,16 +153,22 @@ def test_the_check_of_commands_has_teeth(monkeypatch, tmp_path):
             parse(wrong, patch)
 
 
+def test_the_table_of_the_kernels_states_is_made():
+    table = re.search(r"<!-- state_table.*?-->\n(.*?)\n<!-- end -->", TEXTS["README.md"], re.S)
+    assert table is not None
+    assert table.group(1) == _backends.state_table()
+
+
 @pytest.mark.parametrize("page", [name for name in TEXTS if "<!-- table:" in TEXTS[name]])
 def test_tables_are_made_from_the_results(page):
-    assert docs_tables.fill(TEXTS[page]) == TEXTS[page], "stale: python -m benchmarks.docs_tables"
+    assert tables.fill(TEXTS[page]) == TEXTS[page], "stale: python -m benchmarks.tables"
 
 
 def test_a_changed_number_is_found():
     (page,) = (name for name in TEXTS if name.endswith("imagenet.md"))
-    assert docs_tables.fill(TEXTS[page].replace("2,502", "2,503")) == TEXTS[page]
+    assert tables.fill(TEXTS[page].replace("2,502", "2,503")) == TEXTS[page]
     with pytest.raises(ValueError, match="unknown table 'nonsense'"):
-        docs_tables.fill("<!-- table: nonsense -->\n<!-- end -->")
+        tables.fill("<!-- table: nonsense -->\n<!-- end -->")
 
 
 def files_of(nav) -> set[str]:
@@ -172,14 +192,17 @@ def test_links_lead_somewhere(page):
 
 def test_the_reference_names_what_exists():
     text = TEXTS["docs/api.md"]
+    shown = set(re.findall(r"\w+", text))
     for name, options in re.findall(r"^::: ([\w.]+)\n(?:    options: \{members: \[(.*?)\]\})?", text, re.M):
         thing = resolve(name)
         for member in filter(None, options.split(", ")):
             assert getattr(thing, member).__doc__, f"{name}.{member}"
         assert thing.__doc__, name
+        if isinstance(thing, types.ModuleType) and not options:
+            shown.update(vars(thing))
     import dlb_fast
 
-    assert not [n for n in dlb_fast.__all__ if n != "__version__" and not re.search(rf"\b{n}\b", text)]
+    assert {*dlb_fast.__all__} - {"__version__"} <= shown
 
 
 def resolve(name: str):
@@ -209,7 +232,6 @@ def test_examples_of_the_docstrings_run(name, monkeypatch, tmp_path):
     assert done.failed == 0
 
 
-@pytest.mark.slow
 def test_the_site_builds(tmp_path):
     """Strict: a dead link or anchor, a page outside the navigation, a reference to nothing end it."""
     pytest.importorskip("mkdocstrings", reason="needs the extra [docs]", exc_type=ImportError)

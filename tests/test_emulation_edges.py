@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from emulation import harness
@@ -14,25 +12,18 @@ pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {har
 
 @pytest.mark.parametrize("classes", [10, 300, 2000])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("scale", "options"), [(1.0, {"alpha": 1e5}), (1e4, {"z_loss": 1.0}), (1e4, {"z_loss": 30.0})])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_a_float16_gradient_that_would_not_fit_is_stored_smaller(
-    classes: int, reduction: str, scale: float, options: dict[str, Any]
+    classes: int, reduction: str, scale: float
 ) -> None:
     """The factor is undone in the backward, where a small upstream gradient may bring it back into range."""
     logits, target, teacher = batch(4, classes, torch.float16, scale=scale)
-    result = harness.emulator().last_batch(logits, target, teacher=teacher, reduction=reduction, **options)
-    wanted = reference_of(logits, target, teacher, torch.float64, {"reduction": reduction} | options)[2]
+    result = harness.emulator().last_batch(logits, target, teacher=teacher, reduction=reduction, alpha=1e5)
+    wanted = reference_of(logits, target, teacher, torch.float64, {"reduction": reduction, "alpha": 1e5})[2]
     assert result.grad is not None and float(result.parts[4]) < (1.0 if reduction != "mean" else 65536.0)
     torch.testing.assert_close(
         result.grad.double() / result.parts[4].double(), wanted, rtol=1e-3, atol=1e-6 * float(wanted.abs().max())
     )
-
-
-def test_a_float16_gradient_of_the_z_loss_is_finite_for_large_logits() -> None:
-    logits = torch.tensor([[2000.0, 0.0, 0.0]], dtype=torch.float16)
-    result = harness.emulator().last_batch(logits, torch.tensor([0]), z_loss=1e-2)
-    assert result.grad is not None
-    assert (result.grad.double() / result.parts[4].double()).tolist() == [[pytest.approx(40.0, rel=1e-3), 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("correct_share", [0.0, 0.3, 0.9, 1.0, None])
@@ -46,11 +37,10 @@ def test_a_teacher_by_rule_of_a_single_class_has_only_its_share(
     assert result.grad is not None and not result.grad.any()
 
 
-@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("classes", [10, 300, 2000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_pair_without_its_second_label_is_counted_where_it_is_right(
-    classes: int, dtype: torch.dtype, in_place: bool
+    classes: int, dtype: torch.dtype
 ) -> None:
     """It has no loss and no gradient, NaN or not, unless it is taught; and a label that is no class is never right."""
     logits, target, teacher = batch(10, classes, dtype)
@@ -65,7 +55,7 @@ def test_a_pair_without_its_second_label_is_counted_where_it_is_right(
     for given in (None, teacher):
         for reduction in ("mean", "none"):
             result = harness.emulator().last_batch(
-                logits.clone(), target, teacher=given, reduction=reduction, in_place=in_place, **options
+                logits.clone(), target, teacher=given, reduction=reduction, **options
             )
             compare(result, logits, target, given, reduction=reduction, **options)
             assert float(result.parts[3]) == 6.0  # rows 0, 1, 3, 4, 5 and 7

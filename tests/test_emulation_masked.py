@@ -1,6 +1,6 @@
-"""Classes masked by a large negative logit cost a streamed CUDA kernel no digit, wherever they stand.
+"""Classes masked by a large negative logit cost a two-pass CUDA kernel no digit, wherever they stand.
 
-Models mask classes (of another task, of padding) by -1e4, the lowest float16 or float32, or -inf. Held rows are
+Models mask classes (of another task, of padding) by -1e4, the lowest float16 or float32, or -inf. Resident rows are
 compared too: all kernels give the same.
 """
 
@@ -74,36 +74,40 @@ def check(
     return str(result.plan["regime"])
 
 
-@pytest.mark.parametrize("mask", MASKS)
+def turning(masks: tuple[float, ...], place: str, cases: list[tuple[str, str]]) -> list[tuple[float, str, str]]:
+    """Each case with one mask, another one at every place: every pair of mask, place and case, and no product."""
+    first = list(PLACES).index(place)
+    return [(masks[(first + number) % len(masks)], *case) for number, case in enumerate(cases)]
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("classes", [100, 1500])
-def test_masked_classes_under_every_option(classes: int, place: str, mask: float) -> None:
-    regimes = set()
-    for teacher in TEACHERS:
-        for target in TARGETS if teacher != "right class" else ("labels",):
-            regimes.add(check(classes, place, mask, teacher, target))
-    assert regimes == ({"lanes", "streamed_warp"} if classes == 100 else {"block", "streamed_block"})
+def test_masked_classes_under_every_option(classes: int, place: str) -> None:
+    cases = [(teacher, target) for teacher in TEACHERS for target in TARGETS if teacher != "right class"]
+    cases.append(("right class", "labels"))
+    regimes = {check(classes, place, *case) for case in turning(MASKS, place, cases)}
+    assert regimes == ({"lanes", "two_pass_warp"} if classes == 100 else {"block", "two_pass_block"})
 
 
-@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("place", PLACES)
-def test_masked_classes_of_long_rows(place: str, mask: float) -> None:
-    """Without clusters they are streamed, by the plain kernel where the target is a label and the teacher logits."""
-    for teacher, target in (("logits", "labels"), ("logits, cold", "labels"), ("none", "labels"), ("logits", "dense")):
-        assert check(17000, place, mask, teacher, target) == "streamed_block"
-    assert check(17000, place, mask, "logits", "labels", clusters=8) == "cluster"
+def test_masked_classes_of_long_rows(place: str) -> None:
+    """Without clusters they take two passes, by the plain kernel where the target is a label and the teacher logits."""
+    cases = [("logits", "labels"), ("logits, cold", "labels"), ("none", "labels"), ("logits", "dense")]
+    for case in turning(MASKS, place, cases):
+        assert check(17000, place, *case) == "two_pass_block"
+    (case,) = turning(MASKS, place, cases[:1])
+    assert check(17000, place, *case, clusters=8) == "cluster"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("classes", [100, 1500, 17000])
 def test_masked_classes_in_half_precision(classes: int, place: str, dtype: torch.dtype) -> None:
-    for mask in (-1e4, -65504.0, -torch.inf):
-        for teacher, target in (("logits", "dense"), ("probabilities", "pair"), ("right class", "labels")):
-            check(classes, place, mask, teacher, target, dtype)
-        # A teacher of another element type is streamed too.
-        regime = check(classes, place, mask, "logits", "labels", dtype, teacher_dtype=torch.float32)
-        assert regime.startswith("streamed")
+    cases = [("logits", "dense"), ("probabilities", "pair"), ("right class", "labels"), ("logits", "labels")]
+    for case in turning((-1e4, -65504.0, -torch.inf), place, cases):
+        check(classes, place, *case, dtype)
+    # A teacher of another element type takes two passes too.
+    assert check(classes, place, *case, dtype, teacher_dtype=torch.float32).startswith("two_pass")
 
 
 @pytest.mark.parametrize("classes", [100, 1500, 17000])

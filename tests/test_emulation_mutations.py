@@ -7,11 +7,14 @@ import torch
 from emulation import harness
 from emulation.oracle import batch, compare
 
-pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
+pytestmark = [
+    pytest.mark.slow,  # every mutant is compiled
+    pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}"),
+]
 
 
 def outcome(
-    mutation: tuple[str, str, str], classes: int, *, clusters: int = 8, rows: int = 6, in_place: bool = False
+    mutation: tuple[str, str, str], classes: int, *, clusters: int = 8, rows: int = 6
 ) -> str:
     """What is wrong with a mutant: the emulator's fault, or which comparison failed; "" when it passes.
 
@@ -26,7 +29,7 @@ def outcome(
         given = logits.clone()
         target[-1] = -100  # a row that is stored and counts for nothing
         try:
-            result = emulator.last_batch(given, target, buffer=stored, slots=slots, in_place=in_place)
+            result = emulator.last_batch(given, target, buffer=stored, slots=slots)
             compare(result, logits, target, teacher)
             assert torch.equal(stored, logits[rows - len(teacher) :]), "stored rows"
         except (RuntimeError, AssertionError) as error:
@@ -44,7 +47,7 @@ def test_the_kernels_as_they_are_pass(classes: int, clusters: int) -> None:
     [
         ("groups.cuh", "    sync_block();\n    const int other", 1501, 8),
         ("groups.cuh", "    sync_cluster();\n    const int warps", 17001, 8),
-        ("streamed_kernel.cuh", "        Group::sync();", 17001, 0),
+        ("two_pass_kernel.cuh", "        Group::sync();", 17001, 0),
     ],
     ids=["block reduction", "cluster reduction", "teacher read before it is overwritten"],
 )
@@ -53,31 +56,13 @@ def test_a_removed_barrier_is_caught(file: str, barrier: str, classes: int, clus
     assert outcome((file, barrier, without), classes, clusters=clusters)
 
 
-HELD = ("held_kernel.cuh", "  if (a.in_place) Group::sync();\n")
-STREAMED = ("streamed_kernel.cuh", "  if (a.in_place) Group::sync();")
-
-
-@pytest.mark.parametrize(
-    ("barrier", "classes", "clusters"),
-    [(HELD, 100, 8), (HELD, 1001, 8), (HELD, 1501, 8), (HELD, 17001, 8), (STREAMED, 17001, 0)],
-    ids=["lanes", "warp", "block", "cluster", "streamed"],
-)
-def test_a_gradient_stored_over_logits_that_others_still_read_is_caught(
-    barrier: tuple[str, str], classes: int, clusters: int
-) -> None:
-    """In place a thread may store a gradient where others still read the label's column, or a row to be stored."""
-    file, text = barrier
-    assert outcome((file, text, text), classes, clusters=clusters, in_place=True) == ""
-    assert outcome((file, text, ""), classes, clusters=clusters, in_place=True)
-
-
 def test_a_read_only_load_of_what_the_launch_writes_is_caught() -> None:
-    mutation = ("held_kernel.cuh", "load_held(columns, z_row, z, !a.in_place)", "load_held(columns, z_row, z, true)")
-    assert "read-only path" in outcome(mutation, 100, in_place=True)
+    load = "raw[p] = load_packet_if(columns.whole(p), row + columns.column(p), false"
+    assert "read-only path" in outcome(("resident_kernel.cuh", load, load.replace("false", "true")), 100)
 
 
 def test_a_wrong_pair_index_is_caught() -> None:
-    mutation = ("held_kernel.cuh", "half == 0 ? pair : s.start + pair", "half == 0 ? pair : a.batch - 1 - pair")
+    mutation = ("resident_kernel.cuh", "half == 0 ? pair : s.start + pair", "half == 0 ? pair : a.batch - 1 - pair")
     assert outcome(mutation, 100)
 
 

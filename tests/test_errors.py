@@ -103,7 +103,7 @@ def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
 
 def test_backend_variable(monkeypatch):
     monkeypatch.setenv("DLB_FAST_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="DLB_FAST_BACKEND must be auto or one of"):
+    with pytest.raises(ValueError, match="DLB_FAST_BACKEND must be 'auto' or one of"):
         fused_lb_loss(Z, Y)
     monkeypatch.setenv("DLB_FAST_BACKEND", "torch")
     _backends.forget_picks()
@@ -111,7 +111,7 @@ def test_backend_variable(monkeypatch):
 
 
 def test_module_messages():
-    with pytest.raises(ValueError, match="LastBatchLoss: num_classes must be an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="LastBatchLoss: num_classes must be at least 1, got 0"):
         LastBatchLoss(0)
     with pytest.raises(ValueError, match="LastBatchLoss: temperature must be finite and > 0"):
         LastBatchLoss(4, temperature=-1)
@@ -160,9 +160,9 @@ def test_a_criterion_is_refused_at_once_where_it_could_not_run(make):
         make(1.5)
 
 
-def test_logits_of_another_number_of_classes_than_the_bank():
+def test_ps_kd_refuses_logits_of_another_number_of_classes():
     criterion = PsKDLoss(num_samples=4, num_classes=3)
-    with pytest.raises(ValueError, match="PS-KD: logits must have C = 3 classes, the num_classes of the bank, got 5"):
+    with pytest.raises(ValueError, match="PsKDLoss: logits must have C = 3 classes, .* got 5"):
         criterion(torch.zeros(2, 5), torch.tensor([0, 1]), torch.tensor([0, 1]))
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import write_jpegs
 from PIL import Image
 
-from benchmarks import imagenet_dry_run
 from dlb_fast import cli
-from dlb_fast.data.plan import OverlapPlan
-from dlb_fast.presets import get_preset
-from dlb_fast.train import sets
-from dlb_fast.train.config import RunConfig, override, to_dict
+from dlb_fast.data import OverlapPlan
+from dlb_fast.presets import load_preset
+from dlb_fast.train.config import RunConfig, override
+from dlb_fast.train.data import open_data
+from dlb_fast.train.loop import total_steps
 from dlb_fast.train.models import create_model
-from dlb_fast.train.window import total_steps
 
 torch.set_num_threads(1)
 
@@ -24,22 +24,14 @@ IMAGES = 1_281_167
 RECIPES = ("imagenet-resnet50", "imagenet-resnet50-short")
 
 
-@pytest.mark.parametrize("name", [f"{recipe}-{end}" for recipe in RECIPES for end in ("dlb", "alpha0", "ce", "ls")])
-def test_every_number_that_is_not_a_default_has_its_source(name):
-    preset, plain = get_preset(name), to_dict(RunConfig())
-    changed = {f for g, part in to_dict(preset.config).items() for f, v in part.items() if v != plain[g][f]}
-    assert changed - {"source", "method"} <= set(preset.sources)
-    assert set(preset.sources) <= {field for part in plain.values() for field in part}
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_controls_make_the_same_steps_over_the_same_images(recipe):
     """Not exactly the same: an epoch of half as many steps drops another remainder."""
-    dlb, ce, control = (get_preset(f"{recipe}-{name}").config for name in ("dlb", "ce", "alpha0"))
+    dlb, ce, control = (load_preset(f"{recipe}-{name}") for name in ("dlb", "ce", "alpha0"))
     rows = dlb.data.batch_size
     steps = {}
     for name, config, half in (("dlb", dlb, rows // 2), ("ce", ce, rows)):
-        loader = range(OverlapPlan(IMAGES, half).halves_per_epoch)
+        loader = range(OverlapPlan(IMAGES, half).steps_per_epoch)
         steps[name] = total_steps(loader, config.train)
     assert steps["ce"] == pytest.approx(steps["dlb"], rel=1e-3)
     assert ce.schedule.warmup_epochs == 2 * dlb.schedule.warmup_epochs
@@ -48,7 +40,7 @@ def test_the_controls_make_the_same_steps_over_the_same_images(recipe):
 
 def test_the_recipes_network_is_built_in():
     with torch.device("meta"):
-        model = create_model(get_preset("imagenet-resnet50-dlb").config.model.model, 1000)
+        model = create_model(load_preset("imagenet-resnet50-dlb").model.model, 1000)
         assert model(torch.empty(2, 3, 176, 176)).shape == (2, 1000)
 
 
@@ -60,7 +52,7 @@ def test_evaluation_crops_have_their_own_size(tmp_path):
             Image.new("RGB", (40, 30)).save(tmp_path / split / label / "0.JPEG")
     config = override(RunConfig(), source=f"imagefolder:{tmp_path}", batch_size=2, image_size=8)
     for own, resize, side in ((None, None, 8), (12, None, 12), (12, 16, 12)):
-        opened = sets.open_sets(override(config, eval_size=own, eval_resize=resize).data)
+        opened = open_data(override(config, eval_size=own, eval_resize=resize).data)
         (batch,) = opened.test_batches(torch.device("cpu"))
         assert batch.images.shape == (2, 3, side, side)
     with pytest.raises(ValueError, match=r"eval_resize must be at least the crop of the evaluation \(12\)"):
@@ -70,7 +62,8 @@ def test_evaluation_crops_have_their_own_size(tmp_path):
 def test_a_thousand_classes_through_the_whole_path(tmp_path, monkeypatch, capsys):
     """3000 JPEGs of 1000 classes, the recipe itself at small sizes: train, stop, continue, evaluate."""
     monkeypatch.chdir(tmp_path)
-    imagenet_dry_run.make_folder(tmp_path / "data", classes=1000, per_class=2, val_per_class=1, pixels=24)
+    for split, count in (("train", 2), ("val", 1)):
+        write_jpegs(tmp_path / "data" / split, (f"n{k:04}/{i}.JPEG" for k in range(1000) for i in range(count)))
     sizes = "--batch-size 16 --image-size 24 --eval-size 24 --eval-resize None --num-threads 2 --model small_cnn"
     flags = f"--preset imagenet-resnet50-dlb --data imagefolder:data --device cpu {sizes} --quiet".split()
     assert cli.main(["train", *flags, "--out", "run", "--max-steps", "2", "--log-every", "1"]) == 0
@@ -83,13 +76,3 @@ def test_a_thousand_classes_through_the_whole_path(tmp_path, monkeypatch, capsys
     capsys.readouterr()
     assert cli.main(["eval", "run", "--weights", "last", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["count"] == 1000
-
-
-@pytest.mark.slow
-def test_the_dry_run_script_stops_and_continues(tmp_path):
-    sizes = "--classes 8 --per-class 4 --pixels 24 --rows 8 --image-size 24 --steps 6 --model small_cnn"
-    out = tmp_path / "rows.jsonl"
-    imagenet_dry_run.main([*sizes.split(), "--out", str(out)])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["stage"] for row in rows] == ["verify", "train", "resume", "eval", "report", "result"]
-    assert (rows[-1]["steps"], rows[-1]["evaluated"], rows[-1]["images"]) == (6, 8, 40)

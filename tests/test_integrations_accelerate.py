@@ -7,6 +7,7 @@ import torch
 from frameworks import reason_against
 from torch import nn
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dlb_fast import LastBatchLoss
 from dlb_fast.data import (
@@ -20,7 +21,7 @@ from dlb_fast.data import (
 
 if REASON := reason_against("accelerate"):
     pytest.skip(REASON, allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.utils import send_to_device, set_seed  # noqa: E402
@@ -28,13 +29,15 @@ from accelerate.utils import send_to_device, set_seed  # noqa: E402
 from dlb_fast.integrations.accelerate import register_last_batch  # noqa: E402
 
 DATA = synthetic("train", length=56, num_classes=4, size=8)
-EPOCHS = 3  # of 7 steps
+EPOCHS, STEPS = 3, 7
 
 
-def torch_loader(workers=0):
+def torch_loader(workers=0, kind=StatefulDataLoader):
     data = IndexedDataset(DATA, lambda image, rng: image.float() / 255)
     sampler = OverlapBatchSampler(data, 16)
-    return DataLoader(data, batch_sampler=sampler, collate_fn=collate_overlap, num_workers=workers)
+    # without a generator of its own a DataLoader draws the seed of its workers where the dropout draws
+    options = {"num_workers": workers, "generator": torch.Generator()}
+    return kind(data, batch_sampler=sampler, collate_fn=collate_overlap, **options)
 
 
 LOADERS = {
@@ -45,7 +48,7 @@ LOADERS = {
 }
 
 
-def run(folder, kind, *, save_after=None, resume=False, register=register_last_batch, accumulate=1):
+def run(folder, kind, *, save_after, resume=False, register=register_last_batch, accumulate=1):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     set_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))
@@ -55,8 +58,8 @@ def run(folder, kind, *, save_after=None, resume=False, register=register_last_b
     loader = register(accelerator, criterion, LOADERS[kind]())
     if resume:
         accelerator.load_state(folder)
-    steps = 0
-    while loader.epoch < EPOCHS:
+    steps, total = 0, EPOCHS * STEPS - (save_after if resume else 0)
+    while steps < total:
         for batch in loader:
             with accelerator.accumulate(net):
                 batch = send_to_device(batch, accelerator.device)
@@ -64,7 +67,7 @@ def run(folder, kind, *, save_after=None, resume=False, register=register_last_b
                 optimizer.step()
                 optimizer.zero_grad()
             steps += 1
-            if steps == save_after:
+            if steps == save_after and not resume:
                 accelerator.save_state(folder)
     assert criterion.buffer.mismatched == 0
     return torch.cat([value.flatten() for value in net.state_dict().values()])
@@ -74,12 +77,12 @@ def run(folder, kind, *, save_after=None, resume=False, register=register_last_b
 @pytest.mark.parametrize("save_after", [3, 7, 11])
 def test_resume_is_bit_identical(tmp_path, kind, save_after):
     whole = run(tmp_path, kind, save_after=save_after)
-    assert torch.equal(run(tmp_path, kind, resume=True), whole)
+    assert torch.equal(run(tmp_path, kind, save_after=save_after, resume=True), whole)
 
 
 def test_accumulation_is_continued_where_it_was(tmp_path):
     whole = run(tmp_path, "DataLoader", save_after=4, accumulate=2)
-    assert torch.equal(run(tmp_path, "DataLoader", resume=True, accumulate=2), whole)
+    assert torch.equal(run(tmp_path, "DataLoader", save_after=4, resume=True, accumulate=2), whole)
 
 
 def test_registering_criterion_and_loader_alone_does_for_one_process(tmp_path):
@@ -88,7 +91,7 @@ def test_registering_criterion_and_loader_alone_does_for_one_process(tmp_path):
         return accelerator.prepare(loader)  # leaves our loaders as they are
 
     whole = run(tmp_path, "overlap", save_after=11, register=register)
-    assert torch.equal(run(tmp_path, "overlap", resume=True, register=register), whole)
+    assert torch.equal(run(tmp_path, "overlap", save_after=11, resume=True, register=register), whole)
 
 
 def test_a_prepared_criterion_is_saved_as_a_model_is(tmp_path):
@@ -106,9 +109,11 @@ def test_a_prepared_criterion_is_saved_as_a_model_is(tmp_path):
 def test_refusals():
     accelerator, criterion = Accelerator(cpu=True), LastBatchLoss(4)
     with pytest.raises(TypeError, match="went through accelerator.prepare"):
-        register_last_batch(accelerator, criterion, accelerator.prepare(torch_loader()))
-    with pytest.raises(TypeError, match="expected a DataLoader with batch_sampler=OverlapBatchSampler"):
+        register_last_batch(accelerator, criterion, accelerator.prepare(torch_loader(kind=DataLoader)))
+    with pytest.raises(TypeError, match="expected a loader of dlb_fast.data, or a DataLoader with batch_sampler"):
         register_last_batch(accelerator, criterion, DataLoader(DATA))
+    with pytest.raises(TypeError, match=r"got DataLoader, which draws batches ahead .*StatefulDataLoader"):
+        register_last_batch(accelerator, criterion, torch_loader(kind=DataLoader))
     with pytest.raises(ValueError, match="made as rank 1 of 2, but this process is rank 0 of 1"):
         register_last_batch(accelerator, criterion, ResidentLoader(DATA, 16, rank=1, world_size=2))
     with pytest.raises(ValueError, match=r"makes batches on meta, the model is on cpu"):
@@ -121,7 +126,7 @@ def test_refusals():
 
 def test_a_prepared_loader_cannot_undo_a_resume():
     """What happens to those who prepare the DataLoader all the same: an error instead of the first epoch again."""
-    loader = torch_loader()
+    loader = torch_loader(kind=DataLoader)
     loader.batch_sampler.load_state_dict({**loader.batch_sampler.state_dict(), "epoch": 2, "step": 3})
     with pytest.raises(ValueError, match=r"epoch 0 would undo the state that was just loaded \(epoch 2, step 3\)"):
         next(iter(Accelerator(cpu=True).prepare(loader)))

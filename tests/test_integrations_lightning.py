@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from builders import ROOT, environment, python
 from frameworks import reason_against
 from torch import nn
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dlb_fast import LastBatchLoss
 from dlb_fast.data import (
@@ -22,21 +20,19 @@ from dlb_fast.data import (
     OverlapBatchSampler,
     OverlapLoader,
     ResidentLoader,
-    TrackedLoader,
     collate_overlap,
     synthetic,
 )
 
 if REASON := reason_against("lightning.pytorch"):
     pytest.skip(REASON, allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")  # a framework's own warnings are its business
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # a framework's own warnings are its business
 
 import lightning.pytorch as pl  # noqa: E402
 
 from dlb_fast.integrations.lightning import LastBatchCallback  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-ROOT = Path(__file__).parent.parent
 TRAIN, TEST = (synthetic(split, length=56, num_classes=4, size=8) for split in ("train", "test"))
 EPOCHS, STEPS = 3, 7  # of 16 rows, 8 of them new
 
@@ -45,10 +41,10 @@ def as_float(image, rng):
     return image.float() / 255
 
 
-def torch_loader(workers=0):
+def torch_loader(workers=0, kind=DataLoader):
     data = IndexedDataset(TRAIN, as_float)
     sampler = OverlapBatchSampler(data, 16)
-    return DataLoader(data, batch_sampler=sampler, collate_fn=collate_overlap, num_workers=workers)
+    return kind(data, batch_sampler=sampler, collate_fn=collate_overlap, num_workers=workers)
 
 
 LOADERS = {
@@ -56,7 +52,7 @@ LOADERS = {
     "overlap": lambda: OverlapLoader(TRAIN, 16, num_threads=1),
     "DataLoader": torch_loader,
     "DataLoader with workers": lambda: torch_loader(2),
-    "tracked": lambda: TrackedLoader(torch_loader(2)),
+    "StatefulDataLoader": lambda: torch_loader(2, StatefulDataLoader),
 }
 
 
@@ -107,11 +103,9 @@ def weights(module):
     return torch.cat([value.flatten().float() for value in module.net.state_dict().values()])
 
 
-@pytest.mark.parametrize("external", [False, True], ids=["criterion inside", "criterion outside"])
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize(("kind", "external"), [*((kind, False) for kind in LOADERS), ("resident", True)])
 def test_every_checkpoint_continues_bit_for_bit(tmp_path, kind, external):
-    if external and kind != "resident":
-        pytest.skip("one loader is enough")
+    """`external`: the criterion is no part of the module."""
 
     def parts():
         criterion = LastBatchLoss(4) if external else None
@@ -135,19 +129,6 @@ def test_every_checkpoint_continues_bit_for_bit(tmp_path, kind, external):
         assert torch.equal(weights(resumed), weights(whole)), checkpoint.name
 
 
-def test_the_loaders_resume_without_the_callback_too(tmp_path):
-    """Alone, Lightning stores the loader in mid-epoch only; an epoch's end is found by the announced epoch."""
-    saves = [
-        pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10),
-        pl.callbacks.ModelCheckpoint(tmp_path, filename="end", every_n_epochs=2),
-    ]
-    nothing = pl.Callback()
-    whole = fit(tmp_path, Net(), LOADERS["tracked"](), callback=nothing, saves=saves)
-    for checkpoint in tmp_path.glob("*.ckpt"):
-        resumed = fit(tmp_path, Net(), LOADERS["tracked"](), callback=nothing, ckpt_path=checkpoint)
-        assert torch.equal(weights(resumed), weights(whole)), checkpoint.name
-
-
 @pytest.mark.parametrize("kind", ["resident", "DataLoader with workers"])
 def test_epochs_cut_short_and_accumulation(tmp_path, kind):
     module = fit(tmp_path, Net(), LOADERS[kind](), limit_train_batches=4, accumulate_grad_batches=2)
@@ -167,7 +148,7 @@ def test_a_second_fit_starts_with_an_empty_criterion(tmp_path):
 
 def test_refusals(tmp_path):
     module = Net()
-    with pytest.raises(TypeError, match=r"expected one loader of dlb_fast.data.* got DataLoader"):
+    with pytest.raises(TypeError, match="expected a loader of dlb_fast.data.* got DataLoader with batch_sampler"):
         fit(tmp_path, module, DataLoader(IndexedDataset(TRAIN, None), batch_size=4))
     module.other = LastBatchLoss(4)
     with pytest.raises(ValueError, match="expected one last-batch criterion in Net, found 2"):
@@ -203,10 +184,8 @@ SCRIPT = """
 def test_two_ranks_resume_bit_for_bit(tmp_path):
     script = tmp_path / "ranked.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    for path in ([], [str(tmp_path / "step=10.ckpt")]):
-        command = [sys.executable, "-W", "ignore", str(script), str(tmp_path), "resident", *path]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    path = f"{environment()['PYTHONPATH']}:{ROOT / 'tests'}"
+    for checkpoint in ([], [tmp_path / "step=10.ckpt"]):
+        python("-W", "ignore", script, tmp_path, "resident", *checkpoint, cwd=tmp_path, PYTHONPATH=path)
     whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
     assert torch.equal(whole, resumed)

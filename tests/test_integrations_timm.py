@@ -11,11 +11,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data import OverlapBatchSampler, OverlapLoader, ResidentLoader, TrackedLoader, synthetic
+from dlb_fast.data import (
+    IndexedDataset,
+    OverlapBatchSampler,
+    OverlapLoader,
+    ResidentLoader,
+    collate_overlap,
+    synthetic,
+)
 
 if REASON := reason_against("timm.task"):
     pytest.skip(REASON, allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 from timm.models import create_model  # noqa: E402
 from timm.task import LogitDistillationTask, resume_task_checkpoint  # noqa: E402
@@ -63,10 +70,20 @@ def weights(task):
     return torch.cat([value.flatten().float() for value in task.get_trainable_module().state_dict().values()])
 
 
+def torch_loader(data, rows):
+    data = IndexedDataset(data, lambda image, rng: image.float() / 255)
+    return DataLoader(data, batch_sampler=OverlapBatchSampler(data, rows), collate_fn=collate_overlap, num_workers=2)
+
+
 @pytest.mark.parametrize(
     ("loader", "options"),
-    [(ResidentLoader, {}), (OverlapLoader, {"num_threads": 1}), (ResidentLoader, {"accumulate": 2})],
-    ids=["resident", "overlap", "accumulation"],
+    [
+        (ResidentLoader, {}),
+        (OverlapLoader, {"num_threads": 1}),
+        (torch_loader, {}),
+        (ResidentLoader, {"accumulate": 2}),
+    ],
+    ids=["resident", "overlap", "DataLoader with workers", "accumulation"],
 )
 def test_timms_checkpoint_continues_bit_for_bit(tmp_path, loader, options):
     for name in ("whole", "stopped"):
@@ -108,7 +125,7 @@ def test_refusals():
     task = LastBatchTask(model(), LastBatchLoss(4), verbose=False)
     sampler = OverlapBatchSampler(DATA, 16)
     with pytest.raises(TypeError, match="expected a loader of Batch, got list"):
-        next(iter(task.batches(TrackedLoader(DataLoader(DATA, batch_sampler=sampler)))))
+        next(iter(task.batches(DataLoader(DATA, batch_sampler=sampler))))
     next(iter(task.batches(ResidentLoader(DATA, 16))))
-    with pytest.raises(ValueError, match="a target of 3 rows, but the batch handed out last has 8"):
+    with pytest.raises(ValueError, match="got a target of 3 rows, expected 8"):
         task(torch.randn(3, 3, 32, 32), torch.zeros(3, dtype=torch.long))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import train
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -24,10 +25,9 @@ from dlb_fast.data import (
     open_dataset,
     with_label_noise,
 )
-from dlb_fast.train.build import train_run
 from dlb_fast.train.config import RunConfig, override, parse_flags
-from dlb_fast.train.run_folder import RunFolder
-from dlb_fast.train.sets import open_sets
+from dlb_fast.train.data import open_data
+from dlb_fast.train.run import RunFolder
 
 torch.set_num_threads(1)
 
@@ -64,9 +64,9 @@ def test_every_tier_sees_the_same_wrong_labels(kind, folder):
     options = {"seed": 1, "drop_last": False}
     tiers = {"resident": list(ResidentLoader(memory, 8, **options)), "eval": list(EvalLoader(noisy, 7))}
     for threads in (1, 3):
-        with OverlapLoader(noisy, 8, num_threads=threads, check_threads=False, **options) as loader:
+        with OverlapLoader(noisy, 8, num_threads=threads, **options) as loader:
             tiers[f"{threads} threads"] = [batch for _ in range(2) for batch in loader]
-    with OverlapLoader(noisy, 8, repeat=False, check_threads=False, **options) as loader:
+    with OverlapLoader(noisy, 8, overlap=False, **options) as loader:
         tiers["plain"] = list(loader)
     ranks = [ResidentLoader(memory, 4, rank=rank, world_size=2, **options) for rank in range(2)]
     tiers["ranks"] = [batch for loader in ranks for batch in loader]
@@ -98,15 +98,15 @@ def test_flags_reach_the_run_and_methods_share_the_labels(tmp_path):
     data = config.data
     assert (data.label_noise, data.noise_kind, data.data_seed) == (0.5, "asymmetric", 7)
     labels = [
-        np.asarray(open_sets(override(config, method=m, seed=s).data).train.targets) for m, s in (("dlb", 0), ("ce", 9))
+        np.asarray(open_data(override(config, method=m, seed=s).data).train.targets) for m, s in (("dlb", 0), ("ce", 9))
     ]
     assert (labels[0] == labels[1]).all()
-    right = np.asarray(open_sets(override(config, label_noise=0.0).data).train.targets)
+    right = np.asarray(open_data(override(config, label_noise=0.0).data).train.targets)
     wrong = labels[0] != right
     assert wrong.mean() == 0.5 and (labels[0][wrong] == (right[wrong] + 1) % 4).all()
     short = override(config, batch_size=8, epochs=1, padding=1)
     losses = [
-        train_run(override(short, data_seed=7, label_noise=rate), RunFolder(tmp_path / str(rate)), quiet=True)["loss"]
+        train(override(short, data_seed=7, label_noise=rate), tmp_path / str(rate))["loss"]
         for rate in (0.0, 0.5)
     ]
     assert losses[0] != losses[1]

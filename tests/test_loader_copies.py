@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from loader_files import loader, make_files
-from torch.utils.data import DataLoader, TensorDataset
 
 from dlb_fast.data import (
     ClassBatchSampler,
@@ -22,7 +20,6 @@ from dlb_fast.data import (
     PadCrop,
     ResidentLoader,
     SampledLoader,
-    TrackedLoader,
     ViewPairSampler,
     synthetic,
 )
@@ -66,20 +63,6 @@ def test_samplers(duplicate: Any, make: Any) -> None:
     other.load_state_dict(other.state_dict())  # it has no iteration, whatever goes on here
     assert list(other) == whole[3 : len(sampler)]
     assert next(steps) == whole[3]  # and this one goes on
-
-
-@EACH_WAY
-def test_a_copy_of_a_tracked_sampler_stands_after_what_was_delivered(duplicate: Any) -> None:
-    data = TensorDataset(torch.arange(24))
-    sampler = OverlapBatchSampler(24, 8, seed=2)
-    whole = [[int(i) for i in batch] for batch in OverlapBatchSampler(24, 8, seed=2)]
-    batches = iter(TrackedLoader(DataLoader(data, batch_sampler=sampler, num_workers=2, prefetch_factor=8)))
-    next(batches)
-    other = duplicate(sampler)
-    assert sampler.epoch == 1  # all drawn
-    assert other.state_dict() == sampler.state_dict() and other.state_dict()["step"] == 1
-    other.load_state_dict(other.state_dict())
-    assert list(other) == whole[1:]
 
 
 @pytest.mark.parametrize("duplicate", WAYS[1:], ids=["deepcopy", "pickle"])

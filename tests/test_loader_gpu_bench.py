@@ -14,6 +14,8 @@ import torch
 
 from benchmarks import gpu_check
 
+pytestmark = pytest.mark.slow  # guards the benchmarks, not the package
+
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:

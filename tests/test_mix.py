@@ -11,6 +11,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import assert_same_batches
+from builders import batches as epochs
 from torch.utils.data import DataLoader
 
 from dlb_fast import LastBatchLoss
@@ -24,16 +26,15 @@ from dlb_fast.data import (
     OverlapBatchSampler,
     OverlapLoader,
     PadCrop,
-    RandomResizedCrop,
     ResidentLoader,
     SampledLoader,
     ViewPairSampler,
     collate_overlap,
-    mixing,
     pair_halves,
 )
-from dlb_fast.data.class_batches import ClassBatchSampler
-from dlb_fast.data.device_stream import Normalise
+from dlb_fast.data.sampler import ClassBatchSampler
+from dlb_fast.data.transforms import mixing
+from dlb_fast.data.transforms.normalise import Normalise
 
 torch.set_num_threads(1)
 
@@ -66,18 +67,6 @@ def content(batch: Batch) -> tuple[torch.Tensor, ...]:
     assert batch.target_b is not None and batch.lam is not None
     place = torch.tensor([batch.num_old, batch.epoch, batch.step])
     return batch.images, batch.targets, batch.ids, batch.target_b, batch.lam, place
-
-
-def same(first, second) -> None:
-    first, second = list(first), list(second)
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        for x, y in zip(content(a), content(b), strict=True):
-            assert torch.equal(x, y)
-
-
-def epochs(loader, count: int = 3) -> list[Batch]:
-    return [batch for _ in range(count) for batch in loader]
 
 
 def old_rows_are_the_new_rows_before(batches: list[Batch]) -> int:
@@ -177,8 +166,8 @@ def test_all_tiers_mix_alike(mix):
     options = {"transform": VIEWS, "seed": 4, "drop_last": False}
     expected = epochs(ResidentLoader(data, 8, mix=mix, **norm, **options))
     for threads in (1, 3):
-        with OverlapLoader(data, 8, mix=mix, num_threads=threads, check_threads=False, **norm, **options) as loader:
-            same(epochs(loader), expected)
+        with OverlapLoader(data, 8, mix=mix, num_threads=threads, **norm, **options) as loader:
+            assert_same_batches(epochs(loader), expected)
     sampler = OverlapBatchSampler(data, 8, seed=4, drop_last=False)
     dataset = IndexedDataset([load(data, i) for i in range(len(data))], VIEWS)
     normalise = Normalise(**norm)
@@ -187,16 +176,7 @@ def test_all_tiers_mix_alike(mix):
         for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_overlap):
             batch.images = normalise(batch.images.permute(0, 2, 3, 1).contiguous())
             own.append(mix(batch, seed=4, steps_per_epoch=len(sampler)))
-    same(own, expected)
-
-
-def test_views_cut_on_the_device_are_mixed_alike():
-    options = {"transform": RandomResizedCrop(8), "mix": MIXES[2], "check_threads": False, "num_threads": 2}
-    with (
-        OverlapLoader(random_images(), 8, augment_on="device", **options) as device,
-        OverlapLoader(random_images(), 8, augment_on="host", **options) as host,
-    ):
-        same(epochs(device), epochs(host))
+    assert_same_batches(own, expected)
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=NAMES)
@@ -211,7 +191,7 @@ def test_any_stop_point_resumes_with_the_same_mixes(mix):
         second = ResidentLoader(numbered(), 8, **options)
         second.load_state_dict(first.state_dict())
         resumed = next(iter(second))
-        same([resumed], [whole[stop]])
+        assert_same_batches([resumed], [whole[stop]])
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=NAMES)
@@ -219,7 +199,6 @@ def test_any_stop_point_resumes_with_the_same_mixes(mix):
 def test_two_ranks_mix_by_id_as_one(mix, kind):
     """Neighbours stay together when the rows of a global half are split."""
     options = {"mix": mix, "seed": 6, "transform": VIEWS}
-    options |= {"check_threads": False} if kind is OverlapLoader else {}
     data = random_images(40)
     one = epochs(kind(data, 16, **options))
     two = [epochs(kind(data, 8, rank=rank, world_size=2, **options)) for rank in range(2)]
@@ -260,7 +239,7 @@ def test_two_views_of_one_step_are_mixed_alike():
             half = len(batch) // 2
             for part in content(batch)[:-1]:
                 assert torch.equal(part[:half], part[half:])
-    with pytest.raises(ValueError, match="ClassBatchSampler belong together by their one class"):
+    with pytest.raises(ValueError, match="ClassBatchSampler, which groups rows by class"):
         SampledLoader(numbered(), ClassBatchSampler([0, 0, 1, 1], 4), mix=MIXES[0])
 
 
@@ -318,7 +297,7 @@ def test_dtypes_and_formats(dtype, channels_last):
 
 
 def test_plain_epochs_are_mixed_within_the_batch():
-    batches = epochs(ResidentLoader(numbered(), 8, repeat=False, mix=MIXES[0], shuffle=False))
+    batches = epochs(ResidentLoader(numbered(), 8, overlap=False, mix=MIXES[0], shuffle=False))
     again = epochs(ResidentLoader(numbered(), 16, mix=MIXES[0], shuffle=False))
     for batch, overlap in zip(batches, again, strict=True):  # unshuffled: the halves of twice the batch size
         assert batch.num_old == 0 and (batch.lam < 1).all()
@@ -344,4 +323,4 @@ def test_a_gpu_mixes_as_the_cpu_without_a_synchronisation(mix):
         got = [mix(b, steps_per_epoch=5) for b in batches]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    same([b.to("cpu") for b in got], expected)
+    assert_same_batches([b.to("cpu") for b in got], expected)

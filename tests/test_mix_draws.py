@@ -11,8 +11,8 @@ import torch
 from test_mix import MIXES, numbered
 
 from dlb_fast.data import Mix, OverlapLoader, ResidentLoader
-from dlb_fast.data.mixing import partners, symmetric_beta
-from dlb_fast.data.view_rng import Draws
+from dlb_fast.data.rng import Draws
+from dlb_fast.data.transforms.mixing import partners, symmetric_beta
 
 
 def test_shares_follow_beta_and_the_probabilities_hold():

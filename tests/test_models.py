@@ -99,15 +99,19 @@ def torchvision_names(blocks: tuple[int, ...], convolutions: int, first_projects
 
 @pytest.mark.parametrize(
     ("name", "blocks", "convolutions", "first_projects"),
-    [("resnet18_imagenet", (2, 2, 2, 2), 2, False), ("resnet50", (3, 4, 6, 3), 3, True)],
+    [
+        ("resnet18_imagenet", (2, 2, 2, 2), 2, False),
+        ("resnet50", (3, 4, 6, 3), 3, True),
+        ("resnet18", (2, 2, 2, 2), 2, False),
+    ],
 )
-def test_imagenet_networks_have_torchvisions_state_names(name, blocks, convolutions, first_projects):
+def test_resnets_have_torchvisions_state_names(name, blocks, convolutions, first_projects):
     with torch.device("meta"):
         model = create_model(name, 1000, 3)
     assert set(model.state_dict()) == torchvision_names(blocks, convolutions, first_projects)
     convs = {n: m.stride[0] for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert {n: stride for n, stride in convs.items() if stride != 1} == {
-        "conv1": 2,
+        **({} if name == "resnet18" else {"conv1": 2}),
         **{f"layer{stage}.0.conv{2 if convolutions == 3 else 1}": 2 for stage in (2, 3, 4)},  # v1.5: in the 3x3
         **{f"layer{stage}.0.downsample.0": 2 for stage in (2, 3, 4)},
     }
@@ -121,9 +125,9 @@ def test_forward_and_gradient_are_finite():
 
 
 def test_option_a_shortcut_keeps_pixels_and_adds_zero_channels():
-    block = create_model("resnet32a", 10, 3).stages[1][0]
+    block = create_model("resnet32a", 10, 3).layer2[0]
     x = torch.randn(2, 16, 4, 4)
-    out = block.shortcut(x)
+    out = block.downsample(x)
     assert out.shape == (2, 32, 2, 2)
     assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
     assert out[:, :8].abs().sum() == 0 and out[:, 24:].abs().sum() == 0

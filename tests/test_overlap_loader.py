@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import wait_for
 from torch.utils.data import DataLoader
 
 from dlb_fast.data.batch import Batch
-from dlb_fast.data.overlap_loader import OverlapLoader
+from dlb_fast.data.loaders.overlap import OverlapLoader
+from dlb_fast.data.rng import ViewRng
 from dlb_fast.data.sampler import IndexedDataset, OverlapBatchSampler, collate_overlap
-from dlb_fast.data.view_rng import ViewRng
 
 
 class Images:
@@ -50,7 +51,7 @@ def jittered(image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
 
 
 def loader(data: Any = None, batch_size: int = 8, **options: Any) -> OverlapLoader:
-    defaults = {"transform": crop, "num_threads": 2, "dtype": torch.uint8, "check_threads": False, "timeout": 20}
+    defaults = {"transform": crop, "num_threads": 2, "dtype": torch.uint8, "timeout": 20}
     return OverlapLoader(data if data is not None else Images(), batch_size, **{**defaults, **options})
 
 
@@ -172,7 +173,7 @@ def test_state_is_small_and_counts_delivered_batches_only() -> None:
         iterator = iter(source)
         for _ in range(2):
             next(iterator)
-        time.sleep(0.1)  # the threads are ahead by now
+        wait_for(lambda: source.stats().reads > 12, "threads that read ahead")
         state = source.state_dict()
         assert (state["epoch"], state["step"]) == (0, 2)
         assert all(isinstance(v, (int, bool)) for v in state.values())

@@ -13,9 +13,9 @@ import torch
 from loader_files import loader, make_files
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlb_fast.data import Compose, Cutout, Flip, OverlapLoader, RandomResizedCrop, ViewRng, direct, pipeline
-from dlb_fast.data.compiled import resized_crops
-from dlb_fast.data.direct import direct_writer
+from dlb_fast.data import Compose, Cutout, Flip, OverlapLoader, RandomResizedCrop, ViewRng
+from dlb_fast.data.transforms.crops import CompiledCrop, resized_crops
+from dlb_fast.data.transforms.normalise import Normalise
 
 FLIPS: list[Any] = [None, Flip(), Flip(1.0), Flip(0.0), Flip(alternate=True)]
 
@@ -29,46 +29,47 @@ def picture(layout: str, channels: int, height: int, width: int) -> torch.Tensor
     return (pixels if layout == "window" else pixels.contiguous()).permute(2, 0, 1)
 
 
-@pytest.fixture(params=["op", "torch"])
-def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of making a view in its row."""
-    if request.param == "torch":
-        monkeypatch.setattr(direct, "resized_crops", lambda: None)
-    elif resized_crops() is None:
+@pytest.fixture(autouse=True)
+def needs_the_op() -> None:
+    if resized_crops() is None:
         pytest.skip("the op is not built here")
-    return str(request.param)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("layout", ["channels last", "channels first", "window"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("flip", FLIPS, ids=repr)
-def test_equal_to_the_transform(layout: str, channels: int, flip: Any, maker: str) -> None:
+def test_equal_to_the_transform(layout: str, channels: int, flip: Any, dtype: torch.dtype) -> None:
     crop = RandomResizedCrop(8, scale=(0.05, 1.0))
     transform = Compose([crop] if flip is None else [crop, flip])
-    write = direct_writer(transform)
-    assert write is not None and write.__qualname__.startswith(f"_by_{maker}")
+    write = CompiledCrop.of(transform)
+    assert write is not None and write.size == 8
+    mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.4)[:channels]
+    normalise = Normalise(mean, std, dtype)
+    table = normalise.table(channels) if dtype == torch.float32 else None
     for height, width in ((8, 8), (13, 29), (40, 7), (1, 5)):
         image = picture(layout, channels, height, width)
         for rows in (torch.zeros(3, 8, 8, channels), torch.zeros(3, channels, 8, 8).permute(0, 2, 3, 1)):
-            batch = rows.to(torch.uint8)
+            batch = rows.to(dtype)
             other = torch.zeros_like(batch)
             for sample in range(6):
-                wanted = [transform(image, ViewRng(1, 2, sample, use)) for use in (0, 1)]
+                views = [transform(image, ViewRng(1, 2, sample, view)) for view in (0, 1)]
+                wanted = normalise(torch.stack(views).permute(0, 2, 3, 1))
                 places = [(ViewRng(1, 2, sample, 0), batch, 1), (ViewRng(1, 2, sample, 1), other, 2)]
-                write(image, places if sample % 3 else places[:1])
+                write(image, places if sample % 3 else places[:1], table)
                 assert torch.equal(batch[1].permute(2, 0, 1), wanted[0])
                 assert not sample % 3 or torch.equal(other[2].permute(2, 0, 1), wanted[1])
             assert not batch[0].any() and not batch[2].any() and not other[:2].any()
 
 
-def test_only_what_is_known_is_written_directly() -> None:
+def test_only_a_crop_alone_or_before_a_flip_is_compiled() -> None:
     class Mine(RandomResizedCrop):
         pass
 
-    assert direct_writer(RandomResizedCrop(8)) is not None
+    assert CompiledCrop.of(RandomResizedCrop(8)) is not None
     for other in (None, Flip(), Mine(8), Compose([Flip(), RandomResizedCrop(8)]), lambda image, rng: image):
-        assert direct_writer(other) is None
-    assert direct_writer(Compose([RandomResizedCrop(8), Flip(), Cutout(2)])) is None
+        assert CompiledCrop.of(other) is None
+    assert CompiledCrop.of(Compose([RandomResizedCrop(8), Flip(), Cutout(2)])) is None
 
 
 class Pictures:
@@ -86,36 +87,45 @@ class Pictures:
         return picture(["channels last", "channels first", "window"][i % 3], 3, 10 + 3 * i, 40 - 2 * i)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_loader_batches_do_not_change(
-    dtype: torch.dtype, channels_last: bool, maker: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = []
+    """The ordinary loader, normalised float32 on a CPU, writes its views by the compiled crop too."""
+    written: list[int] = []
+    call = CompiledCrop.__call__
 
-    def batches(direct: bool) -> list[torch.Tensor]:
-        def writer(transform: object) -> Any:
-            write = direct_writer(transform)
-            assert write is not None
-            return (lambda *args: (written.append(1), write(*args))) if direct else None
+    def counted(self: CompiledCrop, image: Any, rows: Any, table: Any) -> None:
+        written.append(len(rows))
+        call(self, image, rows, table)
 
-        monkeypatch.setattr(pipeline, "direct_writer", writer)
-        options: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "check_threads": False}
+    def batches() -> list[torch.Tensor]:
         with OverlapLoader(
-            Pictures(), 4, transform=Compose([RandomResizedCrop(8), Flip()]), num_threads=2,
-            load=lambda d, i: (d.get(i), d.targets[i]), **options,
-        ) as loader:  # fmt: skip
+            Pictures(),
+            4,
+            transform=Compose([RandomResizedCrop(8), Flip()]),
+            num_threads=2,
+            load=lambda d, i: (d.get(i), d.targets[i]),
+            dtype=dtype,
+            channels_last=channels_last,
+            mean=(0.4, 0.5, 0.6),
+            std=(0.2, 0.3, 0.4),
+        ) as loader:
             return [batch.images for _ in range(2) for batch in loader]
 
-    for mine, general in zip(batches(True), batches(False), strict=True):
+    monkeypatch.setattr(CompiledCrop, "__call__", counted)
+    compiled = batches()
+    assert bool(written) == (dtype != torch.float16)  # each view of which has to be converted
+    monkeypatch.setattr(CompiledCrop, "of", classmethod(lambda cls, transform: None))
+    for mine, general in zip(compiled, batches(), strict=True):
         assert torch.equal(mine, general) and mine.stride() == general.stride()
-    assert bool(written) == (dtype == torch.uint8)  # else there is a conversion to make
 
 
 @pytest.mark.parametrize("odd", ["grey", "float"])
 def test_an_image_that_does_not_fit_is_named(odd: str) -> None:
     with OverlapLoader(
-        Pictures(odd), 4, transform=RandomResizedCrop(8), num_threads=2, dtype=torch.uint8, check_threads=False,
+        Pictures(odd), 4, transform=RandomResizedCrop(8), num_threads=2, dtype=torch.uint8,
         shuffle=False, load=lambda d, i: (d.get(i), d.targets[i]),
     ) as loader, pytest.raises(ValueError, match="views of one size are needed: sample 5"):  # fmt: skip
         list(loader)

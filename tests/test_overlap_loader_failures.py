@@ -13,10 +13,9 @@ import pytest
 import torch
 from loader_files import Files, assert_no_threads, corner, jpeg, loader, make_files, threads
 
-from dlb_fast.data import ResidentLoader, SampledLoader, ViewPairSampler, synthetic
-from dlb_fast.data.decode import ImageDecoder
-from dlb_fast.data.errors import SampleError
-from dlb_fast.data.view_rng import ViewRng
+from dlb_fast.data import ResidentLoader, SampledLoader, SampleError, ViewPairSampler, synthetic
+from dlb_fast.data.decode.decode import ImageDecoder
+from dlb_fast.data.rng import ViewRng
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import threading
 import time
 
 import pytest
+from builders import PATIENCE, wait_for
 
+from dlb_fast.data.loaders.ring import Item, Slot, SlotRing
 from dlb_fast.data.plan import OverlapPlan
-from dlb_fast.data.slots import Item, Slot, SlotRing
 
 PLAN = OverlapPlan(20, 4, seed=1)  # five halves per epoch
 
@@ -57,7 +58,7 @@ def test_a_slot_is_used_again_only_after_its_release() -> None:
     assert slot.step == 0
     ring.release(slot)
     opened = drain(ring)
-    assert {s.step for i in opened for _, s, _ in i.targets} == {2, 3} and slot.step == 3
+    assert {s.step for i in opened for _, s, _ in i.views} == {2, 3} and slot.step == 3
     with pytest.raises(RuntimeError, match="expected step 1, got 3"):
         ring.release(slot)
 
@@ -67,11 +68,11 @@ def test_a_resumed_ring_carries_the_half_before_with_its_second_use_only() -> No
     items = drain(ring)
     carried, new = items[:4], items[4:8]
     assert [i.sample for i in carried] == PLAN.half(1, 1).tolist()
-    assert [(i.epoch, [(u, s.step, r) for u, s, r in i.targets]) for i in carried] == [
+    assert [(i.epoch, [(u, s.step, r) for u, s, r in i.views]) for i in carried] == [
         (1, [(1, 7, row)]) for row in range(4)
     ]
     assert [i.sample for i in new] == PLAN.half(1, 2).tolist()
-    assert [[(u, s.step, r) for u, s, r in i.targets] for i in new] == [
+    assert [[(u, s.step, r) for u, s, r in i.views] for i in new] == [
         [(0, 7, 4 + row), (1, 8, row)] for row in range(4)
     ]
 
@@ -80,7 +81,8 @@ def test_the_error_of_the_lowest_row_wins_and_the_batch_still_completes() -> Non
     ring = SlotRing(PLAN, 0, start=0, depth=1)
     items = drain(ring)
     for item in reversed(items):
-        ring.finish(item, ValueError(str(item.row)) if item.row in (1, 2) and item.targets[0][1].step == 0 else None)
+        _, slot, row = item.views[0]
+        ring.finish(item, ValueError(str(row)) if row in (1, 2) and slot.step == 0 else None)
     slot = ring.wait(0)
     assert slot is not None and str(slot.error) == "1"
 
@@ -112,7 +114,7 @@ def test_any_order_of_threads_fills_every_row_once(seed: int) -> None:
         own = random.Random(rng.random())
         while (item := ring.take()) is not None:
             with guard:
-                for _, slot, row in item.targets:
+                for _, slot, row in item.views:
                     if slot.step in in_use:
                         violations.append(f"row {row} written into delivered step {slot.step}")
                     rows = written.setdefault(slot.step, set())
@@ -126,18 +128,18 @@ def test_any_order_of_threads_fills_every_row_once(seed: int) -> None:
     for thread in threads:
         thread.start()
     for _ in range(60):
-        slot = ring.wait(10)
+        slot = ring.wait(PATIENCE)
         assert slot is not None
         with guard:
             in_use.add(slot.step)
             assert written[slot.step] == set(range(slot.rows))
-        assert slot.rows == slot.num_old + plan.rows_of(slot.step % plan.halves_per_epoch)
+        assert slot.rows == slot.num_old + plan.rows_of(slot.step % plan.steps_per_epoch)
         with guard:
             in_use.discard(slot.step)
         ring.release(slot)
     ring.stop()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE)
     assert not violations and not any(t.is_alive() for t in threads)
 
 
@@ -151,7 +153,7 @@ def test_stop_may_come_from_inside_a_locked_region() -> None:
 
     thread = threading.Thread(target=stop_inside, daemon=True)
     thread.start()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert not thread.is_alive() and ring.take() is None
 
 
@@ -164,7 +166,7 @@ def test_threads_count_how_long_they_wait_for_room() -> None:
     pool = [threading.Thread(target=lambda: taken.append(ring.take())) for _ in range(2)]
     for thread in pool:
         thread.start()
-    time.sleep(0.1)
+    wait_for(lambda: ring.idle_seconds() > 0.1, "threads that wait for room")
     waiting = ring.idle_seconds()  # those who still wait count
     slot = ring.wait(0)
     assert slot is not None

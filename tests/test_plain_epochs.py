@@ -1,4 +1,4 @@
-"""`repeat=False`: plain epochs, every sample once, shuffled anew, in the views of an overlap loader's new rows."""
+"""`overlap=False`: plain epochs, every sample once, shuffled anew, in the views of an overlap loader's new rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dlb_fast.data import Compose, Cutout, Flip, OverlapLoader, PadCrop, RandomResizedCrop, ResidentLoader, synthetic
+from dlb_fast.data import Compose, Cutout, Flip, OverlapLoader, PadCrop, ResidentLoader, synthetic
+from dlb_fast.data.loaders.ring import SlotRing
 from dlb_fast.data.plan import OverlapPlan
-from dlb_fast.data.slots import SlotRing
 
 VIEWS = Compose([PadCrop(2), Flip(), Cutout(3)])
 
@@ -26,7 +26,7 @@ def data(length: int = 23) -> Any:
 
 
 def make(kind: Any, batch_size: int, **options: Any) -> Any:
-    extra = {"num_threads": 3, "check_threads": False, "timeout": 20} if kind is OverlapLoader else {}
+    extra = {"num_threads": 3, "timeout": 20} if kind is OverlapLoader else {}
     return kind(data(), batch_size, **{"transform": VIEWS, **options, **extra})
 
 
@@ -46,8 +46,8 @@ def test_the_views_of_the_new_rows_of_twice_the_batch(kind: Any, drop_last: bool
             for image, sample in zip(batch.new, batch.ids[batch.num_old :].tolist(), strict=True):
                 views[batch.epoch, sample] = image
     plan, shared = OverlapPlan(23, rows, overlap=False, **options), 0
-    with make(kind, rows, repeat=False, **options) as plain:
-        assert plain.batch_size == plain.half == rows and len(plain) == plan.halves_per_epoch
+    with make(kind, rows, overlap=False, **options) as plain:
+        assert plain.batch_size == plain.half == rows and len(plain) == plan.steps_per_epoch
         for batch in (batch for _ in range(3) for batch in plain):
             assert batch.ids.tolist() == plan.half(batch.epoch, batch.step).tolist() and not batch.has_old
             for image, sample in zip(batch.images, batch.ids.tolist(), strict=True):
@@ -60,34 +60,28 @@ def test_the_views_of_the_new_rows_of_twice_the_batch(kind: Any, drop_last: bool
 @pytest.mark.parametrize("kind", [ResidentLoader, OverlapLoader])
 def test_two_steps_per_epoch_are_shuffled_between_the_steps(kind: Any) -> None:
     """Only a repeated half forces the sets of the two halves."""
-    with make(kind, 11, repeat=False) as plain:
+    with make(kind, 11, overlap=False) as plain:
         epochs = [list(plain) for _ in range(5)]
     assert len({frozenset(batches[0].ids.tolist()) for batches in epochs}) == 5
 
 
 def test_a_state_knows_whether_halves_are_repeated() -> None:
     both = {"shuffle": False, "drop_last": True}
-    plain, repeated = make(ResidentLoader, 4, repeat=False, **both), make(OverlapLoader, 8, **both)
-    with repeated, pytest.raises(ValueError, match="repeat was False when the state was saved and is True here"):
+    plain, repeated = make(ResidentLoader, 4, overlap=False, **both), make(OverlapLoader, 8, **both)
+    with repeated, pytest.raises(ValueError, match="overlap was False when the state was saved and is True here"):
         repeated.load_state_dict(plain.state_dict())
-    state = repeated.state_dict()
-    with pytest.raises(ValueError, match="repeat was True when the state was saved and is False here"):
-        plain.load_state_dict(state)
-    del state["repeat"]  # as it was saved once
-    repeated.load_state_dict({**state, "step": 2})
-    assert repeated.state_dict()["step"] == 2
-    with pytest.raises(ValueError, match="repeat was True when the state was saved and is False here"):
-        plain.load_state_dict(state)
+    with pytest.raises(ValueError, match="overlap was True when the state was saved and is False here"):
+        plain.load_state_dict(repeated.state_dict())
 
 
 def test_ranks_share_the_epoch() -> None:
-    ranks = [stream(make(OverlapLoader, 4, repeat=False, rank=rank, world_size=2), 1) for rank in range(2)]
+    ranks = [stream(make(OverlapLoader, 4, overlap=False, rank=rank, world_size=2), 1) for rank in range(2)]
     ids = [i for batches in ranks for batch in batches for i in batch[2]]
     assert len(ids) == 16 and len(set(ids)) == 16
 
 
 def test_every_stop_point_resumes() -> None:
-    options = {"repeat": False, "drop_last": False}
+    options = {"overlap": False, "drop_last": False}
     whole = stream(make(OverlapLoader, 5, **options))
     for stop in range(len(whole)):
         with make(OverlapLoader, 5, **options) as first:
@@ -107,10 +101,10 @@ def test_one_view_and_one_read_per_sample_and_epoch() -> None:
 
     def view(image: torch.Tensor, rng: Any) -> torch.Tensor:
         with guard:
-            seen[rng.epoch, rng.sample, rng.use] += 1
+            seen[rng.epoch, rng.sample, rng.view] += 1
         return image
 
-    with OverlapLoader(data(length), 6, repeat=False, transform=view, num_threads=2, check_threads=False) as loader:
+    with OverlapLoader(data(length), 6, overlap=False, transform=view, num_threads=2) as loader:
         for _ in range(2):
             assert [len(batch) for batch in loader] == [6] * 4
         stats = loader.stats()
@@ -122,12 +116,12 @@ def test_one_view_and_one_read_per_sample_and_epoch() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_ring_runs_ahead_by_the_depth(depth: int) -> None:
-    ring = SlotRing(OverlapPlan(20, 4), 0, start=3, depth=depth, repeat=False)
+    ring = SlotRing(OverlapPlan(20, 4, overlap=False), 0, start=3, depth=depth)
     items = []
     while ring._may_take():
         items.append(ring.take())
     assert len(items) == 4 * (depth + 1) and len(ring.slots) == depth + 1
-    assert {len(item.targets) for item in items if item} == {1}
+    assert {len(item.views) for item in items if item} == {1}
     for item in items[4:]:
         assert item is not None
         ring.finish(item)
@@ -139,28 +133,10 @@ def test_the_ring_runs_ahead_by_the_depth(depth: int) -> None:
     assert slot is not None and (slot.step, slot.num_old, slot.rows) == (3, 0, 4)
 
 
-def test_views_cut_on_the_device() -> None:
-    """Also when a later batch is complete before an earlier one: the ring must not take its images along half done."""
-    options: dict[str, Any] = {
-        "transform": Compose([RandomResizedCrop(6), Flip()]),
-        "drop_last": False,
-        "repeat": False,
-    }
-    expected = stream(make(OverlapLoader, 4, **options))
-
-    def slow(dataset: Any, index: int) -> Any:
-        if index % 5 == 0:
-            threading.Event().wait(0.02)
-        return dataset.images[index], int(dataset.targets[index])
-
-    for depth in (1, 3):
-        assert stream(make(OverlapLoader, 4, augment_on="device", load=slow, depth=depth, **options)) == expected
-
-
-def test_repeat_is_a_bool_and_sizes_are_checked() -> None:
-    with pytest.raises(TypeError, match="repeat must be True or False, got 'no'"):
-        make(ResidentLoader, 4, repeat="no")
+def test_overlap_is_a_bool_and_sizes_are_checked() -> None:
+    with pytest.raises(TypeError, match="overlap must be True or False, got 'no'"):
+        make(ResidentLoader, 4, overlap="no")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        make(OverlapLoader, 0, repeat=False)
+        make(OverlapLoader, 0, overlap=False)
     with pytest.raises(ValueError, match="batch_size must be even"):
         make(ResidentLoader, 5)

@@ -13,11 +13,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dlb_fast.data import (
     Batch,
+    ClassBatchSampler,
     IndexedDataset,
     OverlapBatchSampler,
     collate_overlap,
+    collate_rows,
 )
-from dlb_fast.data._cursor import Cursor
+from dlb_fast.data.position import StreamPosition
 
 EPOCHS = 3
 
@@ -40,7 +42,7 @@ def plain(batches):
 
 
 def tagged(batch):
-    return [(int(i), i.epoch, i.use, i.step, i.seed) for i in batch]
+    return [(int(i), i.epoch, i.view, i.step, i.seed) for i in batch]
 
 
 def stream(sampler, epochs=EPOCHS):
@@ -59,7 +61,7 @@ def test_every_batch_is_the_old_half_in_order_and_a_new_half():
                     num_old = sampler.num_old(epoch, step)
                     assert num_old == len(before)
                     assert plain([batch])[0][:num_old] == before
-                    assert [i.use for i in batch] == [1] * num_old + [0] * (len(batch) - num_old)
+                    assert [i.view for i in batch] == [1] * num_old + [0] * (len(batch) - num_old)
                     assert {i.epoch for i in batch[num_old:]} == {epoch}
                     before = plain([batch])[0][num_old:]
                     assert before
@@ -144,7 +146,7 @@ def test_state_is_constant_size_and_flat():
         "world_size": 2,
         "shuffle": True,
         "drop_last": False,
-        "repeat": True,
+        "overlap": True,
     }
 
 
@@ -155,7 +157,7 @@ def test_another_world_size_continues_the_same_global_order():
             if state:
                 sampler.load_state_dict(state)
         steps = zip(*(itertools.islice(itertools.chain(s, s), count) for s in samplers), strict=True)
-        new = [[int(i) for batch in batches for i in batch if i.use == 0] for batches in steps]
+        new = [[int(i) for batch in batches for i in batch if i.view == 0] for batches in steps]
         return new, samplers[0].state_dict()
 
     whole, _ = global_order(1, 8, None, 11)
@@ -237,12 +239,13 @@ def test_an_iteration_left_early_starts_again_where_it_began():
 
 
 def test_looking_at_the_next_place_does_not_deliver_it():
-    cursor = Cursor(OverlapBatchSampler(20, 4).plan, "test")
-    iteration = cursor.iterate()
-    assert iteration.peek() == iteration.peek() == (0, 0) and cursor.step == 0
-    assert iteration.advance() == (0, 0) and cursor.step == 1
-    again = cursor.iterate()
-    assert again.peek() == (0, 0) and cursor.step == 0  # the one before was left early
+    position = StreamPosition(OverlapBatchSampler(20, 4).plan, "test")
+    iteration = position.iterate()
+    assert iteration.peek() == iteration.peek() == (0, 0) and position.step == 0
+    iteration.advance()
+    assert position.step == 1
+    again = position.iterate()
+    assert again.peek() == (0, 0) and position.step == 0  # the one before was left early
 
 
 def test_a_stale_iterator_raises():
@@ -318,46 +321,39 @@ def dataset(length=22):
     return IndexedDataset(TensorDataset(torch.arange(length) * 10, torch.arange(length) % 3))
 
 
+def seen(batch):
+    assert isinstance(batch, Batch) and torch.equal(batch.images, batch.ids * 10)
+    assert torch.equal(batch.targets, batch.ids % 3)
+    return batch.ids.tolist(), batch.num_old, batch.epoch, batch.step
+
+
+def expected(batch):
+    new = [b for b in batch if b[2] == 0]
+    return [b[0] for b in batch], len(batch) - len(new), new[0][1], new[0][3]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_in_a_dataloader_with_exact_delivered_state(workers):
-    whole = stream(OverlapBatchSampler(22, 4, drop_last=False, seed=1))
+def test_in_a_dataloader_with_the_state_after_what_was_delivered(workers):
+    whole = [expected(b) for b in stream(OverlapBatchSampler(22, 4, drop_last=False, seed=1))]
 
     def loader(sampler):
         return DataLoader(dataset(), batch_sampler=sampler, num_workers=workers, collate_fn=collate_overlap)
 
-    def seen(batch):
-        assert isinstance(batch, Batch) and torch.equal(batch.images, batch.ids * 10)
-        assert torch.equal(batch.targets, batch.ids % 3)
-        return batch.ids.tolist(), batch.num_old, batch.epoch, batch.step
-
-    def expected(batch):
-        new = [b for b in batch if b[2] == 0]
-        return [b[0] for b in batch], len(batch) - len(new), new[0][1], new[0][3]
-
-    for stop in (0, 1, 10, 11, 12):
+    for stop in (0, 1, 10, 11):
         sampler = OverlapBatchSampler(22, 4, drop_last=False, seed=1)
-        batches = loader(sampler)
-        got = [seen(b) for b in sampler.track(batches)] if stop > 11 else []
-        taken = sampler.track(batches)
-        while len(got) < stop:
-            got.append(seen(next(taken)))
-        state = sampler.state_dict()
-        if stop not in (11, 0):
-            assert state == sampler.state_dict(delivered=stop % 11)
-        taken.close()
-        assert state == sampler.state_dict()
+        got = [seen(b) for b in itertools.islice(loader(sampler), stop)]
         resumed = OverlapBatchSampler(22, 4, drop_last=False, seed=1)
-        resumed.load_state_dict(state)
+        resumed.load_state_dict(sampler.state_dict(delivered=stop))
         batches = loader(resumed)
         while len(got) < 2 * 11:
             got += [seen(b) for b in batches]
-        assert got == [expected(b) for b in whole[:22]], stop
+        assert got == whole[:22], stop
 
 
 def test_delivered_beyond_what_was_drawn():
     sampler = OverlapBatchSampler(20, 4)
     next(iter(sampler))
-    with pytest.raises(ValueError, match="delivered=2, but only 1 batches were drawn"):
+    with pytest.raises(ValueError, match="delivered must be at most 1, .* got 2"):
         sampler.state_dict(delivered=2)
     with pytest.raises(ValueError, match="delivered must be at least 0, got -1"):
         sampler.state_dict(delivered=-1)
@@ -366,26 +362,60 @@ def test_delivered_beyond_what_was_drawn():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [3, 11, 14])
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's own, with new torch
-def test_torchdatas_stateful_dataloader(workers, stop):
+def test_torchdatas_stateful_dataloader_resumes_exactly_at_every_stop(workers):
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
-    whole = [[b[0] for b in batch] for batch in stream(OverlapBatchSampler(22, 4, seed=1))]
+    whole = [expected(b) for b in stream(OverlapBatchSampler(10, 4, drop_last=False, seed=1), 6)]
+    assert len(whole) == 6 * 5
 
     def loader():
-        sampler = OverlapBatchSampler(22, 4, seed=1)
         return torchdata.StatefulDataLoader(
-            dataset(), batch_sampler=sampler, num_workers=workers, collate_fn=collate_overlap
+            dataset(10),
+            batch_sampler=OverlapBatchSampler(10, 4, drop_last=False, seed=1),
+            num_workers=workers,
+            collate_fn=collate_overlap,
         )
 
+    # Epochs end at 5 and 10. Two processes for each loader cost a second.
+    for stop in range(1, 12) if workers == 0 else (1, 4, 5, 6, 10):
+        first = loader()
+        got = [seen(b) for b in itertools.islice(itertools.chain(first, first, first), stop)]
+        state = json.loads(json.dumps(first.state_dict(), default=repr)) if workers == 0 else first.state_dict()
+        second = loader()
+        second.load_state_dict(state)
+        for _ in range(3):
+            got += [seen(b) for b in second]
+        assert got == whole[: len(got)] and len(got) > 10, stop
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_torchdatas_stateful_dataloader_with_companions():
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    targets = [i % 3 for i in range(12)]
+
+    def loader():
+        sampler = ClassBatchSampler(targets, 6, companions=2, seed=2)
+        return torchdata.StatefulDataLoader(dataset(12), batch_sampler=sampler, collate_fn=collate_rows)
+
+    whole = [b.ids.tolist() for b in loader()]
     first = loader()
-    head = list(itertools.islice(itertools.chain(first, first), stop))
-    state = first.state_dict()
+    head = [b.ids.tolist() for b in itertools.islice(first, 2)]
     second = loader()
-    second.load_state_dict(state)
-    tail = [b for _ in range(2) for b in second]
-    got = [b.ids.tolist() for b in head + tail]
-    assert got == whole[: len(got)] and len(got) >= 22
+    second.load_state_dict(first.state_dict())
+    assert head + [b.ids.tolist() for b in second] == whole and len(whole) == 6
+
+
+@pytest.mark.parametrize("wrong", [OverlapBatchSampler(8, 4), DataLoader([0, 1, 2, 3])], ids=["sampler", "loader"])
+def test_a_sampler_or_a_loader_is_no_dataset(wrong):
+    with pytest.raises(TypeError, match=r"expected a dataset or its length, got a .*Subset\(dataset, indices\)"):
+        OverlapBatchSampler(wrong, 2)
+
+
+def test_without_drop_last_a_set_may_be_smaller_than_half_a_batch():
+    assert stream(OverlapBatchSampler(3, 8, drop_last=False, shuffle=False), 2) == [
+        [(i, 0, 0, 0, 0) for i in range(3)],
+        [(i, 0, 1, 0, 0) for i in range(3)] + [(i, 1, 0, 0, 0) for i in range(3)],
+    ]
 
 
 def test_transform_and_collate_refuse_plain_indices():

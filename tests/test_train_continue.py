@@ -1,32 +1,25 @@
 """A continuation with other numbers: it takes them, or is refused and leaves the run as it was."""
 
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from builders import last_checkpoint, train
 
-from dlb_fast.presets import get_preset
-from dlb_fast.train import build, state
+from dlb_fast import cli
+from dlb_fast.presets import load_preset
+from dlb_fast.train import checkpoint
+from dlb_fast.train.checkpoint import CheckpointError
 from dlb_fast.train.config import override
-from dlb_fast.train.optim import make_optimizer
-from dlb_fast.train.run_folder import RunFolder
-from dlb_fast.train.schedule import lr_factor
+from dlb_fast.train.loop import Trainer
+from dlb_fast.train.optim import lr_factor, make_optimizer
+from dlb_fast.train.run import RunFolder
 
 torch.set_num_threads(1)
 
 # 4 steps per epoch
-SMALL = override(get_preset("digits").config, per_class=4, batch_size=20, epochs=2, eval_every=None, log_every=1)
-
-
-def train(config, path, *, resume=False):
-    return build.train_run(config, RunFolder(path), resume=resume, quiet=True)
-
-
-def saved(path):
-    return state.read_checkpoint(sorted(Path(path, "checkpoints").glob("step-*.pt"))[-1])
+SMALL = override(load_preset("digits"), per_class=4, batch_size=20, epochs=2, eval_every=None, log_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -38,43 +31,38 @@ def begun(tmp_path_factory):
 
 @pytest.fixture
 def run(begun, tmp_path):
-    import shutil
-
     return Path(shutil.copytree(begun, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
-    ("first", "changed", "expected"),
+    ("first", "changed"),
     [
-        ({}, {"momentum": 0.1, "nesterov": False, "weight_decay": 0.1},
-         {"momentum": 0.1, "nesterov": False, "weight_decay": 0.1}),
-        ({"optimizer": "adamw"}, {"betas": (0.5, 0.6)}, {"betas": (0.5, 0.6)}),
+        ({}, {"momentum": 0.1, "nesterov": False, "weight_decay": 0.1}),
+        ({"optimizer": "adamw"}, {"betas": (0.5, 0.6)}),
     ],
-)  # fmt: skip
-def test_a_continuation_uses_the_numbers_it_says(first, changed, expected, tmp_path):
+)
+def test_a_continuation_uses_the_numbers_it_says(first, changed, tmp_path):
     config = override(SMALL, **first)
     train(config, tmp_path)
     longer = override(config, epochs=4, lr=0.2, **changed)
     train(longer, tmp_path, resume=True)
-    (group,) = saved(tmp_path)["optimizer"]["param_groups"]
-    assert {name: type(value)(group[name]) for name, value in expected.items()} == expected
-    assert group["initial_lr"] == 0.2 and saved(tmp_path)["scheduler"]["base_lrs"] == [0.2]
+    (group,) = last_checkpoint(tmp_path)["optimizer"]["param_groups"]
+    assert {name: type(value)(group[name]) for name, value in changed.items()} == changed
+    assert group["initial_lr"] == 0.2 and last_checkpoint(tmp_path)["scheduler"]["base_lrs"] == [0.2]
 
 
 def test_the_rate_of_the_first_step_after_a_resume_is_that_of_the_new_length(run, monkeypatch):
-    from dlb_fast.train.engine import Trainer
-
-    used, original = [], Trainer._optimizer_step
+    used, original = [], Trainer.optimizer_step
 
     def noting(self):
         used.append(self.optimizer.param_groups[0]["lr"])
         original(self)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", noting)
+    monkeypatch.setattr(Trainer, "optimizer_step", noting)
     config = override(SMALL, epochs=4, lr=0.2)
     train(config, run, resume=True)
-    rates = [0.2 * lr_factor(s, config.schedule, total_steps=16, steps_per_epoch=4, peak=0.2) for s in range(8, 16)]
-    assert used == rates
+    numbers = {"config": config.schedule, "total_steps": 16, "steps_per_epoch": 4, "peak": 0.2}
+    assert used == [0.2 * lr_factor(step, **numbers) for step in range(8, 16)]
 
 
 def test_an_optimiser_keeps_its_decay_groups(tmp_path):
@@ -104,42 +92,47 @@ def test_a_refused_continuation_leaves_the_run_as_it_was(changed, said, run):
         return {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
     before = files()
-    with pytest.raises((ValueError, state.CheckpointError), match=said):
+    with pytest.raises((ValueError, CheckpointError), match=said):
         train(override(SMALL, epochs=4, lr=0.2, **changed), run, resume=True)
     assert files() == before
     assert train(override(SMALL, epochs=4), run, resume=True)["step"] == 16
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_checkpoint_beyond_the_resume_makes_room_first(keep, tmp_path):
-    """It could not be used; were it counted as the newest, it would outlive every good one."""
+def test_later_checkpoints_count_as_the_oldest(keep, tmp_path):
+    """A resume has skipped them. By name they are the newest, and would be kept in place of every good one."""
     (tmp_path / "step-000000009.pt").write_bytes(b"damaged")
     for step in (5, 6, 7):
-        path = state.save_checkpoint(tmp_path, {"step": step}, keep=keep)
+        path = checkpoint.save_checkpoint(tmp_path, {"step": step}, keep=keep)
         assert path.exists()
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == [f"step-{step:09d}.pt" for step in range(8 - keep, 8)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{step:09d}.pt" for step in range(8 - keep, 8)]
 
 
-def test_two_processes_do_not_train_in_one_folder(run):
-    first = RunFolder(run)
-    first.hold()
-    code = (
-        "import sys; from dlb_fast.cli import main; "
-        "sys.exit(main(['train', '--resume', '--epochs', '3', '--quiet', '--out', sys.argv[1]]))"
-    )
-    command = [sys.executable, "-c", code, str(run)]
-    root = str(Path(build.__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+def test_files_that_are_not_checkpoints_are_never_deleted(tmp_path):
+    strangers = {"step-best.pt", "step-1.pt", "step-000000001.pt.bak", "copy-of-step-000000001.pt", ".notes.tmp"}
+    strangers |= {".step-best.pt.12.tmp", ".step-000000001.pt.swp", "best.safetensors", ".last.safetensors.12.tmp"}
+    for name in strangers:
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / ".step-000000001.pt.123.tmp").write_bytes(b"left by a killed process")
+    for step in (1, 2, 3):
+        checkpoint.save_checkpoint(tmp_path, {"step": step}, keep=1)
+    assert {p.name for p in tmp_path.iterdir()} == strangers | {"step-000000003.pt"}
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000000003.pt"]
+
+
+def test_two_processes_do_not_train_in_one_folder(run, capsys):
+    """The lock belongs to the opened file, so a second one of this process is refused like that of another."""
+    folder = RunFolder(run)
+    folder.lock()
     try:
-        second = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert cli.main(["train", "--resume", "--epochs", "3", "--quiet", "--out", str(run)]) == 1
     finally:
-        first.release()
-    assert second.returncode == 1 and "another process is training in" in second.stderr, second.stderr
-    assert saved(run)["step"] == 8
-    assert train(override(SMALL, epochs=3), run, resume=True)["step"] == 12  # released, and again after this one
-    first.hold()
-    first.release()
+        folder.unlock()
+    assert "another process is training in" in capsys.readouterr().err
+    assert last_checkpoint(run)["step"] == 8
+    assert train(override(SMALL, epochs=3), run, resume=True)["step"] == 12  # unlocked, and again after this one
+    folder.lock()
+    folder.unlock()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

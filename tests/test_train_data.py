@@ -1,30 +1,27 @@
 """The trainer on every kind of data: folders of images, CIFAR's binary files, synthetic images, from file to scores."""
 
 import json
-import os
-import signal
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from builders import exported, train, train_stopped
 from PIL import Image
 
-from dlb_fast.presets import get_preset
-from dlb_fast.train import build, sets
+from dlb_fast.data import SampleError
+from dlb_fast.presets import load_preset
+from dlb_fast.train.checkpoint import load_weights
 from dlb_fast.train.config import override
-from dlb_fast.train.engine import Trainer
-from dlb_fast.train.run_folder import RunFolder
-from dlb_fast.train.state import load_weights
+from dlb_fast.train.data import open_data
+from dlb_fast.train.models import create_model
+from dlb_fast.train.run import evaluate_run
 
 torch.set_num_threads(1)
 
 BASE = override(
-    get_preset("digits").config, per_class=None, label_noise=0.0, batch_size=8, epochs=2, eval_every=None, num_threads=2
+    load_preset("digits"), per_class=None, label_noise=0.0, batch_size=8, epochs=2, eval_every=None, num_threads=2
 )
-
-
-def train(config, path, **options):
-    return build.train_run(config, RunFolder(path), quiet=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -54,42 +51,30 @@ def test_a_folder_of_images(method, folder, tmp_path):
     assert (result["lb"] > 0) if method == "dlb" else (result["lb"] == 0)
 
 
-def test_a_folder_run_resumes_mid_epoch(folder, tmp_path, monkeypatch):
+def test_a_folder_run_resumes_mid_epoch(folder, tmp_path):
     """Worker threads, decoded files, random crops: still the same weights."""
     config = override(BASE, source=f"imagefolder:{folder}", image_size=16)
     train(config, tmp_path / "whole")
-    original = Trainer._optimizer_step
-
-    def stopping(self):
-        if self.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_optimizer_step", stopping)
-        assert train(config, tmp_path / "part")["stopped_by"] == "SIGTERM"
+    train_stopped(config, tmp_path / "part", 8)
     assert train(config, tmp_path / "part", resume=True)["step"] == 12
-    weights = [(tmp_path / name / "checkpoints" / "last.safetensors").read_bytes() for name in ("whole", "part")]
-    assert weights[0] == weights[1]
+    assert exported(tmp_path / "whole") == exported(tmp_path / "part")
 
 
 def test_a_folder_is_evaluated_once_per_image(folder, tmp_path):
     """However the batches fall, every test image counts once, in order."""
     for rows in (2, 3, 7, 100):
         config = override(BASE, source=f"imagefolder:{folder}", image_size=16, eval_batch_size=rows)
-        opened = sets.open_sets(config.data)
+        opened = open_data(config.data)
         labels = torch.cat([batch.targets for batch in opened.test_batches(torch.device("cpu"))])
         assert labels.tolist() == [0] * 4 + [1] * 3
 
 
 def test_a_missing_or_damaged_image_is_named(folder, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "train" / "class1" / "4.png").write_bytes(b"not an image")
     config = override(BASE, source=f"imagefolder:{copy}", image_size=16)
-    with pytest.raises(Exception, match=r"class1.4\.png"):
+    with pytest.raises(SampleError, match=r"class1.4\.png"):
         train(config, tmp_path / "run")
 
 
@@ -105,7 +90,7 @@ def write_cifar10(root):
 
 def test_cifar_from_its_binary_files_with_the_papers_network(tmp_path):
     write_cifar10(tmp_path / "cifar")
-    preset = get_preset("cifar10-resnet32-dlb").config
+    preset = load_preset("cifar10-resnet32-dlb")
     config = override(preset, source=f"cifar10:{tmp_path / 'cifar'}", batch_size=20, max_steps=3, forward="two_pass")
     result = train(config, tmp_path / "run")
     assert result["step"] == 3 and result["test_count"] == 9
@@ -116,7 +101,7 @@ def test_synthetic_images_and_the_other_options(tmp_path):
     config = override(BASE, source="synthetic:40,4,8", **options, decay_norm_and_bias=False, checkpoint_every=5)
     result = train(config, tmp_path)
     assert result["step"] == 20 and 0 <= result["test_ece"] <= 1
-    scores = build.evaluate_run(tmp_path, weights="last")
+    scores = evaluate_run(tmp_path, weights="last")
     assert scores["top1"] == result["test_top1"]
     names = sorted(p.name for p in (tmp_path / "checkpoints").glob("*.pt"))
     assert names == ["step-000000015.pt", "step-000000020.pt"]
@@ -126,13 +111,13 @@ def test_the_same_config_gives_the_same_weights_and_another_seed_others(tmp_path
     config = override(BASE, source="synthetic:40,4,8", epochs=1)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(override(config, seed=seed), tmp_path / name)
-    a, b, c = ((tmp_path / n / "checkpoints" / "last.safetensors").read_bytes() for n in "abc")
+    a, b, c = (exported(tmp_path / name) for name in "abc")
     assert a == b and a != c
 
 
 def test_label_noise_and_subset_reach_the_training_set_only():
-    config = override(get_preset("digits").config, per_class=10, label_noise=0.3)
-    opened, clean = sets.open_sets(config.data), sets.open_sets(override(config, label_noise=0.0).data)
+    config = override(load_preset("digits"), per_class=10, label_noise=0.3)
+    opened, clean = open_data(config.data), open_data(override(config, label_noise=0.0).data)
     assert len(opened.train) == len(clean.train) == 100
     wrong = (torch.as_tensor(opened.train.targets) != torch.as_tensor(clean.train.targets)).sum().item()
     assert wrong == 30
@@ -151,16 +136,14 @@ def test_exported_weights_say_what_they_are(tmp_path):
     assert {"model": "small_cnn", "num_classes": "4", "channels": "3", "step": "10"}.items() <= note.items()
     assert json.loads(note["size"]) == [8, 8]
     assert len(json.loads(note["mean"])) == len(json.loads(note["std"])) == 3
-    assert json.loads(note["classes"]) == build.open_sets(config.data).train.classes
-    model = build.create_model("small_cnn", 4, 3)
+    assert json.loads(note["classes"]) == open_data(config.data).train.classes
+    model = create_model("small_cnn", 4, 3)
     load_weights(path, model)
 
 
 def test_plain_batches_hold_no_sample_twice():
     config = override(BASE, source="synthetic:40,4,8", batch_size=8)
-    loader = sets.open_sets(config.data).train_loader(
-        overlap=False, seed=0, device=torch.device("cpu"), channels_last=False
-    )
+    loader = open_data(config.data).train_loader(overlap=False, seed=0, device=torch.device("cpu"))
     epochs = [[batch.ids for batch in loader] for _ in range(2)]
     for batches in epochs:
         assert sorted(torch.cat(batches).tolist()) == list(range(40)) and {len(b) for b in batches} == {8}

@@ -1,29 +1,29 @@
-"""Config, schedules, optimiser groups, averaged weights, evaluation, logs: each against a formula written out here."""
+"""Config, schedules, optimiser groups, averaged weights, evaluation: each against a formula written out here."""
 
-import json
 import math
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from dlb_fast.train import log as logs
-from dlb_fast.train import state
+from dlb_fast.train.checkpoint import CheckpointError, load_weights, save_weights
 from dlb_fast.train.config import (
     DataConfig,
     LossConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,
+    TrainArgs,
     TrainConfig,
     from_dict,
     load_config,
     override,
+    parse_flags,
     to_dict,
 )
 from dlb_fast.train.evaluate import calibration_error, evaluate
-from dlb_fast.train.optim import Ema, make_optimizer
-from dlb_fast.train.schedule import make_scheduler
+from dlb_fast.train.optim import Ema, make_optimizer, make_scheduler
 
 torch.set_num_threads(1)
 
@@ -32,16 +32,16 @@ torch.set_num_threads(1)
 
 
 def test_config_survives_yaml(tmp_path):
-    import yaml
-
-    config = override(RunConfig(), lr=1e-4, betas=(0.8, 0.9), per_class=3, method="two_view", ema=0.99)
+    config = override(RunConfig(), lr=1e-5, betas=(0.8, 0.9), per_class=3, method="two_view", ema=0.99, flip=False)
+    config = override(config, source="imagefolder:a b", rand_augment="2,9", trackers=("wandb", "tensorboard"))
     config = override(config, schedule=ScheduleConfig(schedule="multistep", milestones=(1.5, 3.0)))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load_config(tmp_path / "c.yaml") == config
 
 
 def test_a_file_overrides_only_what_it_names(tmp_path):
-    (tmp_path / "c.yaml").write_text("optim: {lr: 1e-3}\ntrain: {epochs: 2.0}\n")  # YAML reads 1e-3 as text
+    # YAML reads 1e-3 as text
+    (tmp_path / "c.yaml").write_text("optim: {lr: 1e-3}\ntrain: {epochs: 2, max_steps: null}\n")
     config = load_config(tmp_path / "c.yaml", override(RunConfig(), alpha=0.5))
     assert (config.optim.lr, config.train.epochs, config.loss.alpha) == (1e-3, 2, 0.5)
 
@@ -49,30 +49,50 @@ def test_a_file_overrides_only_what_it_names(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": {}}, "unknown group 'optimizer'"),
-        ({"optim": {"learning_rate": 1}}, "unknown field optim.learning_rate"),
-        ({"loss": {"temprature": 1}}, "did you mean 'temperature'"),
+        ({"optimizer": {}}, "unknown group 'optimizer'; did you mean optim.optimizer"),
+        ({"optim": {"learning_rate": 1}}, "unknown field optim.learning_rate; known: optim.optimizer, optim.lr, "),
+        ({"loss": {"temprature": 1}}, "unknown field loss.temprature; did you mean loss.temperature"),
+        ({"train": {"lr": 1}}, "unknown field train.lr; did you mean optim.lr"),
         ({"loss": {"temperature": -1}}, "temperature must be finite and > 0, got -1.0"),
-        ({"loss": {"temperature": "warm"}}, "loss.temperature must be float, got 'warm'"),
-        ({"loss": {"method": "kd"}}, "method must be one of dlb, two_view, ce, .*got 'kd'"),
+        ({"loss": {"temperature": "warm"}}, "loss.temperature must be None or FLOAT, got 'warm'"),
+        ({"loss": {"method": "kd"}}, "method must be one of .*, got 'kd'"),
         ({"loss": {"alpha": math.nan}}, "alpha must be finite"),
         ({"data": {"batch_size": 33}}, "batch_size must be even"),
-        ({"data": {"flip": 1}}, "data.flip must be bool"),
+        ({"data": {"flip": 1}}, "data.flip must be one of 'True', 'False', got '1'"),
         ({"data": {"label_noise": 1.2}}, r"label_noise must be in \[0, 1\]"),
         ({"train": {"epochs": 0}}, "epochs must be at least 1"),
-        ({"train": {"epochs": 1.5}}, "train.epochs must be int"),
+        ({"train": {"epochs": 1.5}}, "train.epochs must be INT, got '1.5'"),
+        ({"train": {"eval_every": "often"}}, "train.eval_every must be None or INT, got 'often'"),
+        ({"train": {"amp": "fp8"}}, "train.amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
+        ({"train": {"trackers": ["mlflow"]}}, "train.trackers must be one of 'tensorboard', .*, got 'mlflow'"),
+        ({"optim": {"betas": [0.1, "x"]}}, "optim.betas must be FLOAT FLOAT, got '0.1', 'x'"),
+        ({"optim": {"betas": [0.1]}}, "Missing value for argument 'optim.betas'. Expected 2 values"),
+        ({"optim": {"lr": {"peak": 1}}}, "optim.lr must be one value or a list, got {'peak': 1}"),
         ({"schedule": {"milestones": [1]}}, "milestones must be given with schedule=multistep"),
         ({"schedule": {"schedule": "multistep", "milestones": [3, 2]}}, "milestones must be increasing"),
         ({"optim": {"momentum": 0}}, "nesterov must be False when momentum is 0"),
     ],
 )
 def test_wrong_configs_are_refused(values, message, tmp_path):
-    import yaml
-
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match=message) as caught:
         load_config(tmp_path / "c.yaml")
-    assert "c.yaml" in str(caught.value)
+    assert "c.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "fast"], "--lr must be FLOAT, got 'fast'"),
+        (["--lr", "-1"], "config: lr must be finite and > 0, got -1.0"),
+        (["--epoch", "1"], "Unrecognized options: --epoch, 1; did you mean --epochs?"),
+        (["--amp", "fp8"], "--amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_flags(TrainArgs, TrainArgs(), flags, "dlb-fast train")
+    assert end.value.code == 2 and capsys.readouterr().err == f"dlb-fast train: {message} (--help lists all flags)\n"
 
 
 def test_unreadable_config_names_the_file(tmp_path):
@@ -88,6 +108,12 @@ def test_unreadable_config_names_the_file(tmp_path):
 def test_field_names_are_unique_over_groups():
     names = [name for part in to_dict(RunConfig()).values() for name in part]
     assert len(names) == len(set(names))  # `override` and the flags rely on it
+
+
+def test_defaults_are_valid():
+    assert to_dict(RunConfig())["data"]["source"] == "digits"
+    for part in (DataConfig, LossConfig, OptimConfig, ScheduleConfig, TrainConfig):
+        part()
 
 
 # --- schedule
@@ -208,70 +234,18 @@ def test_calibration_error_of_a_perfect_and_of_a_boasting_model():
     assert calibration_error(sure, torch.tensor([0, 1, 1, 1])) == pytest.approx(0.75)
 
 
-# --- logs
-
-
-ROW = {"step": 3, "epoch": 1.0, "images_seen": 12, "lr": 0.1, "loss": 0.5, "ce": math.nan, "test_top1": 0.25}
-
-
-def test_logs_are_strict_json_and_plain_csv(tmp_path, capsys):
-    log = logs.RunLog(tmp_path)
-    log.progress(ROW)
-    log.result(ROW)
-    step, result = (
-        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    )
-    assert step["kind"] == "step" and result["kind"] == "eval" and result["ce"] is None
-    head, line = (tmp_path / "metrics.csv").read_text().splitlines()
-    cells = dict(zip(head.split(","), line.split(","), strict=True))
-    assert cells["test_top1"] == "0.25" and cells["ce"] == "" and tuple(head.split(",")) == logs.COLUMNS
-    assert "test 25.00 %" in capsys.readouterr().err
-
-
-def test_rewind_cuts_the_files_back(tmp_path):
-    log = logs.RunLog(tmp_path, quiet=True)
-    log.result(ROW)
-    positions = log.positions()
-    log.result(ROW)
-    log.progress(ROW)
-    log.rewind(positions)
-    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
-    log.rewind({})
-    assert (tmp_path / "metrics.csv").read_text() == ""
-
-
-def test_a_terminal_gets_a_bar(tmp_path):
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    stream = Terminal()
-    log = logs.RunLog(tmp_path, stream=stream)
-    log.start(step=0, total=2)
-    log.advance()
-    log.result(ROW)
-    log.close()
-    assert "/2" in stream.getvalue() and "test 25.00 %" in stream.getvalue()
-
-
-def test_defaults_are_valid():
-    assert to_dict(RunConfig())["data"]["source"] == "digits"
-    for part in (DataConfig, LossConfig, OptimConfig, ScheduleConfig, TrainConfig):
-        part()
+# --- weights
 
 
 def test_weights_of_another_shape_or_a_broken_file(tmp_path):
     path = tmp_path / "w.safetensors"
-    state.save_weights(path, nn.Linear(3, 2), {"model": "linear"})
+    save_weights(path, nn.Linear(3, 2), {"model": "linear"})
     copy = nn.Linear(3, 2)
-    state.load_weights(path, copy)
-    with pytest.raises(state.CheckpointError, match=r"weight: \(2, 3\) in the file, \(4, 3\) in the model"):
-        state.load_weights(path, nn.Linear(3, 4))
+    load_weights(path, copy)
+    with pytest.raises(CheckpointError, match=r"weight: \(2, 3\) in the file, \(4, 3\) in the model"):
+        load_weights(path, nn.Linear(3, 4))
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(state.CheckpointError, match="not a readable safetensors file"):
-        state.load_weights(path, copy)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_weights(path, copy)
 
 

@@ -1,36 +1,47 @@
 """Nothing is lost: an interrupted run continues to bit-identical weights and logs; broken files are named."""
 
-import csv
 import errno
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
-import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from builders import (
+    assert_same_run,
+    environment,
+    exported,
+    last_checkpoint,
+    metrics_rows,
+    train,
+    train_stopped,
+    wait_for,
+)
 from torch import nn
 
+from dlb_fast import cli
 from dlb_fast.buffer import unpack_state
-from dlb_fast.presets import get_preset
-from dlb_fast.train import build, state
-from dlb_fast.train.config import override
-from dlb_fast.train.engine import Trainer, TrainingDiverged
+from dlb_fast.data import Batch
+from dlb_fast.presets import load_preset
+from dlb_fast.train import checkpoint
+from dlb_fast.train.checkpoint import CheckpointError
+from dlb_fast.train.config import override, to_dict
 from dlb_fast.train.log import RunLog
-from dlb_fast.train.run_folder import RunFolder, newest_run
+from dlb_fast.train.loop import Trainer, TrainingDiverged
+from dlb_fast.train.run import RunFolder, newest_run
 
 torch.set_num_threads(1)
 
-TIMES = {"seconds", "images_per_second", "data_wait"}
 # 40 images, 10 drawn per step: 4 steps per epoch, 12 in all; an evaluation and a checkpoint every epoch
 SMALL = override(
-    get_preset("digits").config, per_class=4, batch_size=20, epochs=3, eval_every=None, log_every=1, seed=7
+    load_preset("digits"), per_class=4, batch_size=20, epochs=3, eval_every=None, log_every=1, seed=7
 )
 VARIANTS = {
     "dlb": {},
@@ -39,55 +50,6 @@ VARIANTS = {
     "everything": {"ema": 0.9, "amp": "bf16", "clip_grad": 1.0, "optimizer": "adamw", "decay_norm_and_bias": False},
     "fp16-accumulated": {"amp": "fp16", "accumulate": 2, "epochs": 6},
 }
-
-
-def train(config, path, *, resume=False):
-    return build.train_run(config, RunFolder(path), resume=resume, quiet=True)
-
-
-def stop_at(monkeypatch, step):
-    """Send this process a real SIGTERM while step `step` (from 1) is being made."""
-    original = Trainer._optimizer_step
-
-    def stopping(self):
-        if self.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self)
-
-    monkeypatch.setattr(Trainer, "_optimizer_step", stopping)
-
-
-def final_state(path):
-    return state.read_checkpoint(sorted(Path(path, "checkpoints").glob("step-*.pt"))[-1])
-
-
-def differences(a, b, where=""):
-    """Paths at which two checkpoints differ, times and log lengths aside."""
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{where}: keys"]
-        skip = TIMES | {"waited", "logs"}
-        return [d for k in a if k not in skip for d in differences(a[k], b[k], f"{where}.{k}")]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return [f"{where}: length"]
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}[{i}]")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
-    return [] if same else [where]
-
-
-def rows(path):
-    with open(Path(path) / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-
-
-def assert_same_run(a, b):
-    assert differences(final_state(a), final_state(b)) == []
-    assert rows(a) == rows(b)
-    steps = [row["step"] for row in rows(b)]
-    assert len(steps) == len(set(steps)) >= 3
-    lines = [(Path(p) / "metrics.jsonl").read_text().count("\n") for p in (a, b)]
-    assert lines[0] == lines[1]
 
 
 @pytest.fixture(scope="module")
@@ -104,21 +66,18 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("step", [1, 6, 8], ids=["first-step", "mid-epoch", "epoch-end"])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_stopped_and_resumed_equals_uninterrupted(name, step, whole, tmp_path, monkeypatch):
-    if step != 6 and name in ("two_pass", "everything"):
-        pytest.skip("the place of the stop is covered by the other variants")
+# each variant in the middle of an epoch; the other places for two of them
+STOPS = [(name, 6) for name in VARIANTS] + [("dlb", 1), ("dlb", 8), ("fp16-accumulated", 8)]
+
+
+@pytest.mark.parametrize(("name", "step"), STOPS)
+def test_stopped_and_resumed_equals_uninterrupted(name, step, whole, tmp_path):
     config = override(SMALL, **VARIANTS[name])
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        result = train(config, tmp_path)
-    assert result["stopped_by"] == "SIGTERM" and final_state(tmp_path)["step"] == step
+    train_stopped(config, tmp_path, step)
     assert not (tmp_path / "result.json").exists()
     assert train(config, tmp_path, resume=True)["step"] == 12
     assert_same_run(whole(name), tmp_path)
-    exported = [(Path(p) / "checkpoints" / "last.safetensors").read_bytes() for p in (whole(name), tmp_path)]
-    assert exported[0] == exported[1]
+    assert exported(whole(name)) == exported(tmp_path)
 
 
 def test_signals_are_given_back(tmp_path):
@@ -135,47 +94,34 @@ def test_signals_are_given_back(tmp_path):
 
 
 def test_the_teacher_is_part_of_the_state(whole):
-    """Forgetting the buffer's logits would go unnoticed by every other part of the state."""
-    saved = unpack_state(final_state(whole("dlb"))["criterion"]["_extra_state"])
+    """Forgetting the buffer's logits would go unnoticed by every other part of the checkpoint."""
+    saved = unpack_state(last_checkpoint(whole("dlb"))["criterion"]["_extra_state"])
     assert saved["logits"].shape == (10, 10) and saved["logits"].abs().sum() > 0 and len(saved["ids"]) == 10
 
 
-def test_kill_minus_nine_and_resume(whole, tmp_path):
+def test_kill_minus_nine_and_resume(tmp_path, monkeypatch, capsys):
     """A real process, killed without warning, continued by the bare command."""
     config = override(SMALL, checkpoint_every=3, epochs=20)
     expected = tmp_path / "expected"
     train(config, expected)
-    import yaml
-
-    from dlb_fast.train.config import to_dict
-
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    command = [sys.executable, "-m", "dlb_fast", "train"]
-    root = str(Path(build.__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    process = subprocess.Popen(
-        [*command, "--config", "c.yaml", "--quiet"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.time() + 60
-    while process.poll() is None and not list(tmp_path.glob("runs/*/checkpoints/step-0000000[3-9]*.pt")):
-        assert time.time() < deadline, "no checkpoint appeared"
-        time.sleep(0.001)
+    command = [sys.executable, "-m", "dlb_fast", "train", "--config", "c.yaml", "--quiet"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/step-0000000[3-9]*.pt")), "a checkpoint", process)
     process.kill()
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors
     (run,) = (tmp_path / "runs").iterdir()
-    done = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "continuing from" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--resume"]) == 0
+    assert "continuing from" in capsys.readouterr().err
     assert_same_run(expected, run)
 
 
-def interrupted(tmp_path, monkeypatch, step=11):
-    """A run stopped at a step, with an older checkpoint beside the newest."""
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        train(SMALL, tmp_path)
-    found = sorted((tmp_path / "checkpoints").glob("step-*.pt"))
+def interrupted(path):
+    """A run stopped at step 11, with an older checkpoint beside the newest."""
+    train_stopped(SMALL, path, 11)
+    found = sorted((path / "checkpoints").glob("step-*.pt"))
     assert [p.name for p in found] == ["step-000000008.pt", "step-000000011.pt"]
     return found
 
@@ -209,15 +155,15 @@ class Evil:
 
 
 def with_code(path):
-    torch.save({"format": state.FORMAT, "version": 1, "x": Evil()}, path)
+    torch.save({"format": checkpoint.FORMAT, "version": 1, "x": Evil()}, path)
 
 
 def newer(path):
-    torch.save({"format": state.FORMAT, "version": 99}, path)
+    torch.save({"format": checkpoint.FORMAT, "version": 99}, path)
 
 
 def other_model(path):
-    saved = state.read_checkpoint(path)
+    saved = checkpoint.read_checkpoint(path)
     saved["model"] = {name: value[:1] if value.dim() else value for name, value in saved["model"].items()}
     torch.save(saved, path)
 
@@ -234,26 +180,24 @@ def other_model(path):
         (other_model, "does not fit this model"),
     ],
 )
-def test_a_bad_checkpoint_is_named_and_skipped(damage, reason, whole, tmp_path, monkeypatch, capsys):
-    import re
-
-    _, newest = interrupted(tmp_path, monkeypatch)
+def test_a_bad_checkpoint_is_named_and_skipped(damage, reason, whole, tmp_path, capsys):
+    _, newest = interrupted(tmp_path)
     damage(newest)
     quiet = damage is truncate  # what is lost is said in any case
-    build.train_run(SMALL, RunFolder(tmp_path), resume=True, quiet=quiet)
+    train(SMALL, tmp_path, resume=True, quiet=quiet)
     said = capsys.readouterr().err
     assert re.search(f"skipped a checkpoint: .*{newest.name}.*({reason})", said), said
     assert quiet or ("continuing from" in said and "step-000000008.pt" in said)
     assert_same_run(whole("dlb"), tmp_path)
 
 
-def test_if_no_checkpoint_is_usable_the_run_is_not_started_over(tmp_path, monkeypatch):
-    for path in interrupted(tmp_path, monkeypatch):
+def test_if_no_checkpoint_is_usable_the_run_is_not_started_over(tmp_path):
+    for path in interrupted(tmp_path):
         truncate(path)
-    before = rows(tmp_path)
-    with pytest.raises(state.CheckpointError, match=r"no checkpoint in .* can be used.*step-000000008"):
+    before = metrics_rows(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used.*step-000000008"):
         train(SMALL, tmp_path, resume=True)
-    assert rows(tmp_path) == before
+    assert metrics_rows(tmp_path) == before
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_from_scratch(whole, tmp_path):
@@ -265,19 +209,19 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_scratch(whole, tmp
 
 def test_another_number_of_classes_is_refused(tmp_path):
     train(override(SMALL, source="synthetic:40,3,8", per_class=None, epochs=1), tmp_path)
-    with pytest.raises(state.CheckpointError, match=r"fc\.(weight|bias): \(3.* in the file, \(5.*number of classes"):
+    with pytest.raises(CheckpointError, match=r"fc\.(weight|bias): \(3.* in the file, \(5.*number of classes"):
         train(override(SMALL, source="synthetic:40,5,8", per_class=None), tmp_path, resume=True)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_good_checkpoint(whole, tmp_path):
     """The kernel refuses to let the file grow, exactly as on a full disk."""
-    interrupted(tmp_path, monkeypatch)
+    interrupted(tmp_path)
     before = {p.name: p.read_bytes() for p in (tmp_path / "checkpoints").glob("step-*.pt")}
     limit = min(map(len, before.values())) // 2
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(state.CheckpointError, match=r"cannot write .*step-000000012.*last good.*step-000000011"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*step-000000012.*last good.*step-000000011"):
             train(SMALL, tmp_path, resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -294,7 +238,7 @@ def test_metrics_on_a_full_disk_say_so(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(state.CheckpointError, match=r"metrics\.jsonl.*No space left"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl.*No space left"):
         log.progress({"step": 1})
 
 
@@ -307,31 +251,46 @@ def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        state.write_atomically(path, interrupted_write)
+        checkpoint.write_atomically(path, interrupted_write)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_only_the_newest_checkpoints_are_kept_and_leftovers_removed(tmp_path):
-    (tmp_path / ".step-000000001.pt.123.tmp").write_bytes(b"half")
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in range(1, 5):
-        state.save_checkpoint(tmp_path, {"step": step}, keep=3)
+        checkpoint.save_checkpoint(tmp_path, {"step": step}, keep=3)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [f"step-00000000{k}.pt" for k in (2, 3, 4)]
 
 
-def test_the_loss_turning_nan_stops_the_run(tmp_path, monkeypatch):
-    original = Trainer._accumulate
+def poison(monkeypatch, step):
+    """Give the batch of step `step` (from 1) images that are NaN."""
+    original = Trainer.forward_backward
 
     def poisoned(self, batch):
-        if self.step == 9:
+        if self.step + 1 == step:
             batch.images = batch.images * float("nan")
         original(self, batch)
 
-    monkeypatch.setattr(Trainer, "_accumulate", poisoned)
+    monkeypatch.setattr(Trainer, "forward_backward", poisoned)
+
+
+def test_a_loss_that_turns_nan_stops_the_run(tmp_path, monkeypatch):
+    poison(monkeypatch, 10)
     with pytest.raises(TrainingDiverged, match=r"by step 10 \(epoch 2\).*last good checkpoint is .*step-000000008"):
         train(SMALL, tmp_path)
-    assert all(torch.isfinite(v).all() for v in final_state(tmp_path)["model"].values())
+    assert all(torch.isfinite(v).all() for v in last_checkpoint(tmp_path)["model"].values())
     assert train(override(SMALL, nan_check=False), tmp_path / "unchecked")["step"] == 12
+
+
+@pytest.mark.parametrize("stop", [None, 7], ids=["due", "signal"])
+def test_no_checkpoint_is_written_after_a_nan(stop, tmp_path, monkeypatch):
+    """Between two log points, where nothing else looks at the loss: at a due checkpoint, and at one after a signal."""
+    poison(monkeypatch, 6)
+    config = override(SMALL, log_every=100, eval_every=100, checkpoint_every=4)
+    with pytest.raises(TrainingDiverged, match=r"last good checkpoint is .*step-000000004"):
+        train(config, tmp_path) if stop is None else train_stopped(config, tmp_path, stop)
+    assert last_checkpoint(tmp_path)["step"] == 4
+    assert all(torch.isfinite(v).all() for v in last_checkpoint(tmp_path)["model"].values())
 
 
 def test_the_newest_run_is_the_one_worked_on_last(tmp_path):
@@ -351,21 +310,19 @@ def test_every_generator_is_restored():
     torch.manual_seed(1), np.random.seed(2), random.seed(3)
     np.random.standard_normal()  # leaves a cached second value
     random.gauss(0, 1)
-    saved = state.get_rng_state()
+    saved = checkpoint.get_rng_state()
 
     def draw():
         return torch.rand(1).item(), np.random.standard_normal(), random.gauss(0, 1), random.random()
 
     first = draw()
     assert draw() != first
-    state.set_rng_state(saved)
+    checkpoint.set_rng_state(saved)
     assert draw() == first
 
 
 def test_a_loader_without_state_is_wound_forward(tmp_path):
     """Plain lists of batches resume too."""
-    from dlb_fast.data.batch import Batch
-
     torch.manual_seed(0)
     batches = [Batch(torch.randn(4, 3), torch.randint(0, 2, (4,)), torch.arange(4), 0, 0, s) for s in range(5)]
 

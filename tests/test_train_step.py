@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import distance
 from torch import nn
 
+from benchmarks.step_calls import step_calls
 from dlb_fast import LastBatchLoss
-from dlb_fast.data.batch import Batch
-from dlb_fast.train.engine import Trainer
+from dlb_fast.data import Batch
 from dlb_fast.train.log import RunLog
-from dlb_fast.train.step import training_loss
+from dlb_fast.train.loop import Trainer, training_loss
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
@@ -92,9 +93,8 @@ def ours(model, batches, **settings):
     return model
 
 
-def distance(a: nn.Module, b: nn.Module) -> float:
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
+def apart(a: nn.Module, b: nn.Module) -> float:
+    return distance(a.double().state_dict(), b.double().state_dict())
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["batchnorm", "no-norm"])
@@ -102,16 +102,16 @@ def test_two_pass_equals_the_official_code(norm):
     halves = make_halves()
     theirs = official(network(norm), halves)
     mine = ours(network(norm), make_batches(halves), forward="two_pass")
-    assert distance(network(norm), theirs) > 1e-2  # it did train
-    assert distance(mine, theirs) < 1e-9  # parameters, and the running statistics with their two updates a step
+    assert apart(network(norm), theirs) > 1e-2  # it did train
+    assert apart(mine, theirs) < 1e-9  # parameters, and the running statistics with their two updates a step
 
 
 def test_joint_equals_two_pass_without_norm_only():
     batches = make_batches(make_halves())
     plain = [ours(network(False), batches, forward=f) for f in ("joint", "two_pass")]
-    assert distance(*plain) < 1e-9
+    assert apart(*plain) < 1e-9
     normed = [ours(network(True), batches, forward=f) for f in ("joint", "two_pass")]
-    assert distance(*normed) > 1e-4
+    assert apart(*normed) > 1e-4
 
 
 def test_two_pass_runs_the_new_rows_first():
@@ -144,11 +144,13 @@ def test_accumulation_equals_one_larger_batch():
         )
         assert trainer.fit()["step"] == 4
         models.append(model)
-    assert distance(*models) < 1e-12
+    assert apart(*models) < 1e-12
 
 
-def test_clipping_bounds_the_gradient_norm():
-    model = network(False)
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_clipping_bounds_the_norm_of_the_gradient_that_the_optimiser_gets(amp):
+    """Under fp16 the scaler's factor has to be divided out first: a scaled one would be clipped to next to nothing."""
+    model = network(False).float()
     norms = []
 
     class Watch(torch.optim.SGD):
@@ -157,11 +159,10 @@ def test_clipping_bounds_the_gradient_norm():
             return super().step(closure)
 
     optimizer = Watch(model.parameters(), lr=0.1)
-    batches = make_batches(make_halves(4))
-    Trainer(
-        model, LastBatchLoss(CLASSES), optimizer, batches, log=RunLog(quiet=True), epochs=1, clip_grad=0.01
-    ).fit()
-    assert len(norms) == 4 and all(abs(n - 0.01) < 1e-6 for n in norms)
+    batches = make_batches([(a.float(), b.float(), y, i) for a, b, y, i in make_halves(4)])
+    settings = {"epochs": 1, "clip_grad": 0.01, "amp": amp}
+    Trainer(model, LastBatchLoss(CLASSES), optimizer, batches, log=RunLog(quiet=True), **settings).fit()
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -175,9 +176,20 @@ def test_mixed_precision_trains_close_to_full_precision(amp):
         models[setting] = ours(model, make_batches(halves), amp=setting)
         assert set(seen) == {{"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[setting]}
     assert all(torch.isfinite(p).all() for p in models[amp].parameters())
-    assert 0 < distance(models["none"], models[amp]) < 0.05
+    assert 0 < apart(models["none"], models[amp]) < 0.05
 
 
 def test_unknown_forward_is_refused():
     with pytest.raises(ValueError, match="forward must be one of joint, two_pass, partners, got 'three'"):
         Trainer(network(False), nn.CrossEntropyLoss(), sgd(network(False)), [], forward="three", max_steps=1)
+
+
+def test_one_steady_step_stays_short():
+    """The calls of ours in the trainer's own files: batch, forward and backward, metrics, optimiser, learning rate."""
+    found = step_calls()
+    assert len([file for file, _ in found.trace if file.startswith("train/")]) <= 9, found.trace
+
+
+def test_one_steady_step_can_be_read_through():
+    found = step_calls()
+    assert (found.calls <= 50, found.files <= 12, found.switches <= 24) == (True, True, True), found.trace

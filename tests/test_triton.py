@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
+from conftest import op_options, row_loss
 
 from dlb_fast import ops, reference
-from dlb_fast.functional import row_loss
 
 pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,7 +78,7 @@ def test_a_long_row_in_several_tiles_with_everything_on():
     z[0, 16999] = 9.0
     t[1, :9000] = -INF
     y[0] = 16999
-    check(z, y, teacher=t, temperature=2.0, weight=weight, z_loss=0.01)
+    check(z, y, teacher=t, temperature=2.0, weight=weight)
     dense = torch.softmax(z.clamp(min=-50), 1)
     check(z.clamp(min=-50), dense, teacher=t.clamp(min=-50), weight=weight, label_smoothing=0.1)
 
@@ -127,10 +127,10 @@ TARGETS = {
     "labels": {},
     "smooth": {"label_smoothing": 0.125},
     "weights": {"weight": True, "ignored": True},
-    "weights-smooth-z": {"weight": True, "label_smoothing": 0.25, "z_loss": 0.5, "ignored": True},
-    "pair": {"pair": 0.75, "ignored": True, "weight": True, "z_loss": 0.25},
+    "weights-smooth": {"weight": True, "label_smoothing": 0.25, "ignored": True},
+    "pair": {"pair": 0.75, "ignored": True, "weight": True},
     "pair-rows-smooth": {"pair": "rows", "label_smoothing": 0.125},
-    "dense": {"dense": True, "z_loss": 0.125},
+    "dense": {"dense": True},
     "dense-weights-smooth": {"dense": True, "weight": True, "label_smoothing": 0.125},
     "absent": {"target": None},
 }
@@ -215,10 +215,10 @@ def test_kd_mask_shorter_than_the_batch_and_no_valid_row():
 
 def test_a_mask_shorter_than_the_teacher_teaches_only_its_rows():
     z, y, t = problem(6, 4, 30)
-    tail = (None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 1, 0, True)
     mask = torch.ones(2, dtype=torch.bool, device=DEVICE)
-    _, parts, grad = ops.op_for("triton", "last_batch")(z, t, y, None, None, None, mask[:1], *tail)
-    wanted, _, right = ops.op_for("triton", "last_batch")(z, t[:1], y, None, None, None, None, *tail)
+    op = ops.op_for("triton", "last_batch")
+    _, parts, grad = op(z, t, 1, *op_options(y, kd_mask=mask[:1]))
+    wanted, _, right = op(z, t[:1], 1, *op_options(y))
     assert parts[5] == 1
     torch.testing.assert_close((parts[0], grad), (wanted, right))
 
@@ -288,8 +288,7 @@ def test_empty_batches_and_missing_gradient():
 def test_a_label_outside_the_classes_poisons_its_row_only():
     z, y, t = problem(4, 2, 12)
     y[1], y[2] = 12, -7
-    options = (None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 1, 2, True)
-    loss, parts, grad = ops.op_for("triton", "last_batch")(z, t, y, *options)
+    loss, parts, grad = ops.op_for("triton", "last_batch")(z, t, 1, *op_options(y, reduction="none"))
     assert loss.isnan().tolist() == [False, True, True, False] and parts[0].isnan()
     assert grad.isnan().all(1).tolist() == [False, True, True, False] and grad[[0, 3]].isfinite().all()
 
@@ -337,9 +336,8 @@ def test_reference_and_kernel_name_the_same_dtypes():
 
     assert set(_DTYPES) == {F32, BF16, F16, F64}
     assert all(reference.compute_dtype(d) in (F32, F64) for d in _DTYPES)
-    options = (None, None, None, None, None, None, None, 1.0, 3.0, 1.0, 0.0, 0.0, 0.0, -1.0, -100, 0, 0, True)
     with pytest.raises(TypeError, match="logits must be float32"):
-        last_batch(torch.zeros(2, 3, dtype=torch.int32, device=DEVICE), None, *options)
+        last_batch(torch.zeros(2, 3, dtype=torch.int32, device=DEVICE), None, 0, *op_options(None))
 
 
 def test_tilings_respect_the_limits_of_every_machine():

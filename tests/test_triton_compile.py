@@ -25,17 +25,16 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 BASE = {"roll": True, "ids": True, "kind": 1, "target": "labels", "counting": 1}
-EVERYTHING = {**BASE, "target": "pair", "weight": True, "smooth": True, "z": True, "mask": True}
+EVERYTHING = {**BASE, "target": "pair", "weight": True, "smooth": True, "mask": True}
 # name: (C, dtype, targets, options). Regimes: several pairs per warp, one pair held, long rows; aligned and not.
 KERNELS: dict[str, tuple[int, str, tuple[str, ...], dict[str, Any]]] = {
     "pairs-10": (10, "fp32", ("sm_90",), BASE),
     "pairs-100": (100, "fp32", ("sm_100",), BASE),
-    "held-1000": (1000, "bf16", ("sm_80", "sm_90", "sm_100", "gfx942"), BASE),
-    "held-1000-f16": (1000, "fp16", ("sm_90",), EVERYTHING),
-    "held-in-place": (1000, "bf16", ("sm_90",), {**BASE, "in_place": True}),
-    "held-1001": (1001, "bf16", ("sm_90",), BASE),
-    "held-8192": (8192, "bf16", ("sm_100", "gfx942"), BASE),
-    "held-8192-f32": (8192, "fp32", ("sm_90",), BASE),
+    "resident-1000": (1000, "bf16", ("sm_80", "sm_90", "sm_100", "gfx942"), BASE),
+    "resident-1000-f16": (1000, "fp16", ("sm_90",), EVERYTHING),
+    "resident-1001": (1001, "bf16", ("sm_90",), BASE),
+    "resident-8192": (8192, "bf16", ("sm_100", "gfx942"), BASE),
+    "resident-8192-f32": (8192, "fp32", ("sm_90",), BASE),
     "long-32000": (32000, "bf16", ("sm_80", "sm_90"), BASE),
     "long-32000-f32": (32000, "fp32", ("sm_100",), BASE),
     "long-21841": (21841, "bf16", ("sm_80", "sm_100"), BASE),
@@ -71,11 +70,11 @@ def _main_source(classes: int, dtype: str, warp: int, o: dict[str, Any]) -> tupl
     fixed = {
         "COMPUTE": tl.float64 if compute == "fp64" else tl.float32, "CLASSES": classes, "ROWS": tiles.rows,
         "BLOCK": tiles.block, "TILES": tiles.tiles, "VECTOR": tiles.vector, "AXIS": tiles.axis,
-        "LOGITS_STRIDE": classes, "TEACHER_STRIDE": classes, "DENSE_STRIDE": classes, "KIND": kind, "ROLL": roll,
+        "LOGITS_STRIDE": classes, "TEACHER_STRIDE": classes, "DENSE_STRIDE": classes, "KIND": kind, "UPDATE": roll,
         "HAS_CE": True, "DENSE": dense, "PAIR": pair, "LAM_ROWS": False, "HAS_WEIGHT": bool(o.get("weight")),
-        "SMOOTH": bool(o.get("smooth")), "HAS_Z": bool(o.get("z")), "HAS_IDS": bool(o.get("ids")),
+        "SMOOTH": bool(o.get("smooth")), "HAS_IDS": bool(o.get("ids")),
         "HAS_MASK": bool(o.get("mask")), "BY_LABEL": bool(o.get("share")), "MEAN": True, "ROW_LOSS": False,
-        "NEED_GRAD": o.get("grad", True), "IN_PLACE": o.get("in_place", False), "COUNTING": o["counting"],
+        "NEED_GRAD": o.get("grad", True), "COUNTING": o["counting"],
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     unaligned = set(kernel.do_not_specialize_on_alignment)
@@ -101,7 +100,7 @@ def _small_sources() -> dict[str, Any]:
     from dlb_fast.kernels.scale_kernel import scale_kernel
 
     fixed = {
-        "COMPUTE": tl.float32, "CLASSES": 1000, "ROLL": True, "LABELS": True, "PAIR": False, "HAS_WEIGHT": True,
+        "COMPUTE": tl.float32, "CLASSES": 1000, "UPDATE": True, "LABELS": True, "PAIR": False, "HAS_WEIGHT": True,
         "HAS_IDS": True, "HAS_MASK": True, "BY_LABEL": False, "target_b_ptr": None,
     }  # fmt: skip
     types = {"counts_ptr": "*fp32", "weight_ptr": "*fp32", "mask_ptr": "*u8"}
@@ -201,6 +200,7 @@ def _complaints(line: dict[str, Any]) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_machine_code():
     """One test, so that the compiler runs once however the tests are spread over processes."""
     pytest.importorskip("triton", reason="triton is not installed")

@@ -11,10 +11,9 @@ import torch
 from loader_files import loader
 from PIL import Image
 
-from dlb_fast.data import EvalLoader, MapDataset, ResidentLoader, load_into_memory
-from dlb_fast.data.decode import ImageDecoder
-from dlb_fast.data.errors import SampleError
-from dlb_fast.data.source import as_image
+from dlb_fast.data import EvalLoader, MapDataset, ResidentLoader, SampleError, load_into_memory
+from dlb_fast.data.datasets.source import as_image
+from dlb_fast.data.decode.decode import ImageDecoder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 3, 9, 7), dtype=np.uint8)
 
@@ -107,7 +106,7 @@ def test_pixels_without_a_known_range_are_refused():
         (None, "got NoneType; pass load="),
         ((PIXELS[0], np.array([0.1, 0.9])), r"got the target ndarray of shape \(2,\).*soft targets"),
         ((PIXELS[0], torch.tensor([0.1, 0.9])), r"got the target Tensor of shape \(2,\).*soft targets"),
-        ((PIXELS[0], "cat"), "got the target 'cat'; class names must be numbered"),
+        ((PIXELS[0], "cat"), "got the target 'cat'; number the class names"),
     ],
 )
 def test_an_item_that_is_not_a_pair_is_described(item, match):
@@ -126,7 +125,7 @@ def test_an_item_that_is_not_a_pair_is_described(item, match):
 def test_an_unreadable_sample_asks_for_the_file_only_where_there_is_one():
     of_file, of_none = SampleError("a/b.jpg", 17, 3, "empty file"), SampleError("sample 17", 17, 3, "KeyError: 2")
     assert "Repair or remove the file (`dlb-fast verify-data`" in str(of_file)
-    assert str(of_none).endswith("Look at what the dataset or `load` gives for it.")
+    assert str(of_none).endswith("Check what the dataset or `load` returns for it.")
     assert str(pickle.loads(pickle.dumps(of_none))) == str(of_none)
 
 

@@ -49,8 +49,8 @@ def test_views_differ_in_each_key_and_look_uniform():
 
 
 def test_sample_index_is_an_int_that_survives_pickling():
-    index = SampleIndex(7, seed=1, epoch=2, use=1, step=4)
+    index = SampleIndex(7, seed=1, epoch=2, view=1, step=4)
     again = pickle.loads(pickle.dumps(index))
-    assert again == 7 and (again.seed, again.epoch, again.use, again.step) == (1, 2, 1, 4)
+    assert again == 7 and (again.seed, again.epoch, again.view, again.step) == (1, 2, 1, 4)
     assert np.arange(10)[again] == 7 and torch.arange(10)[again] == 7 and list(range(10))[again] == 7
     assert again.rng().bits() == ViewRng(1, 2, 7, 1).bits()

@@ -1,4 +1,4 @@
-// What has to be known about the whole batch before a row's gradient can be written: labels checked, rows counted.
+// Facts about the whole batch that are needed before a row's gradient is written: labels checked, rows counted.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -10,13 +10,13 @@
 namespace dlb_fast {
 
 struct BatchPlan {
-  int64_t split = 0;       // rows [0, split) may be taught; row split + j is stored in slot j while j < stored
+  int64_t split = 0;       // rows [0, split) may be valid; row split + j is stored in slot j while j < stored
   int64_t stored = 0;
   int64_t mismatched = 0;  // rows that met the slot of another sample
-  double taught_rows = 0, counted_rows = 0, counted_weight = 0, weight_sum = 0;
+  double valid_rows = 0, counted_weight = 0, weight_sum = 0;
   double alpha = 0, temperature = 1, ce_weight = 1, grad_scale = 1;
   TermScales<double> scales;
-  std::vector<uint8_t> taught;  // per row below split: a valid teacher exists
+  std::vector<uint8_t> valid;  // per row below split: a valid teacher exists
   std::string error;            // not empty: nothing may be computed
 };
 
@@ -25,7 +25,7 @@ BatchPlan plan_batch(const LastBatchArgs& args);
 
 // Losses per row, without the weights of their terms.
 struct RowLosses {
-  std::vector<double> ce, kl, square;  // CE, KL (without tau^2), lse^2
+  std::vector<double> ce, kl;  // CE, KL without tau^2
   std::vector<uint8_t> correct;
 };
 
@@ -34,15 +34,15 @@ struct RowLosses {
 struct PairJob {
   const LastBatchArgs* args;
   TermScales<double> scales;
-  int64_t split, stored, taught_size;
-  const uint8_t* taught;
+  int64_t split, stored, valid_size;
+  const uint8_t* valid;
   double temperature, weight_sum, grad_scale;
-  double *ce, *kl, *square;
+  double *ce, *kl;
   uint8_t* correct;
 };
 PairJob pair_job(const LastBatchArgs& args, const BatchPlan& plan, RowLosses& losses);
 
-// Computes pairs [begin, end): pair j is row j (taught by slot j) and row split + j (then stored in slot j).
+// Computes pairs [begin, end): pair j is row j (valid by slot j) and row split + j (then stored in slot j).
 using PairKernel = void (*)(const PairJob& job, int64_t begin, int64_t end);
 PairKernel pair_kernel(const LastBatchArgs& args);
 
@@ -53,6 +53,7 @@ void* thread_scratch(int64_t bytes);
 void finish_batch(const LastBatchArgs& args, const BatchPlan& plan, const RowLosses& losses);
 
 // grad rows *= upstream / grad_scale, in place; nothing is touched where the factor is 1.
-void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, int64_t end);
+void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin,
+                int64_t end);
 
 }  // namespace dlb_fast

@@ -1,4 +1,4 @@
-// The batch around the row kernels: plan, choice of the instruction set, reduction.
+// One batch on the CPU: batch plan, choice of the instruction set, row kernels, reduction.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -10,10 +10,11 @@
 namespace dlb_fast {
 
 // last_batch_rows.cpp, once per instruction set.
-#define DLB_DECLARE_ISA(name)                              \
-  namespace name {                                         \
-  PairKernel pair_kernel(DType dtype, DType teacher);      \
-  void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, int64_t end); \
+#define DLB_DECLARE_ISA(name)                                                                                   \
+  namespace name {                                                                                              \
+  PairKernel pair_kernel(DType dtype, DType teacher);                                                           \
+  void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, \
+                  int64_t end);                                                                                 \
   }
 DLB_DECLARE_ISA(portable)
 #if defined(DLB_FAST_X86)
@@ -33,8 +34,9 @@ double element(const LastBatchArgs& args, const void* array, int64_t index) {
 }
 
 std::string label_error(const char* name, int64_t row, int64_t label, const LastBatchArgs& args) {
-  return std::string(name) + "[" + std::to_string(row) + "] = " + std::to_string(label) + " is not a class: expected 0 <= label < " +
-         std::to_string(args.classes) + " or ignore_index (" + std::to_string(args.ignore_index) + ")";
+  return std::string(name) + "[" + std::to_string(row) + "] = " + std::to_string(label) +
+         " is not a class: expected 0 <= label < " + std::to_string(args.classes) + " or ignore_index (" +
+         std::to_string(args.ignore_index) + ")";
 }
 
 // Labels in range, how many rows count and with what weight.
@@ -56,25 +58,24 @@ void count_labels(const LastBatchArgs& args, BatchPlan& plan) {
       counts = counts && second_counts;
     }
     if (!counts) continue;
-    plan.counted_rows += 1;
     plan.counted_weight += args.weight && !args.target_b ? element(args, args.weight, label) : 1.0;
   }
 }
 
-void mark_taught(const LastBatchArgs& args, BatchPlan& plan) {
+void mark_valid_rows(const LastBatchArgs& args, BatchPlan& plan) {
   int64_t rows = args.batch;
   if (args.buffer) {
     const int64_t count = args.slots[slots_count], old = args.num_old >= 0 ? args.num_old : count;
     plan.stored = std::clamp<int64_t>(args.batch - old, 0, args.capacity);
     plan.split = args.batch - plan.stored;
     rows = std::min({count, old, plan.split, args.capacity});
-  } else if (args.kind != TeacherKind::given_by_rule) {
+  } else if (args.kind != TeacherKind::virtual_teacher) {
     rows = plan.split = args.kind == TeacherKind::none ? args.batch : args.teacher_rows;
     if (args.kind == TeacherKind::none) rows = 0;
   } else {
     plan.split = args.batch;
   }
-  plan.taught.assign(rows, 1);
+  plan.valid.assign(rows, 1);
   for (int64_t row = 0; row < rows; ++row) {
     bool valid = !args.kd_mask || (row < args.kd_mask_rows && args.kd_mask[row]);
     if (args.buffer && args.ids) {
@@ -84,10 +85,10 @@ void mark_taught(const LastBatchArgs& args, BatchPlan& plan) {
         valid = false;
       }
     }
-    if (args.kind == TeacherKind::given_by_rule && args.correct_share >= 0)
+    if (args.kind == TeacherKind::virtual_teacher && args.correct_share >= 0)
       valid = valid && args.target[row * args.target_stride] != args.ignore_index;
-    plan.taught[row] = valid;
-    plan.taught_rows += valid;
+    plan.valid[row] = valid;
+    plan.valid_rows += valid;
   }
 }
 
@@ -102,9 +103,9 @@ BatchPlan plan_batch(const LastBatchArgs& args) {
     count_labels(args, plan);
     if (!plan.error.empty()) return plan;
   } else if (args.dense) {
-    plan.counted_rows = plan.counted_weight = static_cast<double>(args.batch);
+    plan.counted_weight = static_cast<double>(args.batch);
   }
-  mark_taught(args, plan);
+  mark_valid_rows(args, plan);
 
   double largest_weight = 1.0;
   plan.weight_sum = static_cast<double>(args.classes);
@@ -118,19 +119,17 @@ BatchPlan plan_batch(const LastBatchArgs& args) {
   }
 
   const bool mean = args.reduction == Reduction::mean;
-  const double ce_norm = mean ? plan.counted_weight : 1.0, z_norm = mean ? plan.counted_rows : 1.0;
-  const double kl_norm = mean ? plan.taught_rows : 1.0;
+  const double ce_norm = mean ? plan.counted_weight : 1.0, kl_norm = mean ? plan.valid_rows : 1.0;
   TermScales<double>& s = plan.scales;
   s.ce = ce_norm == 0 ? 0 : plan.ce_weight / ce_norm;
-  s.z = z_norm == 0 ? 0 : args.z_loss / z_norm;
   s.kl_grad = kl_norm == 0 ? 0 : plan.alpha * plan.temperature / kl_norm;
   s.kl_loss = s.kl_grad * plan.temperature;
   s.even = args.label_smoothing / static_cast<double>(args.classes);
   s.hard = 1.0 - args.label_smoothing;
   if (args.dtype == DType::f16) {
-    // |p - q| <= 1 for both terms; the z-loss adds 2 lse p.
+    // |p - q| <= 1 in both terms.
     const double largest_ce = std::fabs(s.ce) * largest_weight * (args.dense ? dense_target_room : 1.0);
-    plan.grad_scale = float16_grad_scale(largest_ce + std::fabs(s.kl_grad) + 2 * float16_largest_lse * s.z);
+    plan.grad_scale = float16_grad_scale(largest_ce + std::fabs(s.kl_grad));
   }
   return plan;
 }
@@ -143,7 +142,8 @@ PairKernel pair_kernel(const LastBatchArgs& args) {
   return portable::pair_kernel(args.dtype, args.teacher_dtype);
 }
 
-void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin, int64_t end) {
+void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, int64_t classes, int64_t begin,
+                int64_t end) {
 #if defined(DLB_FAST_X86)
   if (detected_isa() == Isa::avx512) return avx512::scale_rows(grad, dtype, factors, per_row, classes, begin, end);
   if (detected_isa() == Isa::avx2) return avx2::scale_rows(grad, dtype, factors, per_row, classes, begin, end);
@@ -154,11 +154,10 @@ void scale_rows(void* grad, DType dtype, const double* factors, bool per_row, in
 PairJob pair_job(const LastBatchArgs& args, const BatchPlan& plan, RowLosses& losses) {
   losses.ce.assign(args.batch, 0);
   losses.kl.assign(args.batch, 0);
-  losses.square.assign(args.batch, 0);
   losses.correct.assign(args.batch, 0);
-  return {&args, plan.scales, plan.split, plan.stored, static_cast<int64_t>(plan.taught.size()), plan.taught.data(),
+  return {&args, plan.scales, plan.split, plan.stored, static_cast<int64_t>(plan.valid.size()), plan.valid.data(),
           plan.temperature, plan.weight_sum, plan.grad_scale,
-          losses.ce.data(), losses.kl.data(), losses.square.data(), losses.correct.data()};
+          losses.ce.data(), losses.kl.data(), losses.correct.data()};
 }
 
 void* thread_scratch(int64_t bytes) {
@@ -183,25 +182,23 @@ template <typename A>
 void write_outputs(const LastBatchArgs& args, const BatchPlan& plan, const RowLosses& rows) {
   const bool mean = args.reduction == Reduction::mean;
   const double tau_squared = plan.temperature * plan.temperature;
-  double ce = 0, kl = 0, square = 0, correct = 0;
+  double ce = 0, kl = 0, correct = 0;
   A* loss = static_cast<A*>(args.loss);
   for (int64_t i = 0; i < args.batch; ++i) {
     ce += rows.ce[i];
     kl += rows.kl[i];
-    square += rows.square[i];
     correct += rows.correct[i];
     if (args.reduction == Reduction::none) {
       // A weight of 0 must not turn an infinite row of the other term into NaN.
-      double row = plan.ce_weight * rows.ce[i] + (rows.kl[i] == 0 ? 0 : plan.alpha * tau_squared * rows.kl[i]);
-      loss[i] = static_cast<A>(args.z_loss > 0 ? row + args.z_loss * rows.square[i] : row);
+      const double row = plan.ce_weight * rows.ce[i] + (rows.kl[i] == 0 ? 0 : plan.alpha * tau_squared * rows.kl[i]);
+      loss[i] = static_cast<A>(row);
     }
   }
   const auto divided = [mean](double sum, double norm) { return !mean ? sum : norm == 0 ? 0.0 : sum / norm; };
   const double ce_term = divided(ce, plan.counted_weight);
-  const double lb_term = tau_squared * divided(kl, plan.taught_rows);
+  const double lb_term = tau_squared * divided(kl, plan.valid_rows);
   double total = plan.ce_weight * ce_term;
-  if (plan.taught_rows > 0) total += plan.alpha * lb_term;
-  if (args.z_loss > 0) total += args.z_loss * divided(square, plan.counted_rows);
+  if (plan.valid_rows > 0) total += plan.alpha * lb_term;
   if (args.reduction != Reduction::none) loss[0] = static_cast<A>(total);
   A* parts = static_cast<A*>(args.parts);
   parts[part_loss] = static_cast<A>(total);
@@ -209,7 +206,7 @@ void write_outputs(const LastBatchArgs& args, const BatchPlan& plan, const RowLo
   parts[part_lb] = static_cast<A>(lb_term);
   parts[part_correct] = static_cast<A>(correct);
   parts[part_grad_scale] = static_cast<A>(plan.grad_scale);
-  parts[part_taught] = static_cast<A>(plan.taught_rows);
+  parts[part_valid] = static_cast<A>(plan.valid_rows);
 }
 
 }  // namespace

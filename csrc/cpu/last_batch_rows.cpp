@@ -2,8 +2,7 @@
 // choosing the vectors; the loops are plain C++ that the compiler vectorises.
 //
 // Per row: one read of the logits (and of the teacher), exponentials kept in a per-thread scratch of 4 C numbers, one
-// write of the gradient, for which the row is not read again: it may replace the row. The label's column is computed
-// apart and rounded once.
+// write of the gradient, for which the row is not read again. The label's column is computed apart and rounded once.
 #include "row_loops.h"
 
 namespace dlb_fast {
@@ -14,7 +13,7 @@ namespace {
 template <typename A>
 struct Gradient {
   RowCoefficients<A> at;
-  A constant = 0;             // of a teacher by rule: kl_grad * (share of a wrong class)
+  A constant = 0;             // of a virtual teacher: kl_grad * (share of a wrong class)
   const A *e1 = nullptr, *e2 = nullptr, *et = nullptr, *weight = nullptr, *dense = nullptr;
   A dense_scale = 0;
   int power = 0;              // e1 is e2 to this power, where e1 is not given
@@ -107,7 +106,7 @@ struct RowKernel {
   void cross_entropy(int64_t row, const A* z, A m, double d1, const A* w, Gradient<A>& g) {
     const int64_t n = args.classes;
     const TermScales<double>& s = job.scales;
-    const double log_sum = std::log(d1), lse = static_cast<double>(m) + log_sum;
+    const double log_sum = std::log(d1);
     double mass = 0, dot = 0, label_weight = 0;
     if (args.dense) {
       const A* q = static_cast<const A*>(args.dense) + row * args.dense_stride;
@@ -139,8 +138,7 @@ struct RowKernel {
       dot += s.even * weighted_sum(z, w, n, m);
     }
     job.ce[row] = mass * log_sum - dot;
-    job.square[row] = lse * lse;
-    const RowCoefficients<double> r = row_coefficients(s, true, false, mass, label_weight, d1, 1.0, 1.0, lse);
+    const RowCoefficients<double> r = ce_coefficients(s, mass, label_weight, d1);
     const double scale = job.grad_scale;
     g.at.a = static_cast<A>(r.a * scale);
     g.at.s = static_cast<A>(r.s * scale);
@@ -153,7 +151,7 @@ struct RowKernel {
     const int64_t n = args.classes;
     const A *z = of_row.v, m = of_row.max;
     const double scale = job.scales.kl_grad * job.grad_scale;
-    if (args.kind == TeacherKind::given_by_rule) {
+    if (args.kind == TeacherKind::virtual_teacher) {
       const bool corrected = args.correct_share >= 0;
       const double right = corrected ? args.correct_share : 1.0 / n;
       const double wrong = corrected ? (n > 1 ? (1.0 - right) / (n - 1) : 0.0) : right;
@@ -161,7 +159,8 @@ struct RowKernel {
       const int64_t y = corrected ? args.target[row * args.target_stride] : 0;
       const double x_right = static_cast<double>(z[y] - m) / job.temperature;
       const double x_all = wrong == 0 ? 0 : weighted_sum<A>(z, nullptr, n, m) / job.temperature;
-      const double entropy = (right > 0 ? right * std::log(right) : 0) + (wrong > 0 ? (n - 1) * wrong * std::log(wrong) : 0);
+      const double entropy =
+          (right > 0 ? right * std::log(right) : 0) + (wrong > 0 ? (n - 1) * wrong * std::log(wrong) : 0);
       const double more = right - wrong, mass = n > 1 ? 1.0 : right;
       job.kl[row] = entropy + mass * std::log(d2) - wrong * x_all - (more == 0 ? 0 : more * x_right);
       g.at.b = static_cast<A>(scale * mass / d2);
@@ -213,24 +212,24 @@ struct RowKernel {
     }
   }
 
-  void compute(int64_t row, bool taught) {
+  void compute(int64_t row, bool valid) {
     const int64_t n = args.classes;
     bool counts = args.dense != nullptr, labelled = counts;
     if (args.target) {
       counts = labelled = args.target[row * args.target_stride] != args.ignore_index;
       if (args.target_b) counts = counts && args.target_b[row * args.target_b_stride] != args.ignore_index;
     }
-    if (!labelled && !taught) return zero_gradient(row);
+    if (!labelled && !valid) return zero_gradient(row);
     const Row<A> of_row = load_row<A>(logits(row), n, nothing<A>, scratch.z);
-    if (labelled && !counts) {  // no cross entropy for want of the second label; the first may be right all the same
+    if (labelled && !counts) {  // without its second label the row has no CE, but its first label may be right
       const A label = of_row.v[args.target[row * args.target_stride]];
       job.correct[row] = label >= of_row.max && exp_sum(of_row, plain, scratch.e1) >= 0;  // false where a logit is NaN
-      if (!taught) return zero_gradient(row);
+      if (!valid) return zero_gradient(row);
     }
     const A *z = of_row.v, m = of_row.max;
     Gradient<A> g;
     const A* w = static_cast<const A*>(args.weight);
-    const bool by_logits = taught && args.kind == TeacherKind::logits;
+    const bool by_logits = valid && args.kind == TeacherKind::logits;
     double d1 = 0;
     if (by_logits) d1 = logit_distillation(row, counts ? whole_temperature : 0, of_row, g);
     if (counts) {
@@ -246,7 +245,7 @@ struct RowKernel {
       job.correct[row] = d1 == d1 && z[y] >= m;
       cross_entropy(row, z, m, d1, w, g);
     }
-    if (taught && !by_logits) distillation(row, of_row, g);
+    if (valid && !by_logits) distillation(row, of_row, g);
     if (args.grad) write_gradient(g, n, static_cast<T*>(args.grad) + row * n);
   }
 
@@ -267,10 +266,10 @@ template <typename T, typename TT, typename A>
 void pairs(const PairJob& job, int64_t begin, int64_t end) {
   RowKernel<T, TT, A> kernel(job);
   for (int64_t j = begin; j < end; ++j) {
-    if (j < job.split) kernel.compute(j, j < job.taught_size && job.taught[j]);
+    if (j < job.split) kernel.compute(j, j < job.valid_size && job.valid[j]);
     const int64_t second = job.split + j;
     if (second < job.args->batch) {
-      if (j < job.stored) kernel.keep(second, j);  // before its gradient, which may replace the row
+      if (j < job.stored) kernel.keep(second, j);
       kernel.compute(second, false);
     }
   }

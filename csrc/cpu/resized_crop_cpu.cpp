@@ -1,4 +1,4 @@
-// Around the passes of the resize: weights, layouts, and which line is needed when.
+// The resize around its two passes: weights, layouts, and the order of the lines.
 //
 // The weights follow torch's in every rounding (double, then int16 with the largest precision that fits the largest
 // weight), so this file must be compiled without contraction of a * b + c.
@@ -62,7 +62,9 @@ struct Carver {
 
 double scale_of(int64_t in, int64_t out) { return static_cast<double>(in) / static_cast<double>(out); }
 double support_of(double scale) { return scale >= 1.0 ? 1.0 * scale : 1.0; }
-int64_t most_taps(int64_t in, int64_t out) { return static_cast<int64_t>(std::ceil(support_of(scale_of(in, out)))) * 2 + 1; }
+int64_t most_taps(int64_t in, int64_t out) {
+  return static_cast<int64_t>(std::ceil(support_of(scale_of(in, out)))) * 2 + 1;
+}
 int64_t weight_stride(int64_t in, int64_t out) { return rounded_up(most_taps(in, out), 4); }
 
 struct AxisMemory {
@@ -107,7 +109,8 @@ Axis make_axis(const AxisMemory& m, int64_t in, int64_t out, bool flip) {
     m.count[at] = static_cast<int32_t>(count);
     axis.taps = std::max(axis.taps, count);
   }
-  while (axis.precision < 22 && static_cast<int>(0.5 + largest * (1 << (axis.precision + 1))) < (1 << 15)) ++axis.precision;
+  while (axis.precision < 22 && static_cast<int>(0.5 + largest * (1 << (axis.precision + 1))) < (1 << 15))
+    ++axis.precision;
   for (int64_t i = 0; i < out; ++i) {
     const int64_t at = flip ? out - 1 - i : i;
     int16_t* w = m.weights + at * axis.stride;
@@ -215,7 +218,8 @@ void resized_crop(const CropArgs& a) {
     straight = carver.take<uint8_t>(out_bytes);
     lines = carver.take<const uint8_t*>(ring_size);
   }
-  const Axis x = make_axis(x_memory, a.width, a.out_width, a.flip), y = make_axis(y_memory, a.height, a.out_height, false);
+  const Axis x = make_axis(x_memory, a.width, a.out_width, a.flip);
+  const Axis y = make_axis(y_memory, a.height, a.out_height, false);
   const bool packed = c == 3 && kernel.packed_line && fits_packed(x);
   const PackedAxis packed_x = packed ? make_packed(packed_parts, x) : PackedAxis{};
 
@@ -246,12 +250,23 @@ void resized_crop(const CropArgs& a) {
         plain_line(x, c, line, to);
     }
     for (int64_t j = first; j < stop; ++j) lines[j - first] = ring + (j % ring_size) * ring_line;
-    uint8_t* to = a.out + row * a.out_line;
-    kernel.column(lines, y.weights + row * y.stride, y.count[row], y.precision, packed_out ? to : straight, out_bytes);
-    if (packed_out) continue;
+    uint8_t* to = packed_out && !a.table ? a.out + row * a.out_line : straight;
+    kernel.column(lines, y.weights + row * y.stride, y.count[row], y.precision, to, out_bytes);
+    if (!a.table && packed_out) continue;
+    if (a.table && packed_out && c == 3) {
+      kernel.rgb_values(a.table, straight, a.out_values + row * a.out_line, a.out_width);
+      continue;
+    }
     for (int64_t i = 0; i < a.out_width; ++i)
-      for (int64_t k = 0; k < c; ++k) to[i * a.out_column + k * a.out_channel] = straight[i * c + k];
+      for (int64_t k = 0; k < c; ++k) {
+        const int64_t at = row * a.out_line + i * a.out_column + k * a.out_channel;
+        if (a.table)
+          a.out_values[at] = a.table[k * 256 + straight[i * c + k]];
+        else
+          a.out[at] = straight[i * c + k];
+      }
   }
+  if (a.table) kernel.fence();
 }
 
 }  // namespace dlb_fast

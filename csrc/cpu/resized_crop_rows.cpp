@@ -92,7 +92,8 @@ void rgb_line(const Axis& axis, const uint8_t* line, uint8_t* out) {
   }
 }
 
-void column(const uint8_t* const* lines, const int16_t* weights, int64_t count, int precision, uint8_t* out, int64_t bytes) {
+void column(const uint8_t* const* lines, const int16_t* weights, int64_t count, int precision, uint8_t* out,
+            int64_t bytes) {
   const __m128i shift = _mm_cvtsi32_si128(precision);
   const __m256i half = _mm256_set1_epi32(1 << (precision - 1)), zero = _mm256_setzero_si256();
   for (int64_t at = 0; at < bytes; at += 32) {
@@ -136,7 +137,8 @@ void rgb_line(const Axis& axis, const uint8_t* line, uint8_t* out) {
   }
 }
 
-void column(const uint8_t* const* lines, const int16_t* weights, int64_t count, int precision, uint8_t* out, int64_t bytes) {
+void column(const uint8_t* const* lines, const int16_t* weights, int64_t count, int precision, uint8_t* out,
+            int64_t bytes) {
   constexpr int64_t piece = 256;
   for (int64_t at = 0; at < bytes; at += piece) {
     const int64_t n = bytes - at < piece ? bytes - at : piece;
@@ -153,13 +155,44 @@ void column(const uint8_t* const* lines, const int16_t* weights, int64_t count, 
 
 #endif
 
+void rgb_values(const float* table, const uint8_t* line, float* out, int64_t pixels) {
+  const int64_t count = 3 * pixels;
+  int64_t i = 0;
+#if defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(out) % 32 == 0) {
+    const __m256i first = _mm256_setr_epi32(0, 256, 512, 0, 256, 512, 0, 256);  // where a channel's part begins
+    const __m256i second = _mm256_setr_epi32(512, 0, 256, 512, 0, 256, 512, 0);
+    const __m256i third = _mm256_setr_epi32(256, 512, 0, 256, 512, 0, 256, 512);
+    for (; i + 24 <= count; i += 24) {
+      for (int part = 0; part < 3; ++part) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(line + i + 8 * part));
+        const __m256i channel = part == 0 ? first : part == 1 ? second : third;
+        const __m256i index = _mm256_add_epi32(_mm256_cvtepu8_epi32(bytes), channel);
+        _mm256_stream_ps(out + i + 8 * part, _mm256_i32gather_ps(table, index, 4));
+      }
+    }
+  }
+#endif
+  for (; i < count; i += 3) {
+    out[i] = table[line[i]];
+    out[i + 1] = table[256 + line[i + 1]];
+    out[i + 2] = table[512 + line[i + 2]];
+  }
+}
+
+void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace
 
 CropKernels crop_kernels() {
 #if defined(__AVX2__)
-  return {packed_line, rgb_line, column};
+  return {packed_line, rgb_line, column, rgb_values, fence};
 #else
-  return {nullptr, rgb_line, column};
+  return {nullptr, rgb_line, column, rgb_values, fence};
 #endif
 }
 

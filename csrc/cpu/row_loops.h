@@ -1,6 +1,6 @@
-// The passes over one row: conversion, maximum, sums of exponentials. A row is first copied into the scratch and filled up
-// to whole vectors there, so that no pass has columns left over: at 100 classes those took a fifth of the time. A long row
-// that needs no conversion stays where it is, because there the copy would cost more. Sums run in short
+// The passes over one row: conversion, maximum, sums of exponentials. A row is first copied into the scratch and filled
+// up to whole vectors there, so that no pass has columns left over: at 100 classes those took a fifth of the time. A
+// long row that needs no conversion stays where it is, because there the copy would cost more. Sums run in short
 // blocks, added up in double: at C = 21843 their error is that of a short sum.
 #pragma once
 #include <cmath>
@@ -188,7 +188,8 @@ TeacherSums probability_sums(const Row<A>& row, const A* p, int64_t n, const Exp
   sums.student = exp_sum(row, exponent, e2);
   for (int64_t c = 0; c < n; ++c) {
     sums.teacher += p[c];
-    if (p[c] != 0) sums.gap += p[c] * (std::log(static_cast<double>(p[c])) - static_cast<double>(row.v[c] - row.max) * k);
+    if (p[c] != 0)
+      sums.gap += p[c] * (std::log(static_cast<double>(p[c])) - static_cast<double>(row.v[c] - row.max) * k);
   }
   return sums;
 }

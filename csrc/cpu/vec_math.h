@@ -17,8 +17,9 @@ DLB_INLINE To bit_cast(From from) {
   return to;
 }
 
-// What the loops over a row step by: the widest vector of floats that this instruction set has, or one double. Written as
-// the compiler's generic vectors, because a loop over plain floats leaves up to a vector's worth of columns for one by one.
+// What the loops over a row step by: the widest vector of floats that this instruction set has, or one double. Written
+// as the compiler's generic vectors, because a loop over plain floats leaves up to a vector's worth of columns for one
+// by one.
 #if defined(__AVX512F__)
 constexpr int float_lanes = 16;
 #elif defined(__AVX2__)
@@ -54,7 +55,8 @@ template <typename F>
 DLB_INLINE float folded(f32v v, const F& combine) {
 #if defined(DLB_HALVES)
 #if defined(__AVX512F__)
-  const auto v8 = combine(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const auto v8 = combine(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                          __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 #else
   const auto v8 = v;
 #endif
@@ -93,8 +95,8 @@ struct Exponent<float> {
   explicit Exponent(double factor) : k(static_cast<float>(factor * 1.4426950408889634)), lowest(-127.0f / k) {}
 };
 
-// 2^t = 2^n 2^f with n = round(t): adding 1.5 * 2^23 rounds to an integer and leaves it, with the exponent's bias, in the
-// low bits; f = k d - n comes out of one fused operation without the rounding error of t. The polynomial is the
+// 2^t = 2^n 2^f with n = round(t): adding 1.5 * 2^23 rounds to an integer and leaves it, with the exponent's bias, in
+// the low bits; f = k d - n comes out of one fused operation without the rounding error of t. The polynomial is the
 // minimax one of degree 6 over [-0.5, 0.5] through 1 at 0 (2e-9).
 DLB_INLINE f32v exp_at(f32v d, const Exponent<float>& e) {
   constexpr float round = 12582912.0f + 127.0f;
@@ -119,8 +121,8 @@ DLB_INLINE float to_acc(float v) { return v; }
 DLB_INLINE double to_acc(double v) { return v; }
 DLB_INLINE float to_acc(bf16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
 
-// float16 bits, one per 32-bit lane or alone. Multiplying by 2^112 moves the exponent bias from 15 to 127 and normalises
-// subnormals in the same step.
+// float16 bits, one per 32-bit lane or alone. Multiplying by 2^112 moves the exponent bias from 15 to 127 and
+// normalises subnormals in the same step.
 template <typename F, typename U>
 DLB_INLINE F from_f16(U bits) {
   const U magnitude = (bits & 0x7FFFu) << 13, sign = (bits & 0x8000u) << 16;

@@ -1,7 +1,8 @@
-// What a block has to know about the whole batch before it writes a gradient: which rows are taught, how many count.
+// Facts about the whole batch that a block needs before it writes a gradient: which rows have a valid teacher, and the
+// counts that the means divide by.
 //
 // Up to `self_count_rows` rows every block counts for itself (the labels are in L2, one launch); above, count_kernel
-// leaves the counts in the workspace. Until the last block of the launch has taken its ticket nobody writes slots.
+// leaves the counts in the workspace. Until the last block of the launch has taken its ticket no block writes slots.
 #pragma once
 #include "../last_batch.h"
 #include "groups.cuh"
@@ -10,10 +11,10 @@ namespace dlb_fast {
 namespace cuda {
 
 struct Counts {
-  float rows = 0, weight = 0;          // rows that count for the CE, and the sum of their class weights
-  float taught = 0, mismatched = 0;    // valid taught rows; rows facing the slot of another sample
+  float weight = 0;                    // class weights of the rows that count for the CE, summed
+  float valid = 0, mismatched = 0;    // rows with a valid teacher; rows facing the slot of another sample
 };
-constexpr int count_fields = 4;
+constexpr int count_fields = 3;
 
 // Device memory kept between launches, zero at rest except where written before read.
 constexpr int max_grid = 4096, max_count_grid = 64;
@@ -21,11 +22,11 @@ struct Workspace {
   uint32_t ticket, count_ticket;
   Counts counts;
   float count_partial[count_fields][max_count_grid];
-  float partial[4][max_grid];
+  float partial[3][max_grid];
 };
 
-// LastBatchArgs as the kernels want it: compute dtype float, rows and columns counted in int (products are int64), buffer
-// and given teacher in one place.
+// LastBatchArgs as the kernels want it: compute dtype float, rows and columns counted in int (products are int64),
+// buffer and given teacher in one place.
 struct DeviceArgs {
   int64_t logits_stride, target_stride, target_b_stride, lam_stride, dense_stride;
   const void* logits;
@@ -38,23 +39,26 @@ struct DeviceArgs {
   const int64_t* ids;
   int64_t num_old;
   const bool* kd_mask;
-  int64_t kd_mask_rows, ignore_index;
+  int64_t kd_mask_rows;
   const float *alpha_ptr, *temperature_ptr;
   float *loss, *parts;
   void* grad;
   Workspace* workspace;
-  float alpha, temperature, ce_weight, ce_alpha, label_smoothing, z_loss, correct_share;
+#define DLB_NUMBER(name, initial) float name;
+#define DLB_INTEGER(name, type, initial) type name;
+  DLB_NUMBER_OPTIONS(DLB_NUMBER)
+  DLB_INTEGER_OPTIONS(DLB_INTEGER)
+#undef DLB_NUMBER
+#undef DLB_INTEGER
   int batch, classes, teacher_rows, capacity;
   DType dtype, teacher_dtype;
   TeacherKind kind;
-  Reduction reduction;
   bool precounted;
-  bool in_place;  // grad is logits: coherent loads, and a barrier between the last load of a row and its first store
 };
 
-// Derived once per block, then read by everybody from shared memory.
+// Computed once per block; all threads read it from shared memory.
 struct BatchState {
-  int start, stored, taught_rows;  // pair j: rows j < start and start + j; slot j < stored takes row start + j
+  int start, stored, teacher_limit;  // pair j: rows j < start and start + j; slot j < stored takes row start + j
   TermScales<float> scales;
   float temperature, inverse, log2e_over_t;  // tau, 1 / tau, log2(e) / tau
   float alpha, ce_weight, grad_scale, weight_sum;
@@ -71,7 +75,7 @@ DLB_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 DLB_DEVICE int clamped(int64_t v, int high) { return v < 0 ? 0 : v > high ? high : static_cast<int>(v); }
 
 // Rows of pairs, from the device's own count. A wrong count in slots can misplace teachers; it cannot leave the arrays.
-DLB_DEVICE void lay_out_pairs(const DeviceArgs& a, int& start, int& stored, int& taught_rows) {
+DLB_DEVICE void lay_out_pairs(const DeviceArgs& a, int& start, int& stored, int& teacher_limit) {
   stored = 0;
   start = (a.batch + 1) / 2;
   if (a.buffer != nullptr) {
@@ -79,11 +83,11 @@ DLB_DEVICE void lay_out_pairs(const DeviceArgs& a, int& start, int& stored, int&
     const int old = clamped(a.num_old >= 0 ? a.num_old : count, a.batch);
     stored = smaller(a.batch - old, a.capacity);
     start = a.batch - stored;
-    taught_rows = smaller(smaller(count, old), start);
-  } else if (a.kind == TeacherKind::given_by_rule) {
-    taught_rows = a.batch;
+    teacher_limit = smaller(smaller(count, old), start);
+  } else if (a.kind == TeacherKind::virtual_teacher) {
+    teacher_limit = a.batch;
   } else {
-    taught_rows = a.kind == TeacherKind::none ? 0 : smaller(a.teacher_rows, a.batch);
+    teacher_limit = a.kind == TeacherKind::none ? 0 : smaller(a.teacher_rows, a.batch);
   }
 }
 
@@ -98,11 +102,13 @@ DLB_DEVICE bool label_counts(const DeviceArgs& a, int row) {
   return a.target_b == nullptr || load(a.target_b + row * a.target_b_stride) != a.ignore_index;
 }
 
-// A teacher by rule that knows the right class.
-DLB_DEVICE bool by_label(const DeviceArgs& a) { return a.kind == TeacherKind::given_by_rule && a.correct_share >= 0.0f; }
+// A virtual teacher that depends on the label (correct_share).
+DLB_DEVICE bool by_label(const DeviceArgs& a) {
+  return a.kind == TeacherKind::virtual_teacher && a.correct_share >= 0.0f;
+}
 
-// For row < taught_rows.
-DLB_DEVICE bool is_taught(const DeviceArgs& a, int row, bool other_sample) {
+// For row < teacher_limit.
+DLB_DEVICE bool has_valid_teacher(const DeviceArgs& a, int row, bool other_sample) {
   if (other_sample) return false;
   if (a.kd_mask != nullptr && (row >= a.kd_mask_rows || !load(a.kd_mask + row))) return false;
   // No right class, no correction. The second label of a pair has no say in it.
@@ -110,7 +116,7 @@ DLB_DEVICE bool is_taught(const DeviceArgs& a, int row, bool other_sample) {
 }
 
 // This thread's share of the counts when `threads` of them divide the rows.
-DLB_DEVICE Counts count_rows(const DeviceArgs& a, int taught_rows, int thread, int threads) {
+DLB_DEVICE Counts count_rows(const DeviceArgs& a, int teacher_limit, int thread, int threads) {
   Counts n;
   if (a.target != nullptr) {
     // Several labels on their way at a time: with one, this loop would be most of a small launch.
@@ -130,22 +136,21 @@ DLB_DEVICE Counts count_rows(const DeviceArgs& a, int taught_rows, int thread, i
       const bool weighted = a.weight != nullptr && a.target_b == nullptr;
       DLB_UNROLL for (int k = 0; k < at_once; ++k) {
         if (label[k] == a.ignore_index) continue;
-        n.rows += 1.0f;
         n.weight += weighted ? load(a.weight + clamped(label[k], a.classes - 1)) : 1.0f;
       }
     }
   } else if (a.dense != nullptr && thread == 0) {
-    n.rows = n.weight = static_cast<float>(a.batch);
+    n.weight = static_cast<float>(a.batch);
   }
-  const bool by_row = a.kd_mask != nullptr || a.ids != nullptr || a.kind == TeacherKind::given_by_rule;
+  const bool by_row = a.kd_mask != nullptr || a.ids != nullptr || a.kind == TeacherKind::virtual_teacher;
   if (by_row) {
-    for (int row = thread; row < taught_rows; row += threads) {
+    for (int row = thread; row < teacher_limit; row += threads) {
       const bool differs = id_differs(a, row);
       n.mismatched += differs ? 1.0f : 0.0f;
-      n.taught += is_taught(a, row, differs) ? 1.0f : 0.0f;
+      n.valid += has_valid_teacher(a, row, differs) ? 1.0f : 0.0f;
     }
   } else if (thread == 0) {
-    n.taught = static_cast<float>(taught_rows);
+    n.valid = static_cast<float>(teacher_limit);
   }
   return n;
 }
@@ -171,23 +176,25 @@ DLB_DEVICE void reduce_block(float (&v)[N], float (*partial)[max_block_warps]) {
   reduce_lanes<Op>(v, max_block_warps);
 }
 
-DLB_DEVICE float scalar(const float* on_device, float number) { return on_device != nullptr ? load(on_device) : number; }
+DLB_DEVICE float scalar(const float* on_device, float number) {
+  return on_device != nullptr ? load(on_device) : number;
+}
 // A term to which no row counts is 0, with zero gradient.
 DLB_DEVICE float over(float a, float norm) { return norm == 0.0f ? 0.0f : a / norm; }
 
 // Fills shared.state; ends with a block barrier.
 DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
   BatchState s;
-  lay_out_pairs(a, s.start, s.stored, s.taught_rows);
+  lay_out_pairs(a, s.start, s.stored, s.teacher_limit);
   if (a.precounted) {
     const Counts& n = a.workspace->counts;
-    s.counts.rows = load(&n.rows), s.counts.weight = load(&n.weight);
-    s.counts.taught = load(&n.taught), s.counts.mismatched = load(&n.mismatched);
+    s.counts.weight = load(&n.weight);
+    s.counts.valid = load(&n.valid), s.counts.mismatched = load(&n.mismatched);
   } else {
-    const Counts n = count_rows(a, s.taught_rows, thread_index(), block_threads());
-    float v[count_fields] = {n.rows, n.weight, n.taught, n.mismatched};
+    const Counts n = count_rows(a, s.teacher_limit, thread_index(), block_threads());
+    float v[count_fields] = {n.weight, n.valid, n.mismatched};
     reduce_block<Sum>(v, shared.partial);
-    s.counts.rows = v[0], s.counts.weight = v[1], s.counts.taught = v[2], s.counts.mismatched = v[3];
+    s.counts.weight = v[0], s.counts.valid = v[1], s.counts.mismatched = v[2];
   }
   float largest[1] = {1.0f}, weight_sum[1] = {static_cast<float>(a.classes)};
   if (a.weight != nullptr && (a.label_smoothing > 0.0f || a.dtype == DType::f16)) {
@@ -209,18 +216,16 @@ DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
     s.weight_sum = weight_sum[0];
     const bool mean = a.reduction == Reduction::mean;
     s.scales.ce = over(s.ce_weight, mean ? s.counts.weight : 1.0f);
-    s.scales.z = over(a.z_loss, mean ? s.counts.rows : 1.0f);
-    s.scales.kl_grad = over(s.alpha * s.temperature, mean ? s.counts.taught : 1.0f);
+    s.scales.kl_grad = over(s.alpha * s.temperature, mean ? s.counts.valid : 1.0f);
     s.scales.kl_loss = s.scales.kl_grad * s.temperature;
     s.scales.even = a.label_smoothing / static_cast<float>(a.classes);
     s.scales.hard = 1.0f - a.label_smoothing;
     s.grad_scale = 1.0f;
     if (a.dtype == DType::f16) {
-      // |p - q| <= 1 for both terms; the z-loss adds 2 lse p.
+      // |p - q| <= 1 in both terms.
       const float ce = s.scales.ce, kl = s.scales.kl_grad;
       const float room = a.dense != nullptr ? static_cast<float>(dense_target_room) : 1.0f;
-      const float of_z = 2.0f * static_cast<float>(float16_largest_lse) * s.scales.z;
-      const float bound = (ce < 0 ? -ce : ce) * largest[0] * room + (kl < 0 ? -kl : kl) + of_z;
+      const float bound = (ce < 0 ? -ce : ce) * largest[0] * room + (kl < 0 ? -kl : kl);
       s.grad_scale = static_cast<float>(float16_grad_scale(bound));
     }
     shared_store(&shared.state, s);

@@ -3,8 +3,8 @@
 // Packets are aligned in memory, not in the row: packet v of a row covers columns [v * V - shift, v * V - shift + V),
 // where shift is how far the row's first element lies past a packet boundary (odd C shifts every row differently).
 // Only the first and last packet can stick out; they go element by element, all others as one 16-byte access. A second
-// array (gradient, teacher, buffer) uses the same columns per thread; if its rows are shifted otherwise, it goes element
-// by element too, which is correct and slower, and does not happen for contiguous tensors.
+// array (gradient, teacher, buffer) uses the same columns per thread; if its rows are shifted otherwise, it goes
+// element by element too, which is correct and slower, and does not happen for contiguous tensors.
 #pragma once
 #include "device.cuh"
 
@@ -107,7 +107,8 @@ DLB_DEVICE void store_packed_edge(X* row, int first, int classes, const uint32_t
 
 // The same columns, as one access where `aligned` (whole packets of the row are) and all of them lie inside.
 template <typename X, int V>
-DLB_DEVICE void load_columns(const X* row, int first, int classes, bool aligned, float fill, float* out, bool once = false) {
+DLB_DEVICE void load_columns(const X* row, int first, int classes, bool aligned, float fill, float* out,
+                             bool once = false) {
   if (aligned && first >= 0 && first + V <= classes)
     load_aligned<X, V>(row + first, out, once);
   else

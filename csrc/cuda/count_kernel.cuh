@@ -7,10 +7,11 @@ namespace cuda {
 
 static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
   DLB_SHARED(FinishShared, shared);
-  int start, stored, taught_rows;
-  lay_out_pairs(a, start, stored, taught_rows);
-  const Counts n = count_rows(a, taught_rows, block_index() * block_threads() + thread_index(), grid_blocks() * block_threads());
-  float v[count_fields] = {n.rows, n.weight, n.taught, n.mismatched};
+  int start, stored, teacher_limit;
+  lay_out_pairs(a, start, stored, teacher_limit);
+  const Counts n =
+      count_rows(a, teacher_limit, block_index() * block_threads() + thread_index(), grid_blocks() * block_threads());
+  float v[count_fields] = {n.weight, n.valid, n.mismatched};
   reduce_block<Sum>(v, shared.partial[0]);
   Workspace& w = *a.workspace;
   if (thread_index() == 0) {
@@ -27,10 +28,9 @@ static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
     v[i] = block < grid_blocks() ? load_other_block(&w.count_partial[i][block]) : 0.0f;
   reduce_block<Sum>(v, shared.partial[1]);
   if (thread_index() != 0) return;
-  store(&w.counts.rows, v[0]);
-  store(&w.counts.weight, v[1]);
-  store(&w.counts.taught, v[2]);
-  store(&w.counts.mismatched, v[3]);
+  store(&w.counts.weight, v[0]);
+  store(&w.counts.valid, v[1]);
+  store(&w.counts.mismatched, v[2]);
   store(&w.count_ticket, 0u);
 }
 

@@ -1,6 +1,7 @@
-// The words the kernels are written in: threads, shuffles, barriers, clusters, memory. Two dictionaries exist: this one
-// for the GPU, and tests/emulation/emulated_device.h for the host compiler, which checks every access and every barrier.
-// Kernels touch global memory only through load/store/load_packet/store_packet, so that nothing escapes the checks.
+// The device functions of the kernels: threads, shuffles, barriers, clusters, memory. Two versions exist: this one for
+// the GPU, and tests/emulation/emulated_device.h for the host compiler, which checks every access and every barrier.
+// Kernels read and write global memory only through load, store, load_packet and store_packet, so that every access is
+// checked.
 #pragma once
 #include <cstdint>
 
@@ -48,8 +49,8 @@ DLB_DEVICE void sync_block() { __syncthreads(); }
 DLB_DEVICE void fence() { __threadfence(); }
 DLB_DEVICE uint32_t atomic_add(uint32_t* counter, uint32_t value) { return atomicAdd(counter, value); }
 
-// Clusters exist from sm_90 on. Below, the cluster kernels are compiled to a trap and never launched. The reads of special
-// registers are volatile: done where they are used, not kept in an ordinary register through the kernel.
+// Clusters exist from sm_90 on. Below, the cluster kernels are compiled to a trap and never launched. The reads of
+// special registers are volatile: done where they are used, not kept in an ordinary register through the kernel.
 DLB_DEVICE int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   unsigned rank;
@@ -141,8 +142,9 @@ DLB_DEVICE Packet load_packet(const void* p, bool once) {
   }
   return r;
 }
-// The same under a condition, otherwise `fill` in every word, without a branch: loads of several packets stay side by side
-// and are all on their way before the first is waited for. In a block of its own each would wait for the one before.
+// The same under a condition, otherwise `fill` in every word, without a branch: loads of several packets stay side by
+// side and are all on their way before the first is waited for. In a block of its own each would wait for the one
+// before.
 DLB_DEVICE Packet load_packet_if(bool wanted, const void* p, bool once, uint32_t fill) {
   Packet r;
   r.word[0] = r.word[1] = r.word[2] = r.word[3] = fill;
@@ -166,8 +168,8 @@ DLB_DEVICE void store_packet(void* p, const Packet& v) {
   *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 
-// A hint that `bytes` from p on are wanted soon: into the second-level cache, by one instruction, without a register or a
-// thread waiting. Whole 16-byte pieces; what is cut off at the end comes with its cache line. Nothing before sm_90.
+// A hint that `bytes` from p on are wanted soon: into the second-level cache, by one instruction, without a register or
+// a thread waiting. Whole 16-byte pieces; what is cut off at the end comes with its cache line. Nothing before sm_90.
 DLB_DEVICE void prefetch(const void* p, int64_t bytes) {
 #if __CUDA_ARCH__ >= 900
   const uint64_t at = __cvta_generic_to_global(p), begin = at & ~uint64_t(15);

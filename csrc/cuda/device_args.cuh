@@ -1,7 +1,7 @@
 // Host side: LastBatchArgs as the kernels take them, and the choice of the kernel's template arguments.
 #pragma once
 #include "plan.h"
-#include "streamed_kernel.cuh"
+#include "two_pass_kernel.cuh"
 
 namespace dlb_fast {
 namespace cuda {
@@ -16,32 +16,35 @@ inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, vo
   d.dense = static_cast<const float*>(a.dense), d.dense_stride = a.dense_stride;
   d.weight = static_cast<const float*>(a.weight);
   d.kind = a.kind, d.teacher_dtype = a.teacher_dtype;
-  d.buffer = a.buffer, d.capacity = static_cast<int>(a.capacity), d.slots = a.slots, d.ids = a.ids, d.num_old = a.num_old;
+  d.buffer = a.buffer, d.capacity = static_cast<int>(a.capacity), d.slots = a.slots, d.ids = a.ids,
+  d.num_old = a.num_old;
   d.teacher = a.buffer != nullptr ? a.buffer : a.teacher;
   d.teacher_stride = a.buffer != nullptr ? a.classes : a.teacher_stride;
   d.teacher_rows = static_cast<int>(a.buffer != nullptr ? a.capacity : a.teacher_rows);
-  d.kd_mask = a.kd_mask, d.kd_mask_rows = a.kd_mask_rows, d.correct_share = static_cast<float>(a.correct_share);
-  d.alpha_ptr = static_cast<const float*>(a.alpha_ptr), d.temperature_ptr = static_cast<const float*>(a.temperature_ptr);
-  d.alpha = static_cast<float>(a.alpha), d.temperature = static_cast<float>(a.temperature);
-  d.ce_weight = static_cast<float>(a.ce_weight), d.ce_alpha = static_cast<float>(a.ce_alpha);
-  d.label_smoothing = static_cast<float>(a.label_smoothing), d.z_loss = static_cast<float>(a.z_loss);
-  d.ignore_index = a.ignore_index, d.reduction = a.reduction;
+  d.kd_mask = a.kd_mask, d.kd_mask_rows = a.kd_mask_rows;
+  d.alpha_ptr = static_cast<const float*>(a.alpha_ptr),
+  d.temperature_ptr = static_cast<const float*>(a.temperature_ptr);
+#define DLB_NUMBER(name, initial) d.name = static_cast<float>(a.name);
+#define DLB_INTEGER(name, type, initial) d.name = a.name;
+  DLB_NUMBER_OPTIONS(DLB_NUMBER)
+  DLB_INTEGER_OPTIONS(DLB_INTEGER)
+#undef DLB_NUMBER
+#undef DLB_INTEGER
   d.loss = static_cast<float*>(a.loss), d.parts = static_cast<float*>(a.parts), d.grad = a.grad;
   d.workspace = static_cast<Workspace*>(workspace);
   d.precounted = plan.count_blocks > 0;
-  d.in_place = a.grad != nullptr && a.grad == a.logits;
   return d;
 }
 
 using Kernel = void (*)(DeviceArgs);
 
 template <typename T, Teach teach>
-Kernel held_kernel_of(Regime regime) {
+Kernel resident_kernel_of(Regime regime) {
   switch (regime) {
-    case Regime::lanes: return &held_kernel<T, teach, 16, LaneGroup<8>>;
-    case Regime::warp: return &held_kernel<T, teach, held_columns, LaneGroup<32>>;
-    case Regime::block: return &held_kernel<T, teach, held_columns, BlockGroup<512, 1>>;
-    case Regime::cluster: return &held_kernel<T, teach, held_columns, ClusterGroup>;
+    case Regime::lanes: return &resident_kernel<T, teach, 16, LaneGroup<8>>;
+    case Regime::warp: return &resident_kernel<T, teach, resident_columns, LaneGroup<32>>;
+    case Regime::block: return &resident_kernel<T, teach, resident_columns, BlockGroup<512, 1>>;
+    case Regime::cluster: return &resident_kernel<T, teach, resident_columns, ClusterGroup>;
     default: return nullptr;
   }
 }
@@ -49,12 +52,13 @@ Kernel held_kernel_of(Regime regime) {
 // The kernel of a plan for logits of type T.
 template <typename T>
 Kernel kernel_for(const LaunchPlan& plan, TeacherKind kind) {
-  if (plan.regime == Regime::streamed_warp) return &streamed_kernel<T, Teach::any, true, LaneGroup<32>>;
-  if (plan.regime == Regime::streamed_block) {
-    return plan.general ? &streamed_kernel<T, Teach::any, true, BlockGroup<256, 2>>
-                        : &streamed_kernel<T, Teach::logits, false, BlockGroup<256, 3>>;
+  if (plan.regime == Regime::two_pass_warp) return &two_pass_kernel<T, Teach::any, true, LaneGroup<32>>;
+  if (plan.regime == Regime::two_pass_block) {
+    return plan.general ? &two_pass_kernel<T, Teach::any, true, BlockGroup<256, 2>>
+                        : &two_pass_kernel<T, Teach::logits, false, BlockGroup<256, 3>>;
   }
-  return kind == TeacherKind::logits ? held_kernel_of<T, Teach::logits>(plan.regime) : held_kernel_of<T, Teach::none>(plan.regime);
+  return kind == TeacherKind::logits ? resident_kernel_of<T, Teach::logits>(plan.regime)
+                                     : resident_kernel_of<T, Teach::none>(plan.regime);
 }
 
 // One per element type, each in its own file so that they compile side by side.

@@ -7,7 +7,7 @@
 namespace dlb_fast {
 namespace cuda {
 
-constexpr int total_fields = 4;
+constexpr int total_fields = 3;
 
 struct FinishShared {
   float partial[2][total_fields][max_block_warps];
@@ -17,29 +17,29 @@ struct FinishShared {
 DLB_DEVICE void write_outputs(const DeviceArgs& a, const BatchState& s, const float (&sum)[total_fields]) {
   const bool mean = a.reduction == Reduction::mean;
   const float ce = mean ? over(sum[0], s.counts.weight) : sum[0];
-  const float lb = s.temperature * s.temperature * (mean ? over(sum[1], s.counts.taught) : sum[1]);
+  const float lb = s.temperature * s.temperature * (mean ? over(sum[1], s.counts.valid) : sum[1]);
   float total = s.ce_weight * ce;
-  if (s.counts.taught > 0.0f) total += s.alpha * lb;
-  if (a.z_loss > 0.0f) total += a.z_loss * (mean ? over(sum[2], s.counts.rows) : sum[2]);
+  if (s.counts.valid > 0.0f) total += s.alpha * lb;
   if (a.reduction != Reduction::none) store(a.loss, total);
   store(a.parts + part_loss, total);
   store(a.parts + part_ce, ce);
   store(a.parts + part_lb, lb);
-  store(a.parts + part_correct, sum[3]);
+  store(a.parts + part_correct, sum[2]);
   store(a.parts + part_grad_scale, s.grad_scale);
-  store(a.parts + part_taught, s.counts.taught);
+  store(a.parts + part_valid, s.counts.valid);
 }
 
-// Whose id slot j remembers from now on. Written by the pair's owner when the counts came from count_kernel; otherwise
-// other blocks may still be comparing ids, so the last block writes them all.
+// Stores the sample id of slot j. The pair's owner writes it if count_kernel did the counting; otherwise other blocks
+// may still be comparing ids, so the last block writes all of them.
 DLB_DEVICE void write_id(const DeviceArgs& a, const BatchState& s, int slot) {
   store(a.slots + slots_header + slot, a.ids != nullptr ? load(a.ids + s.start + slot) : unknown_id);
 }
 
 // `totals` is read by leaders only.
-DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const Totals& totals, bool leader, FinishShared& shared) {
-  float sum[total_fields] = {0, 0, 0, 0};
-  if (leader) sum[0] = totals.ce, sum[1] = totals.kl, sum[2] = totals.square, sum[3] = totals.correct;
+DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const Totals& totals, bool leader,
+                              FinishShared& shared) {
+  float sum[total_fields] = {0, 0, 0};
+  if (leader) sum[0] = totals.ce, sum[1] = totals.kl, sum[2] = totals.correct;
   reduce_block<Sum>(sum, shared.partial[0]);
   Workspace& w = *a.workspace;
   if (thread_index() == 0) {

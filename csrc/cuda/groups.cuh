@@ -7,7 +7,7 @@ namespace dlb_fast {
 namespace cuda {
 
 constexpr int warp_lanes = 32, max_block_threads = 512, max_block_warps = max_block_threads / warp_lanes;
-constexpr int max_cluster = 16, max_sums = 8, max_held_sums = 5;
+constexpr int max_cluster = 16, max_sums = 8, max_resident_sums = 5;
 
 struct Max {
   DLB_DEVICE static float identity() { return -infinity(); }
@@ -79,18 +79,20 @@ struct BlockGroup {
     sync_block();
     const int other = lane % max_block_warps;
     const bool used = other < block_threads() / warp_lanes;
-    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = used ? shared_load(&shared.partial[buffer][i][other]) : Op::identity();
+    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] =
+        used ? shared_load(&shared.partial[buffer][i][other]) : Op::identity();
     reduce_lanes<Op>(v, max_block_warps);
   }
   DLB_DEVICE static void sync() { sync_block(); }
 };
 
-// A thread-block cluster. Each warp writes its partial into every block's shared memory; one cluster barrier later every
-// block holds all of them. Nothing is read remotely and nothing is written after the last barrier, so a block may leave.
+// A thread-block cluster. Each warp writes its partial into every block's shared memory; one cluster barrier later
+// every block holds all of them. Nothing is read remotely and nothing is written after the last barrier, so a block may
+// leave.
 struct ClusterGroup {
   static constexpr int launch_threads = max_block_threads, min_blocks = 1, fixed_size = 0;
   struct Shared {
-    float partial[2][max_cluster * max_block_warps][max_held_sums];  // an odd stride: no bank conflicts
+    float partial[2][max_cluster * max_block_warps][max_resident_sums];  // an odd stride: no bank conflicts
   };
   Shared& shared;
   int rank;
@@ -107,7 +109,7 @@ struct ClusterGroup {
   DLB_DEVICE static bool any(bool value) { return value; }
   template <typename Op, int buffer, int N>
   DLB_DEVICE void reduce(float (&v)[N]) {
-    static_assert(N <= max_held_sums, "scratch");
+    static_assert(N <= max_resident_sums, "scratch");
     reduce_lanes<Op>(v, warp_lanes);
     const int here = computed_here(rank), lane = here % warp_lanes, mine = here / warp_lanes;
     if (lane < cluster_blocks()) cluster_store(shared.partial[buffer][mine], lane, v);

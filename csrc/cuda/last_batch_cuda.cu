@@ -21,7 +21,8 @@ struct Known {
   Device device;
 };
 
-// While it lives, this thread may allocate and load code without ending a capture that goes on, in this thread or another.
+// While it lives, this thread may allocate and load code without ending a capture that goes on, in this thread or
+// another.
 class RelaxedCapture {
  public:
   RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -59,8 +60,10 @@ const char* current_device(Device& out, int& index) {
       config.gridDim = dim3(16), config.blockDim = dim3(512);
       config.attrs = &attribute, config.numAttrs = 1;
       int fitting = 0;
-      if (cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-          cudaOccupancyMaxActiveClusters(&fitting, reinterpret_cast<const void*>(kernel), &config) == cudaSuccess && fitting > 0)
+      if (cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed,
+                               1) == cudaSuccess &&
+          cudaOccupancyMaxActiveClusters(&fitting, reinterpret_cast<const void*>(kernel), &config) == cudaSuccess &&
+          fitting > 0)
         entry.device.largest_cluster = 16;
       cudaGetLastError();  // a refusal here is an answer, not an error
     }
@@ -77,8 +80,8 @@ Workspaces& workspaces() {
   return all;
 }
 
-// Zeroed on a stream of its own and waited for: whichever stream comes first, captured or not, finds zeros, and no graph
-// zeroes them again. Not from torch's allocator: what it hands out during a capture belongs to the graph.
+// Zeroed on a stream of its own and waited for: whichever stream comes first, captured or not, finds zeros, and no
+// graph zeroes them again. Not from torch's allocator: what it hands out during a capture belongs to the graph.
 char* zeroed_slab(size_t bytes, cudaError_t& error) {
   const RelaxedCapture relaxed;
   void* memory = nullptr;
@@ -90,11 +93,12 @@ char* zeroed_slab(size_t bytes, cudaError_t& error) {
   if (side != nullptr) cudaStreamDestroy(side);
   if (error != cudaSuccess && memory != nullptr) cudaFree(memory);
   if (error == cudaSuccess) return static_cast<char*>(memory);
-  cudaGetLastError();  // told to the caller, not to the next launch
+  cudaGetLastError();  // the caller reports it; the next launch must not
   return nullptr;
 }
 
-// CUDA calls back once it has let go of the graph and of all that was instantiated from it, launches on their way included.
+// CUDA calls back once it has let go of the graph and of all that was instantiated from it, launches on their way
+// included.
 void return_with(cudaGraph_t graph, LentWorkspace* lent) {
   const auto gone = [](void* p) { workspaces().give_back(static_cast<LentWorkspace*>(p)); };
   cudaUserObject_t object = nullptr;
@@ -114,8 +118,10 @@ const char* workspace_for(int device, cudaStream_t stream, void*& memory) {
   LentWorkspace* const lent = workspaces().take({device, stream, capturing ? capture : 0}, fresh,
                                                 [&error](size_t bytes) { return zeroed_slab(bytes, error); });
   if (lent == nullptr) {
-    if (capturing) return "no device memory for counters while a CUDA graph is captured: call the loss once before capturing";
-    if (error == cudaErrorMemoryAllocation) return "no 2 MiB of device memory for counters: torch.cuda.empty_cache() may free some";
+    if (capturing)
+      return "no device memory for counters while a CUDA graph is captured: call the loss once before capturing";
+    if (error == cudaErrorMemoryAllocation)
+      return "no 2 MiB of device memory for counters: torch.cuda.empty_cache() may free some";
     return cudaGetErrorString(error);
   }
   if (capturing && fresh) return_with(graph, lent);
@@ -138,7 +144,7 @@ const char* last_batch_cuda(const LastBatchArgs& args, void* stream) {
   const Kernel kernel = args.dtype == DType::f32    ? kernel_f32(plan, args.kind)
                         : args.dtype == DType::bf16 ? kernel_bf16(plan, args.kind)
                                                     : kernel_f16(plan, args.kind);
-  cudaGetLastError();  // of somebody else's call: what is asked for below must be ours, or a launch that ran counts as refused
+  cudaGetLastError();  // clears the error of an earlier call, which would otherwise be taken for this launch's
   if (plan.count_blocks > 0) count_kernel<<<plan.count_blocks, 256, 0, on>>>(d);
   if (plan.cluster == 1) {
     kernel<<<plan.blocks, plan.threads, 0, on>>>(d);
@@ -152,8 +158,10 @@ const char* last_batch_cuda(const LastBatchArgs& args, void* stream) {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks)), config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster), attribute.val.clusterDim.y = 1,
+  attribute.val.clusterDim.z = 1;
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks)),
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
   config.stream = on, config.attrs = &attribute, config.numAttrs = 1;
   return text_of(cudaLaunchKernelEx(&config, kernel, d));
 }

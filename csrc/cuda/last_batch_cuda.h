@@ -1,7 +1,7 @@
-// What csrc/last_batch.cpp calls for CUDA tensors. No torch and no CUDA header here: streams travel as void*.
+// The functions that csrc/last_batch.cpp calls for CUDA tensors. No torch and no CUDA header: streams are void*.
 //
-// Every function enqueues on `stream` of the current device and can be captured in a CUDA graph. They return nullptr, or a
-// text saying what was refused (nothing has been written then).
+// Every function enqueues on `stream` of the current device and can be captured in a CUDA graph. They return nullptr,
+// or a text saying what was refused (nothing has been written then).
 #pragma once
 #include <cstdint>
 
@@ -9,10 +9,10 @@
 
 namespace dlb_fast {
 
-// Loss, parts, gradient (when args.grad is given) and buffer roll. float32, bfloat16 and float16 logits; float64 is
+// Loss, parts, gradient (when args.grad is given) and buffer update. float32, bfloat16 and float16 logits; float64 is
 // refused. Compute dtype (A) is float. Labels outside [0, C) give a NaN row, not an error: the host cannot see them.
-// The first call on a device, and then the first one of every 31st stream or capture (workspaces.h), allocates 2 MiB and
-// waits until they are zeroed, also while capturing; no other call allocates or waits.
+// The first call on a device, and then the first one of every 31st stream or capture (workspaces.h), allocates 2 MiB
+// and waits until they are zeroed, also while capturing; no other call allocates or waits.
 const char* last_batch_cuda(const LastBatchArgs& args, void* stream);
 
 // grad[i, :] *= upstream[i] / parts[part_grad_scale], rounded once; leaves grad untouched, after one load per block,

@@ -8,8 +8,8 @@
 namespace dlb_fast {
 namespace cuda {
 
-// Held: rows in registers. Streamed: rows read twice. `general` kernels are the streamed ones with all options.
-enum class Regime : int32_t { lanes, warp, block, cluster, streamed_warp, streamed_block };
+// Register-resident: one read of every row. Two-pass: rows are read twice; the `general` ones know every option.
+enum class Regime : int32_t { lanes, warp, block, cluster, two_pass_warp, two_pass_block };
 
 struct Device {
   int multiprocessors = 132;
@@ -23,28 +23,31 @@ struct LaunchPlan {
   int count_blocks = 0;  // > 0: count_kernel runs first
 };
 
-// Every block can count the batch's labels itself up to here: 32 KB of L2 reads, about 0.3 us beside the row loads, where
-// a second launch costs 2 us. Above, the launch is cheaper.
+// Every block can count the batch's labels itself up to here: 32 KB of L2 reads, about 0.3 us beside the row loads,
+// where a second launch costs 2 us. Above, the launch is cheaper.
 constexpr int64_t self_count_rows = 4096;
-constexpr int64_t held_columns = 32;  // per thread: a logit and a teacher value each fill 64 of the 128 registers
+constexpr int64_t resident_columns = 32;  // per thread: a logit and a teacher value each fill 64 of the 128 registers
 
 inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Options that read another array per class; two labels per row, whose registers the held kernels lack; and the teacher by
-// rule: kernels holding rows for it would add a third to the time nvcc takes, and reading them again from L1 costs little.
+// Which options need a general kernel: those that read another array per class, two labels per row (the resident
+// kernels have no registers for them), and virtual teachers (resident kernels for them would add a third to nvcc's
+// time, and a second read from L1 costs little).
 inline bool needs_general(const LastBatchArgs& a) {
-  return a.dense != nullptr || a.kind == TeacherKind::probabilities || a.kind == TeacherKind::given_by_rule || a.target_b != nullptr ||
-         (a.weight != nullptr && a.label_smoothing > 0.0);
+  return a.dense != nullptr || a.kind == TeacherKind::probabilities || a.kind == TeacherKind::virtual_teacher ||
+         a.target_b != nullptr || (a.weight != nullptr && a.label_smoothing > 0.0);
 }
 
-// Whether row i of all arrays starts equally far past a packet of `per_packet` elements, for every i: true of contiguous
-// tensors. Padded or offset ones are streamed, where an array that differs goes element by element.
+// Whether row i of all arrays starts equally far past a packet of `per_packet` elements, for every i: true of
+// contiguous tensors. Padded or offset ones take two passes, where an array that differs goes element by element.
 inline bool shifted_alike(const LastBatchArgs& a, int64_t per_packet) {
   const auto offset = [per_packet](const void* p, DType dtype) {
-    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / static_cast<uintptr_t>(element_size(dtype))) % per_packet;
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / static_cast<uintptr_t>(element_size(dtype))) %
+           per_packet;
   };
   const int64_t shift = offset(a.logits, a.dtype), c = a.classes % per_packet;
-  if (a.grad != nullptr && (offset(a.grad, a.dtype) != shift || (a.logits_stride % per_packet != c && a.batch > 1))) return false;
+  if (a.grad != nullptr && (offset(a.grad, a.dtype) != shift || (a.logits_stride % per_packet != c && a.batch > 1)))
+    return false;
   if (a.kind != TeacherKind::logits) return true;
   const void* teacher = a.buffer != nullptr ? a.buffer : a.teacher;
   const int64_t stride = (a.buffer != nullptr ? a.classes : a.teacher_stride) % per_packet;
@@ -58,7 +61,7 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
   // A row that does not start on a packet boundary needs room for the columns before and after its whole packets.
   const bool aligned = reinterpret_cast<uintptr_t>(a.logits) % 16 == 0 && (a.logits_stride * size) % 16 == 0;
   const int64_t span = aligned ? c : c + per_packet - 1;
-  // A teacher of another element type: only float32 logits with 16-bit rows have a held kernel.
+  // A teacher of another element type: only float32 logits with 16-bit rows have a resident kernel.
   const bool foreign = a.kind == TeacherKind::logits && a.dtype != a.teacher_dtype && a.dtype != DType::f32;
   const bool held = !options && !foreign && shifted_alike(a, per_packet);
   const int64_t largest_cluster = device.largest_cluster;
@@ -67,25 +70,25 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
   int64_t group = 0;  // threads per row
   if (held && span <= 8 * 16) {
     plan.regime = Regime::lanes, group = 8;       // CIFAR: 4 pairs per warp
-  } else if (held && span <= 32 * held_columns) {
+  } else if (held && span <= 32 * resident_columns) {
     plan.regime = Regime::warp, group = 32;       // ImageNet: a pair per warp, no block barrier
-  } else if (held && span <= 512 * held_columns) {
+  } else if (held && span <= 512 * resident_columns) {
     plan.regime = Regime::block;                  // one pair per block
-  } else if (held && largest_cluster >= 2 && span <= largest_cluster * 512 * held_columns) {
+  } else if (held && largest_cluster >= 2 && span <= largest_cluster * 512 * resident_columns) {
     plan.regime = Regime::cluster;                // one pair per cluster: one DRAM read however long the row
   } else {
-    plan.regime = c <= 1024 ? Regime::streamed_warp : Regime::streamed_block, group = 32;
+    plan.regime = c <= 1024 ? Regime::two_pass_warp : Regime::two_pass_block, group = 32;
   }
-  // Streamed kernels come plain for logits teachers of long rows, the one case that matters without clusters.
-  const bool streamed = plan.regime == Regime::streamed_warp || plan.regime == Regime::streamed_block;
-  plan.general = streamed && (options || plan.regime == Regime::streamed_warp || a.kind != TeacherKind::logits);
+  // A plain two-pass kernel exists for logits teachers of long rows only, the one case that matters without clusters.
+  const bool two_pass = plan.regime == Regime::two_pass_warp || plan.regime == Regime::two_pass_block;
+  plan.general = two_pass && (options || plan.regime == Regime::two_pass_warp || a.kind != TeacherKind::logits);
 
   const int64_t sms = device.multiprocessors;
   int64_t blocks = pairs;
   switch (plan.regime) {
     case Regime::lanes:
     case Regime::warp:
-    case Regime::streamed_warp: {
+    case Regime::two_pass_warp: {
       // Spread a small batch over the chip: fewer warps per block while most multiprocessors would have none.
       plan.threads = 128;
       while (plan.threads > 32 && (pairs * group + plan.threads - 1) / plan.threads < sms * 3 / 4) plan.threads /= 2;
@@ -99,12 +102,12 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
     case Regime::cluster: {
       // Blocks of 256 threads while 8 of them hold the row: two per multiprocessor, so that one loads while the other
       // reduces. 16 blocks are the non-portable size.
-      plan.threads = span <= 8 * 256 * held_columns ? 256 : 512;
+      plan.threads = span <= 8 * 256 * resident_columns ? 256 : 512;
       plan.cluster = 2;
-      while (plan.cluster * plan.threads * held_columns < span) plan.cluster *= 2;
+      while (plan.cluster * plan.threads * resident_columns < span) plan.cluster *= 2;
       break;
     }
-    case Regime::streamed_block:
+    case Regime::two_pass_block:
       plan.threads = c <= 8192 ? 128 : 256;
       break;
   }
@@ -126,9 +129,10 @@ inline const char* refusal(const LastBatchArgs& a) {
   if (a.dtype == DType::f64 || a.teacher_dtype == DType::f64)
     return "float64 has no CUDA kernel: use impl=\"torch\", or float32 logits and buffer";
   if (a.classes < 1 || a.classes > (1 << 24)) return "the CUDA kernels take 1 to 16777216 classes";
-  if (a.batch > (1 << 24) || a.capacity > (1 << 24) || a.teacher_rows > (1 << 24)) return "the CUDA kernels take at most 16777216 rows: their counters are exact float32 integers";
-  if (a.kind == TeacherKind::given_by_rule && a.correct_share >= 0.0 && a.target == nullptr)
-    return "a teacher by rule with correct_share needs integer labels";
+  if (a.batch > (1 << 24) || a.capacity > (1 << 24) || a.teacher_rows > (1 << 24))
+    return "the CUDA kernels take at most 16777216 rows: their counters are exact float32 integers";
+  if (a.kind == TeacherKind::virtual_teacher && a.correct_share >= 0.0 && a.target == nullptr && a.batch > 0)
+    return "a virtual teacher with correct_share needs integer labels";
   return nullptr;
 }
 

@@ -14,11 +14,11 @@ namespace cuda {
 enum class Teach { none, logits, any };
 
 struct RowRole {
-  bool counts = false, taught = false;
+  bool counts = false, valid = false;
   bool shown = false;                // a pair without its second label: not in the loss, but in the count of right rows
   int label = 0, label_b = -1;       // -1: no second label
   float share = 0, share_b = 0;      // mixup share times class weight; NaN when the label is not a class
-  DLB_DEVICE bool active() const { return counts || taught || shown; }
+  DLB_DEVICE bool active() const { return counts || valid || shown; }
 };
 
 DLB_DEVICE float label_share(const DeviceArgs& a, int64_t label, float share, int& column) {
@@ -31,7 +31,7 @@ DLB_DEVICE float label_share(const DeviceArgs& a, int64_t label, float share, in
 template <bool general>
 DLB_DEVICE RowRole row_role(const DeviceArgs& a, const BatchState& s, int row) {
   RowRole r;
-  r.taught = row < s.taught_rows && is_taught(a, row, id_differs(a, row));
+  r.valid = row < s.teacher_limit && has_valid_teacher(a, row, id_differs(a, row));
   if (a.target != nullptr) {
     r.counts = label_counts(a, row);
     const int64_t label = load(a.target + row * a.target_stride);
@@ -55,7 +55,7 @@ struct RowSums {
   float top = 0;                    // m
   float d1 = 1, d2 = 1, dt = 1;     // for given probabilities dt is their sum
   float gap = 0;                    // logits: sum et (y - x) / tau; probabilities: sum p (ln p - x / tau)
-  float x_sum = 0;                  // sum x_c (needed by label smoothing and by a teacher by rule)
+  float x_sum = 0;                  // sum x_c (needed by label smoothing and by a virtual teacher)
   float weighted_x = 0;             // sum w_c x_c (label smoothing with class weights)
   float share_sum = 0, share_x = 0; // dense targets: sum q_c w_c and sum q_c w_c x_c
 };
@@ -69,15 +69,15 @@ struct RowGradient {
 // Sums over the rows of one group, in shared memory: its leader alone touches them, once per row, and they would cost
 // every thread four registers.
 struct Totals {
-  float ce, kl, square, correct;
+  float ce, kl, correct;
 };
 constexpr int max_groups = 16;
 
-// A teacher nobody trained: `right` on the label, `wrong` elsewhere.
-struct RuleShares {
+// The probabilities of a virtual teacher: `right` for the label, `wrong` for every other class.
+struct VirtualProbabilities {
   float right, wrong;
 };
-DLB_DEVICE RuleShares rule_shares(const DeviceArgs& a) {
+DLB_DEVICE VirtualProbabilities virtual_probabilities(const DeviceArgs& a) {
   const float classes = static_cast<float>(a.classes);
   if (a.correct_share < 0.0f) return {1.0f / classes, 1.0f / classes};
   return {a.correct_share, a.classes > 1 ? (1.0f - a.correct_share) / (classes - 1.0f) : 0.0f};
@@ -89,10 +89,10 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
                                   const T* z_row, int row, bool leader, Totals& totals) {
   RowGradient g;
   const TermScales<float>& scales = s.scales;
-  float ce = 0, kl = 0, square = 0;
+  float ce = 0, kl = 0;
   const float x_label = to_float(load(z_row + role.label)) - n.top;
   if (role.counts) {
-    const float log_d1 = log_accurate(n.d1), lse = n.top + log_d1;
+    const float log_d1 = log_accurate(n.d1);
     float mass = scales.hard * role.share;
     float dot = mass == 0.0f ? 0.0f : mass * x_label;
     if (general && role.label_b >= 0) {
@@ -112,19 +112,17 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
       dot += scales.even * (general && a.weight != nullptr ? n.weighted_x : n.x_sum);
     }
     ce = mass * log_d1 - dot;
-    square = lse * lse;
-    const RowCoefficients<float> r =
-        row_coefficients<float>(scales, true, false, mass, role.share, n.d1, 1.0f, 1.0f, lse);
+    const RowCoefficients<float> r = ce_coefficients<float>(scales, mass, role.share, n.d1);
     g.a = r.a;
     if (general && a.weight != nullptr) g.per_weight = r.s; else g.constant = r.s;
     if (a.dense == nullptr) g.label = role.label, g.at_label = r.label;
   }
   const bool labelled = role.counts ? role.share == role.share : general && role.shown;
   if (leader && labelled && n.d1 == n.d1 && x_label >= 0.0f) totals.correct += 1.0f;
-  if (teach != Teach::none && role.taught) {
+  if (teach != Teach::none && role.valid) {
     const TeacherKind kind = teach == Teach::any ? a.kind : TeacherKind::logits;
-    if (kind == TeacherKind::given_by_rule) {
-      const RuleShares p = rule_shares(a);
+    if (kind == TeacherKind::virtual_teacher) {
+      const VirtualProbabilities p = virtual_probabilities(a);
       const float more = p.right - p.wrong;
       const float entropy = p_log_p(p.right) + static_cast<float>(a.classes - 1) * p_log_p(p.wrong);
       float mass = a.classes > 1 ? 1.0f : p.right;  // of a single class no other one makes up the rest
@@ -145,17 +143,17 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
     }
   }
   if (leader) {
-    totals.ce += ce, totals.kl += kl, totals.square += square;
+    totals.ce += ce, totals.kl += kl;
     if (a.reduction == Reduction::none) {
       // A weight of 0 must not turn an infinite row of the other term into NaN.
-      float loss = s.ce_weight * ce + (kl == 0.0f ? 0.0f : s.alpha * s.temperature * s.temperature * kl);
-      if (a.z_loss > 0.0f) loss += a.z_loss * square;
+      const float loss = s.ce_weight * ce + (kl == 0.0f ? 0.0f : s.alpha * s.temperature * s.temperature * kl);
       store(a.loss + row, loss);
     }
   }
   // A float16 gradient is enlarged before it is rounded; the factor is 1 otherwise.
   const float f = s.grad_scale;
-  g.a *= f, g.b *= f, g.k *= f, g.constant *= f, g.per_weight *= f, g.per_share *= f, g.at_label *= f, g.at_label_b *= f;
+  g.a *= f, g.b *= f, g.k *= f, g.constant *= f, g.per_weight *= f, g.per_share *= f, g.at_label *= f,
+      g.at_label_b *= f;
   return g;
 }
 

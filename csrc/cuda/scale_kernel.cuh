@@ -24,9 +24,11 @@ DLB_KERNEL DLB_BOUNDS(256, 4) scale_kernel(DLB_CONSTANT ScaleArgs a) {
   if (common && factor_of_all == 1.0f) return;
   T* grad = static_cast<T*>(a.grad);
   const int shift = shift_of<V>(grad);
-  const int64_t packets = (a.elements + shift + V - 1) / V, step = static_cast<int64_t>(grid_blocks()) * block_threads();
+  const int64_t packets = (a.elements + shift + V - 1) / V,
+                step = static_cast<int64_t>(grid_blocks()) * block_threads();
   for (int64_t p = static_cast<int64_t>(block_index()) * block_threads() + thread_index(); p < packets; p += step) {
-    const int64_t first = p * V - shift, inside = first < 0 ? 0 : first, end = first + V < a.elements ? first + V : a.elements;
+    const int64_t first = p * V - shift, inside = first < 0 ? 0 : first,
+                  end = first + V < a.elements ? first + V : a.elements;
     const int64_t row = common ? 0 : inside / a.classes;
     const float factor = common ? factor_of_all : load(a.upstream + row * a.upstream_stride) / scale;
     if (first >= 0 && first + V <= a.elements && (common || (row + 1) * a.classes >= end)) {

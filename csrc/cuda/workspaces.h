@@ -1,10 +1,10 @@
 // Which workspace a launch gets. No CUDA header and no torch here: a test walks through it on any machine.
 //
-// Launches that can run at the same time must not share one. Eager launches of a stream run in order and share. A captured
-// graph may be replayed on any stream beside any other graph (but not beside itself: who makes two executables of one graph
-// keeps them in order), so a capture has its own, one per stream that it forks into; its launches on one stream run in order
-// there too. When the graph is gone it is given back: what a process holds grows with the graphs that live at a time, 65 KiB
-// each, not with those it ever captured.
+// Launches that can run at the same time must not share one. Eager launches of a stream run in order and share. A
+// captured graph may be replayed on any stream beside any other graph (but not beside itself: who makes two executables
+// of one graph keeps them in order), so a capture has its own, one per stream that it forks into; its launches on one
+// stream run in order there too. When the graph is gone it is given back: what a process holds grows with the graphs
+// that live at a time, 65 KiB each, not with those it ever captured.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -34,15 +34,15 @@ struct LentWorkspace {
 
 class Workspaces {
  public:
-  // What cudaMalloc hands out at least: 31 workspaces.
+  // What cudaMalloc hands out at least.
   static constexpr size_t slab_bytes = size_t(2) << 20;
 
   explicit Workspaces(size_t bytes) : bytes_((bytes + 127) / 128 * 128) {}
   Workspaces(const Workspaces&) = delete;
 
-  // The workspace of `user`, and whether it has just become so; null where `allocate` returned null. allocate(bytes), called
-  // when a device has no spare one, returns memory of that device that any stream finds zeroed. Slabs are never freed: at
-  // exit CUDA may be gone.
+  // The workspace of `user`, and whether it has just become so; null where `allocate` returned null. allocate(bytes),
+  // called when a device has no spare one, returns memory of that device that any stream finds zeroed. Slabs are never
+  // freed: at exit CUDA may be gone.
   template <typename Allocate>
   LentWorkspace* take(const WorkspaceUser& user, bool& fresh, const Allocate& allocate) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -66,8 +66,8 @@ class Workspaces {
     return lent_[user] = mine;
   }
 
-  // From the user's last launch on, from any thread. It waits for no lock: CUDA calls it while somebody may hold ours and
-  // wait for CUDA.
+  // From the user's last launch on, from any thread. It waits for no lock: CUDA calls it while somebody may hold ours
+  // and wait for CUDA.
   void give_back(LentWorkspace* lent) {
     lent->next = returned_.load();
     while (!returned_.compare_exchange_weak(lent->next, lent)) {

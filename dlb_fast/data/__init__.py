@@ -1,13 +1,38 @@
-"""Data for training with the last mini-batch: plan, samplers, loaders, datasets, per-view augmentation.
+"""Data for training with the last mini-batch: plan, samplers, loaders, datasets, transforms of a view.
 
-This room knows nothing of losses. Both keep one sentence: the first H rows of a batch are the last H rows of the one
-before, in the same order; sample ids let the other side check it.
+The first H rows of a batch repeat the last H rows of the batch before, in the same order; the criterion checks this by
+the sample ids. This package does not import the losses.
 """
 
 from __future__ import annotations
 
-from dlb_fast.data.arrays import ArrayDataset, cifar, digits, stratified_split, synthetic
-from dlb_fast.data.augment import (
+from dlb_fast.data.batch import Batch
+from dlb_fast.data.datasets.arrays import ArrayDataset, cifar, digits, stratified_split, synthetic
+from dlb_fast.data.datasets.folder import ImageFolder, ListFile, TinyImageNet
+from dlb_fast.data.datasets.noise import subset, with_label_noise
+from dlb_fast.data.datasets.open import MapDataset, load_into_memory, open_dataset
+from dlb_fast.data.datasets.source import SampleError
+from dlb_fast.data.datasets.tar import TarShards
+from dlb_fast.data.decode.decode import DecodeError, ImageDecoder
+from dlb_fast.data.loaders.overlap import OverlapLoader
+from dlb_fast.data.loaders.pipeline import LoaderTimeout
+from dlb_fast.data.loaders.resident import ResidentLoader
+from dlb_fast.data.loaders.sampled import EvalLoader, SampledLoader
+from dlb_fast.data.loaders.two_views import TwoViews, pair_halves
+from dlb_fast.data.plan import OverlapPlan
+from dlb_fast.data.rng import ViewRng, ViewRngs, view_key
+from dlb_fast.data.sampler import (
+    ClassBatchSampler,
+    HalfBatchSampler,
+    IndexedDataset,
+    OverlapBatchSampler,
+    PlanSampler,
+    SampleIndex,
+    ViewPairSampler,
+    collate_overlap,
+    collate_rows,
+)
+from dlb_fast.data.transforms.crops import (
     NORMALISATION,
     CenterCrop,
     Compose,
@@ -18,25 +43,9 @@ from dlb_fast.data.augment import (
     eval_transform,
     train_transform,
 )
-from dlb_fast.data.batch import Batch
-from dlb_fast.data.class_batches import ClassBatchSampler, ViewPairSampler, collate_rows
-from dlb_fast.data.datasets import MapDataset, load_into_memory, open_dataset, subset, with_label_noise
-from dlb_fast.data.erasing import Cutout, RandomErasing
-from dlb_fast.data.errors import DecodeError, LoaderTimeout, SampleError
-from dlb_fast.data.evaluation import EvalLoader
-from dlb_fast.data.files import ImageFolder, TinyImageNet
-from dlb_fast.data.list_file import ListFile
-from dlb_fast.data.mixing import Mix
-from dlb_fast.data.overlap_loader import OverlapLoader
-from dlb_fast.data.plan import OverlapPlan
-from dlb_fast.data.rand_augment import RandAugment
-from dlb_fast.data.resident import ResidentLoader
-from dlb_fast.data.sampled_loader import SampledLoader
-from dlb_fast.data.sampler import IndexedDataset, OverlapBatchSampler, SampleIndex, collate_overlap
-from dlb_fast.data.tar_shards import TarShards
-from dlb_fast.data.tracked import TrackedLoader
-from dlb_fast.data.two_views import HalfBatchSampler, TwoViews, pair_halves
-from dlb_fast.data.view_rng import ViewRng, ViewRngs, view_key
+from dlb_fast.data.transforms.erasing import Cutout, RandomErasing
+from dlb_fast.data.transforms.mixing import Mix
+from dlb_fast.data.transforms.rand_augment import RandAugment
 
 __all__ = [
     "NORMALISATION",
@@ -50,6 +59,7 @@ __all__ = [
     "EvalLoader",
     "Flip",
     "HalfBatchSampler",
+    "ImageDecoder",
     "ImageFolder",
     "IndexedDataset",
     "ListFile",
@@ -60,6 +70,7 @@ __all__ = [
     "OverlapLoader",
     "OverlapPlan",
     "PadCrop",
+    "PlanSampler",
     "RandAugment",
     "RandomErasing",
     "RandomResizedCrop",
@@ -70,7 +81,6 @@ __all__ = [
     "SampledLoader",
     "TarShards",
     "TinyImageNet",
-    "TrackedLoader",
     "TwoViews",
     "ViewPairSampler",
     "ViewRng",
@@ -80,9 +90,9 @@ __all__ = [
     "collate_rows",
     "digits",
     "eval_transform",
+    "load_into_memory",
     "open_dataset",
     "pair_halves",
-    "load_into_memory",
     "stratified_split",
     "subset",
     "synthetic",

@@ -1,11 +1,13 @@
-"""What every loader of this room yields."""
+"""`Batch`, which every loader yields, and helpers to build it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 
 @dataclass(slots=True)
@@ -13,14 +15,14 @@ class Batch:
     """One training batch: rows `[0, num_old)` repeat the new rows of the batch before, in the same order.
 
     Args:
-        images: (n, channels, height, width), on the device.
+        images: (n, channels, height, width).
         targets: (n,) int64 class indices.
         ids: (n,) int64 sample ids; `ids[:num_old]` equals the new ids of the batch before.
-        num_old: repeated rows; 0 only in the very first batch of a run.
-        epoch: epoch the new rows were drawn in.
+        num_old: number of repeated rows; 0 only in the first batch of a run.
+        epoch: epoch of the new rows.
         step: index of the batch within its epoch.
-        target_b, lam: None, or (n,) int64 and (n,) float32 where the images are mixed (`Mix`): image i shows its own
-            content to the share `lam[i]` and that of a sample of class `target_b[i]` to the rest.
+        target_b: None, or (n,) int64 classes of the samples mixed in (`Mix`).
+        lam: None, or (n,) float32: weight of the own sample in image i; the other sample has `1 - lam[i]`.
 
     Example:
         >>> batch = Batch(torch.zeros(4, 1, 8, 8), torch.zeros(4), torch.arange(4), num_old=2, epoch=0, step=1)
@@ -39,17 +41,17 @@ class Batch:
 
     @property
     def old(self) -> torch.Tensor:
-        """The repeated rows' images: a view of `images`."""
+        """Images of the repeated rows: a view of `images`."""
         return self.images[: self.num_old]
 
     @property
     def new(self) -> torch.Tensor:
-        """The new rows' images: a view of `images`."""
+        """Images of the new rows: a view of `images`."""
         return self.images[self.num_old :]
 
     @property
     def has_old(self) -> bool:
-        """Whether rows of the batch before are repeated."""
+        """Whether the batch has repeated rows."""
         return self.num_old > 0
 
     def __len__(self) -> int:
@@ -79,7 +81,7 @@ class Batch:
 
 
 def stack_views(operation: str, views: Sequence[torch.Tensor], ids: Sequence[int]) -> torch.Tensor:
-    """(n, c, h, w) of the views of a batch; TypeError or ValueError naming the sample whose view does not fit."""
+    """Stack the views of a batch to (n, c, h, w); TypeError or ValueError naming the sample whose view differs."""
     for view, sample in zip(views, ids, strict=True):
         if not isinstance(view, torch.Tensor) or view.ndim != 3:
             got = f"shape {tuple(view.shape)}" if isinstance(view, torch.Tensor) else type(view).__name__
@@ -91,3 +93,14 @@ def stack_views(operation: str, views: Sequence[torch.Tensor], ids: Sequence[int
                 "dtype, such as eval_transform(224)"
             )
     return torch.stack(list(views))
+
+
+def tensor_of(value: Any) -> torch.Tensor:
+    """`value` if it is a tensor, else a CPU tensor of it (independent of the default device)."""
+    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy a small host array to `device` without a synchronisation."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -1,83 +1,160 @@
-"""The plan for anyone's `torch.utils.data.DataLoader`: `OverlapBatchSampler`, and the dataset and collate beside it."""
+"""Batch samplers for any `torch.utils.data.DataLoader`, with a dataset wrapper and collate functions for them.
+
+`OverlapBatchSampler` repeats half of the batch before. `ClassBatchSampler` (BAKE, CS-KD) groups samples of a class and
+`ViewPairSampler` (DDGSD) the two views of a sample; both repeat no rows.
+"""
 
 from __future__ import annotations
 
+import abc
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, default_collate
+from numpy.typing import ArrayLike
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dlb_fast.data import _hash
-from dlb_fast.data._cursor import Cursor, Iteration
-from dlb_fast.data._ranks import check_callable, make_plan
-from dlb_fast.data._targets import class_indices
+from dlb_fast._args import as_int
+from dlb_fast.data._args import as_bool, check_callable, class_indices
 from dlb_fast.data.batch import Batch
-from dlb_fast.data.plan import as_int
-from dlb_fast.data.view_rng import ViewRng
+from dlb_fast.data.plan import Ids, OverlapPlan, half_of, make_plan
+from dlb_fast.data.position import StreamPosition
+from dlb_fast.data.rng import COMPANION, GOLDEN, MASK, ViewRng, key_of, mix
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+__all__ = [
+    "ClassBatchSampler",
+    "HalfBatchSampler",
+    "IndexedDataset",
+    "OverlapBatchSampler",
+    "PlanSampler",
+    "SampleIndex",
+    "ViewPairSampler",
+    "collate_overlap",
+    "collate_rows",
+]
+
 
 class SampleIndex(int):
-    """A sample id that says which of its two uses this is: an `int` for any dataset, with `seed`, `epoch`, `use`,
-    `step`.
+    """A sample id that also identifies a view: an `int` with `seed`, `epoch`, `view` and `step`.
 
-    `epoch` is the one the sample was drawn in, `use` 0 for a new row and 1 for a repeated one, `step` that of its
-    batch.
+    `epoch` is the epoch in which the sample was new, `view` is 0 for a new row and 1 for a repeated one, `step` is the
+    step of its batch.
     """
 
     seed: int
     epoch: int
-    use: int
+    view: int
     step: int
 
-    def __new__(cls, sample: int, seed: int = 0, epoch: int = 0, use: int = 0, step: int = 0) -> Self:
+    def __new__(cls, sample: int, seed: int = 0, epoch: int = 0, view: int = 0, step: int = 0) -> Self:
         self = super().__new__(cls, sample)
-        self.seed, self.epoch, self.use, self.step = seed, epoch, use, step
+        self.seed, self.epoch, self.view, self.step = seed, epoch, view, step
         return self
 
     def rng(self) -> ViewRng:
-        """The randomness of this view."""
-        return ViewRng(self.seed, self.epoch, int(self), self.use)
+        """The random numbers of this view."""
+        return ViewRng(self.seed, self.epoch, int(self), self.view)
 
 
-class OverlapBatchSampler(Sampler[list[int]]):
+class PlanSampler(Sampler[list[int]], abc.ABC):
+    """Base of the samplers: an endless stream of batches that follow an `OverlapPlan`.
+
+    One iteration yields one epoch, the next iteration the next. `views(epoch, step)` computes a batch. `state_dict` and
+    `load_state_dict` save and restore the position; torchdata's `StatefulDataLoader` calls them, so it resumes exactly
+    with any number of workers.
+    """
+
+    def __init__(self, plan: OverlapPlan, rank: int, batch_size: int) -> None:
+        self.plan, self.rank, self.batch_size = plan, rank, batch_size
+        self._position = StreamPosition(plan, type(self).__name__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_position": copy.copy(self._position)}  # a copy has its own position
+
+    @abc.abstractmethod
+    def views(self, epoch: int, step: int) -> tuple[Ids, Ids, Ids]:
+        """The rows of one batch on this rank: (sample ids, epochs in which they were new, views), each (n,)."""
+
+    def indices(self, epoch: int, step: int) -> list[int]:
+        """The indices of one batch as `SampleIndex`, so that every view is reproducible."""
+        rows, seed = [column.tolist() for column in self.views(epoch, step)], self.plan.seed
+        return [SampleIndex(i, seed, new_in, view, step) for i, new_in, view in zip(*rows, strict=True)]
+
+    def __len__(self) -> int:
+        """Steps per epoch, equal on all ranks."""
+        return self.plan.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        iteration = self._position.iterate()
+        while (position := iteration.peek()) is not None:
+            batch = self.indices(*position)
+            iteration.advance()
+            yield batch
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next batch."""
+        return self._position.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start `epoch` from its first batch; the current epoch is not restarted, so a resume stays exact."""
+        self._position.set_epoch(epoch)
+
+    def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
+        """The position in the stream: a flat dict of ints and bools.
+
+        Args:
+            delivered: batches received from the DataLoader since its current iteration began. None counts all batches
+                taken from this sampler: exact with `num_workers=0` and under a `StatefulDataLoader`.
+        """
+        return self._position.state_dict(delivered)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved position.
+
+        The number of ranks may differ if `half * world_size` is the same: the global order continues.
+
+        Raises:
+            RuntimeError: an iteration is active.
+            ValueError: seed, length, shuffle, drop_last, overlap, version or half * world_size differ; both are named.
+        """
+        self._position.load_state_dict(state)
+
+
+class OverlapBatchSampler(PlanSampler):
     """Batches of indices, each `[the new half of the batch before, in order | new samples]`, as one endless stream.
 
-    Iterating once gives one epoch (the carried half included) and moves on to the next epoch by itself. Each sample an
-    epoch keeps is seen exactly twice, in two consecutive steps, on one rank; the very first batch of epoch 0 has no old
-    half. Every rank takes the same number of steps with the same number of rows. The rules of shuffling, sharding and
-    of the epochs' boundaries are `OverlapPlan`'s.
+    One iteration yields one epoch, the next iteration the next. Each sample of an epoch is in exactly two consecutive
+    steps, on one rank; the first batch of epoch 0 has no repeated rows. All ranks take the same number of steps with
+    the same number of rows. `OverlapPlan` defines shuffling, sharding and the boundary between epochs.
 
-    Works with any `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. **A map-style dataset is then asked
-    twice for every sample, so each image is decoded twice**; `OverlapLoader` decodes once, and `TwoViews` is the
-    official scheme.
+    Use it with any `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. **The DataLoader then loads every sample
+    twice, so each image is decoded twice**; `OverlapLoader` decodes once, and so does `TwoViews`, the official scheme.
 
-    The indices are `SampleIndex` (ints that know epoch and use). `IndexedDataset` with `collate_overlap` turns them
-    into `Batch` with ids and `num_old`; without these, `num_old(epoch, step)` tells the number of repeated rows.
+    The indices are `SampleIndex` (ints with epoch and view). `IndexedDataset` with `collate_overlap` turns them into
+    `Batch` with ids and `num_old`; otherwise `num_old(epoch, step)` returns the number of repeated rows.
 
-    A DataLoader with workers draws batches ahead of those it delivers, and this sampler sees the drawn ones only. So
-    `state_dict()` alone would skip the batches under way, and a loop that is left early starts its epoch again only
-    where the workers had not drawn all of it: else the next loop begins the next epoch, and the rest of this one is
-    lost. `for batch in sampler.track(loader)` (or `TrackedLoader(loader)`) counts delivered batches, which makes both
-    exact; `state_dict(delivered=k)`, k batches received since this iteration began, makes the state exact. torchdata's
-    `StatefulDataLoader` keeps snapshots of this sampler by itself.
+    A DataLoader with workers takes batches from the sampler before it delivers them, so the sampler's position is ahead
+    of the training. Save `state_dict(delivered=k)` with the k batches received since the iteration began, or use
+    torchdata's `StatefulDataLoader`, whose state is exact.
 
     Args:
-        data_source_or_len: number of samples, or anything that has a length.
-        batch_size: rows the model sees on this rank: even, at least 2; half of them are new.
-        shuffle: a new order each epoch; False keeps the natural order.
+        data_source_or_len: number of samples, or a dataset with a length.
+        batch_size: rows of a batch on this rank: even, at least 2; half of them are new.
+        shuffle: a new order each epoch; False keeps the order of the dataset.
         seed: non-negative integer; all ranks must pass the same.
-        rank, world_size: None takes those of torch.distributed where it is initialised, else 0 of 1.
-        drop_last: True gives full halves only; False covers every sample (see `OverlapPlan`).
+        rank: rank of this process; None means that of torch.distributed, or 0 without a process group.
+        world_size: number of ranks; None means that of torch.distributed, or 1 without a process group.
+        drop_last: True yields full halves only; False covers every sample (see `OverlapPlan`).
 
     Raises:
         ValueError: an odd or too small batch size, fewer samples than one half over all ranks, a wrong rank.
-        TypeError: a size that is not an integer.
+        TypeError: a size that is not an integer, a sampler or a loader in place of a dataset.
 
     Example:
         >>> sampler = OverlapBatchSampler(6, 4, shuffle=False)
@@ -86,8 +163,6 @@ class OverlapBatchSampler(Sampler[list[int]]):
         >>> [int(i) for i in next(iter(sampler))]  # the second epoch carries the last half over
         [4, 5, 0, 1]
     """
-
-    _overlap = True  # whether the new rows of a batch are the old ones of the next
 
     def __init__(
         self,
@@ -101,150 +176,217 @@ class OverlapBatchSampler(Sampler[list[int]]):
         drop_last: bool = True,
     ) -> None:
         name = type(self).__name__
-        length = len(data_source_or_len) if isinstance(data_source_or_len, Sized) else data_source_or_len
-        length = as_int(length, name, "data_source_or_len", 0)
-        self.plan, self.rank = make_plan(
-            name, length, batch_size, repeat=True, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank,
-            world_size=world_size, overlap=self._overlap,
-        )  # fmt: skip
-        self.batch_size = 2 * self.plan.rows
-        self._cursor = Cursor(self.plan, name)
-        self._newest: weakref.ref[Iteration] | None = None
-        self._tracked: Iteration | None = None  # whose batches `track` counts
-        self._delivered = 0  # of these, handed out
+        plan, rank = make_plan(
+            name,
+            _length(name, data_source_or_len),
+            batch_size,
+            overlap=True,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+        super().__init__(plan, rank, 2 * plan.rows)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, also in another process, stands where this one does and has no iteration."""
-        cursor = copy.copy(self._cursor)
-        if self._counted is not None:
-            cursor.place_after(self._counted)
-        return {**self.__dict__, "_cursor": cursor, "_newest": None, "_tracked": None}
-
-    def __len__(self) -> int:
-        """Steps per epoch, equal on all ranks."""
-        return self.plan.halves_per_epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batches = _BatchIterator(self)
-        self._newest = weakref.ref(batches._iteration)
-        return batches
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next batch to draw."""
-        return self._cursor.epoch
-
-    @property
-    def sampler(self) -> EpochListener:
-        """For frameworks that announce the epoch by `batch_sampler.sampler.set_epoch` (Lightning)."""
-        return EpochListener(self._cursor)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Start `epoch` from its first batch; nothing happens when it is the current one (so a resume stays exact)."""
-        if self._counted is not None and self._tracked is not None:
-            if as_int(epoch, "OverlapBatchSampler.set_epoch", "epoch", 0) == self.state_dict()["epoch"]:
-                return  # that of the next batch to deliver, whatever was drawn ahead
-            self._cursor.settle(self._tracked, self._delivered)
-        self._cursor.set_epoch(epoch)
+    def views(self, epoch: int, step: int) -> tuple[Ids, Ids, Ids]:
+        """Repeated rows (view 1), then new rows (view 0)."""
+        return self.plan.views(epoch, step, self.rank)
 
     def num_old(self, epoch: int, step: int) -> int:
-        """Repeated rows at the front of batch `step` of `epoch`."""
+        """Number of repeated rows of batch `step` of `epoch`."""
         return self.plan.num_old(epoch, step)
 
-    def indices(self, epoch: int, step: int) -> list[int]:
-        """The indices of one batch, a pure function of its place: old rows (use 1), then new rows (use 0)."""
-        old, new = self.plan.batch(epoch, step, self.rank)
-        before = self.plan.before(epoch, step)
-        drawn, seed = (before[0] if before else 0), self.plan.seed
-        batch: list[int] = [SampleIndex(i, seed, drawn, 1, step) for i in old.tolist()]
-        batch += [SampleIndex(i, seed, epoch, 0, step) for i in new.tolist()]
-        return batch
 
-    def track(self, loader: Any) -> Iterator[Any]:
-        """Iterate over `loader` (a DataLoader around this sampler) and count what it delivers, for `state_dict`."""
-        if self._counted is not None and self._tracked is not None:
-            self._cursor.settle(self._tracked, self._delivered)  # somebody still holds the iteration before
-        # A DataLoader's iterator takes the seed of its workers from torch's global random numbers. A resumed run makes
-        # one iterator more than an uninterrupted one, and its dropout would differ: so the seed is a function of the
-        # epoch, and the global numbers are given back.
-        self._newest, random = None, torch.get_rng_state()
-        torch.default_generator.manual_seed(_hash.key_of(self.plan.seed, _hash.WORKERS, self.epoch, self.rank) >> 1)
-        try:
-            batches = iter(loader)  # asks this sampler for an iterator, and may draw at once
-        finally:
-            torch.set_rng_state(random)
-        drawing, count = self._latest(), 0
-        self._tracked, self._delivered = drawing, 0
-        try:
-            for count, batch in enumerate(batches, start=1):
-                drawing = drawing or self._latest()  # some loaders ask for an iterator with their first batch
-                if drawing is not None:
-                    self._cursor.check_current(drawing)  # also where its workers have drawn everything
-                    self._tracked, self._delivered = drawing, count
-                yield batch
-        finally:
-            if drawing is not None:
-                self._cursor.settle(drawing, count)
-            if self._tracked is drawing:
-                self._tracked = None
+class HalfBatchSampler(OverlapBatchSampler):
+    """The new half of every batch of an `OverlapBatchSampler`, for a DataLoader of `TwoViews`.
 
-    def _latest(self) -> Iteration | None:
-        """The iteration that was made last, while somebody holds it."""
-        return None if self._newest is None else self._newest()
+    `pair_halves(DataLoader(TwoViews(data, transform, seed=s), batch_sampler=HalfBatchSampler(data, rows, seed=s)))`
+    yields the same batches as the other loaders with that seed, bit for bit, and decodes each image once.
 
-    @property
-    def _counted(self) -> int | None:
-        """Batches of the current iteration that were delivered; None where nobody counts."""
-        tracked = self._tracked
-        return self._delivered if tracked is not None and self._cursor.is_current(tracked) else None
+    The arguments are those of `OverlapBatchSampler`; a batch of this sampler has `batch_size / 2` indices.
+
+    Example:
+        >>> [[int(i) for i in batch] for batch in HalfBatchSampler(6, 4, shuffle=False)]
+        [[0, 1], [2, 3], [4, 5]]
+    """
+
+    def views(self, epoch: int, step: int) -> tuple[Ids, Ids, Ids]:
+        """The new rows of one batch."""
+        ids = self.plan.half(epoch, step, self.rank)
+        return ids, np.full(len(ids), epoch), np.zeros(len(ids), np.int64)
+
+    def num_old(self, epoch: int, step: int) -> int:
+        """No row is repeated: `pair_halves` keeps the second views."""
+        return 0
+
+
+class ClassBatchSampler(PlanSampler):
+    """Batches `[anchors | companions]`: for every anchor `companions` samples of its class, anchor by anchor.
+
+    An epoch has every sample once as an anchor, so with M companions it trains on M + 1 times the images (count that in
+    a comparison). Companions are sampled without replacement and without the anchor; with replacement if the class is
+    too small; an anchor alone in its class is its own companion. They depend on (seed, epoch, anchor) only. Their views
+    differ from all other views of the same sample in that epoch.
+
+    Source: `IdentityBatchSampler` of the official BAKE code; with `companions=1, include_anchor=True` the
+    `PairBatchSampler` of the official CS-KD code. (Both keep a short last batch: `drop_last=False`.)
+
+    Args:
+        targets: (N,) class of every sample.
+        batch_size: rows of a batch on this rank, a multiple of `companions + 1`.
+        companions: number of companions per anchor, M.
+        include_anchor: whether the anchor may be its own companion.
+        shuffle: as in `OverlapBatchSampler`.
+        seed: as in `OverlapBatchSampler`.
+        rank: as in `OverlapBatchSampler`.
+        world_size: as in `OverlapBatchSampler`.
+        drop_last: as in `OverlapBatchSampler`.
+
+    Raises:
+        ValueError: a batch size that does not divide, fewer samples than the anchors of one step over all ranks.
+
+    Example:
+        >>> sampler = ClassBatchSampler([0, 0, 1, 1], 4, companions=1, shuffle=False)
+        >>> [[int(i) for i in batch] for batch in sampler]
+        [[0, 1, 1, 0], [2, 3, 3, 2]]
+    """
+
+    def __init__(
+        self,
+        targets: ArrayLike | torch.Tensor,
+        batch_size: int,
+        *,
+        companions: int = 1,
+        include_anchor: bool = False,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        name = "ClassBatchSampler"
+        self.companions = as_int(companions, name, "companions", 1)
+        self.include_anchor = as_bool(include_anchor, name, "include_anchor")
+        batch_size = as_int(batch_size, name, "batch_size", 1)
+        if batch_size % (self.companions + 1):
+            raise ValueError(
+                f"{name}: batch_size must be a multiple of companions + 1 = {self.companions + 1} "
+                f"(anchors and their companions), got {batch_size}"
+            )
+        classes = np.asarray(targets)
+        if classes.ndim != 1 or not np.issubdtype(classes.dtype, np.integer):
+            raise ValueError(f"{name}: targets must be (N,) integers, got {classes.dtype} {classes.shape}")
+        plan, rank = make_plan(
+            name,
+            len(classes),
+            batch_size // (self.companions + 1),
+            overlap=False,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+        super().__init__(plan, rank, batch_size)
+        order = np.argsort(classes, kind="stable")
+        self._members = np.split(order, np.flatnonzero(np.diff(classes[order])) + 1)
+        self._class = np.empty(len(classes), np.int64)  # index of a sample's class in `_members`
+        self._index = np.empty(len(classes), np.int64)  # index of the sample within its class
+        for number, members in enumerate(self._members):
+            self._class[members], self._index[members] = number, np.arange(len(members))
+
+    def views(self, epoch: int, step: int) -> tuple[Ids, Ids, Ids]:
+        """Anchors (view 0), then the companions of the first anchor, of the second, ..."""
+        anchors = self.plan.half(epoch, step, self.rank)
+        others = np.array([self._companions_of(epoch, anchor) for anchor in anchors.tolist()], np.int64).reshape(-1)
+        # View numbers that are unique in the epoch: 2 * sample + view differs for every (anchor, companion, sample).
+        number = (anchors[:, None] * self.companions + np.arange(self.companions)).reshape(-1)
+        views = np.concatenate([np.zeros_like(anchors), 2 * self.plan.length * (1 + number)])
+        return np.concatenate([anchors, others]), np.full(len(views), epoch), views
+
+    def _companions_of(self, epoch: int, anchor: int) -> list[int]:
+        members = self._members[self._class[anchor]]
+        own, wanted = int(self._index[anchor]), self.companions
+        pool = len(members) - (not self.include_anchor)
+        if pool == 0:
+            return [anchor] * wanted
+        key = key_of(self.plan.seed, COMPANION, epoch, anchor)
+        chosen: list[int] = []
+        for draw in range(wanted):
+            high = pool if pool < wanted else pool - wanted + 1 + draw
+            pick = ((mix((key + (draw + 1) * GOLDEN) & MASK) >> 32) * high) >> 32
+            # Floyd's sampling without replacement: a pick that was chosen before is replaced by the newest index.
+            chosen.append(high - 1 if pool >= wanted and pick in chosen else pick)
+        skip_anchor = not self.include_anchor
+        return [int(members[pick + (skip_anchor and pick >= own)]) for pick in chosen]
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
-        """The position in the stream, O(1): a flat dict of ints and bools.
-
-        Args:
-            delivered: batches received from the DataLoader since its current iteration began. None counts the batches
-                `track` delivered, and without `track` all batches drawn from this sampler: exact with `num_workers=0`.
-        """
-        return self._cursor.state_dict(self._counted if delivered is None else delivered)
+        """As `OverlapBatchSampler.state_dict`, with `companions` and `include_anchor`."""
+        own = {"companions": self.companions, "include_anchor": self.include_anchor}
+        return {**super().state_dict(delivered), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved position.
-
-        Another world size may continue when `half * world_size` is the same: the global order goes on.
-
-        Raises:
-            RuntimeError: an iteration is active.
-            ValueError: seed, length, shuffle, drop_last, repeat, version or half * world_size differ; both are named.
-        """
-        self._cursor.load_state_dict(state)
-
-
-class EpochListener:
-    """Takes the epochs a framework announces, also when a DataLoader has drawn from that epoch already."""
-
-    def __init__(self, cursor: Cursor) -> None:
-        self._cursor = cursor
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of `epoch`, unless the stream is there or an iteration of it is under way."""
-        self._cursor.announce(epoch)
+        """Continue from a saved position; ValueError if an argument that affects the batches differs."""
+        for name in ("companions", "include_anchor"):
+            if state.get(name) != getattr(self, name):
+                raise ValueError(
+                    f"ClassBatchSampler.load_state_dict: {name} was {state.get(name)!r} when the state was saved and "
+                    f"is {getattr(self, name)!r} here; continue with the same options, or start a new run"
+                )
+        super().load_state_dict(state)
 
 
-class _BatchIterator:
-    """One epoch of a sampler; nothing is drawn, and no position taken, before the first `next`."""
+class ViewPairSampler(PlanSampler):
+    """Batches `[n samples, first views | the same n samples, second views]`: both views in one step.
 
-    def __init__(self, sampler: OverlapBatchSampler) -> None:
-        self._sampler = sampler
-        self._iteration: Iteration = sampler._cursor.iterate()
+    The arguments are those of `OverlapBatchSampler`; a batch has `batch_size / 2` samples.
 
-    def __iter__(self) -> _BatchIterator:
-        return self
+    Example:
+        >>> sampler = ViewPairSampler(4, 4, shuffle=False)
+        >>> [[(int(i), i.view) for i in batch] for batch in sampler]
+        [[(0, 0), (1, 0), (0, 1), (1, 1)], [(2, 0), (3, 0), (2, 1), (3, 1)]]
+    """
 
-    def __next__(self) -> list[int]:
-        position = self._iteration.advance()
-        if position is None:
-            raise StopIteration
-        return self._sampler.indices(*position)
+    def __init__(
+        self,
+        data_source_or_len: int | Sized,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        name = type(self).__name__
+        plan, rank = make_plan(
+            name,
+            _length(name, data_source_or_len),
+            half_of(name, batch_size),
+            overlap=False,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+        super().__init__(plan, rank, 2 * plan.rows)
+
+    def views(self, epoch: int, step: int) -> tuple[Ids, Ids, Ids]:
+        """The step's samples twice, view 0 and view 1."""
+        ids = self.plan.half(epoch, step, self.rank)
+        return np.tile(ids, 2), np.full(2 * len(ids), epoch), np.repeat([0, 1], len(ids))
+
+
+def _length(operation: str, source: int | Sized) -> int:
+    """The number of samples of a dataset, or that number itself."""
+    if isinstance(source, (Sampler, DataLoader)):
+        raise TypeError(
+            f"{operation}: expected a dataset or its length, got a {type(source).__name__}, whose length is not the "
+            "number of samples; pass the dataset, or torch.utils.data.Subset(dataset, indices) for a part of it"
+        )
+    return as_int(len(source) if isinstance(source, Sized) else source, operation, "data_source_or_len", 0)
 
 
 class IndexedDataset(Dataset[tuple[Any, Any, int]]):
@@ -252,8 +394,8 @@ class IndexedDataset(Dataset[tuple[Any, Any, int]]):
 
     Args:
         dataset: any map-style dataset of `(image, target)`.
-        transform: called as `transform(image, rng)` with the view's `ViewRng`, so that every view is reproducible; None
-            leaves the dataset's own transforms at work. It needs the indices of an `OverlapBatchSampler`.
+        transform: called as `transform(image, rng)` with the view's `ViewRng`, so that every view is reproducible. It
+            needs the indices of a sampler of this package. None uses the dataset's own transforms only.
 
     Example:
         >>> IndexedDataset([("image", 1)])[0]
@@ -286,15 +428,26 @@ def collate_overlap(items: Sequence[tuple[Any, Any, int]]) -> Batch:
     Raises:
         TypeError: items without the indices of an `OverlapBatchSampler`, targets that are not integers.
     """
-    images, targets, indices = collated("collate_overlap", "an OverlapBatchSampler", items)
-    num_old = sum(index.use for index in indices)
+    images, targets, indices = _collated("collate_overlap", "an OverlapBatchSampler", items)
+    num_old = sum(index.view for index in indices)
     return Batch(images, targets, torch.tensor(indices, device="cpu"), num_old, indices[-1].epoch, indices[-1].step)
 
 
-def collated(
+def collate_rows(items: Sequence[tuple[Any, Any, int]]) -> Batch:
+    """`collate_fn` for an `IndexedDataset` under a sampler without repeated rows: one `Batch` with num_old 0.
+
+    Raises:
+        TypeError: items without the indices of such a sampler, targets that are not integers.
+    """
+    images, targets, indices = _collated("collate_rows", "a ClassBatchSampler or ViewPairSampler", items)
+    ids = torch.tensor([int(i) for i in indices], device="cpu")
+    return Batch(images, targets, ids, 0, indices[-1].epoch, indices[-1].step)
+
+
+def _collated(
     operation: str, sampler: str, items: Sequence[tuple[Any, Any, int]]
 ) -> tuple[torch.Tensor, torch.Tensor, list[SampleIndex]]:
-    """(images, targets, indices) of `IndexedDataset` items; TypeError where they are anything else."""
+    """(images, targets, indices) of `IndexedDataset` items; TypeError for other items."""
     tagged = [
         item[2]
         for item in items
@@ -310,7 +463,7 @@ def collated(
 
 
 def _described(items: Sequence[Any]) -> str:
-    """What the items are, in words."""
+    """The types of the first item, for messages."""
     if not len(items):
         return "none"
     first = items[0]

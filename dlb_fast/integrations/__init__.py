@@ -1,5 +1,5 @@
-"""Training frameworks: what each needs beyond our criterion and our loaders. Nothing of ours imports this room.
+"""Adapters for training frameworks.
 
-One module per framework, which is imported when the module is: `lightning`, `accelerate`, `hf` (Trainer), `timm`,
-`composer`. `state` is what they share.
+One module per framework: `lightning`, `accelerate`, `hf` (the Trainer), `timm`. A module imports its framework when it
+is imported, and nothing else of the package imports it. `state` is shared by all.
 """

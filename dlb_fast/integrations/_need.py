@@ -1,4 +1,4 @@
-"""Importing an optional framework: a sentence instead of a traceback when it is missing or broken."""
+"""Import an optional framework: one sentence instead of a traceback when it is missing or broken."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 
 
 def need(module: str, install: str) -> Any:
-    """The framework's module.
+    """Import and return a framework's module.
+
+    Args:
+        module: what to import.
+        install: how to install it, for the message.
 
     Raises:
-        ImportError: it is not installed, or its own import fails in whatever way (a torchvision without compiled ops
-            raises RuntimeError); says which, and what to install.
+        ImportError: the framework is not installed, or its own import raises. (That can be any exception: torchvision
+            raises RuntimeError when its compiled operators do not fit torch.)
     """
     framework = module.partition(".")[0]
     try:
@@ -20,10 +24,10 @@ def need(module: str, install: str) -> Any:
         if (error.name or "").partition(".")[0] == framework:
             found = "is not installed" if error.name == framework else f"has no {error.name}"
             raise ImportError(f"dlb_fast.integrations: {framework} {found}; {install}") from error
-        broken: Exception = error
+        cause: Exception = error
     except Exception as error:
-        broken = error
+        cause = error
     raise ImportError(
-        f"dlb_fast.integrations: {framework} is installed but cannot be imported here: {type(broken).__name__}: "
-        f"{broken}; mend that installation ({install})"
-    ) from broken
+        f"dlb_fast.integrations: {framework} is installed but its import fails: {type(cause).__name__}: {cause}; "
+        f"reinstall it ({install})"
+    ) from cause

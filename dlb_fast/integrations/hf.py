@@ -1,7 +1,7 @@
-"""Hugging Face `Trainer`: `LastBatchTrainer` trains with our loss and loader, and its checkpoints resume exactly.
+"""Hugging Face `Trainer`: `LastBatchTrainer` trains with `LastBatchLoss`, and its checkpoints resume exactly.
 
-The criterion stays outside the model, so saved models are the model alone. Evaluation is plain cross entropy. What a
-checkpoint folder gets from us is one small file per rank, `dlb_fast_RANK.pt`.
+The criterion stays outside the model, so a saved model is the model alone. Evaluation is plain cross entropy. Every
+rank adds one small file to a checkpoint folder, `dlb_fast_RANK.pt`.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from dlb_fast.data import Batch, OverlapBatchSampler, SampleIndex, TrackedLoader
+from dlb_fast.data import Batch, OverlapBatchSampler, SampleIndex
 from dlb_fast.functional import fused_lb_loss
 from dlb_fast.integrations._need import need
-from dlb_fast.integrations.state import check_ranks, forget, stateful
+from dlb_fast.integrations.state import check_ranks, reset, stream_of
 from dlb_fast.losses import LastBatchLoss
 
 __all__ = ["LastBatchCallback", "LastBatchTrainer", "as_dataloader"]
 
 _hf: Any = need("transformers", "pip install 'dlb_fast[hf]'")
-_EXTRA = ("ids", "num_old")
 
 
 class LastBatchTrainer(_hf.Trainer):
     """`transformers.Trainer` with self-distillation from the last mini-batch.
 
     `per_device_train_batch_size` is the rows the model sees, so it must be even; an epoch has twice the usual number of
-    steps. Gradient accumulation keeps the cross entropy of the whole accumulated batch
-    (by `num_items_in_batch`, unless class weights are set) and averages the last-batch terms of its micro-batches, each
-    taught by the micro-batch before.
+    steps. With gradient accumulation the cross entropy is that of the whole accumulated batch (by `num_items_in_batch`,
+    unless class weights are set), and the last-batch term is the mean over its micro-batches, each learning from the
+    micro-batch before it.
 
     Args:
+        *args: as for `Trainer`.
         criterion: `LastBatchLoss`.
-        train_loader: one of our loaders, made for `args.device` or moved there by the Trainer; None builds a DataLoader
-            with an `OverlapBatchSampler` from `train_dataset`, `data_collator` and `args`.
+        train_loader: a loader of `dlb_fast.data`, or a DataLoader with an `OverlapBatchSampler`; None makes such a
+            DataLoader from `train_dataset`, `data_collator` and `args`.
         image_key: the model's argument for images, used with loaders that yield `Batch`.
-        everything else: as for `Trainer`. `labels` are what the model would get under `args.label_names`.
+        **options: as for `Trainer`. The labels are found by `args.label_names`.
 
     Raises:
-        TypeError: a criterion or a loader of another kind. ValueError: an odd batch size, a loader made for other
-            ranks, a checkpoint saved with other data or options.
+        TypeError: a criterion or a loader of another kind.
+        ValueError: an odd batch size, a loader made for other ranks, a checkpoint saved with other data or options.
 
     Example: ``examples/hf_digits.py``.
     """
@@ -63,24 +63,26 @@ class LastBatchTrainer(_hf.Trainer):
             raise TypeError(f"LastBatchTrainer: criterion must be a LastBatchLoss, got {type(criterion).__name__}")
         super().__init__(*args, **options)
         self.criterion = criterion.to(self.args.device)
-        self.train_loader = None if train_loader is None else stateful(train_loader)
+        if train_loader is not None:
+            stream_of(train_loader)  # raises for a loader of another kind
+        self.train_loader = train_loader
         self.image_key = image_key
-        # The Trainer finds their names in the model's forward, which needs no labels here.
+        # The Trainer looks for the names in the model's forward, which takes no labels here.
         self.label_names: list[str] = list(getattr(self, "label_names", [])) or ["labels"]
-        # The Trainer then counts the items of an accumulated batch and leaves the scale of the loss to us.
+        # With this the Trainer counts the items of an accumulated batch and does not divide the loss itself.
         self.model_accepts_loss_kwargs = True
         self.memory = LastBatchCallback(self.criterion)
         self.add_callback(self.memory)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Our batches behind the face of a DataLoader; not prepared, since the sampler knows its rank."""
+        """The overlapping batches as a DataLoader. It is not prepared, since the sampler knows its rank."""
         loader = self._overlapping() if self.train_loader is None else self.train_loader
         check_ranks(loader, self.args.process_index, self.args.world_size)
         self.memory.loader = loader
         return as_dataloader(loader, self.image_key)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        """As `Trainer.train`; a resumed run gets criterion and position back."""
+        """As `Trainer.train`; a resumed run also loads the criterion and the position in the data."""
         folder = resume_from_checkpoint
         if folder is True:
             folder = need("transformers.trainer_utils", "").get_last_checkpoint(self.args.output_dir)
@@ -90,9 +92,9 @@ class LastBatchTrainer(_hf.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The criterion's loss in training, plain cross entropy in evaluation."""
+        """The loss of the criterion in training, plain cross entropy in evaluation."""
         labels = inputs[self.label_names[0]]
-        dropped = (*_EXTRA, *self.label_names)
+        dropped = ("ids", "num_old", *self.label_names)
         outputs = model(**{name: value for name, value in inputs.items() if name not in dropped})
         logits = _logits(outputs)
         if model.training:
@@ -109,7 +111,7 @@ class LastBatchTrainer(_hf.Trainer):
             return criterion(logits, labels, **given)
         if criterion.weight is not None:
             return criterion(logits, labels, **given) / micro_batches
-        # share * (CE + alpha' KL) = CE of these rows / items + alpha KL / micro_batches
+        # share * (CE + alpha' KL) = CE summed over these rows / items + alpha KL / micro_batches
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         share = labels.ne(-100).sum() * ranks / items
         alpha = criterion.alpha
@@ -119,30 +121,45 @@ class LastBatchTrainer(_hf.Trainer):
         finally:
             criterion.alpha = alpha
 
-    def _overlapping(self) -> TrackedLoader:
+    def _overlapping(self) -> DataLoader[Any]:
         args, dataset = self.args, self.train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             raise ValueError("LastBatchTrainer: needs a train_dataset with a length, or train_loader=")
-        collator = self._get_collator_with_removed_columns(self.data_collator, description="Training")
-        sampler = OverlapBatchSampler(
-            len(dataset), self._train_batch_size, seed=args.seed if args.data_seed is None else args.data_seed,
-            rank=args.process_index, world_size=args.world_size, drop_last=args.dataloader_drop_last,
-        )  # fmt: skip
+        seed = args.seed if args.data_seed is None else args.data_seed
         workers = args.dataloader_num_workers
-        loader: DataLoader[Any] = DataLoader(
-            _WithIndex(dataset), batch_sampler=sampler, collate_fn=partial(_collate, collator), num_workers=workers,
+        return DataLoader(
+            _WithIndex(dataset),
+            batch_sampler=OverlapBatchSampler(
+                len(dataset),
+                self._train_batch_size,
+                seed=seed,
+                rank=args.process_index,
+                world_size=args.world_size,
+                drop_last=args.dataloader_drop_last,
+            ),
+            collate_fn=partial(
+                _collate, self._get_collator_with_removed_columns(self.data_collator, description="Training")
+            ),
+            num_workers=workers,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers > 0 else None,
-        )  # fmt: skip
-        return TrackedLoader(loader)
+            # The seed of the workers is drawn from here. From torch's global generator, where a resumed run makes one
+            # iterator more, it would change the dropout.
+            generator=torch.Generator().manual_seed(seed),
+        )
 
 
 class LastBatchCallback(_hf.TrainerCallback):
-    """Writes criterion and position into every checkpoint, and gives them back at the start of a resumed run.
+    """Saves the criterion and the position in the data with every checkpoint, and loads them when training resumes.
 
-    `LastBatchTrainer` has one. For another Trainer: `LastBatchCallback(criterion, loader, folder)`, `folder` being the
-    checkpoint that is passed to `train`, with `as_dataloader(loader)` returned by `get_train_dataloader`.
+    `LastBatchTrainer` has one. With another Trainer, return `as_dataloader(loader)` from `get_train_dataloader` and add
+    `LastBatchCallback(criterion, loader, folder)`.
+
+    Args:
+        criterion: `LastBatchLoss`.
+        loader: a loader of `dlb_fast.data`, or a DataLoader with an `OverlapBatchSampler`.
+        folder: the checkpoint that is passed to `train`; None starts anew.
 
     Raises:
         ValueError: a checkpoint saved with other data or options.
@@ -156,42 +173,41 @@ class LastBatchCallback(_hf.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Continue where the checkpoint was made, or start anew."""
         self.criterion.train()
-        if self.folder is None:
-            forget(self.criterion)
-            self._place(0, 0)
-            return
-        path = self._file(self.folder, args)
-        if path.is_file():
+        position = self._position(args, state)
+        path = None if self.folder is None else self._file(self.folder, args)
+        if path is not None and path.is_file():
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            self.loader.load_state_dict(saved["loader"])
+            stream_of(self.loader).load_state_dict(saved["loader"])
             self.criterion.load_state_dict(saved["criterion"])
             return
-        forget(self.criterion)
-        steps = len(self.loader)
-        updates = -(-steps // args.gradient_accumulation_steps)
-        epoch, update = divmod(state.global_step, updates)
-        step = update * args.gradient_accumulation_steps
-        self._place(epoch, step)
-        warnings.warn(
-            f"LastBatchCallback: {path} is missing (saved without this callback, or by another number of ranks); the "
-            f"data continue at epoch {epoch}, step {step}, and the criterion starts empty",
-            stacklevel=2,
-        )
+        reset(self.criterion)
+        stream_of(self.loader).load_state_dict(position)
+        if path is not None:
+            warnings.warn(
+                f"LastBatchCallback: {path} is missing (saved without this callback, or by another number of ranks); "
+                f"the data continue at epoch {position['epoch']}, step {position['step']}, and the criterion starts "
+                "empty",
+                stacklevel=2,
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Every rank writes its own file, complete or not at all."""
+        """Write the file of this rank, whole or not at all."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         path = self._file(folder, args)
         unfinished = path.with_suffix(".tmp")
         with open(unfinished, "wb") as file:
-            torch.save({"criterion": self.criterion.state_dict(), "loader": self.loader.state_dict()}, file)
+            torch.save({"criterion": self.criterion.state_dict(), "loader": self._position(args, state)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
 
-    def _place(self, epoch: int, step: int) -> None:
-        self.loader.load_state_dict({**self.loader.state_dict(), "epoch": epoch, "step": step})
+    def _position(self, args: Any, state: Any) -> dict[str, Any]:
+        """The state of the stream after so many updates. A DataLoader with workers has drawn more than that."""
+        updates = -(-len(self.loader) // args.gradient_accumulation_steps)  # per epoch
+        epoch, update = divmod(state.global_step, updates)
+        step = update * args.gradient_accumulation_steps
+        return {**stream_of(self.loader).state_dict(), "epoch": epoch, "step": step}
 
     @staticmethod
     def _file(folder: Path, args: Any) -> Path:
@@ -199,18 +215,23 @@ class LastBatchCallback(_hf.TrainerCallback):
 
 
 def as_dataloader(loader: Any, image_key: str = "pixel_values") -> DataLoader[Any]:
-    """One of our loaders behind the face of a torch DataLoader of dicts, as `Trainer` wants it.
+    """A loader as a torch DataLoader of dicts, which `Trainer` wants.
 
-    A resumed Trainer skips the batches it knows; here these are numbers only, so the loader, which has its position
-    from `load_state_dict`, is not asked for them, and every batch that it gives is checked against the step the Trainer
-    is at. `Batch` becomes `{image_key, "labels", "ids", "num_old"}`, mappings pass as they are.
+    A Trainer that resumes asks the batch sampler for the batches it skips. Here the sampler yields step numbers only,
+    so `loader`, which was placed by `load_state_dict`, is not asked for them. Every batch that it yields is checked
+    against the step the Trainer is at.
+
+    Args:
+        loader: a loader of `dlb_fast.data`, or a DataLoader with an `OverlapBatchSampler`. A `Batch` becomes
+            `{image_key, "labels", "ids", "num_old"}`; a mapping passes as it is.
+        image_key: the model's argument for images.
     """
-    pull = _Pull(loader, image_key)
-    return DataLoader(pull, batch_sampler=_Steps(pull), collate_fn=_only)
+    batches = _Batches(loader, image_key)
+    return DataLoader(batches, batch_sampler=_Steps(batches), collate_fn=_first)
 
 
-class _Pull(Dataset[Any]):
-    """`dataset[step]` is the loader's next batch."""
+class _Batches(Dataset[Any]):
+    """`dataset[step]` is the next batch of the loader."""
 
     def __init__(self, loader: Any, image_key: str) -> None:
         self.loader = loader
@@ -219,18 +240,17 @@ class _Pull(Dataset[Any]):
         self.expected = 0
 
     def __len__(self) -> int:
-        return int(self.loader.plan.length)  # samples: what the Trainer logs
+        return int(stream_of(self.loader).plan.length)  # samples: the Trainer prints it
 
     def restart(self) -> None:
-        state = self.loader.state_dict()
-        self.expected = state["step"]
+        self.expected = stream_of(self.loader).state_dict()["step"]
         self.batches = iter(self.loader)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         if step != self.expected:
             raise RuntimeError(
                 f"as_dataloader: the Trainer is at step {step} of the epoch and {type(self.loader).__name__} at "
-                f"{self.expected}; give the loader its state back before training (LastBatchCallback does)"
+                f"{self.expected}; load the loader's state before training (LastBatchCallback does)"
             )
         batch = next(self.batches)
         self.expected += 1
@@ -242,22 +262,22 @@ class _Pull(Dataset[Any]):
 
 
 class _Steps:
-    """The steps of an epoch, one per batch."""
+    """A batch sampler that yields the step numbers of an epoch."""
 
-    def __init__(self, pull: _Pull) -> None:
-        self.pull = pull
+    def __init__(self, batches: _Batches) -> None:
+        self.batches = batches
 
     def __len__(self) -> int:
-        return len(self.pull.loader)
+        return len(self.batches.loader)
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.pull.restart()
+        self.batches.restart()
         for step in range(len(self)):
             yield [step]
 
 
 class _WithIndex(Dataset[Any]):
-    """Items together with the `SampleIndex` they were asked for by."""
+    """Items together with the `SampleIndex` that asked for them."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -272,10 +292,10 @@ class _WithIndex(Dataset[Any]):
 def _collate(collator: Any, rows: list[tuple[SampleIndex, Any]]) -> dict[str, Any]:
     batch = dict(collator([item for _, item in rows]))
     indices = [index for index, _ in rows]
-    return {**batch, "ids": torch.tensor([int(i) for i in indices]), "num_old": sum(i.use for i in indices)}
+    return {**batch, "ids": torch.tensor([int(i) for i in indices]), "num_old": sum(i.view for i in indices)}
 
 
-def _only(rows: list[Any]) -> Any:
+def _first(rows: list[Any]) -> Any:
     return rows[0]
 
 

@@ -5,7 +5,7 @@ In `train.py`, in place of `ClassificationTask(...)` and after the loaders were 
     task = LastBatchTask(model, LastBatchLoss(args.num_classes), device=device, dtype=model_dtype)
     loader_train = task.batches(OverlapLoader(dataset, args.batch_size, transform=..., device=device))
 
-timm saves `get_task_state()` with the model and gives it back when it resumes, which it does at whole epochs.
+timm saves `get_task_state()` with the model and loads it when it resumes, which it does at whole epochs.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import nn
 
 from dlb_fast.data import Batch
 from dlb_fast.integrations._need import need
-from dlb_fast.integrations.state import forget, rank_and_size, stateful
+from dlb_fast.integrations.state import rank_and_size, reset, stream_of
 from dlb_fast.losses import LastBatchLoss
 
 __all__ = ["LastBatchTask"]
 
-_INSTALL = "pip install 'dlb_fast[timm]' (timm 1.0.28 or newer has the tasks this is one of)"
+_INSTALL = "pip install 'dlb_fast[timm]' (timm 1.0.28 or newer)"
 _tasks: Any = need("timm.task", _INSTALL)
 if not hasattr(_tasks.TrainingTask, "get_task_state"):
-    raise ImportError(f"dlb_fast.integrations: this timm's tasks have no state of their own; {_INSTALL}")
+    raise ImportError(f"dlb_fast.integrations: the tasks of this timm have no state of their own; {_INSTALL}")
 
 
 class LastBatchTask(_tasks.ClassificationTask):
@@ -34,13 +34,18 @@ class LastBatchTask(_tasks.ClassificationTask):
 
     The result has the keys of timm's distillation tasks: `loss`, `output`, `task_loss` (cross entropy) and `kd_loss`
     (the last-batch term, without alpha). While the model is in eval mode the loss is plain cross entropy and the memory
-    is not touched; timm's EMA averages the model only.
+    is not touched. timm's EMA averages the model only.
 
     Args:
-        model: as for `ClassificationTask`. criterion: `LastBatchLoss`. device, dtype, verbose: as for timm's tasks.
+        model: as for `ClassificationTask`.
+        criterion: `LastBatchLoss`.
+        device: as for `ClassificationTask`.
+        dtype: as for `ClassificationTask`.
+        verbose: as for `ClassificationTask`.
 
     Raises:
-        TypeError: a criterion of another kind. ValueError: a batch that is not the one `batches` handed out last.
+        TypeError: a criterion of another kind.
+        ValueError: a batch that is not the last one that `batches` yielded.
 
     Example: ``examples/timm_digits.py``.
     """
@@ -59,12 +64,15 @@ class LastBatchTask(_tasks.ClassificationTask):
         self._batches: TaskBatches | None = None
 
     def batches(self, loader: Any) -> TaskBatches:
-        """`loader` (one of ours, or `TrackedLoader`) as the `(input, target)` pairs that timm iterates over.
+        """The loader as the `(input, target)` pairs that timm iterates over.
 
-        What else is known of a batch (ids, repeated rows, the partners of a mixed image) reaches the task by itself.
-        Mix with our loader's `mix`, not with timm's Mixup: both visits of a sample have to be mixed alike.
+        The task keeps the rest of a batch (ids, number of repeated rows, second labels of mixed images) for the loss.
+        Mix with the loader's `mix`, not with timm's Mixup: both views of a sample have to be mixed alike.
+
+        Args:
+            loader: a loader of `dlb_fast.data`, or a DataLoader of `Batch` with an `OverlapBatchSampler`.
         """
-        self._batches = TaskBatches(stateful(loader))
+        self._batches = TaskBatches(loader)
         return self._batches
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -77,49 +85,50 @@ class LastBatchTask(_tasks.ClassificationTask):
         return {"loss": loss, "output": output, "task_loss": parts.ce, "kd_loss": parts.lb}
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Remembered rows and position in the data; nothing for the EMA."""
+        """The memory of the criterion and the position in the data; nothing for the EMA."""
         if ema:
             return {}
         state: dict[str, Any] = {"criterion": self.criterion.state_dict()}
-        return state if self._batches is None else {**state, "loader": self._batches.loader.state_dict()}
+        return state if self._batches is None else {**state, "loader": self._batches.stream.state_dict()}
 
     def load_task_state(
         self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
-        """Take the state over; ranks other than 0, whose rows timm does not save, start with an empty criterion."""
+        """Load a state. timm saves that of rank 0, so other ranks start with an empty criterion."""
         if ema:
             return
         if not state or rank_and_size()[0] > 0:
-            forget(self.criterion)
+            reset(self.criterion)
         else:
             self.criterion.load_state_dict(state["criterion"])
         if state and self._batches is not None and "loader" in state:
-            self._batches.loader.load_state_dict(state["loader"])
+            self._batches.stream.load_state_dict(state["loader"])
 
 
 class TaskBatches:
-    """A loader with the face timm's train script expects of one."""
+    """A loader with the attributes that timm's train script uses."""
 
     mixup_enabled = False  # timm turns its own mixup off here
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
+        self.stream = stream_of(loader)
         self.dataset = None
         self._batch: Batch | None = None
 
     @property
     def batch_sampler(self) -> TaskBatches:
-        """Itself: timm announces the epoch by `loader.batch_sampler.set_epoch`."""
+        """Itself: timm calls `loader.batch_sampler.set_epoch`."""
         return self
 
     @property
     def sampler(self) -> TaskBatches:
-        """Itself, as older scripts announce it."""
+        """Itself: older scripts call `loader.sampler.set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
         """Start `epoch`; nothing happens when it is the current one."""
-        self.loader.set_epoch(epoch)
+        self.stream.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -135,13 +144,13 @@ class TaskBatches:
             yield batch.images, batch.targets
 
     def given(self, target: torch.Tensor) -> dict[str, Any]:
-        """What the criterion has to know of the batch under way."""
+        """The further arguments of the criterion for the current batch."""
         batch = self._batch
         if batch is None or len(target) != len(batch):
             rows = None if batch is None else len(batch)
             raise ValueError(
-                f"LastBatchTask: a target of {len(target)} rows, but the batch handed out last has {rows}; train on "
-                "what task.batches(loader) yields, one forward per batch"
+                f"LastBatchTask: got a target of {len(target)} rows, expected {rows}, the rows of the last batch of "
+                "task.batches(loader); train on what it yields, one forward per batch"
             )
         device = target.device
         given: dict[str, Any] = {"ids": batch.ids.to(device), "num_old": batch.num_old}

@@ -1,7 +1,8 @@
-"""The Triton kernel of ``last_batch`` and ``last_batch_roll``: every row, the buffer and the scalars in one launch.
+"""The Triton kernel of ``last_batch`` and ``last_batch_update``: every row, the buffer and the scalars in one launch.
 
-Program ``p`` takes tiles ``p, p + programs, ...`` of ROWS pairs. Pair ``j`` is row ``j``, taught by slot ``j``, and
-row ``start + j``, which then replaces slot ``j``: one owner per slot, so one buffer at a fixed address without a race.
+Program ``p`` takes tiles ``p, p + programs, ...`` of ROWS pairs. Pair ``j`` is row ``j``, whose teacher is slot ``j``,
+and row ``start + j``, which then replaces slot ``j``: one owner per slot, so one buffer at a fixed address without a
+race.
 """
 
 from __future__ import annotations
@@ -9,15 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .counting import HEADER, UNKNOWN_ID, count_rows, load_counts, roll_layout, taught_rows
+from .counting import HEADER, UNKNOWN_ID, count_rows, load_counts, pair_layout, valid_rows
 from .row_loss import rows_loss
 from .row_tiles import NONE, VIRTUAL, power_of_two_below
 
 MAX_PROGRAMS = tl.constexpr(8192)
-PARTIALS = tl.constexpr(6)  # ce, lb, lse^2, hits, taught, mismatched
+PARTIALS = tl.constexpr(5)  # ce, lb, hits, valid, mismatched
 CONSTANT, COUNT_HERE, COUNTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# |lse| of float16 logits is below this: 65504 + log C.
-LARGEST_LSE = tl.constexpr(65600.0)
 
 
 @triton.jit
@@ -30,7 +29,7 @@ def scalar(value, pointer, COMPUTE: tl.constexpr):
 
 @triton.jit
 def half_scale(
-    ce_size, kl_size, z_size, weight_ptr, COMPUTE: tl.constexpr, CLASSES: tl.constexpr, HAS_WEIGHT: tl.constexpr
+    ce_size, kl_size, weight_ptr, COMPUTE: tl.constexpr, CLASSES: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):
     """How much a float16 gradient is enlarged: the largest power of two <= 65536 that keeps its bound <= 16384."""
     heaviest = tl.full([], 1.0, COMPUTE)
@@ -40,7 +39,7 @@ def half_scale(
         for base in range(0, CLASSES, 1024):
             top = tl.maximum(top, tl.abs(tl.load(weight_ptr + base + span, mask=base + span < CLASSES, other=0.0)))
         heaviest = tl.max(top, axis=0)
-    bound = tl.abs(ce_size) * heaviest + tl.abs(kl_size) + 2.0 * LARGEST_LSE * tl.abs(z_size)
+    bound = tl.abs(ce_size) * heaviest + tl.abs(kl_size)
     room = power_of_two_below((16384.0 / bound).to(tl.float32))
     return tl.minimum(tl.maximum(room, 9.5367431640625e-07), 65536.0).to(COMPUTE)
 
@@ -67,23 +66,22 @@ def last_batch_kernel(
     alpha_ptr, tau_ptr, loss_ptr, parts_ptr, grad_ptr, ticket_ptr, partials_ptr, counts_ptr,
     batch, given_rows, capacity, num_old, mask_rows, ignore_index, pair_tiles, count_parts,
     alpha_value: tl.float64, tau_value: tl.float64, ce_weight: tl.float64, ce_alpha: tl.float64,
-    smoothing: tl.float64, z_loss: tl.float64, correct_share: tl.float64,
+    smoothing: tl.float64, correct_share: tl.float64,  # the floats of options.h, in its order
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     VECTOR: tl.constexpr, AXIS: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr, DENSE_STRIDE: tl.constexpr,
-    KIND: tl.constexpr, ROLL: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
-    LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_Z: tl.constexpr,
+    KIND: tl.constexpr, UPDATE: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
+    LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
-    MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
+    MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr,
     COUNTING: tl.constexpr,
 ):  # fmt: skip
-    """See ``last_batch_triton``. Partial sums: (PARTIALS, MAX_PROGRAMS); counts: (3, COUNT_PROGRAMS)."""
+    """See ``last_batch_triton``. Partial sums: (PARTIALS, MAX_PROGRAMS); counts: (2, COUNT_PROGRAMS)."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     alpha = scalar(alpha_value, alpha_ptr, COMPUTE)
     tau = scalar(tau_value, tau_ptr, COMPUTE)
     ce_factor = scalar(ce_weight, None, COMPUTE) + scalar(ce_alpha, None, COMPUTE) * alpha
-    z_factor = scalar(z_loss, None, COMPUTE)
     eps = scalar(smoothing, None, COMPUTE)
     keep_share, even_share = 1.0 - eps, eps / CLASSES
     share_here = tl.full([], 1.0 / CLASSES, COMPUTE)
@@ -92,118 +90,109 @@ def last_batch_kernel(
         share_here = scalar(correct_share, None, COMPUTE)
         share_rest = (1.0 - share_here) / max(CLASSES - 1, 1)
 
-    # Rows [0, start) come first, taught up to `limit`; rows [start, batch) are the others, stored when rolling.
+    # Rows [0, start) come first, with a teacher up to `limit`; rows [start, batch) are stored.
     start, limit = given_rows, given_rows
     stored = batch - given_rows
-    if ROLL:
-        stored, start, limit = roll_layout(slots_ptr, batch, capacity, num_old)
+    if UPDATE:
+        stored, start, limit = pair_layout(slots_ptr, batch, capacity, num_old)
 
-    norm_z = tl.full([], 1.0, COMPUTE)
-    norm_ce, norm_lb = norm_z, norm_z
+    norm_ce = tl.full([], 1.0, COMPUTE)
+    norm_lb = norm_ce
     if MEAN:
         if COUNTING == COUNT_HERE:
-            norm_z, norm_ce, norm_lb = count_rows(
+            norm_ce, norm_lb = count_rows(
                 0, batch, limit, slots_ptr, ids_ptr, mask_ptr, mask_rows, target_ptr, target_b_ptr, weight_ptr,
                 ignore_index, COMPUTE, CLASSES, HAS_CE and not DENSE, PAIR, HAS_WEIGHT, HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
         elif COUNTING == COUNTED:
-            norm_z, norm_ce, norm_lb = load_counts(counts_ptr, count_parts)
+            norm_ce, norm_lb = load_counts(counts_ptr, count_parts)
         else:
             norm_lb = limit.to(COMPUTE)
         if DENSE or not HAS_CE:
-            norm_z = batch.to(COMPUTE)
-            norm_ce = norm_z
+            norm_ce = batch.to(COMPUTE)
     # A term to which no row counts is 0, and so is its gradient.
-    norm_z = tl.where(norm_z == 0.0, float("inf"), norm_z)
     norm_ce = tl.where(norm_ce == 0.0, float("inf"), norm_ce)
     norm_lb = tl.where(norm_lb == 0.0, float("inf"), norm_lb)
-    ce_mult, z_mult = ce_factor / norm_ce, z_factor / norm_z
-    kl_mult = alpha * tau / norm_lb
+    ce_mult, kl_mult = ce_factor / norm_ce, alpha * tau / norm_lb
     grad_scale = tl.full([], 1.0, COMPUTE)
     if NEED_GRAD and grad_ptr.dtype.element_ty == tl.float16:
         ce_size = ce_mult if HAS_CE else 0.0 * ce_mult
         if DENSE:
             ce_size *= 64.0  # a dense target need not sum to 1: up to 256 the gradient stays finite
         kl_size = kl_mult if KIND != NONE else 0.0 * kl_mult
-        grad_scale = half_scale(ce_size, kl_size, z_mult, weight_ptr, COMPUTE, CLASSES, HAS_WEIGHT and HAS_CE)
-    ce_mult, kl_mult, z_mult = ce_mult * grad_scale, kl_mult * grad_scale, 2.0 * z_mult * grad_scale
+        grad_scale = half_scale(ce_size, kl_size, weight_ptr, COMPUTE, CLASSES, HAS_WEIGHT and HAS_CE)
+    ce_mult, kl_mult = ce_mult * grad_scale, kl_mult * grad_scale
 
     ce = tl.zeros([ROWS], COMPUTE)
-    lb, square, hits, valid, missed = ce, ce, ce, ce, ce
+    lb, hits, valid_count, missed = ce, ce, ce, ce
     for tile in range(program, pair_tiles, programs):
         slots = tile * ROWS + tl.arange(0, ROWS)
         if KIND != NONE:
             row_ok = slots < start
-            taught, other = taught_rows(
+            valid, other = valid_rows(
                 slots, limit, slots_ptr, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
                 HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
-            row_ce, row_lb, row_z, hit = rows_loss(
+            row_ce, row_lb, hit = rows_loss(
                 logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-                slots, row_ok, slots, taught,
-                ce_factor, alpha, tau, z_factor, keep_share, even_share, share_here, share_rest, ignore_index,
-                ce_mult, kl_mult, z_mult,
+                slots, row_ok, slots, valid,
+                ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
+                ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
-                KIND, False, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, HAS_Z, ROW_LOSS, NEED_GRAD,
-                IN_PLACE,
+                KIND, False, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
-            ce, lb, square, hits = ce + row_ce, lb + row_lb, square + row_z, hits + hit
-            valid += taught.to(COMPUTE)
+            ce, lb, hits = ce + row_ce, lb + row_lb, hits + hit
+            valid_count += valid.to(COMPUTE)
             missed += other.to(COMPUTE)
         if KIND != VIRTUAL:
-            if ROLL:
+            if UPDATE:
                 tl.debug_barrier()  # every thread has read its part of the slots before any overwrites them
             row_ok = slots < stored
             rows = start + slots
-            if ROLL and not (HAS_IDS and COUNTING == COUNT_HERE):
+            if UPDATE and not (HAS_IDS and COUNTING == COUNT_HERE):
                 # Nobody else reads these ids in this launch; otherwise the last program writes them.
                 fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
                 if HAS_IDS:
                     fresh = tl.load(ids_ptr + rows, mask=row_ok, other=0)
                 tl.store(slots_ptr + HEADER + slots, fresh, mask=row_ok)
-            row_ce, row_lb, row_z, hit = rows_loss(
+            row_ce, row_lb, hit = rows_loss(
                 logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
                 rows, row_ok, slots, row_ok & (rows < 0),
-                ce_factor, alpha, tau, z_factor, keep_share, even_share, share_here, share_rest, ignore_index,
-                ce_mult, kl_mult, z_mult,
+                ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
+                ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
-                NONE, ROLL, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, HAS_Z, ROW_LOSS, NEED_GRAD,
-                IN_PLACE,
+                NONE, UPDATE, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
-            ce, square, hits = ce + row_ce, square + row_z, hits + hit
+            ce, hits = ce + row_ce, hits + hit
 
     mine = partials_ptr + program
     tl.store(mine, tl.sum(ce, axis=0))
     tl.store(mine + MAX_PROGRAMS, tl.sum(lb, axis=0))
-    tl.store(mine + 2 * MAX_PROGRAMS, tl.sum(square, axis=0))
-    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(hits, axis=0))
-    tl.store(mine + 4 * MAX_PROGRAMS, tl.sum(valid, axis=0))
-    tl.store(mine + 5 * MAX_PROGRAMS, tl.sum(missed, axis=0))
+    tl.store(mine + 2 * MAX_PROGRAMS, tl.sum(hits, axis=0))
+    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
+    tl.store(mine + 4 * MAX_PROGRAMS, tl.sum(missed, axis=0))
     tl.debug_barrier()  # the ticket is drawn by one thread: it must not pass the stores of the others
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
         mean_ce = total_of(partials_ptr, 0, programs) / norm_ce
         mean_lb = total_of(partials_ptr, 1, programs) / norm_lb
-        mean_z = total_of(partials_ptr, 2, programs) / norm_z
         loss = ce_factor * mean_ce + alpha * mean_lb
         if not HAS_CE:
             loss = alpha * mean_lb
         if KIND == NONE:
             loss = ce_factor * mean_ce
-        if HAS_Z:
-            loss += z_factor * mean_z
         if not ROW_LOSS:
             tl.store(loss_ptr, loss)
         tl.store(parts_ptr, loss)
         tl.store(parts_ptr + 1, mean_ce)
         tl.store(parts_ptr + 2, mean_lb)
-        tl.store(parts_ptr + 3, total_of(partials_ptr, 3, programs))
+        tl.store(parts_ptr + 3, total_of(partials_ptr, 2, programs))
         tl.store(parts_ptr + 4, grad_scale)
-        tl.store(parts_ptr + 5, total_of(partials_ptr, 4, programs))
-        if ROLL:
+        tl.store(parts_ptr + 5, total_of(partials_ptr, 3, programs))
+        if UPDATE:
             # All programs have drawn their tickets, so all have read the header and the ids they compare.
             tl.store(slots_ptr, stored.to(tl.int64))
             if HAS_IDS:
-                missed_now = total_of(partials_ptr, 5, programs).to(tl.int64)
+                missed_now = total_of(partials_ptr, 4, programs).to(tl.int64)
                 tl.store(slots_ptr + 1, tl.load(slots_ptr + 1) + missed_now)
             if HAS_IDS and COUNTING == COUNT_HERE:
                 for base in range(0, stored, 1024):

@@ -1,10 +1,9 @@
-"""The ops ``last_batch``, ``last_batch_roll``, their in-place forms and ``scale_grad_`` in Triton (NVIDIA, AMD, and
-the interpreter).
+"""The ops ``last_batch``, ``last_batch_update`` and ``scale_grad_`` in Triton (NVIDIA, AMD, and the interpreter).
 
 Launches: one; a second, small one before it only where the means divide by a count that takes too long to count in
 every program (``B > 4096``, or programs * B * bytes per row > 16 MiB, see ``launch``): 8 bytes per row and label.
-Bytes per logit of the batch, ``s`` per logit, half the rows taught: read s, write s, teacher read s/2, and in the
-rolling form write s/2: 2.5 s and 3 s. Above 8192 columns the row is read twice; the second pass runs backwards, so
+Bytes per logit of the batch, ``s`` per logit, half the rows with a teacher: read s, write s, teacher read s/2, and with
+the buffer write s/2: 2.5 s and 3 s. Above 8192 columns the row is read twice; the second pass runs backwards, so
 that it meets the end of the row in L2 (up to 4 s and 4.5 s where it does not). Without gradient: 1.5 s and 2 s.
 
 Everything is summed in a fixed order (no float atomics): results are bit-identical from run to run. Nothing is read
@@ -13,20 +12,23 @@ back by the host; a launch can be captured in a CUDA graph. float64 logits are c
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._options import FLOATS, OPTIONS, PARTS, REDUCTION, TEACHER_KIND
 from ..reference import compute_dtype
 from . import launch
 from .counting import count_kernel
 from .last_batch_kernel import CONSTANT, COUNT_HERE, COUNTED, MAX_PROGRAMS, last_batch_kernel
 from .scale_kernel import scale_kernel
 
-_NONE, _LOGITS, _VIRTUAL = 0, 1, 3
-_MEAN, _ROWS = 0, 2
-_PARTS = 6
+_NAMES = [*OPTIONS, "need_grad"]
+Options: Any = namedtuple("Options", _NAMES)  # type: ignore[misc]
+_NONE, _LOGITS, _VIRTUAL = (TEACHER_KIND[kind] for kind in ("none", "logits", "virtual"))
+_MEAN, _ROWS = REDUCTION["mean"], REDUCTION["none"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -43,36 +45,21 @@ def _line(value: Tensor | None) -> Tensor | None:
 
 
 def last_batch(
-    logits: Tensor, teacher: Tensor | None, *options: Any, in_place: bool = False
+    logits: Tensor, teacher: Tensor | None, teacher_kind: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, parts and gradient (see ``SCHEMAS``): the teacher (H, C) is only read."""
-    kind = options[-3] if teacher is not None and teacher.shape[0] > 0 else _NONE
-    kind = _VIRTUAL if options[-3] == _VIRTUAL else kind
-    return _run(logits, teacher, None, None, -1, options, kind, in_place)
+    """Loss, parts and gradient (see ``SCHEMAS``); the teacher (H, C) is only read."""
+    if teacher_kind != _VIRTUAL and (teacher is None or teacher.shape[0] == 0):
+        teacher_kind = _NONE
+    return _run(logits, teacher, None, None, -1, teacher_kind, Options(*options))
 
 
-def last_batch_(logits: Tensor, teacher: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    """Loss and parts; the gradient replaces the logits, which must be contiguous."""
-    return last_batch(logits, teacher, *options, True, in_place=True)[:2]
-
-
-def last_batch_roll(
-    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, parts and gradient; the rows of ``buffer`` (S, C) teach, then the new rows of the batch replace them."""
-    if options[-3] != _LOGITS:
-        raise ValueError(f"last_batch_roll (triton): a buffer teaches by logits (teacher kind 1), got {options[-3]}")
-    if not (buffer.is_contiguous() and slots.is_contiguous()):
-        raise ValueError("last_batch_roll (triton): buffer and slots must be contiguous; make a new LogitBuffer")
-    return _run(logits, buffer, slots, ids, num_old, options, _LOGITS, in_place)
-
-
-def last_batch_roll_(
+def last_batch_update(
     logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """Loss and parts; the gradient replaces the logits, which must be contiguous."""
-    return last_batch_roll(logits, buffer, slots, ids, num_old, *options, True, in_place=True)[:2]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, parts and gradient; the rows of ``buffer`` (S, C) teach, then the new rows of the batch replace them."""
+    if not (buffer.is_contiguous() and slots.is_contiguous()):
+        raise ValueError("last_batch_update (triton): buffer and slots must be contiguous; make a new LogitBuffer")
+    return _run(logits, buffer, slots, ids, num_old, _LOGITS, Options(*options))
 
 
 def _run(
@@ -81,25 +68,20 @@ def _run(
     slots: Tensor | None,
     ids: Tensor | None,
     num_old: int,
-    options: Any,
     kind: int,
-    in_place: bool,
+    options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (
-        target, target_b, lam, weight, kd_mask, alpha_t, tau_t, alpha, tau, ce_weight, ce_alpha,
-        smoothing, z_loss, correct_share, ignore_index, _, reduction, need_grad,
-    ) = options  # fmt: skip
-    if in_place and not logits.is_contiguous():
-        raise ValueError("last_batch (triton): logits must be contiguous to be replaced by their gradient")
+    target, target_b, lam, weight, kd_mask = (
+        options.target, options.target_b, options.lam, options.weight, options.kd_mask
+    )  # fmt: skip
+    ignore_index, need_grad = options.ignore_index, options.need_grad
     logits = _rows("logits", logits)
     batch, classes = logits.shape
-    compute, device, roll = compute_dtype(logits.dtype), logits.device, slots is not None
-    by_row = reduction == _ROWS
+    compute, device, update = compute_dtype(logits.dtype), logits.device, slots is not None
+    by_row = options.reduction == _ROWS
     loss = torch.empty((batch,) if by_row else (), dtype=compute, device=device)
-    parts = torch.empty(_PARTS, dtype=compute, device=device)
-    grad = logits
-    if not in_place:
-        grad = torch.empty((batch if need_grad else 0, classes), dtype=logits.dtype, device=device)
+    parts = torch.empty(len(PARTS), dtype=compute, device=device)
+    grad = torch.empty((batch if need_grad else 0, classes), dtype=logits.dtype, device=device)
     if batch == 0:
         parts.zero_()[4:5].fill_(1.0)
         if slots is not None:
@@ -111,12 +93,12 @@ def _run(
         target = _rows("target", target) if dense else _line(target)
     target_b, lam, weight, ids = _line(target_b), _line(lam), _line(weight), _line(ids)
     mask = None if kd_mask is None or kind == _NONE else kd_mask.contiguous().view(torch.uint8)
-    by_label = kind == _VIRTUAL and correct_share >= 0.0
+    by_label = kind == _VIRTUAL and options.correct_share >= 0.0
     if by_label and (target is None or dense):
         raise ValueError("last_batch (triton): correct_share needs target labels (B,); pass them, or a uniform teacher")
 
     capacity, given = 0, 0
-    if roll:
+    if update:
         assert teacher is not None
         capacity = teacher.shape[0]
         if num_old >= 0:
@@ -139,7 +121,7 @@ def _run(
     tiles = launch.tiling(classes, logits.element_size(), aligned, launch.warp_size(device))
     pair_tiles = -(-pairs // tiles.rows)
     programs = min(pair_tiles, MAX_PROGRAMS.value)
-    has_ce, has_weight, mean = target is not None, weight is not None, reduction == _MEAN
+    has_ce, has_weight, mean = target is not None, weight is not None, options.reduction == _MEAN
     labels, pair = has_ce and not dense, target_b is not None
     per_row = 8 * labels + 8 * pair + 4 * (labels and has_weight) + 16 * (ids is not None) + (mask is not None)
     counting, chunk, count_parts = CONSTANT.value, 0, 0
@@ -150,6 +132,7 @@ def _run(
             count_parts = min(-(-batch // launch.COUNT_CHUNK), 256)
             chunk = -(-batch // count_parts)
     dtype = launch.triton_dtype(compute)
+    numbers = [getattr(options, name) for name in FLOATS]
     sizes = (batch, given, capacity, num_old, 0 if mask is None else mask.shape[0], ignore_index)
     with launch.device_guard(device):
         key, space = launch.workspace(device, compute)
@@ -157,17 +140,17 @@ def _run(
             if count_parts:
                 count_kernel[(count_parts,)](
                     space.counts, slots, ids, mask, target, target_b, weight, *sizes, chunk,
-                    dtype, classes, roll, labels, pair, has_weight, ids is not None, mask is not None, by_label,
+                    dtype, classes, update, labels, pair, has_weight, ids is not None, mask is not None, by_label,
                     num_warps=4,
                 )  # fmt: skip
             last_batch_kernel[(programs,)](
-                logits, teacher, slots, ids, target, target_b, lam, weight, mask, alpha_t, tau_t,
-                loss, parts, grad, space.ticket, space.partials, space.counts, *sizes, pair_tiles, count_parts,
-                alpha, tau, ce_weight, ce_alpha, smoothing, z_loss, correct_share,
+                logits, teacher, slots, ids, target, target_b, lam, weight, mask, options.alpha_t,
+                options.temperature_t, loss, parts, grad, space.ticket, space.partials, space.counts,
+                *sizes, pair_tiles, count_parts, *numbers,
                 dtype, classes, tiles.rows, tiles.block, tiles.tiles, tiles.vector, tiles.axis,
                 logits.stride(0), 0 if teacher is None else teacher.stride(0), target.stride(0) if dense else 0,
-                kind, roll, has_ce, dense, pair, lam is not None and lam.dim() == 1, has_weight, smoothing > 0.0,
-                z_loss > 0.0 and has_ce, ids is not None, mask is not None, by_label, mean, by_row, need_grad, in_place,
+                kind, update, has_ce, dense, pair, lam is not None and lam.dim() == 1, has_weight,
+                options.label_smoothing > 0.0, ids is not None, mask is not None, by_label, mean, by_row, need_grad,
                 counting,
                 num_warps=tiles.warps,
             )  # fmt: skip

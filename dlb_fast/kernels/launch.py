@@ -12,7 +12,7 @@ from torch import Tensor
 from .counting import COUNT_PROGRAMS
 from .last_batch_kernel import MAX_PROGRAMS, PARTIALS
 
-HELD_COLUMNS = 8192
+RESIDENT_COLUMNS = 8192
 """Longest row that stays in registers: a tile of 16384 with two distributions spills at 1024 threads."""
 
 LOOP_COLUMNS = 4096
@@ -54,7 +54,7 @@ def tiling(classes: int, itemsize: int, aligned: bool = True, warp_size: int = 3
     - a warp of 64 threads (CDNA) halves the number of warps, which also keeps it within 16.
     """
     wide = 2 if itemsize == 8 else 1
-    held = HELD_COLUMNS // wide
+    held = RESIDENT_COLUMNS // wide
     if classes <= held:
         block, tiles = max(next_power_of_two(classes), 2), 1
     else:
@@ -87,7 +87,7 @@ _spares: dict[tuple[Any, ...], list[Workspace]] = {}
 
 def _new_workspace(device: torch.device, dtype: torch.dtype) -> Workspace:
     partials = torch.empty(PARTIALS.value * MAX_PROGRAMS.value, dtype=dtype, device=device)
-    counts = torch.empty(3 * COUNT_PROGRAMS.value, dtype=dtype, device=device)
+    counts = torch.empty(2 * COUNT_PROGRAMS.value, dtype=dtype, device=device)
     return Workspace(torch.zeros(1, dtype=torch.int32, device=device), partials, counts)
 
 

@@ -36,7 +36,7 @@ def load_columns(row_ptr, cols, inside, OTHER: tl.constexpr, EVICT: tl.constexpr
 
 @triton.jit
 def load_tile(
-    z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, taught,
+    z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
     COMPUTE: tl.constexpr, KIND: tl.constexpr, DENSE: tl.constexpr, STORE: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """Student, teacher and dense target of one tile (the student again where there is none); stores the student."""
@@ -53,9 +53,9 @@ def load_tile(
         z = load_columns(z_row, cols, inside, float("-inf"), EVICT, COMPUTE)
     t = z
     if KIND == LOGITS:
-        t = load_columns(t_row, cols, taught[:, None] & cols_ok, float("-inf"), EVICT, COMPUTE)
+        t = load_columns(t_row, cols, valid[:, None] & cols_ok, float("-inf"), EVICT, COMPUTE)
     elif KIND == PROBABILITIES:
-        t = load_columns(t_row, cols, taught[:, None] & cols_ok, 0.0, EVICT, COMPUTE)
+        t = load_columns(t_row, cols, valid[:, None] & cols_ok, 0.0, EVICT, COMPUTE)
     dense = z
     if DENSE:
         dense = load_columns(dense_row, cols, inside, 0.0, EVICT, COMPUTE)
@@ -64,7 +64,7 @@ def load_tile(
 
 @triton.jit
 def tile_grad(
-    z, t, dense, cols, cols_ok, taught, label, label_b, weight_ptr, soft, keep_share, even_share, share_here,
+    z, t, dense, cols, cols_ok, valid, label, label_b, weight_ptr, soft, keep_share, even_share, share_here,
     share_rest, shift, shift_t, from_ce, from_student, from_teacher, from_spread, at_a, at_b,
     KIND: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -77,7 +77,7 @@ def tile_grad(
         if KIND == LOGITS:
             prob = tl.exp2((t - shift_t[:, None]) * soft)
         else:
-            inside = taught[:, None] & cols_ok
+            inside = valid[:, None] & cols_ok
             prob, _ = given_teacher(cols, inside, t, label, share_here, share_rest, KIND)
         # Student and teacher are close (one step apart): their difference first, in full precision.
         g = tl.exp2(x * soft) * from_student[:, None] - prob * from_teacher[:, None]
@@ -97,17 +97,17 @@ def tile_grad(
 @triton.jit
 def rows_loss(
     logits_ptr, grad_ptr, teacher_ptr, store_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-    rows, row_ok, slots, taught,
-    ce_factor, alpha, tau, z_factor, keep_share, even_share, share_here, share_rest, ignore_index,
-    ce_mult, kl_mult, z_mult,
+    rows, row_ok, slots, valid,
+    ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
+    ce_mult, kl_mult,
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     VECTOR: tl.constexpr, AXIS: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr, DENSE_STRIDE: tl.constexpr,
     KIND: tl.constexpr, STORE: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, PAIR: tl.constexpr,
-    LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, HAS_Z: tl.constexpr,
-    ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
+    LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ROW_LOSS: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``rows`` (ROWS,), taught by ``slots`` where ``taught``; returns per row the CE, KL, lse^2 and hit."""
+    """Rows ``rows`` (ROWS,), valid by ``slots`` where ``valid``; returns per row the CE, KL and hit."""
     SPREAD: tl.constexpr = HAS_CE and (DENSE or SMOOTH)
     # The second pass of a long row has to find it in L2: keep what is read twice, let the rest go.
     FIRST: tl.constexpr = "evict_last" if TILES > 1 and NEED_GRAD else "evict_first"
@@ -156,7 +156,7 @@ def rows_loss(
             share_a, share_b = tl.where(counted, share_a, 0.0), tl.where(counted, share_b, 0.0)
             labelled = labelled & known
     # A row that nothing counts is not read: what it holds, even NaN, cannot reach a sum.
-    active = counted | taught | labelled
+    active = counted | valid | labelled
 
     if TILES == 1:
         peak, mt, best, best_col = lowest, lowest, lowest, label
@@ -164,11 +164,11 @@ def rows_loss(
         cols = tl.arange(0, BLOCK)[None, :]
         cols_ok = cols < CLASSES
         z, t, dense = load_tile(
-            z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, taught,
+            z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
             COMPUTE, KIND, DENSE, STORE, "evict_first",
         )  # fmt: skip
         peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
-            z, t, dense, cols, cols_ok, taught, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
+            z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
             peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE, DENSE, HAS_WEIGHT, SPREAD, 1,
         )  # fmt: skip
     else:
@@ -185,11 +185,11 @@ def rows_loss(
             cols = k * BLOCK + span
             cols_ok = cols < CLASSES
             z, t, dense = load_tile(
-                z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, taught,
+                z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
                 COMPUTE, KIND, DENSE, STORE, FIRST,
             )  # fmt: skip
             peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
-                z, t, dense, cols, cols_ok, taught, label, weight_ptr, soft, keep_share, even_share, share_here,
+                z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here,
                 share_rest, peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE, DENSE, HAS_WEIGHT, SPREAD,
                 AXIS,
             )  # fmt: skip
@@ -206,7 +206,7 @@ def rows_loss(
         mt = zero + mt if KIND == LOGITS else lowest
 
     shift, shift_t = shift_of(peak), shift_of(mt)
-    row_ce, row_lb, row_z, hit = zero, zero, zero, zero
+    row_ce, row_lb, hit = zero, zero, zero
     from_ce, from_student, from_teacher, from_spread = zero, zero, zero, zero
     if HAS_CE:
         log_d1 = tl.log(d1)
@@ -215,12 +215,7 @@ def rows_loss(
         if PAIR:
             ce = ce - tl.where(share_b == 0.0, 0.0, share_b * (z_b - shift))
         row_ce = tl.where(bad, float("nan"), tl.where(counted, ce, 0.0))
-        pull = ce_mult * total
-        if HAS_Z:
-            lse = shift + log_d1
-            row_z = tl.where(counted, lse * lse, 0.0)
-            pull = pull + z_mult * lse
-        from_ce = tl.where(bad, float("nan"), tl.where(counted, pull / d1, 0.0))
+        from_ce = tl.where(bad, float("nan"), tl.where(counted, ce_mult * total / d1, 0.0))
         from_spread = tl.where(counted, ce_mult + zero, 0.0)
         if DENSE:
             z_a = tl.sum(tl.load(z_row + best_col[:, None], mask=row_ok[:, None], other=0.0).to(COMPUTE), axis=1)
@@ -234,25 +229,23 @@ def rows_loss(
         else:
             kl = LN2 * (a + dt * tl.log2(d2))
             from_student, from_teacher = kl_mult * dt / d2, kl_mult + zero
-        row_lb = tl.where(taught, tau * tau * kl, 0.0)
-        from_student = tl.where(taught, from_student, 0.0)
-        from_teacher = tl.where(taught, from_teacher, 0.0)
+        row_lb = tl.where(valid, tau * tau * kl, 0.0)
+        from_student = tl.where(valid, from_student, 0.0)
+        from_teacher = tl.where(valid, from_teacher, 0.0)
     if ROW_LOSS:
-        row_loss = ce_factor * row_ce + alpha * row_lb + z_factor * row_z
+        row_loss = ce_factor * row_ce + alpha * row_lb
         tl.store(loss_ptr + rows, row_loss, mask=row_ok)
 
     if NEED_GRAD:
-        if IN_PLACE:
-            tl.debug_barrier()  # every thread has read the label's column before any of them stores a gradient there
         at_a, at_b = share_a * ce_mult, share_b * ce_mult
         if TILES == 1:
             g = tile_grad(
-                z, t, dense, cols, cols_ok, taught, label, label_b, weight_ptr, soft, keep_share, even_share,
+                z, t, dense, cols, cols_ok, valid, label, label_b, weight_ptr, soft, keep_share, even_share,
                 share_here, share_rest, shift, shift_t, from_ce, from_student, from_teacher, from_spread, at_a, at_b,
                 KIND, HAS_CE, DENSE, PAIR, HAS_WEIGHT, SPREAD,
             )  # fmt: skip
             if PAIR:  # a row with one label only was read for its top-1, but does not count
-                g = tl.where((counted | taught)[:, None], g, 0.0)
+                g = tl.where((counted | valid)[:, None], g, 0.0)
             g = round_to(g, grad_ptr.dtype.element_ty)
             tl.store(grad_row + cols, g, mask=row_ok[:, None] & cols_ok)
         else:
@@ -260,17 +253,17 @@ def rows_loss(
                 cols = (TILES - 1 - k) * BLOCK + span
                 cols_ok = cols < CLASSES
                 z, t, dense = load_tile(
-                    z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, taught,
+                    z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
                     COMPUTE, KIND, DENSE, False, "evict_first",
                 )  # fmt: skip
                 g = tile_grad(
-                    z, t, dense, cols, cols_ok, taught, label, label_b, weight_ptr, soft, keep_share, even_share,
+                    z, t, dense, cols, cols_ok, valid, label, label_b, weight_ptr, soft, keep_share, even_share,
                     share_here, share_rest, shift, shift_t, from_ce, from_student, from_teacher, from_spread,
                     at_a, at_b, KIND, HAS_CE, DENSE, PAIR, HAS_WEIGHT, SPREAD,
                 )  # fmt: skip
                 if PAIR:
-                    g = tl.where((counted | taught)[:, None], g, 0.0)
+                    g = tl.where((counted | valid)[:, None], g, 0.0)
                 g = round_to(g, grad_ptr.dtype.element_ty)
                 out = row_ok[:, None] & cols_ok
                 tl.store(grad_row + cols, g, mask=out, eviction_policy="evict_first")
-    return row_ce, row_lb, row_z, hit
+    return row_ce, row_lb, hit

@@ -134,7 +134,7 @@ def first_of_largest(dense, cols, cols_ok, best, best_col, AXIS: tl.constexpr):
 
 @triton.jit
 def tile_sums(
-    z, t, dense, cols, cols_ok, taught, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
+    z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
     peak, d1, qs, qx, best, best_col, d2, a, mt, dt,
     KIND: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, SPREAD: tl.constexpr,
     AXIS: tl.constexpr,
@@ -161,7 +161,7 @@ def tile_sums(
             prob, shrink = tl.exp2(v), tl.exp2(dv)
             a, dt = shrink * (a + dt * (dv - du)), dt * shrink
         else:
-            prob, v = given_teacher(cols, taught[:, None] & cols_ok, t, label, share_here, share_rest, KIND)
+            prob, v = given_teacher(cols, valid[:, None] & cols_ok, t, label, share_here, share_rest, KIND)
             a = a - dt * du
         # A class without teacher mass costs nothing, even where the student gives it none: 0 * inf never appears.
         gap = tl.where(prob == 0.0, 0.0, prob * (v - u))

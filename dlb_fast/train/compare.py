@@ -1,6 +1,6 @@
-"""Methods side by side: the same steps, the same rows per step, the same images seen, several seeds.
+"""Compare methods over several seeds, with equal steps, rows per step and images seen.
 
-Each run lives in `<folder>/<method>-seed<k>`; a comparison that was interrupted is continued by running it again.
+Each run is in `<folder>/<method>-seed<k>`. Running an interrupted comparison again continues it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from .build import resolve_device, train_run
+from .checkpoint import write_atomically
 from .config import RunConfig, from_dict, override, to_dict
-from .methods import LABELS, VARIANTS, drawn_rows, variant
-from .run_folder import RunFolder
-from .sets import open_sets
-from .state import write_atomically
+from .data import open_data
+from .methods import LABELS, VARIANTS, sampled_rows, variant
+from .run import RunFolder, resolve_device, train_run
 
 __all__ = ["equal_budget", "read_comparison", "run"]
 
@@ -33,21 +32,21 @@ MARK = "comparison.json"
 def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
     """The config of every named method, all with the steps, evaluations and schedule of DLB's epochs.
 
-    DLB draws `batch_size / 2` new images a step, cross entropy `batch_size`; all methods push `batch_size` rows through
-    the network. So at equal steps they have seen equally many images (DLB's first step apart, which has no old half).
-    What a method forwards beside the rows of its batch (the copies of MrKD) is not counted; its seconds are.
+    DLB samples `batch_size / 2` new images per step, cross entropy `batch_size`; the network gets `batch_size` rows
+    with every method. So equal steps mean equal images seen (except for DLB's first step, which has no repeated rows).
+    Additional forwards of a method (the copies of MrKD) count as time, not as images.
     """
     rows = config.data.batch_size
-    length = len(open_sets(config.data).train)
+    length = len(open_data(config.data).train)
     of_dlb = length // (rows // 2)
     steps = config.train.max_steps or max(1, config.train.epochs * of_dlb // config.train.accumulate)
     every = config.train.eval_every or max(1, of_dlb // config.train.accumulate)
     configs = {}
     for name in names:
         one = override(variant(config, name), max_steps=steps, eval_every=every)
-        per_epoch = length // drawn_rows(one)
+        per_epoch = length // sampled_rows(one)
         if not per_epoch:
-            raise ValueError(f"compare: {name} needs at least {drawn_rows(one)} training images, got {length}")
+            raise ValueError(f"compare: {name} needs at least {sampled_rows(one)} training images, got {length}")
         if per_epoch != of_dlb:
             # the schedule counts epochs, and an epoch of this method has another number of steps
             factor = of_dlb / per_epoch
@@ -74,13 +73,14 @@ def run(
     """Train every method with seeds `0 .. seeds-1`; returns the folder, which `read_comparison` lists.
 
     Args:
-        config: what all runs share.
+        config: config shared by all runs.
         methods: names in `VARIANTS`.
-        seeds: how many.
-        jobs: processes at a time; None: one per core on a CPU, one on a GPU. Each takes its share of the cores.
-        folder: of the comparison; an existing one is continued and must have been made by the same config.
+        seeds: number of seeds.
+        jobs: processes at a time, which share the cores; None means one per core on a CPU and one on a GPU.
+        folder: folder of the comparison; an existing comparison is continued and must have the same config.
         label: part of a new folder's name.
-        command: recorded.
+        command: command line, for the record.
+
     Raises:
         ValueError: unknown or repeated method, no seed, or a folder of another comparison.
     """
@@ -125,7 +125,7 @@ def _claim(path: Path, config: RunConfig, methods: Sequence[str], seeds: int, co
 
 
 def _train_one(item: tuple[str, int, dict[str, Any], str], threads: int | None) -> dict[str, Any]:
-    """One run, in this process or in a worker; a finished one is read, an unfinished one continued."""
+    """Train one run, in this process or a worker; read a finished run, continue an unfinished one."""
     if threads is not None:
         torch.set_num_threads(threads)
     _, _, values, path = item
@@ -137,7 +137,7 @@ def _train_one(item: tuple[str, int, dict[str, Any], str], threads: int | None) 
 
 
 def _run_pool(work: list[Any], jobs: int, threads: int) -> None:
-    context = multiprocessing.get_context("spawn")  # fork and a started OpenMP pool do not go together
+    context = multiprocessing.get_context("spawn")  # fork after OpenMP has started its threads may hang
     with concurrent.futures.ProcessPoolExecutor(min(jobs, len(work)), mp_context=context) as pool:
 
         def stop(number: int, frame: Any) -> None:
@@ -168,7 +168,7 @@ def _report_progress(work: Sequence[Any], results: Any) -> None:
 
 
 def read_comparison(path: Path) -> list[tuple[Path, str]]:
-    """(run folder, label) of every finished run of a comparison, method by method; empty for any other folder."""
+    """(run folder, label) of every finished run of a comparison, ordered by method; empty for any other folder."""
     mark = Path(path) / MARK
     if not mark.exists():
         return []

@@ -1,29 +1,38 @@
-"""What a run is: frozen dataclasses that hold every number, checked when they are made.
+"""The configuration of a run: frozen dataclasses that check their values.
 
-A config comes from a preset, a YAML file and command-line flags, in this order, each overriding the one before; the
-resolved one is saved in the run folder. Field names are unique over all groups, so that `--lr 0.1` needs no prefix.
+A config comes from a preset, a YAML file and command-line flags, each overriding the one before. The resolved config is
+saved in the run folder. tyro parses both files and flags. Field names are unique over all groups, so `--lr 0.1` needs
+no prefix.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import io
 import math
+import re
+import sys
+import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .augment_config import AugmentConfig
-from .coerce import coerce, near
-from .sinks import SINKS
+import torch
 
-try:  # what turns flags into configs; configs made in Python, and graphed steps, work without it
+from dlb_fast.data import Cutout, Mix, RandAugment, RandomErasing
+from dlb_fast.methods import METHODS, find
+
+try:  # configs made in Python work without tyro
     import tyro
 except ImportError:
-    _CALLED_DATA = _NO_OPPOSITE = None
+    tyro = None  # type: ignore[assignment]
+    _DATA_FLAG = _NO_OPPOSITE = None
 else:
-    _CALLED_DATA, _NO_OPPOSITE = tyro.conf.arg(name="data"), tyro.conf.FlagCreatePairsOff
+    _DATA_FLAG, _NO_OPPOSITE = tyro.conf.arg(name="data"), tyro.conf.FlagCreatePairsOff
 
 __all__ = [
     "METHOD_FIELDS",
@@ -51,31 +60,31 @@ def _require(condition: bool, name: str, expected: str, got: Any) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, how many rows a step sees, how they are augmented."""
+    """Dataset, batch size, crop and flip."""
 
-    source: Annotated[str, _CALLED_DATA] = "digits"
+    source: Annotated[str, _DATA_FLAG] = "digits"
     """KIND[:PATH]: digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, synthetic[:N,C,SIZE], ..."""
     batch_size: int = 128
-    """Rows the model sees per step, over all ranks; with DLB half of them repeat the step before. Even."""
+    """Rows per step over all ranks, an even number; with DLB half of them are repeated."""
     per_class: int | None = None
     """Keep only this many training images of each class."""
     label_noise: float = 0.0
-    """Share of the training labels that are made wrong."""
+    """Fraction of wrong training labels."""
     noise_kind: Literal["symmetric", "asymmetric"] = "symmetric"
-    """symmetric: any other class alike; asymmetric: the class it is confused with."""
+    """symmetric: any other class, uniformly; asymmetric: a fixed class per class, such as cat for dog."""
     data_seed: int = 0
-    """Draws splits, subset and label noise; kept apart from `seed` so that runs share the data."""
+    """Seed of splits, subset and label noise; separate from `seed`, so that runs with other seeds share the data."""
     padding: int = 4
     """Random crop after zero padding by this many pixels; 0 turns it off."""
     flip: bool = True
     """Random horizontal flip."""
     image_size: int = 32
-    """Height and width that images of a folder are brought to (ignored by sets of a fixed size)."""
+    """Height and width of the crops of image files (ignored by datasets of a fixed size)."""
     eval_size: int | None = None
-    """The same in the evaluation; None: image_size. Training on smaller crops than one evaluates on is cheaper and no
-    worse (Touvron et al., NeurIPS 2019)."""
+    """Height and width in the evaluation; None: image_size. Smaller crops in training than in evaluation cost less and
+    are no worse (Touvron et al., NeurIPS 2019)."""
     eval_resize: int | None = None
-    """Short side before the centre crop of the evaluation; None: the crop's side / 0.875."""
+    """Shorter side before the centre crop of the evaluation; None: the crop's side / 0.875."""
     eval_batch_size: int = 512
     """Rows per forward in the evaluation."""
     num_threads: int = 2
@@ -96,20 +105,79 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation of the training images beyond crop and flip; see docs/augmentation.md."""
+
+    rand_augment: str | None = None
+    """N,M: RandAugment with N operations of magnitude M (0 to 30); 2,9 is usual."""
+    cutout: int = 0
+    """Side of Cutout's black square; 0 turns it off."""
+    erase_prob: float = 0.0
+    """Probability that a rectangle of a view is erased after the normalisation (random erasing); 0.25 is usual."""
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    """Range of the rectangle's share of the image."""
+    erase_mode: Literal["const", "rand", "pixel"] = "const"
+    """Zeros (the mean), noise per channel, or noise per pixel."""
+    mixup_alpha: float = 0.0
+    """Mixup with weights from Beta(alpha, alpha); 0 turns it off. Both views of a sample are mixed alike."""
+    cutmix_alpha: float = 0.0
+    """CutMix with areas from Beta(alpha, alpha); 0 turns it off."""
+    mix_prob: float = 1.0
+    """Probability that rows are mixed, if mixup or CutMix is on."""
+    mix_switch_prob: float = 0.5
+    """Probability of CutMix if both are on."""
+    mix_mode: Literal["batch", "elem"] = "batch"
+    """batch: one weight and box per half of a batch; elem: one per row."""
+
+    def __post_init__(self) -> None:
+        try:
+            self.mix()
+            self.erase()
+            self.transforms()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"config: {error}") from None
+
+    def mix(self) -> Mix | None:
+        """Mixup and CutMix, or None."""
+        if self.mixup_alpha == 0 and self.cutmix_alpha == 0:
+            return None
+        return Mix(self.mixup_alpha, self.cutmix_alpha, self.mix_prob, self.mix_switch_prob, self.mix_mode)
+
+    def erase(self) -> RandomErasing | None:
+        """Random erasing, or None."""
+        if self.erase_prob == 0:
+            return None
+        return RandomErasing(self.erase_prob, area=self.erase_area, mode=self.erase_mode)
+
+    def transforms(self) -> list[Any]:
+        """The transforms on uint8 images after crop and flip."""
+        steps: list[Any] = []
+        if self.rand_augment is not None:
+            try:
+                operations, magnitude = (int(part) for part in self.rand_augment.split(","))
+            except ValueError:
+                raise ValueError(
+                    f"rand_augment must be N,M (operations and magnitude), such as 2,9, got {self.rand_augment!r}"
+                ) from None
+            steps.append(RandAugment(operations, magnitude))
+        if self.cutout != 0:
+            steps.append(Cutout(self.cutout))
+        return steps
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Which network."""
+    """The network."""
 
     model: str = "small_cnn"
     """A built-in name (resnet32, resnet110, wrn20_8, vgg16, ...), or timm:NAME."""
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Which method, and its numbers."""
+class _LossConfig:
+    """The method and its options."""
 
     method: str = "dlb"
-    """dlb; two_view: the same batches with alpha=0 (the control that isolates the KL); ce: no repeated rows; lsr_kd,
-    tf_kd_reg, mr_kd, bake, cs_kd, ddgsd, ps_kd, zipf: see docs/methods; module:Class: a Teacher of your own."""
     alpha: float | None = None
     """Weight of the teacher's term; None: the method's own default (dlb: 1, of the community, not of the paper)."""
     temperature: float | None = None
@@ -118,32 +186,8 @@ class LossConfig:
     """Smoothing of the cross entropy, as in torch."""
     impl: Literal["auto", "cuda", "triton", "cpu", "torch"] = "auto"
     """Implementation of the loss; a named one runs or raises."""
-    correct_share: float | None = None
-    """lsr_kd, mr_kd: share of the right class in the teacher (teacher correction)."""
-    multiplier: float | None = None
-    """tf_kd_reg: undoes the division by the number of classes."""
-    omega: float | None = None
-    """bake: how far knowledge spreads over the batch, in [0, 1)."""
-    companions: int | None = None
-    """bake: samples of the same class per anchor; a step draws batch_size / (companions + 1) anchors."""
-    copies: int | None = None
-    """mr_kd: copies of the model."""
-    copy_every: int | None = None
-    """mr_kd: optimiser steps between two copies."""
-    swap: bool | None = None
-    """mr_kd: exchange the copies' logits of the largest and of the right class (knowledge adjustment)."""
-    ensemble_lr: float | None = None
-    """mr_kd: learn a fully connected ensemble of the copies at this rate instead of averaging them."""
-    power: float | None = None
-    """zipf: exponent of the rank."""
-    memory_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """mr_kd, ps_kd: how copies or predictions are stored; None: as the model, or float16."""
-    memory_device: str | None = None
-    """mr_kd, ps_kd: where; None: beside the model (ps_kd: on the host when it would not fit)."""
 
     def __post_init__(self) -> None:
-        from .methods import find  # the methods import this file
-
         find(self.method)
         ok = self.alpha is None or (math.isfinite(self.alpha) and self.alpha >= 0)
         _require(ok, "alpha", "finite and >= 0", self.alpha)
@@ -152,16 +196,56 @@ class LossConfig:
         _require(0 <= self.label_smoothing <= 1, "label_smoothing", "in [0, 1]", self.label_smoothing)
 
 
-METHOD_FIELDS = (
-    "correct_share", "multiplier", "omega", "companions", "copies", "copy_every", "swap", "ensemble_lr", "power",
-    "memory_dtype", "memory_device",
-)  # fmt: skip
-"""Fields of `LossConfig` that belong to single methods; set for another method they are an error."""
+def _field_type(method: str, name: str, option: Any) -> Any:
+    """The type of a method's option as a file or a flag can hold it, or None: the method's default."""
+    union = typing.get_origin(option) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(option) if union else (option,)
+    if torch.dtype in kinds:
+        return Literal["float32", "bfloat16", "float16"] | None
+    found = [kind for kind in kinds if kind in (bool, int, float, str)]
+    if len(found) != 1:
+        raise TypeError(
+            f"Method {method!r}: option {name} must be annotated as one of bool, int, float, str and torch.dtype, "
+            f"or be named in hidden=, got {option}"
+        )
+    return found[0] | None
+
+
+def _options_as_fields() -> list[tuple[str, Any, Any]]:
+    """One field per option of any method; its help lists the methods' descriptions and defaults."""
+    kinds: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
+    for method in METHODS.values():
+        for name, option in method.options.items():
+            kinds.setdefault(name, _field_type(method.name, name, option.type))
+            default = str(option.default).removeprefix("torch.")
+            texts.setdefault(name, []).append(f"{method.name}: {option.help} [{default}]")
+    own = {field.name for field in dataclasses.fields(_LossConfig)}
+    return [(name, _with_help(kind, " ".join(texts[name])), None) for name, kind in kinds.items() if name not in own]
+
+
+def _with_help(kind: Any, text: str) -> Any:
+    return kind if tyro is None else Annotated[kind, tyro.conf.arg(help=text)]
+
+
+_NAMES = f"{'; '.join(f'{m.name}: {m.about}' for m in METHODS.values())}; module:Class: a DistillationLoss of your own."
+if TYPE_CHECKING:
+    LossConfig = _LossConfig
+else:
+    # Built from the signatures of the methods, so that an option is declared in one place.
+    fields_of_methods = [("method", _with_help(str, _NAMES), "dlb"), *_options_as_fields()]
+    LossConfig = dataclasses.make_dataclass("LossConfig", fields_of_methods, bases=(_LossConfig,), frozen=True)
+    LossConfig.__doc__, LossConfig.__module__ = _LossConfig.__doc__, __name__
+
+METHOD_FIELDS = tuple(
+    f.name for f in dataclasses.fields(LossConfig) if f.name not in ("method", "label_smoothing", "impl")
+)
+"""Fields of `LossConfig` that are options of methods; a method that lacks an option refuses it."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights move."""
+    """The optimiser."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.05
@@ -174,7 +258,7 @@ class OptimConfig:
     """AdamW only."""
     weight_decay: float = 5e-4
     decay_norm_and_bias: bool = True
-    """False keeps weight decay off everything with at most one dimension (norms, biases)."""
+    """False: no weight decay for parameters with at most one dimension (norms, biases)."""
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.lr) and self.lr > 0, "lr", "finite and > 0", self.lr)
@@ -186,7 +270,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate runs; it changes with every step."""
+    """The learning rate schedule; it is updated every step."""
 
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     warmup_epochs: float = 0.0
@@ -195,7 +279,7 @@ class ScheduleConfig:
     """multistep: epochs at which the rate is multiplied by gamma."""
     gamma: float = 0.1
     min_lr: float = 0.0
-    """cosine: rate at the end."""
+    """cosine: final learning rate."""
 
     def __post_init__(self) -> None:
         _require(self.warmup_epochs >= 0, "warmup_epochs", "at least 0", self.warmup_epochs)
@@ -208,43 +292,41 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how precisely, and what is written when."""
+    """Length, precision, distribution and output of the training."""
 
     epochs: int = 30
-    """Passes of the loader. A DLB epoch draws every sample once and shows it twice; a ce epoch shows it once."""
+    """Passes of the loader. A DLB epoch samples every image once and trains on it twice, a ce epoch once."""
     max_steps: int | None = None
     """Optimiser steps in all; overrides epochs."""
     forward: Literal["joint", "two_pass", "partners"] = "joint"
-    """joint: one forward over [old | new] (the paper). two_pass: two forwards (the official code). partners: the second
-    half without gradient (cs_kd, which always runs so)."""
+    """joint: one forward over all rows (the paper). two_pass: two forwards (the official code). partners: the second
+    half without gradient (always used by cs_kd)."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     accumulate: int = 1
     """Batches per optimiser step. The teacher is then the previous batch, not the previous step."""
     clip_grad: float | None = None
-    """Largest gradient norm."""
+    """Maximum gradient norm."""
     ema: float | None = None
-    """Decay of averaged weights; they are then what is evaluated and exported."""
+    """Decay of averaged weights, which are then evaluated and exported."""
     channels_last: bool = False
     distributed: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """auto: ddp under torchrun. ddp: a copy of the model on every rank. fsdp: a share of it (FSDP2)."""
+    """auto: ddp under torchrun. ddp: a copy of the model on every rank. fsdp: a shard on every rank (FSDP2)."""
     sync_bn: bool = False
-    """BatchNorm statistics over all ranks' rows (SyncBatchNorm; GPUs only). Without, over each rank's own rows."""
+    """BatchNorm statistics over the rows of all ranks (SyncBatchNorm; GPUs only) instead of each rank's own."""
     compile: bool = False
-    """Train through torch.compile; the evaluation stays eager."""
-    graph: bool = False
-    """Forward, loss and backward as one CUDA graph: for small networks on one GPU."""
+    """Train with torch.compile; the evaluation stays eager."""
     eval_every: int | None = None
     """Steps between evaluations, each a row of metrics; None: every epoch."""
     log_every: int = 50
     """Steps between progress lines in metrics.jsonl and checks for a loss that is not finite."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints (there is one at the end in any case); None: at every evaluation."""
+    """Steps between checkpoints (the last step always has one); None: at every evaluation."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Number of checkpoints kept."""
     nan_check: bool = True
-    """Stop when the loss is not finite; looked at only at log points, because looking waits for the device."""
-    trackers: tuple[str, ...] = ()
-    """Experiment trackers beside metrics.csv and metrics.jsonl: tensorboard, trackio, wandb."""
+    """Stop when the loss is not finite; checked at log points only, because the check synchronises."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Experiment trackers beside metrics.csv and metrics.jsonl."""
     seed: int = 0
     device: str = "auto"
 
@@ -255,18 +337,11 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1 or null", value)
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "above 0 or null", self.clip_grad)
-        if self.graph:
-            for name, single in (("accumulate", 1), ("compile", False)):
-                value = getattr(self, name)
-                _require(value == single, name, f"{single} with graph (one whole step is captured, eager)", value)
-            ok = self.distributed in ("auto", "none")
-            _require(ok, "distributed", "auto or none with graph (it works on one GPU)", self.distributed)
         _require(self.ema is None or 0 < self.ema < 1, "ema", "in (0, 1) or null", self.ema)
         _require(self.seed >= 0, "seed", "at least 0", self.seed)
-        names = tuple(name for part in self.trackers for name in part.split(",") if name)  # tensorboard,wandb is two
-        ok = set(names) <= set(SINKS) and len(set(names)) == len(names)
-        _require(ok, "trackers", f"distinct names of {', '.join(SINKS)}", self.trackers)
-        object.__setattr__(self, "trackers", names)
+        known = ("tensorboard", "trackio", "wandb")
+        ok = set(self.trackers) <= set(known) and len(set(self.trackers)) == len(self.trackers)
+        _require(ok, "trackers", f"distinct names of {', '.join(known)}", self.trackers)
 
 
 @dataclass(frozen=True)
@@ -289,8 +364,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """Train a network. Numbers come from --preset or --config, then from flags; the resolved config is saved in the run
-    folder together with metrics, versions and checkpoints."""
+    """Train a network. Flags override --config, which overrides --preset; the run folder gets the resolved config,
+    metrics, versions and checkpoints."""
 
     preset: str | None = None
     """Recipe by name (dlb-fast presets list). Without it and --config: digits."""
@@ -299,63 +374,83 @@ class TrainArgs:
     out: Path | None = None
     """Run folder (default: a new one under runs/)."""
     resume: Annotated[bool, _NO_OPPOSITE] = False
-    """Continue: alone, the newest run under runs/; with --out, that one."""
+    """Continue the run in --out, or without it the newest run under runs/."""
     smoke: Annotated[bool, _NO_OPPOSITE] = False
-    """A rehearsal of seconds: four short steps, evaluation, checkpoint and resume, on synthetic images unless --data is
-    given."""
+    """Test the config in seconds: four short steps, evaluation, checkpoint and resume, on synthetic images unless
+    --data is given."""
     quiet: Annotated[bool, _NO_OPPOSITE] = False
     """No progress on the console."""
     run: RunConfig = field(default_factory=RunConfig)
 
 
 def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) -> Any:
-    """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group."""
-    import tyro  # missing: said here, by its name
+    """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group.
 
-    return tyro.cli(form, prog=prog, args=list(flags), default=default, config=(tyro.conf.OmitArgPrefixes,))
+    Raises:
+        SystemExit: with 2 after one sentence on stderr for a wrong flag, with 0 after `--help`.
+    """
+    try:
+        return _parse(form, default, flags, prog, "OmitArgPrefixes")
+    except ValueError as error:
+        print(f"{prog}: {error} (--help lists all flags)", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def override(config: RunConfig, **values: Any) -> RunConfig:
-    """The config with single fields replaced, each found by its name in whatever group has it, or whole groups."""
+    """The config with fields replaced by name (in any group), or whole groups."""
+    groups = _fields()
+    homes = {name: group for group, names in groups.items() for name in names}
     for name, value in values.items():
-        if isinstance(value, type(getattr(config, name, None))) and dataclasses.is_dataclass(value):
+        if name in groups and dataclasses.is_dataclass(value):
             config = dataclasses.replace(config, **{name: value})  # type: ignore[arg-type]
-            continue
-        for group in dataclasses.fields(config):
-            part = getattr(config, group.name)
-            if name in {f.name for f in dataclasses.fields(part)}:
-                part = dataclasses.replace(part, **{name: value})
-                config = dataclasses.replace(config, **{group.name: part})
-                break
+        elif name in homes:
+            part = dataclasses.replace(getattr(config, homes[name]), **{name: value})
+            config = dataclasses.replace(config, **{homes[name]: part})
         else:
-            raise ValueError(f"config: no field {name!r}{near(name, _all_fields())}")
+            raise ValueError(f"config: unknown field {name!r}{_suggestion(name, homes)}")
     return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dict of the config, tuples as lists: what config.yaml holds."""
+    """The config as a nested dict with lists in place of tuples, as saved in config.yaml."""
     plain = dataclasses.asdict(config)
     return {g: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()} for g, part in plain.items()}
 
 
 def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:
-    """A config from nested plain values, everything not named taken from `base`; unknown names raise."""
-    config = base or RunConfig()
-    groups = {f.name: f for f in dataclasses.fields(RunConfig)}
+    """A config from nested plain values on top of `base`. The values are given to tyro as flags.
+
+    Raises:
+        ValueError: unknown group or field, or a value that its field does not take.
+        TypeError: not a mapping of groups to fields.
+
+    Example:
+        >>> from_dict({"optim": {"lr": "1e-3"}}).optim.lr
+        0.001
+    """
+    config, groups = base or RunConfig(), _fields()
+    known = [f"{group}.{name}" for group, names in groups.items() for name in names]
     if not isinstance(values, Mapping):
         raise TypeError(f"config: expected groups ({', '.join(groups)}), got {type(values).__name__}")
     for group, part in values.items():
         if group not in groups:
-            raise ValueError(f"config: unknown group {group!r}{_home(group) or near(group, groups)}")
+            raise ValueError(f"config: unknown group {group!r}{_suggestion(str(group), [*groups, *known])}")
         if not isinstance(part, Mapping):
             raise TypeError(f"config: {group} must hold fields, got {part!r}")
+        flags = []
+        for name, value in part.items():
+            if name not in groups[group]:
+                raise ValueError(f"config: unknown field {group}.{name}{_suggestion(f'{group}.{name}', known)}")
+            flags += _as_flag(f"{group}.{name}", "data" if name == "source" else name, value)
         current = getattr(config, group)
-        hints = typing.get_type_hints(type(current))
-        for name in part:
-            if name not in hints:
-                raise ValueError(f"config: unknown field {group}.{name}{_home(name) or near(name, hints)}")
-        new = {name: coerce(value, hints[name], f"{group}.{name}") for name, value in part.items()}
-        config = dataclasses.replace(config, **{group: dataclasses.replace(current, **new)})
+        try:
+            made = _parse(type(current), current, flags, "config", "FlagConversionOff")
+        except ValueError as error:
+            text = str(error).removeprefix("config: ")
+            for flag in re.findall(r"--[\w-]+", text):
+                text = text.replace(flag, f"{group}.{flag[2:].replace('-', '_')}")
+            raise ValueError(f"config: {text}") from None
+        config = dataclasses.replace(config, **{group: made})
     return config
 
 
@@ -373,11 +468,59 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _home(name: Any) -> str:
-    """A hint for a field that is known, but in another group."""
-    homes = {f.name: g.name for g in dataclasses.fields(RunConfig) for f in dataclasses.fields(g.default_factory)}  # type: ignore[arg-type]
-    return f"; {name} is a field of {homes[name]}: write {homes[name]}: {{{name}: ...}}" if name in homes else ""
+def _fields() -> dict[str, list[str]]:
+    """Group -> the names of its fields."""
+    groups = dataclasses.fields(RunConfig)
+    return {g.name: [f.name for f in dataclasses.fields(g.default_factory)] for g in groups}  # type: ignore[arg-type]
 
 
-def _all_fields() -> list[str]:
-    return [f.name for g in dataclasses.fields(RunConfig) for f in dataclasses.fields(g.default_factory)]  # type: ignore[arg-type]
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the nearest of the known names, or the list of those in the same group."""
+    group, _, last = name.rpartition(".")
+    known = list(known)
+    found = [other for other in known if other.endswith(f".{last}")] or difflib.get_close_matches(name, known, n=1)
+    if found:
+        return f"; did you mean {found[0]}?"
+    return f"; known: {', '.join(other for other in known if other.startswith(group))}"
+
+
+def _as_flag(where: str, name: str, value: Any) -> list[str]:
+    """The flag of one value of a YAML file."""
+    if isinstance(value, (list, tuple)) and not any(isinstance(v, (list, tuple, Mapping)) for v in value):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, (list, tuple, Mapping)):
+        raise ValueError(f"config: {where} must be one value or a list, got {value!r}")
+    return [f"--{name}={value}"]
+
+
+def _parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: str) -> Any:
+    """`tyro.cli`, with its message about a wrong flag as a ValueError of one sentence."""
+    if tyro is None:
+        raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(form, prog=prog, args=list(flags), default=default, config=(getattr(tyro.conf, how),))
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise ValueError(_sentence(complaint.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """tyro's boxed message in one line: what was expected, what came, and the flag that was probably meant."""
+    lines = [re.sub(r"^[│─ -]+$|[│╭╮╰╯─]", "", line).strip() for line in box.strip().splitlines()]
+    blocks = [block.split("\n") for block in "\n".join(lines[1:]).strip().split("\n\n")]
+    said = " ".join(blocks[0])
+    _, ours, checked = said.partition("config: ")
+    if ours:  # raised by a config's own check
+        return ours + checked
+    if wrong := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", said):
+        return f"{wrong[2]} must be one of {wrong[3]}, got {wrong[1]}"
+    explained = {block[0]: block[1:] for block in blocks[1:]}
+    if (wrong := re.match(r"Error parsing (\S+): .*?('.*'|\[.*?\])", said)) and "Argument helptext:" in explained:
+        expected = explained["Argument helptext:"][0].removeprefix(wrong[1]).strip().replace("{None}|", "None or ")
+        return f"{wrong[1]} must be {expected}, got {wrong[2].strip('[]')}"
+    if near := explained.get("Perhaps you meant:"):
+        return f"{said}; did you mean {near[0].split()[0]}?"
+    return said

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy, likelihood and calibration over exactly the images given, whatever the loss of the training."""
+"""Evaluation: accuracy, likelihood and calibration, with every image counted once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributed import ALONE, Ranks
-from .parallel import is_shared
+from .distributed import Ranks, is_sharded
 
 __all__ = ["ECE_BINS", "evaluate", "predictions"]
 
-ECE_BINS = 15  # Guo et al. 2017, and what everybody has used since
+ECE_BINS = 15  # Guo et al., ICML 2017
 
 
 @torch.no_grad()
@@ -23,24 +22,27 @@ def predictions(
     model: nn.Module,
     batches: Iterable[Any],
     autocast: AbstractContextManager[Any] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits `(N, C)` in float32 (float64 stays) and targets `(N,)`, in eval mode; the model's mode is put back.
+    """Logits `(N, C)` in float32 (float64 stays) and targets `(N,)` in eval mode; restores the model's mode.
 
     Args:
         model: the network.
         batches: pairs `(images, targets)`, or anything with `.images` and `.targets`; on several ranks this rank's
-            share, with a length. Every rank then gets the rows of all, in rank order.
+            share, with a length. Every rank then gets the rows of all ranks, in rank order.
         autocast: context manager for the forwards.
-        ranks: those that evaluate together.
+        ranks: the processes that evaluate together.
+
+    Raises:
+        ValueError: no image, or fewer images than ranks.
     """
-    extra = 0
-    if ranks.several:
+    extra, ranks = 0, ranks or Ranks()
+    if ranks.world_size > 1:
         rounds = len(batches)  # type: ignore[arg-type]
-        most, least = ranks.largest([rounds, -rounds])
+        most, least = ranks.max([rounds, -rounds])
         if not least:
             raise ValueError(f"evaluate: expected an image for each of {ranks.world_size} ranks; use fewer ranks")
-        extra = int(most) - rounds if is_shared(model) else 0
+        extra = int(most) - rounds if is_sharded(model) else 0
     was_training = model.training
     model.eval()
     logits, targets = [], []
@@ -51,26 +53,30 @@ def predictions(
                 out = model(images)
             logits.append(out if out.dtype == torch.float64 else out.float())
             targets.append(labels)
-        for _ in range(extra):  # the other ranks' forwards need this rank's share of the weights
+        for _ in range(extra):  # with FSDP2 every rank must take part in the forwards of the others
             model(images[:1])
     finally:
         model.train(was_training)
     if not logits:
         raise ValueError("evaluate: there is no image to evaluate on; is the test set empty?")
-    return ranks.joined(torch.cat(logits)), ranks.joined(torch.cat(targets))
+    return ranks.cat(torch.cat(logits)), ranks.cat(torch.cat(targets))
 
 
 def evaluate(
     model: nn.Module,
     batches: Iterable[Any],
     autocast: AbstractContextManager[Any] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a model over a set, each image counted once, the same on all ranks. Arguments: `predictions`.
+    """Metrics of a model over a dataset, equal on all ranks. The arguments are those of `predictions`.
 
-    `top1`, `top5` in [0, 1] (top-5 over fewer than five classes is 1), `nll` the mean plain cross entropy in nats,
-    `ece` the expected calibration error over 15 equal bins of confidence, `count` the number of images, `calibration`
-    those bins as lists: `share` of the images, `accuracy` and mean `confidence` (0 where a bin is empty).
+    Returns:
+        top1: accuracy in [0, 1].
+        top5: accuracy of the five largest logits; 1 with fewer than five classes.
+        nll: mean cross entropy in nats.
+        ece: expected calibration error over 15 equal bins of confidence.
+        count: number of images.
+        calibration: those bins as lists: `share` of the images, `accuracy`, mean `confidence` (0 in an empty bin).
 
     Example:
         >>> evaluate(nn.Identity(), [(torch.eye(3), torch.arange(3))])["top1"]
@@ -96,7 +102,7 @@ def evaluate(
 
 
 def calibration_error(logits: Tensor, targets: Tensor, bins: int = ECE_BINS) -> float:
-    """`sum over bins of share * |accuracy - mean confidence|`, bins equal in width, closed on the right."""
+    """`sum over bins of share * |accuracy - mean confidence|`; bins of equal width, closed on the right."""
     _, share, accuracy, confidence = reliability(logits, targets, bins)
     return float((share * (accuracy - confidence).abs()).sum())
 

@@ -1,46 +1,128 @@
-"""What a run says: a bar on a terminal, plain lines elsewhere, always metrics.csv and metrics.jsonl, trackers on wish.
+"""Log the metrics of a run to the console, metrics.csv, metrics.jsonl and experiment trackers.
 
-Both files only grow, line by line. A checkpoint remembers how long they were; a resumed run cuts them back to that, so
-that the steps it repeats are not in there twice.
+The files are append-only. A checkpoint stores their lengths, and a resume truncates them to these lengths, so that
+repeated steps are not logged twice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .sinks import Trackers
-from .state import CheckpointError
+from .checkpoint import CheckpointError
 
-__all__ = ["COLUMNS", "RunLog"]
+__all__ = ["COLUMNS", "TRACKERS", "RunLog"]
 
 COLUMNS = (
-    "step", "epoch", "images_seen", "lr", "loss", "ce", "lb", "train_top1",
-    "test_top1", "test_top5", "test_nll", "test_ece", "test_count",
-    "seconds", "images_per_second", "data_wait",
-)  # fmt: skip
+    "step",
+    "epoch",
+    "images_seen",
+    "lr",
+    "loss",
+    "ce",
+    "lb",
+    "train_top1",
+    "test_top1",
+    "test_top5",
+    "test_nll",
+    "test_ece",
+    "test_count",
+    "seconds",
+    "images_per_second",
+    "data_wait",
+)
 
-PLAIN_SECONDS = 10.0  # between two lines of progress where there is no bar
+PLAIN_SECONDS = 10.0  # between two progress lines without a bar
+
+
+class TensorBoard:
+    """Event files in the run folder's `tensorboard`. A resumed run purges the steps that it repeats."""
+
+    def __init__(self) -> None:
+        self.writer_class = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self.writer = self.writer_class(log_dir=str(folder / "tensorboard"), purge_step=step + 1)
+        if step == 0:
+            self.writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```", 0)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # otherwise a killed process would lose the last values
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """Weights & Biases. It drops the steps that a resumed run repeats. WANDB_PROJECT, WANDB_MODE=offline, ... apply."""
+
+    module = "wandb"
+
+    def __init__(self) -> None:
+        self.library = importlib.import_module(self.module)
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        project = os.environ.get(f"{self.module.upper()}_PROJECT", "dlb_fast")
+        with contextlib.redirect_stdout(sys.stderr):  # Trackio prints a greeting
+            self.run = self.library.init(
+                project=project, config=dict(config), resume="allow", **self.identity(folder, _run_id(folder))
+            )
+
+    def identity(self, folder: Path, run_id: str) -> dict[str, str]:
+        return {"name": folder.resolve().name, "id": run_id, "dir": str(folder)}
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self.run.finish()
+
+
+class Trackio(Wandb):
+    """A local database, no account; see it with `trackio show`. Steps that a resumed run repeats are in it twice."""
+
+    module = "trackio"
+
+    def identity(self, folder: Path, run_id: str) -> dict[str, str]:
+        return {"name": f"{folder.resolve().name}-{run_id[:6]}"}  # Trackio finds a run by its name
+
+
+TRACKERS: dict[str, Callable[[], Any]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
+
+
+def _run_id(folder: Path) -> str:
+    """The tracker's id of the run in this folder, created once, so that a resumed run continues it."""
+    path = folder / "tracker_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="ascii")
+    return path.read_text(encoding="ascii").strip()
 
 
 class RunLog:
     """Console, metric files and trackers of one run.
 
     Args:
-        folder: where metrics.csv and metrics.jsonl go; None writes no files.
+        folder: folder of metrics.csv and metrics.jsonl; None writes no files.
         quiet: no console output.
-        stream: the console.
-        trackers: names of experiment trackers, see `sinks.py`.
-        config: what the trackers show as the run's configuration.
+        stream: the console; None means stderr.
+        trackers: names in `TRACKERS`; they need a folder. A tracker that fails during the run is reported once and then
+            dropped; it does not end the run.
+        config: configuration of the run, for the trackers.
 
     Raises:
-        ValueError: trackers without a folder, or a tracker that is unknown, missing or broken.
+        ValueError: trackers without a folder, or a tracker that is unknown or cannot be imported.
     """
 
     def __init__(
@@ -52,24 +134,33 @@ class RunLog:
         trackers: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        self.folder, self.config = folder, config or {}
         self.stream = stream or sys.stderr
         self.quiet = quiet
         self.bar: Any = None
         self.csv = None if folder is None else folder / "metrics.csv"
         self.jsonl = None if folder is None else folder / "metrics.jsonl"
         self.total = 0
-        self.told = 0.0  # when the last line of progress was printed
-        self.trackers: Trackers | None = None
-        if trackers:
-            if folder is None:
-                raise ValueError(f"RunLog: trackers ({', '.join(trackers)}) need a run folder; give folder=...")
-            self.trackers = Trackers(tuple(trackers), folder, config or {}, self.warn)
+        self.printed = 0.0  # when the last line of progress was printed
+        self.trackers: dict[str, Any] = {}
+        self.sent: set[tuple[int, str]] = set()  # (step, name) of the values that the trackers got for the last step
+        if trackers and folder is None:
+            raise ValueError(f"RunLog: trackers ({', '.join(trackers)}) need a run folder; give folder=...")
+        for name in trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"RunLog: tracker must be one of {', '.join(TRACKERS)}, got {name!r}")
+            try:
+                self.trackers[name] = TRACKERS[name]()
+            except Exception as error:
+                raise ValueError(
+                    f"tracker {name} cannot be used: its import failed ({type(error).__name__}: {error}); "
+                    f"pip install {name}, or leave it out of --trackers"
+                ) from error
 
     def start(self, *, step: int, total: int) -> None:
-        """Begin the console's progress and the trackers after a step."""
-        self.total, self.told = total, time.monotonic()
-        if self.trackers is not None:
-            self.trackers.start(step)
+        """Start the progress bar and the trackers after `step`."""
+        self.total, self.printed = total, time.monotonic()
+        self._call_trackers("start", self.folder, self.config, step)
         if self.quiet or not self.stream.isatty():
             return
         try:
@@ -78,13 +169,8 @@ class RunLog:
             return
         self.bar = tqdm(total=total, initial=step, unit="step", file=self.stream, dynamic_ncols=True)
 
-    def advance(self) -> None:
-        """One more step."""
-        if self.bar is not None:
-            self.bar.update()
-
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print a line."""
         if self.quiet:
             return
         if self.bar is not None:
@@ -93,39 +179,37 @@ class RunLog:
             print(text, file=self.stream, flush=True)
 
     def warn(self, text: str) -> None:
-        """A line that even a quiet run shows: something was lost or is not as it was."""
+        """Print a warning, in a quiet run too."""
         if self.quiet:
             print(text, file=self.stream, flush=True)
         else:
             self.say(text)
 
     def progress(self, row: Mapping[str, Any]) -> None:
-        """A row at a log point: metrics.jsonl, trackers, and the bar's tail or now and then a line."""
-        self._append(self.jsonl, json.dumps({"kind": "step", **_clean(row)}))
-        if self.trackers is not None:
-            self.trackers.log(row)
+        """A row at a log point: to metrics.jsonl, the trackers, and the bar or, every ten seconds, a line."""
+        self._append(self.jsonl, json.dumps({"kind": "step", **_finite(row)}))
+        self._track(row)
         if self.bar is not None:
-            self.bar.set_postfix_str(_tail(row))
-        elif time.monotonic() - self.told >= PLAIN_SECONDS:
-            self.told = time.monotonic()
-            self.say(f"step {row['step']}/{self.total}  {_tail(row)}")
+            self.bar.set_postfix_str(_short(row))
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
+            self.printed = time.monotonic()
+            self.say(f"step {row['step']}/{self.total}  {_short(row)}")
 
     def result(self, row: Mapping[str, Any]) -> None:
-        """A row at an evaluation: both files, trackers and one line on the console.
+        """Log a row of an evaluation to both files, the trackers and the console.
 
-        Values that are no numbers (the bins of the calibration) go to metrics.jsonl only.
+        Values that are not numbers (the calibration bins) are written to metrics.jsonl only.
         """
-        clean = _clean(row)
-        self._append(self.jsonl, json.dumps({"kind": "eval", **clean}))
-        if self.trackers is not None:
-            self.trackers.log(row)
+        finite = _finite(row)
+        self._append(self.jsonl, json.dumps({"kind": "eval", **finite}))
+        self._track(row)
         if self.csv is not None and not (self.csv.exists() and self.csv.stat().st_size):
             self._append(self.csv, ",".join(COLUMNS))
-        self._append(self.csv, ",".join("" if clean.get(c) is None else repr(clean[c]) for c in COLUMNS))
-        self.say(_sentence(row))
+        self._append(self.csv, ",".join("" if finite.get(c) is None else repr(finite[c]) for c in COLUMNS))
+        self.say(f"epoch {row['epoch']:g}  step {row['step']}  {_phrases(row)}")
 
     def positions(self) -> dict[str, int]:
-        """Lengths of the files in bytes, flushed to the disk: what a checkpoint keeps."""
+        """Lengths of the files in bytes, flushed to the disk, for a checkpoint."""
         sizes = {}
         for path in (self.csv, self.jsonl):
             if path is not None and path.exists():
@@ -135,7 +219,7 @@ class RunLog:
         return sizes
 
     def rewind(self, positions: Mapping[str, int]) -> None:
-        """Cut the files back to the lengths of a checkpoint (to nothing for a start from scratch)."""
+        """Truncate the files to the lengths of a checkpoint, or to 0 without one."""
         for path in (self.csv, self.jsonl):
             if path is None or not path.exists():
                 continue
@@ -145,12 +229,27 @@ class RunLog:
             os.truncate(path, min(length, size))
 
     def close(self) -> None:
-        """End the bar and the trackers."""
-        if self.trackers is not None:
-            self.trackers.finish()
+        """Close the bar and the trackers."""
+        self._call_trackers("finish")
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    def _track(self, row: Mapping[str, Any]) -> None:
+        """Send the numbers of a row to the trackers, except values that this step has sent before."""
+        step = row["step"]
+        values = {_tag(k): v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        values = {name: value for name, value in values.items() if (step, name) not in self.sent}
+        self.sent = {key for key in self.sent if key[0] == step} | {(step, name) for name in values}
+        self._call_trackers("log", values, step)
+
+    def _call_trackers(self, method: str, *arguments: Any) -> None:
+        for name, tracker in list(self.trackers.items()):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:
+                del self.trackers[name]
+                self.warn(f"tracker {name} failed and is dropped: {type(error).__name__}: {error}")
 
     def _append(self, path: Path | None, line: str) -> None:
         if path is None:
@@ -159,16 +258,22 @@ class RunLog:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise CheckpointError(f"cannot write {path}: {error}; make room, then continue with --resume") from error
+            raise CheckpointError(f"cannot write {path}: {error}; free space, then continue with --resume") from error
 
 
-def _clean(value: Any) -> Any:
-    """Values a strict JSON reader takes: nan and infinities become null."""
+def _finite(value: Any) -> Any:
+    """`value` with None for NaN and infinities, which strict JSON lacks."""
     if isinstance(value, Mapping):
-        return {k: _clean(v) for k, v in value.items()}
+        return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_clean(v) for v in value]
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tag(name: str) -> str:
+    """Tracker name of a column: `test_top1` -> `test/top1`, `loss` -> `train/loss`."""
+    group, _, rest = name.partition("_")
+    return f"{group}/{rest}" if group in ("train", "test") and rest else f"train/{name}"
 
 
 _PHRASES = (
@@ -192,10 +297,6 @@ def _phrases(row: Mapping[str, Any]) -> str:
     )
 
 
-def _tail(row: Mapping[str, Any]) -> str:
-    """What is said between two evaluations."""
+def _short(row: Mapping[str, Any]) -> str:
+    """The values of a row that are printed between two evaluations."""
     return _phrases({name: row.get(name) for name in ("loss", "lr", "images_per_second", "data_wait")})
-
-
-def _sentence(row: Mapping[str, Any]) -> str:
-    return f"epoch {row['epoch']:g}  step {row['step']}  {_phrases(row)}"

@@ -1,321 +1,163 @@
-"""What can be trained: each method is a criterion, its numbers, and a way to fill the batch.
+"""Make the criterion and the sampler of a config's method; list the methods of `compare`.
 
-`compare` puts methods side by side at equal optimiser steps and equal rows per step, hence equal images seen. DLB shows
-every drawn sample twice in a row; `two_view` shows the same batches without the KL, which is what isolates the KL;
-`ce` fills the batch with distinct samples.
-
-A new teacher trains as it is, by `--method module:Class`; an entry of `METHODS` gives it numbers and batches of its
-own, one of `_COMPARED` a place in `compare`.
+The methods are in `dlb_fast.methods`. `compare` trains them with equal optimiser steps and equal rows per step, hence
+equal images seen. DLB has every sample in two consecutive steps; `two_view` has the same batches without the KL, which
+isolates the effect of the KL; `ce` has distinct samples in every batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dlb_fast import (
-    BakeLoss,
-    CsKDLoss,
-    DdgsdLoss,
-    LastBatchLoss,
-    LossParts,
-    LsrKDLoss,
-    MrKDLoss,
-    PsKDLoss,
-    TaughtLoss,
-    Teacher,
-    TfKDRegLoss,
-    ZipfLoss,
-    fused_lb_loss,
-)
-from dlb_fast.data.class_batches import ClassBatchSampler, ViewPairSampler
+from dlb_fast.data import ClassBatchSampler, ViewPairSampler
+from dlb_fast.methods import METHODS, Method, Option, find
 
 from .config import METHOD_FIELDS, LossConfig, RunConfig, override
 
 __all__ = [
-    "CARDS", "LABELS", "METHODS", "VARIANTS", "CrossEntropy", "Method", "Task", "drawn_rows", "find", "make_criterion",
-    "numbers_of", "resolve", "variant",
+    "LABELS", "METHODS", "VARIANTS", "find", "make_criterion", "make_sampler", "method_options", "resolve",
+    "sampled_rows", "variant",
 ]  # fmt: skip
 
-
-class CrossEntropy(nn.Module):
-    """Plain cross entropy with `parts`, from the same implementation as DLB's.
-
-    Example:
-        >>> import torch
-        >>> round(CrossEntropy()(torch.zeros(2, 2), torch.tensor([0, 1])).item(), 4)
-        0.6931
-    """
-
-    def __init__(self, label_smoothing: float = 0.0, impl: str = "auto") -> None:
-        super().__init__()
-        self.label_smoothing, self.impl = label_smoothing, impl
-        self.parts: LossParts | None = None
-
-    def forward(
-        self, logits: Tensor, target: Tensor, *, target_b: Tensor | None = None, lam: Tensor | None = None
-    ) -> Tensor:
-        """The mean loss `()` of logits `(B, C)`; smoothing in training only. `target_b`, `lam`: mixed images."""
-        smoothing = self.label_smoothing if self.training else 0.0
-        loss, self.parts = fused_lb_loss(
-            logits, target, label_smoothing=smoothing, impl=self.impl, return_parts=True, target_b=target_b, lam=lam
-        )
-        return loss
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a criterion may depend on beside its numbers."""
-
-    num_classes: int
-    rows: int  # per step
-    samples: int  # of the training set
-    epochs: int  # passes of the loader
-    ranks: int = 1  # processes; `rows` are those of one
-
-
-Numbers = Mapping[str, Any]
-Sampler = Callable[[Tensor, int, Numbers, int], Any]  # targets, rows per step, numbers, seed
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method: what it is, its numbers with their defaults, its criterion, and how its batches are filled.
-
-    `criterion(task, numbers, common)` gets the numbers (`defaults` under what the config sets) and the keyword
-    arguments every criterion takes. `drawn` is how many of the rows of a step are newly drawn samples.
-    """
-
-    about: str
-    criterion: Callable[[Task, Numbers, Numbers], nn.Module]
-    defaults: Numbers = field(default_factory=dict)
-    overlap: bool = False  # half of every batch repeats the batch before
-    sampler: Sampler | None = None  # rows that belong together
-    drawn: Callable[[int, Numbers], int] = lambda rows, numbers: rows
-    forward: str | None = None  # a forward that the method cannot do without
-    mixes: bool = False  # its teacher still fits when two images are mixed
-
-
-def _last_batch(task: Task, alpha: float, numbers: Numbers, common: Numbers) -> nn.Module:
-    half = task.rows // 2
-    return LastBatchLoss(task.num_classes, capacity=half, alpha=alpha, temperature=numbers["temperature"], **common)
-
-
-def _half(rows: int, numbers: Numbers) -> int:
-    return rows // 2
-
-
-def _mr_kd(task: Task, n: Numbers, common: Numbers) -> nn.Module:
-    return MrKDLoss(
-        alpha=n["alpha"], temperature=n["temperature"], copies=n["copies"], interval=n["copy_every"],
-        dtype=_dtype(n["memory_dtype"]), device=n["memory_device"], correct_share=n["correct_share"], swap=n["swap"],
-        ensemble=n["ensemble_lr"], **common,
-    )  # fmt: skip
-
-
-def _ps_kd(task: Task, n: Numbers, common: Numbers) -> nn.Module:
-    return PsKDLoss(
-        task.samples, task.num_classes, alpha=n["alpha"], epochs=task.epochs, device=n["memory_device"],
-        dtype=_dtype(n["memory_dtype"]) or torch.float16,
-        cross_rank=task.ranks > 1,  # a sample comes back on another rank
-        **common,
-    )  # fmt: skip
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
-
-
-_COMMUNITY = {"alpha": 1.0, "temperature": 3.0}  # community defaults, not values read from the paper
-_LSR = {"alpha": 0.1, "temperature": 3.0, "correct_share": None}  # ours: the paper's numbers were not available
-_MR = {
-    "alpha": 0.5, "temperature": 3.0, "copies": 2, "copy_every": 100, "correct_share": None, "swap": False,
-    "ensemble_lr": None, "memory_dtype": None, "memory_device": None,
-}  # fmt: skip
-
-METHODS: dict[str, Method] = {
-    "dlb": Method(
-        "self-distillation from the last mini-batch", lambda t, n, c: _last_batch(t, n["alpha"], n, c), _COMMUNITY,
-        overlap=True, drawn=_half, mixes=True,
-    ),
-    "two_view": Method(
-        "the same batches with alpha=0: two views, no KL", lambda t, n, c: _last_batch(t, 0.0, n, c), _COMMUNITY,
-        overlap=True, drawn=_half, mixes=True,
-    ),
-    "ce": Method("cross entropy, no sample repeated", lambda t, n, c: CrossEntropy(**c), mixes=True),
-    "lsr_kd": Method(
-        "LsrKD: a uniform teacher at a temperature; correct_share: teacher correction",
-        lambda t, n, c: LsrKDLoss(**{k: n[k] for k in _LSR}, **c), _LSR, mixes=True,
-    ),
-    "tf_kd_reg": Method(
-        "Tf-KD's regularisation by a virtual teacher",
-        lambda t, n, c: TfKDRegLoss(
-            t.num_classes, alpha=n["alpha"], temperature=n["temperature"], multiplier=n["multiplier"], **c
-        ),
-        {"alpha": 0.1, "temperature": 20.0, "multiplier": 100.0},
-    ),
-    "mr_kd": Method("MrKD: copies of the model along its training", _mr_kd, _MR, mixes=True),
-    "bake": Method(
-        "BAKE: the batch's knowledge, ensembled over companions of the class",
-        lambda t, n, c: BakeLoss(alpha=n["alpha"], temperature=n["temperature"], omega=n["omega"], **c),
-        {"alpha": 1.0, "temperature": 4.0, "omega": 0.5, "companions": 1},
-        sampler=lambda y, rows, n, seed: ClassBatchSampler(y, rows, companions=n["companions"], seed=seed),
-        drawn=lambda rows, n: rows // (n["companions"] + 1),
-    ),
-    "cs_kd": Method(
-        "CS-KD: another sample of the class",
-        lambda t, n, c: CsKDLoss(alpha=n["alpha"], temperature=n["temperature"], **c),
-        {"alpha": 1.0, "temperature": 4.0},
-        sampler=lambda y, rows, n, seed: ClassBatchSampler(y, rows, companions=1, include_anchor=True, seed=seed),
-        drawn=_half, forward="partners",
-    ),
-    "ddgsd": Method(
-        "two views teach each other within the step (lag 0)",
-        lambda t, n, c: DdgsdLoss(alpha=n["alpha"], temperature=n["temperature"], **c),
-        {"alpha": 1.0, "temperature": 4.0},
-        sampler=lambda y, rows, n, seed: ViewPairSampler(len(y), rows, seed=seed), drawn=_half, mixes=True,
-    ),
-    "ps_kd": Method(
-        "PS-KD: the sample's own last prediction", _ps_kd, {"alpha": 0.8, "memory_dtype": None, "memory_device": None}
-    ),
-    "zipf": Method(
-        "Zipf's label smoothing from the logits' ranks",
-        lambda t, n, c: ZipfLoss(alpha=n["alpha"], power=n["power"], **c), {"alpha": 0.1, "power": 1.0},
-    ),
-}  # fmt: skip
-
-# the card of each method in docs/methods
-CARDS = {
-    "dlb": "dlb", "two_view": "dlb", "ce": "dlb", "lsr_kd": "lsrkd", "tf_kd_reg": "tfkdreg", "mr_kd": "mrkd",
-    "bake": "bake", "cs_kd": "cskd", "ddgsd": "ddgsd", "ps_kd": "pskd", "zipf": "zipf",
-}  # fmt: skip
-
-# name in `compare` -> (its label, fields it sets on top of the shared config)
-_COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
-    "ce": ("CE", {"method": "ce", "label_smoothing": 0.0}),
-    "ls": ("CE + label smoothing 0.1", {"method": "ce", "label_smoothing": 0.1}),
-    "two_view": ("two views, alpha=0", {"method": "two_view"}),
-    "dlb": ("DLB", {"method": "dlb"}),
-    "ddgsd": ("DDGSD (lag 0)", {"method": "ddgsd"}),
-    "lsr_kd": ("LsrKD", {"method": "lsr_kd"}),
-    "tc": ("LsrKD + TC 0.9", {"method": "lsr_kd", "correct_share": 0.9}),
-    "tf_kd_reg": ("Tf-KD reg", {"method": "tf_kd_reg"}),
-    "zipf": ("Zipf LS", {"method": "zipf"}),
-    "ps_kd": ("PS-KD", {"method": "ps_kd"}),
-    "cs_kd": ("CS-KD", {"method": "cs_kd"}),
-    "bake0": ("class batches, alpha=0", {"method": "bake", "alpha": 0.0}),
-    "bake": ("BAKE", {"method": "bake"}),
-    "mr_kd": ("MrKD", {"method": "mr_kd"}),
+# name in `compare` -> fields that it sets on top of the shared config
+VARIANTS: dict[str, dict[str, Any]] = {
+    name: {"method": method.name, **fields}
+    for method in METHODS.values()
+    for name, (_, fields) in method.variants.items()
 }
-VARIANTS: dict[str, dict[str, Any]] = {name: fields for name, (_, fields) in _COMPARED.items()}
-LABELS = {name: label for name, (label, _) in _COMPARED.items()}
+LABELS = {name: label for method in METHODS.values() for name, (label, _) in method.variants.items()}
 
 
-def _from_outside(name: str) -> Method:
-    """`module:Class` of anybody's `Teacher` that can be made without arguments: trained as it is, unregistered."""
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        why = f"cannot import {module} ({error}); is it on PYTHONPATH?"
-        raise ValueError(f"config: loss.method {name!r}: {why}") from None
-    if found is None:
-        raise ValueError(f"config: loss.method {name!r}: {module} has no {attribute}")
-    if not (isinstance(found, type) and issubclass(found, Teacher)):
-        raise ValueError(f"config: loss.method {name!r} is not a dlb_fast.Teacher")
-    about = (found.__doc__ or attribute).strip().splitlines()[0]
-    return Method(
-        about, lambda t, n, c: TaughtLoss(found(), alpha=n["alpha"], temperature=n["temperature"], **c),
-        {"alpha": 1.0, "temperature": 1.0}, mixes=getattr(found, "mixes", False),
-    )  # fmt: skip
-
-
-def find(name: str) -> Method:
-    """The method of a name, or of `module:Class`; ValueError with the near ones for an unknown one."""
-    if ":" in name:
-        return _from_outside(name)
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"config: loss.method must be one of {', '.join(METHODS)}, got {name!r}{hint}")
-    return METHODS[name]
-
-
-def numbers_of(config: LossConfig) -> dict[str, Any]:
-    """The method's numbers: what the config sets over the method's defaults.
+def method_options(config: LossConfig) -> dict[str, Any]:
+    """The options of the config's method: its defaults, overridden by the config.
 
     Raises:
-        ValueError: an unknown method, or a number that the method does not use.
+        ValueError: an unknown method, or an option that the method does not have.
     """
     method = find(config.method)
-    unused = [n for n in METHOD_FIELDS if getattr(config, n) is not None and n not in method.defaults]
-    if unused:
-        users = ", ".join(name for name, other in METHODS.items() if unused[0] in other.defaults)
-        raise ValueError(f"config: loss.{unused[0]} is not used by method {config.method} (it is by {users}); leave it")
-    given = {name: getattr(config, name) for name in method.defaults}
-    return {name: method.defaults[name] if value is None else value for name, value in given.items()}
+    for name in METHOD_FIELDS:
+        value = getattr(config, name)
+        if value is None or name in method.options:
+            continue
+        if name not in method.fixed:
+            users = ", ".join(other.name for other in METHODS.values() if name in other.options)
+            raise ValueError(
+                f"config: loss.{name} is not used by method {method.name} (it is by {users}); leave it out"
+            )
+        if value != method.fixed[name]:
+            raise ValueError(
+                f"config: loss.{name} is {method.fixed[name]:g} with method {method.name}, got {value:g}; leave it out"
+            )
+    given = {name: getattr(config, name, None) for name in method.options}
+    return {
+        name: _plain(option.default) if given[name] is None else given[name] for name, option in method.options.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A default value in the form that a config stores."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The config with the method's numbers and the forward it needs written into it: what a run folder holds.
+    """The config with all options of its method and the method's forward filled in, as saved in a run folder.
 
     Raises:
-        ValueError: a number, a forward or mixed images that the method cannot use.
+        ValueError: an option, a forward or mixed images that the method cannot use.
     """
-    method = find(config.loss.method)
-    _check_mixing(config, method)
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **numbers_of(config.loss)))
+    method, options = find(config.loss.method), method_options(config.loss)
+    _check_mixing(config, method, options)
+    known = {name: value for name, value in {**method.fixed, **options}.items() if name in METHOD_FIELDS}
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **known))
     if method.forward is not None:
         return override(config, forward=method.forward)
     if config.train.forward == "partners":
-        raise ValueError(f"config: forward=partners belongs to cs_kd, not to {config.loss.method}; use joint")
-    if config.train.forward == "two_pass" and not method.overlap:
-        able = " and ".join(name for name, other in METHODS.items() if other.overlap)
+        able = " and ".join(other.name for other in METHODS.values() if other.forward == "partners")
+        raise ValueError(f"config: forward=partners belongs to {able}, not to {method.name}; use joint")
+    if config.train.forward == "two_pass" and method.batches != "overlap":
+        able = " and ".join(other.name for other in METHODS.values() if other.batches == "overlap")
         raise ValueError(
-            f"config: forward=two_pass belongs to {able}, whose batches repeat rows, not to {config.loss.method}; use "
-            "joint"
+            f"config: forward=two_pass belongs to {able}, whose batches repeat rows, not to {method.name}; use joint"
         )
     return config
 
 
-def _check_mixing(config: RunConfig, method: Method) -> None:
-    name, numbers = config.loss.method, numbers_of(config.loss)
+def _check_mixing(config: RunConfig, method: Method, options: dict[str, Any]) -> None:
     if config.augment.mix() is None:
         return
-    single = [n for n in ("correct_share", "swap") if numbers.get(n)]
+    single = [name for name in method.one_class if options[name]]
     if method.mixes and not single:
         return
     why = f"{single[0]} needs" if single else "its teacher needs"
-    able = ", ".join(n for n, m in METHODS.items() if m.mixes)
+    able = ", ".join(other.name for other in METHODS.values() if other.mixes)
     raise ValueError(
-        f"config: mixup_alpha and cutmix_alpha must be 0 with method {name}: {why} one class per image, or remembers "
-        f"images that were not mixed like this; methods for mixed images: {able} (a Teacher class of your own: "
+        f"config: mixup_alpha and cutmix_alpha must be 0 with method {method.name}: {why} one class per image, or "
+        f"remembers images that were not mixed like this; methods for mixed images: {able} (a class of your own: "
         "mixes = True)"
     )
 
 
-def drawn_rows(config: RunConfig) -> int:
-    """Newly drawn samples per step."""
-    return find(config.loss.method).drawn(config.data.batch_size, numbers_of(config.loss))
+def sampled_rows(config: RunConfig) -> int:
+    """Number of newly sampled rows per step."""
+    return find(config.loss.method).sampled_rows(config.data.batch_size, method_options(config.loss))
 
 
-def make_criterion(config: LossConfig, task: Task) -> nn.Module:
-    """The criterion of a config."""
-    common = {"label_smoothing": config.label_smoothing, "impl": config.impl}
-    return find(config.method).criterion(task, numbers_of(config), common)
+def make_sampler(config: LossConfig, targets: Any, rows: int, seed: int) -> Any:
+    """The sampler of a method that needs view pairs or classmates; None for methods with distinct or overlapping rows.
+
+    Args:
+        config: the method and its options.
+        targets: ``(N,)`` class of every training sample.
+        rows: rows per step on this rank.
+        seed: seed of the run.
+    """
+    method, options = find(config.method), method_options(config)
+    if method.batches == "two_views":
+        return ViewPairSampler(len(targets), rows, seed=seed)
+    if method.batches == "same_class":
+        arranged = {n: options[n] if isinstance(v, Option) else v for n, v in method.batch_options.items()}
+        return ClassBatchSampler(torch.as_tensor(targets), rows, seed=seed, **arranged)
+    return None
+
+
+def make_criterion(config: LossConfig, *, num_classes: int, num_samples: int, rows: int, epochs: int) -> nn.Module:
+    """The criterion of a config.
+
+    Args:
+        config: the method, its options, and those of every criterion.
+        num_classes: number of classes.
+        num_samples: size of the training set.
+        rows: rows per step on this rank.
+        epochs: passes of the loader in the whole run.
+    """
+    method = find(config.method)
+    values: dict[str, Any] = {
+        "num_classes": num_classes, "num_samples": num_samples, "capacity": rows // 2, "epochs": epochs,
+        "label_smoothing": config.label_smoothing, "impl": config.impl, **method.fixed, **method_options(config),
+    }  # fmt: skip
+    for name in ("label_smoothing", "impl"):
+        if name not in method.arguments and getattr(config, name) != getattr(LossConfig, name):
+            raise ValueError(f"config: loss.{name} is not an argument of {method.criterion.__name__}; leave it out")
+    if isinstance(dtype := values.get("memory_dtype"), str):
+        values["memory_dtype"] = getattr(torch, dtype)
+    missing = [n for n, p in method.arguments.items() if p.default is inspect.Parameter.empty and n not in values]
+    if missing:
+        raise ValueError(
+            f"config: loss.method {method.name!r}: the trainer cannot give {', '.join(missing)} of "
+            f"{method.criterion.__name__}; give them a default"
+        )
+    return method.criterion(**{name: values[name] for name in method.arguments if name in values})
 
 
 def variant(config: RunConfig, name: str) -> RunConfig:
-    """The config of one of the compared methods, all its numbers written out.
+    """The config of one of the compared methods, with all its options.
 
-    `alpha` and `temperature` of the shared config belong to its own method; the other methods have their defaults.
+    Options of the shared config apply to methods with the same criterion; other methods use their defaults.
 
     Raises:
         ValueError: unknown name.
@@ -323,11 +165,12 @@ def variant(config: RunConfig, name: str) -> RunConfig:
     if name not in VARIANTS:
         raise ValueError(f"compare: unknown method {name!r}; known: {', '.join(VARIANTS)}")
     fields = dict(VARIANTS[name])
-    used = find(fields["method"]).defaults
-    dropped = [n for n in METHOD_FIELDS if n not in used]
-    if fields["method"] not in (config.loss.method, "two_view"):
+    method, own = find(fields["method"]), find(config.loss.method)
+    dropped = [n for n in METHOD_FIELDS if n not in method.options]
+    if method.criterion is not own.criterion:
         dropped += ["alpha", "temperature"]
-    method, forward = find(fields["method"]), config.train.forward
-    if method.forward is None and (forward == "partners" or (forward == "two_pass" and not method.overlap)):
+    if method.forward is None and (
+        config.train.forward == "partners" or (config.train.forward == "two_pass" and method.batches != "overlap")
+    ):
         fields["forward"] = "joint"
     return resolve(override(config, **{**dict.fromkeys(dropped), **fields}))

@@ -1,38 +1,36 @@
-"""The backbones the DLB code offers, for 32x32 images, a small one for digits, and two for ImageNet.
+"""Networks: those of the DLB code for 32x32 images, a small one for digits, and two ResNets for ImageNet.
 
-The architectures follow the official repository (Meta-knowledge-Lab/DLB@8949a46, `models/`) layer by
-layer, because its names do not always mean what the literature means by them:
+The architectures follow the official repository (Meta-knowledge-Lab/DLB@8949a46, `models/`) layer by layer, because its
+names do not always mean what the literature means by them:
 
-===============  ========================================================================
-``resnet32``     basic blocks (5, 5, 5), 16-32-64 channels, **projection** shortcuts (option B)
-``resnet110``    **bottleneck** blocks (12, 12, 12), as in the official code
-``resnet32a``    He et al. 2016: basic blocks, parameter-free shortcuts (option A)
-``resnet110a``   He et al. 2016: basic blocks (18, 18, 18), option A
-``resnet18``     the ImageNet ResNet-18 with a 3x3 stride-1 stem and no max-pool
-``wrn20_8``      bottleneck blocks (2, 2, 2), inner width 8 times as wide, as in the official code
-``vgg16/19``     VGG with BatchNorm and the official three-layer classifier 512-512-C
-``densenet40_12``  DenseNet-BC, L=40, k=12, compression 0.5; ``densenet100_12`` likewise
-``small_cnn``    three 3x3 convolutions; trains in seconds on 8x8 digits
-``resnet50``     the ImageNet network (7x7 stem, max-pool), torchvision's state names; also
-                 ``resnet18_imagenet``; see `imagenet_models.py`
-===============  ========================================================================
+===================  ====================================================================
+``resnet32``         basic blocks (5, 5, 5), 16-32-64 channels, **projection** shortcuts (option B)
+``resnet110``        **bottleneck** blocks (12, 12, 12), as in the official code
+``resnet32a``        He et al. 2016: basic blocks, parameter-free shortcuts (option A)
+``resnet110a``       He et al. 2016: basic blocks (18, 18, 18), option A
+``resnet18``         the ImageNet ResNet-18 with a 3x3 stride-1 stem and no max-pool
+``wrn20_8``          bottleneck blocks (2, 2, 2), inner width 8 times as wide, as in the official code
+``vgg16``            VGG with BatchNorm and the official three-layer classifier 512-512-C; also ``vgg19``
+``densenet40_12``    DenseNet-BC, L=40, k=12, compression 0.5; ``densenet100_12`` likewise
+``small_cnn``        three 3x3 convolutions; trains in seconds on 8x8 digits
+``resnet50``         ImageNet: 7x7 stem and max-pool; also ``resnet18_imagenet``
+===================  ====================================================================
 
-Every network takes any input of at least 8x8 pixels and any number of channels. Any other name goes to
-timm when timm is installed; ``timm:NAME`` always does.
+Every network takes any input of at least 8x8 pixels and any number of channels. Any other name is looked up in timm,
+if it is installed; ``timm:NAME`` always is.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .imagenet_models import ImageNetResNet
-
-__all__ = ["MODELS", "create_model", "list_models"]
+__all__ = ["MODELS", "ResNet", "create_model", "list_models"]
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -54,23 +52,24 @@ class _OptionA(nn.Module):
 class _BasicBlock(nn.Module):
     expansion = 1
 
-    def __init__(self, in_channels: int, planes: int, stride: int, shortcut: nn.Module, widen: int):
+    def __init__(self, in_channels: int, planes: int, stride: int, downsample: nn.Module | None, widen: int) -> None:
         super().__init__()
         self.conv1 = _conv(in_channels, planes, 3, stride)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = _conv(planes, planes, 3)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.shortcut = shortcut
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
 class _Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, in_channels: int, planes: int, stride: int, shortcut: nn.Module, widen: int):
+    def __init__(self, in_channels: int, planes: int, stride: int, downsample: nn.Module | None, widen: int) -> None:
         super().__init__()
         width = planes * widen
         self.conv1 = _conv(in_channels, width, 1)
@@ -79,16 +78,38 @@ class _Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = _conv(width, planes * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
-        self.shortcut = shortcut
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
 class ResNet(nn.Module):
-    """Residual network for small images: 3x3 stem, one stage per entry of `blocks`, no max-pool."""
+    """Residual network with torchvision's state names: a state dict of its `resnet18` or `resnet50` loads into ours.
+
+    The stride of a down-sampling bottleneck is in its 3x3 convolution ("v1.5", Goyal et al. 2017). Convolutions are
+    initialised by He normal over the fan-out, as in torchvision.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        block: basic or bottleneck.
+        blocks: number of blocks per stage; the first stage keeps the size, every later one halves it.
+        width: channels of the stem; doubled by every stage.
+        stem: "cifar", a 3x3 convolution; or "imagenet", a 7x7 convolution and a max-pool, each with stride 2.
+        shortcut: "projection" (1x1 convolution, option B of He et al.) or "pad" (parameter-free, option A).
+        widen: factor on the inner width of bottlenecks.
+
+    Source:
+        He et al., CVPR 2016; names as in pytorch/vision `torchvision/models/resnet.py`.
+
+    Example:
+        >>> create_model("resnet18_imagenet", 1000).layer4[1].conv2.weight.shape
+        torch.Size([512, 512, 3, 3])
+    """
 
     def __init__(
         self,
@@ -97,39 +118,45 @@ class ResNet(nn.Module):
         *,
         block: type[_BasicBlock | _Bottleneck],
         blocks: Sequence[int],
-        stem: int = 16,
-        option: str = "B",
+        width: int = 16,
+        stem: Literal["cifar", "imagenet"] = "cifar",
+        shortcut: Literal["projection", "pad"] = "projection",
         widen: int = 1,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, stem, 3)
-        self.bn1 = nn.BatchNorm2d(stem)
-        stages: list[nn.Module] = []
-        channels = stem
+        self.imagenet_stem = stem == "imagenet"
+        if self.imagenet_stem:
+            self.conv1 = _conv(in_channels, width, 7, stride=2)
+        else:
+            self.conv1 = _conv(in_channels, width, 3)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = width
+        self.stages = [f"layer{number}" for number in range(1, len(blocks) + 1)]
         for index, count in enumerate(blocks):
-            planes = stem * 2**index
+            planes = width * 2**index
+            out_channels = planes * block.expansion
             layers: list[nn.Module] = []
             for number in range(count):
                 stride = 2 if index > 0 and number == 0 else 1
-                out_channels = planes * block.expansion
-                shortcut: nn.Module = nn.Identity()
+                downsample: nn.Module | None = None
                 if stride != 1 or channels != out_channels:
-                    shortcut = (
-                        _OptionA(channels, out_channels)
-                        if option == "A"
-                        else nn.Sequential(
-                            _conv(channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels)
-                        )
-                    )
-                layers.append(block(channels, planes, stride, shortcut, widen))
+                    if shortcut == "pad":
+                        downsample = _OptionA(channels, out_channels)
+                    else:
+                        projection = _conv(channels, out_channels, 1, stride)
+                        downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+                layers.append(block(channels, planes, stride, downsample, widen))
                 channels = out_channels
-            stages.append(nn.Sequential(*layers))
-        self.stages = nn.Sequential(*stages)
+            self.add_module(self.stages[index], nn.Sequential(*layers))
         self.fc = nn.Linear(channels, num_classes)
         _init_conv_fan_out(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(F.relu(self.bn1(self.conv1(x))))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if self.imagenet_stem:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
         return self.fc(x.mean((2, 3)))
 
 
@@ -145,7 +172,7 @@ class VGG(nn.Module):
             for _ in range(count):
                 layers += [nn.Conv2d(channels, planes, 3, padding=1), nn.BatchNorm2d(planes), nn.ReLU()]
                 channels = planes
-            # ceil_mode keeps 8x8 inputs alive through five poolings; at 32x32 it changes nothing
+            # with ceil_mode 8x8 inputs survive five poolings; at 32x32 it changes nothing
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
@@ -230,19 +257,19 @@ def _init_conv_fan_out(network: nn.Module) -> None:
 
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
-    "resnet18": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(2, 2, 2, 2), stem=64),
+    "resnet18": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(2, 2, 2, 2), width=64),
     "resnet32": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(5, 5, 5)),
-    "resnet32a": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(5, 5, 5), option="A"),
+    "resnet32a": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(5, 5, 5), shortcut="pad"),
     "resnet110": lambda n, c: ResNet(n, c, block=_Bottleneck, blocks=(12, 12, 12)),
-    "resnet110a": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(18, 18, 18), option="A"),
+    "resnet110a": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(18, 18, 18), shortcut="pad"),
     "wrn20_8": lambda n, c: ResNet(n, c, block=_Bottleneck, blocks=(2, 2, 2), widen=8),
     "vgg16": lambda n, c: VGG(n, c, depth=16),
     "vgg19": lambda n, c: VGG(n, c, depth=19),
     "densenet40_12": lambda n, c: DenseNet(n, c, depth=40, growth=12),
     "densenet100_12": lambda n, c: DenseNet(n, c, depth=100, growth=12),
     "small_cnn": lambda n, c: SmallCNN(n, c),
-    "resnet18_imagenet": lambda n, c: ImageNetResNet(n, c, depth=18),
-    "resnet50": lambda n, c: ImageNetResNet(n, c, depth=50),
+    "resnet18_imagenet": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(2, 2, 2, 2), width=64, stem="imagenet"),
+    "resnet50": lambda n, c: ResNet(n, c, block=_Bottleneck, blocks=(3, 4, 6, 3), width=64, stem="imagenet"),
 }
 
 
@@ -266,8 +293,7 @@ def create_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module
     """
     if num_classes < 1 or in_channels < 1:
         raise ValueError(
-            f"create_model: num_classes and in_channels must be at least 1, "
-            f"got {num_classes} and {in_channels}"
+            f"create_model: num_classes and in_channels must be at least 1, got {num_classes} and {in_channels}"
         )
     if name in MODELS:
         return MODELS[name](num_classes, in_channels)

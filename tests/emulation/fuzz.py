@@ -51,8 +51,6 @@ def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -
         target[torch.rand(rows, generator=g) < 0.5] = -100
     if pick.random() < 0.25:
         options["weight"] = torch.rand(classes, generator=g) + 0.1
-    if pick.random() < 0.2:
-        options["z_loss"] = 1e-3
     form = pick.choice(["labels", "labels", "pair", "dense"])
     if form == "pair":
         options["target_b"] = torch.randint(0, classes, (rows,), generator=g)
@@ -62,26 +60,24 @@ def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -
     if kind == "virtual" and form == "labels" and pick.random() < 0.5:
         options["correct_share"] = 0.9
     teacher, original = None, logits.clone()
-    in_place = logits.is_contiguous() and pick.random() < 0.5
-    where = ["in place"] if in_place else []
     if kind == "roll":
         capacity = pick.randint(max(1, rows - 2), rows + 1)
         buffer = LogitBuffer(classes, capacity, pick.choice([dtype, dtype, *FLOATS]))
         previous = pick.randint(0, min(capacity, rows))
         if previous:
-            buffer.roll(torch.randn(previous, classes, generator=g).to(dtype), torch.arange(previous) // 2 * 2)
+            buffer.update(torch.randn(previous, classes, generator=g).to(dtype), torch.arange(previous) // 2 * 2)
         old = pick.randint(max(0, rows - capacity), rows)
         stored, slots = buffer.logits.clone(), buffer.slots.clone()
         ids = torch.arange(rows)
         result = emulator.last_batch(
-            logits, target, buffer=stored, slots=slots, ids=ids, num_old=old, in_place=in_place, **options
+            logits, target, buffer=stored, slots=slots, ids=ids, num_old=old, **options
         )
         teacher, valid = buffer.teacher(original, ids, old)
         teacher = teacher.clone()
         compare(result, original, target, teacher, kd_mask=valid, **options)
-        buffer.roll(original, ids, old)
+        buffer.update(original, ids, old)
         assert torch.equal(stored, buffer.logits) and torch.equal(slots, buffer.slots)
-        return " ".join([kind, form, *options, *where])
+        return " ".join([kind, form, *options])
     if kind in ("logits", "probabilities"):
         taught = pick.randint(0, rows)
         teacher = strided(max(taught, 1), classes, pick.choice([dtype, *FLOATS]), pick, g, 2.0)[:taught]
@@ -90,9 +86,9 @@ def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -
         if pick.random() < 0.3:
             options["kd_mask"] = torch.rand(taught, generator=g) < 0.6
     call = {"kind": kind, **options}
-    result = emulator.last_batch(logits, target, teacher=teacher, in_place=in_place, **call)
+    result = emulator.last_batch(logits, target, teacher=teacher, **call)
     compare(result, original, target, teacher, **call)
-    return " ".join([kind, form, *options, *where])
+    return " ".join([kind, form, *options])
 
 
 def main(path: str, first: int, count: int) -> None:

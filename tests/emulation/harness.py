@@ -6,6 +6,7 @@ machine's temporary folder. Test code: not part of the package.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -27,6 +28,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "csrc" / "cuda"
+OPTIONS = HERE.parent.parent / "dlb_fast" / "options.h"
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 KINDS = {"none": 0, "logits": 1, "probabilities": 2, "virtual": 3}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
@@ -52,7 +54,7 @@ UNITS = {  # source: the files beside itself whose change recompiles it
 
 def _sources() -> dict[str, str]:
     files = [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *CUDA.glob("kernels_*.cu"), *CUDA.parent.glob("*.h")]
-    files += [*HERE.glob("*.h"), *HERE.glob("*.cpp")]
+    files += [OPTIONS, *HERE.glob("*.h"), *HERE.glob("*.cpp")]
     return {str(file.relative_to(CUDA.parent.parent)): file.read_text() for file in sorted(files)}
 
 
@@ -60,7 +62,7 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(repr((parts, sys.version, platform.machine())).encode()).hexdigest()[:20]
 
 
-_ENTRY = ("csrc/cuda/plan.h", "csrc/cuda/workspaces.h", "csrc/last_batch.h")
+_ENTRY = ("csrc/cuda/plan.h", "csrc/cuda/workspaces.h", "csrc/last_batch.h", "dlb_fast/options.h")
 
 
 def _inputs(unit: str, sources: dict[str, str]) -> list[tuple[str, str]]:
@@ -95,7 +97,10 @@ def build(
     if module.exists():
         return module
     # Compiled aside and moved into place, so that parallel test workers never meet a half-written file.
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    with tempfile.TemporaryDirectory(dir=cache) as folder, (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if module.exists():  # another worker has built it meanwhile
+            return module
         work = Path(folder)
         for name, text in sources.items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +186,7 @@ class Emulator:
         buffer: Tensor | None = None, slots: Tensor | None = None, ids: Tensor | None = None, num_old: int = -1,
         target_b: Tensor | None = None, lam: Tensor | None = None, weight: Tensor | None = None,
         kd_mask: Tensor | None = None, alpha: float | Tensor = 1.0, temperature: float | Tensor = 3.0,
-        reduction: str = "mean", need_grad: bool = True, grad_offset: int = 0, in_place: bool = False,
+        reduction: str = "mean", need_grad: bool = True, grad_offset: int = 0,
         plan_only: bool = False, **scalars: Any,
     ) -> Result:  # fmt: skip
         batch, classes = logits.shape
@@ -190,8 +195,8 @@ class Emulator:
         label = target if dense is None else None
         loss = torch.full((batch,) if reduction == "none" else (), 777.0)
         parts = torch.full((6,), 777.0)
-        grad = logits if in_place else None
-        if need_grad and not in_place:  # `grad_offset` elements into an allocation, to have it misaligned
+        grad = None
+        if need_grad:  # `grad_offset` elements into an allocation, to have it misaligned
             grad = torch.full((batch * classes + grad_offset,), 777.0, dtype=logits.dtype)[grad_offset:].view(
                 batch, classes
             )
@@ -221,7 +226,7 @@ class Emulator:
         given = self._arguments(logits, inputs | outputs, scalars)
         if plan_only:
             return Result(loss, parts, grad, self.module.plan(given, self.multiprocessors, self.largest_cluster))
-        ranges = [] if in_place else [(*_extent(logits), False, "logits")]
+        ranges = [(*_extent(logits), False, "logits")]
         ranges += [(*_extent(t), False, name) for name, t in inputs.items() if t is not None]
         ranges += [(*_extent(t), True, name) for name, t in outputs.items() if t is not None]
         ranges += [(self.workspace.data_ptr(), self.module.workspace_bytes, True, "workspace")]

@@ -40,17 +40,17 @@ LastBatchArgs arguments(const py::dict& d) {
   a.buffer = pointer<void*>(d, "buffer"), number(d, "capacity", a.capacity);
   a.slots = pointer<int64_t*>(d, "slots"), a.ids = pointer<const int64_t*>(d, "ids"), number(d, "num_old", a.num_old);
   a.kd_mask = pointer<const bool*>(d, "kd_mask"), number(d, "kd_mask_rows", a.kd_mask_rows);
-  number(d, "correct_share", a.correct_share);
   a.alpha_ptr = pointer<const void*>(d, "alpha_ptr"), a.temperature_ptr = pointer<const void*>(d, "temperature_ptr");
-  number(d, "alpha", a.alpha), number(d, "temperature", a.temperature), number(d, "ce_weight", a.ce_weight);
-  number(d, "ce_alpha", a.ce_alpha), number(d, "label_smoothing", a.label_smoothing), number(d, "z_loss", a.z_loss);
-  number(d, "ignore_index", a.ignore_index), number(d, "reduction", a.reduction);
+#define DLB_NUMBER(name, initial) number(d, #name, a.name);
+#define DLB_INTEGER(name, type, initial) number(d, #name, a.name);
+  DLB_NUMBER_OPTIONS(DLB_NUMBER)
+  DLB_INTEGER_OPTIONS(DLB_INTEGER)
   a.loss = pointer<void*>(d, "loss"), a.parts = pointer<void*>(d, "parts"), a.grad = pointer<void*>(d, "grad");
   return a;
 }
 
 const char* name_of(Regime regime) {
-  constexpr const char* names[] = {"lanes", "warp", "block", "cluster", "streamed_warp", "streamed_block"};
+  constexpr const char* names[] = {"lanes", "warp", "block", "cluster", "two_pass_warp", "two_pass_block"};
   return names[static_cast<int>(regime)];
 }
 

@@ -90,7 +90,7 @@ void one(uint64_t seed) {
     case 1: a.kind = TeacherKind::logits; break;
     case 2: a.kind = TeacherKind::probabilities; break;
     case 3:
-      a.kind = TeacherKind::given_by_rule;
+      a.kind = TeacherKind::virtual_teacher;
       a.correct_share = a.target && draw(2) ? 0.7 : -1;
       break;
     default:
@@ -110,7 +110,6 @@ void one(uint64_t seed) {
     a.kd_mask_rows = draw(a.batch + 1);
   }
   a.label_smoothing = draw(2) * 0.1;
-  a.z_loss = draw(2) * 0.01;
   a.temperature = 0.5 + static_cast<double>(draw(8));
   a.reduction = static_cast<Reduction>(draw(3));
   Block loss((a.reduction == Reduction::none ? a.batch : 1) * size_of(acc)), parts(part_count * size_of(acc));
@@ -118,7 +117,6 @@ void one(uint64_t seed) {
   a.loss = loss.bytes.get();
   a.parts = parts.bytes.get();
   a.grad = draw(4) ? grad.bytes.get() : nullptr;
-  if (a.logits_stride == a.classes && draw(2)) a.grad = logits.bytes.get();  // over the logits
 
   const BatchPlan plan = plan_batch(a);
   if (!plan.error.empty()) return;

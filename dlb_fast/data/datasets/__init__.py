@@ -1,0 +1,1 @@
+"""Datasets in memory, in folders, lists and tar files; label noise; checking files."""

@@ -1,0 +1,214 @@
+"""`open_dataset` opens the dataset of `--data KIND[:PATH]`; `MapDataset` and `load_into_memory` take any dataset."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from dlb_fast._args import as_int
+from dlb_fast.data._args import class_index, class_indices
+from dlb_fast.data.datasets.arrays import ArrayDataset, check_split, cifar, digits, stratified_split, synthetic
+from dlb_fast.data.datasets.folder import ImageFolder, ListFile, TinyImageNet, has_folders
+from dlb_fast.data.datasets.source import as_image, as_pair
+from dlb_fast.data.datasets.tar import TarShards
+from dlb_fast.data.rng import ViewRng
+from dlb_fast.data.transforms.crops import Transform
+
+__all__ = ["MapDataset", "load_into_memory", "open_dataset"]
+
+_LOG = logging.getLogger("dlb_fast.data")
+_KINDS = (
+    "digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, tinyimagenet:PATH, list:FILE, tar:PATH, "
+    "synthetic[:N,C,SIZE]"
+)
+_HELD_OUT = 0.1  # fraction of each class that becomes the test set of a dataset without one
+_VALIDATION = ("val", "valid", "validation", "test")
+_SYNTHETIC_DEFAULT = (2000, 10, 32)
+
+
+def open_dataset(kind: str, split: str = "train", *, seed: int = 0) -> Any:
+    """Open the dataset of `--data KIND[:PATH]`.
+
+    Args:
+        kind: digits | cifar10:PATH | cifar100:PATH | imagefolder:PATH | tinyimagenet:PATH | list:FILE | tar:PATH |
+            synthetic[:N,C,SIZE] (N training images of C classes, SIZE pixels square).
+        split: "train" or "test". An imagefolder may contain `train` and one of val, valid, validation, test (`train`
+            alone is a split if it contains class folders, else a class). For any other imagefolder, list or tar a tenth
+            of every class, chosen by `seed`, is held out as the test set, with a log line.
+        seed: seed of the random splits and of synthetic images.
+
+    Returns:
+        A dataset with `__len__`, `classes`, `num_classes`, `targets` and either `images` (N, c, h, w) uint8 or
+        `read(i)`.
+
+    Raises:
+        ValueError: an unknown kind, or a path that is missing or superfluous.
+        FileNotFoundError: the path does not exist.
+
+    Example:
+        >>> dataset = open_dataset("synthetic:20,2,8", "test")
+        >>> len(dataset), dataset.num_classes, tuple(dataset.images.shape)
+        (5, 2, (5, 3, 8, 8))
+    """
+    if not isinstance(kind, str):
+        raise TypeError(f"open_dataset: expected a string KIND[:PATH], got {kind!r}")
+    name, _, path = kind.partition(":")
+    check_split("open_dataset", split)
+    if name == "digits":
+        if path:
+            raise ValueError(f"open_dataset: digits takes no path (scikit-learn ships the images), got {kind!r}")
+        return digits(split, seed=seed)
+    if name == "synthetic":
+        return synthetic(split, **_synthetic_sizes(kind, path), seed=seed)
+    openers: dict[str, Callable[[], Any]] = {
+        "cifar10": lambda: cifar(path, 10, split),
+        "cifar100": lambda: cifar(path, 100, split),
+        "imagefolder": lambda: _folder(Path(path), split, seed),
+        "tinyimagenet": lambda: TinyImageNet(path, split),
+        "list": lambda: _held_out(ListFile(path), split, seed),
+        "tar": lambda: _held_out(TarShards(path), split, seed),
+    }
+    if name not in openers:
+        raise ValueError(f"open_dataset: unknown kind {name!r} in {kind!r}; expected one of {_KINDS}")
+    if not path:
+        raise ValueError(f"open_dataset: {name} needs a path, as in {name}:/data/{name}; got {kind!r}")
+    return openers[name]()
+
+
+def _synthetic_sizes(kind: str, path: str) -> dict[str, int]:
+    sizes = list(_SYNTHETIC_DEFAULT)
+    given = path.split(",") if path else []
+    try:
+        numbers = [int(part) for part in given]
+    except ValueError:
+        numbers = []
+    if len(given) > 3 or len(numbers) != len(given):
+        raise ValueError(f"open_dataset: expected synthetic[:N[,C[,SIZE]]] with integers, got {kind!r}")
+    sizes[: len(numbers)] = numbers
+    return dict(zip(("length", "num_classes", "size"), sizes, strict=True))
+
+
+def _folder(root: Path, split: str, seed: int) -> Any:
+    train = root / "train"
+    validation = [name for name in _VALIDATION if (root / name).is_dir()]
+    # `train` may be a class, beside `bus` and `car`; it is a split if it has class folders or a validation folder
+    if not train.is_dir() or not (validation or has_folders(train)):
+        return _held_out(ImageFolder(root), split, seed)
+    if not validation:
+        return _held_out(ImageFolder(train), split, seed)
+    found = ImageFolder(train)
+    return found if split == "train" else ImageFolder(root / validation[0], classes=found.classes)
+
+
+def _held_out(dataset: Any, split: str, seed: int) -> Any:
+    train, test = stratified_split(dataset.targets, _HELD_OUT, seed)
+    if len(test) == 0:
+        raise ValueError(f"open_dataset: {dataset!r} has no class with two images, so there is nothing to hold out")
+    _LOG.info(
+        "%s has no test set: a stratified tenth (%d of %d) is held out",
+        dataset.root,
+        len(test),
+        len(dataset),
+    )
+    return dataset.select(train if split == "train" else test)
+
+
+class MapDataset:
+    """Adds `targets` and `classes` to any map-style dataset and converts its images to (c, h, w) tensors.
+
+    For `OverlapLoader` pass the dataset itself: `OverlapLoader(dataset, batch_size, load=load)`.
+
+    Args:
+        dataset: has `__len__` and whatever `load` uses.
+        load: `load(dataset, i)` returns (image, target); None means `dataset[i]`. Images are uint8 tensors (c, h, w),
+            arrays (h, w[, c]) or PIL images (grey images have one channel, all others become RGB).
+        targets: (N,) class indices; None means `dataset.targets`, or the targets of all samples, loaded at first use.
+        classes: class names; None means `dataset.classes`, or numbers.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        load: Callable[[Any, int], tuple[Any, Any]] | None = None,
+        *,
+        targets: Any = None,
+        classes: list[str] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.load = load if load is not None else lambda data, index: data[index]
+        self._targets = targets if targets is not None else getattr(dataset, "targets", None)
+        self._classes = classes if classes is not None else getattr(dataset, "classes", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, target = as_pair(self.load(self.dataset, index))
+        return as_image(image), class_index("MapDataset", target)
+
+    @property
+    def targets(self) -> NDArray[Any]:
+        """(N,) class indices."""
+        if self._targets is None:
+            pairs = (as_pair(self.load(self.dataset, index)) for index in range(len(self)))
+            self._targets = [class_index("MapDataset", target) for _, target in pairs]
+        self._targets = class_indices("MapDataset", self._targets)
+        return self._targets
+
+    @property
+    def classes(self) -> list[str]:
+        """Names, or numbers where the dataset has no names."""
+        if self._classes is None:
+            self._classes = [str(c) for c in range(int(self.targets.max()) + 1)]
+        return list(self._classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+
+def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_threads: int = 2) -> ArrayDataset:
+    """Load a dataset into memory as uint8, for `ResidentLoader`.
+
+    Args:
+        dataset: `dataset[i]` returns (image, target); the image is a uint8 tensor (c, h, w), an array or a PIL image.
+        transform: a deterministic transform that gives all images one size, such as `eval_transform(64)`.
+        num_threads: number of loading threads.
+
+    Raises:
+        ValueError: no samples, or images of different sizes.
+    """
+    data = dataset if hasattr(dataset, "targets") else MapDataset(dataset)
+    name = getattr(dataset, "name", "array")
+    if hasattr(dataset, "images") and transform is None:
+        return ArrayDataset(dataset.images, data.targets, data.classes, name)
+    if len(data) == 0:
+        raise ValueError(f"load_into_memory: {dataset!r} has no samples")
+
+    def one(index: int) -> torch.Tensor:
+        image = as_image(data[index][0])
+        return image if transform is None else transform(image, ViewRng(0, 0, index, 0))
+
+    first = one(0)
+    images = torch.empty((len(data), *first.shape), dtype=first.dtype, device="cpu")
+
+    def fill(index: int) -> None:
+        image = one(index)
+        if image.shape != first.shape:
+            raise ValueError(
+                f"load_into_memory: sample {index} has shape {tuple(image.shape)}, sample 0 has {tuple(first.shape)}; "
+                "pass a transform that brings all to one size, such as eval_transform(64)"
+            )
+        images[index] = image
+
+    with ThreadPoolExecutor(as_int(num_threads, "load_into_memory", "num_threads", 1)) as pool:
+        for _ in pool.map(fill, range(len(data))):
+            pass
+    return ArrayDataset(images, data.targets, data.classes, name)

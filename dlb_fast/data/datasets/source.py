@@ -1,0 +1,305 @@
+"""Load one sample of a dataset as an image, and handle samples that cannot be loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dlb_fast.data._args import class_index, class_indices, length_of
+from dlb_fast.data.datasets.folder import read_file
+from dlb_fast.data.decode.decode import is_pillow, plain_pixels
+from dlb_fast.data.rng import SUBSTITUTE, key_of
+
+__all__ = ["FailurePolicy", "SampleError", "SampleSource", "as_image", "as_pair"]
+
+_LOG = logging.getLogger("dlb_fast.data")
+_LISTED = 100  # number of errors that are kept
+
+
+class SampleError(RuntimeError):
+    """One sample could not be read or decoded.
+
+    Attributes:
+        path: path of the file, or ``"sample 17"`` if the dataset has no paths.
+        index: sample id in the dataset.
+        epoch: epoch in which the sample was requested.
+        reason: message of the reader or the decoder.
+        remedy: an option of the loader that would help, or "".
+
+    Example:
+        >>> error = SampleError("a/b.jpg", 17, 3, "empty file (0 bytes)")
+        >>> error.index, error.epoch
+        (17, 3)
+    """
+
+    def __init__(self, path: str, index: int, epoch: int, reason: str, remedy: str = "") -> None:
+        super().__init__(path, index, epoch, reason, remedy)
+        self.path = path
+        self.index = index
+        self.epoch = epoch
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        # without a path there is no file to repair
+        remedy = (
+            "Check what the dataset or `load` returns for it"
+            if self.path == f"sample {self.index}"
+            else "Repair or remove the file (`dlb-fast verify-data` lists all of them)"
+        )
+        return (
+            f"sample {self.index} of epoch {self.epoch} could not be loaded: {self.path}: "
+            f"{self.reason}. {remedy}{self.remedy and ' or '}{self.remedy}."
+        )
+
+
+def as_image(value: Any) -> torch.Tensor:
+    """Convert an image to a (channels, height, width) tensor; NumPy and PIL images are (height, width[, channels]).
+
+    PIL images become grey or RGB; tensors and arrays keep their channels. The strides stay channels-last, for which
+    torch's antialiased uint8 resize is fastest.
+
+    Raises:
+        TypeError: not an image, or integers other than uint8, whose range is unknown.
+
+    Example:
+        >>> as_image(np.zeros((4, 6, 3), np.uint8)).shape
+        torch.Size([3, 4, 6])
+    """
+    if isinstance(value, torch.Tensor):
+        tensor = value
+    else:
+        tensor = _as_tensor(plain_pixels(value) if is_pillow(value) else value)
+        tensor = tensor[:, :, None] if tensor.ndim == 2 else tensor
+        tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+        raise TypeError(f"an image must be uint8 or floating, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if tensor.ndim != 3:
+        raise TypeError(f"an image must have 3 dimensions, got shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    """`value` as a tensor with the same axes; shares memory if possible."""
+    if isinstance(value, torch.Tensor):
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind not in "uifb":
+        raise TypeError(
+            f"an image must be a tensor (c, h, w), an array (h, w[, c]) or a PIL image, got {type(value).__name__} of "
+            f"{array.dtype}"
+        )
+    if not array.flags.writeable or min(array.strides, default=0) < 0:  # torch supports neither
+        array = array.copy()
+    return torch.from_numpy(array)
+
+
+def as_pair(item: Any) -> tuple[Any, Any]:
+    """The (image, target) pair that `load` or `dataset[i]` returned.
+
+    Raises:
+        TypeError: anything else.
+
+    Example:
+        >>> as_pair(("image", 3))
+        ('image', 3)
+    """
+    wanted = "expected a pair (image, class index) from load or dataset[i]"
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        got = type(item).__name__
+        if isinstance(item, (tuple, list)):
+            got += f" of {len(item)}"
+        elif isinstance(item, dict):
+            got += f" with the keys {', '.join(map(repr, list(item)[:5]))}"
+        raise TypeError(f"{wanted}, got {got}; pass load=lambda dataset, i: (image, target) that picks them")
+    image, target = item
+    size = target.numel() if isinstance(target, torch.Tensor) else np.size(target)
+    if size != 1 or target is None or isinstance(target, str):
+        got = f"{type(target).__name__} of shape {tuple(np.shape(target))}" if size != 1 else repr(target)
+        raise TypeError(
+            f"{wanted}, got the target {got}; number the class names, and pass the class instead of soft targets (the "
+            "loaders mix whole batches: docs/augmentation.md)"
+        )
+    return image, target
+
+
+class SampleSource:
+    """Images and targets of a dataset of one of three kinds.
+
+    Args:
+        dataset: has a length, and either (a) ``targets`` and ``read(i)``, which returns the file's bytes or its path;
+            or (b) ``targets`` and ``images`` (N, c, h, w); or (c) anything, if `load` is given.
+        decoder: maps bytes to uint8 (h, w, 3).
+        load: ``load(dataset, i)`` returns (image, target) and is called once per sample of an epoch; the image is any
+            that `as_image` accepts.
+        operation: name of the loader, for messages.
+
+    Raises:
+        TypeError: a dataset of another kind.
+        ValueError: the dataset and its targets differ in length.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        decoder: Callable[[bytes], Any],
+        load: Callable[[Any, int], tuple[Any, Any]] | None = None,
+        operation: str = "OverlapLoader",
+    ) -> None:
+        self._operation = operation
+        self._dataset = dataset
+        self._decoder = decoder
+        self._load = load
+        self.reads = 0
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._targets: NDArray[np.int64] | None = None
+        if load is not None:
+            return
+        if not hasattr(dataset, "targets") or not (hasattr(dataset, "read") or hasattr(dataset, "images")):
+            remedies = {"OverlapLoader": "pass load=lambda dataset, i: (image, target)"}
+            raise TypeError(
+                f"{operation}: dataset: expected `targets` and `read(i)` or `images`, {type(dataset).__name__} lacks "
+                f"them; {remedies.get(operation, 'use load_into_memory(dataset)')} for any other map-style dataset"
+            )
+        self._targets = class_indices(operation, dataset.targets)
+        length = length_of(operation, dataset)
+        if self._targets.shape != (length,):
+            raise ValueError(
+                f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def path(self, sample: int) -> str:
+        """The path of a sample if the dataset has paths, else `sample 17`."""
+        path_of = getattr(self._dataset, "path", None)
+        if callable(path_of):
+            try:
+                return str(path_of(sample))
+            except Exception:
+                _LOG.debug("dataset.path(%d) failed", sample, exc_info=True)
+        return f"sample {sample}"
+
+    def get(self, sample: int) -> tuple[torch.Tensor, int]:
+        """(uint8 or float image (c, h, w), target) of one sample; passes on errors of the reader and the decoder."""
+        if self._load is not None:
+            image, target = as_pair(self._load(self._dataset, sample))
+            target, size = class_index(self._operation, target), 0
+        else:
+            assert self._targets is not None
+            target, size = int(self._targets[sample]), 0
+            if hasattr(self._dataset, "read"):
+                data = self._dataset.read(sample)
+                if isinstance(data, (str, os.PathLike)):
+                    data = read_file(data)
+                image, size = self._decoder(data), len(data)
+            else:
+                stored = self._dataset.images[sample]
+                image = stored if is_pillow(stored) else _as_tensor(stored)  # an array is (c, h, w) already
+        with self._lock:
+            self.reads += 1
+            self.bytes_read += size
+        return as_image(image), target
+
+    def load(self, sample: int, epoch: int) -> tuple[torch.Tensor, int]:
+        """`get`, but every error except MemoryError becomes a `SampleError` that names path, index and epoch."""
+        try:
+            return self.get(sample)
+        except MemoryError:
+            raise  # not an error of this sample
+        except Exception as error:
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise SampleError(self.path(sample), sample, epoch, reason) from error
+
+
+class FailurePolicy:
+    """Raises for a sample that cannot be loaded, or replaces it by a fixed substitute.
+
+    The substitute depends on (seed, epoch, sample, attempt) only, so it is the same for both views, any number of
+    threads and a resumed run. More than `max_failures` distinct failed samples stop the run.
+
+    Args:
+        source: source of the samples.
+        seed: seed of the run.
+        on_error: "raise" or "replace".
+        max_failures: an int, or a float fraction of the dataset.
+
+    Raises:
+        ValueError: another `on_error`, or a negative bound.
+    """
+
+    def __init__(self, source: SampleSource, seed: int, on_error: str, max_failures: int | float) -> None:
+        if on_error not in ("raise", "replace"):
+            raise ValueError(f'OverlapLoader: on_error: expected "raise" or "replace", got {on_error!r}.')
+        number = isinstance(max_failures, (int, float)) and not isinstance(max_failures, bool)
+        if not (number and 0 <= max_failures < math.inf):
+            raise ValueError(
+                f"OverlapLoader: max_failures: expected an int or a fraction, at least 0, got {max_failures!r}."
+            )
+        self._source, self._seed = source, seed
+        self._replace = on_error == "replace"
+        fraction = isinstance(max_failures, float)
+        self.bound = max(1, int(max_failures * len(source))) if fraction and max_failures else int(max_failures)
+        self._lock = threading.Lock()
+        self._failed: set[int] = set()
+        self.errors: dict[int, SampleError] = {}  # sample -> its error, for the first ones
+        self.replaced = 0
+
+    @property
+    def failed(self) -> int:
+        """Number of distinct samples that failed."""
+        return len(self._failed)
+
+    def substitute(self, epoch: int, sample: int, attempt: int) -> int:
+        """The sample that replaces a failed one."""
+        key = key_of(self._seed, SUBSTITUTE, epoch, sample, attempt)
+        return (key >> 32) * len(self._source) >> 32
+
+    def get(self, epoch: int, sample: int, doing: Callable[[str, int], None]) -> tuple[int, torch.Tensor, int]:
+        """(id of the sample or its substitute, image, target); SampleError if neither can be loaded."""
+        wanted, attempts = sample, 100 + 20 * self.bound
+        for attempt in range(attempts):
+            doing("loading", sample)
+            try:
+                return sample, *self._source.load(sample, epoch)
+            except SampleError as error:
+                failure = error
+                self._record(failure)
+            sample = self.substitute(epoch, wanted, attempt)
+        failure.reason += f" (and no substitute was readable in {attempts} attempts)"
+        raise failure
+
+    def _record(self, failure: SampleError) -> None:
+        if not self._replace:
+            failure.remedy = 'pass on_error="replace"'
+            raise failure
+        with self._lock:
+            new = failure.index not in self._failed
+            self._failed.add(failure.index)
+            self.replaced += 1
+            if new and len(self.errors) < _LISTED:
+                self.errors[failure.index] = failure
+            count = len(self._failed)
+        if count > self.bound:
+            failure.reason += f" (failure {count}, more than max_failures = {self.bound})"
+            failure.remedy = "pass a larger max_failures"
+            raise failure
+        if new:
+            _LOG.warning("replaced sample %d: %s: %s", failure.index, failure.path, failure.reason)

@@ -1,0 +1,431 @@
+"""MrKD: copies of the model along its own training are the teacher.
+
+    L = (1 - alpha) CE + alpha * tau^2 * mean KL(1/K sum_k softmax(c_k / tau) || softmax(z / tau))
+
+``c_k`` are the logits of K past copies. The gradient is that of averaging the K losses. ``correct_share`` (teacher
+correction): the right class of the averaged teacher gets this probability and the others are scaled to the rest.
+``swap`` (knowledge adjustment): in every copy the logits of its largest and of the right class change places.
+``ensemble_lr``: a fully connected layer over the copies' logits in place of their average; it starts as the average
+and takes one SGD step of cross entropy per batch.
+
+Source: Wang et al., arXiv 2009.05226; Sensors 2021, 21(8), 2792. A **reconstruction** from the abstracts in every
+part; the numbers are ours. Copies are evaluated in eval mode (their own BatchNorm statistics, no dropout): our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._args import as_int, check_correct_share, check_device, check_logits, check_tensor
+from ..functional import LossParts, Teacher, distill
+from ..losses import DistillationLoss, Inputs
+from ..reference import Scalar, compute_dtype, teacher_kl
+from ._common import format_bytes, labels
+from .registry import Method, register
+
+__all__ = ["MrKDLoss", "WeightSnapshots", "mr_kd_loss", "reference"]
+
+ALPHA, TEMPERATURE, COPIES, COPY_EVERY = 0.5, 3.0, 2, 100  # ours: the papers' numbers were not available
+
+
+@torch.no_grad()
+def average(
+    copies_logits: Tensor,
+    target: Tensor | None,
+    temperature: Scalar,
+    correct_share: float | None = None,
+    swap: bool = False,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The averaged distribution (B, C) of copies' logits (K, B, C); rows with an ignored label are not adjusted."""
+    z = copies_logits.to(compute_dtype(copies_logits.dtype))
+    if not swap and correct_share is None:
+        return torch.softmax(z / temperature, -1).mean(0)
+    assert target is not None
+    classes = z.shape[-1]
+    known = ((target >= 0) & (target < classes) & (target != ignore_index))[:, None]
+    label = target.long().clamp(0, classes - 1)[:, None]
+    if swap:
+        index = label.expand(z.shape[0], *label.shape)
+        largest, where = z.max(-1, keepdim=True)
+        swapped = z.scatter(-1, where, z.gather(-1, index)).scatter(-1, index, largest)
+        z = torch.where(known, swapped, z)
+    mean = torch.softmax(z / temperature, -1).mean(0)
+    if correct_share is not None:
+        rest = mean.scatter(1, label, 0.0)
+        total = rest.sum(1, keepdim=True)
+        equal = torch.full_like(rest, 1.0 / max(classes - 1, 1)).scatter(1, label, 0.0)
+        rest = torch.where(total > 0, rest / total, equal)  # a copy that is certain leaves nothing to scale
+        corrected = ((1.0 - correct_share) * rest).scatter(1, label, correct_share)
+        mean = torch.where(known, corrected, mean)
+    return mean
+
+
+def mr_kd_loss(
+    logits: Tensor,
+    target: Tensor,
+    copies_logits: Tensor,
+    *,
+    alpha: Scalar = ALPHA,
+    temperature: Scalar = TEMPERATURE,
+    correct_share: float | None = None,
+    swap: bool = False,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    kd_mask: Tensor | None = None,
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_parts: bool = False,
+) -> Any:
+    """MrKD: ``(1 - alpha) CE + alpha tau^2 KL(mean_k softmax(c_k / tau) || softmax(z / tau))``, K copies of the model.
+
+    Args:
+        logits: ``(B, C)``.
+        target: ``(B,)`` labels; without ``swap`` and ``correct_share`` also ``(B, C)`` probabilities.
+        copies_logits: ``(K, B, C)``, K >= 1, detached here.
+        alpha: weight of the KL in ``[0, 1]``.
+        temperature: tau > 0 of both distributions.
+        correct_share: teacher correction, the probability of the right class in ``[0, 1]``; None: none.
+        swap: knowledge adjustment.
+
+    The other options, the result and the errors are those of :func:`~dlb_fast.distillation_loss`.
+    Source: arXiv 2009.05226 and Sensors 2021, 21(8), 2792: a **reconstruction** (see the module).
+
+    >>> z, y = torch.zeros(2, 4), torch.tensor([0, 1])
+    >>> round(mr_kd_loss(z, y, z[None]).item(), 4) == round(0.5 * 1.386294, 4)
+    True
+    """
+    op = "mr_kd_loss"
+    check_logits(op, logits)
+    check_tensor(op, "copies_logits", copies_logits)
+    check_correct_share(op, correct_share)
+    if copies_logits.dim() != 3 or copies_logits.shape[0] < 1 or copies_logits.shape[1:] != logits.shape:
+        raise ValueError(
+            f"{op}: copies_logits must have shape (K, {', '.join(map(str, logits.shape))}) with K >= 1, "
+            f"got {tuple(copies_logits.shape)}"
+        )
+    if swap or correct_share is not None:
+        labels(op, target, target_b, "swap and correct_share know the right class")
+    averaged = average(copies_logits, target, temperature, correct_share, swap, ignore_index)
+    loss, parts = distill(
+        op, logits, target, Teacher("probabilities", averaged), alpha=alpha, temperature=temperature, ce_alpha=-1.0,
+        label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, target_b=target_b,
+        lam=lam, reduction=reduction, impl=impl,
+    )  # fmt: skip
+    return (loss, LossParts.unpack(parts)) if return_parts else loss
+
+
+class WeightSnapshots:
+    """The last ``copies`` snapshots of a model's weights and buffers, evaluated without gradient.
+
+    ``step()`` counts optimiser steps and takes a snapshot every ``copy_every`` of them, over the oldest one once there
+    are ``copies``. A snapshot is evaluated by ``torch.func.functional_call``, so the model itself is never touched.
+
+    Args:
+        copies: how many are kept.
+        copy_every: optimiser steps between two.
+        dtype: storage dtype of floating weights (torch.bfloat16 halves them); None: that of the model.
+        device: where to keep them ("cpu" saves device memory and pays a transfer per step); None: beside the model.
+
+    Raises:
+        ValueError: counts below 1, an unknown device. RuntimeError: used before ``setup(model)``.
+    """
+
+    def __init__(
+        self,
+        copies: int = COPIES,
+        copy_every: int = COPY_EVERY,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.copies = as_int(copies, "WeightSnapshots", "copies", 1)
+        self.copy_every = as_int(copy_every, "WeightSnapshots", "copy_every", 1)
+        self.dtype, self.device = dtype, check_device("WeightSnapshots", "device", device)
+        self.steps = 0
+        self.kept: list[dict[str, Tensor]] = []  # a ring: snapshot number n is at n % copies
+        self._model: nn.Module | None = None
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def setup(self, model: nn.Module) -> None:
+        """The model whose weights are kept (the one inside a DistributedDataParallel wrapper)."""
+        inner = getattr(model, "module", model)
+        self._model = inner if isinstance(inner, nn.Module) else model
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        if self._model is None:
+            raise RuntimeError("WeightSnapshots: no model yet; call criterion.setup(model) once before training")
+        return self._model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ``copies``."""
+        return self.copies * sum(t.numel() * self._dtype_of(t).itemsize for t in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Count an optimiser step; take a snapshot when one is due."""
+        self.steps += 1
+        if self.steps % self.copy_every:
+            return
+        taken = {
+            name: tensor.detach().to(self.device or tensor.device, self._dtype_of(tensor), copy=True)
+            for name, tensor in self._tensors().items()
+        }
+        position = (self.steps // self.copy_every - 1) % self.copies
+        self.kept[position : position + 1] = [taken]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (K, B, C) of the K >= 1 snapshots there are."""
+        model, now = self.model, self._tensors()
+        with _eval_mode(model):
+            return torch.stack(
+                [
+                    torch.func.functional_call(
+                        model, {n: t.to(now[n].device, now[n].dtype) for n, t in weights.items()}, (images,)
+                    )
+                    for weights in self.kept
+                ]
+            )
+
+    def reset(self) -> None:
+        """Forget all snapshots and start counting anew."""
+        self.kept, self.steps = [], 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshots, on the CPU, and the count of steps, from which their order follows."""
+        kept = [{name: tensor.cpu().clone() for name, tensor in weights.items()} for weights in self.kept]
+        return {"steps": self.steps, "kept": kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``; ValueError when it was saved with other ``copies`` or ``copy_every``."""
+        steps, kept = state["steps"], state["kept"]
+        if len(kept) != min(steps // self.copy_every, self.copies):
+            raise ValueError(
+                f"WeightSnapshots: {len(kept)} snapshots after {steps} steps do not fit copies={self.copies}, "
+                f"copy_every={self.copy_every}; use the numbers they were saved with"
+            )
+        place = self.device or next(iter(self._tensors().values())).device
+        self.steps = steps
+        self.kept = [{name: tensor.to(place) for name, tensor in weights.items()} for weights in kept]
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and back to the mode of every single module (a frozen BatchNorm stays frozen)."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+class MrKDLoss(DistillationLoss):
+    """MrKD as a criterion: the loss of :func:`mr_kd_loss`, with :class:`WeightSnapshots` of the model.
+
+    The loop calls ``setup(model)`` once, passes ``images=`` with every batch and calls ``step()`` after every optimiser
+    step. Until the first snapshot is due the loss is plain cross entropy; the ensemble waits until all are there.
+
+    Args:
+        alpha: weight of the KL in [0, 1].
+        temperature: of both distributions.
+        copies: copies of the model.
+        copy_every: optimiser steps between two copies.
+        memory_dtype: how floating weights are stored; None: as in the model.
+        memory_device: where the copies are stored; None: beside the model.
+        correct_share: probability of the right class in the teacher (teacher correction); None: none.
+        swap: exchange the copies' logits of the largest and of the right class (knowledge adjustment).
+        ensemble_lr: learn a fully connected ensemble of the copies at this rate; None: their average.
+
+    The other options are those of :class:`~dlb_fast.DistillationLoss`.
+
+    >>> model = nn.Linear(3, 4)
+    >>> criterion = MrKDLoss(copies=1, copy_every=1)
+    >>> criterion.setup(model)
+    >>> criterion.step()                                                       # after an optimiser step: the first copy
+    >>> x = torch.randn(2, 3)
+    >>> bool(criterion(model(x), torch.tensor([0, 1]), images=x) > 0)
+    True
+    """
+
+    needs = frozenset({"images"})
+    mixes = True
+    copies_model = True
+
+    def __init__(
+        self,
+        *,
+        alpha: Scalar = ALPHA,
+        temperature: Scalar = TEMPERATURE,
+        copies: int = COPIES,
+        copy_every: int = COPY_EVERY,
+        memory_dtype: torch.dtype | None = None,
+        memory_device: torch.device | str | None = None,
+        correct_share: float | None = None,
+        swap: bool = False,
+        ensemble_lr: float | None = None,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        check_correct_share("MrKDLoss", correct_share)
+        if ensemble_lr is not None and not ensemble_lr > 0:
+            raise ValueError(f"MrKDLoss: ensemble_lr must be a learning rate > 0 or None, got {ensemble_lr!r}")
+        super().__init__(
+            alpha=alpha, temperature=temperature, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
+            ignore_index=ignore_index, reduction=reduction, impl=impl,
+        )  # fmt: skip
+        self.snapshots = WeightSnapshots(copies, copy_every, memory_dtype, memory_device)
+        self.correct_share, self.swap, self.ensemble_lr = correct_share, swap, ensemble_lr
+        self._ensemble: tuple[Tensor, Tensor] | None = None  # weight (C, K * C), bias (C,)
+        self._copies_logits: Tensor | None = None  # of this batch, for the ensemble's step
+
+    def setup(self, model: nn.Module) -> None:
+        self.snapshots.setup(model)
+
+    def teacher(self, inputs: Inputs) -> Teacher:
+        target = inputs.target
+        if self.swap or self.correct_share is not None or self.ensemble_lr is not None:
+            target = labels(
+                "MrKDLoss", target, inputs.target_b, "swap, correct_share and ensemble_lr know the right class"
+            )
+        if not len(self.snapshots):
+            return Teacher("none")
+        assert inputs.images is not None
+        logits = inputs.logits
+        half = logits.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(logits.device.type, dtype=logits.dtype if half else None, enabled=half):
+            copies = self.snapshots.logits(inputs.images)
+        if self.ensemble_lr is not None and len(self.snapshots) == self.snapshots.copies:
+            self._copies_logits = copies.float()
+            copies = self._ensembled(self._copies_logits)[None]
+        averaged = average(copies, target, inputs.temperature, self.correct_share, self.swap, inputs.ignore_index)
+        return Teacher("probabilities", averaged)
+
+    def _ensembled(self, copies: Tensor) -> Tensor:
+        count, _, classes = copies.shape
+        if self._ensemble is None:
+            weight = torch.eye(classes, device=copies.device).repeat(1, count) / count
+            self._ensemble = (weight, torch.zeros(classes, device=copies.device))
+        weight, bias = (t.to(copies.device) for t in self._ensemble)
+        self._ensemble = (weight, bias)
+        return copies.transpose(0, 1).flatten(1) @ weight.T + bias
+
+    def record(self, inputs: Inputs) -> None:
+        """One SGD step of the ensemble by cross entropy; rows with an ignored label do not count."""
+        copies, self._copies_logits = self._copies_logits, None
+        if copies is None or self._ensemble is None or self.ensemble_lr is None or inputs.target is None:
+            return
+        (weight, bias), target = self._ensemble, inputs.target
+        classes = bias.shape[0]
+        known = (target >= 0) & (target < classes) & (target != inputs.ignore_index)
+        label = target.long().clamp(0, classes - 1)[:, None]
+        error = torch.softmax(self._ensembled(copies), 1).scatter_add(
+            1, label, -torch.ones_like(label, dtype=bias.dtype)
+        )
+        error = error * known[:, None] / known.sum().clamp(min=1)  # gradient of the mean cross entropy
+        self._ensemble = (
+            weight - self.ensemble_lr * (error.T @ copies.transpose(0, 1).flatten(1)),
+            bias - self.ensemble_lr * error.sum(0),
+        )
+
+    def step(self) -> None:
+        self.snapshots.step()
+
+    def reset(self) -> None:
+        self.snapshots.reset()
+        self._ensemble = self._copies_logits = None
+
+    def cost(self) -> str:
+        kept = self.snapshots
+        where = f" on {kept.device}" if kept.device is not None else ""
+        return (
+            f"{kept.copies} copies of the model, {format_bytes(kept.nbytes)}{where}, one every {kept.copy_every} "
+            f"steps; {kept.copies} forwards without gradient per step more"
+        )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The snapshots and the ensemble, for ``state_dict()``."""
+        ensemble = [] if self._ensemble is None else [tensor.cpu().clone() for tensor in self._ensemble]
+        return {**self.snapshots.state_dict(), "ensemble": ensemble}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over saved snapshots and their ensemble."""
+        self.snapshots.load_state_dict(state)
+        ensemble = state["ensemble"]
+        self._ensemble = (ensemble[0], ensemble[1]) if ensemble else None
+
+
+def reference_teacher(
+    copies_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float,
+    correct_share: float | None = None,
+    swap: bool = False,
+) -> Tensor:
+    """The teacher's definition (B, C), copy by copy and row by row."""
+    rows = []
+    for logits in copies_logits:
+        if swap:
+            logits = logits.clone()
+            for i, y in enumerate(target.tolist()):
+                top = int(logits[i].argmax())
+                logits[i, y], logits[i, top] = logits[i, top].clone(), logits[i, y].clone()
+        rows.append(torch.softmax(logits / temperature, 1))
+    mean = torch.stack(rows).mean(0)
+    if correct_share is not None:
+        hot = F.one_hot(target, mean.shape[1]).to(mean.dtype)
+        rest = mean * (1.0 - hot)
+        mean = correct_share * hot + (1.0 - correct_share) * rest / rest.sum(1, keepdim=True)
+    return mean
+
+
+def reference(
+    logits: Tensor,
+    target: Tensor,
+    copies_logits: Tensor,
+    *,
+    alpha: float = ALPHA,
+    temperature: float = TEMPERATURE,
+    correct_share: float | None = None,
+    swap: bool = False,
+) -> Tensor:
+    """The definition."""
+    teacher = reference_teacher(copies_logits, target, temperature=temperature, correct_share=correct_share, swap=swap)
+    return (1.0 - alpha) * F.cross_entropy(logits, target) + alpha * teacher_kl(teacher, logits, temperature)
+
+
+register(
+    Method(
+        "mr_kd",
+        MrKDLoss,
+        "MrKD: copies of the model along its training",
+        card="mrkd",
+        one_class=("correct_share", "swap", "ensemble_lr"),
+        variants={"mr_kd": ("MrKD", {})},
+    )
+)

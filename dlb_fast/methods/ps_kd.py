@@ -1,0 +1,288 @@
+"""PS-KD: the teacher of a sample is what the model predicted when it saw the sample last.
+
+    L = CE(z, (1 - a) y + a p),    a = alpha * (epoch + 1) / epochs
+
+``p`` is the stored prediction (of another augmentation, not softened); a sample that was not seen yet has its label as
+teacher. The loss is computed as ``(1 - a) CE + a [KL(p || softmax(z)) + H(p)]``, which is the same value and gradient.
+
+Source: **official** code lgcnsai/PS-KD-Pytorch, `loss/pskd_loss.py` and `main.py` (Kim et al., ICCV 2021).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._args import as_int, check_device, check_logits, check_rows
+from ..functional import LossParts, Teacher, distill
+from ..losses import DistillationLoss, Inputs
+from ..reference import Scalar, compute_dtype
+from ._common import format_bytes, gather_rows, labels
+from .registry import Method, register
+
+__all__ = ["LogitBank", "PsKDLoss", "ps_kd_loss", "reference"]
+
+ALPHA = 0.8  # official code: alpha_T, linear in the epoch
+MEMORY_DTYPE = torch.float16  # ours; the official code keeps float32 probabilities on the host
+
+
+def _past_predictions(past: Tensor) -> Teacher:
+    return Teacher("probabilities", past.detach().to(compute_dtype(past.dtype)), add_entropy=True)
+
+
+def ps_kd_loss(
+    logits: Tensor,
+    target: Tensor,
+    past: Tensor,
+    *,
+    alpha: Scalar = ALPHA,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    kd_mask: Tensor | None = None,
+    target_b: Tensor | None = None,
+    lam: Scalar | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+    return_parts: bool = False,
+) -> Any:
+    """PS-KD: ``CE(z, (1 - alpha) y + alpha p)``, ``p`` the model's own prediction when it saw the sample last.
+
+    Args:
+        logits: ``(B, C)``.
+        target: ``(B,)`` labels or ``(B, C)`` probabilities; a row with an ignored label has no loss.
+        past: ``(B, C)`` **probabilities** (not logits), detached here.
+        alpha: in ``[0, 1]``; the official code has ``0.8 (epoch + 1) / epochs``.
+
+    The other options, the result and the errors are those of :func:`~dlb_fast.distillation_loss`.
+    Source: **official** code lgcnsai/PS-KD-Pytorch.
+
+    >>> z, y = torch.zeros(1, 4), torch.tensor([1])
+    >>> round(ps_kd_loss(z, y, torch.tensor([[0.1, 0.7, 0.1, 0.1]])).item(), 4) == round(1.386294, 4)
+    True
+    """
+    op = "ps_kd_loss"
+    check_logits(op, logits)
+    teacher = _past_predictions(check_rows(op, "past", past, logits))
+    for given in (target, target_b):
+        if isinstance(given, Tensor) and given.shape == logits.shape[:1]:
+            known = given != ignore_index
+            teacher = teacher._replace(mask=known if teacher.mask is None else teacher.mask & known)
+    loss, parts = distill(
+        op, logits, target, teacher, alpha=alpha, temperature=1.0, ce_alpha=-1.0,
+        label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, target_b=target_b,
+        lam=lam, reduction=reduction, impl=impl,
+    )  # fmt: skip
+    return (loss, LossParts.unpack(parts)) if return_parts else loss
+
+
+class LogitBank:
+    """The last prediction for every sample of a set: ``(num_samples, C)`` log-probabilities by sample id.
+
+    Log-probabilities rather than logits, because the classes that matter lie near 0, where float16 is finest (relative
+    error of a probability ``p``: ``5e-4 |log p|``). float16 takes ``2 * num_samples * C`` bytes.
+
+    Args:
+        num_samples: samples of the whole set; ids are in ``[0, num_samples)``.
+        num_classes: ``C``.
+        dtype: storage dtype.
+        device: where to keep it; None: beside the logits when it takes at most a quarter of that device's free memory,
+            else on the host (rows then travel every step).
+
+    Raises:
+        ValueError: sizes below 1, an unknown device. An id outside the bank is an IndexError on a CPU and an error of
+            the device on a GPU.
+
+    Source of the idea: ``all_predictions`` of the official code.
+
+    >>> bank = LogitBank(num_samples=4, num_classes=2)
+    >>> bank.store(torch.tensor([2]), torch.tensor([[0.0, 0.0]]))
+    >>> rows, seen = bank.rows(torch.tensor([2, 0]), "cpu")
+    >>> rows[0].exp().tolist(), seen.tolist()
+    ([0.5, 0.5], [True, False])
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        dtype: torch.dtype = MEMORY_DTYPE,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.num_samples = as_int(num_samples, "LogitBank", "num_samples", 1)
+        self.num_classes = as_int(num_classes, "LogitBank", "num_classes", 1)
+        self.dtype = dtype
+        self.device = check_device("LogitBank", "device", device)
+        # Made with the first logits, which show the device. One row more than samples: ignored rows are written there.
+        self._rows: Tensor | None = None
+        self._seen: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bank."""
+        return self.num_samples * (self.num_classes * self.dtype.itemsize + 1)
+
+    def _place(self, near: torch.device) -> torch.device:
+        if self.device is not None:
+            return self.device
+        if near.type == "cuda" and self.nbytes > torch.cuda.mem_get_info(near)[0] // 4:
+            return torch.device("cpu")
+        return near
+
+    def _storage(self, near: torch.device | str) -> tuple[Tensor, Tensor]:
+        if self._rows is None or self._seen is None:
+            place, samples = self._place(torch.device(near)), self.num_samples + 1
+            self._rows = torch.zeros(samples, self.num_classes, dtype=self.dtype, device=place)
+            self._seen = torch.zeros(samples, dtype=torch.bool, device=place)
+        return self._rows, self._seen
+
+    def rows(self, ids: Tensor, near: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Stored log-probabilities (n, C) of these samples and which (n,) have any, on device ``near``."""
+        rows, seen = self._storage(near)
+        index = ids.to(rows.device, torch.int64)  # uint8 would select as a mask
+        return rows[index].to(near), seen[index].to(near)
+
+    @torch.no_grad()
+    def store(self, ids: Tensor, logits: Tensor, keep: Tensor | None = None) -> None:
+        """Replace the rows of these samples by ``log_softmax(logits)``; of repeated ids the last one counts.
+
+        Args:
+            ids: ``(n,)`` integer sample ids.
+            logits: ``(n, C)``.
+            keep: ``(n,)`` bool, False leaves the bank as it is; decided on the device, without a synchronisation.
+        """
+        rows, seen = self._storage(logits.device)
+        values = torch.log_softmax(logits.detach().float(), 1).to(rows.device, self.dtype)
+        index = ids.to(torch.int64)
+        if keep is not None:
+            index = torch.where(keep, index, self.num_samples)
+        index = index.to(rows.device)
+        rows.index_copy_(0, index, values)
+        seen.index_fill_(0, index, True)
+
+    def reset(self) -> None:
+        """Forget every row."""
+        self._rows = self._seen = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows and which are filled, on the CPU; empty before the first batch."""
+        if self._rows is None or self._seen is None:
+            return {}
+        return {"rows": self._rows[:-1].cpu().clone(), "seen": self._seen[:-1].cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``; ValueError when it belongs to another set or number of classes."""
+        self.reset()
+        if not state:
+            return
+        wanted, got = (self.num_samples, self.num_classes), tuple(state["rows"].shape)
+        if got != wanted:
+            raise ValueError(f"LogitBank: expected {wanted} (samples, classes), the saved bank holds {got}")
+        rows, seen = self._storage(self.device or "cpu")
+        rows[:-1], seen[:-1] = state["rows"], state["seen"]
+
+
+class PsKDLoss(DistillationLoss):
+    """PS-KD as a criterion: the loss of :func:`ps_kd_loss`, with a :class:`LogitBank` of past predictions.
+
+    Every training batch needs ``ids``, and ``epoch`` unless ``epochs`` is None. ``cost()`` tells the size of the bank.
+
+    Args:
+        num_samples: samples of the training set.
+        num_classes: ``C``.
+        alpha: weight of the past prediction at the end of the run, in [0, 1].
+        epochs: of the whole run, over which the weight grows; None keeps it at alpha.
+        memory_dtype: how the predictions are stored.
+        memory_device: where the predictions are stored; None: beside the model, on the host when they would not fit.
+        cross_rank: store the predictions of all ranks on every rank, because a sample comes back on another one; their
+            batches must have equal sizes.
+
+    The other options are those of :class:`~dlb_fast.DistillationLoss`.
+
+    >>> criterion = PsKDLoss(num_samples=10, num_classes=4)
+    >>> criterion(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor([7, 3])).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        *,
+        alpha: Scalar = ALPHA,
+        epochs: int | None = None,
+        memory_dtype: torch.dtype = MEMORY_DTYPE,
+        memory_device: torch.device | str | None = None,
+        cross_rank: bool = True,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        if epochs is not None:
+            as_int(epochs, "PsKDLoss", "epochs", 1)
+        super().__init__(
+            alpha=alpha, temperature=1.0, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
+            ignore_index=ignore_index, reduction=reduction, impl=impl,
+        )  # fmt: skip
+        self.bank = LogitBank(num_samples, num_classes, memory_dtype, memory_device)
+        self.epochs, self.cross_rank = epochs, cross_rank
+        self.needs = frozenset({"ids"} if epochs is None else {"ids", "epoch"})
+
+    def teacher(self, inputs: Inputs) -> Teacher:
+        target = labels("PsKDLoss", inputs.target, inputs.target_b, "a mixed image belongs to no single sample")
+        if inputs.logits.shape[1] != self.bank.num_classes:
+            raise ValueError(
+                f"PsKDLoss: logits must have C = {self.bank.num_classes} classes, num_classes of the criterion, got "
+                f"{inputs.logits.shape[1]}"
+            )
+        assert inputs.ids is not None
+        rows, seen = self.bank.rows(inputs.ids, inputs.logits.device)
+        past = torch.softmax(rows.float(), 1)  # float16 rows sum to 1 only nearly
+        label = torch.zeros_like(past).scatter(1, target.long().clamp(0, past.shape[1] - 1)[:, None], 1.0)
+        scale = 1.0
+        if self.epochs is not None:
+            assert inputs.epoch is not None
+            scale = min((inputs.epoch + 1) / self.epochs, 1.0)
+        teacher = _past_predictions(torch.where(seen[:, None], past, label))
+        return teacher._replace(mask=target != inputs.ignore_index, alpha_scale=scale)
+
+    def record(self, inputs: Inputs) -> None:
+        assert inputs.ids is not None and inputs.target is not None
+        ids, logits = inputs.ids.long(), inputs.logits.detach()
+        keep = inputs.target != inputs.ignore_index
+        if self.cross_rank:
+            columns, _ = gather_rows(torch.stack([ids, keep.long()], 1))
+            ids, keep, logits = columns[:, 0], columns[:, 1] > 0, gather_rows(logits)[0]
+        self.bank.store(ids, logits, keep)
+
+    def reset(self) -> None:
+        self.bank.reset()
+
+    def cost(self) -> str:
+        bank = self.bank
+        dtype = str(bank.dtype).removeprefix("torch.")
+        return f"a bank of {bank.num_samples} x {bank.num_classes} {dtype} rows, {format_bytes(bank.nbytes)}"
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The bank, for ``state_dict()``."""
+        return self.bank.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over a saved bank."""
+        self.bank.load_state_dict(state)
+
+
+def reference(logits: Tensor, target: Tensor, past: Tensor, *, alpha: float = ALPHA) -> Tensor:
+    """The definition, in the order of the official code."""
+    soft = (1.0 - alpha) * F.one_hot(target, logits.shape[1]).to(logits.dtype) + alpha * past
+    return (-soft * torch.log_softmax(logits, 1)).mean(0).sum()
+
+
+register(
+    Method("ps_kd", PsKDLoss, "PS-KD: the sample's own last prediction", card="pskd", variants={"ps_kd": ("PS-KD", {})})
+)

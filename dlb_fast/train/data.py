@@ -1,0 +1,168 @@
+"""The data of a run: training loader and test batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlb_fast.data import (
+    NORMALISATION,
+    Compose,
+    EvalLoader,
+    Flip,
+    OverlapLoader,
+    PadCrop,
+    RandomResizedCrop,
+    ResidentLoader,
+    SampledLoader,
+    eval_transform,
+    open_dataset,
+    subset,
+    with_label_noise,
+)
+
+from .config import AugmentConfig, DataConfig
+from .distributed import Ranks
+
+__all__ = ["RunData", "open_data"]
+
+
+@dataclass
+class RunData:
+    """A training set and a test set, with methods that make their loaders.
+
+    Attributes:
+        train: dataset with `targets`, `classes` and `num_classes`; images in memory or files.
+        test: dataset of the same classes.
+        config: batch size, crop, sizes.
+        mean: per channel, of the training set's pixels in [0, 1].
+        std: per channel, of the training set's pixels in [0, 1].
+    """
+
+    train: Any
+    test: Any
+    config: DataConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.train.num_classes
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are uint8 tensors in memory; otherwise they are files."""
+        return hasattr(self.train, "images")
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of an image."""
+        return self.train.images.shape[1] if self.in_memory else 3
+
+    def train_loader(
+        self,
+        *,
+        overlap: bool,
+        seed: int,
+        device: torch.device,
+        channels_last: bool = False,
+        sampler: Any = None,
+        augment: AugmentConfig | None = None,
+        ranks: Ranks | None = None,
+    ) -> Any:
+        """A loader of this rank's share of the training batches (`batch_size` rows over all ranks).
+
+        Args:
+            overlap: whether half of every batch repeats the batch before; otherwise all rows are distinct.
+            seed: seed of the order and the views.
+            device: device of the batches.
+            channels_last: memory format of the images.
+            sampler: a sampler of the rows, in place of `overlap` and `seed`.
+            augment: augmentation after crop and flip.
+            ranks: the processes that share the batches.
+        """
+        augment, ranks = augment or AugmentConfig(), ranks or Ranks()
+        options: dict[str, Any] = {
+            "device": device,
+            "mean": self.mean,
+            "std": self.std,
+            "channels_last": channels_last,
+            "transform": self._train_transform(augment),
+            "mix": augment.mix(),
+            "erase": augment.erase(),
+        }
+        threads = self.config.num_threads
+        if sampler is not None:
+            return SampledLoader(self.train, sampler, num_threads=threads, **options)
+        rows = self.config.batch_size
+        sampled = rows // 2 if overlap else rows
+        if len(self.train) < sampled:
+            raise ValueError(
+                f"config: a step samples {sampled} new images, the training set has {len(self.train)}; lower batch_size"
+            )
+        options |= {"seed": seed, "overlap": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
+        if self.in_memory:
+            return ResidentLoader(self.train, rows // ranks.world_size, **options)
+        return OverlapLoader(self.train, rows // ranks.world_size, num_threads=threads, **options)
+
+    def _train_transform(self, augment: AugmentConfig) -> Compose | None:
+        steps: list[Any] = []
+        if not self.in_memory:
+            steps.append(RandomResizedCrop(self.config.image_size))
+        elif self.config.padding:
+            steps.append(PadCrop(self.config.padding))
+        if self.config.flip:
+            steps.append(Flip())
+        steps += augment.transforms()
+        return Compose(steps) if steps else None
+
+    def test_batches(self, device: torch.device, ranks: Ranks | None = None) -> EvalLoader:
+        """A loader of this rank's share of the test set, in order, without augmentation.
+
+        The shares are disjoint and differ by at most one image.
+        """
+        config, ranks = self.config, ranks or Ranks()
+        in_memory = hasattr(self.test, "images")
+        return EvalLoader(
+            self.test,
+            config.eval_batch_size,
+            transform=None if in_memory else eval_transform(config.eval_size or config.image_size, config.eval_resize),
+            device=device,
+            mean=self.mean,
+            std=self.std,
+            num_threads=config.num_threads,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+
+
+def open_data(config: DataConfig) -> RunData:
+    """Open the training and the test set; apply the config's subset and label noise to the training set.
+
+    Raises:
+        ValueError: unknown kind, missing or damaged files, a test set with other classes.
+    """
+    train = open_dataset(config.source, split="train", seed=config.data_seed)
+    test = open_dataset(config.source, split="test", seed=config.data_seed)
+    if train.num_classes != test.num_classes:
+        raise ValueError(
+            f"{config.source}: the training set has {train.num_classes} classes, the test set {test.num_classes}"
+        )
+    kind = config.source.split(":")[0]
+    known = NORMALISATION.get(kind if hasattr(train, "images") else "imagenet")
+    mean, std = known if known is not None else _mean_and_std(torch.as_tensor(train.images))
+    if config.per_class is not None:
+        train = subset(train, config.per_class, config.data_seed)
+    if config.label_noise:
+        train = with_label_noise(train, config.label_noise, config.noise_kind, config.data_seed)
+    return RunData(train, test, config, mean, std)
+
+
+def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    values = images.double() / 255
+    mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3)).clamp(min=1e-3)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,498 @@
+"""Train a run in its folder, from a config; evaluate a run from its folder.
+
+A run folder holds config.yaml, versions.json, metrics.csv, metrics.jsonl, checkpoints/ and, once finished, result.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+from dlb_fast import _backends
+
+from .checkpoint import CheckpointError, load_weights, write_atomically
+from .config import RunConfig, load_config, override, to_dict
+from .data import RunData, open_data
+from .distributed import Ranks
+from .evaluate import evaluate
+from .log import RunLog
+from .loop import Trainer, total_steps
+from .methods import find, make_criterion, make_sampler, resolve
+from .models import create_model
+from .optim import make_optimizer, make_scheduler
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where a run folder is not locked
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "RunFolder",
+    "build_trainer",
+    "evaluate_run",
+    "newest_run",
+    "rehearse",
+    "resolve_device",
+    "shortened",
+    "train_run",
+    "versions",
+]
+
+RUNS = Path("runs")
+
+
+class RunFolder:
+    """The files of one run. Nothing is written before `lock()` or `create()`.
+
+    Example:
+        >>> RunFolder("runs/a").checkpoints.as_posix()
+        'runs/a/checkpoints'
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: int | None = None
+
+    def lock(self) -> None:
+        """Make the folder and lock it against other processes until `unlock()` or the end of this process.
+
+        Raises:
+            ValueError: another process trains in the folder, or it cannot be made.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                return
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"run folder: cannot make {self.path} ({error}); name another one with --out") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(
+                f"run folder: another process is training in {self.path}, and two would overwrite each other's files; "
+                "wait for it or end it, or name another folder with --out"
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return
+        self._lock = handle
+
+    def unlock(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @classmethod
+    def named(cls, label: str) -> RunFolder:
+        """A new folder `runs/<date>-<time>-<label>`, with a number if it exists."""
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}"
+        path, number = RUNS / name, 2
+        while path.exists():
+            path, number = RUNS / f"{name}-{number}", number + 1
+        return cls(path)
+
+    def exists(self) -> bool:
+        """Whether the folder has a run."""
+        return self.config.exists()
+
+    def create(self, config: RunConfig, impl: str) -> None:
+        """Write versions.json, then config.yaml, which marks the folder as a run."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        report = json.dumps({**versions(), "implementation": impl}, indent=1).encode()
+        write_atomically(self.path / "versions.json", lambda file: file.write(report))
+        text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
+        write_atomically(self.config, lambda file: file.write(text))
+
+    def read_config(self) -> RunConfig:
+        """The config of the run."""
+        if not self.exists():
+            raise ValueError(f"there is no run in {self.path}: {self.config} is missing")
+        return load_config(self.config)
+
+
+def newest_run(root: Path | str = RUNS) -> RunFolder:
+    """The run under `root` with the newest checkpoint or start.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    runs = [RunFolder(p.parent) for p in Path(root).glob("*/config.yaml") if (p.parent / "checkpoints").is_dir()]
+    if not runs:
+        raise ValueError(f"--resume: there is no run under {root}/; start one first, or name its folder with --out")
+    return max(runs, key=lambda run: max(p.stat().st_mtime_ns for p in (run.config, run.checkpoints)))
+
+
+def versions() -> dict[str, Any]:
+    """Versions of Python, torch and this package, and the platform, threads, ranks and GPU."""
+    import dlb_fast
+
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "dlb_fast": getattr(dlb_fast, "__version__", "unknown"),
+        "commit": _commit(Path(dlb_fast.__file__).parent),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "ranks": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of the package's work tree, `+dirty` with uncommitted changes; None when installed."""
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        run = ["git", "-C", str(folder), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def resolve_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """The device of a name. `auto` is the GPU if there is one; on several ranks each rank gets its own GPU.
+
+    Raises:
+        ValueError: torch cannot use the device, or the machine has fewer GPUs than ranks.
+    """
+    ranks = ranks or Ranks()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.world_size > 1 and name.startswith("cuda"):
+        if ":" in name:
+            raise ValueError(f"config: device expects cuda, auto or cpu on {ranks.world_size} ranks, got {name!r}")
+        count = torch.cuda.device_count()
+        if ranks.local_size > count:
+            raise ValueError(
+                f"config: device {name!r}: {ranks.local_size} ranks on this machine expect as many GPUs, it has "
+                f"{count}; start fewer (torchrun --nproc-per-node {max(1, count)}) or use --device cpu"
+            )
+        name = f"cuda:{ranks.local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"config: device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's, numpy's and Python's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def build_trainer(
+    config: RunConfig,
+    *,
+    data: RunData | None = None,
+    folder: Path | None = None,
+    log: RunLog | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """The trainer of a config; the same config gives the same initial weights and the same batches.
+
+    `batch_size` is the number of rows per step over all ranks. A rank trains on `batch_size / world_size` of them, so
+    the number of ranks does not change the training.
+
+    Args:
+        config: the run.
+        data: opened data; None opens `config.data`.
+        folder: run folder; None writes nothing.
+        log: console and metric files.
+        ranks: this process and its group; by default those of the torch.distributed group, if there is one.
+    """
+    config, ranks = resolve(config), ranks or Ranks.current()
+    device = resolve_device(config.train.device, ranks)
+    if config.data.batch_size % (2 * ranks.world_size):
+        unit = 2 * ranks.world_size
+        below = config.data.batch_size // unit * unit
+        raise ValueError(
+            f"config: batch_size counts the rows of all ranks; {ranks.world_size} ranks expect a multiple of {unit}, "
+            f"got {config.data.batch_size}; use {f'{below} or ' if below else ''}{below + unit}"
+        )
+    data = data or open_data(config.data)
+    seed_everything(config.train.seed)
+    model = create_model(config.model.model, data.num_classes, data.channels).to(device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if ranks.rank:  # the weights are equal on all ranks, but dropout must differ
+        seed_everything(config.train.seed + ranks.rank)
+    rows = config.data.batch_size // ranks.world_size
+    loader = data.train_loader(
+        overlap=find(config.loss.method).batches == "overlap",
+        seed=config.train.seed,
+        device=device,
+        channels_last=config.train.channels_last,
+        sampler=make_sampler(config.loss, data.train.targets, rows, config.train.seed),
+        augment=config.augment,
+        ranks=ranks,
+    )
+    steps = total_steps(loader, config.train)
+    passes = max(1, math.ceil(steps * config.train.accumulate / len(loader)))
+    criterion = make_criterion(
+        config.loss, num_classes=data.num_classes, num_samples=len(data.train), rows=rows, epochs=passes
+    )
+    optimizer = make_optimizer(model, config.optim)
+    scheduler = make_scheduler(
+        optimizer,
+        config.schedule,
+        total_steps=steps,
+        steps_per_epoch=len(loader) / config.train.accumulate,
+    )
+    return Trainer(
+        model,
+        criterion.to(device),
+        optimizer,
+        loader,
+        scheduler=scheduler,
+        evaluate=lambda network: evaluate(network, data.test_batches(device, ranks), ranks=ranks),
+        folder=folder,
+        config=config.train,
+        log=log,
+        metadata=weights_metadata(config, data),
+        ranks=ranks,
+    )
+
+
+def weights_metadata(config: RunConfig, data: RunData) -> dict[str, str]:
+    """Metadata of exported weights, as text: what is needed to build the model and normalise its input."""
+    side = config.data.eval_size or config.data.image_size
+    size = list(data.train.images.shape[2:]) if data.in_memory else [side, side]
+    return {
+        "model": config.model.model,
+        "num_classes": str(data.num_classes),
+        "channels": str(data.channels),
+        "size": json.dumps(size),
+        "mean": json.dumps(list(data.mean)),
+        "std": json.dumps(list(data.std)),
+        "classes": json.dumps([str(name) for name in data.train.classes]),
+    }
+
+
+def train_run(
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """Train in a run folder, from the start or from its newest valid checkpoint; returns the result of `Trainer.fit`.
+
+    Errors in the config, the data or the model are raised before the folder is made. A finished run writes result.json.
+    All ranks call this; only rank 0 prints and writes.
+    """
+    config, ranks = resolve(config), ranks or Ranks.current()
+    log = RunLog(quiet=True)
+    if ranks.is_main:
+        log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
+    _reset_peak_memory(resolve_device(config.train.device, ranks))
+    trainer = build_trainer(config, folder=folder.path, log=log, ranks=ranks)
+    loader: Any = trainer.loader
+    impl = _backends.pick(config.loss.impl, trainer.device.type)
+    started = ranks.run_on_main(folder.exists)
+    ranks.run_on_main(folder.lock)
+    try:
+        if resume and started and ranks.is_main:
+            _compare_versions(folder, log)
+        if not (resume and started):
+            ranks.run_on_main(lambda: folder.create(config, impl))
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        log.say(
+            f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
+            f"{config.data.source}: {trainer.total_steps} steps of {_rows(config, trainer)}, "
+            f"loss implementation {impl!r}\n"
+            f"run folder {folder.path}"
+        )
+        cost: Any = getattr(trainer.criterion, "cost", None)
+        if cost is not None:
+            log.say(f"{config.loss.method}: {cost()}")
+        if resume and started:
+            found = trainer.resume()
+            # after resume(), so that a refused resume does not change the config of the run
+            ranks.run_on_main(lambda: folder.create(config, impl))
+            log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
+            if trainer.step >= trainer.total_steps:
+                log.say(f"the run is already complete ({trainer.step} steps)")
+        try:
+            result = trainer.fit()
+        finally:
+            loader.close()
+    finally:
+        folder.unlock()
+    if result["stopped_by"] is not None and trainer.step < trainer.total_steps:
+        log.say(
+            f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "
+            f"continue with: dlb-fast train --resume --out {folder.path}"
+        )
+        return result
+    result["peak_mib"] = _peak_memory_mib(trainer.device)
+    data = json.dumps(result, indent=1).encode()
+    ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(data)))
+    if result["best_top1"] is not None:
+        log.say(
+            f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
+            f"at step {result['best_step']}"
+        )
+    return result
+
+
+def _rows(config: RunConfig, trainer: Trainer) -> str:
+    """Rows per optimiser step and peak learning rate, such as `128 rows (2 ranks x 64, ddp) on cpu, lr 0.05`."""
+    size, batches = trainer.ranks.world_size, config.train.accumulate
+    factors = [f"{size} ranks"] * (size > 1) + [f"{batches} batches"] * (batches > 1)
+    product = " x ".join([*factors, str(config.data.batch_size // size)])
+    mode = f", {trainer.distributed}" if size > 1 else ""
+    note = f" ({product}{mode})" if factors else ""
+    device = trainer.device.type if size > 1 else trainer.device
+    return f"{config.data.batch_size * batches} rows{note} on {device}, lr {config.optim.lr:g}"
+
+
+def _compare_versions(folder: RunFolder, log: RunLog) -> None:
+    """Log what changed since the start: a resume is bit-identical only with the same software and threads."""
+    try:
+        before = json.loads((folder.path / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        log.say(f"{folder.path / 'versions.json'} cannot be read and is replaced")
+        return
+    now = versions()
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        log.say(f"changed since the start, so the continuation may differ in the last bits: {', '.join(changed)}")
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Reset the peak of the device memory (GPU) or of the resident memory of this process (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+
+
+def _peak_memory_mib(device: torch.device) -> float | None:
+    """Peak memory in MiB since `_reset_peak_memory`; None if the system does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def evaluate_run(
+    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Scores of a run's weights (`best` or `last`) on its own test set or on another dataset with the same classes.
+
+    Raises:
+        ValueError: there is no run, or the dataset has another number of classes.
+        CheckpointError: the weights are missing or damaged.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    if source is not None:
+        # normalisation is part of the model, so another dataset uses the statistics of the training set
+        trained = open_data(config.data)
+        other = open_data(override(config, source=source, per_class=None, label_noise=0.0).data)
+        if other.num_classes != trained.num_classes:
+            raise ValueError(
+                f"eval: {source} has {other.num_classes} classes, the run in {path} has {trained.num_classes}"
+            )
+        data = RunData(other.train, other.test, config.data, trained.mean, trained.std)
+    else:
+        data = open_data(config.data)
+    where = resolve_device(device)
+    model = create_model(config.model.model, data.num_classes, data.channels)
+    file = folder.checkpoints / f"{weights}.safetensors"
+    if not file.exists():
+        raise CheckpointError(f"eval: {file} is missing; has the run finished an evaluation?")
+    load_weights(file, model)
+    return evaluate(model.to(where), data.test_batches(where))
+
+
+SMOKE_STEPS, SMOKE_ROWS, SMOKE_CLASSES, SMOKE_PIXELS = 4, 16, 10, 64
+
+
+def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
+    """The config with four steps of at most 16 rows, an evaluation and a checkpoint every second step, and no trackers.
+
+    Unless `real_data`, the images are synthetic, of ten classes and of the config's size, at most 64 pixels.
+
+    Example:
+        >>> from dlb_fast.presets import load_preset
+        >>> shortened(load_preset("cifar100-resnet32-dlb")).data.source
+        'synthetic:160,10,32'
+    """
+    if not real_data:
+        kind = config.data.source.split(":")[0]
+        size = 8 if kind in ("digits", "synthetic") else min(SMOKE_PIXELS, config.data.image_size)
+        source = f"synthetic:{SMOKE_ROWS * SMOKE_CLASSES},{SMOKE_CLASSES},{size}"
+        # asymmetric noise is defined for the classes of the config's own data
+        config = override(config, source=source, per_class=None, noise_kind="symmetric")
+    rows = min(SMOKE_ROWS, config.data.batch_size)
+    every: dict[str, Any] = {"eval_every": SMOKE_STEPS // 2, "checkpoint_every": SMOKE_STEPS // 2, "log_every": 1}
+    return override(config, batch_size=rows, max_steps=SMOKE_STEPS, trackers=(), **every)
+
+
+def rehearse(
+    config: RunConfig, folder: Path | None = None, *, real_data: bool = False, quiet: bool = False, ranks: Ranks
+) -> dict[str, Any]:
+    """Train two steps, evaluate, save; resume, train to the end, evaluate the exported weights.
+
+    Args:
+        config: config of the run.
+        folder: run folder, which is kept; None uses and removes a temporary folder.
+        real_data: read the config's own data (all of its test set).
+        quiet: no console output.
+        ranks: this process and its group.
+
+    Returns:
+        The scores of the last weights, with `seconds`.
+
+    Raises:
+        RuntimeError: the written weights have another top-1 than the run. Other errors as in `train_run`.
+    """
+    short = shortened(config, real_data=real_data)
+    started = time.perf_counter()
+    path = folder or Path(ranks.run_on_main(lambda: tempfile.mkdtemp(prefix="dlb-fast-smoke-")))
+    try:
+        run = RunFolder(path)
+        first = override(short, max_steps=SMOKE_STEPS // 2)
+        train_run(first, run, quiet=quiet, ranks=ranks)
+        result = train_run(short, run, resume=True, quiet=quiet, ranks=ranks)
+        scores = ranks.run_on_main(lambda: evaluate_run(path, weights="last", device=config.train.device))
+        if not ranks.world_size > 1 and abs(scores["top1"] - result["test_top1"]) > 1e-9:
+            raise RuntimeError(
+                f"smoke: top-1 of the written weights is {scores['top1']}, of the run {result['test_top1']}"
+            )
+    finally:
+        if folder is None and ranks.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+    return {**scores, "seconds": round(time.perf_counter() - started, 1)}
