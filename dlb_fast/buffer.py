@@ -147,8 +147,30 @@ class LogitBuffer:
         self.rows, self.slots = self.rows.to(device), self.slots.to(device)
         return self
 
-    def stored_rows(self, batch: int, num_old: int | None) -> int:
-        """How many of the ``batch`` rows of a new batch will be stored; ValueError where they do not fit the buffer."""
+    def recognise(self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1) -> int:
+        """The op's argument ``again`` for a batch: 1 if it is the one stored last, 0 if not, -1 if the device decides.
+
+        The device compares the ids where the number of stored rows does not depend on the answer, which is so for
+        every batch of a steady stream. Otherwise (a short batch, or a first batch that is all new, and the next one of
+        the same size) the ids are read here.
+        """
+        if again == 1 and batch != self.batch:
+            raise ValueError(
+                f"LastBatchLoss: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with every "
+                "batch, or leave same_batch() between batches"
+            )
+        if again >= 0:
+            return again
+        if ids is None or batch != self.batch or not self.count:
+            return 0
+        if num_old is not None or batch == 2 * self.count:
+            return -1
+        return 0 if torch.compiler.is_compiling() else int(self._holds(ids))
+
+    def stored_rows(self, batch: int, num_old: int | None, again: int = 0) -> int:
+        """How many of ``batch`` rows will be stored; raises ValueError where the rows do not fit the buffer."""
+        if again == 1:
+            return self.count
         old = self.count if num_old is None else num_old
         new = batch - old
         if num_old is None and self.count == 0 and batch == 2 * self.capacity:
@@ -162,29 +184,8 @@ class LogitBuffer:
             "pass capacity= (half the batch size) or num_old=, or call reset() when a new stream of batches starts"
         )
 
-    def place(self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1) -> tuple[int, int]:
-        """How many rows of a batch will be stored, and the op's argument ``again``: 1, 0, or -1 to compare the ids.
-
-        The device compares the ids where the number of stored rows does not depend on the answer, which is so for
-        every batch of a steady stream. Otherwise (a short batch, or a first batch that is all new, and the next of the
-        same size) the ids are read here.
-        """
-        if again < 0 and (ids is None or batch != self.batch or not self.count):
-            again = 0
-        if again < 0 and num_old is None and batch != 2 * self.count:
-            again = 0 if torch.compiler.is_compiling() else int(self._holds(ids))
-        if again < 1:
-            return self.stored_rows(batch, num_old), again
-        if batch != self.batch:
-            raise ValueError(
-                f"LastBatchLoss: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with every "
-                "batch, or leave same_batch() between batches"
-            )
-        return self.count, 1
-
-    def _holds(self, ids: Tensor | None) -> bool:
+    def _holds(self, ids: Tensor) -> bool:
         """Whether the last rows of a batch are the stored ones, and its first rows are not."""
-        assert ids is not None
         stored, count = self.ids, self.count
         ids = ids.to(stored)
         return torch.equal(ids[len(ids) - count :], stored) and not torch.equal(ids[:count], stored)
@@ -254,7 +255,8 @@ class LogitBuffer:
             kd_mask: ``(B,)`` bool, rows that may be taught; only the counter of taught rows depends on it.
         """
         batch, size = logits.shape[0], self.capacity
-        host, again = self.place(batch, ids, num_old, again)
+        again = self.recognise(batch, ids, num_old, again)
+        count = self.stored_rows(batch, num_old, again)
         match = self.match(batch, ids, num_old, again)
         repeats = match.repeats
         valid = repeats if kd_mask is None else repeats & kd_mask[: len(repeats)]
@@ -282,7 +284,7 @@ class LogitBuffer:
         self.slots[:1] = written_to
         self.slots[1:5] += torch.stack([valid.sum(), *counts])
         self.slots[5] = untaught
-        self.count, self.batch = host, batch
+        self.count, self.batch = count, batch
 
     def resized(self, capacity: int, skip: int = 0) -> LogitBuffer:
         """A buffer of another capacity with the stored rows of this one from ``skip`` on."""

@@ -114,8 +114,8 @@ def row_loss(
     """The one way to an implementation: every loss of the package ends here.
 
     ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 * KL(teacher || z)``. The teacher is a tensor, the stored rows
-    of ``buffer`` (which then takes the new rows of the batch; the caller asks ``buffer.place`` for ``again`` and sets
-    ``buffer.count``), or virtual. ``logits`` are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have
+    of ``buffer`` (which then takes the new rows of the batch; the caller asks ``buffer.recognise`` for ``again`` and
+    sets ``buffer.count`` and ``buffer.batch``), or virtual. ``logits`` are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have
     passed their checks.
 
     The compiled ops check their tensors before they write anything, so they are called first; the arguments are
@@ -431,7 +431,8 @@ def dlb_step(
     _check_buffer(op, logits, buffer)
     if ids is not None:
         _args.check_ids(op, logits, ids)
-    stored, same = buffer.place(logits.shape[0], ids, num_old, -1 if again is None else int(again))
+    same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again))
+    stored = buffer.stored_rows(logits.shape[0], num_old, same)
     where: dict[str, Any] = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
     if _backends.pick(impl, logits.device.type) != "torch":
         loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
