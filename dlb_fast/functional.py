@@ -362,9 +362,7 @@ def fused_lb_loss(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
-    loss, parts = row_loss(
-        options, logits, target, teacher=last_logits, kd_mask=kd_mask, target_b=target_b, lam=lam
-    )
+    loss, parts = row_loss(options, logits, target, teacher=last_logits, kd_mask=kd_mask, target_b=target_b, lam=lam)
     return (loss, LossParts.unpack(parts)) if return_parts else loss
 
 

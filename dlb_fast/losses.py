@@ -399,9 +399,7 @@ class LastBatchLoss(DistillationLoss):
             loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
         elif not torch.is_grad_enabled():
             teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
-            loss, parts = row_loss(
-                options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam
-            )
+            loss, parts = row_loss(options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam)
             self._remembered(False)
         else:
             before = self.buffer, self._dtype_follows
@@ -496,6 +494,7 @@ class LastBatchLoss(DistillationLoss):
                     buffer = buffer.resized(batch // 2, skip=batch // 2)
                 else:
                     buffer = buffer.resized(buffer.capacity, skip=buffer.count)
+                    buffer.untaught.add_(1)  # or a loader that shuffles: then no batch ever repeats a row
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
         stored = buffer.stored_rows(batch, num_old, again)
