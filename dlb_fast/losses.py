@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,22 @@ class Inputs(NamedTuple):
     epoch: int | None = None  # epoch in which the new rows were sampled
     ignore_index: int = -100
     target_b: Tensor | None = None  # (B,) second labels, where the images are mixed
+    again: bool | Tensor = False  # whether the last recorded batch is evaluated again; a () bool where ids decide it
+
+
+class _SameBatch:
+    """What `DistillationLoss.same_batch` returns; may be nested and used again."""
+
+    def __init__(self, criterion: DistillationLoss) -> None:
+        self.criterion = criterion
+
+    def __enter__(self) -> None:
+        if not self.criterion._open_blocks:
+            self.criterion._block_recorded = False
+        self.criterion._open_blocks += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.criterion._open_blocks -= 1
 
 
 class DistillationLoss(nn.Module):
@@ -40,8 +57,16 @@ class DistillationLoss(nn.Module):
     A method overrides :meth:`teacher`. A method with a state also overrides :meth:`record` (called after the loss of
     every training batch), :meth:`step` (after every optimiser step), :meth:`setup` (once, with the model),
     :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and ``set_extra_state``. The training loop calls
-    ``setup(model)`` once and ``step()`` after every optimiser step. In ``eval()`` every method is torch's cross entropy
-    with the same options and does not change its state.
+    ``setup(model)`` once and ``step()`` after every optimiser step.
+
+    In ``eval()`` every method is torch's cross entropy with the same options and does not change its state. In
+    ``train()`` without gradient (``no_grad``, ``inference_mode``) the loss is computed with the same teacher, and
+    nothing is recorded. The same batch evaluated again (activation checkpointing, SAM, closures) meets the teacher of
+    its first time, and its latest evaluation is what is remembered. It is known by its ids; inside backward, where only
+    activation checkpointing calls a loss, also without them; a loop without ids says it by :meth:`same_batch`. A new
+    epoch or :meth:`step` begins a new batch whatever its ids.
+
+    The gradient goes to the logits, and to ``Teacher.student`` where a method gives one. A teacher gets none.
 
     Args:
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.
@@ -101,6 +126,12 @@ class DistillationLoss(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.counted: int | None = None
         self._parts: Tensor | None = None
+        self._open_blocks = 0  # of `same_batch`
+        self._block_recorded = False  # whether a batch was recorded in the open block
+        self._recorded = False  # whether the last call in train() recorded its batch
+        # Ids of the batch recorded last, at a fixed address while the size of the batches stays, and its epoch.
+        self._last_ids: Tensor | None = None
+        self._last_epoch: int | None = None
         # The attributes that the options were last prepared from, and those options.
         self._prepared: tuple[tuple[Any, ...], Options] | None = None
 
@@ -109,16 +140,87 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}: a method must define teacher(inputs) -> Teacher")
 
     def record(self, inputs: Inputs) -> None:
-        """Remember the batch; called without gradient after its loss was computed."""
+        """Remember the batch; called without gradient after the loss of a training batch was computed.
+
+        Where ``inputs.again`` is true the batch takes the place of its earlier evaluation, and :meth:`teacher` must
+        have given what it gave then. ``inputs.again`` may be a tensor on the device; choose by ``torch.where``.
+        """
 
     def step(self) -> None:
-        """Count an optimiser step; the loop calls it after every one."""
+        """Count an optimiser step; the loop calls it after every one. The next batch is a new one."""
+        self._forget_ids()
 
     def setup(self, model: nn.Module) -> None:
         """See the model; the loop calls it once before training."""
 
     def reset(self) -> None:
         """Forget everything: the method is then as it was made."""
+        self._last_ids = self._last_epoch = None
+        self._recorded = self._block_recorded = False
+
+    def same_batch(self) -> AbstractContextManager[None]:
+        """The calls inside belong to one batch: the first is a new batch, the later ones evaluate it again.
+
+        For loops without ids that evaluate a batch more than once before its optimiser step: SAM, LBFGS and other
+        closures, line searches. An inner block belongs to the outer one.
+
+        >>> criterion = LastBatchLoss(num_classes=3)
+        >>> with criterion.same_batch():
+        ...     first = criterion(torch.zeros(2, 3), torch.tensor([0, 1]))
+        ...     again = criterion(torch.ones(2, 3), torch.tensor([0, 1]))
+        """
+        return _SameBatch(self)
+
+    def _again(self, ids: Tensor | None) -> int:
+        """Whether the last recorded batch is evaluated again: 1 yes, 0 no, -1 the ids decide."""
+        if self._open_blocks:
+            return int(self._block_recorded)
+        if ids is not None:
+            return -1
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return 0
+        # Inside backward. Reentrant checkpointing comes without a gradient first, which records nothing.
+        return int(self._recorded)
+
+    def _note(self, recorded: bool) -> None:
+        """A call in train() has been made."""
+        if self._open_blocks:
+            self._block_recorded |= recorded
+        if not torch.compiler.is_compiling():  # which would compile once more for the other value
+            self._recorded = recorded
+
+    def _repeats(self, ids: Tensor | None, epoch: int | None) -> bool | Tensor:
+        """``Inputs.again``; the ids are compared on the device, and only for a method that records."""
+        again = self._again(ids)
+        if again >= 0:
+            return again == 1
+        last = self._last_ids
+        if ids is None or last is None or epoch != self._last_epoch:
+            return False
+        if last.shape != ids.shape or last.device != ids.device:
+            return False
+        return (ids == last).all()
+
+    def _keep_ids(self, ids: Tensor | None, epoch: int | None) -> None:
+        """Remember of which batch the record is."""
+        self._last_epoch = epoch
+        last = self._last_ids
+        if ids is None:
+            self._forget_ids()
+        elif last is not None and last.shape == ids.shape and last.device == ids.device:
+            last.copy_(ids)
+        else:
+            self._last_ids = ids.to(torch.int64, copy=True)
+
+    def _forget_ids(self) -> None:
+        """Take the next batch for a new one; by a value on the device, which a captured graph reads too."""
+        if self._last_ids is not None:
+            self._last_ids.fill_(UNKNOWN_ID)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As torch does; the next batch is a new one."""
+        super()._load_from_state_dict(*args)
+        DistillationLoss.reset(self)
 
     def cost(self) -> str:
         """One line on memory and extra work per step beside plain cross entropy."""
@@ -188,13 +290,18 @@ class DistillationLoss(nn.Module):
             given = {"ids": ids, "images": images, "epoch": epoch}
             if missing := sorted(name for name in self.needs if given[name] is None):
                 wanted = " and ".join(f"{name}=" for name in missing)
-                raise ValueError(f"{op}: needs {wanted} with every batch in train(); pass it to the call")
+                raise ValueError(
+                    f"{op}: needs {wanted} with every batch in train(); pass it to the call, or call criterion.eval() "
+                    "for a validation"
+                )
             if target_b is not None and not self.mixes:
                 raise ValueError(
                     f"{op}: needs one class per row, got target_b of mixed images, which its teacher does not fit; "
                     "turn mixup and CutMix off"
                 )
-            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b)
+            remembers = type(self).record is not DistillationLoss.record
+            again = remembers and self._repeats(ids, epoch)
+            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b, again)
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
@@ -206,8 +313,12 @@ class DistillationLoss(nn.Module):
         )  # fmt: skip
         self.counted = teacher.rows
         if inputs is not None:
-            with torch.no_grad():
-                self.record(inputs)
+            recorded = torch.is_grad_enabled()
+            if recorded and remembers:
+                with torch.no_grad():
+                    self.record(inputs)
+                    self._keep_ids(ids, epoch)
+            self._note(recorded)
         return loss
 
 
@@ -301,6 +412,7 @@ class LastBatchLoss(DistillationLoss):
 
     def reset(self) -> None:
         """Forget the stored rows; the next batch is taken as the first one of a stream."""
+        super().reset()
         if self.buffer is not None:
             self.buffer.reset()
 
