@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,30 @@ from .reference import Scalar
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
     return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
+
+
+def arguments_of(criterion: type[DistillationLoss]) -> dict[str, inspect.Parameter]:
+    """The arguments of a criterion by name; ``**options`` stand for those of the class below it."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in criterion.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        own = [p for p in inspect.signature(vars(cls)["__init__"]).parameters.values() if p.name != "self"]
+        named = {p.name: p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        found = {**named, **found} if found else named
+        if cls is DistillationLoss or not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def _equal(value: object, default: object) -> bool:
+    return value is default or (not isinstance(value, (Tensor, nn.Module)) and bool(value == default))
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return repr(value.detach()) if value.dim() == 0 else f"Tensor{tuple(value.shape)}"
+    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
 
 
 class Inputs(NamedTuple):
@@ -98,6 +124,7 @@ class DistillationLoss(nn.Module):
     mixes = False
     copies_model = False
     weight: Tensor | None
+    _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
 
     def __init__(
         self,
@@ -132,6 +159,7 @@ class DistillationLoss(nn.Module):
         # Ids of the batch recorded last, at a fixed address while the size of the batches stays, and its epoch.
         self._last_ids: Tensor | None = None
         self._last_epoch: int | None = None
+        self._last_rows = 0
         # The attributes that the options were last prepared from, and those options.
         self._prepared: tuple[tuple[Any, ...], Options] | None = None
 
@@ -189,9 +217,14 @@ class DistillationLoss(nn.Module):
         if not torch.compiler.is_compiling():  # which would compile once more for the other value
             self._recorded = recorded
 
-    def _repeats(self, ids: Tensor | None, epoch: int | None) -> bool | Tensor:
+    def _repeats(self, rows: int, ids: Tensor | None, epoch: int | None) -> bool | Tensor:
         """``Inputs.again``; the ids are compared on the device, and only for a method that records."""
         again = self._again(ids)
+        if again == 1 and rows != self._last_rows:
+            raise ValueError(
+                f"{type(self).__name__}: the same batch again must have its {self._last_rows} rows, got {rows}; pass "
+                "ids= with every batch, or leave same_batch() between batches"
+            )
         if again >= 0:
             return again == 1
         last = self._last_ids
@@ -201,9 +234,9 @@ class DistillationLoss(nn.Module):
             return False
         return (ids == last).all()
 
-    def _keep_ids(self, ids: Tensor | None, epoch: int | None) -> None:
+    def _keep_ids(self, rows: int, ids: Tensor | None, epoch: int | None) -> None:
         """Remember of which batch the record is."""
-        self._last_epoch = epoch
+        self._last_rows, self._last_epoch = rows, epoch
         last = self._last_ids
         if ids is None:
             self._forget_ids()
@@ -253,7 +286,16 @@ class DistillationLoss(nn.Module):
         return options
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, temperature={self.temperature}, reduction={self.reduction!r}, impl={self.impl!r}"
+        """``alpha``, ``temperature`` and every other argument that has no default or another value than it."""
+        shown = []
+        for name, parameter in arguments_of(type(self)).items():
+            try:
+                value = operator.attrgetter(self._kept_as.get(name, name))(self)
+            except AttributeError:
+                continue  # an argument that is not kept
+            if name in ("alpha", "temperature") or not _equal(value, parameter.default):
+                shown.append(f"{name}={_short(value)}")
+        return ", ".join(shown)
 
     def forward(
         self,
@@ -300,7 +342,7 @@ class DistillationLoss(nn.Module):
                     "turn mixup and CutMix off"
                 )
             remembers = type(self).record is not DistillationLoss.record
-            again = remembers and self._repeats(ids, epoch)
+            again = remembers and self._repeats(logits.shape[0], ids, epoch)
             inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b, again)
             teacher = self.teacher(inputs)
         elif target is None:
@@ -317,7 +359,7 @@ class DistillationLoss(nn.Module):
             if recorded and remembers:
                 with torch.no_grad():
                     self.record(inputs)
-                    self._keep_ids(ids, epoch)
+                    self._keep_ids(logits.shape[0], ids, epoch)
             self._note(recorded)
         return loss
 
@@ -369,6 +411,7 @@ class LastBatchLoss(DistillationLoss):
     """
 
     mixes = True
+    _kept_as = {"capacity": "buffer.capacity"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -402,10 +445,6 @@ class LastBatchLoss(DistillationLoss):
         self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
             self.buffer = LogitBuffer(num_classes, capacity, dtype or torch.float32, device or "cpu")
-
-    def extra_repr(self) -> str:
-        rows = None if self.buffer is None else self.buffer.capacity
-        return f"num_classes={self.num_classes}, capacity={rows}, {super().extra_repr()}"
 
     def cost(self) -> str:
         return "half a batch of logits; no extra forward or pass over the logits"
