@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from . import _args
 from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
+
+
+_WATCH_EVERY = 16  # batches between two looks at how many repeated a row
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
@@ -58,21 +61,6 @@ class Inputs(NamedTuple):
     ignore_index: int = -100
     target_b: Tensor | None = None  # (B,) second labels, where the images are mixed
     again: bool | Tensor = False  # whether the last recorded batch is evaluated again; a () bool where ids decide it
-
-
-class _SameBatch:
-    """What `DistillationLoss.same_batch` returns; may be nested and used again."""
-
-    def __init__(self, criterion: DistillationLoss) -> None:
-        self.criterion = criterion
-
-    def __enter__(self) -> None:
-        if not self.criterion._open_blocks:
-            self.criterion._block_recorded = False
-        self.criterion._open_blocks += 1
-
-    def __exit__(self, *error: object) -> None:
-        self.criterion._open_blocks -= 1
 
 
 class DistillationLoss(nn.Module):
@@ -153,15 +141,55 @@ class DistillationLoss(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.counted: int | None = None
         self._parts: Tensor | None = None
-        self._open_blocks = 0  # of `same_batch`
-        self._block_recorded = False  # whether a batch was recorded in the open block
-        self._recorded = False  # whether the last call in train() recorded its batch
-        # Ids of the batch recorded last, at a fixed address while the size of the batches stays, and its epoch.
+        self._same: bool | None = None  # inside same_batch(): whether the batch was remembered
+        self._peeked = False  # the last call in train() was without gradient and remembered nothing
+        # Of the batch remembered last: its ids, at a fixed address while the number of rows stays, its epoch and rows.
         self._last_ids: Tensor | None = None
         self._last_epoch: int | None = None
         self._last_rows = 0
         # The attributes that the options were last prepared from, and those options.
         self._prepared: tuple[tuple[Any, ...], Options] | None = None
+
+    @contextmanager
+    def same_batch(self) -> Iterator[None]:
+        """All calls inside are one batch: they meet the same teacher, and the latest is what is remembered.
+
+        For loops that evaluate a batch several times and pass no ids: SAM, closures of LBFGS, line searches. With ids
+        the criterion knows the batch again by itself, and so it does inside backward (activation checkpointing). An
+        inner block belongs to the outer one.
+
+        >>> criterion = LastBatchLoss(num_classes=3)
+        >>> with criterion.same_batch():
+        ...     first = criterion(torch.zeros(2, 3), torch.tensor([0, 1]))
+        ...     second = criterion(torch.ones(2, 3), torch.tensor([0, 1]))   # what the next batch learns from
+        >>> criterion.buffer.logits[0].tolist()
+        [1.0, 1.0, 1.0]
+        """
+        outermost = self._same is None
+        if outermost:
+            self._same = False
+        try:
+            yield
+        finally:
+            if outermost:
+                self._same = None
+
+    def _again(self, ids: Tensor | None) -> int:
+        """Whether a call is the last batch once more: 1 yes, 0 no, -1 where the ids tell."""
+        if self._same is not None:
+            return int(self._same)
+        if ids is not None:
+            return -1
+        if self._peeked or torch.compiler.is_compiling():
+            return 0  # the first evaluation of reentrant checkpointing is one without gradient
+        return int(torch._C._current_graph_task_id() != -1)  # inside backward: a recomputation
+
+    def _remembered(self, remembered: bool) -> None:
+        """Note whether a call in train() remembered its batch."""
+        if remembered and self._same is False:
+            self._same = True
+        if self._peeked is remembered:
+            self._peeked = not remembered
 
     def teacher(self, inputs: Inputs) -> Teacher:
         """The teacher of this batch; every method writes it."""
@@ -184,42 +212,13 @@ class DistillationLoss(nn.Module):
     def reset(self) -> None:
         """Forget everything: the method is then as it was made."""
         self._last_ids = self._last_epoch = None
-        self._recorded = self._block_recorded = False
-
-    def same_batch(self) -> AbstractContextManager[None]:
-        """The calls inside belong to one batch: the first is a new batch, the later ones evaluate it again.
-
-        For loops without ids that evaluate a batch more than once before its optimiser step: SAM, LBFGS and other
-        closures, line searches. An inner block belongs to the outer one.
-
-        >>> criterion = LastBatchLoss(num_classes=3)
-        >>> with criterion.same_batch():
-        ...     first = criterion(torch.zeros(2, 3), torch.tensor([0, 1]))
-        ...     again = criterion(torch.ones(2, 3), torch.tensor([0, 1]))
-        """
-        return _SameBatch(self)
-
-    def _again(self, ids: Tensor | None) -> int:
-        """Whether the last recorded batch is evaluated again: 1 yes, 0 no, -1 the ids decide."""
-        if self._open_blocks:
-            return int(self._block_recorded)
-        if ids is not None:
-            return -1
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return 0
-        # Inside backward. Reentrant checkpointing comes without a gradient first, which records nothing.
-        return int(self._recorded)
-
-    def _note(self, recorded: bool) -> None:
-        """A call in train() has been made."""
-        if self._open_blocks:
-            self._block_recorded |= recorded
-        if not torch.compiler.is_compiling():  # which would compile once more for the other value
-            self._recorded = recorded
+        self._last_rows = 0
+        if self._same is not None:
+            self._same = False
 
     def _repeats(self, rows: int, ids: Tensor | None, epoch: int | None) -> bool | Tensor:
         """``Inputs.again``; the ids are compared on the device, and only for a method that records."""
-        again = self._again(ids)
+        again = self._again(ids) if self._last_rows else 0
         if again == 1 and rows != self._last_rows:
             raise ValueError(
                 f"{type(self).__name__}: the same batch again must have its {self._last_rows} rows, got {rows}; pass "
@@ -249,11 +248,6 @@ class DistillationLoss(nn.Module):
         """Take the next batch for a new one; by a value on the device, which a captured graph reads too."""
         if self._last_ids is not None:
             self._last_ids.fill_(UNKNOWN_ID)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """As torch does; the next batch is a new one."""
-        super()._load_from_state_dict(*args)
-        DistillationLoss.reset(self)
 
     def cost(self) -> str:
         """One line on memory and extra work per step beside plain cross entropy."""
@@ -360,7 +354,7 @@ class DistillationLoss(nn.Module):
                 with torch.no_grad():
                     self.record(inputs)
                     self._keep_ids(logits.shape[0], ids, epoch)
-            self._note(recorded)
+            self._remembered(recorded)
         return loss
 
 
@@ -441,6 +435,8 @@ class LastBatchLoss(DistillationLoss):
         self.num_classes = num_classes
         self.dtype = dtype
         self.buffer: LogitBuffer | None = None
+        self._watched = [0]  # batches with ids; a list, because setting a module's attribute takes a microsecond
+        self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
         self._size_follows = capacity is None
         self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
@@ -495,38 +491,86 @@ class LastBatchLoss(DistillationLoss):
         if target_b is not None or lam is not None:
             _args.check_pair(op, logits, target, target_b, lam)
         options = self._options()
-        if self.training:
+        if not self.training:
+            if target is None:
+                raise ValueError(
+                    f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute"
+                )
+            loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
+        elif not torch.is_grad_enabled():
+            teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
+            loss, parts = row_loss(
+                options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam
+            )
+            self._remembered(False)
+        else:
             before = self.buffer, self._dtype_follows
             try:
-                buffer, stored = self._buffer_for(logits, target, ids, num_old)
+                buffer, stored, again = self._buffer_for(logits, target, ids, num_old, self._again(ids))
                 loss, parts = row_loss(
-                    options, logits, target, buffer=buffer, ids=ids, num_old=num_old, kd_mask=kd_mask,
+                    options, logits, target, buffer=buffer, ids=ids, num_old=num_old, again=again, kd_mask=kd_mask,
                     target_b=target_b, lam=lam,
                 )  # fmt: skip
-                buffer.count = stored
+                buffer.count, buffer.batch = stored, logits.shape[0]
             except Exception:
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
                 raise
-        elif target is None:
-            raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
-        else:
-            loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
+            self._remembered(True)
+            if ids is not None and not torch.compiler.is_compiling():
+                self._watch(buffer)
         self._parts = parts
         return loss
 
-    def _buffer_for(
-        self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None
-    ) -> tuple[LogitBuffer, int]:
-        """The buffer, on the device of the logits and large enough, and how many rows it will store.
+    def _stored_teacher(
+        self, logits: Tensor, ids: Tensor | None, num_old: int | None, kd_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The stored rows that teach this batch, and which are valid; nothing changes."""
+        buffer, batch = self.buffer, logits.shape[0]
+        if buffer is None or buffer.device != logits.device:
+            return None, None
+        if ids is not None:
+            _args.check_ids("LastBatchLoss", logits, ids)
+        match = buffer.match(batch, ids, num_old, self._again(ids) if batch == buffer.batch else 0)
+        valid = match.repeats
+        return buffer.teacher(match), valid if kd_mask is None else valid & kd_mask[: len(valid)]
 
-        Decided from shapes, without reading the device.
+    def _watch(self, buffer: LogitBuffer) -> None:
+        """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
+        self._watched[0] += 1
+        if self._watched[0] % _WATCH_EVERY:
+            return
+        if not buffer.slots.is_cuda:
+            untaught = int(buffer.untaught)
+        elif torch.cuda.is_current_stream_capturing():
+            return
+        else:  # look at the copy that was asked for last time, and ask for another
+            if self._untaught is None:
+                self._untaught = torch.zeros((), dtype=torch.int64, pin_memory=True)
+            untaught = int(self._untaught)
+            self._untaught.copy_(buffer.untaught, non_blocking=True)
+        if untaught >= _WATCH_EVERY // 2:
+            self._watched[0] = -(2**62)
+            warnings.warn(
+                f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
+                "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the sampler) "
+                "instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same sample. "
+                "criterion.buffer counts the rows: taught, mismatched, unknown, not_finite",
+                stacklevel=4,
+            )
+
+    def _buffer_for(
+        self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None, again: int
+    ) -> tuple[LogitBuffer, int, int]:
+        """The buffer, on the device of the logits and large enough, how many rows it will store, and the op's ``again``.
+
+        Decided from shapes, almost always without reading the device.
         """
         batch, buffer = logits.shape[0], self.buffer
-        if buffer is not None and not self._dtype_follows and buffer.logits.device == logits.device:
+        if buffer is not None and not self._dtype_follows and buffer.rows.device == logits.device:
             old = buffer.count if num_old is None else num_old
-            if 0 < old < batch <= old + buffer.logits.shape[0]:
-                return buffer, batch - old
+            if 0 < old < batch <= old + buffer.capacity and (again == 0 or batch == 2 * buffer.count == buffer.batch):
+                return buffer, batch - old, again
         # Here the buffer is made, moved or resized, so the other arguments are examined first.
         op = "LastBatchLoss"
         _args.check_logits(op, logits)
@@ -537,11 +581,12 @@ class LastBatchLoss(DistillationLoss):
         if buffer is None:
             new = max(batch - (num_old or 0), 1)
             buffer = LogitBuffer(self.num_classes, new, self.dtype or logits.dtype, logits.device)
-        elif self._dtype_follows and buffer.count == 0 and buffer.logits.dtype != logits.dtype:
+        elif self._dtype_follows and buffer.count == 0 and buffer.dtype != logits.dtype:
             buffer = LogitBuffer(self.num_classes, buffer.capacity, logits.dtype, logits.device)
-        elif buffer.logits.device != logits.device:
+        elif buffer.device != logits.device:
             buffer = buffer.to(logits.device)
-        if self._size_follows:
+        again = buffer.recognise(batch, ids, num_old, again)
+        if self._size_follows and again < 1:
             old = buffer.count if num_old is None else num_old
             if num_old is None and batch == buffer.count > 0 and batch % 2 == 0:
                 # Two batches of one size, all rows of the first stored: both were [old | new], and only the second
@@ -553,10 +598,10 @@ class LastBatchLoss(DistillationLoss):
                     buffer = buffer.resized(buffer.capacity, skip=buffer.count)
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
-        stored = buffer.stored_rows(batch, num_old)
+        stored = buffer.stored_rows(batch, num_old, again)
         if buffer is not self.buffer or self._dtype_follows:
             self.buffer, self._dtype_follows = buffer, False
-        return buffer, stored
+        return buffer, stored, again
 
     def get_extra_state(self) -> Tensor:
         """The buffer's state for ``state_dict()``, packed into one uint8 tensor; empty before the first batch."""
@@ -572,8 +617,8 @@ class LastBatchLoss(DistillationLoss):
         else:
             saved = state.get("logits") if isinstance(state, dict) else None
             dtype = saved.dtype if isinstance(saved, Tensor) and saved.is_floating_point() else None
-            if self._dtype_follows and dtype not in (None, self.buffer.logits.dtype):
-                self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, self.buffer.logits.device)
+            if self._dtype_follows and dtype not in (None, self.buffer.dtype):
+                self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, self.buffer.device)
             # A state saved before the first batch holds no logits whose dtype could have been chosen.
             chosen = self.buffer.load_state_dict(state) and self.buffer.count > 0
             self._dtype_follows = self._dtype_follows and not chosen
