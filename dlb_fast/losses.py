@@ -437,6 +437,7 @@ class LastBatchLoss(DistillationLoss):
         self.buffer: LogitBuffer | None = None
         self._watched = [0]  # batches with ids; a list, because setting a module's attribute takes a microsecond
         self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
+        self._warned = False
         self._size_follows = capacity is None
         self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
@@ -514,9 +515,12 @@ class LastBatchLoss(DistillationLoss):
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
                 raise
-            self._remembered(True)
+            if self._peeked or self._same is False:
+                self._remembered(True)
             if ids is not None and not torch.compiler.is_compiling():
-                self._watch(buffer)
+                self._watched[0] += 1
+                if self._watched[0] % _WATCH_EVERY == 0:
+                    self._watch(buffer)
         self._parts = parts
         return loss
 
@@ -535,20 +539,17 @@ class LastBatchLoss(DistillationLoss):
 
     def _watch(self, buffer: LogitBuffer) -> None:
         """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
-        self._watched[0] += 1
-        if self._watched[0] % _WATCH_EVERY:
+        if self._warned or (buffer.slots.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if not buffer.slots.is_cuda:
             untaught = int(buffer.untaught)
-        elif torch.cuda.is_current_stream_capturing():
-            return
         else:  # look at the copy that was asked for last time, and ask for another
             if self._untaught is None:
                 self._untaught = torch.zeros((), dtype=torch.int64, pin_memory=True)
             untaught = int(self._untaught)
             self._untaught.copy_(buffer.untaught, non_blocking=True)
         if untaught >= _WATCH_EVERY // 2:
-            self._watched[0] = -(2**62)
+            self._warned = True
             warnings.warn(
                 f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
                 "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the sampler) "

