@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _args
+from . import _args, ops
 from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
@@ -99,6 +99,10 @@ class DistillationLoss(nn.Module):
             ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
         _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        if impl not in ("auto", "torch") and (
+            refusal := ops.unsupported(None, weight=weight, alpha=alpha, temperature=temperature)
+        ):
+            raise RuntimeError(f"{op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
         self.alpha, self.temperature = alpha, temperature
         self.ce_weight, self.ce_alpha = ce_weight, ce_alpha
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
