@@ -423,7 +423,7 @@ class LastBatchLoss(DistillationLoss):
                 self.buffer, self._dtype_follows = before
                 raise
             self._remembered(True)
-            if ids is not None and _args.has_values(buffer.slots):
+            if ids is not None and not torch.compiler.is_compiling():
                 self._watch(buffer)
         self._parts = parts
         return loss
@@ -444,7 +444,7 @@ class LastBatchLoss(DistillationLoss):
     def _watch(self, buffer: LogitBuffer) -> None:
         """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
         self._watched[0] += 1
-        if self._watched[0] % _WATCH_EVERY:
+        if self._watched[0] % _WATCH_EVERY or not _args.has_values(buffer.slots):
             return
         if not buffer.slots.is_cuda:
             untaught = int(buffer.untaught)
