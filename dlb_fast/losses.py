@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _args
+from . import _args, ops
 from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
@@ -22,6 +22,8 @@ _WATCH_EVERY = 16  # batches between two looks at how many repeated a row
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
+    if not _args.has_values(ids):
+        return True  # as in a stream that goes on; where it does not, the ids differ on the device and teach nothing
     return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
 
 
@@ -134,6 +136,10 @@ class DistillationLoss(nn.Module):
             ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
         _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        if impl not in ("auto", "torch") and (
+            refusal := ops.unsupported(None, weight=weight, alpha=alpha, temperature=temperature)
+        ):
+            raise RuntimeError(f"{op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
         self.alpha, self.temperature = alpha, temperature
         self.ce_weight, self.ce_alpha = ce_weight, ce_alpha
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
@@ -539,7 +545,8 @@ class LastBatchLoss(DistillationLoss):
 
     def _watch(self, buffer: LogitBuffer) -> None:
         """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
-        if self._warned or (buffer.slots.is_cuda and torch.cuda.is_current_stream_capturing()):
+        capturing = buffer.slots.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._warned or capturing or not _args.has_values(buffer.slots):
             return
         if not buffer.slots.is_cuda:
             untaught = int(buffer.untaught)
