@@ -311,6 +311,8 @@ class LogitBuffer:
         rank, world_size = _rank_and_size()
         return {
             "version": _VERSION,
+            "num_classes": self.num_classes,
+            "capacity": self.capacity,
             "count": self.count,
             "rank": rank,
             "world_size": world_size,
@@ -352,8 +354,7 @@ class LogitBuffer:
         if trouble:
             _warn_of(trouble)
             return None
-        logits = state["logits"]
-        buffer = cls(logits.shape[1], logits.shape[0], dtype or logits.dtype)
+        buffer = cls(state["num_classes"], state["capacity"], dtype or state["logits"].dtype)
         buffer.load_state_dict(state)
         return buffer
 
@@ -383,8 +384,7 @@ def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
     if not state:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
     logits = state["logits"]
-    rows, classes = logits.shape
-    known = {**state, "checksum": 0, "dtype": _DTYPES.index(logits.dtype), "capacity": rows, "num_classes": classes}
+    known = {**state, "checksum": 0, "dtype": _DTYPES.index(logits.dtype)}
     numbers = torch.tensor([known[name] for name in _PACKED], dtype=torch.int64, device="cpu")
     spare = torch.zeros(logits.numel() * max(itemsize - logits.element_size(), 0), dtype=torch.uint8, device="cpu")
     packed = to_bytes([numbers, state["counters"], state["ids"], logits, spare])
@@ -404,6 +404,12 @@ def unpack_state(packed: Any) -> Any:
         return {"unreadable": f"{type(error).__name__}: {error}"}
 
 
+def stored_dtype(state: Any) -> torch.dtype | None:
+    """The dtype of the rows in a state; None where there are none, so that their dtype was not chosen by any logits."""
+    logits = state.get("logits") if isinstance(state, dict) and state.get("count") else None
+    return logits.dtype if isinstance(logits, Tensor) and logits.dtype in _DTYPES else None
+
+
 def _unpacked(packed: Tensor) -> dict[str, Any]:
     if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) < 8 * (len(_PACKED) + HEADER - 1):
         raise ValueError(f"bytes of a buffer expected, got {tuple(packed.shape)} {packed.dtype}")
@@ -412,7 +418,7 @@ def _unpacked(packed: Tensor) -> dict[str, Any]:
         raise ValueError("the checksum is wrong: damaged, or not a saved buffer")
     if state["version"] != _VERSION:
         return state  # its layout is unknown
-    dtype, rows, classes = _DTYPES[state.pop("dtype")], state.pop("capacity"), state.pop("num_classes")
+    dtype, rows, classes = _DTYPES[state.pop("dtype")], state["capacity"], state["num_classes"]
     sizes = [8 * len(_PACKED), 8 * (HEADER - 1), 8 * rows, rows * classes * dtype.itemsize]
     _, counters, ids, logits, _ = packed.split([*sizes, len(packed) - sum(sizes)])
     return {
@@ -445,26 +451,29 @@ def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = N
     version = state.get("version", _VERSION)
     if version != _VERSION:
         return f"version {_VERSION} expected, got {version}"
-    numbers, tensors = ("count", "rank", "world_size"), ("logits", "ids", "counters")
-    missing = [key for key in (*numbers, *tensors) if key not in state]
+    sizes, numbers = ("num_classes", "capacity"), ("count", "rank", "world_size")
+    tensors = ("logits", "ids", "counters")
+    missing = [key for key in (*sizes, *numbers, *tensors) if key not in state]
     if missing:
         return f"missing {', '.join(missing)}"
-    for name in numbers:
-        if not isinstance(state[name], int) or state[name] < 0:
-            return f"{name} must be an integer >= 0, got {state[name]!r}"
-    count, (logits, ids, counters) = state["count"], (state[name] for name in tensors)
+    for name in (*sizes, *numbers):
+        least = int(name in sizes)
+        if not isinstance(state[name], int) or state[name] < least:
+            return f"{name} must be an integer >= {least}, got {state[name]!r}"
+    (rows, count), (logits, ids, counters) = (state["capacity"], state["count"]), (state[name] for name in tensors)
     if not isinstance(logits, Tensor) or logits.dtype not in _DTYPES:
         return f"logits must be a floating tensor, got {getattr(logits, 'dtype', type(logits).__name__)}"
     for name, value in (("ids", ids), ("counters", counters)):
         if not isinstance(value, Tensor) or value.dtype != torch.int64:
             return f"{name} must be an int64 tensor, got {getattr(value, 'dtype', type(value).__name__)}"
-    rows = len(ids) if ids.dim() == 1 else 0
-    classes = num_classes or logits.shape[-1]
-    if rows < max(count, 1) or classes < 1 or logits.shape != (rows, classes) or counters.shape != (HEADER - 1,):
-        shapes = ", ".join(f"{name} {tuple(state[name].shape)}" for name in tensors)
-        return f"expected {count} rows of {classes or 'some'} classes, got {shapes}"
-    if capacity is not None and count > capacity:
-        return f"capacity {capacity}, saved {count} rows"
+    if count > min(rows, capacity or rows):
+        return f"capacity {min(rows, capacity or rows)}, saved {count} rows"
+    wanted = (rows, num_classes or state["num_classes"])
+    if logits.shape != wanted or ids.shape != wanted[:1] or counters.shape != (HEADER - 1,):
+        return (
+            f"expected logits {wanted}, got {tuple(logits.shape)} with ids {tuple(ids.shape)} and counters "
+            f"{tuple(counters.shape)}"
+        )
     saved, here = (state["rank"], state["world_size"]), _rank_and_size()
     if count and saved != here:
         return (
