@@ -474,6 +474,8 @@ def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = N
             f"expected logits {wanted}, got {tuple(logits.shape)} with ids {tuple(ids.shape)} and counters "
             f"{tuple(counters.shape)}"
         )
+    if state["num_classes"] != wanted[1]:
+        return f"expected {wanted[1]} classes, saved {state['num_classes']}"
     saved, here = (state["rank"], state["world_size"]), _rank_and_size()
     if count and saved != here:
         return (
