@@ -2,7 +2,12 @@
 // counts that the means divide by.
 //
 // Up to `self_count_rows` rows every block counts for itself (the labels are in L2, one launch); above, count_kernel
-// leaves the counts in the workspace. Until the last block of the launch has taken its ticket no block writes slots.
+// leaves the counts in the workspace.
+//
+// The buffer has two generations of rows. One teaches and is not written in the launch; the other one takes the new
+// rows, with their ids and finite flags, from whoever owns them, at any time. Where the ids decide which is which, a
+// block may still compare those that another block is overwriting: the batch is then the one stored last, and they are
+// the same. The header and the count of the generation written, which every block reads first, wait for the last block.
 #pragma once
 #include "../last_batch.h"
 #include "groups.cuh"
@@ -12,30 +17,33 @@ namespace cuda {
 
 struct Counts {
   float weight = 0;                    // class weights of the rows that count for the CE, summed
-  float valid = 0, mismatched = 0;    // rows with a valid teacher; rows facing the slot of another sample
+  float valid = 0;                     // rows with a valid teacher
+  // Rows whose slot has no id, another one, or a row that is not finite.
+  float unknown = 0, mismatched = 0, not_finite = 0;
 };
-constexpr int count_fields = 3;
+constexpr int count_fields = 5;
 
 // Device memory kept between launches, zero at rest except where written before read.
 constexpr int max_grid = 4096, max_count_grid = 64;
 struct Workspace {
   uint32_t ticket, count_ticket;
+  int again;
   Counts counts;
   float count_partial[count_fields][max_count_grid];
   float partial[3][max_grid];
 };
 
 // LastBatchArgs as the kernels want it: compute dtype float, rows and columns counted in int (products are int64),
-// buffer and given teacher in one place.
+// the buffer's first generation and a given teacher in one place.
 struct DeviceArgs {
   int64_t logits_stride, target_stride, target_b_stride, lam_stride, dense_stride;
   const void* logits;
   const int64_t *target, *target_b;
   const float *lam, *dense, *weight;
-  const void* teacher;
+  void* teacher;                        // (H, C), only read, or generation 0 of the buffer
   int64_t teacher_stride;
-  void* buffer;
-  int64_t* slots;
+  int64_t generation_bytes;            // from there to generation 1
+  int64_t* slots;                      // null: no buffer
   const int64_t* ids;
   int64_t num_old;
   const bool* kd_mask;
@@ -50,7 +58,7 @@ struct DeviceArgs {
   DLB_INTEGER_OPTIONS(DLB_INTEGER)
 #undef DLB_NUMBER
 #undef DLB_INTEGER
-  int batch, classes, teacher_rows, capacity;
+  int batch, classes, teacher_rows, capacity, again;
   DType dtype, teacher_dtype;
   TeacherKind kind;
   bool precounted;
