@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../dlb_fast/options.h"
+#include "row_math.h"
 
 namespace dlb_fast {
 
@@ -18,9 +19,8 @@ enum Part : int32_t { part_loss, part_ce, part_lb, part_correct, part_grad_scale
 // [count, an id per slot, per slot whether the row is finite].
 constexpr int64_t slots_latest = 0, slots_taught = 1, slots_mismatched = 2, slots_unknown = 3, slots_not_finite = 4,
                   slots_untaught = 5, slots_header = 6;
-constexpr int64_t slots_per_generation(int64_t capacity) { return 1 + 2 * capacity; }
-constexpr int64_t slots_base(int64_t generation, int64_t capacity) {
-  return slots_header + generation * slots_per_generation(capacity);
+DLB_HD int64_t slots_base(int64_t generation, int64_t capacity) {
+  return slots_header + generation * (1 + 2 * capacity);
 }
 constexpr int64_t unknown_id = INT64_MIN;
 
