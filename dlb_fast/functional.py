@@ -105,6 +105,7 @@ def row_loss(
     buffer: LogitBuffer | None = None,
     ids: Tensor | None = None,
     num_old: int | None = None,
+    again: int = 0,
     kd_mask: Tensor | None = None,
     target_b: Tensor | None = None,
     lam: Scalar | None = None,
@@ -113,8 +114,9 @@ def row_loss(
     """The one way to an implementation: every loss of the package ends here.
 
     ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 * KL(teacher || z)``. The teacher is a tensor, the stored rows
-    of ``buffer`` (which then takes the new rows of the batch; the caller sets ``buffer.count``), or virtual. ``logits``
-    are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have passed their checks.
+    of ``buffer`` (which then takes the new rows of the batch; the caller asks ``buffer.place`` for ``again`` and sets
+    ``buffer.count``), or virtual. ``logits`` are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have
+    passed their checks.
 
     The compiled ops check their tensors before they write anything, so they are called first; the arguments are
     examined only where the call fails, to say which one is wrong and what to do. Triton's ops and plain PyTorch check
@@ -141,8 +143,11 @@ def row_loss(
             teacher_kind = "none"
         if impl == "torch":
             return _plain_torch(
-                options, logits, target, teacher, teacher_kind, buffer, ids, num_old, kd_mask, target_b, lam
+                options, logits, target, teacher, teacher_kind, buffer, ids, num_old, again, kd_mask, target_b, lam
             )
+        if teacher is not None and impl != "cpu":  # the CPU's op finds rows that are not finite by itself
+            finite = teacher.detach().amax(1).isfinite()
+            kd_mask = finite if kd_mask is None else kd_mask & finite
 
         tensors = _op_tensors(options, logits, target, kd_mask, target_b, lam)
         first: tuple[Any, ...]
@@ -153,7 +158,7 @@ def row_loss(
             name = "last_batch_update"
             if ids is not None and not (ids.dtype is torch.int64 and ids.is_contiguous()):
                 ids = _integers(ids).contiguous()
-            first = (buffer.logits, buffer.slots, ids, -1 if num_old is None else num_old)
+            first = (buffer.rows, buffer.slots, ids, -1 if num_old is None else num_old, again)
         args = (*first, *map(tensors.get, TENSORS), *options.numbers)
         if not logits.is_contiguous():
             logits = _rows_contiguous(logits)
@@ -231,10 +236,10 @@ def _examine(
 
 
 def _check_buffer(op: str, logits: Tensor, buffer: LogitBuffer) -> None:
-    if buffer.num_classes != logits.shape[1] or buffer.logits.device != logits.device:
+    if buffer.num_classes != logits.shape[1] or buffer.device != logits.device:
         raise ValueError(
             f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
-            f"{buffer.logits.device}"
+            f"{buffer.device}"
         )
 
 
@@ -247,6 +252,7 @@ def _plain_torch(
     buffer: LogitBuffer | None,
     ids: Tensor | None,
     num_old: int | None,
+    again: int,
     kd_mask: Tensor | None,
     target_b: Tensor | None,
     lam: Scalar | None,
@@ -260,21 +266,23 @@ def _plain_torch(
     if isinstance(temperature, Tensor):
         _args.check_scalar(options.op, "temperature", temperature, positive=True)
         temperature = temperature.detach().to(dtype)
+    mask = kd_mask
     if buffer is not None:
-        teacher, valid = buffer.teacher(logits, ids, num_old)
-        kd_mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
+        match = buffer.match(logits.shape[0], ids, num_old, again)
+        teacher, valid = buffer.teacher(match), match.repeats
+        mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
     if target is not None:
         target = target.detach() if target.dim() == 2 else target.long()
     loss, parts = reference.last_batch_loss(
         logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=options.label_smoothing,
         weight=None if options.weight is None else options.weight.detach(), ignore_index=options.ignore_index,
-        kd_mask=kd_mask, reduction=options.reduction, target_b=None if target_b is None else target_b.long(),
+        kd_mask=mask, reduction=options.reduction, target_b=None if target_b is None else target_b.long(),
         lam=lam.detach() if isinstance(lam, Tensor) else lam,
         ce_weight=options.ce_weight + options.ce_alpha * alpha if options.ce_alpha else options.ce_weight,
         teacher_kind=teacher_kind, correct_share=options.correct_share,
     )  # fmt: skip
     if buffer is not None:
-        buffer.update(logits, ids, num_old)
+        buffer.update(logits, ids, num_old, again, kd_mask)
     return loss, parts
 
 
@@ -367,6 +375,7 @@ def dlb_step(
     *,
     ids: Tensor | None = None,
     num_old: int | None = None,
+    again: bool | None = None,
     alpha: Scalar = 1.0,
     temperature: Scalar = 3.0,
     label_smoothing: float = 0.0,
@@ -386,6 +395,8 @@ def dlb_step(
         buffer: :class:`LogitBuffer` with ``C`` classes on the device of the logits.
         ids: ``(B,)`` sample ids, as in :class:`LastBatchLoss`.
         num_old: how many of the first rows repeat the stored ones, as in :class:`LastBatchLoss`.
+        again: whether this is the batch of the last call once more (the second pass of SAM, a closure): it then meets
+            the same teacher, and its rows replace those of the last call. None compares the ids, where there are any.
         alpha: weight of the KL, a number or a 0-d tensor.
         temperature: tau > 0, a number or a 0-d tensor.
         label_smoothing: of the CE, as in torch.
@@ -418,16 +429,19 @@ def dlb_step(
         ignore_index=ignore_index,
     )  # fmt: skip
     _check_buffer(op, logits, buffer)
-    stored = buffer.stored_rows(logits.shape[0], num_old)
+    if ids is not None:
+        _args.check_ids(op, logits, ids)
+    stored, same = buffer.place(logits.shape[0], ids, num_old, -1 if again is None else int(again))
+    where: dict[str, Any] = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
     if _backends.pick(impl, logits.device.type) != "torch":
-        loss, grad = row_loss(options, logits, target, buffer=buffer, ids=ids, num_old=num_old, upstream=upstream)
+        loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
     else:
         with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
             leaf = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
-            loss, _ = row_loss(options, leaf, target, buffer=buffer, ids=ids, num_old=num_old)
+            loss, _ = row_loss(options, leaf, target, **where)
             (grad,) = torch.autograd.grad(loss * upstream, leaf)
         loss = loss.detach()
-    buffer.count = stored
+    buffer.count, buffer.batch = stored, logits.shape[0]
     return loss, grad
 
 

@@ -26,7 +26,7 @@ _TAIL = "".join(f"{kind} {name}, " for name, kind in OPTIONS.items())
 _TAIL += "bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
 SCHEMAS = {
     "last_batch": f"(Tensor logits, Tensor? teacher, int teacher_kind, {_TAIL}",
-    "last_batch_update": f"(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, {_TAIL}",
+    "last_batch_update": f"(Tensor logits, Tensor(a!) rows, Tensor(b!) slots, Tensor? ids, int num_old, int again, {_TAIL}",
     "scale_grad_": "(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()",
 }
 
