@@ -312,7 +312,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
     const int row = half == 0 ? pair : s.start + pair, end = half == 0 ? s.start : a.batch;
     const bool exists = row < end;
     const RowRole role = exists ? row_role<false>(a, s, row) : RowRole();
-    const int slot = half == 1 && exists && pair < s.stored ? pair : -1;
+    const int slot = teach != Teach::none && half == 1 && exists && pair < s.stored ? pair : -1;
     if (half == 1) {
       // The next pair while this row is worked on; its second row was asked for together with the first.
       const int next = pair + group.groups_in_grid();
