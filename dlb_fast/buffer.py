@@ -90,7 +90,8 @@ class LogitBuffer:
         self.capacity = as_int(capacity, "LogitBuffer", "capacity", 1)
         check_buffer_dtype("LogitBuffer", dtype)
         # Tensors made under inference_mode could not be written to in training.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        traced = torch.compiler.is_compiling()  # which knows no inference mode
+        with torch.inference_mode(False) if not traced and torch.is_inference_mode_enabled() else nullcontext():
             # Eight rows of any dtype fill whole packets of 16 bytes: both generations begin on a packet.
             self.rows = torch.zeros(2, -(-capacity // 8) * 8, num_classes, dtype=dtype, device=device)
             # The header, then for each generation its count, its ids and which of its rows are finite.
@@ -239,7 +240,6 @@ class LogitBuffer:
         generation = torch.where(match.again, 1 - self._latest, self._latest)
         return self.rows.index_select(0, generation)[0, : len(match.faced)]
 
-    @torch.no_grad()
     def update(
         self,
         logits: Tensor,

@@ -128,6 +128,8 @@ def row_loss(
     """
     examined = False
     try:
+        if buffer is not None and torch._C._are_functorch_transforms_active():
+            ops.refuse_memory(options.op)
         impl = _backends.pick(options.impl, logits.device.type)
         if impl != "torch" and (
             refusal := ops.unsupported(

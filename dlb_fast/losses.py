@@ -356,17 +356,20 @@ class DistillationLoss(nn.Module):
                     "turn mixup and CutMix off"
                 )
             remembers = type(self).record is not DistillationLoss.record
+            if remembers and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+                ops.refuse_memory(op)
             again = remembers and self._repeats(logits.shape[0], ids, epoch)
             inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b, again)
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
-        loss, self._parts = distill(
+        loss, parts = distill(
             op, logits, target, teacher, alpha=self.alpha, temperature=self.temperature, ce_weight=self.ce_weight,
             ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
             ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
             impl=self.impl,
         )  # fmt: skip
+        self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
         self.counted = teacher.rows
         if inputs is not None:
             recorded = torch.is_grad_enabled()
@@ -545,7 +548,7 @@ class LastBatchLoss(DistillationLoss):
                 self._watched[0] += 1
                 if self._watched[0] % _WATCH_EVERY == 0:
                     self._watch(buffer)
-        self._parts = parts
+        self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
         return loss
 
     def _stored_teacher(

@@ -137,7 +137,7 @@ def mr_kd_loss(
 
 def ensembled(copies: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Logits (B, C) of the ensemble ``weight`` (C, K * C), ``bias`` (C,) over the copies' logits (K, B, C)."""
-    with torch.autocast(copies.device.type, enabled=False):
+    with autocast(copies, enabled=False):
         return copies.transpose(0, 1).flatten(1) @ weight.T + bias
 
 
@@ -382,7 +382,7 @@ class MrKDLoss(DistillationLoss):
         error = torch.softmax(own, 1).scatter_add(1, label, -torch.ones_like(label, dtype=bias.dtype))
         error = error.masked_fill(~known[:, None], 0.0) / known.sum().clamp(min=1)  # gradient of the mean cross entropy
         rows = copies.masked_fill(~known[:, None], 0.0).transpose(0, 1).flatten(1)
-        with torch.autocast(rows.device.type, enabled=False):
+        with autocast(rows, enabled=False):
             step = error.T @ rows
         self._ensemble_before = weight, bias
         self._ensemble = weight - self.ensemble_lr * step, bias - self.ensemble_lr * error.sum(0)
