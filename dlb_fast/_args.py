@@ -109,7 +109,7 @@ def _to_rows(logits: Tensor, target: object) -> str:
     if len(shape) < 2:
         if not shape:
             return "there is no dimension of classes; do not reduce over it"
-        if of == shape and not target.is_floating_point():  # type: ignore[union-attr]
+        if isinstance(target, Tensor) and of == shape and not target.is_floating_point():
             return (
                 "one logit per row is a model of two classes whose first logit is 0: pass "
                 "torch.stack([torch.zeros_like(logits), logits], 1)"
@@ -134,8 +134,8 @@ def _to_rows(logits: Tensor, target: object) -> str:
     return "; ".join(pieces)
 
 
-def check_target(op: str, logits: Tensor, target: Tensor, name: str = "target") -> None:
-    """Integer labels (B,) or a floating distribution (B, C)."""
+def check_target(op: str, logits: Tensor, target: Tensor, name: str = "target") -> Tensor:
+    """Integer labels (B,) as int64, in which ``ignore_index`` is compared, or a floating distribution (B, C)."""
     check_tensor(op, name, target)
     _same_device(op, name, target, logits)
     batch, classes = logits.shape
@@ -145,14 +145,14 @@ def check_target(op: str, logits: Tensor, target: Tensor, name: str = "target") 
                 f"{op}: {name} of shape (B,) must hold integer class labels, got {target.dtype}; "
                 f"use {name}.long(), or a (B, C) tensor for class probabilities"
             )
-        return
+        return target.long()
     if target.dim() == 2 and target.shape == logits.shape and (classes > 1 or target.is_floating_point()):
         if not target.is_floating_point():
             raise TypeError(
                 f"{op}: {name} of shape (B, C) must hold probabilities (floating), got {target.dtype}; one-hot rows "
                 f"become labels by {name}.argmax(1)"
             )
-        return
+        return target
     remedies = {
         (batch, 1): f"; pass {name}.squeeze(1){'.long()' if target.is_floating_point() else ''}",
         (classes, batch): f"; pass {name}.T",
@@ -303,6 +303,13 @@ def check_scalar(
     if not least <= number <= most:
         raise ValueError(f"{op}: {name} must be between {least:g} and {most:g}, got {number}{why}")
     return value
+
+
+def check_number(op: str, name: str, value: float, *, positive: bool) -> float:
+    """A finite number, > 0 or >= 0; no tensor."""
+    number = as_number(op, name, value)
+    check_scalar(op, name, number, positive=positive)
+    return number
 
 
 def check_temperature(op: str, value: float | Tensor, dtype: torch.dtype = torch.float64) -> float | Tensor:

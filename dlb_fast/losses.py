@@ -179,12 +179,15 @@ class DistillationLoss(nn.Module):
         """
         op = type(self).__name__
         teacher, inputs = Teacher("none"), None
+        options = self._options()
         if self.training:
-            _args.check_logits(op, logits)
+            _args.check_logits(op, logits, target)
             if target is not None:
-                _args.check_target(op, logits, target)
+                target = _args.check_target(op, logits, target)
             if ids is not None:
                 _args.check_ids(op, logits, ids)
+            if epoch is not None:
+                epoch = _args.as_int(epoch, op, "epoch", 0)
             given = {"ids": ids, "images": images, "epoch": epoch}
             if missing := sorted(name for name in self.needs if given[name] is None):
                 wanted = " and ".join(f"{name}=" for name in missing)
@@ -194,7 +197,9 @@ class DistillationLoss(nn.Module):
                     f"{op}: needs one class per row, got target_b of mixed images, which its teacher does not fit; "
                     "turn mixup and CutMix off"
                 )
-            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b)
+            inputs = Inputs(
+                logits, target, options.temperature, ids, images, epoch, options.ignore_index, target_b
+            )  # fmt: skip
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
@@ -275,7 +280,10 @@ class LastBatchLoss(DistillationLoss):
         device: torch.device | str | None = None,
     ) -> None:
         op = "LastBatchLoss"
-        _args.as_int(num_classes, op, "num_classes", 1)
+        num_classes = _args.as_int(num_classes, op, "num_classes", 1)
+        if capacity is not None:
+            capacity = _args.as_int(capacity, op, "capacity", 1)
+        device = _args.check_device(op, "device", device)
         if dtype is not None:
             check_buffer_dtype(op, dtype)
         if weight is not None:
@@ -335,16 +343,16 @@ class LastBatchLoss(DistillationLoss):
         """
         op = "LastBatchLoss"
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
-            _args.check_logits(op, logits)
+            _args.check_logits(op, logits, target)
             raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
         if num_old is not None and type(num_old) is not int:
-            _args.check_num_old(op, num_old)
+            num_old = _args.check_num_old(op, num_old)
         if kd_mask is not None:
             _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
         if target_b is not None or lam is not None:
-            _args.check_pair(op, logits, target, target_b, lam)
+            lam = _args.check_pair(op, logits, target, target_b, lam)
         options = self._options()
-        if self.training:
+        if self.training and logits.shape[0] > 0:  # an empty batch has no row to teach or to store
             before = self.buffer, self._dtype_follows
             try:
                 buffer, stored = self._buffer_for(logits, target, ids, num_old)
@@ -357,7 +365,7 @@ class LastBatchLoss(DistillationLoss):
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
                 raise
-        elif target is None:
+        elif target is None and not self.training:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
         else:
             loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
