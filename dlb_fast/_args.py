@@ -80,7 +80,7 @@ def check_tensor(op: str, name: str, value: object) -> Tensor:
     return value
 
 
-def _same_device(op: str, name: str, value: Tensor, logits: Tensor) -> None:
+def check_same_device(op: str, name: str, value: Tensor, logits: Tensor) -> None:
     if value.device != logits.device:
         raise ValueError(
             f"{op}: {name} must be on the device of the logits ({logits.device}), got {value.device}; "
@@ -137,7 +137,7 @@ def _to_rows(logits: Tensor, target: object) -> str:
 def check_target(op: str, logits: Tensor, target: Tensor, name: str = "target") -> Tensor:
     """Integer labels (B,) as int64, in which ``ignore_index`` is compared, or a floating distribution (B, C)."""
     check_tensor(op, name, target)
-    _same_device(op, name, target, logits)
+    check_same_device(op, name, target, logits)
     batch, classes = logits.shape
     if target.dim() == 1 and target.shape[0] == batch:
         if target.dtype not in INTEGERS:
@@ -191,7 +191,7 @@ def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int, 
 def check_teacher(op: str, logits: Tensor, teacher: Tensor, name: str = "last_logits") -> None:
     """Teacher rows (H, C) with H <= B."""
     check_tensor(op, name, teacher)
-    _same_device(op, name, teacher, logits)
+    check_same_device(op, name, teacher, logits)
     batch, classes = logits.shape
     if teacher.dim() != 2 or teacher.shape[1] != classes or teacher.shape[0] > batch:
         raise ValueError(
@@ -208,7 +208,7 @@ def check_teacher(op: str, logits: Tensor, teacher: Tensor, name: str = "last_lo
 def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int) -> None:
     """A bool per row with a teacher."""
     check_tensor(op, "kd_mask", kd_mask)
-    _same_device(op, "kd_mask", kd_mask, logits)
+    check_same_device(op, "kd_mask", kd_mask, logits)
     if kd_mask.dtype != torch.bool or kd_mask.shape != (rows,):
         raise ValueError(
             f"{op}: kd_mask must be a bool tensor of shape ({rows},), one entry per row with a teacher, "
@@ -219,7 +219,7 @@ def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int) -> None:
 def check_weight(op: str, logits: Tensor, weight: Tensor) -> None:
     """A weight per class, on the device of the logits."""
     check_tensor(op, "weight", weight)
-    _same_device(op, "weight", weight, logits)
+    check_same_device(op, "weight", weight, logits)
     check_weight_form(op, weight, logits.shape[1])
 
 
@@ -236,7 +236,7 @@ def check_weight_form(op: str, weight: Tensor, classes: int) -> None:
 def check_rows(op: str, name: str, value: object, logits: Tensor) -> Tensor:
     """Floating rows (B, C), one for every row of the logits, on their device."""
     rows = check_tensor(op, name, value)
-    _same_device(op, name, rows, logits)
+    check_same_device(op, name, rows, logits)
     if rows.shape != logits.shape or not rows.is_floating_point():
         raise ValueError(
             f"{op}: {name} must be floating with the shape of the logits, {tuple(logits.shape)}, got {rows.dtype} "
@@ -267,7 +267,7 @@ def check_ce_weight(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: 
 def check_ids(op: str, logits: Tensor, ids: Tensor) -> None:
     """An integer sample id per row."""
     check_tensor(op, "ids", ids)
-    _same_device(op, "ids", ids, logits)
+    check_same_device(op, "ids", ids, logits)
     if ids.shape != (logits.shape[0],) or ids.dtype not in INTEGERS:
         raise ValueError(
             f"{op}: ids must be an integer tensor of shape ({logits.shape[0]},), one sample id per row, "
@@ -396,6 +396,12 @@ def check_correct_share(op: str, correct_share: float | None) -> float | None:
         raise ValueError(
             f"{op}: correct_share must be None (uniform) or a number in [0, 1], got {correct_share!r}"
         ) from None
+
+
+def check_dtype(op: str, name: str, dtype: object) -> None:
+    """A dtype in which rows can be stored."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
 
 
 def check_device(op: str, name: str, device: torch.device | str | None) -> torch.device | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._args import as_int
+from ._args import as_int, check_device, check_dtype
 
 UNKNOWN_ID = -(2**63)
 """Slot id of a row stored without a sample id; it matches any id."""
@@ -52,8 +52,9 @@ class LogitBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        as_int(num_classes, "LogitBuffer", "num_classes", 1)
-        as_int(capacity, "LogitBuffer", "capacity", 1)
+        num_classes = as_int(num_classes, "LogitBuffer", "num_classes", 1)
+        capacity = as_int(capacity, "LogitBuffer", "capacity", 1)
+        device = check_device("LogitBuffer", "device", device) or "cpu"
         check_buffer_dtype("LogitBuffer", dtype)
         # Tensors made under inference_mode could not be written to in training.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
@@ -212,8 +213,7 @@ class LogitBuffer:
 
 def check_buffer_dtype(op: str, dtype: object) -> None:
     """A dtype in which the kernels can store logits."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{op}: dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
+    check_dtype(op, "dtype", dtype)
 
 
 def pack_state(state: dict[str, Any]) -> Tensor:

@@ -28,8 +28,10 @@ from .._args import (
     as_number,
     check_correct_share,
     check_device,
+    check_dtype,
     check_ignore_index,
     check_logits,
+    check_same_device,
     check_target,
     check_temperature,
     check_tensor,
@@ -120,6 +122,9 @@ def mr_kd_loss(
     check_tensor(op, "copies_logits", copies_logits)
     correct_share, temperature = check_correct_share(op, correct_share), check_temperature(op, temperature)
     ignore_index = check_ignore_index(op, ignore_index)
+    check_same_device(op, "copies_logits", copies_logits, logits)
+    if not copies_logits.is_floating_point():
+        raise TypeError(f"{op}: copies_logits must be floating point, got {copies_logits.dtype}")
     if copies_logits.dim() != 3 or copies_logits.shape[0] < 1 or copies_logits.shape[1:] != logits.shape:
         raise ValueError(
             f"{op}: copies_logits must have shape (K, {', '.join(map(str, logits.shape))}) with K >= 1, "
@@ -309,6 +314,8 @@ class MrKDLoss(DistillationLoss):
         correct_share = check_correct_share(op, correct_share)
         copies, copy_every = as_int(copies, op, "copies", 1), as_int(copy_every, op, "copy_every", 1)
         memory_device = check_device(op, "memory_device", memory_device)
+        if memory_dtype is not None:
+            check_dtype(op, "memory_dtype", memory_dtype)
         if ensemble_lr is not None:
             ensemble_lr = as_number(op, "ensemble_lr", ensemble_lr, "a learning rate > 0 or None")
             if not 0 < ensemble_lr < math.inf:
