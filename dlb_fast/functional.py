@@ -425,16 +425,20 @@ def dlb_step(
         ignore_index=ignore_index,
     )  # fmt: skip
     _check_buffer(op, logits, buffer)
-    stored = buffer.stored_rows(logits.shape[0], num_old)
+    where: dict[str, Any] = {}
+    if logits.shape[0] > 0:  # an empty batch has no row to teach or to store
+        where = {"buffer": buffer, "ids": ids, "num_old": num_old}
+        stored = buffer.stored_rows(logits.shape[0], num_old)
     if _backends.pick(impl, logits.device.type, op) != "torch":
-        loss, grad = row_loss(options, logits, target, buffer=buffer, ids=ids, num_old=num_old, upstream=upstream)
+        loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
     else:
         with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
             leaf = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
-            loss, _ = row_loss(options, leaf, target, buffer=buffer, ids=ids, num_old=num_old)
+            loss, _ = row_loss(options, leaf, target, **where)
             (grad,) = torch.autograd.grad(loss * upstream, leaf)
         loss = loss.detach()
-    buffer.count = stored
+    if where:
+        buffer.count = stored
     return loss, grad
 
 
