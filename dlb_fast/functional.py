@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +108,7 @@ def row_loss(
     buffer: LogitBuffer | None = None,
     ids: Tensor | None = None,
     num_old: int | None = None,
+    again: int = 0,
     kd_mask: Tensor | None = None,
     target_b: Tensor | None = None,
     lam: Scalar | None = None,
@@ -115,8 +117,9 @@ def row_loss(
     """The one way to an implementation: every loss of the package ends here.
 
     ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 * KL(teacher || z)``. The teacher is a tensor, the stored rows
-    of ``buffer`` (which then takes the new rows of the batch; the caller sets ``buffer.count``), or virtual. ``logits``
-    are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have passed their checks.
+    of ``buffer`` (which then takes the new rows of the batch; the caller asks ``buffer.recognise`` for ``again`` and
+    sets ``buffer.count`` and ``buffer.batch``), or virtual. ``logits`` are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have
+    passed their checks.
 
     The compiled ops check their tensors before they write anything, so they are called first; the arguments are
     examined only where the call fails, to say which one is wrong and what to do. Triton's ops and plain PyTorch check
@@ -130,11 +133,14 @@ def row_loss(
         impl = _backends.pick(options.impl, logits.device.type, options.op)
         if options.float64_only and logits.dtype is not torch.float64:
             _args.check_temperature(options.op, options.temperature, logits.dtype)
-        if impl != "torch" and (feature := ops.unsupported(logits)):
-            if options.impl != "auto" or upstream is not None:
-                raise RuntimeError(
-                    f"{options.op}: impl={impl!r} does not know {feature}; use impl='torch', plain autograd"
-                )
+        if impl != "torch" and (
+            refusal := ops.unsupported(
+                logits, target=target, weight=options.weight, lam=lam, alpha=options.alpha,
+                temperature=options.temperature,
+            )
+        ):  # fmt: skip
+            if options.impl != "auto":
+                raise RuntimeError(f"{options.op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
             impl = "torch"
         if impl not in ("cpu", "cuda") or type(logits) is not Tensor or torch.compiler.is_compiling():
             _examine(options, logits, target, target_b, teacher, buffer, ids)
@@ -145,8 +151,11 @@ def row_loss(
             teacher_kind = "none"
         if impl == "torch":
             return _plain_torch(
-                options, logits, target, teacher, teacher_kind, buffer, ids, num_old, kd_mask, target_b, lam
+                options, logits, target, teacher, teacher_kind, buffer, ids, num_old, again, kd_mask, target_b, lam
             )
+        if teacher is not None and impl != "cpu":  # the CPU's op finds rows that are not finite by itself
+            finite = teacher.detach().amax(1).isfinite()
+            kd_mask = finite if kd_mask is None else kd_mask & finite
 
         tensors = _op_tensors(options, logits, target, kd_mask, target_b, lam)
         first: tuple[Any, ...]
@@ -157,7 +166,7 @@ def row_loss(
             name = "last_batch_update"
             if ids is not None and not (ids.dtype is torch.int64 and ids.is_contiguous()):
                 ids = _integers(ids).contiguous()
-            first = (buffer.logits, buffer.slots, ids, -1 if num_old is None else num_old)
+            first = (buffer.rows, buffer.slots, ids, -1 if num_old is None else num_old, again)
         args = (*first, *map(tensors.get, TENSORS), *options.numbers)
         if not logits.is_contiguous():
             logits = _rows_contiguous(logits)
@@ -239,10 +248,10 @@ def _examine(
 def _check_buffer(op: str, logits: Tensor, buffer: LogitBuffer) -> None:
     if not isinstance(buffer, LogitBuffer):
         raise TypeError(f"{op}: buffer must be a dlb_fast.LogitBuffer, got {type(buffer).__name__}")
-    if buffer.num_classes != logits.shape[1] or buffer.logits.device != logits.device:
+    if buffer.num_classes != logits.shape[1] or buffer.device != logits.device:
         raise ValueError(
             f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
-            f"{buffer.logits.device}"
+            f"{buffer.device}"
         )
 
 
@@ -255,34 +264,37 @@ def _plain_torch(
     buffer: LogitBuffer | None,
     ids: Tensor | None,
     num_old: int | None,
+    again: int,
     kd_mask: Tensor | None,
     target_b: Tensor | None,
     lam: Scalar | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition. As in the kernels only the logits get a gradient, and a scalar does not decide the dtype."""
+    """The definition, differentiated by autograd. As in the kernels, a scalar does not decide the dtype."""
     dtype = reference.compute_dtype(logits.dtype)
     alpha, temperature = options.alpha, options.temperature
     if isinstance(alpha, Tensor):
         _args.check_scalar(options.op, "alpha", alpha, positive=False)
-        alpha = alpha.detach().to(dtype)
+        alpha = alpha.to(dtype)
     if isinstance(temperature, Tensor):
         _args.check_temperature(options.op, temperature, logits.dtype)
-        temperature = temperature.detach().to(dtype)
+        temperature = temperature.to(dtype)
+    mask = kd_mask
     if buffer is not None:
-        teacher, valid = buffer.teacher(logits, ids, num_old)
-        kd_mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
+        match = buffer.match(logits.shape[0], ids, num_old, again)
+        teacher, valid = buffer.teacher(match), match.repeats
+        mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
     if target is not None:
-        target = target.detach() if target.dim() == 2 else target.long()
+        target = target if target.dim() == 2 else target.long()
     loss, parts = reference.last_batch_loss(
         logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=options.label_smoothing,
-        weight=None if options.weight is None else options.weight.detach(), ignore_index=options.ignore_index,
-        kd_mask=kd_mask, reduction=options.reduction, target_b=None if target_b is None else target_b.long(),
-        lam=lam.detach() if isinstance(lam, Tensor) else lam,
+        weight=options.weight, ignore_index=options.ignore_index,
+        kd_mask=mask, reduction=options.reduction, target_b=None if target_b is None else target_b.long(),
+        lam=lam,
         ce_weight=options.ce_weight + options.ce_alpha * alpha if options.ce_alpha else options.ce_weight,
         teacher_kind=teacher_kind, correct_share=options.correct_share,
     )  # fmt: skip
     if buffer is not None:
-        buffer.update(logits, ids, num_old)
+        buffer.update(logits, ids, num_old, again, kd_mask)
     return loss, parts
 
 
@@ -374,6 +386,7 @@ def dlb_step(
     *,
     ids: Tensor | None = None,
     num_old: int | None = None,
+    again: bool | None = None,
     alpha: Scalar = 1.0,
     temperature: Scalar = 3.0,
     label_smoothing: float = 0.0,
@@ -393,6 +406,8 @@ def dlb_step(
         buffer: :class:`LogitBuffer` with ``C`` classes on the device of the logits.
         ids: ``(B,)`` sample ids, as in :class:`LastBatchLoss`.
         num_old: how many of the first rows repeat the stored ones, as in :class:`LastBatchLoss`.
+        again: whether this is the batch of the last call once more (the second pass of SAM, a closure): it then meets
+            the same teacher, and its rows replace those of the last call. None compares the ids, where there are any.
         alpha: weight of the KL, a number or a 0-d tensor.
         temperature: tau > 0, a number or a 0-d tensor.
         label_smoothing: of the CE, as in torch.
@@ -424,11 +439,18 @@ def dlb_step(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index,
     )  # fmt: skip
+    if refusal := ops.unsupported(
+        logits, target=target, weight=weight, alpha=alpha, temperature=temperature, upstream=upstream
+    ):
+        raise RuntimeError(f"{op}: it {refusal} use LastBatchLoss with impl='torch', plain autograd")
     _check_buffer(op, logits, buffer)
+    if ids is not None:
+        _args.check_ids(op, logits, ids)
     where: dict[str, Any] = {}
     if logits.shape[0] > 0:  # an empty batch has no row to teach or to store
-        where = {"buffer": buffer, "ids": ids, "num_old": num_old}
-        stored = buffer.stored_rows(logits.shape[0], num_old)
+        same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again))
+        stored = buffer.stored_rows(logits.shape[0], num_old, same)
+        where = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
     if _backends.pick(impl, logits.device.type, op) != "torch":
         loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
     else:
@@ -438,7 +460,7 @@ def dlb_step(
             (grad,) = torch.autograd.grad(loss * upstream, leaf)
         loss = loss.detach()
     if where:
-        buffer.count = stored
+        buffer.count, buffer.batch = stored, logits.shape[0]
     return loss, grad
 
 
@@ -465,12 +487,12 @@ _KINDS = {"logits": True, "probabilities": True, "uniform": False, "none": False
 """Kind of a teacher -> whether it has a tensor."""
 
 
-def _check_teacher_fields(op: str, teacher: Teacher) -> None:
-    """A Teacher whose fields belong to its kind."""
+def _check_teacher_fields(op: str, teacher: Teacher, logits: Tensor) -> None:
+    """A Teacher whose fields belong to its kind and to the batch; a method of a user may return anything."""
     if not isinstance(teacher, Teacher):
         raise TypeError(f"{op}: teacher(inputs) must return a dlb_fast.Teacher, got {type(teacher).__name__}")
-    kind = teacher.kind
-    if kind not in _KINDS:
+    kind, rows, batch = teacher.kind, teacher.rows, logits.shape[0]
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{op}: the teacher's kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     if _KINDS[kind] != (teacher.tensor is not None):
         raise ValueError(f"{op}: a teacher of kind {kind!r} {'needs a' if _KINDS[kind] else 'takes no'} tensor")
@@ -478,6 +500,27 @@ def _check_teacher_fields(op: str, teacher: Teacher) -> None:
         raise ValueError(f"{op}: correct_share belongs to a teacher of kind 'uniform', got kind {kind!r}")
     if teacher.add_entropy and kind != "probabilities":
         raise ValueError(f"{op}: add_entropy belongs to a teacher of kind 'probabilities', got kind {kind!r}")
+    if kind == "none" and (teacher.mask is not None or teacher.student is not None):
+        raise ValueError(f"{op}: a teacher of kind 'none' has no KL, so it takes no mask and no student")
+    if rows is not None and _args.as_int(rows, op, "the teacher's rows", 0) > batch:
+        raise ValueError(f"{op}: the teacher's rows must be at most the {batch} rows of the batch, got {rows}")
+    if isinstance(teacher.kl_weight, bool) or not isinstance(teacher.kl_weight, (int, float)):
+        raise TypeError(f"{op}: the teacher's kl_weight must be a number, got {type(teacher.kl_weight).__name__}")
+    if not 0 < teacher.kl_weight < math.inf:
+        raise ValueError(
+            f"{op}: the teacher's kl_weight must be finite and > 0, got {teacher.kl_weight}; use Teacher('none') for a "
+            "batch without a teacher"
+        )
+    _args.check_scalar(op, "the teacher's alpha_scale", teacher.alpha_scale, positive=False)
+    student = teacher.student
+    if student is None:
+        return
+    _args.check_rows(op, "the teacher's student", student, logits)
+    if torch.is_grad_enabled() and logits.requires_grad and not student.requires_grad:
+        raise ValueError(
+            f"{op}: the teacher's student must be made of the logits with their graph, got a tensor that requires no "
+            "gradient; the KL would not train, so do not detach the student"
+        )
 
 
 def distill(
@@ -509,19 +552,17 @@ def distill(
         lam = _args.check_pair(op, logits, target, target_b, lam)
     if kd_mask is not None:
         _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
-    _check_teacher_fields(op, teacher)
+    _check_teacher_fields(op, teacher, logits)
     if (rows := teacher.rows) is not None:
         logits = logits[:rows]
+        teacher = teacher._replace(student=None if teacher.student is None else teacher.student[:rows])
         target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
         lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
     if teacher.tensor is not None:
         _args.check_teacher(op, logits, teacher.tensor, "teacher")
     if teacher.mask is not None:
-        _args.check_kd_mask(op, logits, teacher.mask, len(logits if teacher.tensor is None else teacher.tensor))
-    if teacher.kl_weight <= 0:
-        raise ValueError(
-            f"{op}: kl_weight must be > 0, got {teacher.kl_weight}; use Teacher('none') for a batch without a teacher"
-        )
+        rows = len(logits if teacher.tensor is None else teacher.tensor)
+        _args.check_kd_mask(op, logits, teacher.mask, rows, "the teacher's mask")
     if (correct_share := _args.check_correct_share(op, teacher.correct_share)) is not None:
         if target is None or target.dim() != 1 or target_b is not None:
             raise ValueError(
@@ -538,7 +579,7 @@ def distill(
     ce_options: dict[str, Any] = {"label_smoothing": label_smoothing, "weight": weight, **shared}
     ce: dict[str, Any] = {"target": target, "target_b": target_b, "lam": lam}
     if teacher.kind == "none":
-        return row_loss(prepare(op, **ce_options), logits, **ce)
+        return row_loss(prepare(op, alpha=alpha, temperature=temperature, **ce_options), logits, **ce)
     alpha = alpha * teacher.alpha_scale
     kd_alpha = alpha * teacher.kl_weight
     kind = "virtual" if teacher.kind == "uniform" else teacher.kind
@@ -558,7 +599,10 @@ def distill(
             parts = torch.stack([total, ce_parts[1], kd_parts[2], ce_parts[3]])
     if teacher.add_entropy:
         assert teacher.tensor is not None
-        entropy = -torch.xlogy(teacher.tensor, teacher.tensor).sum(1)
+        probabilities = teacher.tensor.detach()
+        finite = reference.finite_rows(probabilities)
+        mask = finite if mask is None else mask & finite
+        entropy = -torch.xlogy(probabilities, probabilities).sum(1)
         extra = kd_alpha * _reduce_constants(entropy, mask, logits.shape[0], reduction)
         loss = loss + extra.to(loss.dtype)
         parts = parts[:4].clone()  # the op keeps its own for the backward
