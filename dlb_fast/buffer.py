@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._args import as_int, has_values
+from ._args import as_int, check_device, check_dtype, has_values
 
 UNKNOWN_ID = -(2**63)
 """Id of a row stored without a sample id; such a row teaches only batches that come without ids."""
@@ -86,8 +86,9 @@ class LogitBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        as_int(num_classes, "LogitBuffer", "num_classes", 1)
+        num_classes = as_int(num_classes, "LogitBuffer", "num_classes", 1)
         self.capacity = as_int(capacity, "LogitBuffer", "capacity", 1)
+        device = check_device("LogitBuffer", "device", device) or "cpu"
         check_buffer_dtype("LogitBuffer", dtype)
         # Tensors made under inference_mode could not be written to in training.
         traced = torch.compiler.is_compiling()  # which knows no inference mode
@@ -361,8 +362,7 @@ class LogitBuffer:
 
 def check_buffer_dtype(op: str, dtype: object) -> None:
     """A dtype in which the kernels can store logits."""
-    if dtype not in _DTYPES:
-        raise TypeError(f"{op}: dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
+    check_dtype(op, "dtype", dtype)
 
 
 def to_bytes(tensors: Iterable[Tensor]) -> Tensor:

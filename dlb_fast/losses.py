@@ -337,12 +337,15 @@ class DistillationLoss(nn.Module):
         """
         op = type(self).__name__
         teacher, inputs = Teacher("none"), None
+        options = self._options()
         if self.training:
-            _args.check_logits(op, logits)
+            _args.check_logits(op, logits, target)
             if target is not None:
-                _args.check_target(op, logits, target)
+                target = _args.check_target(op, logits, target)
             if ids is not None:
                 _args.check_ids(op, logits, ids)
+            if epoch is not None:
+                epoch = _args.as_int(epoch, op, "epoch", 0)
             given = {"ids": ids, "images": images, "epoch": epoch}
             if missing := sorted(name for name in self.needs if given[name] is None):
                 wanted = " and ".join(f"{name}=" for name in missing)
@@ -359,7 +362,9 @@ class DistillationLoss(nn.Module):
             if remembers and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
                 ops.refuse_memory(op)
             again = remembers and self._repeats(logits.shape[0], ids, epoch)
-            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b, again)
+            inputs = Inputs(
+                logits, target, options.temperature, ids, images, epoch, options.ignore_index, target_b, again
+            )  # fmt: skip
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
@@ -450,7 +455,10 @@ class LastBatchLoss(DistillationLoss):
         device: torch.device | str | None = None,
     ) -> None:
         op = "LastBatchLoss"
-        _args.as_int(num_classes, op, "num_classes", 1)
+        num_classes = _args.as_int(num_classes, op, "num_classes", 1)
+        if capacity is not None:
+            capacity = _args.as_int(capacity, op, "capacity", 1)
+        device = _args.check_device(op, "device", device)
         if dtype is not None:
             check_buffer_dtype(op, dtype)
         if weight is not None:
@@ -510,17 +518,17 @@ class LastBatchLoss(DistillationLoss):
         """
         op = "LastBatchLoss"
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
-            _args.check_logits(op, logits)
+            _args.check_logits(op, logits, target)
             raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
         if num_old is not None and type(num_old) is not int:
-            _args.check_num_old(op, num_old)
+            num_old = _args.check_num_old(op, num_old)
         if kd_mask is not None:
             _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
         if target_b is not None or lam is not None:
-            _args.check_pair(op, logits, target, target_b, lam)
+            lam = _args.check_pair(op, logits, target, target_b, lam)
         options = self._options()
-        if not self.training:
-            if target is None:
+        if not self.training or logits.shape[0] == 0:  # an empty batch has no row to teach or to store
+            if target is None and not self.training:
                 raise ValueError(
                     f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute"
                 )

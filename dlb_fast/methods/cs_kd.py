@@ -61,7 +61,7 @@ def cs_kd_loss(
     True
     """
     op = "cs_kd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     teacher = Teacher("logits", check_rows(op, "partner_logits", partner_logits, logits).detach())
     loss, parts = distill(
         op, logits, target, teacher, alpha=alpha, temperature=temperature,

@@ -70,7 +70,7 @@ def ddgsd_loss(
     True
     """
     op = "ddgsd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     loss, parts = distill(
         op, logits, target, _other_view(op, logits), alpha=alpha, temperature=temperature, ce_weight=ce_weight,
         label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, target_b=target_b,

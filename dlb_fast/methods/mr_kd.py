@@ -14,6 +14,7 @@ part; the numbers are ours. Copies are evaluated in eval mode (their own BatchNo
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._args import as_int, check_correct_share, check_device, check_logits, check_tensor
+from .._args import (
+    as_int,
+    as_number,
+    check_correct_share,
+    check_device,
+    check_dtype,
+    check_ignore_index,
+    check_logits,
+    check_same_device,
+    check_target,
+    check_temperature,
+    check_tensor,
+)
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype, teacher_kl
@@ -116,14 +129,20 @@ def mr_kd_loss(
     True
     """
     op = "mr_kd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     check_tensor(op, "copies_logits", copies_logits)
-    check_correct_share(op, correct_share)
+    correct_share, temperature = check_correct_share(op, correct_share), check_temperature(op, temperature)
+    ignore_index = check_ignore_index(op, ignore_index)
+    check_same_device(op, "copies_logits", copies_logits, logits)
+    if not copies_logits.is_floating_point():
+        raise TypeError(f"{op}: copies_logits must be floating point, got {copies_logits.dtype}")
     if copies_logits.dim() != 3 or copies_logits.shape[0] < 1 or copies_logits.shape[1:] != logits.shape:
         raise ValueError(
             f"{op}: copies_logits must have shape (K, {', '.join(map(str, logits.shape))}) with K >= 1, "
             f"got {tuple(copies_logits.shape)}"
         )
+    if target is not None:
+        target = check_target(op, logits, target)
     if swap or correct_share is not None:
         labels(op, target, target_b, "swap and correct_share know the right class")
     averaged = average(copies_logits, target, temperature, correct_share, swap, ignore_index)
@@ -315,9 +334,16 @@ class MrKDLoss(DistillationLoss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
-        check_correct_share("MrKDLoss", correct_share)
-        if ensemble_lr is not None and not ensemble_lr > 0:
-            raise ValueError(f"MrKDLoss: ensemble_lr must be a learning rate > 0 or None, got {ensemble_lr!r}")
+        op = "MrKDLoss"
+        correct_share = check_correct_share(op, correct_share)
+        copies, copy_every = as_int(copies, op, "copies", 1), as_int(copy_every, op, "copy_every", 1)
+        memory_device = check_device(op, "memory_device", memory_device)
+        if memory_dtype is not None:
+            check_dtype(op, "memory_dtype", memory_dtype)
+        if ensemble_lr is not None:
+            ensemble_lr = as_number(op, "ensemble_lr", ensemble_lr, "a learning rate > 0 or None")
+            if not 0 < ensemble_lr < math.inf:
+                raise ValueError(f"{op}: ensemble_lr must be a learning rate > 0 or None, got {ensemble_lr!r}")
         super().__init__(
             alpha=alpha, temperature=temperature, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,

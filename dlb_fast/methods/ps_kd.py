@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._args import as_int, check_device, check_logits, check_rows
+from .._args import as_int, check_device, check_dtype, check_ignore_index, check_logits, check_rows, check_target
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype
@@ -66,11 +66,12 @@ def ps_kd_loss(
     True
     """
     op = "ps_kd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     teacher = _past_predictions(check_rows(op, "past", past, logits))
-    for given in (target, target_b):
-        if isinstance(given, Tensor) and given.shape == logits.shape[:1]:
-            known = given != ignore_index
+    ignore_index = check_ignore_index(op, ignore_index)
+    for name, given in (("target", target), ("target_b", target_b)):
+        if given is not None and (checked := check_target(op, logits, given, name)).dim() == 1:
+            known = checked != ignore_index
             teacher = teacher._replace(mask=known if teacher.mask is None else teacher.mask & known)
     loss, parts = distill(
         op, logits, target, teacher, alpha=alpha, temperature=1.0, ce_alpha=-1.0,
@@ -237,8 +238,12 @@ class PsKDLoss(DistillationLoss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
+        op = "PsKDLoss"
+        num_samples, num_classes = as_int(num_samples, op, "num_samples", 1), as_int(num_classes, op, "num_classes", 1)
+        memory_device = check_device(op, "memory_device", memory_device)
+        check_dtype(op, "memory_dtype", memory_dtype)
         if epochs is not None:
-            as_int(epochs, "PsKDLoss", "epochs", 1)
+            epochs = as_int(epochs, op, "epochs", 1)
         super().__init__(
             alpha=alpha, temperature=1.0, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,
