@@ -101,28 +101,29 @@ def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int, 
         )
 
 
-def check_teacher(op: str, logits: Tensor, last_logits: Tensor) -> None:
+def check_teacher(op: str, logits: Tensor, teacher: Tensor, name: str = "last_logits") -> None:
     """Teacher rows (H, C) with H <= B."""
-    check_tensor(op, "last_logits", last_logits)
-    _same_device(op, "last_logits", last_logits, logits)
+    check_tensor(op, name, teacher)
+    _same_device(op, name, teacher, logits)
     batch, classes = logits.shape
-    if last_logits.dim() != 2 or last_logits.shape[1] != classes or last_logits.shape[0] > batch:
+    if teacher.dim() != 2 or teacher.shape[1] != classes or teacher.shape[0] > batch:
+        what = "the previous logits" if name == "last_logits" else "the teachers"
+        hint = " (was the buffer made for another dataset or batch size? then reset it)" * (name == "last_logits")
         raise ValueError(
-            f"{op}: last_logits must have shape (H, C) with H <= {batch} and C = {classes}, "
-            f"got {tuple(last_logits.shape)}; it holds the previous logits of the first H rows of this batch "
-            "(was the buffer made for another dataset or batch size? then reset it)"
+            f"{op}: {name} must have shape (H, C) with H <= {batch} and C = {classes}, got {tuple(teacher.shape)}; "
+            f"it holds {what} of the first H rows of this batch{hint}"
         )
-    if last_logits.dtype not in FLOATS:
-        raise TypeError(f"{op}: last_logits must be floating point, got {last_logits.dtype}")
+    if teacher.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be floating point, got {teacher.dtype}")
 
 
-def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int) -> None:
+def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int, name: str = "kd_mask") -> None:
     """A bool per row with a teacher."""
-    check_tensor(op, "kd_mask", kd_mask)
-    _same_device(op, "kd_mask", kd_mask, logits)
+    check_tensor(op, name, kd_mask)
+    _same_device(op, name, kd_mask, logits)
     if kd_mask.dtype != torch.bool or kd_mask.shape != (rows,):
         raise ValueError(
-            f"{op}: kd_mask must be a bool tensor of shape ({rows},), one entry per row with a teacher, "
+            f"{op}: {name} must be a bool tensor of shape ({rows},), one entry per row with a teacher, "
             f"got {kd_mask.dtype} {tuple(kd_mask.shape)}"
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -365,17 +366,48 @@ def check_buffer_dtype(op: str, dtype: object) -> None:
         raise TypeError(f"{op}: dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
 
 
-def to_bytes(tensors: Iterable[Tensor]) -> Tensor:
-    """The bytes of some tensors one after another, as one uint8 tensor on the CPU."""
-    return torch.cat([tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+def to_bytes(numbers: Sequence[int], tensors: Iterable[Tensor], spare: int = 0) -> Tensor:
+    """Numbers and tensors as one uint8 tensor on the CPU: a checksum, the numbers as int64, the tensors, spare bytes.
+
+    Every saver can write it, and its size does not depend on the values.
+    """
+    parts = [torch.tensor([0, *numbers], dtype=torch.int64, device="cpu"), *tensors]
+    parts.append(torch.zeros(spare, dtype=torch.uint8, device="cpu"))
+    packed = torch.cat([part.detach().cpu().contiguous().view(-1).view(torch.uint8) for part in parts])
+    packed[:8].view(torch.int64).fill_(zlib.crc32(packed[8:].numpy().data))
+    return packed
 
 
-# What a packed state begins with, as int64; the counters, the ids and the rows follow.
-_PACKED = ("checksum", "version", "dtype", "num_classes", "capacity", "count", "rank", "world_size")
+def from_bytes(packed: Tensor, numbers: int) -> tuple[list[int], Tensor]:
+    """The numbers that `to_bytes` wrote, and the bytes of the tensors; ValueError where it did not write them."""
+    packed = packed.detach().cpu().contiguous()
+    start = 8 * (1 + numbers)
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) < start:
+        raise ValueError(f"saved bytes expected, got {packed.dtype} of shape {tuple(packed.shape)}")
+    checksum, *read = packed[:start].clone().view(torch.int64).tolist()
+    if checksum != zlib.crc32(packed[8:].numpy().data):
+        raise ValueError("the checksum is wrong: damaged, or something else")
+    return read, packed[start:]
+
+
+def split_bytes(packed: Tensor, forms: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+    """Tensors of these shapes and dtypes from bytes, and the bytes left over; ValueError where there are too few."""
+    tensors, start = [], 0
+    for shape, dtype in forms:
+        stop = start + math.prod(shape) * dtype.itemsize
+        if stop > len(packed):
+            raise ValueError(f"at least {stop} bytes of tensors expected, got {len(packed)}")
+        tensors.append(packed[start:stop].clone().view(dtype).view(tuple(shape)))
+        start = stop
+    return [*tensors, packed[start:]]
+
+
+# The numbers of a packed buffer; its counters, ids and rows follow.
+_NUMBERS = ("version", "dtype", "num_classes", "capacity", "count", "rank", "world_size")
 
 
 def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
-    """A state as one uint8 tensor, which every saver can write, of a size that does not depend on what is stored.
+    """The state of a buffer as one uint8 tensor, whose size does not depend on what is stored.
 
     Args:
         state: of ``LogitBuffer.state_dict``; an empty one gives an empty tensor.
@@ -384,12 +416,9 @@ def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
     if not state:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
     logits = state["logits"]
-    known = {**state, "checksum": 0, "dtype": _DTYPES.index(logits.dtype)}
-    numbers = torch.tensor([known[name] for name in _PACKED], dtype=torch.int64, device="cpu")
-    spare = torch.zeros(logits.numel() * max(itemsize - logits.element_size(), 0), dtype=torch.uint8, device="cpu")
-    packed = to_bytes([numbers, state["counters"], state["ids"], logits, spare])
-    packed[:8].view(torch.int64).fill_(zlib.crc32(packed[8:].numpy().data))
-    return packed
+    known = {**state, "dtype": _DTYPES.index(logits.dtype)}
+    spare = logits.numel() * max(itemsize - logits.element_size(), 0)
+    return to_bytes([known[name] for name in _NUMBERS], [state["counters"], state["ids"], logits], spare)
 
 
 def unpack_state(packed: Any) -> Any:
@@ -399,8 +428,14 @@ def unpack_state(packed: Any) -> Any:
     if packed.numel() == 0:
         return {}
     try:
-        return _unpacked(packed.detach().cpu().contiguous().clone())
-    except Exception as error:  # a tensor without data, or numbers that only a correct checksum vouches for
+        numbers, rest = from_bytes(packed, len(_NUMBERS))
+        state: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
+        if state["version"] == _VERSION:  # the layout of others is unknown
+            rows, classes, dtype = state["capacity"], state["num_classes"], _DTYPES[state.pop("dtype")]
+            forms = [((HEADER - 1,), torch.int64), ((rows,), torch.int64), ((rows, classes), dtype)]
+            state["counters"], state["ids"], state["logits"], _ = split_bytes(rest, forms)
+        return state
+    except Exception as error:  # also a tensor without data, and numbers that only the checksum vouches for
         return {"unreadable": f"{type(error).__name__}: {error}"}
 
 
@@ -408,25 +443,6 @@ def stored_dtype(state: Any) -> torch.dtype | None:
     """The dtype of the rows in a state; None where there are none, so that their dtype was not chosen by any logits."""
     logits = state.get("logits") if isinstance(state, dict) and state.get("count") else None
     return logits.dtype if isinstance(logits, Tensor) and logits.dtype in _DTYPES else None
-
-
-def _unpacked(packed: Tensor) -> dict[str, Any]:
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) < 8 * (len(_PACKED) + HEADER - 1):
-        raise ValueError(f"bytes of a buffer expected, got {tuple(packed.shape)} {packed.dtype}")
-    state = dict(zip(_PACKED, packed[: 8 * len(_PACKED)].view(torch.int64).tolist(), strict=True))
-    if state.pop("checksum") != zlib.crc32(packed[8:].numpy().data):
-        raise ValueError("the checksum is wrong: damaged, or not a saved buffer")
-    if state["version"] != _VERSION:
-        return state  # its layout is unknown
-    dtype, rows, classes = _DTYPES[state.pop("dtype")], state["capacity"], state["num_classes"]
-    sizes = [8 * len(_PACKED), 8 * (HEADER - 1), 8 * rows, rows * classes * dtype.itemsize]
-    _, counters, ids, logits, _ = packed.split([*sizes, len(packed) - sum(sizes)])
-    return {
-        **state,
-        "counters": counters.view(torch.int64).clone(),
-        "ids": ids.view(torch.int64).clone(),
-        "logits": logits.view(dtype).view(rows, classes).clone(),
-    }
 
 
 def _rank_and_size() -> tuple[int, int]:

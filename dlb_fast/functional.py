@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -491,12 +492,12 @@ _KINDS = {"logits": True, "probabilities": True, "uniform": False, "none": False
 """Kind of a teacher -> whether it has a tensor."""
 
 
-def _check_teacher_fields(op: str, teacher: Teacher) -> None:
-    """A Teacher whose fields belong to its kind."""
+def _check_teacher_fields(op: str, teacher: Teacher, logits: Tensor) -> None:
+    """A Teacher whose fields belong to its kind and to the batch; a method of a user may return anything."""
     if not isinstance(teacher, Teacher):
         raise TypeError(f"{op}: teacher(inputs) must return a dlb_fast.Teacher, got {type(teacher).__name__}")
-    kind = teacher.kind
-    if kind not in _KINDS:
+    kind, rows, batch = teacher.kind, teacher.rows, logits.shape[0]
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{op}: the teacher's kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     if _KINDS[kind] != (teacher.tensor is not None):
         raise ValueError(f"{op}: a teacher of kind {kind!r} {'needs a' if _KINDS[kind] else 'takes no'} tensor")
@@ -504,6 +505,27 @@ def _check_teacher_fields(op: str, teacher: Teacher) -> None:
         raise ValueError(f"{op}: correct_share belongs to a teacher of kind 'uniform', got kind {kind!r}")
     if teacher.add_entropy and kind != "probabilities":
         raise ValueError(f"{op}: add_entropy belongs to a teacher of kind 'probabilities', got kind {kind!r}")
+    if kind == "none" and (teacher.mask is not None or teacher.student is not None):
+        raise ValueError(f"{op}: a teacher of kind 'none' has no KL, so it takes no mask and no student")
+    if rows is not None and _args.as_int(rows, op, "the teacher's rows", 0) > batch:
+        raise ValueError(f"{op}: the teacher's rows must be at most the {batch} rows of the batch, got {rows}")
+    if isinstance(teacher.kl_weight, bool) or not isinstance(teacher.kl_weight, (int, float)):
+        raise TypeError(f"{op}: the teacher's kl_weight must be a number, got {type(teacher.kl_weight).__name__}")
+    if not 0 < teacher.kl_weight < math.inf:
+        raise ValueError(
+            f"{op}: the teacher's kl_weight must be finite and > 0, got {teacher.kl_weight}; use Teacher('none') for a "
+            "batch without a teacher"
+        )
+    _args.check_scalar(op, "the teacher's alpha_scale", teacher.alpha_scale, positive=False)
+    student = teacher.student
+    if student is None:
+        return
+    _args.check_rows(op, "the teacher's student", student, logits)
+    if torch.is_grad_enabled() and logits.requires_grad and not student.requires_grad:
+        raise ValueError(
+            f"{op}: the teacher's student must be made of the logits with their graph, got a tensor that requires no "
+            "gradient; the KL would not train, so do not detach the student"
+        )
 
 
 def distill(
@@ -534,19 +556,17 @@ def distill(
         _args.check_pair(op, logits, target, target_b, lam)
     if kd_mask is not None:
         _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
-    _check_teacher_fields(op, teacher)
+    _check_teacher_fields(op, teacher, logits)
     if (rows := teacher.rows) is not None:
         logits = logits[:rows]
+        teacher = teacher._replace(student=None if teacher.student is None else teacher.student[:rows])
         target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
         lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
     if teacher.tensor is not None:
-        _args.check_teacher(op, logits, teacher.tensor)
+        _args.check_teacher(op, logits, teacher.tensor, "the teacher's tensor")
     if teacher.mask is not None:
-        _args.check_kd_mask(op, logits, teacher.mask, len(logits if teacher.tensor is None else teacher.tensor))
-    if teacher.kl_weight <= 0:
-        raise ValueError(
-            f"{op}: kl_weight must be > 0, got {teacher.kl_weight}; use Teacher('none') for a batch without a teacher"
-        )
+        rows = len(logits if teacher.tensor is None else teacher.tensor)
+        _args.check_kd_mask(op, logits, teacher.mask, rows, "the teacher's mask")
     if teacher.correct_share is not None:
         _args.check_correct_share(op, teacher.correct_share)
         if target is None or target.dim() != 1 or target_b is not None:

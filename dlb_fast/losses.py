@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,30 @@ def _starts_with(ids: Tensor, stored: Tensor) -> bool:
     return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
 
 
+def arguments_of(criterion: type[DistillationLoss]) -> dict[str, inspect.Parameter]:
+    """The arguments of a criterion by name; ``**options`` stand for those of the class below it."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in criterion.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        own = [p for p in inspect.signature(vars(cls)["__init__"]).parameters.values() if p.name != "self"]
+        named = {p.name: p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        found = {**named, **found} if found else named
+        if cls is DistillationLoss or not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def _equal(value: object, default: object) -> bool:
+    return value is default or (not isinstance(value, (Tensor, nn.Module)) and bool(value == default))
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return repr(value.detach()) if value.dim() == 0 else f"Tensor{tuple(value.shape)}"
+    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
+
+
 class Inputs(NamedTuple):
     """The inputs of a method: one batch, before its optimiser step."""
 
@@ -35,6 +60,7 @@ class Inputs(NamedTuple):
     epoch: int | None = None  # epoch in which the new rows were sampled
     ignore_index: int = -100
     target_b: Tensor | None = None  # (B,) second labels, where the images are mixed
+    again: bool | Tensor = False  # whether the last recorded batch is evaluated again; a () bool where ids decide it
 
 
 class DistillationLoss(nn.Module):
@@ -45,8 +71,16 @@ class DistillationLoss(nn.Module):
     A method overrides :meth:`teacher`. A method with a state also overrides :meth:`record` (called after the loss of
     every training batch), :meth:`step` (after every optimiser step), :meth:`setup` (once, with the model),
     :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and ``set_extra_state``. The training loop calls
-    ``setup(model)`` once and ``step()`` after every optimiser step. In ``eval()`` every method is torch's cross entropy
-    with the same options and does not change its state.
+    ``setup(model)`` once and ``step()`` after every optimiser step.
+
+    In ``eval()`` every method is torch's cross entropy with the same options and does not change its state. In
+    ``train()`` without gradient (``no_grad``, ``inference_mode``) the loss is computed with the same teacher, and
+    nothing is recorded. The same batch evaluated again (activation checkpointing, SAM, closures) meets the teacher of
+    its first time, and its latest evaluation is what is remembered. It is known by its ids; inside backward, where only
+    activation checkpointing calls a loss, also without them; a loop without ids says it by :meth:`same_batch`. A new
+    epoch or :meth:`step` begins a new batch whatever its ids.
+
+    The gradient goes to the logits, and to ``Teacher.student`` where a method gives one. A teacher gets none.
 
     Args:
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.
@@ -80,6 +114,7 @@ class DistillationLoss(nn.Module):
     weight: Tensor | None
     _loads_without_memory = False  # whether weights saved without any criterion load strictly
     _starts_empty = "the memory starts empty"
+    _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
 
     def __init__(
         self,
@@ -110,6 +145,10 @@ class DistillationLoss(nn.Module):
         self._parts: Tensor | None = None
         self._same: bool | None = None  # inside same_batch(): whether the batch was remembered
         self._peeked = False  # the last call in train() was without gradient and remembered nothing
+        # Of the batch remembered last: its ids, at a fixed address while the number of rows stays, its epoch and rows.
+        self._last_ids: Tensor | None = None
+        self._last_epoch: int | None = None
+        self._last_rows = 0
         # The attributes that the options were last prepared from, and those options.
         self._prepared: tuple[tuple[Any, ...], Options] | None = None
 
@@ -118,7 +157,8 @@ class DistillationLoss(nn.Module):
         """All calls inside are one batch: they meet the same teacher, and the latest is what is remembered.
 
         For loops that evaluate a batch several times and pass no ids: SAM, closures of LBFGS, line searches. With ids
-        the criterion knows the batch again by itself, and so it does inside backward (activation checkpointing).
+        the criterion knows the batch again by itself, and so it does inside backward (activation checkpointing). An
+        inner block belongs to the outer one.
 
         >>> criterion = LastBatchLoss(num_classes=3)
         >>> with criterion.same_batch():
@@ -127,12 +167,14 @@ class DistillationLoss(nn.Module):
         >>> criterion.buffer.logits[0].tolist()
         [1.0, 1.0, 1.0]
         """
-        before = self._same
-        self._same = bool(before)
+        outermost = self._same is None
+        if outermost:
+            self._same = False
         try:
             yield
         finally:
-            self._same = before
+            if outermost:
+                self._same = None
 
     def _again(self, ids: Tensor | None) -> int:
         """Whether a call is the last batch once more: 1 yes, 0 no, -1 where the ids tell."""
@@ -156,16 +198,58 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}: a method must define teacher(inputs) -> Teacher")
 
     def record(self, inputs: Inputs) -> None:
-        """Remember the batch; called without gradient after its loss was computed."""
+        """Remember the batch; called without gradient after the loss of a training batch was computed.
+
+        Where ``inputs.again`` is true the batch takes the place of its earlier evaluation, and :meth:`teacher` must
+        have given what it gave then. ``inputs.again`` may be a tensor on the device; choose by ``torch.where``.
+        """
 
     def step(self) -> None:
-        """Count an optimiser step; the loop calls it after every one."""
+        """Count an optimiser step; the loop calls it after every one. The next batch is a new one."""
+        self._forget_ids()
 
     def setup(self, model: nn.Module) -> None:
         """See the model; the loop calls it once before training."""
 
     def reset(self) -> None:
         """Forget everything: the method is then as it was made."""
+        self._last_ids = self._last_epoch = None
+        self._last_rows = 0
+        if self._same is not None:
+            self._same = False
+
+    def _repeats(self, rows: int, ids: Tensor | None, epoch: int | None) -> bool | Tensor:
+        """``Inputs.again``; the ids are compared on the device, and only for a method that records."""
+        again = self._again(ids) if self._last_rows else 0
+        if again == 1 and rows != self._last_rows:
+            raise ValueError(
+                f"{type(self).__name__}: the same batch again must have its {self._last_rows} rows, got {rows}; pass "
+                "ids= with every batch, or leave same_batch() between batches"
+            )
+        if again >= 0:
+            return again == 1
+        last = self._last_ids
+        if ids is None or last is None or epoch != self._last_epoch:
+            return False
+        if last.shape != ids.shape or last.device != ids.device:
+            return False
+        return (ids == last).all()
+
+    def _keep_ids(self, rows: int, ids: Tensor | None, epoch: int | None) -> None:
+        """Remember of which batch the record is."""
+        self._last_rows, self._last_epoch = rows, epoch
+        last = self._last_ids
+        if ids is None:
+            self._forget_ids()
+        elif last is not None and last.shape == ids.shape and last.device == ids.device:
+            last.copy_(ids)
+        else:
+            self._last_ids = ids.to(torch.int64, copy=True)
+
+    def _forget_ids(self) -> None:
+        """Take the next batch for a new one; by a value on the device, which a captured graph reads too."""
+        if self._last_ids is not None:
+            self._last_ids.fill_(UNKNOWN_ID)
 
     def cost(self) -> str:
         """One line on memory and extra work per step beside plain cross entropy."""
@@ -210,7 +294,16 @@ class DistillationLoss(nn.Module):
         return options
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, temperature={self.temperature}, reduction={self.reduction!r}, impl={self.impl!r}"
+        """``alpha``, ``temperature`` and every other argument that has no default or another value than it."""
+        shown = []
+        for name, parameter in arguments_of(type(self)).items():
+            try:
+                value = operator.attrgetter(self._kept_as.get(name, name))(self)
+            except AttributeError:
+                continue  # an argument that is not kept
+            if name in ("alpha", "temperature") or not _equal(value, parameter.default):
+                shown.append(f"{name}={_short(value)}")
+        return ", ".join(shown)
 
     def forward(
         self,
@@ -247,13 +340,18 @@ class DistillationLoss(nn.Module):
             given = {"ids": ids, "images": images, "epoch": epoch}
             if missing := sorted(name for name in self.needs if given[name] is None):
                 wanted = " and ".join(f"{name}=" for name in missing)
-                raise ValueError(f"{op}: needs {wanted} with every batch in train(); pass it to the call")
+                raise ValueError(
+                    f"{op}: needs {wanted} with every batch in train(); pass it to the call, or call criterion.eval() "
+                    "for a validation"
+                )
             if target_b is not None and not self.mixes:
                 raise ValueError(
                     f"{op}: needs one class per row, got target_b of mixed images, which its teacher does not fit; "
                     "turn mixup and CutMix off"
                 )
-            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b)
+            remembers = type(self).record is not DistillationLoss.record
+            again = remembers and self._repeats(logits.shape[0], ids, epoch)
+            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b, again)
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
@@ -265,8 +363,12 @@ class DistillationLoss(nn.Module):
         )  # fmt: skip
         self.counted = teacher.rows
         if inputs is not None:
-            with torch.no_grad():
-                self.record(inputs)
+            recorded = torch.is_grad_enabled()
+            if recorded and remembers:
+                with torch.no_grad():
+                    self.record(inputs)
+                    self._keep_ids(logits.shape[0], ids, epoch)
+            self._remembered(recorded)
         return loss
 
 
@@ -319,6 +421,7 @@ class LastBatchLoss(DistillationLoss):
     mixes = True
     _loads_without_memory = True
     _starts_empty = "the buffer starts empty, so the next batch has no last-batch term"
+    _kept_as = {"capacity": "buffer.capacity"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -355,15 +458,12 @@ class LastBatchLoss(DistillationLoss):
         if capacity is not None:
             self.buffer = LogitBuffer(num_classes, capacity, dtype or torch.float32, device or "cpu")
 
-    def extra_repr(self) -> str:
-        rows = None if self.buffer is None else self.buffer.capacity
-        return f"num_classes={self.num_classes}, capacity={rows}, {super().extra_repr()}"
-
     def cost(self) -> str:
         return "half a batch of logits; no extra forward or pass over the logits"
 
     def reset(self) -> None:
         """Forget the stored rows; the next batch is taken as the first one of a stream."""
+        super().reset()
         if self.buffer is not None:
             self.buffer.reset()
 
@@ -536,6 +636,7 @@ class LastBatchLoss(DistillationLoss):
         if not state:
             self.reset()
             return
+        super().reset()
         saved = stored_dtype(state)
         dtype = self.dtype or saved
         if self.dtype is None and buffer is not None and not self._dtype_follows:

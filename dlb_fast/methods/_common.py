@@ -20,6 +20,13 @@ def gather_rows(value: Tensor) -> tuple[Tensor, int]:
     return torch.cat(parts), dist.get_rank() * value.shape[0]
 
 
+def chosen(again: bool | Tensor, before: Tensor, now: Tensor) -> Tensor:
+    """``before`` where the batch is evaluated again (`Inputs.again`), else ``now``; a tensor decides on the device."""
+    if isinstance(again, Tensor):
+        return torch.where(again, before, now)
+    return before if again else now
+
+
 def format_bytes(count: int) -> str:
     """A number of bytes with a unit.
 
