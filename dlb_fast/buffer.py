@@ -317,9 +317,9 @@ class LogitBuffer:
             "count": self.count,
             "rank": rank,
             "world_size": world_size,
+            **dict(zip(COUNTERS[1:], self.slots[1:HEADER].tolist(), strict=True)),
             "logits": logits,
             "ids": ids,
-            "counters": self.slots[1:HEADER].to("cpu", copy=True),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
@@ -339,7 +339,8 @@ class LogitBuffer:
         slots[0] = count
         slots[1 : 1 + count] = state["ids"][:count].to(self.slots.device)
         slots[1 + self.capacity : 1 + self.capacity + count] = logits.amax(1).isfinite()
-        self.slots[1:HEADER] = state["counters"].to(self.slots.device)
+        counters = torch.tensor([state[name] for name in COUNTERS[1:]], dtype=torch.int64, device="cpu")
+        self.slots[1:HEADER] = counters.to(self.slots.device)
         self.count = count
         return True
 
@@ -402,8 +403,8 @@ def split_bytes(packed: Tensor, forms: Iterable[tuple[Sequence[int], torch.dtype
     return [*tensors, packed[start:]]
 
 
-# The numbers of a packed buffer; its counters, ids and rows follow.
-_NUMBERS = ("version", "dtype", "num_classes", "capacity", "count", "rank", "world_size")
+# The numbers of a packed buffer; its ids and rows follow.
+_NUMBERS = ("version", "dtype", "num_classes", "capacity", "count", "rank", "world_size", *COUNTERS[1:])
 
 
 def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
@@ -418,7 +419,7 @@ def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
     logits = state["logits"]
     known = {**state, "dtype": _DTYPES.index(logits.dtype)}
     spare = logits.numel() * max(itemsize - logits.element_size(), 0)
-    return to_bytes([known[name] for name in _NUMBERS], [state["counters"], state["ids"], logits], spare)
+    return to_bytes([known[name] for name in _NUMBERS], [state["ids"], logits], spare)
 
 
 def unpack_state(packed: Any) -> Any:
@@ -432,8 +433,8 @@ def unpack_state(packed: Any) -> Any:
         state: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
         if state["version"] == _VERSION:  # the layout of others is unknown
             rows, classes, dtype = state["capacity"], state["num_classes"], _DTYPES[state.pop("dtype")]
-            forms = [((HEADER - 1,), torch.int64), ((rows,), torch.int64), ((rows, classes), dtype)]
-            state["counters"], state["ids"], state["logits"], _ = split_bytes(rest, forms)
+            forms = [((rows,), torch.int64), ((rows, classes), dtype)]
+            state["ids"], state["logits"], _ = split_bytes(rest, forms)
         return state
     except Exception as error:  # also a tensor without data, and numbers that only the checksum vouches for
         return {"unreadable": f"{type(error).__name__}: {error}"}
@@ -467,29 +468,23 @@ def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = N
     version = state.get("version", _VERSION)
     if version != _VERSION:
         return f"version {_VERSION} expected, got {version}"
-    sizes, numbers = ("num_classes", "capacity"), ("count", "rank", "world_size")
-    tensors = ("logits", "ids", "counters")
-    missing = [key for key in (*sizes, *numbers, *tensors) if key not in state]
+    least = {"num_classes": 1, "capacity": 1, **dict.fromkeys(("count", "rank", "world_size", *COUNTERS[1:]), 0)}
+    missing = [key for key in (*least, "logits", "ids") if key not in state]
     if missing:
         return f"missing {', '.join(missing)}"
-    for name in (*sizes, *numbers):
-        least = int(name in sizes)
-        if not isinstance(state[name], int) or state[name] < least:
-            return f"{name} must be an integer >= {least}, got {state[name]!r}"
-    (rows, count), (logits, ids, counters) = (state["capacity"], state["count"]), (state[name] for name in tensors)
+    for name, bound in least.items():
+        if not isinstance(state[name], int) or not bound <= state[name] < 2**63:
+            return f"{name} must be an integer >= {bound}, got {state[name]!r}"
+    rows, count, logits, ids = state["capacity"], state["count"], state["logits"], state["ids"]
     if not isinstance(logits, Tensor) or logits.dtype not in _DTYPES:
         return f"logits must be a floating tensor, got {getattr(logits, 'dtype', type(logits).__name__)}"
-    for name, value in (("ids", ids), ("counters", counters)):
-        if not isinstance(value, Tensor) or value.dtype != torch.int64:
-            return f"{name} must be an int64 tensor, got {getattr(value, 'dtype', type(value).__name__)}"
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        return f"ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
     if count > min(rows, capacity or rows):
         return f"capacity {min(rows, capacity or rows)}, saved {count} rows"
     wanted = (rows, num_classes or state["num_classes"])
-    if logits.shape != wanted or ids.shape != wanted[:1] or counters.shape != (HEADER - 1,):
-        return (
-            f"expected logits {wanted}, got {tuple(logits.shape)} with ids {tuple(ids.shape)} and counters "
-            f"{tuple(counters.shape)}"
-        )
+    if logits.shape != wanted or ids.shape != wanted[:1]:
+        return f"expected logits {wanted}, got {tuple(logits.shape)} with ids {tuple(ids.shape)}"
     if state["num_classes"] != wanted[1]:
         return f"expected {wanted[1]} classes, saved {state['num_classes']}"
     saved, here = (state["rank"], state["world_size"]), _rank_and_size()

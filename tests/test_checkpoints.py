@@ -342,7 +342,7 @@ def damaged_states():
             torch.zeros(4, 6).to(torch.float8_e5m2),
         ],
         "ids": [None, torch.zeros(4), torch.zeros(5, dtype=torch.int64), torch.zeros(4, 1, dtype=torch.int64)],
-        "counters": [None, torch.zeros(5), torch.zeros(6, dtype=torch.int64)],
+        "mismatched": [None, -1, 0.5, 2**63],
         "version": [1, None, "2"],
     }.items():  # fmt: skip
         yield from ((f"{name} {index}", {**state, name: one}) for index, one in enumerate(value))
