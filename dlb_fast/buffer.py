@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._args import as_int
+from ._args import as_int, has_values
 
 UNKNOWN_ID = -(2**63)
 """Id of a row stored without a sample id; such a row teaches only batches that come without ids."""
@@ -169,7 +169,7 @@ class LogitBuffer:
             return 0
         if num_old is not None or batch == 2 * self.count:
             return -1
-        return 0 if torch.compiler.is_compiling() else int(self._holds(ids))
+        return int(self._holds(ids)) if has_values(self.slots) else 0
 
     def stored_rows(self, batch: int, num_old: int | None, again: int = 0) -> int:
         """How many of ``batch`` rows will be stored; raises ValueError where the rows do not fit the buffer."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _args
+from . import _args, ops
 from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, stored_dtype, unpack_state
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
@@ -22,6 +22,8 @@ _WATCH_EVERY = 16  # batches between two looks at how many repeated a row
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
+    if not _args.has_values(ids):
+        return True  # as in a stream that goes on; where it does not, the ids differ on the device and teach nothing
     return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
 
 
@@ -112,9 +114,9 @@ class DistillationLoss(nn.Module):
     mixes = False
     copies_model = False
     weight: Tensor | None
+    _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
     _loads_without_memory = False  # whether weights saved without any criterion load strictly
     _starts_empty = "the memory starts empty"
-    _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
 
     def __init__(
         self,
@@ -136,6 +138,10 @@ class DistillationLoss(nn.Module):
             ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
         _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        if impl not in ("auto", "torch") and (
+            refusal := ops.unsupported(None, weight=weight, alpha=alpha, temperature=temperature)
+        ):
+            raise RuntimeError(f"{op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
         self.alpha, self.temperature = alpha, temperature
         self.ce_weight, self.ce_alpha = ce_weight, ce_alpha
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
@@ -419,9 +425,9 @@ class LastBatchLoss(DistillationLoss):
     """
 
     mixes = True
+    _kept_as = {"capacity": "buffer.capacity"}  # noqa: RUF012
     _loads_without_memory = True
     _starts_empty = "the buffer starts empty, so the next batch has no last-batch term"
-    _kept_as = {"capacity": "buffer.capacity"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -453,6 +459,7 @@ class LastBatchLoss(DistillationLoss):
         self.buffer: LogitBuffer | None = None
         self._watched = [0]  # batches with ids; a list, because setting a module's attribute takes a microsecond
         self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
+        self._warned = False
         self._size_follows = capacity is None
         self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
@@ -515,9 +522,7 @@ class LastBatchLoss(DistillationLoss):
             loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
         elif not torch.is_grad_enabled():
             teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
-            loss, parts = row_loss(
-                options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam
-            )
+            loss, parts = row_loss(options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam)
             self._remembered(False)
         else:
             before = self.buffer, self._dtype_follows
@@ -532,9 +537,12 @@ class LastBatchLoss(DistillationLoss):
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
                 raise
-            self._remembered(True)
+            if self._peeked or self._same is False:
+                self._remembered(True)
             if ids is not None and not torch.compiler.is_compiling():
-                self._watch(buffer)
+                self._watched[0] += 1
+                if self._watched[0] % _WATCH_EVERY == 0:
+                    self._watch(buffer)
         self._parts = parts
         return loss
 
@@ -553,20 +561,18 @@ class LastBatchLoss(DistillationLoss):
 
     def _watch(self, buffer: LogitBuffer) -> None:
         """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
-        self._watched[0] += 1
-        if self._watched[0] % _WATCH_EVERY:
+        capturing = buffer.slots.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._warned or capturing or not _args.has_values(buffer.slots):
             return
         if not buffer.slots.is_cuda:
             untaught = int(buffer.untaught)
-        elif torch.cuda.is_current_stream_capturing():
-            return
         else:  # look at the copy that was asked for last time, and ask for another
             if self._untaught is None:
                 self._untaught = torch.zeros((), dtype=torch.int64, pin_memory=True)
             untaught = int(self._untaught)
             self._untaught.copy_(buffer.untaught, non_blocking=True)
         if untaught >= _WATCH_EVERY // 2:
-            self._watched[0] = -(2**62)
+            self._warned = True
             warnings.warn(
                 f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
                 "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the sampler) "
@@ -612,6 +618,7 @@ class LastBatchLoss(DistillationLoss):
                     buffer = buffer.resized(batch // 2, skip=batch // 2)
                 else:
                     buffer = buffer.resized(buffer.capacity, skip=buffer.count)
+                    buffer.untaught.add_(1)  # or a loader that shuffles: then no batch ever repeats a row
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
         stored = buffer.stored_rows(batch, num_old, again)

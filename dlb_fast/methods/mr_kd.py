@@ -28,7 +28,7 @@ from ..buffer import from_bytes, split_bytes, to_bytes
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype, teacher_kl
-from ._common import chosen, format_bytes, labels
+from ._common import autocast, chosen, format_bytes, labels
 from .registry import Method, register
 
 __all__ = ["MrKDLoss", "WeightSnapshots", "mr_kd_loss", "reference"]
@@ -363,7 +363,7 @@ class MrKDLoss(DistillationLoss):
         assert inputs.images is not None
         logits = inputs.logits
         half = logits.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(logits.device.type, dtype=logits.dtype if half else None, enabled=half):
+        with autocast(logits, dtype=logits.dtype if half else None, enabled=half):
             copies = self.snapshots.logits(inputs.images)
         if self.ensemble_lr is not None and len(self.snapshots) == self.snapshots.copies:
             copies = copies.to(compute_dtype(copies.dtype))
