@@ -21,7 +21,7 @@ UNKNOWN_ID = -(2**63)
 COUNTERS = ("latest", "taught", "mismatched", "unknown", "not_finite", "untaught")
 """Header of ``slots``: which generation was stored last, and what became of the repeated rows; see `LogitBuffer`."""
 HEADER = len(COUNTERS)
-_VERSION = 2
+_VERSION = 1
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
