@@ -656,6 +656,7 @@ class LastBatchLoss(DistillationLoss):
         if not state:
             self.reset()
             return
+        super().reset()
         saved = stored_dtype(state)
         dtype = self.dtype or saved
         if self.dtype is None and buffer is not None and not self._dtype_follows:

@@ -303,14 +303,24 @@ class PsKDLoss(DistillationLoss):
         dtype = str(bank.dtype).removeprefix("torch.")
         return f"a bank of {bank.num_samples} x {bank.num_classes} {dtype} rows, {format_bytes(bank.nbytes)}"
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The bank, for ``state_dict()``."""
-        return self.bank.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """The bank (num_samples, C) for ``state_dict()``; +inf, which no log-probability is, for samples never seen."""
+        bank, saved = self.bank, self.bank.state_dict()
+        if not saved:
+            return torch.full((bank.num_samples, bank.num_classes), torch.inf, dtype=bank.dtype, device="cpu")
+        return saved["rows"].masked_fill_(~saved["seen"][:, None], torch.inf)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Take over a saved bank."""
+        bank = self.bank
+        wanted = (bank.num_samples, bank.num_classes)
+        if not isinstance(state, Tensor) or state.shape != wanted or not state.is_floating_point():
+            got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"PsKDLoss: expected a saved bank of shape {wanted} (samples, classes), got {got}")
         self.reset()
-        self.bank.load_state_dict(state)
+        seen = state[:, 0] < torch.inf
+        if seen.any():
+            bank.load_state_dict({"rows": state, "seen": seen})
 
 
 def reference(logits: Tensor, target: Tensor, past: Tensor, *, alpha: float = ALPHA) -> Tensor:

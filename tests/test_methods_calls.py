@@ -1,0 +1,329 @@
+"""How loops call a method: the same batch again, calls that are no training, batches that are not finite.
+
+The oracle of a batch that is evaluated again is a criterion that never saw it: made anew and given the state from
+before the batch. Everything is float64, and equal to 1e-12.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from method_cases import CASES, CLASSES, make
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dlb_fast
+from dlb_fast import BakeLoss, DistillationLoss, LastBatchLoss, MrKDLoss, PsKDLoss, Teacher
+from dlb_fast.methods import METHODS, bake, mr_kd, ps_kd
+from dlb_fast.methods._common import chosen
+
+ROWS = 8
+
+
+class ClassMeans(DistillationLoss):
+    """What a newcomer would write: the mean prediction for every class so far is the teacher."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.sums = self.before = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
+
+    def teacher(self, inputs):
+        self.met = chosen(inputs.again, self.before, self.sums)
+        shares = (self.met + 1e-3) / (self.met + 1e-3).sum(1, keepdim=True)
+        return Teacher("probabilities", shares[inputs.target])
+
+    def record(self, inputs):
+        self.before = self.met
+        self.sums = self.met.index_add(0, inputs.target, inputs.logits.softmax(1))
+
+    def get_extra_state(self):
+        return self.sums.clone()
+
+    def set_extra_state(self, state):
+        self.reset()
+        self.sums = self.before = state.clone()
+
+
+def create(name, **options):
+    if name == "class_means":
+        return ClassMeans(alpha=0.5, temperature=2.0, **options)
+    if name == "ps_kd":
+        options.setdefault("memory_dtype", torch.float64)
+    return make(name, **options)
+
+
+ALL = [*METHODS, "class_means"]
+REMEMBERS = ["dlb", "mr_kd", "ps_kd", "class_means"]
+WITHOUT_IDS = [name for name in ALL if name != "ps_kd"]
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
+
+
+def batch(step, with_ids=True):
+    """Every second half comes back as the next first half, and every sample comes back later."""
+    g = torch.Generator().manual_seed(step)
+    x = torch.randn(ROWS, 7, generator=g, dtype=torch.float64)
+    y = torch.randint(0, CLASSES, (ROWS,), generator=g)
+    start = step * ROWS // 2
+    ids = torch.arange(start, start + ROWS) % (2 * ROWS)
+    given = {"target": y, "images": x, "epoch": step}
+    return x, {**given, "ids": ids} if with_ids else given
+
+
+def ready(name, steps=3, with_ids=True, **options):
+    """A model and its criterion after some steps, so that the teacher has something to say."""
+    if name == "ps_kd":
+        options.setdefault("num_samples", 2 * ROWS)
+    model, criterion = network(), create(name, **options)
+    criterion.setup(model)
+    half = ROWS // 2
+    for step in range(steps):
+        x, given = batch(step, with_ids)
+        if step == 0 and isinstance(criterion, LastBatchLoss):  # the first batch of a stream is all new
+            x, given = x[half:], {k: v[half:] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        train(model, criterion, x, given)
+        criterion.step()
+    return model, criterion
+
+
+def train(model, criterion, x, given, lr=0.3):
+    loss, grads = evaluate(model, criterion, x, given)
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), grads, strict=True):
+            p -= lr * g
+    return loss
+
+
+def evaluate(model, criterion, x, given):
+    """Loss and gradients of a plain training call."""
+    loss = criterion(model(x), **given)
+    return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+def alike(criterion, model, state):
+    """A criterion that was made anew and given a state."""
+    new = copy.deepcopy(criterion)
+    if isinstance(new, BakeLoss):
+        new.hook = None
+    new.reset()
+    new.setup(model)
+    new.load_state_dict(state)
+    return new
+
+
+def state_of(criterion):
+    return copy.deepcopy(criterion.state_dict())
+
+
+def memory(criterion):
+    """What a criterion remembers, without the counters of its calls."""
+    if isinstance(criterion, LastBatchLoss):
+        return criterion.buffer.logits, criterion.buffer.ids
+    return state_of(criterion)
+
+
+def close(one, other):
+    if isinstance(one, torch.Tensor):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12, equal_nan=True)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        [close(one[key], other[key]) for key in one]
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        [close(a, b) for a, b in zip(one, other, strict=True)]
+    else:
+        assert one == other
+
+
+def perturbed(model, grads, radius=0.2):
+    """The weights of SAM's second pass."""
+    scale = radius / torch.stack([g.norm() for g in grads]).norm()
+    return [(p.detach() + scale * g).clone() for p, g in zip(model.parameters(), grads, strict=True)]
+
+
+def set_weights(model, weights):
+    with torch.no_grad():
+        for p, w in zip(model.parameters(), weights, strict=True):
+            p.copy_(w)
+
+
+def known_by(names):
+    """How the batch is known; PS-KD has ids in any case."""
+    both = [(name, by) for name in names for by in ("ids", "same_batch", "both")]
+    return pytest.mark.parametrize(("name", "by"), [(n, by) for n, by in both if (n, by) != ("ps_kd", "same_batch")])
+
+
+def block(by, criterion):
+    """Around the calls of one batch."""
+    return nullcontext() if by == "ids" else criterion.same_batch()
+
+
+@known_by(ALL)
+def test_two_passes_of_sam(name, by):
+    model, criterion = ready(name, with_ids=by != "same_batch")
+    for step in (3, 4, 5):
+        x, given = batch(step, by != "same_batch")
+        given["epoch"] = 3  # of the whole epoch
+        before, weights = state_of(criterion), [p.detach().clone() for p in model.parameters()]
+        with block(by, criterion):
+            first, grads = evaluate(model, criterion, x, given)
+            moved = perturbed(model, grads)
+            set_weights(model, moved)
+            second, grads = evaluate(model, criterion, x, given)
+        oracle = network()
+        set_weights(oracle, weights)
+        one = alike(criterion, oracle, before)
+        want_first, want_grads = evaluate(oracle, one, x, given)
+        set_weights(oracle, perturbed(oracle, want_grads))
+        two = alike(criterion, oracle, before)
+        want_second, want_grads = evaluate(oracle, two, x, given)
+        close((first, second, grads), (want_first, want_second, want_grads))
+        close(memory(criterion), memory(two))
+        set_weights(model, [w - 0.3 * g for w, g in zip(weights, grads, strict=True)])
+        if step == 4:
+            criterion.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "with_ids"), [*[(name, True) for name in ALL], *[(name, False) for name in WITHOUT_IDS]]
+)
+@pytest.mark.parametrize("inside", ["head", "criterion"])
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved_tensors"])
+def test_activation_checkpointing_is_the_plain_call(name, use_reentrant, inside, with_ids):
+    (model, criterion), (plain_model, plain) = ready(name, with_ids=with_ids), ready(name, with_ids=with_ids)
+    trunk, head = model[:2], model[2]
+    for step in (3, 4, 5):
+        x, given = batch(step, with_ids)
+        given["epoch"] = 3
+        want, want_grads = evaluate(plain_model, plain, x, given)
+        if inside == "head":
+            loss = checkpoint(lambda h, given=given: criterion(head(h), **given), trunk(x), use_reentrant=use_reentrant)
+        else:
+            loss = checkpoint(lambda z, given=given: criterion(z, **given), model(x), use_reentrant=use_reentrant)
+        model.zero_grad()
+        loss.backward()
+        grads = [p.grad for p in model.parameters()]
+        close((loss.detach(), grads), (want, want_grads))
+        close(memory(criterion), memory(plain))
+        for network_ in (model, plain_model):
+            set_weights(network_, [p - 0.3 * g for p, g in zip(network_.parameters(), want_grads, strict=True)])
+        if step == 4:
+            criterion.step(), plain.step()
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@known_by(REMEMBERS)
+def test_closures_of_lbfgs(name, by, search):
+    model, criterion = ready(name, with_ids=by != "same_batch")
+    oracle = copy.deepcopy(model)
+    used = [criterion]
+
+    def minimise(model, criterion_for, x, given):
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4, line_search_fn=search)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = criterion_for()(model(x), **given)
+            loss.backward()
+            return loss
+
+        return optimizer.step(closure).detach()
+
+    for step in (3, 4):
+        x, given = batch(step, by != "same_batch")
+        before = state_of(criterion)
+
+        def anew(before=before):
+            used.append(alike(criterion, oracle, before))
+            return used[-1]
+
+        with block(by, criterion):
+            found = minimise(model, lambda: criterion, x, given)
+        close(found, minimise(oracle, anew, x, given))
+        close(list(model.parameters()), list(oracle.parameters()))
+        close(memory(criterion), memory(used[-1]))
+    assert len(used) > 4
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_without_gradient_the_loss_is_the_same_and_nothing_changes(name, mode, steps):
+    """Before, between and after the evaluations of a batch, and before the first batch of all."""
+    model, criterion = ready(name, steps)
+    plain_model, plain = ready(name, steps)
+    x, given = batch(steps)
+    if steps == 0 and isinstance(criterion, LastBatchLoss):
+        x, given = x[4:], {k: v[4:] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    before, first = state_of(criterion), None
+    with mode():
+        first = criterion(model(x), **given)
+        other, other_given = batch(17)
+        criterion(model(other), **{**other_given, "ids": torch.arange(8)})
+        model.eval()
+        close(criterion(model(x), **given).clone(), first.clone())
+        model.train()
+    assert_same_bits(state_of(criterion), before)
+    loss, grads = evaluate(model, criterion, x, given)
+    want, want_grads = evaluate(plain_model, plain, x, given)
+    close((first.clone(), loss, grads), (want, want, want_grads))
+    assert_same_bits(state_of(criterion), state_of(plain))
+    after = state_of(criterion)
+    with mode():  # the batch is known by its ids
+        close(criterion(model(x), **given).clone(), want)
+    assert_same_bits(state_of(criterion), after)
+    loss, grads = evaluate(model, criterion, x, given)
+    close((loss, grads), (want, want_grads))
+    close(memory(criterion), memory(plain))
+
+
+def assert_same_bits(one, other):
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        [assert_same_bits(one[key], other[key]) for key in one]
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        [assert_same_bits(a, b) for a, b in zip(one, other, strict=True)]
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [n for n in ALL if n not in ("dlb", "two_view", "class_means")])
+def test_a_batch_that_is_not_finite_does_not_reach_the_next(name, bad):
+    """The good batch after it has the loss that it would have had without it."""
+    model, criterion = ready(name)
+    plain_model, plain = ready(name)
+    x, given = batch(3)
+    with torch.no_grad():
+        z = torch.full_like(model(x), bad)
+    criterion(z.requires_grad_(), **given)
+    for step in (4, 5):
+        x, given = batch(step)
+        loss, grads = evaluate(model, criterion, x, given)
+        assert loss.isfinite() and all(g.isfinite().all() for g in grads)
+        if name != "mr_kd":  # whose ensemble learned from the labels of the bad batch
+            close((loss, grads), evaluate(plain_model, plain, x, given))
+            close(memory(criterion), memory(plain))
+
+
+@pytest.mark.parametrize("name", ["dlb", "two_view"])
+def test_after_a_batch_that_is_not_finite_the_criterion_is_cross_entropy_once(name):
+    model, criterion = ready(name)
+    x, given = batch(3)
+    criterion(torch.full((ROWS, CLASSES), float("nan"), dtype=torch.float64, requires_grad=True), **given)
+    x, given = batch(4)
+    z = model(x)
+    close(criterion(z, **given).detach(), F.cross_entropy(z, given["target"]).detach())
+    x, given = batch(5)
+    assert criterion(model(x), **given).isfinite() and (name == "two_view" or criterion.parts.lb > 0)
