@@ -12,6 +12,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
 REDUCTIONS = ("mean", "sum", "none")
@@ -27,6 +28,19 @@ def as_int(value: object, op: str, name: str, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {number}")
     return number
+
+
+def has_values(value: Tensor) -> bool:
+    """Whether a tensor has values that Python can read: not on meta, not traced, not fake, not batched by vmap."""
+    if value.is_meta or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    mode = torch._C._TorchDispatchModeKey
+    return not isinstance(value, FakeTensor) and not any(map(torch._C._get_dispatch_mode, (mode.FAKE, mode.PROXY)))
+
+
+def readable(value: Tensor) -> bool:
+    """Whether to read a value for a check: it is on the CPU, so nothing has to wait for a device."""
+    return value.is_cpu and has_values(value)
 
 
 def check_tensor(op: str, name: str, value: object) -> Tensor:
@@ -89,8 +103,8 @@ def check_label_ranges(
 
 
 def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int, name: str = "target") -> None:
-    """Every label in [0, C) or equal to ``ignore_index``; reads CPU labels only, and not while compiling."""
-    if target.dim() != 1 or target.device.type != "cpu" or torch.compiler.is_compiling():
+    """Every label in [0, C) or equal to ``ignore_index``; reads CPU labels only, see `readable`."""
+    if target.dim() != 1 or not readable(target):
         return
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bool(wrong.any()):
@@ -167,7 +181,7 @@ def check_ce_weight(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: 
     if not math.isfinite(ce_alpha):
         raise ValueError(f"{op}: ce_alpha must be finite, got {ce_alpha}")
     if isinstance(alpha, Tensor):
-        if not alpha.is_cpu or torch.compiler.is_compiling():
+        if not readable(alpha):
             return
         alpha = alpha.item()
     if ce_weight + ce_alpha * alpha < 0:
@@ -195,7 +209,7 @@ def check_scalar(op: str, name: str, value: float | Tensor, *, positive: bool) -
             raise ValueError(
                 f"{op}: {name} as a tensor must be 0-d and floating point, got {value.dtype} {tuple(value.shape)}"
             )
-        if not value.is_cpu or torch.compiler.is_compiling():
+        if not readable(value):
             return
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -257,7 +271,7 @@ def check_pair(
         )
     elif not lam.is_floating_point():
         raise TypeError(f"{op}: lam must be floating point, got {lam.dtype}")
-    elif lam.is_cpu and not torch.compiler.is_compiling() and not bool(((lam >= 0) & (lam <= 1)).all()):
+    elif readable(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"{op}: lam must be between 0 and 1, got {lam.min().item():g} to {lam.max().item():g}")
 
 

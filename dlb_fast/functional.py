@@ -129,11 +129,14 @@ def row_loss(
     examined = False
     try:
         impl = _backends.pick(options.impl, logits.device.type)
-        if impl != "torch" and (feature := ops.unsupported(logits)):
-            if options.impl != "auto" or upstream is not None:
-                raise RuntimeError(
-                    f"{options.op}: impl={impl!r} does not know {feature}; use impl='torch', plain autograd"
-                )
+        if impl != "torch" and (
+            refusal := ops.unsupported(
+                logits, target=target, weight=options.weight, lam=lam, alpha=options.alpha,
+                temperature=options.temperature,
+            )
+        ):  # fmt: skip
+            if options.impl != "auto":
+                raise RuntimeError(f"{options.op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
             impl = "torch"
         if impl not in ("cpu", "cuda") or type(logits) is not Tensor or torch.compiler.is_compiling():
             _examine(options, logits, target, target_b, teacher, buffer, ids)
@@ -258,27 +261,27 @@ def _plain_torch(
     target_b: Tensor | None,
     lam: Scalar | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition. As in the kernels only the logits get a gradient, and a scalar does not decide the dtype."""
+    """The definition, differentiated by autograd. As in the kernels, a scalar does not decide the dtype."""
     dtype = reference.compute_dtype(logits.dtype)
     alpha, temperature = options.alpha, options.temperature
     if isinstance(alpha, Tensor):
         _args.check_scalar(options.op, "alpha", alpha, positive=False)
-        alpha = alpha.detach().to(dtype)
+        alpha = alpha.to(dtype)
     if isinstance(temperature, Tensor):
         _args.check_scalar(options.op, "temperature", temperature, positive=True)
-        temperature = temperature.detach().to(dtype)
+        temperature = temperature.to(dtype)
     mask = kd_mask
     if buffer is not None:
         match = buffer.match(logits.shape[0], ids, num_old, again)
         teacher, valid = buffer.teacher(match), match.repeats
         mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
     if target is not None:
-        target = target.detach() if target.dim() == 2 else target.long()
+        target = target if target.dim() == 2 else target.long()
     loss, parts = reference.last_batch_loss(
         logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=options.label_smoothing,
-        weight=None if options.weight is None else options.weight.detach(), ignore_index=options.ignore_index,
+        weight=options.weight, ignore_index=options.ignore_index,
         kd_mask=mask, reduction=options.reduction, target_b=None if target_b is None else target_b.long(),
-        lam=lam.detach() if isinstance(lam, Tensor) else lam,
+        lam=lam,
         ce_weight=options.ce_weight + options.ce_alpha * alpha if options.ce_alpha else options.ce_weight,
         teacher_kind=teacher_kind, correct_share=options.correct_share,
     )  # fmt: skip
@@ -363,9 +366,7 @@ def fused_lb_loss(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
-    loss, parts = row_loss(
-        options, logits, target, teacher=last_logits, kd_mask=kd_mask, target_b=target_b, lam=lam
-    )
+    loss, parts = row_loss(options, logits, target, teacher=last_logits, kd_mask=kd_mask, target_b=target_b, lam=lam)
     return (loss, LossParts.unpack(parts)) if return_parts else loss
 
 
@@ -429,6 +430,10 @@ def dlb_step(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index,
     )  # fmt: skip
+    if refusal := ops.unsupported(
+        logits, target=target, weight=weight, alpha=alpha, temperature=temperature, upstream=upstream
+    ):
+        raise RuntimeError(f"{op}: it {refusal} use LastBatchLoss with impl='torch', plain autograd")
     _check_buffer(op, logits, buffer)
     if ids is not None:
         _args.check_ids(op, logits, ids)
@@ -584,7 +589,7 @@ def distill(
     ce_options: dict[str, Any] = {"label_smoothing": label_smoothing, "weight": weight, **shared}
     ce: dict[str, Any] = {"target": target, "target_b": target_b, "lam": lam}
     if teacher.kind == "none":
-        return row_loss(prepare(op, **ce_options), logits, **ce)
+        return row_loss(prepare(op, alpha=alpha, temperature=temperature, **ce_options), logits, **ce)
     _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
     alpha = alpha * teacher.alpha_scale
     kd_alpha = alpha * teacher.kl_weight
@@ -605,7 +610,10 @@ def distill(
             parts = torch.stack([total, ce_parts[1], kd_parts[2], ce_parts[3]])
     if teacher.add_entropy:
         assert teacher.tensor is not None
-        entropy = -torch.xlogy(teacher.tensor, teacher.tensor).sum(1)
+        probabilities = teacher.tensor.detach()
+        finite = reference.finite_rows(probabilities)
+        mask = finite if mask is None else mask & finite
+        entropy = -torch.xlogy(probabilities, probabilities).sum(1)
         extra = kd_alpha * _reduce_constants(entropy, mask, logits.shape[0], reduction)
         loss = loss + extra.to(loss.dtype)
         parts = parts[:4].clone()  # the op keeps its own for the backward

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _args
-from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
+from . import _args, ops
+from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, stored_dtype, unpack_state
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
 
@@ -22,6 +22,8 @@ _WATCH_EVERY = 16  # batches between two looks at how many repeated a row
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
+    if not _args.has_values(ids):
+        return True  # as in a stream that goes on; where it does not, the ids differ on the device and teach nothing
     return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
 
 
@@ -113,6 +115,8 @@ class DistillationLoss(nn.Module):
     copies_model = False
     weight: Tensor | None
     _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
+    _loads_without_memory = False  # whether weights saved without any criterion load strictly
+    _starts_empty = "the memory starts empty"
 
     def __init__(
         self,
@@ -134,11 +138,15 @@ class DistillationLoss(nn.Module):
             ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
         _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        if impl not in ("auto", "torch") and (
+            refusal := ops.unsupported(None, weight=weight, alpha=alpha, temperature=temperature)
+        ):
+            raise RuntimeError(f"{op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
         self.alpha, self.temperature = alpha, temperature
         self.ce_weight, self.ce_alpha = ce_weight, ce_alpha
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.reduction, self.impl = reduction, impl
-        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("weight", weight)
         self.counted: int | None = None
         self._parts: Tensor | None = None
         self._same: bool | None = None  # inside same_batch(): whether the batch was remembered
@@ -259,6 +267,18 @@ class DistillationLoss(nn.Module):
         if self._parts is None:
             raise RuntimeError(f"{type(self).__name__}.parts: there are none before the first call of the criterion")
         return LossParts.unpack(self._parts)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        """As torch does, but a checkpoint of a cross entropy, with class weights, loads strictly: it has no memory."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        key = prefix + "_extra_state"
+        if key in missing_keys and (self._loads_without_memory or prefix + "weight" in state_dict):
+            missing_keys.remove(key)
+            self.reset()
+            warnings.warn(f"{type(self).__name__}: the checkpoint has no {key!r}; {self._starts_empty}", stacklevel=2)
 
     def _options(self) -> Options:
         """The checked options; prepared again when one of the attributes was set since."""
@@ -406,6 +426,8 @@ class LastBatchLoss(DistillationLoss):
 
     mixes = True
     _kept_as = {"capacity": "buffer.capacity"}  # noqa: RUF012
+    _loads_without_memory = True
+    _starts_empty = "the buffer starts empty, so the next batch has no last-batch term"
 
     def __init__(
         self,
@@ -437,6 +459,7 @@ class LastBatchLoss(DistillationLoss):
         self.buffer: LogitBuffer | None = None
         self._watched = [0]  # batches with ids; a list, because setting a module's attribute takes a microsecond
         self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
+        self._warned = False
         self._size_follows = capacity is None
         self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
@@ -499,9 +522,7 @@ class LastBatchLoss(DistillationLoss):
             loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
         elif not torch.is_grad_enabled():
             teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
-            loss, parts = row_loss(
-                options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam
-            )
+            loss, parts = row_loss(options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam)
             self._remembered(False)
         else:
             before = self.buffer, self._dtype_follows
@@ -516,9 +537,12 @@ class LastBatchLoss(DistillationLoss):
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
                 raise
-            self._remembered(True)
+            if self._peeked or self._same is False:
+                self._remembered(True)
             if ids is not None and not torch.compiler.is_compiling():
-                self._watch(buffer)
+                self._watched[0] += 1
+                if self._watched[0] % _WATCH_EVERY == 0:
+                    self._watch(buffer)
         self._parts = parts
         return loss
 
@@ -537,20 +561,18 @@ class LastBatchLoss(DistillationLoss):
 
     def _watch(self, buffer: LogitBuffer) -> None:
         """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
-        self._watched[0] += 1
-        if self._watched[0] % _WATCH_EVERY:
+        capturing = buffer.slots.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._warned or capturing or not _args.has_values(buffer.slots):
             return
         if not buffer.slots.is_cuda:
             untaught = int(buffer.untaught)
-        elif torch.cuda.is_current_stream_capturing():
-            return
         else:  # look at the copy that was asked for last time, and ask for another
             if self._untaught is None:
                 self._untaught = torch.zeros((), dtype=torch.int64, pin_memory=True)
             untaught = int(self._untaught)
             self._untaught.copy_(buffer.untaught, non_blocking=True)
         if untaught >= _WATCH_EVERY // 2:
-            self._watched[0] = -(2**62)
+            self._warned = True
             warnings.warn(
                 f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
                 "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the sampler) "
@@ -596,6 +618,7 @@ class LastBatchLoss(DistillationLoss):
                     buffer = buffer.resized(batch // 2, skip=batch // 2)
                 else:
                     buffer = buffer.resized(buffer.capacity, skip=buffer.count)
+                    buffer.untaught.add_(1)  # or a loader that shuffles: then no batch ever repeats a row
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
         stored = buffer.stored_rows(batch, num_old, again)
@@ -604,37 +627,31 @@ class LastBatchLoss(DistillationLoss):
         return buffer, stored, again
 
     def get_extra_state(self) -> Tensor:
-        """The buffer's state for ``state_dict()``, packed into one uint8 tensor; empty before the first batch."""
-        return pack_state({} if self.buffer is None else self.buffer.state_dict())
+        """The buffer for ``state_dict()``, as one uint8 tensor whose size is the same before and after training.
+
+        With ``capacity=None`` the size is known after the first batch, before which the tensor is empty. A dtype that
+        follows the logits may be any: every logit then takes the 8 bytes of the widest.
+        """
+        if self.buffer is None:
+            return pack_state({})
+        wide = self.dtype is None and not self._size_follows
+        return pack_state(self.buffer.state_dict(), itemsize=8 if wide else 0)
 
     def set_extra_state(self, state: Any) -> None:
         """Take over a saved buffer (packed, or the dict of ``LogitBuffer.state_dict``), or warn and restart it."""
-        state = unpack_state(state)
+        state, buffer = unpack_state(state), self.buffer
         if not state:
             self.reset()
-        elif self._size_follows or self.buffer is None:
-            self.buffer = LogitBuffer.from_state(state, self.num_classes, self.dtype)
-        else:
-            saved = state.get("logits") if isinstance(state, dict) else None
-            dtype = saved.dtype if isinstance(saved, Tensor) and saved.is_floating_point() else None
-            if self._dtype_follows and dtype not in (None, self.buffer.dtype):
-                self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, self.buffer.device)
-            # A state saved before the first batch holds no logits whose dtype could have been chosen.
-            chosen = self.buffer.load_state_dict(state) and self.buffer.count > 0
-            self._dtype_follows = self._dtype_follows and not chosen
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        *rest: Any,
-    ) -> None:  # fmt: skip
-        """As torch does, but weights saved without a last-batch criterion load strictly: the buffer starts empty."""
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        key = prefix + "_extra_state"
-        if key in missing_keys:
-            missing_keys.remove(key)
-            self.reset()
-            warnings.warn(
-                f"LastBatchLoss: the checkpoint has no {key!r}; the buffer starts empty, so the next batch has no "
-                "last-batch term",
-                stacklevel=2,
-            )
+            return
+        saved = stored_dtype(state)
+        dtype = self.dtype or saved
+        if self.dtype is None and buffer is not None and not self._dtype_follows:
+            # Its own logits have chosen a dtype already: take the one that holds both.
+            dtype = buffer.dtype if saved is None else torch.promote_types(buffer.dtype, saved)
+        if buffer is None or self._size_follows:
+            self.buffer = LogitBuffer.from_state(state, self.num_classes, dtype)
+            return
+        if dtype is not None and dtype != buffer.dtype:
+            self.buffer = buffer = LogitBuffer(self.num_classes, buffer.capacity, dtype, buffer.device)
+        loaded = buffer.load_state_dict(state)
+        self._dtype_follows = self._dtype_follows and not (loaded and saved is not None)

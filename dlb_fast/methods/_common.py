@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +28,12 @@ def chosen(again: bool | Tensor, before: Tensor, now: Tensor) -> Tensor:
     if isinstance(again, Tensor):
         return torch.where(again, before, now)
     return before if again else now
+
+
+def autocast(near: Tensor, **options: Any) -> AbstractContextManager[Any]:
+    """torch.autocast on the device of a tensor; nothing where that device has none (meta)."""
+    device = near.device.type
+    return torch.autocast(device, **options) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def format_bytes(count: int) -> str:

@@ -23,7 +23,7 @@ from .._args import check_logits, check_tensor
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype, teacher_kl
-from ._common import gather_rows
+from ._common import autocast, gather_rows
 from .registry import Method, Option, register
 
 __all__ = ["BakeLoss", "FeatureHook", "bake_loss", "reference"]
@@ -38,7 +38,7 @@ def ensemble(
     features: Tensor, logits: Tensor, temperature: Scalar, omega: float = OMEGA, cross_rank: bool = False
 ) -> Tensor:
     """The teacher ``Q`` (B, C), in float32 also under autocast; NaN in rows that are not finite."""
-    with torch.autocast(logits.device.type, enabled=False):
+    with autocast(logits, enabled=False):
         dtype = compute_dtype(logits.dtype)
         rows = logits.shape[0]
         features = F.normalize(features.detach().to(dtype).flatten(1), p=2, dim=1)

@@ -27,7 +27,7 @@ from .._args import as_int, check_correct_share, check_device, check_logits, che
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype, teacher_kl
-from ._common import chosen, format_bytes, labels
+from ._common import autocast, chosen, format_bytes, labels
 from .registry import Method, register
 
 __all__ = ["MrKDLoss", "WeightSnapshots", "mr_kd_loss", "reference"]
@@ -347,7 +347,7 @@ class MrKDLoss(DistillationLoss):
         assert inputs.images is not None
         logits = inputs.logits
         half = logits.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(logits.device.type, dtype=logits.dtype if half else None, enabled=half):
+        with autocast(logits, dtype=logits.dtype if half else None, enabled=half):
             copies = self.snapshots.logits(inputs.images)
         if self.ensemble_lr is not None and len(self.snapshots) == self.snapshots.copies:
             copies = copies.to(compute_dtype(copies.dtype))
