@@ -432,7 +432,7 @@ def test_nothing_is_read_from_the_device_to_know_a_batch(name):
     with Seen() as seen:
         criterion(z, **given)
     reads = [op for op in seen.ops if any(word in op for word in ("_local_scalar", "aten.equal", "nonzero", "is_same"))]
-    assert not reads and len(seen.ops) > 3
+    assert seen.ops and not reads
 
 
 class Recalcitrant(ClassMeans):
