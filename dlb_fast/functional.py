@@ -568,7 +568,7 @@ def distill(
         target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
         lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
     if teacher.tensor is not None:
-        _args.check_teacher(op, logits, teacher.tensor, "the teacher's tensor")
+        _args.check_teacher(op, logits, teacher.tensor, "teacher")
     if teacher.mask is not None:
         rows = len(logits if teacher.tensor is None else teacher.tensor)
         _args.check_kd_mask(op, logits, teacher.mask, rows, "the teacher's mask")

@@ -100,7 +100,7 @@ def bake_loss(
         features: ``(B, D...)`` what goes into the classifier, any floating dtype; detached and flattened here.
         target: ``(B,)`` labels or ``(B, C)`` probabilities.
         alpha: weight of the KL.
-        temperature: T > 0 of both distributions.
+        temperature: T > 0 of both distributions; a gradient of T is that of the student's part.
         omega: how far the predictions spread over the batch, in ``[0, 1)``.
         cross_rank: ensemble over all ranks' batches (of equal sizes); the loss is that of this rank's rows.
 

@@ -104,7 +104,7 @@ def mr_kd_loss(
         target: ``(B,)`` labels; without ``swap`` and ``correct_share`` also ``(B, C)`` probabilities.
         copies_logits: ``(K, B, C)``, K >= 1, detached here.
         alpha: weight of the KL in ``[0, 1]``.
-        temperature: tau > 0 of both distributions.
+        temperature: tau > 0 of both distributions; a gradient of tau is that of the student's part.
         correct_share: teacher correction, the probability of the right class in ``[0, 1]``; None: none.
         swap: knowledge adjustment.
 
@@ -382,7 +382,7 @@ class MrKDLoss(DistillationLoss):
         error = torch.softmax(own, 1).scatter_add(1, label, -torch.ones_like(label, dtype=bias.dtype))
         error = error.masked_fill(~known[:, None], 0.0) / known.sum().clamp(min=1)  # gradient of the mean cross entropy
         rows = copies.masked_fill(~known[:, None], 0.0).transpose(0, 1).flatten(1)
-        with torch.autocast(rows.device.type, enabled=False):
+        with autocast(rows, enabled=False):
             step = error.T @ rows
         self._ensemble_before = weight, bias
         self._ensemble = weight - self.ensemble_lr * step, bias - self.ensemble_lr * error.sum(0)
