@@ -169,8 +169,8 @@ class FeatureHook:
         """The features (B, D) of the last training forward, detached; each forward can be taken once."""
         if self._features is None:
             raise RuntimeError(
-                "FeatureHook: no forward in training mode reached the layer since the last take(); run the model first, "
-                "or call setup(model) again where the layer was replaced"
+                "FeatureHook: no forward in training mode reached the layer since the last take(); run the model "
+                "first, or call setup(model) again where the layer was replaced"
             )
         features, self._features = self._features, None
         return features

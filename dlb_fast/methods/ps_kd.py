@@ -194,8 +194,8 @@ class PsKDLoss(DistillationLoss):
     """PS-KD as a criterion: the loss of :func:`ps_kd_loss`, with a :class:`LogitBank` of past predictions.
 
     Every training batch needs ``ids``, and ``epoch`` unless ``epochs`` is None. ``cost()`` tells the size of the bank.
-    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop whose
-    batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
+    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop
+    whose batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
 
     Args:
         num_samples: samples of the training set.
