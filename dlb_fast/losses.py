@@ -383,11 +383,13 @@ class LastBatchLoss(DistillationLoss):
 
     ``L = CE + alpha * tau^2 * mean KL(softmax(t / tau) || softmax(z / tau))`` over the rows that repeat samples of the
     previous batch; ``t`` are the logits the model gave them then. A batch is ``[repeated rows | new rows]``, as
-    ``OverlapBatchSampler`` makes it: the stored rows teach the first rows, then the other rows replace them, in the
-    same launch. The first batch holds new rows only and is plain CE.
+    ``OverlapBatchSampler`` makes it: the stored rows teach the first rows, and the other rows are stored for the next
+    batch, in the same launch. The first batch holds new rows only and is plain CE.
 
-    In ``eval()`` the criterion is torch's cross entropy with the same options and does not touch the buffer. The buffer
-    is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with rank 0's. It
+    The same batch evaluated again meets the same teacher, and its latest evaluation is what is stored; see
+    :class:`DistillationLoss`. Stored rows teach only rows of the same id; rows stored without ids teach only batches
+    without ids; rows that are not finite teach nothing. When many batches in a row repeat no sample, the criterion
+    warns once. The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with rank 0's. It
     is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit, or a checkpoint without
     one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-batch learns from the
     previous micro-batch.
@@ -408,7 +410,7 @@ class LastBatchLoss(DistillationLoss):
 
     Attributes:
         parts: :class:`LossParts` of the last call.
-        buffer: the :class:`LogitBuffer`, or None before the first batch.
+        buffer: the :class:`LogitBuffer`, with counters of the rows taught and not; or None before the first batch.
 
     Raises:
         ValueError: logits with another number of classes, a batch without new rows, or arguments as in
@@ -492,8 +494,8 @@ class LastBatchLoss(DistillationLoss):
         Args:
             logits: ``(B, C)``.
             target: ``(B,)`` labels, ``(B, C)`` probabilities, or None, as in :func:`fused_lb_loss`.
-            ids: ``(B,)`` integer sample ids; a repeated row whose id differs from the stored one gets no KL and is
-                counted in ``buffer.mismatched``.
+            ids: ``(B,)`` integer sample ids; a row whose id differs from the stored one gets no KL and is counted in
+                ``buffer.mismatched`` (``buffer.unknown`` where the row was stored without an id).
             num_old: how many of the first rows repeat the stored ones; None takes the number stored. Needed only where
                 the buffer cannot know: a stream resumed without its buffer.
             images: not used; accepted as by every method.
