@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from method_cases import CASES, CLASSES, make
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import dlb_fast
 from dlb_fast import BakeLoss, DistillationLoss, LastBatchLoss, MrKDLoss, PsKDLoss, Teacher
@@ -200,18 +200,20 @@ def test_two_passes_of_sam(name, by):
     ("name", "with_ids"), [*[(name, True) for name in ALL], *[(name, False) for name in WITHOUT_IDS]]
 )
 @pytest.mark.parametrize("inside", ["head", "criterion"])
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved_tensors"])
-def test_activation_checkpointing_is_the_plain_call(name, use_reentrant, inside, with_ids):
+@pytest.mark.parametrize("kind", ["reentrant", "saved_tensors", "saved_tensors_to_the_end"])
+def test_activation_checkpointing_is_the_plain_call(name, kind, inside, with_ids):
+    use_reentrant = kind == "reentrant"
     (model, criterion), (plain_model, plain) = ready(name, with_ids=with_ids), ready(name, with_ids=with_ids)
     trunk, head = model[:2], model[2]
     for step in (3, 4, 5):
         x, given = batch(step, with_ids)
         given["epoch"] = 3
         want, want_grads = evaluate(plain_model, plain, x, given)
-        if inside == "head":
-            loss = checkpoint(lambda h, given=given: criterion(head(h), **given), trunk(x), use_reentrant=use_reentrant)
-        else:
-            loss = checkpoint(lambda z, given=given: criterion(z, **given), model(x), use_reentrant=use_reentrant)
+        last, entering = (head, trunk) if inside == "head" else (nn.Identity(), model)
+        with set_checkpoint_early_stop(kind != "saved_tensors_to_the_end"):
+            loss = checkpoint(
+                lambda h, given=given, last=last: criterion(last(h), **given), entering(x), use_reentrant=use_reentrant
+            )
         model.zero_grad()
         loss.backward()
         grads = [p.grad for p in model.parameters()]
@@ -497,6 +499,10 @@ def test_ps_kd_keeps_the_row_it_had(bad):
     criterion(z[[0, 2, 3]], y[[0, 2, 3]], torch.tensor([0, 2, 3]))
     rows, seen = criterion.bank.rows(torch.arange(4), "cpu")
     assert seen.tolist() == [True, True, False, True] and rows.isfinite().all()
+    state = criterion.state_dict()
+    state["_extra_state"]["rows"][1, 2] = bad  # saved by a bank that took everything
+    criterion.load_state_dict(state)
+    assert criterion.bank.rows(torch.arange(4), "cpu")[1].tolist() == [True, False, False, True]
     assert dlb_fast.ps_kd_loss(torch.zeros(2, 3), y[:2], torch.tensor([[0.2, bad, 0.1], [0.2, 0.3, 0.5]])).isfinite()
 
 
@@ -597,3 +603,25 @@ def test_options_that_are_passed_on_are_shown():
     assert repr(Passing(0.7, ce_alpha=-0.5)) == "Passing(alpha=1.0, temperature=1.0, ce_alpha=-0.5, share=0.7)"
     assert repr(ClassMeans(label_smoothing=0.1)) == "ClassMeans(alpha=1.0, temperature=1.0, label_smoothing=0.1)"
     assert sorted(SHOWN) == sorted(set(CASES) - {"two_view"})
+
+
+# ---- compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_ps_kd_compiled_knows_a_batch_by_its_ids(impl):
+    compiled, plain = (PsKDLoss(2 * ROWS, CLASSES, alpha=0.8, memory_dtype=torch.float64, impl=impl) for _ in range(2))
+    call = torch.compile(lambda *args: compiled(*args), fullgraph=True, backend="aot_eager")
+    model = network()
+    for step in (0, 0, 1, 1, 2, 2, 0):
+        x, given = batch(step)
+        z = model(x + torch.randn_like(x)).detach()
+        results = []
+        for criterion in (call, plain):
+            leaf = z.clone().requires_grad_()
+            loss = criterion(leaf, given["target"], given["ids"])
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        close(*results)
+        close(memory(compiled), memory(plain))

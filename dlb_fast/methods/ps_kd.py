@@ -187,7 +187,7 @@ class LogitBank:
         if got != wanted:
             raise ValueError(f"LogitBank: expected {wanted} (samples, classes), the saved bank holds {got}")
         rows, seen = self._storage(self.device or "cpu")
-        rows[:-1], seen[:-1] = state["rows"], state["seen"]
+        rows[:-1], seen[:-1] = state["rows"], state["seen"] & state["rows"].amax(1).isfinite()
 
 
 class PsKDLoss(DistillationLoss):
