@@ -118,7 +118,7 @@ def mr_kd_loss(
         target: ``(B,)`` labels; without ``swap`` and ``correct_share`` also ``(B, C)`` probabilities.
         copies_logits: ``(K, B, C)``, K >= 1, detached here.
         alpha: weight of the KL in ``[0, 1]``.
-        temperature: tau > 0 of both distributions.
+        temperature: tau > 0 of both distributions; a gradient of tau is that of the student's part.
         correct_share: teacher correction, the probability of the right class in ``[0, 1]``; None: none.
         swap: knowledge adjustment.
 

@@ -188,15 +188,15 @@ class LogitBank:
         if got != wanted:
             raise ValueError(f"LogitBank: expected {wanted} (samples, classes), the saved bank holds {got}")
         rows, seen = self._storage(self.device or "cpu")
-        rows[:-1], seen[:-1] = state["rows"], state["seen"]
+        rows[:-1], seen[:-1] = state["rows"], state["seen"] & state["rows"].amax(1).isfinite()
 
 
 class PsKDLoss(DistillationLoss):
     """PS-KD as a criterion: the loss of :func:`ps_kd_loss`, with a :class:`LogitBank` of past predictions.
 
     Every training batch needs ``ids``, and ``epoch`` unless ``epochs`` is None. ``cost()`` tells the size of the bank.
-    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop whose
-    batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
+    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop
+    whose batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
 
     Args:
         num_samples: samples of the training set.
