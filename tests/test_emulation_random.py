@@ -20,7 +20,7 @@ def test_random_cases() -> None:
     torch.set_num_threads(1)
     described = [fuzz.one_case(harness.module(), seed) for seed in range(COUNT)]
     torch.set_num_threads(threads)
-    for word in ("roll", "virtual", "probabilities", "dense", "pair", "weight", "kd_mask"):
+    for word in ("roll", "again 1", "again -1", "same", "virtual", "probabilities", "dense", "pair", "weight", "kd_mask"):
         assert any(word in text for text in described), word
 
 
