@@ -381,8 +381,10 @@ def _divide_buffer(buffers: list[dict[str, Any]], rank: int, world_size: int) ->
     share = rows // world_size
     own = slice(rank * share, (rank + 1) * share)
     joined = {name: torch.cat([buffer[name] for buffer in buffers])[own].clone() for name in ("logits", "ids")}
-    mismatched = sum(buffer["mismatched"] for buffer in buffers) if rank == 0 else 0
-    return {**buffers[0], **joined, "count": share, "capacity": share, "mismatched": mismatched}
+    counters = torch.stack([buffer["counters"] for buffer in buffers]).sum(0)
+    if rank > 0:
+        counters = torch.zeros_like(counters)
+    return {**buffers[0], **joined, "count": share, "capacity": share, "counters": counters}
 
 
 def _merge_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
