@@ -27,8 +27,9 @@ STEPS = [
 
 
 def outcome(
-    mutation: tuple[str, str, str], classes: int, *, clusters: int = 8, stored: torch.dtype = torch.float32, many: int = 1
-) -> str:
+    mutation: tuple[str, str, str], classes: int, *, clusters: int = 8, stored: torch.dtype = torch.float32,
+    many: int = 1,
+) -> str:  # fmt: skip
     """What is wrong with a mutant: the emulator's fault, or which comparison failed; "" when it passes.
 
     Pairs of six rows: with an odd number of classes row 3 + j and slot j lie differently on packets, and threads meet.
@@ -95,7 +96,7 @@ MUTATIONS = {
     "the same batch has as many repeated rows as are stored": ("batch.cuh", "again ? a.batch - count : count", "count"),
     "the other generation has as many rows": ("batch.cuh", "again ? header.other_count : count", "count"),
     "a batch without a repeated row is forgotten": ("finish.cuh", "+ n.not_finite <", "<"),
-    "flags are those of the other generation": ("batch.cuh", "load(ids + a.capacity + row)", "load(s.slots + 1 + a.capacity + row)"),
+    "flags are those of the other generation": ("batch.cuh", "load(ids + a.cap", "load(s.slots + 1 + a.cap"),
 }  # fmt: skip
 
 
