@@ -226,7 +226,8 @@ def by_hand(batches, start, name, accumulate, cut=0):
 
         if name == "sgd":
             closure()
-            if (number + 1) % accumulate == 0 or number % STEPS == STEPS - 1:
+            step = number % STEPS
+            if (step + 1) % accumulate == 0 or step == STEPS - 1:
                 optimizer.step()
                 optimizer.zero_grad()
         else:
