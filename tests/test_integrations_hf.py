@@ -188,26 +188,27 @@ class Kept(LastBatchTrainer):
         return super().compute_loss(model, inputs, *args, **options)
 
 
-def by_hand(batches, net, accumulate, *, ignore_index=-100, weight=None, smoothing=0.0, alpha=2.0, lr=0.5):
-    """The weights and the terms of every update, in plain torch and float64."""
+def by_hand(ranks, net, accumulate, *, ignore_index=-100, weight=None, smoothing=0.0, alpha=2.0, lr=0.5):
+    """The weights and the terms of every update, in plain torch and float64, from the micro-batches of every rank."""
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
     options = {"ignore_index": ignore_index, "weight": weight, "label_smoothing": smoothing}
-    stored, terms = None, []
-    epochs = [batches[first : first + 7] for first in range(0, len(batches), 7)]
+    stored, terms = [None] * len(ranks), []
+    steps = list(zip(*ranks, strict=True))
+    epochs = [steps[first : first + 7] for first in range(0, len(steps), 7)]
     for group in (epoch[first : first + accumulate] for epoch in epochs for first in range(0, len(epoch), accumulate)):
-        logits, kl = [], []
-        for batch in group:
+        logits, labels, kl = [], [], []
+        for rank, batch in ((rank, batch) for step in group for rank, batch in enumerate(step)):
             z, old = net(batch["pixel_values"])["logits"], batch["num_old"]
             logits.append(z)
-            if stored is None:
+            labels.append(batch["labels"])
+            if stored[rank] is None:
                 kl.append(z.sum() * 0)
             else:
-                assert len(stored) == old
-                teacher, student = F.softmax(stored / 3, 1), F.log_softmax(z[:old] / 3, 1)
+                assert len(stored[rank]) == old
+                teacher, student = F.softmax(stored[rank] / 3, 1), F.log_softmax(z[:old] / 3, 1)
                 kl.append(9 * F.kl_div(student, teacher, reduction="batchmean"))
-            stored = z[old:].detach()
-        labels = torch.cat([batch["labels"] for batch in group])
-        ce, lb = F.cross_entropy(torch.cat(logits), labels, **options), sum(kl) / len(group)
+            stored[rank] = z[old:].detach()
+        ce, lb = F.cross_entropy(torch.cat(logits), torch.cat(labels), **options), sum(kl) / len(kl)
         optimizer.zero_grad()
         (ce + alpha * lb).backward()
         optimizer.step()
@@ -237,7 +238,7 @@ def trained(folder, *, data=(), criterion=None, kind=Kept, net=None, **options):
     plain.load_state_dict(start)
     used = trainer.criterion
     want = by_hand(
-        trainer.kept, plain, trainer.args.gradient_accumulation_steps, ignore_index=used.ignore_index,
+        [trainer.kept], plain, trainer.args.gradient_accumulation_steps, ignore_index=used.ignore_index,
         weight=used.weight, smoothing=used.label_smoothing,
     )  # fmt: skip
     return trainer, *want
@@ -359,7 +360,7 @@ def test_a_smaller_batch_is_found_and_trains_as_if_it_were_given(tmp_path):
     assert trainer.state.train_batch_size == 12 and trainer.criterion.buffer.mismatched == 0
     plain = Net(dropout=0.0).double()
     plain.load_state_dict(trainer.begin)
-    want, _ = by_hand(trainer.kept, plain, 1)
+    want, _ = by_hand([trainer.kept], plain, 1)
     assert (weights(trainer) - want).abs().max() < 1e-12
 
     class None_(Net):
@@ -589,3 +590,40 @@ def test_two_ranks_resume_bit_for_bit(tmp_path):
     assert len(list((tmp_path / "whole" / "checkpoint-3").glob("dlb_fast_*.pt"))) == 2
     whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
     assert torch.equal(whole, resumed)
+
+
+RANKED = """
+    import gc, sys, torch
+    import test_integrations_hf as case
+    trainer, _, _ = case.trained(
+        sys.argv[1], data=(range(3, 20),), per_device_train_batch_size=8, gradient_accumulation_steps=2,
+        ddp_backend="gloo",
+    )
+    rank = trainer.args.process_index
+    torch.save((trainer.kept, case.weights(trainer), trainer.state.log_history), f"{sys.argv[1]}/{rank}.pt")
+    torch.distributed.barrier()
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_log_as_a_plain_loop_over_the_rows_of_both(tmp_path):
+    """Most labels of one rank are ignored: the cross entropy divides by those of both."""
+    script = tmp_path / "ranked.py"
+    script.write_text(textwrap.dedent(RANKED))
+    path = f"{environment()['PYTHONPATH']}:{ROOT / 'tests'}"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
+    python(*launch, cwd=tmp_path, PYTHONPATH=path)
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    set_seed(0)
+    want, terms = by_hand([kept for kept, _, _ in saved], Net(dropout=0.0).double(), 2)
+    for _, got, _ in saved:
+        assert (got - want).abs().max() < 1e-6
+    logs = [entry for entry in saved[0][2] if "loss" in entry]
+    for entry, (ce, lb) in zip(logs, terms, strict=True):
+        assert entry["cross_entropy"] == pytest.approx(ce, rel=1e-5)
+        assert entry["last_batch"] == pytest.approx(lb, rel=1e-5, abs=1e-12)
+        assert entry["loss"] == pytest.approx(ce + 2 * lb, rel=1e-5)

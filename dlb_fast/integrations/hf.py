@@ -53,6 +53,8 @@ class LastBatchTrainer(_hf.Trainer):
     Example: ``examples/hf_digits.py``.
     """
 
+    _train_batch_size: int
+
     def __init__(
         self,
         *args: Any,
@@ -63,7 +65,7 @@ class LastBatchTrainer(_hf.Trainer):
     ) -> None:
         if not isinstance(criterion, LastBatchLoss):
             raise TypeError(f"LastBatchTrainer: criterion must be a LastBatchLoss, got {type(criterion).__name__}")
-        given = args[1] if len(args) > 1 else options.get("args")
+        given: Any = args[1] if len(args) > 1 else options.get("args")
         smoothing = getattr(given, "label_smoothing_factor", 0.0)
         if smoothing:  # the criterion smooths; the Trainer would ask every model for a config
             given.label_smoothing_factor = 0.0
