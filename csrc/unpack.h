@@ -168,7 +168,7 @@ inline void unpack_buffer(const Tensor& logits, const Tensor& rows, const Tensor
   a.rows_stride = rows.size(1) * a.classes;
   a.capacity = (slots.numel() - slots_header - 2) / 4;
   STD_TORCH_CHECK(a.capacity >= 1 && a.capacity <= rows.size(1), "last_batch: rows and slots do not belong together");
-  address(slots, logits, "slots", ST::Long, slots_count_at(2, a.capacity));
+  address(slots, logits, "slots", ST::Long, slots_base(2, a.capacity));
   a.slots = static_cast<int64_t*>(slots.mutable_data_ptr());
   STD_TORCH_CHECK(!ids || ids->dim() == 1, "last_batch: ids must have shape (B,)");
   a.ids = static_cast<const int64_t*>(address(ids, logits, "ids", ST::Long, a.batch));

@@ -12,6 +12,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
 REDUCTIONS = ("mean", "sum", "none")
@@ -27,6 +28,19 @@ def as_int(value: object, op: str, name: str, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {number}")
     return number
+
+
+def has_values(value: Tensor) -> bool:
+    """Whether a tensor has values that Python can read: not on meta, not traced, not fake, not batched by vmap."""
+    if value.is_meta or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    mode = torch._C._TorchDispatchModeKey
+    return not isinstance(value, FakeTensor) and not any(map(torch._C._get_dispatch_mode, (mode.FAKE, mode.PROXY)))
+
+
+def readable(value: Tensor) -> bool:
+    """Whether to read a value for a check: it is on the CPU, so nothing has to wait for a device."""
+    return value.is_cpu and has_values(value)
 
 
 def check_tensor(op: str, name: str, value: object) -> Tensor:
@@ -89,8 +103,8 @@ def check_label_ranges(
 
 
 def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int, name: str = "target") -> None:
-    """Every label in [0, C) or equal to ``ignore_index``; reads CPU labels only, and not while compiling."""
-    if target.dim() != 1 or target.device.type != "cpu" or torch.compiler.is_compiling():
+    """Every label in [0, C) or equal to ``ignore_index``; reads CPU labels only, see `readable`."""
+    if target.dim() != 1 or not readable(target):
         return
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bool(wrong.any()):
@@ -101,28 +115,29 @@ def check_label_range(op: str, target: Tensor, classes: int, ignore_index: int, 
         )
 
 
-def check_teacher(op: str, logits: Tensor, last_logits: Tensor) -> None:
+def check_teacher(op: str, logits: Tensor, teacher: Tensor, name: str = "last_logits") -> None:
     """Teacher rows (H, C) with H <= B."""
-    check_tensor(op, "last_logits", last_logits)
-    _same_device(op, "last_logits", last_logits, logits)
+    check_tensor(op, name, teacher)
+    _same_device(op, name, teacher, logits)
     batch, classes = logits.shape
-    if last_logits.dim() != 2 or last_logits.shape[1] != classes or last_logits.shape[0] > batch:
+    if teacher.dim() != 2 or teacher.shape[1] != classes or teacher.shape[0] > batch:
+        what = "the previous logits" if name == "last_logits" else "the teachers"
+        hint = " (was the buffer made for another dataset or batch size? then reset it)" * (name == "last_logits")
         raise ValueError(
-            f"{op}: last_logits must have shape (H, C) with H <= {batch} and C = {classes}, "
-            f"got {tuple(last_logits.shape)}; it holds the previous logits of the first H rows of this batch "
-            "(was the buffer made for another dataset or batch size? then reset it)"
+            f"{op}: {name} must have shape (H, C) with H <= {batch} and C = {classes}, got {tuple(teacher.shape)}; "
+            f"it holds {what} of the first H rows of this batch{hint}"
         )
-    if last_logits.dtype not in FLOATS:
-        raise TypeError(f"{op}: last_logits must be floating point, got {last_logits.dtype}")
+    if teacher.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be floating point, got {teacher.dtype}")
 
 
-def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int) -> None:
+def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int, name: str = "kd_mask") -> None:
     """A bool per row with a teacher."""
-    check_tensor(op, "kd_mask", kd_mask)
-    _same_device(op, "kd_mask", kd_mask, logits)
+    check_tensor(op, name, kd_mask)
+    _same_device(op, name, kd_mask, logits)
     if kd_mask.dtype != torch.bool or kd_mask.shape != (rows,):
         raise ValueError(
-            f"{op}: kd_mask must be a bool tensor of shape ({rows},), one entry per row with a teacher, "
+            f"{op}: {name} must be a bool tensor of shape ({rows},), one entry per row with a teacher, "
             f"got {kd_mask.dtype} {tuple(kd_mask.shape)}"
         )
 
@@ -166,7 +181,7 @@ def check_ce_weight(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: 
     if not math.isfinite(ce_alpha):
         raise ValueError(f"{op}: ce_alpha must be finite, got {ce_alpha}")
     if isinstance(alpha, Tensor):
-        if not alpha.is_cpu or torch.compiler.is_compiling():
+        if not readable(alpha):
             return
         alpha = alpha.item()
     if ce_weight + ce_alpha * alpha < 0:
@@ -194,7 +209,7 @@ def check_scalar(op: str, name: str, value: float | Tensor, *, positive: bool) -
             raise ValueError(
                 f"{op}: {name} as a tensor must be 0-d and floating point, got {value.dtype} {tuple(value.shape)}"
             )
-        if not value.is_cpu or torch.compiler.is_compiling():
+        if not readable(value):
             return
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -256,7 +271,7 @@ def check_pair(
         )
     elif not lam.is_floating_point():
         raise TypeError(f"{op}: lam must be floating point, got {lam.dtype}")
-    elif lam.is_cpu and not torch.compiler.is_compiling() and not bool(((lam >= 0) & (lam <= 1)).all()):
+    elif readable(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"{op}: lam must be between 0 and 1, got {lam.min().item():g} to {lam.max().item():g}")
 
 

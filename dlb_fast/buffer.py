@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import warnings
+import zlib
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ._args import as_int
+from ._args import as_int, has_values
 
 UNKNOWN_ID = -(2**63)
 """Id of a row stored without a sample id; such a row teaches only batches that come without ids."""
@@ -19,6 +21,7 @@ COUNTERS = ("latest", "taught", "mismatched", "unknown", "not_finite", "untaught
 """Header of ``slots``: which generation was stored last, and what became of the repeated rows; see `LogitBuffer`."""
 HEADER = len(COUNTERS)
 _VERSION = 2
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Match(NamedTuple):
@@ -165,7 +168,7 @@ class LogitBuffer:
             return 0
         if num_old is not None or batch == 2 * self.count:
             return -1
-        return 0 if torch.compiler.is_compiling() else int(self._holds(ids))
+        return int(self._holds(ids)) if has_values(self.slots) else 0
 
     def stored_rows(self, batch: int, num_old: int | None, again: int = 0) -> int:
         """How many of ``batch`` rows will be stored; raises ValueError where the rows do not fit the buffer."""
@@ -301,30 +304,39 @@ class LogitBuffer:
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """The stored rows, ids, count and mismatch counter, as tensors and numbers on the CPU."""
+        """The stored rows, ids and counters, on the CPU; all shapes follow from ``num_classes`` and ``capacity``."""
+        logits = torch.zeros(self.capacity, self.num_classes, dtype=self.dtype, device="cpu")
+        ids = torch.full((self.capacity,), UNKNOWN_ID, dtype=torch.int64, device="cpu")
+        logits[: self.count], ids[: self.count] = self.logits.detach(), self.ids
+        rank, world_size = _rank_and_size()
         return {
             "version": _VERSION,
             "num_classes": self.num_classes,
             "capacity": self.capacity,
             "count": self.count,
-            "logits": self.logits.detach().cpu(),
-            "ids": self.ids.cpu(),
-            "counters": self.slots[1:HEADER].cpu().clone(),
+            "rank": rank,
+            "world_size": world_size,
+            "logits": logits,
+            "ids": ids,
+            "counters": self.slots[1:HEADER].to("cpu", copy=True),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Take over a saved buffer; on a mismatch warn, restart empty and return False."""
+        """Take over a saved buffer; where it does not fit, warn, restart empty and return False.
+
+        The capacity may differ as long as the rows fit, and so may the dtype: the rows are as if stored in this one.
+        """
         self.reset()
         trouble = _state_trouble(state, self.num_classes, self.capacity)
         if trouble:
             _warn_of(trouble)
             return False
         count = state["count"]
-        logits = state["logits"].to(self.rows)
+        logits = state["logits"][:count].to(self.rows)
         slots = self._generations[0]
         self.rows[0, :count] = logits
         slots[0] = count
-        slots[1 : 1 + count] = state["ids"].to(self.slots.device)
+        slots[1 : 1 + count] = state["ids"][:count].to(self.slots.device)
         slots[1 + self.capacity : 1 + self.capacity + count] = logits.amax(1).isfinite()
         self.slots[1:HEADER] = state["counters"].to(self.slots.device)
         self.count = count
@@ -338,32 +350,46 @@ class LogitBuffer:
 
         ``num_classes`` and ``dtype``, where given, replace those of the state; another number of classes is refused.
         """
-        known = state if isinstance(state, dict) else {}
-        classes, capacity = known.get("num_classes"), known.get("capacity")
-        if not isinstance(classes, int) or not isinstance(capacity, int) or classes < 1 or capacity < 1:
-            _warn_of(f"num_classes = {classes!r} and capacity = {capacity!r} are not sizes")
-            return None
-        trouble = _state_trouble(state, num_classes or classes, capacity)
+        trouble = _state_trouble(state, num_classes)
         if trouble:
             _warn_of(trouble)
             return None
-        buffer = cls(classes, capacity, dtype or state["logits"].dtype)
-        return buffer if buffer.load_state_dict(state) else None
+        buffer = cls(state["num_classes"], state["capacity"], dtype or state["logits"].dtype)
+        buffer.load_state_dict(state)
+        return buffer
 
 
 def check_buffer_dtype(op: str, dtype: object) -> None:
     """A dtype in which the kernels can store logits."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    if dtype not in _DTYPES:
         raise TypeError(f"{op}: dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
 
 
-def pack_state(state: dict[str, Any]) -> Tensor:
-    """A state as one uint8 tensor: savers that know tensors only (safetensors) can write it."""
+def to_bytes(tensors: Iterable[Tensor]) -> Tensor:
+    """The bytes of some tensors one after another, as one uint8 tensor on the CPU."""
+    return torch.cat([tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+
+
+# What a packed state begins with, as int64; the counters, the ids and the rows follow.
+_PACKED = ("checksum", "version", "dtype", "num_classes", "capacity", "count", "rank", "world_size")
+
+
+def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
+    """A state as one uint8 tensor, which every saver can write, of a size that does not depend on what is stored.
+
+    Args:
+        state: of ``LogitBuffer.state_dict``; an empty one gives an empty tensor.
+        itemsize: bytes kept for every logit, at least those of its dtype.
+    """
     if not state:
-        return torch.empty(0, dtype=torch.uint8)
-    file = io.BytesIO()
-    torch.save(state, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    logits = state["logits"]
+    known = {**state, "checksum": 0, "dtype": _DTYPES.index(logits.dtype)}
+    numbers = torch.tensor([known[name] for name in _PACKED], dtype=torch.int64, device="cpu")
+    spare = torch.zeros(logits.numel() * max(itemsize - logits.element_size(), 0), dtype=torch.uint8, device="cpu")
+    packed = to_bytes([numbers, state["counters"], state["ids"], logits, spare])
+    packed[:8].view(torch.int64).fill_(zlib.crc32(packed[8:].numpy().data))
+    return packed
 
 
 def unpack_state(packed: Any) -> Any:
@@ -373,9 +399,39 @@ def unpack_state(packed: Any) -> Any:
     if packed.numel() == 0:
         return {}
     try:
-        return torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive may raise anything
+        return _unpacked(packed.detach().cpu().contiguous().clone())
+    except Exception as error:  # a tensor without data, or numbers that only a correct checksum vouches for
         return {"unreadable": f"{type(error).__name__}: {error}"}
+
+
+def stored_dtype(state: Any) -> torch.dtype | None:
+    """The dtype of the rows in a state; None where there are none, so that their dtype was not chosen by any logits."""
+    logits = state.get("logits") if isinstance(state, dict) and state.get("count") else None
+    return logits.dtype if isinstance(logits, Tensor) and logits.dtype in _DTYPES else None
+
+
+def _unpacked(packed: Tensor) -> dict[str, Any]:
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) < 8 * (len(_PACKED) + HEADER - 1):
+        raise ValueError(f"bytes of a buffer expected, got {tuple(packed.shape)} {packed.dtype}")
+    state = dict(zip(_PACKED, packed[: 8 * len(_PACKED)].view(torch.int64).tolist(), strict=True))
+    if state.pop("checksum") != zlib.crc32(packed[8:].numpy().data):
+        raise ValueError("the checksum is wrong: damaged, or not a saved buffer")
+    if state["version"] != _VERSION:
+        return state  # its layout is unknown
+    dtype, rows, classes = _DTYPES[state.pop("dtype")], state["capacity"], state["num_classes"]
+    sizes = [8 * len(_PACKED), 8 * (HEADER - 1), 8 * rows, rows * classes * dtype.itemsize]
+    _, counters, ids, logits, _ = packed.split([*sizes, len(packed) - sum(sizes)])
+    return {
+        **state,
+        "counters": counters.view(torch.int64).clone(),
+        "ids": ids.view(torch.int64).clone(),
+        "logits": logits.view(dtype).view(rows, classes).clone(),
+    }
+
+
+def _rank_and_size() -> tuple[int, int]:
+    grouped = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
 
 
 def _warn_of(trouble: str) -> None:
@@ -386,25 +442,44 @@ def _warn_of(trouble: str) -> None:
     )
 
 
-def _state_trouble(state: dict[str, Any], num_classes: int, capacity: int) -> str:
+def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = None) -> str:
+    """Why a buffer of so many classes and rows (None: of the state's) cannot take over a state; "" where it can."""
     if not isinstance(state, dict):
         return f"a dict expected, got {type(state).__name__}"
-    missing = [key for key in ("version", "count", "logits", "ids", "counters") if key not in state]
+    if "unreadable" in state:
+        return str(state["unreadable"])
+    version = state.get("version", _VERSION)
+    if version != _VERSION:
+        return f"version {_VERSION} expected, got {version}"
+    sizes, numbers = ("num_classes", "capacity"), ("count", "rank", "world_size")
+    tensors = ("logits", "ids", "counters")
+    missing = [key for key in (*sizes, *numbers, *tensors) if key not in state]
     if missing:
         return f"missing {', '.join(missing)}"
-    if state["version"] != _VERSION:
-        return f"version {_VERSION} expected, got {state['version']}"
-    count, logits, ids, counters = state["count"], state["logits"], state["ids"], state["counters"]
-    if not isinstance(count, int) or count < 0:
-        return f"count must be an integer >= 0, got {count!r}"
-    if not isinstance(counters, Tensor) or counters.dtype != torch.int64 or counters.shape != (HEADER - 1,):
-        return f"counters must be {HEADER - 1} int64 numbers"
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+    for name in (*sizes, *numbers):
+        least = int(name in sizes)
+        if not isinstance(state[name], int) or state[name] < least:
+            return f"{name} must be an integer >= {least}, got {state[name]!r}"
+    (rows, count), (logits, ids, counters) = (state["capacity"], state["count"]), (state[name] for name in tensors)
+    if not isinstance(logits, Tensor) or logits.dtype not in _DTYPES:
         return f"logits must be a floating tensor, got {getattr(logits, 'dtype', type(logits).__name__)}"
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        return f"ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
-    if count > capacity:
-        return f"capacity {capacity}, saved {count} rows"
-    if tuple(logits.shape) != (count, num_classes) or tuple(ids.shape) != (count,):
-        return f"expected logits {(count, num_classes)}, got {tuple(logits.shape)} with ids {tuple(ids.shape)}"
+    for name, value in (("ids", ids), ("counters", counters)):
+        if not isinstance(value, Tensor) or value.dtype != torch.int64:
+            return f"{name} must be an int64 tensor, got {getattr(value, 'dtype', type(value).__name__)}"
+    if count > min(rows, capacity or rows):
+        return f"capacity {min(rows, capacity or rows)}, saved {count} rows"
+    wanted = (rows, num_classes or state["num_classes"])
+    if logits.shape != wanted or ids.shape != wanted[:1] or counters.shape != (HEADER - 1,):
+        return (
+            f"expected logits {wanted}, got {tuple(logits.shape)} with ids {tuple(ids.shape)} and counters "
+            f"{tuple(counters.shape)}"
+        )
+    if state["num_classes"] != wanted[1]:
+        return f"expected {wanted[1]} classes, saved {state['num_classes']}"
+    saved, here = (state["rank"], state["world_size"]), _rank_and_size()
+    if count and saved != here:
+        return (
+            f"saved by rank {saved[0]} of {saved[1]}, loaded by rank {here[0]} of {here[1]}, which has other rows; "
+            "save the state of every rank under a key of its own"
+        )
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -128,11 +129,14 @@ def row_loss(
     examined = False
     try:
         impl = _backends.pick(options.impl, logits.device.type)
-        if impl != "torch" and (feature := ops.unsupported(logits)):
-            if options.impl != "auto" or upstream is not None:
-                raise RuntimeError(
-                    f"{options.op}: impl={impl!r} does not know {feature}; use impl='torch', plain autograd"
-                )
+        if impl != "torch" and (
+            refusal := ops.unsupported(
+                logits, target=target, weight=options.weight, lam=lam, alpha=options.alpha,
+                temperature=options.temperature,
+            )
+        ):  # fmt: skip
+            if options.impl != "auto":
+                raise RuntimeError(f"{options.op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
             impl = "torch"
         if impl not in ("cpu", "cuda") or type(logits) is not Tensor or torch.compiler.is_compiling():
             _examine(options, logits, target, target_b, teacher, buffer, ids)
@@ -257,27 +261,27 @@ def _plain_torch(
     target_b: Tensor | None,
     lam: Scalar | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition. As in the kernels only the logits get a gradient, and a scalar does not decide the dtype."""
+    """The definition, differentiated by autograd. As in the kernels, a scalar does not decide the dtype."""
     dtype = reference.compute_dtype(logits.dtype)
     alpha, temperature = options.alpha, options.temperature
     if isinstance(alpha, Tensor):
         _args.check_scalar(options.op, "alpha", alpha, positive=False)
-        alpha = alpha.detach().to(dtype)
+        alpha = alpha.to(dtype)
     if isinstance(temperature, Tensor):
         _args.check_scalar(options.op, "temperature", temperature, positive=True)
-        temperature = temperature.detach().to(dtype)
+        temperature = temperature.to(dtype)
     mask = kd_mask
     if buffer is not None:
         match = buffer.match(logits.shape[0], ids, num_old, again)
         teacher, valid = buffer.teacher(match), match.repeats
         mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
     if target is not None:
-        target = target.detach() if target.dim() == 2 else target.long()
+        target = target if target.dim() == 2 else target.long()
     loss, parts = reference.last_batch_loss(
         logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=options.label_smoothing,
-        weight=None if options.weight is None else options.weight.detach(), ignore_index=options.ignore_index,
+        weight=options.weight, ignore_index=options.ignore_index,
         kd_mask=mask, reduction=options.reduction, target_b=None if target_b is None else target_b.long(),
-        lam=lam.detach() if isinstance(lam, Tensor) else lam,
+        lam=lam,
         ce_weight=options.ce_weight + options.ce_alpha * alpha if options.ce_alpha else options.ce_weight,
         teacher_kind=teacher_kind, correct_share=options.correct_share,
     )  # fmt: skip
@@ -362,9 +366,7 @@ def fused_lb_loss(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
-    loss, parts = row_loss(
-        options, logits, target, teacher=last_logits, kd_mask=kd_mask, target_b=target_b, lam=lam
-    )
+    loss, parts = row_loss(options, logits, target, teacher=last_logits, kd_mask=kd_mask, target_b=target_b, lam=lam)
     return (loss, LossParts.unpack(parts)) if return_parts else loss
 
 
@@ -428,6 +430,10 @@ def dlb_step(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index,
     )  # fmt: skip
+    if refusal := ops.unsupported(
+        logits, target=target, weight=weight, alpha=alpha, temperature=temperature, upstream=upstream
+    ):
+        raise RuntimeError(f"{op}: it {refusal} use LastBatchLoss with impl='torch', plain autograd")
     _check_buffer(op, logits, buffer)
     if ids is not None:
         _args.check_ids(op, logits, ids)
@@ -491,12 +497,12 @@ _KINDS = {"logits": True, "probabilities": True, "uniform": False, "none": False
 """Kind of a teacher -> whether it has a tensor."""
 
 
-def _check_teacher_fields(op: str, teacher: Teacher) -> None:
-    """A Teacher whose fields belong to its kind."""
+def _check_teacher_fields(op: str, teacher: Teacher, logits: Tensor) -> None:
+    """A Teacher whose fields belong to its kind and to the batch; a method of a user may return anything."""
     if not isinstance(teacher, Teacher):
         raise TypeError(f"{op}: teacher(inputs) must return a dlb_fast.Teacher, got {type(teacher).__name__}")
-    kind = teacher.kind
-    if kind not in _KINDS:
+    kind, rows, batch = teacher.kind, teacher.rows, logits.shape[0]
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{op}: the teacher's kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     if _KINDS[kind] != (teacher.tensor is not None):
         raise ValueError(f"{op}: a teacher of kind {kind!r} {'needs a' if _KINDS[kind] else 'takes no'} tensor")
@@ -504,6 +510,27 @@ def _check_teacher_fields(op: str, teacher: Teacher) -> None:
         raise ValueError(f"{op}: correct_share belongs to a teacher of kind 'uniform', got kind {kind!r}")
     if teacher.add_entropy and kind != "probabilities":
         raise ValueError(f"{op}: add_entropy belongs to a teacher of kind 'probabilities', got kind {kind!r}")
+    if kind == "none" and (teacher.mask is not None or teacher.student is not None):
+        raise ValueError(f"{op}: a teacher of kind 'none' has no KL, so it takes no mask and no student")
+    if rows is not None and _args.as_int(rows, op, "the teacher's rows", 0) > batch:
+        raise ValueError(f"{op}: the teacher's rows must be at most the {batch} rows of the batch, got {rows}")
+    if isinstance(teacher.kl_weight, bool) or not isinstance(teacher.kl_weight, (int, float)):
+        raise TypeError(f"{op}: the teacher's kl_weight must be a number, got {type(teacher.kl_weight).__name__}")
+    if not 0 < teacher.kl_weight < math.inf:
+        raise ValueError(
+            f"{op}: the teacher's kl_weight must be finite and > 0, got {teacher.kl_weight}; use Teacher('none') for a "
+            "batch without a teacher"
+        )
+    _args.check_scalar(op, "the teacher's alpha_scale", teacher.alpha_scale, positive=False)
+    student = teacher.student
+    if student is None:
+        return
+    _args.check_rows(op, "the teacher's student", student, logits)
+    if torch.is_grad_enabled() and logits.requires_grad and not student.requires_grad:
+        raise ValueError(
+            f"{op}: the teacher's student must be made of the logits with their graph, got a tensor that requires no "
+            "gradient; the KL would not train, so do not detach the student"
+        )
 
 
 def distill(
@@ -534,19 +561,17 @@ def distill(
         _args.check_pair(op, logits, target, target_b, lam)
     if kd_mask is not None:
         _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
-    _check_teacher_fields(op, teacher)
+    _check_teacher_fields(op, teacher, logits)
     if (rows := teacher.rows) is not None:
         logits = logits[:rows]
+        teacher = teacher._replace(student=None if teacher.student is None else teacher.student[:rows])
         target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
         lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
     if teacher.tensor is not None:
-        _args.check_teacher(op, logits, teacher.tensor)
+        _args.check_teacher(op, logits, teacher.tensor, "the teacher's tensor")
     if teacher.mask is not None:
-        _args.check_kd_mask(op, logits, teacher.mask, len(logits if teacher.tensor is None else teacher.tensor))
-    if teacher.kl_weight <= 0:
-        raise ValueError(
-            f"{op}: kl_weight must be > 0, got {teacher.kl_weight}; use Teacher('none') for a batch without a teacher"
-        )
+        rows = len(logits if teacher.tensor is None else teacher.tensor)
+        _args.check_kd_mask(op, logits, teacher.mask, rows, "the teacher's mask")
     if teacher.correct_share is not None:
         _args.check_correct_share(op, teacher.correct_share)
         if target is None or target.dim() != 1 or target_b is not None:
@@ -564,7 +589,7 @@ def distill(
     ce_options: dict[str, Any] = {"label_smoothing": label_smoothing, "weight": weight, **shared}
     ce: dict[str, Any] = {"target": target, "target_b": target_b, "lam": lam}
     if teacher.kind == "none":
-        return row_loss(prepare(op, **ce_options), logits, **ce)
+        return row_loss(prepare(op, alpha=alpha, temperature=temperature, **ce_options), logits, **ce)
     _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
     alpha = alpha * teacher.alpha_scale
     kd_alpha = alpha * teacher.kl_weight
@@ -585,7 +610,10 @@ def distill(
             parts = torch.stack([total, ce_parts[1], kd_parts[2], ce_parts[3]])
     if teacher.add_entropy:
         assert teacher.tensor is not None
-        entropy = -torch.xlogy(teacher.tensor, teacher.tensor).sum(1)
+        probabilities = teacher.tensor.detach()
+        finite = reference.finite_rows(probabilities)
+        mask = finite if mask is None else mask & finite
+        entropy = -torch.xlogy(probabilities, probabilities).sum(1)
         extra = kd_alpha * _reduce_constants(entropy, mask, logits.shape[0], reduction)
         loss = loss + extra.to(loss.dtype)
         parts = parts[:4].clone()  # the op keeps its own for the backward

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _args
-from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
+from . import _args, ops
+from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, stored_dtype, unpack_state
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
 
@@ -21,7 +22,33 @@ _WATCH_EVERY = 16  # batches between two looks at how many repeated a row
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
+    if not _args.has_values(ids):
+        return True  # as in a stream that goes on; where it does not, the ids differ on the device and teach nothing
     return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
+
+
+def arguments_of(criterion: type[DistillationLoss]) -> dict[str, inspect.Parameter]:
+    """The arguments of a criterion by name; ``**options`` stand for those of the class below it."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in criterion.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        own = [p for p in inspect.signature(vars(cls)["__init__"]).parameters.values() if p.name != "self"]
+        named = {p.name: p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        found = {**named, **found} if found else named
+        if cls is DistillationLoss or not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def _equal(value: object, default: object) -> bool:
+    return value is default or (not isinstance(value, (Tensor, nn.Module)) and bool(value == default))
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return repr(value.detach()) if value.dim() == 0 else f"Tensor{tuple(value.shape)}"
+    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
 
 
 class Inputs(NamedTuple):
@@ -35,6 +62,7 @@ class Inputs(NamedTuple):
     epoch: int | None = None  # epoch in which the new rows were sampled
     ignore_index: int = -100
     target_b: Tensor | None = None  # (B,) second labels, where the images are mixed
+    again: bool | Tensor = False  # whether the last recorded batch is evaluated again; a () bool where ids decide it
 
 
 class DistillationLoss(nn.Module):
@@ -45,8 +73,16 @@ class DistillationLoss(nn.Module):
     A method overrides :meth:`teacher`. A method with a state also overrides :meth:`record` (called after the loss of
     every training batch), :meth:`step` (after every optimiser step), :meth:`setup` (once, with the model),
     :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and ``set_extra_state``. The training loop calls
-    ``setup(model)`` once and ``step()`` after every optimiser step. In ``eval()`` every method is torch's cross entropy
-    with the same options and does not change its state.
+    ``setup(model)`` once and ``step()`` after every optimiser step.
+
+    In ``eval()`` every method is torch's cross entropy with the same options and does not change its state. In
+    ``train()`` without gradient (``no_grad``, ``inference_mode``) the loss is computed with the same teacher, and
+    nothing is recorded. The same batch evaluated again (activation checkpointing, SAM, closures) meets the teacher of
+    its first time, and its latest evaluation is what is remembered. It is known by its ids; inside backward, where only
+    activation checkpointing calls a loss, also without them; a loop without ids says it by :meth:`same_batch`. A new
+    epoch or :meth:`step` begins a new batch whatever its ids.
+
+    The gradient goes to the logits, and to ``Teacher.student`` where a method gives one. A teacher gets none.
 
     Args:
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.
@@ -78,6 +114,9 @@ class DistillationLoss(nn.Module):
     mixes = False
     copies_model = False
     weight: Tensor | None
+    _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
+    _loads_without_memory = False  # whether weights saved without any criterion load strictly
+    _starts_empty = "the memory starts empty"
 
     def __init__(
         self,
@@ -99,15 +138,23 @@ class DistillationLoss(nn.Module):
             ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
         _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        if impl not in ("auto", "torch") and (
+            refusal := ops.unsupported(None, weight=weight, alpha=alpha, temperature=temperature)
+        ):
+            raise RuntimeError(f"{op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
         self.alpha, self.temperature = alpha, temperature
         self.ce_weight, self.ce_alpha = ce_weight, ce_alpha
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.reduction, self.impl = reduction, impl
-        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("weight", weight)
         self.counted: int | None = None
         self._parts: Tensor | None = None
         self._same: bool | None = None  # inside same_batch(): whether the batch was remembered
         self._peeked = False  # the last call in train() was without gradient and remembered nothing
+        # Of the batch remembered last: its ids, at a fixed address while the number of rows stays, its epoch and rows.
+        self._last_ids: Tensor | None = None
+        self._last_epoch: int | None = None
+        self._last_rows = 0
         # The attributes that the options were last prepared from, and those options.
         self._prepared: tuple[tuple[Any, ...], Options] | None = None
 
@@ -116,7 +163,8 @@ class DistillationLoss(nn.Module):
         """All calls inside are one batch: they meet the same teacher, and the latest is what is remembered.
 
         For loops that evaluate a batch several times and pass no ids: SAM, closures of LBFGS, line searches. With ids
-        the criterion knows the batch again by itself, and so it does inside backward (activation checkpointing).
+        the criterion knows the batch again by itself, and so it does inside backward (activation checkpointing). An
+        inner block belongs to the outer one.
 
         >>> criterion = LastBatchLoss(num_classes=3)
         >>> with criterion.same_batch():
@@ -125,12 +173,14 @@ class DistillationLoss(nn.Module):
         >>> criterion.buffer.logits[0].tolist()
         [1.0, 1.0, 1.0]
         """
-        before = self._same
-        self._same = bool(before)
+        outermost = self._same is None
+        if outermost:
+            self._same = False
         try:
             yield
         finally:
-            self._same = before
+            if outermost:
+                self._same = None
 
     def _again(self, ids: Tensor | None) -> int:
         """Whether a call is the last batch once more: 1 yes, 0 no, -1 where the ids tell."""
@@ -154,16 +204,58 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}: a method must define teacher(inputs) -> Teacher")
 
     def record(self, inputs: Inputs) -> None:
-        """Remember the batch; called without gradient after its loss was computed."""
+        """Remember the batch; called without gradient after the loss of a training batch was computed.
+
+        Where ``inputs.again`` is true the batch takes the place of its earlier evaluation, and :meth:`teacher` must
+        have given what it gave then. ``inputs.again`` may be a tensor on the device; choose by ``torch.where``.
+        """
 
     def step(self) -> None:
-        """Count an optimiser step; the loop calls it after every one."""
+        """Count an optimiser step; the loop calls it after every one. The next batch is a new one."""
+        self._forget_ids()
 
     def setup(self, model: nn.Module) -> None:
         """See the model; the loop calls it once before training."""
 
     def reset(self) -> None:
         """Forget everything: the method is then as it was made."""
+        self._last_ids = self._last_epoch = None
+        self._last_rows = 0
+        if self._same is not None:
+            self._same = False
+
+    def _repeats(self, rows: int, ids: Tensor | None, epoch: int | None) -> bool | Tensor:
+        """``Inputs.again``; the ids are compared on the device, and only for a method that records."""
+        again = self._again(ids) if self._last_rows else 0
+        if again == 1 and rows != self._last_rows:
+            raise ValueError(
+                f"{type(self).__name__}: the same batch again must have its {self._last_rows} rows, got {rows}; pass "
+                "ids= with every batch, or leave same_batch() between batches"
+            )
+        if again >= 0:
+            return again == 1
+        last = self._last_ids
+        if ids is None or last is None or epoch != self._last_epoch:
+            return False
+        if last.shape != ids.shape or last.device != ids.device:
+            return False
+        return (ids == last).all()
+
+    def _keep_ids(self, rows: int, ids: Tensor | None, epoch: int | None) -> None:
+        """Remember of which batch the record is."""
+        self._last_rows, self._last_epoch = rows, epoch
+        last = self._last_ids
+        if ids is None:
+            self._forget_ids()
+        elif last is not None and last.shape == ids.shape and last.device == ids.device:
+            last.copy_(ids)
+        else:
+            self._last_ids = ids.to(torch.int64, copy=True)
+
+    def _forget_ids(self) -> None:
+        """Take the next batch for a new one; by a value on the device, which a captured graph reads too."""
+        if self._last_ids is not None:
+            self._last_ids.fill_(UNKNOWN_ID)
 
     def cost(self) -> str:
         """One line on memory and extra work per step beside plain cross entropy."""
@@ -175,6 +267,18 @@ class DistillationLoss(nn.Module):
         if self._parts is None:
             raise RuntimeError(f"{type(self).__name__}.parts: there are none before the first call of the criterion")
         return LossParts.unpack(self._parts)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        """As torch does, but a checkpoint of a cross entropy, with class weights, loads strictly: it has no memory."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        key = prefix + "_extra_state"
+        if key in missing_keys and (self._loads_without_memory or prefix + "weight" in state_dict):
+            missing_keys.remove(key)
+            self.reset()
+            warnings.warn(f"{type(self).__name__}: the checkpoint has no {key!r}; {self._starts_empty}", stacklevel=2)
 
     def _options(self) -> Options:
         """The checked options; prepared again when one of the attributes was set since."""
@@ -196,7 +300,16 @@ class DistillationLoss(nn.Module):
         return options
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, temperature={self.temperature}, reduction={self.reduction!r}, impl={self.impl!r}"
+        """``alpha``, ``temperature`` and every other argument that has no default or another value than it."""
+        shown = []
+        for name, parameter in arguments_of(type(self)).items():
+            try:
+                value = operator.attrgetter(self._kept_as.get(name, name))(self)
+            except AttributeError:
+                continue  # an argument that is not kept
+            if name in ("alpha", "temperature") or not _equal(value, parameter.default):
+                shown.append(f"{name}={_short(value)}")
+        return ", ".join(shown)
 
     def forward(
         self,
@@ -233,13 +346,18 @@ class DistillationLoss(nn.Module):
             given = {"ids": ids, "images": images, "epoch": epoch}
             if missing := sorted(name for name in self.needs if given[name] is None):
                 wanted = " and ".join(f"{name}=" for name in missing)
-                raise ValueError(f"{op}: needs {wanted} with every batch in train(); pass it to the call")
+                raise ValueError(
+                    f"{op}: needs {wanted} with every batch in train(); pass it to the call, or call criterion.eval() "
+                    "for a validation"
+                )
             if target_b is not None and not self.mixes:
                 raise ValueError(
                     f"{op}: needs one class per row, got target_b of mixed images, which its teacher does not fit; "
                     "turn mixup and CutMix off"
                 )
-            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b)
+            remembers = type(self).record is not DistillationLoss.record
+            again = remembers and self._repeats(logits.shape[0], ids, epoch)
+            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b, again)
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
@@ -251,8 +369,12 @@ class DistillationLoss(nn.Module):
         )  # fmt: skip
         self.counted = teacher.rows
         if inputs is not None:
-            with torch.no_grad():
-                self.record(inputs)
+            recorded = torch.is_grad_enabled()
+            if recorded and remembers:
+                with torch.no_grad():
+                    self.record(inputs)
+                    self._keep_ids(logits.shape[0], ids, epoch)
+            self._remembered(recorded)
         return loss
 
 
@@ -261,11 +383,13 @@ class LastBatchLoss(DistillationLoss):
 
     ``L = CE + alpha * tau^2 * mean KL(softmax(t / tau) || softmax(z / tau))`` over the rows that repeat samples of the
     previous batch; ``t`` are the logits the model gave them then. A batch is ``[repeated rows | new rows]``, as
-    ``OverlapBatchSampler`` makes it: the stored rows teach the first rows, then the other rows replace them, in the
-    same launch. The first batch holds new rows only and is plain CE.
+    ``OverlapBatchSampler`` makes it: the stored rows teach the first rows, and the other rows are stored for the next
+    batch, in the same launch. The first batch holds new rows only and is plain CE.
 
-    In ``eval()`` the criterion is torch's cross entropy with the same options and does not touch the buffer. The buffer
-    is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with rank 0's. It
+    The same batch evaluated again meets the same teacher, and its latest evaluation is what is stored; see
+    :class:`DistillationLoss`. Stored rows teach only rows of the same id; rows stored without ids teach only batches
+    without ids; rows that are not finite teach nothing. When many batches in a row repeat no sample, the criterion
+    warns once. The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with rank 0's. It
     is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit, or a checkpoint without
     one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-batch learns from the
     previous micro-batch.
@@ -286,7 +410,7 @@ class LastBatchLoss(DistillationLoss):
 
     Attributes:
         parts: :class:`LossParts` of the last call.
-        buffer: the :class:`LogitBuffer`, or None before the first batch.
+        buffer: the :class:`LogitBuffer`, with counters of the rows taught and not; or None before the first batch.
 
     Raises:
         ValueError: logits with another number of classes, a batch without new rows, or arguments as in
@@ -303,6 +427,9 @@ class LastBatchLoss(DistillationLoss):
     """
 
     mixes = True
+    _kept_as = {"capacity": "buffer.capacity"}  # noqa: RUF012
+    _loads_without_memory = True
+    _starts_empty = "the buffer starts empty, so the next batch has no last-batch term"
 
     def __init__(
         self,
@@ -334,20 +461,18 @@ class LastBatchLoss(DistillationLoss):
         self.buffer: LogitBuffer | None = None
         self._watched = [0]  # batches with ids; a list, because setting a module's attribute takes a microsecond
         self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
+        self._warned = False
         self._size_follows = capacity is None
         self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
             self.buffer = LogitBuffer(num_classes, capacity, dtype or torch.float32, device or "cpu")
-
-    def extra_repr(self) -> str:
-        rows = None if self.buffer is None else self.buffer.capacity
-        return f"num_classes={self.num_classes}, capacity={rows}, {super().extra_repr()}"
 
     def cost(self) -> str:
         return "half a batch of logits; no extra forward or pass over the logits"
 
     def reset(self) -> None:
         """Forget the stored rows; the next batch is taken as the first one of a stream."""
+        super().reset()
         if self.buffer is not None:
             self.buffer.reset()
 
@@ -369,8 +494,8 @@ class LastBatchLoss(DistillationLoss):
         Args:
             logits: ``(B, C)``.
             target: ``(B,)`` labels, ``(B, C)`` probabilities, or None, as in :func:`fused_lb_loss`.
-            ids: ``(B,)`` integer sample ids; a repeated row whose id differs from the stored one gets no KL and is
-                counted in ``buffer.mismatched``.
+            ids: ``(B,)`` integer sample ids; a row whose id differs from the stored one gets no KL and is counted in
+                ``buffer.mismatched`` (``buffer.unknown`` where the row was stored without an id).
             num_old: how many of the first rows repeat the stored ones; None takes the number stored. Needed only where
                 the buffer cannot know: a stream resumed without its buffer.
             images: not used; accepted as by every method.
@@ -399,9 +524,7 @@ class LastBatchLoss(DistillationLoss):
             loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
         elif not torch.is_grad_enabled():
             teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
-            loss, parts = row_loss(
-                options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam
-            )
+            loss, parts = row_loss(options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam)
             self._remembered(False)
         else:
             before = self.buffer, self._dtype_follows
@@ -416,9 +539,12 @@ class LastBatchLoss(DistillationLoss):
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
                 raise
-            self._remembered(True)
+            if self._peeked or self._same is False:
+                self._remembered(True)
             if ids is not None and not torch.compiler.is_compiling():
-                self._watch(buffer)
+                self._watched[0] += 1
+                if self._watched[0] % _WATCH_EVERY == 0:
+                    self._watch(buffer)
         self._parts = parts
         return loss
 
@@ -437,20 +563,18 @@ class LastBatchLoss(DistillationLoss):
 
     def _watch(self, buffer: LogitBuffer) -> None:
         """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
-        self._watched[0] += 1
-        if self._watched[0] % _WATCH_EVERY:
+        capturing = buffer.slots.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._warned or capturing or not _args.has_values(buffer.slots):
             return
         if not buffer.slots.is_cuda:
             untaught = int(buffer.untaught)
-        elif torch.cuda.is_current_stream_capturing():
-            return
         else:  # look at the copy that was asked for last time, and ask for another
             if self._untaught is None:
                 self._untaught = torch.zeros((), dtype=torch.int64, pin_memory=True)
             untaught = int(self._untaught)
             self._untaught.copy_(buffer.untaught, non_blocking=True)
         if untaught >= _WATCH_EVERY // 2:
-            self._watched[0] = -(2**62)
+            self._warned = True
             warnings.warn(
                 f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
                 "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the sampler) "
@@ -496,6 +620,7 @@ class LastBatchLoss(DistillationLoss):
                     buffer = buffer.resized(batch // 2, skip=batch // 2)
                 else:
                     buffer = buffer.resized(buffer.capacity, skip=buffer.count)
+                    buffer.untaught.add_(1)  # or a loader that shuffles: then no batch ever repeats a row
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
         stored = buffer.stored_rows(batch, num_old, again)
@@ -504,37 +629,31 @@ class LastBatchLoss(DistillationLoss):
         return buffer, stored, again
 
     def get_extra_state(self) -> Tensor:
-        """The buffer's state for ``state_dict()``, packed into one uint8 tensor; empty before the first batch."""
-        return pack_state({} if self.buffer is None else self.buffer.state_dict())
+        """The buffer for ``state_dict()``, as one uint8 tensor whose size is the same before and after training.
+
+        With ``capacity=None`` the size is known after the first batch, before which the tensor is empty. A dtype that
+        follows the logits may be any: every logit then takes the 8 bytes of the widest.
+        """
+        if self.buffer is None:
+            return pack_state({})
+        wide = self.dtype is None and not self._size_follows
+        return pack_state(self.buffer.state_dict(), itemsize=8 if wide else 0)
 
     def set_extra_state(self, state: Any) -> None:
         """Take over a saved buffer (packed, or the dict of ``LogitBuffer.state_dict``), or warn and restart it."""
-        state = unpack_state(state)
+        state, buffer = unpack_state(state), self.buffer
         if not state:
             self.reset()
-        elif self._size_follows or self.buffer is None:
-            self.buffer = LogitBuffer.from_state(state, self.num_classes, self.dtype)
-        else:
-            saved = state.get("logits") if isinstance(state, dict) else None
-            dtype = saved.dtype if isinstance(saved, Tensor) and saved.is_floating_point() else None
-            if self._dtype_follows and dtype not in (None, self.buffer.dtype):
-                self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, self.buffer.device)
-            # A state saved before the first batch holds no logits whose dtype could have been chosen.
-            chosen = self.buffer.load_state_dict(state) and self.buffer.count > 0
-            self._dtype_follows = self._dtype_follows and not chosen
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        *rest: Any,
-    ) -> None:  # fmt: skip
-        """As torch does, but weights saved without a last-batch criterion load strictly: the buffer starts empty."""
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        key = prefix + "_extra_state"
-        if key in missing_keys:
-            missing_keys.remove(key)
-            self.reset()
-            warnings.warn(
-                f"LastBatchLoss: the checkpoint has no {key!r}; the buffer starts empty, so the next batch has no "
-                "last-batch term",
-                stacklevel=2,
-            )
+            return
+        saved = stored_dtype(state)
+        dtype = self.dtype or saved
+        if self.dtype is None and buffer is not None and not self._dtype_follows:
+            # Its own logits have chosen a dtype already: take the one that holds both.
+            dtype = buffer.dtype if saved is None else torch.promote_types(buffer.dtype, saved)
+        if buffer is None or self._size_follows:
+            self.buffer = LogitBuffer.from_state(state, self.num_classes, dtype)
+            return
+        if dtype is not None and dtype != buffer.dtype:
+            self.buffer = buffer = LogitBuffer(self.num_classes, buffer.capacity, dtype, buffer.device)
+        loaded = buffer.load_state_dict(state)
+        self._dtype_follows = self._dtype_follows and not (loaded and saved is not None)

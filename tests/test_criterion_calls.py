@@ -30,7 +30,7 @@ def run(criterion, batches, **options):
         loss = criterion(z, y, ids, **options)
         (loss if loss.dim() == 0 else loss.sum()).backward()
         state = criterion.buffer.state_dict()
-        numbers = (loss.tolist(), *(part.item() for part in criterion.parts), state["count"], state["mismatched"])
+        numbers = (loss.tolist(), *(part.item() for part in criterion.parts), state["count"], state["counters"].tolist())
         seen.append((numbers, z.grad, state["logits"], state["ids"]))
     return seen
 

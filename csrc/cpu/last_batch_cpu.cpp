@@ -63,7 +63,7 @@ void count_labels(const LastBatchArgs& args, BatchPlan& plan) {
 }
 
 int64_t stored_count(const LastBatchArgs& args, int64_t generation) {
-  return std::clamp<int64_t>(args.slots[slots_count_at(generation, args.capacity)], 0, args.capacity);
+  return std::clamp<int64_t>(args.slots[slots_base(generation, args.capacity)], 0, args.capacity);
 }
 
 // Whether this is the batch that was stored last: its last rows have the stored ids, and its first rows have not (those
@@ -72,7 +72,7 @@ bool is_stored_batch(const LastBatchArgs& args, int64_t latest) {
   const int64_t count = stored_count(args, latest);
   if (args.again >= 0 || !args.ids) return args.again == 1;
   if (count == 0 || count > args.batch || (args.num_old >= 0 && args.batch - args.num_old != count)) return false;
-  const int64_t* stored = args.slots + slots_ids_at(latest, args.capacity);
+  const int64_t* stored = args.slots + slots_base(latest, args.capacity) + 1;
   return std::equal(stored, stored + count, args.ids + args.batch - count) &&
          !std::equal(stored, stored + count, args.ids);
 }
@@ -106,13 +106,12 @@ void mark_valid_rows(const LastBatchArgs& args, const std::vector<uint8_t>* unus
     bool valid = !args.kd_mask || (row < args.kd_mask_rows && args.kd_mask[row]);
     if (unusable) valid = valid && !(*unusable)[row];
     if (args.rows) {
-      const int64_t stored_id = args.slots[slots_ids_at(plan.teaching, args.capacity) + row];
-      int64_t& found = args.ids && stored_id == unknown_id                                          ? plan.unknown
-                       : args.ids && stored_id != args.ids[row]                                     ? plan.mismatched
-                       : !args.slots[slots_finite_at(plan.teaching, args.capacity) + row]           ? plan.not_finite
-                                                                                                    : plan.repeating;
-      ++found;
-      valid = valid && &found == &plan.repeating;
+      const int64_t of_row = slots_base(plan.teaching, args.capacity) + 1 + row, id = args.slots[of_row];
+      const bool unknown = args.ids && id == unknown_id, mismatched = args.ids && !unknown && id != args.ids[row];
+      const bool not_finite = !unknown && !mismatched && args.slots[of_row + args.capacity] == 0;
+      const bool repeats = !unknown && !mismatched && !not_finite;
+      plan.unknown += unknown, plan.mismatched += mismatched, plan.not_finite += not_finite, plan.repeating += repeats;
+      valid = valid && repeats;
     }
     if (args.kind == TeacherKind::virtual_teacher && args.correct_share >= 0)
       valid = valid && args.target[row * args.target_stride] != args.ignore_index;
@@ -256,12 +255,12 @@ void finish_batch(const LastBatchArgs& args, const BatchPlan& plan, const RowLos
   if (args.rows) {
     int64_t* slots = args.slots;
     const int64_t written = 1 - plan.teaching;
-    int64_t *ids = slots + slots_ids_at(written, args.capacity), *finite = slots + slots_finite_at(written, args.capacity);
+    int64_t *ids = slots + slots_base(written, args.capacity) + 1, *finite = ids + args.capacity;
     for (int64_t j = 0; j < plan.stored; ++j) {
       ids[j] = args.ids ? args.ids[plan.split + j] : unknown_id;
       finite[j] = losses.finite[j];
     }
-    slots[slots_count_at(written, args.capacity)] = plan.stored;
+    slots[slots_base(written, args.capacity)] = plan.stored;
     slots[slots_latest] = written;
     slots[slots_taught] += static_cast<int64_t>(plan.valid_rows);
     slots[slots_mismatched] += plan.mismatched;

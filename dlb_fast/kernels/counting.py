@@ -6,50 +6,100 @@ import triton
 import triton.language as tl
 
 UNKNOWN_ID = tl.constexpr(-(2**63))
-HEADER = tl.constexpr(2)
+HEADER = tl.constexpr(6)  # of the slots: latest, taught, mismatched, unknown, not_finite, untaught
 COUNT_BLOCK = tl.constexpr(1024)
 COUNT_PROGRAMS = tl.constexpr(256)
+ID_BLOCK = tl.constexpr(256)
 
 
 @triton.jit
-def pair_layout(slots_ptr, batch, capacity, num_old):
-    """How a batch meets the buffer: rows stored, the first of them, and how many rows may have a teacher.
+def generation(slots_ptr, which, capacity):
+    """Slots of one generation: the count of its rows, then their ids, then which of them are finite."""
+    return slots_ptr + HEADER + which * (1 + 2 * capacity)
+
+
+@triton.jit
+def same_batch(ids_ptr, stored_ptr, count, batch, num_old):
+    """Whether the ids say that a batch is the one stored last: 1 where its last rows have the stored ids and its first
+    rows have not, else 0. A new batch is known by its first block."""
+    span = tl.arange(0, ID_BLOCK)
+    fits = (count > 0) & (batch >= count) & ((num_old < 0) | (batch - num_old == count))
+    last_differ, first_differ = count * 0, count * 0
+    base = count * 0
+    while fits & (last_differ == 0) & (base < count):
+        rows = base + span
+        there = rows < count
+        stored = tl.load(stored_ptr + rows, mask=there, other=0)
+        last = tl.load(ids_ptr + (batch - count) + rows, mask=there, other=0)
+        first = tl.load(ids_ptr + rows, mask=there, other=0)
+        last_differ = tl.max((stored != last).to(tl.int32), axis=0)
+        first_differ = tl.maximum(first_differ, tl.max((stored != first).to(tl.int32), axis=0))
+        base += ID_BLOCK
+    return (fits & (last_differ == 0) & (first_differ != 0)).to(tl.int32)
+
+
+@triton.jit
+def pair_layout(slots_ptr, ids_ptr, batch, capacity, num_old, again, HAS_IDS: tl.constexpr):
+    """How a batch meets the buffer: rows stored, the first of them, how many rows may have a teacher, the generation
+    that teaches, and whether the batch is the one stored last (``again`` < 0: the ids decide).
 
     Clamped, whatever the slots hold: no index leaves the batch or the buffer.
     """
-    count = tl.minimum(tl.maximum(tl.load(slots_ptr), 0), capacity).to(tl.int32)
-    old = tl.minimum(tl.where(num_old < 0, count, num_old), batch)
+    latest = (tl.load(slots_ptr) & 1).to(tl.int32)
+    # Both counts at once: the one that is wanted would wait for `latest`.
+    count_0, count_1 = tl.load(generation(slots_ptr, 0, capacity)), tl.load(generation(slots_ptr, 1, capacity))
+    count_0 = tl.minimum(tl.maximum(count_0, 0), capacity).to(tl.int32)
+    count_1 = tl.minimum(tl.maximum(count_1, 0), capacity).to(tl.int32)
+    count = tl.where(latest == 0, count_0, count_1)
+    repeated = latest * 0 + again
+    if HAS_IDS:
+        if again < 0:
+            repeated = same_batch(ids_ptr, generation(slots_ptr, latest, capacity) + 1, count, batch, num_old)
+    same = repeated > 0
+    old = tl.where(same, tl.maximum(batch - count, 0), count)
+    old = tl.minimum(tl.where(num_old < 0, old, num_old), batch)
     stored = tl.minimum(batch - old, capacity)
     start = batch - stored
-    return stored, start, tl.minimum(tl.minimum(count, old), tl.minimum(start, capacity))
+    teaching = tl.where(same, 1 - latest, latest)
+    count = tl.where(teaching == 0, count_0, count_1)
+    return stored, start, tl.minimum(tl.minimum(count, old), tl.minimum(start, capacity)), teaching, same
 
 
 @triton.jit
 def valid_rows(
-    rows, limit, slots_ptr, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
-    HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
+    rows, limit, taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
+    UPDATE: tl.constexpr, HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """Which rows have a valid teacher, and which met the slot of another sample."""
+    """Which rows have a valid teacher, and which have none because the stored row has no id, has the id of another
+    sample, or is not finite. ``taught_ptr``: slots of the generation that teaches."""
     valid = rows < limit
-    other = valid & (rows < 0)
+    nobody = valid & (rows < 0)
+    unknown, other, infinite = nobody, nobody, nobody
     if HAS_IDS:
-        slot_id = tl.load(slots_ptr + HEADER + rows, mask=valid, other=UNKNOWN_ID)
+        slot_id = tl.load(taught_ptr + 1 + rows, mask=valid, other=0)
         own_id = tl.load(ids_ptr + rows, mask=valid, other=0)
+        unknown = valid & (slot_id == UNKNOWN_ID)
         other = valid & (slot_id != UNKNOWN_ID) & (slot_id != own_id)
-        valid = valid & (other == 0)
+    if UPDATE:
+        finite = tl.load(taught_ptr + 1 + capacity + rows, mask=valid, other=1)
+        if HAS_IDS:
+            valid = valid & (slot_id != UNKNOWN_ID) & (slot_id == own_id)
+        infinite = valid & (finite == 0)
+        valid = valid & (finite != 0)
     if HAS_MASK:
         valid = valid & (rows < mask_rows)
         valid = valid & (tl.load(mask_ptr + rows, mask=valid, other=0) != 0)
     if BY_LABEL:
         valid = valid & (tl.load(target_ptr + rows, mask=valid, other=0) != ignore_index)
-    return valid, other
+    return valid, unknown, other, infinite
 
 
 @triton.jit
 def count_rows(
-    first, last, limit, slots_ptr, ids_ptr, mask_ptr, mask_rows, target_ptr, target_b_ptr, weight_ptr, ignore_index,
-    COMPUTE: tl.constexpr, CLASSES: tl.constexpr, LABELS: tl.constexpr, PAIR: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
+    first, last, limit, taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, target_b_ptr, weight_ptr,
+    ignore_index,
+    COMPUTE: tl.constexpr, CLASSES: tl.constexpr, UPDATE: tl.constexpr, LABELS: tl.constexpr, PAIR: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
     """Over rows [first, last): the weights of the rows the CE counts, summed, and how many rows the KL counts."""
     span = tl.arange(0, COUNT_BLOCK)
@@ -68,9 +118,9 @@ def count_rows(
                 index = tl.minimum(tl.maximum(label, 0), CLASSES - 1)
                 heavy += tl.load(weight_ptr + index, mask=counts, other=0.0)
             counted += counts.to(tl.int32)
-        valid, _ = valid_rows(
-            rows, tl.minimum(limit, last), slots_ptr, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
-            HAS_IDS, HAS_MASK, BY_LABEL,
+        valid, _, _, _ = valid_rows(
+            rows, tl.minimum(limit, last), taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
+            UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
         )  # fmt: skip
         valid_count += valid.to(tl.int32)
     weight_sum = tl.sum(counted, axis=0).to(COMPUTE)
@@ -80,24 +130,30 @@ def count_rows(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "given_rows", "capacity", "num_old", "mask_rows", "ignore_index", "chunk"],
+    do_not_specialize=["batch", "given_rows", "capacity", "num_old", "again", "mask_rows", "ignore_index", "chunk"],
     do_not_specialize_on_alignment=["slots_ptr", "ids_ptr", "mask_ptr", "target_ptr", "target_b_ptr", "weight_ptr"],
 )
 def count_kernel(
     counts_ptr, slots_ptr, ids_ptr, mask_ptr, target_ptr, target_b_ptr, weight_ptr,
-    batch, given_rows, capacity, num_old, mask_rows, ignore_index, chunk,
+    batch, given_rows, capacity, num_old, again, mask_rows, ignore_index, chunk,
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, UPDATE: tl.constexpr, LABELS: tl.constexpr, PAIR: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """Large batches: program ``p`` counts rows [p chunk, (p + 1) chunk) into ``counts[:, p]`` (2, COUNT_PROGRAMS)."""
+    """Large batches: program ``p`` counts rows [p chunk, (p + 1) chunk) into ``counts[:, p]`` (2, COUNT_PROGRAMS).
+
+    Where the ids decide, the number after these is 1 for the batch stored last and 0 for a new one.
+    """
     part = tl.program_id(0)
-    limit = given_rows
+    limit, taught_ptr = given_rows, slots_ptr
     if UPDATE:
-        _, _, limit = pair_layout(slots_ptr, batch, capacity, num_old)
+        _, _, limit, teaching, same = pair_layout(slots_ptr, ids_ptr, batch, capacity, num_old, again, HAS_IDS)
+        taught_ptr = generation(slots_ptr, teaching, capacity)
+        if HAS_IDS:
+            tl.store(counts_ptr + 2 * COUNT_PROGRAMS, same.to(COMPUTE), mask=part == 0)
     weights, valid_count = count_rows(
-        part * chunk, tl.minimum(part * chunk + chunk, batch), limit, slots_ptr, ids_ptr, mask_ptr, mask_rows,
-        target_ptr, target_b_ptr, weight_ptr, ignore_index,
-        COMPUTE, CLASSES, LABELS, PAIR, HAS_WEIGHT, HAS_IDS, HAS_MASK, BY_LABEL,
+        part * chunk, tl.minimum(part * chunk + chunk, batch), limit, taught_ptr, capacity, ids_ptr, mask_ptr,
+        mask_rows, target_ptr, target_b_ptr, weight_ptr, ignore_index,
+        COMPUTE, CLASSES, UPDATE, LABELS, PAIR, HAS_WEIGHT, HAS_IDS, HAS_MASK, BY_LABEL,
     )  # fmt: skip
     tl.store(counts_ptr + part, weights)
     tl.store(counts_ptr + COUNT_PROGRAMS + part, valid_count)

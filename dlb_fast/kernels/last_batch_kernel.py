@@ -1,8 +1,8 @@
 """The Triton kernel of ``last_batch`` and ``last_batch_update``: every row, the buffer and the scalars in one launch.
 
-Program ``p`` takes tiles ``p, p + programs, ...`` of ROWS pairs. Pair ``j`` is row ``j``, whose teacher is slot ``j``,
-and row ``start + j``, which then replaces slot ``j``: one owner per slot, so one buffer at a fixed address without a
-race.
+Program ``p`` takes tiles ``p, p + programs, ...`` of ROWS pairs. Pair ``j`` is row ``j``, whose teacher is slot ``j`` of
+the generation that teaches, and row ``start + j``, which is stored in slot ``j`` of the other. A launch only reads the
+one and only writes the other, so no program waits for another.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .counting import HEADER, UNKNOWN_ID, count_rows, load_counts, pair_layout, valid_rows
+from .counting import COUNT_PROGRAMS, UNKNOWN_ID, count_rows, generation, load_counts, pair_layout, valid_rows
 from .row_loss import rows_loss
 from .row_tiles import NONE, VIRTUAL, power_of_two_below
 
 MAX_PROGRAMS = tl.constexpr(8192)
-PARTIALS = tl.constexpr(5)  # ce, lb, hits, valid, mismatched
+PARTIALS = tl.constexpr(7)  # ce, lb, hits, valid, mismatched, unknown, not_finite
 CONSTANT, COUNT_HERE, COUNTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -55,16 +55,22 @@ def total_of(partials_ptr, which, programs):
     return tl.sum(kept, axis=0)
 
 
+@triton.jit
+def add_to(pointer, value):
+    """Add to a counter of the header."""
+    tl.store(pointer, tl.load(pointer) + value.to(tl.int64))
+
+
 @triton.jit(
     do_not_specialize=[
-        "batch", "given_rows", "capacity", "num_old", "mask_rows", "ignore_index", "pair_tiles", "count_parts",
+        "batch", "given_rows", "capacity", "num_old", "again", "mask_rows", "ignore_index", "count_parts",
     ],
     do_not_specialize_on_alignment=["slots_ptr", "ids_ptr", "mask_ptr", "target_b_ptr", "lam_ptr", "loss_ptr"],
 )  # fmt: skip
 def last_batch_kernel(
     logits_ptr, teacher_ptr, slots_ptr, ids_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, mask_ptr,
     alpha_ptr, tau_ptr, loss_ptr, parts_ptr, grad_ptr, ticket_ptr, partials_ptr, counts_ptr,
-    batch, given_rows, capacity, num_old, mask_rows, ignore_index, pair_tiles, count_parts,
+    batch, given_rows, capacity, num_old, again, mask_rows, ignore_index, count_parts,
     alpha_value: tl.float64, tau_value: tl.float64, ce_weight: tl.float64, ce_alpha: tl.float64,
     smoothing: tl.float64, correct_share: tl.float64,  # the floats of options.h, in its order
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
@@ -76,7 +82,7 @@ def last_batch_kernel(
     MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr,
     COUNTING: tl.constexpr,
 ):  # fmt: skip
-    """See ``last_batch_triton``. Partial sums: (PARTIALS, MAX_PROGRAMS); counts: (2, COUNT_PROGRAMS)."""
+    """See ``last_batch_triton``. Partial sums: (PARTIALS, MAX_PROGRAMS); counts: see ``count_kernel``."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     alpha = scalar(alpha_value, alpha_ptr, COMPUTE)
@@ -93,16 +99,28 @@ def last_batch_kernel(
     # Rows [0, start) come first, with a teacher up to `limit`; rows [start, batch) are stored.
     start, limit = given_rows, given_rows
     stored = batch - given_rows
+    store_ptr, taught_ptr, written_ptr = teacher_ptr, slots_ptr, slots_ptr
     if UPDATE:
-        stored, start, limit = pair_layout(slots_ptr, batch, capacity, num_old)
+        if HAS_IDS and COUNTING == COUNTED:
+            again = tl.load(counts_ptr + 2 * COUNT_PROGRAMS).to(tl.int32)
+        stored, start, limit, teaching, _ = pair_layout(
+            slots_ptr, ids_ptr, batch, capacity, num_old, again, HAS_IDS and COUNTING != COUNTED
+        )
+        # Capacity in eights, a factor by which the compiler sees that both generations start on 16 bytes.
+        size = tl.cdiv(capacity, 8).to(tl.int64) * (8 * CLASSES)
+        store_ptr = teacher_ptr + (1 - teaching) * size
+        teacher_ptr = teacher_ptr + teaching * size
+        taught_ptr = generation(slots_ptr, teaching, capacity)
+        written_ptr = generation(slots_ptr, 1 - teaching, capacity)
 
     norm_ce = tl.full([], 1.0, COMPUTE)
     norm_lb = norm_ce
     if MEAN:
         if COUNTING == COUNT_HERE:
             norm_ce, norm_lb = count_rows(
-                0, batch, limit, slots_ptr, ids_ptr, mask_ptr, mask_rows, target_ptr, target_b_ptr, weight_ptr,
-                ignore_index, COMPUTE, CLASSES, HAS_CE and not DENSE, PAIR, HAS_WEIGHT, HAS_IDS, HAS_MASK, BY_LABEL,
+                0, batch, limit, taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, target_b_ptr,
+                weight_ptr, ignore_index,
+                COMPUTE, CLASSES, UPDATE, HAS_CE and not DENSE, PAIR, HAS_WEIGHT, HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
         elif COUNTING == COUNTED:
             norm_ce, norm_lb = load_counts(counts_ptr, count_parts)
@@ -124,17 +142,18 @@ def last_batch_kernel(
     ce_mult, kl_mult = ce_mult * grad_scale, kl_mult * grad_scale
 
     ce = tl.zeros([ROWS], COMPUTE)
-    lb, hits, valid_count, missed = ce, ce, ce, ce
-    for tile in range(program, pair_tiles, programs):
+    lb, hits, valid_count = ce, ce, ce
+    others, unknowns, infinites = ce, ce, ce
+    for tile in range(program, tl.cdiv(tl.maximum(start, stored), ROWS), programs):
         slots = tile * ROWS + tl.arange(0, ROWS)
         if KIND != NONE:
             row_ok = slots < start
-            valid, other = valid_rows(
-                slots, limit, slots_ptr, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
-                HAS_IDS, HAS_MASK, BY_LABEL,
+            valid, unknown, other, infinite = valid_rows(
+                slots, limit, taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
+                UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
-            row_ce, row_lb, hit = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
+            row_ce, row_lb, hit, _ = rows_loss(
+                logits_ptr, grad_ptr, teacher_ptr, store_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
                 slots, row_ok, slots, valid,
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
@@ -143,20 +162,15 @@ def last_batch_kernel(
             )  # fmt: skip
             ce, lb, hits = ce + row_ce, lb + row_lb, hits + hit
             valid_count += valid.to(COMPUTE)
-            missed += other.to(COMPUTE)
-        if KIND != VIRTUAL:
+            if HAS_IDS:
+                others, unknowns = others + other.to(COMPUTE), unknowns + unknown.to(COMPUTE)
             if UPDATE:
-                tl.debug_barrier()  # every thread has read its part of the slots before any overwrites them
+                infinites += infinite.to(COMPUTE)
+        if KIND != VIRTUAL:
             row_ok = slots < stored
             rows = start + slots
-            if UPDATE and not (HAS_IDS and COUNTING == COUNT_HERE):
-                # Nobody else reads these ids in this launch; otherwise the last program writes them.
-                fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
-                if HAS_IDS:
-                    fresh = tl.load(ids_ptr + rows, mask=row_ok, other=0)
-                tl.store(slots_ptr + HEADER + slots, fresh, mask=row_ok)
-            row_ce, row_lb, hit = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
+            row_ce, row_lb, hit, finite = rows_loss(
+                logits_ptr, grad_ptr, teacher_ptr, store_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
                 rows, row_ok, slots, row_ok & (rows < 0),
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
@@ -164,13 +178,23 @@ def last_batch_kernel(
                 NONE, UPDATE, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, hits = ce + row_ce, hits + hit
+            if UPDATE:
+                fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
+                if HAS_IDS:
+                    fresh = tl.load(ids_ptr + rows, mask=row_ok, other=0)
+                tl.store(written_ptr + 1 + slots, fresh, mask=row_ok)
+                tl.store(written_ptr + 1 + capacity + slots, finite.to(tl.int64), mask=row_ok)
 
     mine = partials_ptr + program
     tl.store(mine, tl.sum(ce, axis=0))
     tl.store(mine + MAX_PROGRAMS, tl.sum(lb, axis=0))
     tl.store(mine + 2 * MAX_PROGRAMS, tl.sum(hits, axis=0))
     tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
-    tl.store(mine + 4 * MAX_PROGRAMS, tl.sum(missed, axis=0))
+    if HAS_IDS:
+        tl.store(mine + 4 * MAX_PROGRAMS, tl.sum(others, axis=0))
+        tl.store(mine + 5 * MAX_PROGRAMS, tl.sum(unknowns, axis=0))
+    if UPDATE:
+        tl.store(mine + 6 * MAX_PROGRAMS, tl.sum(infinites, axis=0))
     tl.debug_barrier()  # the ticket is drawn by one thread: it must not pass the stores of the others
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
         mean_ce = total_of(partials_ptr, 0, programs) / norm_ce
@@ -187,16 +211,21 @@ def last_batch_kernel(
         tl.store(parts_ptr + 2, mean_lb)
         tl.store(parts_ptr + 3, total_of(partials_ptr, 2, programs))
         tl.store(parts_ptr + 4, grad_scale)
-        tl.store(parts_ptr + 5, total_of(partials_ptr, 3, programs))
+        taught = total_of(partials_ptr, 3, programs)
+        tl.store(parts_ptr + 5, taught)
         if UPDATE:
-            # All programs have drawn their tickets, so all have read the header and the ids they compare.
-            tl.store(slots_ptr, stored.to(tl.int64))
+            # All programs have drawn their tickets, so all have read the header and the counts.
+            tl.store(slots_ptr, (1 - teaching).to(tl.int64))
+            tl.store(written_ptr, stored.to(tl.int64))
+            add_to(slots_ptr + 1, taught)
+            skipped = total_of(partials_ptr, 6, programs)
+            add_to(slots_ptr + 4, skipped)
             if HAS_IDS:
-                missed_now = total_of(partials_ptr, 4, programs).to(tl.int64)
-                tl.store(slots_ptr + 1, tl.load(slots_ptr + 1) + missed_now)
-            if HAS_IDS and COUNTING == COUNT_HERE:
-                for base in range(0, stored, 1024):
-                    place = base + tl.arange(0, 1024)
-                    fresh = tl.load(ids_ptr + start + place, mask=place < stored, other=0)
-                    tl.store(slots_ptr + HEADER + place, fresh, mask=place < stored)
+                missed, nameless = total_of(partials_ptr, 4, programs), total_of(partials_ptr, 5, programs)
+                add_to(slots_ptr + 2, missed)
+                add_to(slots_ptr + 3, nameless)
+                skipped += missed + nameless
+            # Batches in a row that found stored rows and repeated none of them.
+            untaught = tl.where(skipped == limit.to(COMPUTE), tl.load(slots_ptr + 5) + 1, 0)
+            tl.store(slots_ptr + 5, untaught, mask=limit > 0)
         tl.store(ticket_ptr, 0)

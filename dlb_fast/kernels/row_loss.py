@@ -39,7 +39,10 @@ def load_tile(
     z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
     COMPUTE: tl.constexpr, KIND: tl.constexpr, DENSE: tl.constexpr, STORE: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Student, teacher and dense target of one tile (the student again where there is none); stores the student."""
+    """Student, teacher and dense target of one tile (the student again where there is none).
+
+    Stores the student; in place of a teacher comes what is stored, infinity for NaN, which a maximum would drop.
+    """
     inside = active[:, None] & cols_ok
     if STORE:  # every row is stored as it is, counted or not
         every = row_ok[:, None] & cols_ok
@@ -49,9 +52,10 @@ def load_tile(
             kept = round_to(raw, store_row.dtype.element_ty)
         tl.store(store_row + cols, kept, mask=every, eviction_policy="evict_first")
         z = tl.where(inside, raw.to(COMPUTE), float("-inf"))
+        t = tl.where(kept == kept, kept.to(COMPUTE), float("inf"))
     else:
         z = load_columns(z_row, cols, inside, float("-inf"), EVICT, COMPUTE)
-    t = z
+        t = z
     if KIND == LOGITS:
         t = load_columns(t_row, cols, valid[:, None] & cols_ok, float("-inf"), EVICT, COMPUTE)
     elif KIND == PROBABILITIES:
@@ -107,7 +111,8 @@ def rows_loss(
     LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ROW_LOSS: tl.constexpr,
     NEED_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``rows`` (ROWS,), valid by ``slots`` where ``valid``; returns per row the CE, KL and hit."""
+    """Rows ``rows`` (ROWS,), valid by ``slots`` where ``valid``; returns per row the CE, KL, hit and, where STORE, whether the
+    stored row is finite: its largest value is, and none is NaN."""
     SPREAD: tl.constexpr = HAS_CE and (DENSE or SMOOTH)
     # The second pass of a long row has to find it in L2: keep what is read twice, let the rest go.
     FIRST: tl.constexpr = "evict_last" if TILES > 1 and NEED_GRAD else "evict_first"
@@ -169,7 +174,7 @@ def rows_loss(
         )  # fmt: skip
         peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
             z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
-            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE, DENSE, HAS_WEIGHT, SPREAD, 1,
+            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, STORE, HAS_CE, DENSE, HAS_WEIGHT, SPREAD, 1,
         )  # fmt: skip
     else:
         tl.static_assert(ROWS == 1)
@@ -190,11 +195,11 @@ def rows_loss(
             )  # fmt: skip
             peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
                 z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here,
-                share_rest, peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE, DENSE, HAS_WEIGHT, SPREAD,
-                AXIS,
+                share_rest, peak, d1, qs, qx, best, best_col, d2, a, mt, dt,
+                KIND, STORE, HAS_CE, DENSE, HAS_WEIGHT, SPREAD, AXIS,
             )  # fmt: skip
         peak, d1, qs, qx, best, best_col, d2, a, mt, dt = join_lanes(
-            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, soft, KIND, HAS_CE, DENSE, SPREAD
+            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, soft, KIND, STORE, HAS_CE, DENSE, SPREAD
         )
         if not SPREAD:
             qs, qx = 0.0, 0.0
@@ -203,7 +208,7 @@ def rows_loss(
             best_col = label + best_col
         if KIND != NONE:
             d2, a, dt = zero + d2, zero + a, zero + dt
-        mt = zero + mt if KIND == LOGITS else lowest
+        mt = zero + mt if KIND == LOGITS or STORE else lowest
 
     shift, shift_t = shift_of(peak), shift_of(mt)
     row_ce, row_lb, hit = zero, zero, zero
@@ -266,4 +271,4 @@ def rows_loss(
                 g = round_to(g, grad_ptr.dtype.element_ty)
                 out = row_ok[:, None] & cols_ok
                 tl.store(grad_row + cols, g, mask=out, eviction_policy="evict_first")
-    return row_ce, row_lb, hit
+    return row_ce, row_lb, hit, (mt > float("-inf")) & (mt < float("inf"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +21,19 @@ def gather_rows(value: Tensor) -> tuple[Tensor, int]:
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value.contiguous())
     return torch.cat(parts), dist.get_rank() * value.shape[0]
+
+
+def chosen(again: bool | Tensor, before: Tensor, now: Tensor) -> Tensor:
+    """``before`` where the batch is evaluated again (`Inputs.again`), else ``now``; a tensor decides on the device."""
+    if isinstance(again, Tensor):
+        return torch.where(again, before, now)
+    return before if again else now
+
+
+def autocast(near: Tensor, **options: Any) -> AbstractContextManager[Any]:
+    """torch.autocast on the device of a tensor; nothing where that device has none (meta)."""
+    device = near.device.type
+    return torch.autocast(device, **options) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def format_bytes(count: int) -> str:

@@ -6,7 +6,7 @@
 correction): the right class of the averaged teacher gets this probability and the others are scaled to the rest.
 ``swap`` (knowledge adjustment): in every copy the logits of its largest and of the right class change places.
 ``ensemble_lr``: a fully connected layer over the copies' logits in place of their average; it starts as the average
-and takes one SGD step of cross entropy per batch.
+and takes one SGD step of cross entropy per batch. A copy whose logits of a row are not finite does not teach the row.
 
 Source: Wang et al., arXiv 2009.05226; Sensors 2021, 21(8), 2792. A **reconstruction** from the abstracts in every
 part; the numbers are ours. Copies are evaluated in eval mode (their own BatchNorm statistics, no dropout): our choice.
@@ -14,6 +14,7 @@ part; the numbers are ours. Copies are evaluated in eval mode (their own BatchNo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,12 +27,13 @@ from .._args import as_int, check_correct_share, check_device, check_logits, che
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype, teacher_kl
-from ._common import format_bytes, labels
+from ._common import autocast, chosen, format_bytes, labels
 from .registry import Method, register
 
 __all__ = ["MrKDLoss", "WeightSnapshots", "mr_kd_loss", "reference"]
 
 ALPHA, TEMPERATURE, COPIES, COPY_EVERY = 0.5, 3.0, 2, 100  # ours: the papers' numbers were not available
+STEPLESS = 100  # batches without a step() after which a loop is warned; more than gradient accumulation takes
 
 
 @torch.no_grad()
@@ -43,10 +45,19 @@ def average(
     swap: bool = False,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The averaged distribution (B, C) of copies' logits (K, B, C); rows with an ignored label are not adjusted."""
+    """The averaged distribution (B, C) of copies' logits (K, B, C); rows with an ignored label are not adjusted.
+
+    The average is over the copies whose logits of the row are finite; NaN where there is none.
+    """
     z = copies_logits.to(compute_dtype(copies_logits.dtype))
+    finite = z.amax(-1, keepdim=True).isfinite()
+
+    def mean_of(z: Tensor) -> Tensor:
+        shares = torch.softmax(z / temperature, -1).masked_fill(~finite, 0.0)
+        return shares.sum(0) / finite.sum(0)
+
     if not swap and correct_share is None:
-        return torch.softmax(z / temperature, -1).mean(0)
+        return mean_of(z)
     assert target is not None
     classes = z.shape[-1]
     known = ((target >= 0) & (target < classes) & (target != ignore_index))[:, None]
@@ -56,14 +67,14 @@ def average(
         largest, where = z.max(-1, keepdim=True)
         swapped = z.scatter(-1, where, z.gather(-1, index)).scatter(-1, index, largest)
         z = torch.where(known, swapped, z)
-    mean = torch.softmax(z / temperature, -1).mean(0)
+    mean = mean_of(z)
     if correct_share is not None:
         rest = mean.scatter(1, label, 0.0)
         total = rest.sum(1, keepdim=True)
         equal = torch.full_like(rest, 1.0 / max(classes - 1, 1)).scatter(1, label, 0.0)
         rest = torch.where(total > 0, rest / total, equal)  # a copy that is certain leaves nothing to scale
         corrected = ((1.0 - correct_share) * rest).scatter(1, label, correct_share)
-        mean = torch.where(known, corrected, mean)
+        mean = torch.where(known & finite.any(0), corrected, mean)
     return mean
 
 
@@ -122,6 +133,12 @@ def mr_kd_loss(
         lam=lam, reduction=reduction, impl=impl,
     )  # fmt: skip
     return (loss, LossParts.unpack(parts)) if return_parts else loss
+
+
+def ensembled(copies: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Logits (B, C) of the ensemble ``weight`` (C, K * C), ``bias`` (C,) over the copies' logits (K, B, C)."""
+    with torch.autocast(copies.device.type, enabled=False):
+        return copies.transpose(0, 1).flatten(1) @ weight.T + bias
 
 
 class WeightSnapshots:
@@ -245,7 +262,8 @@ class MrKDLoss(DistillationLoss):
     """MrKD as a criterion: the loss of :func:`mr_kd_loss`, with :class:`WeightSnapshots` of the model.
 
     The loop calls ``setup(model)`` once, passes ``images=`` with every batch and calls ``step()`` after every optimiser
-    step. Until the first snapshot is due the loss is plain cross entropy; the ensemble waits until all are there.
+    step. Until the first snapshot is due the loss is plain cross entropy; the ensemble waits until all are there. The
+    copies have no gradient, and the ensemble learns by its own step only.
 
     Args:
         alpha: weight of the KL in [0, 1].
@@ -272,6 +290,12 @@ class MrKDLoss(DistillationLoss):
     needs = frozenset({"images"})
     mixes = True
     copies_model = True
+    _kept_as = {  # noqa: RUF012
+        "copies": "snapshots.copies",
+        "copy_every": "snapshots.copy_every",
+        "memory_dtype": "snapshots.dtype",
+        "memory_device": "snapshots.device",
+    }
 
     def __init__(
         self,
@@ -300,8 +324,12 @@ class MrKDLoss(DistillationLoss):
         )  # fmt: skip
         self.snapshots = WeightSnapshots(copies, copy_every, memory_dtype, memory_device)
         self.correct_share, self.swap, self.ensemble_lr = correct_share, swap, ensemble_lr
-        self._ensemble: tuple[Tensor, Tensor] | None = None  # weight (C, K * C), bias (C,)
-        self._copies_logits: Tensor | None = None  # of this batch, for the ensemble's step
+        # The ensemble's weight (C, K * C) and bias (C,), and what they were before the batch recorded last.
+        self._ensemble: tuple[Tensor, Tensor] | None = None
+        self._ensemble_before: tuple[Tensor, Tensor] | None = None
+        # Of this batch, for the ensemble's step: the copies' logits, and the ensemble that it met.
+        self._met: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._untold = 0  # batches recorded before any step()
 
     def setup(self, model: nn.Module) -> None:
         self.snapshots.setup(model)
@@ -312,52 +340,74 @@ class MrKDLoss(DistillationLoss):
             target = labels(
                 "MrKDLoss", target, inputs.target_b, "swap, correct_share and ensemble_lr know the right class"
             )
+        _ = self.snapshots.model  # refused without setup(), also while no copy is due
+        self._met = None
         if not len(self.snapshots):
             return Teacher("none")
         assert inputs.images is not None
         logits = inputs.logits
         half = logits.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(logits.device.type, dtype=logits.dtype if half else None, enabled=half):
+        with autocast(logits, dtype=logits.dtype if half else None, enabled=half):
             copies = self.snapshots.logits(inputs.images)
         if self.ensemble_lr is not None and len(self.snapshots) == self.snapshots.copies:
-            self._copies_logits = copies.float()
-            copies = self._ensembled(self._copies_logits)[None]
+            copies = copies.to(compute_dtype(copies.dtype))
+            ensemble = self._ensemble_for(copies, inputs.again)
+            if torch.is_grad_enabled():
+                self._met = copies, ensemble
+            copies = ensembled(copies, *ensemble)[None]
         averaged = average(copies, target, inputs.temperature, self.correct_share, self.swap, inputs.ignore_index)
         return Teacher("probabilities", averaged)
 
-    def _ensembled(self, copies: Tensor) -> Tensor:
-        count, _, classes = copies.shape
-        if self._ensemble is None:
-            weight = torch.eye(classes, device=copies.device).repeat(1, count) / count
-            self._ensemble = (weight, torch.zeros(classes, device=copies.device))
-        weight, bias = (t.to(copies.device) for t in self._ensemble)
-        self._ensemble = (weight, bias)
-        return copies.transpose(0, 1).flatten(1) @ weight.T + bias
+    def _ensemble_for(self, copies: Tensor, again: bool | Tensor) -> tuple[Tensor, Tensor]:
+        """The ensemble that teaches this batch; a new one is the average of the copies."""
+        now, before = self._ensemble, self._ensemble_before
+        if now is None:
+            count, _, classes = copies.shape
+            eye = torch.eye(classes, dtype=copies.dtype, device=copies.device)
+            return eye.repeat(1, count) / count, torch.zeros_like(eye[0])
+        weight, bias = now if before is None else (chosen(again, *pair) for pair in zip(before, now, strict=True))
+        return weight.to(copies), bias.to(copies)
 
     def record(self, inputs: Inputs) -> None:
-        """One SGD step of the ensemble by cross entropy; rows with an ignored label do not count."""
-        copies, self._copies_logits = self._copies_logits, None
-        if copies is None or self._ensemble is None or self.ensemble_lr is None or inputs.target is None:
+        """One SGD step of the ensemble by cross entropy; ignored labels and logits not finite do not count."""
+        self._warn_without_step()
+        met, self._met, self._ensemble_before = self._met, None, None
+        if met is None or self.ensemble_lr is None or inputs.target is None:
             return
-        (weight, bias), target = self._ensemble, inputs.target
-        classes = bias.shape[0]
-        known = (target >= 0) & (target < classes) & (target != inputs.ignore_index)
+        copies, (weight, bias) = met
+        target, classes = inputs.target, bias.shape[0]
+        own = ensembled(copies, weight, bias)
+        known = (target >= 0) & (target < classes) & (target != inputs.ignore_index) & own.amax(1).isfinite()
         label = target.long().clamp(0, classes - 1)[:, None]
-        error = torch.softmax(self._ensembled(copies), 1).scatter_add(
-            1, label, -torch.ones_like(label, dtype=bias.dtype)
-        )
-        error = error * known[:, None] / known.sum().clamp(min=1)  # gradient of the mean cross entropy
-        self._ensemble = (
-            weight - self.ensemble_lr * (error.T @ copies.transpose(0, 1).flatten(1)),
-            bias - self.ensemble_lr * error.sum(0),
-        )
+        error = torch.softmax(own, 1).scatter_add(1, label, -torch.ones_like(label, dtype=bias.dtype))
+        error = error.masked_fill(~known[:, None], 0.0) / known.sum().clamp(min=1)  # gradient of the mean cross entropy
+        rows = copies.masked_fill(~known[:, None], 0.0).transpose(0, 1).flatten(1)
+        with torch.autocast(rows.device.type, enabled=False):
+            step = error.T @ rows
+        self._ensemble_before = weight, bias
+        self._ensemble = weight - self.ensemble_lr * step, bias - self.ensemble_lr * error.sum(0)
+
+    def _warn_without_step(self) -> None:
+        """A loop that never calls step() would train on plain cross entropy without a word."""
+        if self._untold < 0 or self.snapshots.steps:
+            return
+        self._untold += 1
+        if self._untold == STEPLESS:
+            self._untold = -1
+            warnings.warn(
+                f"MrKDLoss: {STEPLESS} batches and no criterion.step(), so there is no copy of the model and the loss "
+                "is plain cross entropy; call criterion.step() after every optimiser step",
+                stacklevel=2,
+            )
 
     def step(self) -> None:
+        super().step()
         self.snapshots.step()
 
     def reset(self) -> None:
+        super().reset()
         self.snapshots.reset()
-        self._ensemble = self._copies_logits = None
+        self._ensemble = self._ensemble_before = self._met = None
 
     def cost(self) -> str:
         kept = self.snapshots
@@ -374,8 +424,10 @@ class MrKDLoss(DistillationLoss):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over saved snapshots and their ensemble."""
+        super().reset()
         self.snapshots.load_state_dict(state)
         ensemble = state["ensemble"]
+        self._ensemble_before = self._met = None
         self._ensemble = (ensemble[0], ensemble[1]) if ensemble else None
 
 

@@ -3,7 +3,8 @@
     L = CE(z, (1 - a) y + a p),    a = alpha * (epoch + 1) / epochs
 
 ``p`` is the stored prediction (of another augmentation, not softened); a sample that was not seen yet has its label as
-teacher. The loss is computed as ``(1 - a) CE + a [KL(p || softmax(z)) + H(p)]``, which is the same value and gradient.
+teacher, and so has one whose last logits were not finite. The loss is computed as
+``(1 - a) CE + a [KL(p || softmax(z)) + H(p)]``, which is the same value and gradient.
 
 Source: **official** code lgcnsai/PS-KD-Pytorch, `loss/pskd_loss.py` and `main.py` (Kim et al., ICCV 2021).
 """
@@ -20,7 +21,7 @@ from .._args import as_int, check_device, check_logits, check_rows
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype
-from ._common import format_bytes, gather_rows, labels
+from ._common import chosen, format_bytes, gather_rows, labels
 from .registry import Method, register
 
 __all__ = ["LogitBank", "PsKDLoss", "ps_kd_loss", "reference"]
@@ -54,7 +55,7 @@ def ps_kd_loss(
     Args:
         logits: ``(B, C)``.
         target: ``(B,)`` labels or ``(B, C)`` probabilities; a row with an ignored label has no loss.
-        past: ``(B, C)`` **probabilities** (not logits), detached here.
+        past: ``(B, C)`` **probabilities** (not logits), detached here; a row that is not finite teaches nothing.
         alpha: in ``[0, 1]``; the official code has ``0.8 (epoch + 1) / epochs``.
 
     The other options, the result and the errors are those of :func:`~dlb_fast.distillation_loss`.
@@ -141,13 +142,17 @@ class LogitBank:
 
     def rows(self, ids: Tensor, near: torch.device | str) -> tuple[Tensor, Tensor]:
         """Stored log-probabilities (n, C) of these samples and which (n,) have any, on device ``near``."""
-        rows, seen = self._storage(near)
-        index = ids.to(rows.device, torch.int64)  # uint8 would select as a mask
-        return rows[index].to(near), seen[index].to(near)
+        if self._rows is None or self._seen is None:  # asking allocates nothing
+            none = torch.zeros(ids.shape[0], self.num_classes, dtype=self.dtype, device=near)
+            return none, torch.zeros_like(none[:, 0], dtype=torch.bool)
+        index = ids.to(self._rows.device, torch.int64)  # uint8 would select as a mask
+        return self._rows[index].to(near), self._seen[index].to(near)
 
     @torch.no_grad()
     def store(self, ids: Tensor, logits: Tensor, keep: Tensor | None = None) -> None:
         """Replace the rows of these samples by ``log_softmax(logits)``; of repeated ids the last one counts.
+
+        A row that is not finite (NaN, infinite, or -inf for every class) leaves the bank as it is.
 
         Args:
             ids: ``(n,)`` integer sample ids.
@@ -155,10 +160,10 @@ class LogitBank:
             keep: ``(n,)`` bool, False leaves the bank as it is; decided on the device, without a synchronisation.
         """
         rows, seen = self._storage(logits.device)
-        values = torch.log_softmax(logits.detach().float(), 1).to(rows.device, self.dtype)
-        index = ids.to(torch.int64)
-        if keep is not None:
-            index = torch.where(keep, index, self.num_samples)
+        logits = logits.detach().to(compute_dtype(logits.dtype))
+        finite = logits.amax(1).isfinite()
+        values = torch.log_softmax(logits, 1).to(rows.device, self.dtype)
+        index = torch.where(finite if keep is None else finite & keep, ids.to(torch.int64), self.num_samples)
         index = index.to(rows.device)
         rows.index_copy_(0, index, values)
         seen.index_fill_(0, index, True)
@@ -189,6 +194,8 @@ class PsKDLoss(DistillationLoss):
     """PS-KD as a criterion: the loss of :func:`ps_kd_loss`, with a :class:`LogitBank` of past predictions.
 
     Every training batch needs ``ids``, and ``epoch`` unless ``epochs`` is None. ``cost()`` tells the size of the bank.
+    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop whose
+    batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
 
     Args:
         num_samples: samples of the training set.
@@ -206,6 +213,13 @@ class PsKDLoss(DistillationLoss):
     >>> criterion(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor([7, 3])).shape
     torch.Size([])
     """
+
+    _kept_as = {  # noqa: RUF012
+        "num_samples": "bank.num_samples",
+        "num_classes": "bank.num_classes",
+        "memory_dtype": "bank.dtype",
+        "memory_device": "bank.device",
+    }
 
     def __init__(
         self,
@@ -231,6 +245,9 @@ class PsKDLoss(DistillationLoss):
         )  # fmt: skip
         self.bank = LogitBank(num_samples, num_classes, memory_dtype, memory_device)
         self.epochs, self.cross_rank = epochs, cross_rank
+        # What this batch met, and what the batch recorded last had met: its rows (B, C), and which were seen (B,).
+        self._met: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
         self.needs = frozenset({"ids"} if epochs is None else {"ids", "epoch"})
 
     def teacher(self, inputs: Inputs) -> Teacher:
@@ -242,7 +259,11 @@ class PsKDLoss(DistillationLoss):
             )
         assert inputs.ids is not None
         rows, seen = self.bank.rows(inputs.ids, inputs.logits.device)
-        past = torch.softmax(rows.float(), 1)  # float16 rows sum to 1 only nearly
+        if inputs.again is not False:  # the bank has this batch's own predictions by now
+            assert self._last is not None
+            rows, seen = (chosen(inputs.again, *pair) for pair in zip(self._last, (rows, seen), strict=True))
+        self._met = (rows, seen) if torch.is_grad_enabled() else None
+        past = torch.softmax(rows.to(compute_dtype(rows.dtype)), 1)  # float16 rows sum to 1 only nearly
         label = torch.zeros_like(past).scatter(1, target.long().clamp(0, past.shape[1] - 1)[:, None], 1.0)
         scale = 1.0
         if self.epochs is not None:
@@ -259,9 +280,18 @@ class PsKDLoss(DistillationLoss):
             columns, _ = gather_rows(torch.stack([ids, keep.long()], 1))
             ids, keep, logits = columns[:, 0], columns[:, 1] > 0, gather_rows(logits)[0]
         self.bank.store(ids, logits, keep)
+        met, self._met = self._met, None
+        assert met is not None
+        if self._last is None or self._last[0].shape != met[0].shape or self._last[0].device != met[0].device:
+            self._last = met
+        else:  # at the same address, for a captured graph
+            for last, now in zip(self._last, met, strict=True):
+                last.copy_(now)
 
     def reset(self) -> None:
+        super().reset()
         self.bank.reset()
+        self._met = self._last = None
 
     def cost(self) -> str:
         bank = self.bank
@@ -274,6 +304,7 @@ class PsKDLoss(DistillationLoss):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over a saved bank."""
+        self.reset()
         self.bank.load_state_dict(state)
 
 

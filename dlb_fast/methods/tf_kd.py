@@ -118,6 +118,8 @@ class TfKDRegLoss(DistillationLoss):
     torch.Size([])
     """
 
+    _kept_as = {"temperature": "teacher_temperature"}  # noqa: RUF012
+
     def __init__(
         self,
         num_classes: int,
