@@ -162,8 +162,8 @@ class LogitBuffer:
         """
         if again == 1 and batch != self.batch:
             raise ValueError(
-                f"LastBatchLoss: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with every "
-                "batch, or leave same_batch() between batches"
+                f"LastBatchLoss: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with "
+                "every batch, or leave same_batch() between batches"
             )
         if again >= 0:
             return again

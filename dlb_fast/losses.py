@@ -17,7 +17,6 @@ from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, sto
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
 
-
 _WATCH_EVERY = 16  # batches between two looks at how many repeated a row
 
 
@@ -397,10 +396,10 @@ class LastBatchLoss(DistillationLoss):
     The same batch evaluated again meets the same teacher, and its latest evaluation is what is stored; see
     :class:`DistillationLoss`. Stored rows teach only rows of the same id; rows stored without ids teach only batches
     without ids; rows that are not finite teach nothing. When many batches in a row repeat no sample, the criterion
-    warns once. The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with rank 0's. It
-    is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit, or a checkpoint without
-    one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-batch learns from the
-    previous micro-batch.
+    warns once. The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's
+    teacher with rank 0's. It is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit,
+    or a checkpoint without one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-
+    batch learns from the previous micro-batch.
 
     Args:
         num_classes: ``C``.
@@ -588,16 +587,16 @@ class LastBatchLoss(DistillationLoss):
             self._warned = True
             warnings.warn(
                 f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
-                "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the sampler) "
-                "instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same sample. "
-                "criterion.buffer counts the rows: taught, mismatched, unknown, not_finite",
+                "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the "
+                "sampler) instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same "
+                "sample. criterion.buffer counts the rows: taught, mismatched, unknown, not_finite",
                 stacklevel=4,
             )
 
     def _buffer_for(
         self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None, again: int
     ) -> tuple[LogitBuffer, int, int]:
-        """The buffer, on the device of the logits and large enough, how many rows it will store, and the op's ``again``.
+        """The buffer, on the device of the logits and large enough, its rows to be stored, and the op's ``again``.
 
         Decided from shapes, almost always without reading the device.
         """
