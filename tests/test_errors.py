@@ -223,7 +223,7 @@ WRONG = {
     "ids": [[0] * B, LABELS[:3], LABELS.float(), LABELS.to(META), MASK, "a", LABELS[:, None], 5],
 }  # fmt: skip
 WRONG_PAIRS = {
-    "target_b": [[0] * B, LABELS[:3], LABELS.float(), SOFT, LABELS + 1, None, LABELS.to(META)],
+    "target_b": [[0] * B, LABELS[:3], LABELS.float(), SOFT, LABELS + C, None, LABELS.to(META)],
     "lam": [
         *NUMBERS,
         -1,
