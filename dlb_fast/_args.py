@@ -330,7 +330,7 @@ def check_number(op: str, name: str, value: float, *, positive: bool) -> float:
 def check_temperature(op: str, value: float | Tensor, dtype: torch.dtype = torch.float64) -> float | Tensor:
     """tau > 0, in the range where a loss over logits of ``dtype`` is right (see ``TEMPERATURES``)."""
     least, most, most64 = TEMPERATURES
-    why = ": beyond it tau^2 times the rounding error of the KL is larger than the loss"
+    why = ": outside this range tau^2 KL is lost in rounding"
     if dtype != torch.float64:
         most64, why = most, f" with {dtype} logits{why}; float64 logits take up to {most64:g}"
     return check_scalar(op, "temperature", value, positive=True, least=least, most=most64, why=why)
