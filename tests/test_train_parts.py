@@ -42,7 +42,7 @@ def test_config_survives_yaml(tmp_path):
 
 
 def test_numbers_of_numpy_in_a_config_are_saved_as_numbers(tmp_path):
-    given = {"alpha": np.float32(0.5), "lr": np.float64(0.1), "batch_size": np.int64(64), "betas": (np.float64(0.8), 0.9)}
+    given = {"alpha": np.float32(0.5), "lr": np.float64(1), "batch_size": np.int64(64), "betas": (np.float64(0.8), 0.9)}
     config = override(RunConfig(), **given)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load_config(tmp_path / "c.yaml") == config
