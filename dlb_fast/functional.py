@@ -118,8 +118,8 @@ def row_loss(
 
     ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 * KL(teacher || z)``. The teacher is a tensor, the stored rows
     of ``buffer`` (which then takes the new rows of the batch; the caller asks ``buffer.recognise`` for ``again`` and
-    sets ``buffer.count`` and ``buffer.batch``), or virtual. ``logits`` are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have
-    passed their checks.
+    sets ``buffer.count`` and ``buffer.batch``), or virtual. ``logits`` are a tensor of two dimensions; ``kd_mask``,
+    ``target_b`` and ``lam`` have passed their checks.
 
     The compiled ops check their tensors before they write anything, so they are called first; the arguments are
     examined only where the call fails, to say which one is wrong and what to do. Triton's ops and plain PyTorch check
@@ -130,6 +130,8 @@ def row_loss(
     """
     examined = False
     try:
+        if buffer is not None and torch._C._are_functorch_transforms_active():
+            ops.refuse_memory(options.op)
         impl = _backends.pick(options.impl, logits.device.type, options.op)
         if options.float64_only and logits.dtype is not torch.float64:
             _args.check_temperature(options.op, options.temperature, logits.dtype)

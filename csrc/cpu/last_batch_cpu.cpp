@@ -106,14 +106,12 @@ void mark_valid_rows(const LastBatchArgs& args, const std::vector<uint8_t>* unus
     bool valid = !args.kd_mask || (row < args.kd_mask_rows && args.kd_mask[row]);
     if (unusable) valid = valid && !(*unusable)[row];
     if (args.rows) {
-      const int64_t of_row = slots_base(plan.teaching, args.capacity) + 1 + row;
-      const int64_t stored_id = args.slots[of_row];
-      int64_t& found = args.ids && stored_id == unknown_id                                          ? plan.unknown
-                       : args.ids && stored_id != args.ids[row]                                     ? plan.mismatched
-                       : !args.slots[of_row + args.capacity]           ? plan.not_finite
-                                                                                                    : plan.repeating;
-      ++found;
-      valid = valid && &found == &plan.repeating;
+      const int64_t of_row = slots_base(plan.teaching, args.capacity) + 1 + row, id = args.slots[of_row];
+      const bool unknown = args.ids && id == unknown_id, mismatched = args.ids && !unknown && id != args.ids[row];
+      const bool not_finite = !unknown && !mismatched && args.slots[of_row + args.capacity] == 0;
+      const bool repeats = !unknown && !mismatched && !not_finite;
+      plan.unknown += unknown, plan.mismatched += mismatched, plan.not_finite += not_finite, plan.repeating += repeats;
+      valid = valid && repeats;
     }
     if (args.kind == TeacherKind::virtual_teacher && args.correct_share >= 0)
       valid = valid && args.target[row * args.target_stride] != args.ignore_index;

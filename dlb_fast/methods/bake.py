@@ -102,7 +102,7 @@ def bake_loss(
         features: ``(B, D...)`` what goes into the classifier, any floating dtype; detached and flattened here.
         target: ``(B,)`` labels or ``(B, C)`` probabilities.
         alpha: weight of the KL.
-        temperature: T > 0 of both distributions.
+        temperature: T > 0 of both distributions; a gradient of T is that of the student's part.
         omega: how far the predictions spread over the batch, in ``[0, 1)``.
         cross_rank: ensemble over all ranks' batches (of equal sizes); the loss is that of this rank's rows.
 
@@ -170,7 +170,10 @@ class FeatureHook:
     def take(self) -> Tensor:
         """The features (B, D) of the last training forward, detached; each forward can be taken once."""
         if self._features is None:
-            raise RuntimeError("FeatureHook: no forward in training mode since the last take(); run the model first")
+            raise RuntimeError(
+                "FeatureHook: no forward in training mode reached the layer since the last take(); run the model "
+                "first, or call setup(model) again where the layer was replaced"
+            )
         features, self._features = self._features, None
         return features
 

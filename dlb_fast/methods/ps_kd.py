@@ -188,15 +188,15 @@ class LogitBank:
         if got != wanted:
             raise ValueError(f"LogitBank: expected {wanted} (samples, classes), the saved bank holds {got}")
         rows, seen = self._storage(self.device or "cpu")
-        rows[:-1], seen[:-1] = state["rows"], state["seen"]
+        rows[:-1], seen[:-1] = state["rows"], state["seen"] & state["rows"].amax(1).isfinite()
 
 
 class PsKDLoss(DistillationLoss):
     """PS-KD as a criterion: the loss of :func:`ps_kd_loss`, with a :class:`LogitBank` of past predictions.
 
     Every training batch needs ``ids``, and ``epoch`` unless ``epochs`` is None. ``cost()`` tells the size of the bank.
-    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop whose
-    batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
+    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop
+    whose batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
 
     Args:
         num_samples: samples of the training set.
@@ -303,14 +303,24 @@ class PsKDLoss(DistillationLoss):
         dtype = str(bank.dtype).removeprefix("torch.")
         return f"a bank of {bank.num_samples} x {bank.num_classes} {dtype} rows, {format_bytes(bank.nbytes)}"
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The bank, for ``state_dict()``."""
-        return self.bank.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """The bank (num_samples, C) for ``state_dict()``; +inf, which no log-probability is, for samples never seen."""
+        bank, saved = self.bank, self.bank.state_dict()
+        if not saved:
+            return torch.full((bank.num_samples, bank.num_classes), torch.inf, dtype=bank.dtype, device="cpu")
+        return saved["rows"].masked_fill_(~saved["seen"][:, None], torch.inf)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Take over a saved bank."""
+        bank = self.bank
+        wanted = (bank.num_samples, bank.num_classes)
+        if not isinstance(state, Tensor) or state.shape != wanted or not state.is_floating_point():
+            got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"PsKDLoss: expected a saved bank of shape {wanted} (samples, classes), got {got}")
         self.reset()
-        self.bank.load_state_dict(state)
+        seen = state[:, 0] < torch.inf
+        if seen.any():
+            bank.load_state_dict({"rows": state, "seen": seen})
 
 
 def reference(logits: Tensor, target: Tensor, past: Tensor, *, alpha: float = ALPHA) -> Tensor:

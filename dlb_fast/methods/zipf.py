@@ -65,6 +65,8 @@ def zipf_loss(
 ) -> Any:
     """Zipf's label smoothing: ``CE + alpha KL(q || softmax of the non-target logits)``, ``q_k ~ rank_k^-power``.
 
+    Ranks have no gradient.
+
     Args:
         logits: ``(B, C)``, C >= 2.
         target: ``(B,)`` labels; a row with an ignored label has no loss.
