@@ -452,8 +452,8 @@ def dlb_step(
         _args.check_ids(op, logits, ids)
     where: dict[str, Any] = {}
     if logits.shape[0] > 0:  # an empty batch has no row to teach or to store
-        same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again))
-        stored = buffer.stored_rows(logits.shape[0], num_old, same)
+        same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again), op)
+        stored = buffer.stored_rows(logits.shape[0], num_old, same, op)
         where = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
     if _backends.pick(impl, logits.device.type, op) != "torch":
         loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
