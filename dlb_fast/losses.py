@@ -85,7 +85,7 @@ class DistillationLoss(nn.Module):
 
     Args:
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.
-        temperature: tau > 0, a number or a 0-d tensor; may be reassigned at any time.
+        temperature: tau, as in :func:`fused_lb_loss`; may be reassigned at any time.
         ce_weight: weight of the cross entropy.
         ce_alpha: what alpha adds to that weight; -1 gives ``(1 - alpha) CE``.
         label_smoothing: of the cross entropy, as in torch.
@@ -407,7 +407,7 @@ class LastBatchLoss(DistillationLoss):
         dtype: dtype of the stored logits; None takes that of the first logits (lossless).
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be set at any time. The default is the community's,
             not a value read from the paper.
-        temperature: tau > 0, a number or a 0-d tensor; may be set at any time. The default is the community's.
+        temperature: tau, as in :func:`fused_lb_loss`; may be set at any time. The default is the community's.
         label_smoothing: of the CE, as in torch.
         weight: ``(C,)`` class weights of the CE, as in torch; goes where the module goes.
         ignore_index: rows with this label leave the CE.

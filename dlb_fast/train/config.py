@@ -412,9 +412,14 @@ def override(config: RunConfig, **values: Any) -> RunConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as a nested dict with lists in place of tuples, as saved in config.yaml."""
-    plain = dataclasses.asdict(config)
-    return {g: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()} for g, part in plain.items()}
+    """The config as a nested dict with lists in place of tuples and Python's numbers, as saved in config.yaml."""
+    return {g: {k: _plain_value(v) for k, v in part.items()} for g, part in dataclasses.asdict(config).items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain_value(item) for item in value]
+    return value.item() if hasattr(value, "item") else value  # a number of NumPy
 
 
 def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:
