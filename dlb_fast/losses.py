@@ -89,7 +89,7 @@ class DistillationLoss(nn.Module):
         ce_weight: weight of the cross entropy.
         ce_alpha: what alpha adds to that weight; -1 gives ``(1 - alpha) CE``.
         label_smoothing: of the cross entropy, as in torch.
-        weight: ``(C,)`` class weights of the cross entropy, as in torch; goes where the module goes.
+        weight: ``(C,)`` class weights of the cross entropy, a buffer as in torch.
         ignore_index: rows with this label leave the cross entropy.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``, as in :func:`fused_lb_loss`.
@@ -396,20 +396,23 @@ class LastBatchLoss(DistillationLoss):
     The same batch evaluated again meets the same teacher, and its latest evaluation is what is stored; see
     :class:`DistillationLoss`. Stored rows teach only rows of the same id; rows stored without ids teach only batches
     without ids; rows that are not finite teach nothing. When many batches in a row repeat no sample, the criterion
-    warns once. The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's
-    teacher with rank 0's. It is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit,
-    or a checkpoint without one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-
-    batch learns from the previous micro-batch.
+    warns once. With gradient accumulation every call is a batch: a micro-batch learns from the previous micro-batch.
+
+    The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with
+    rank 0's. It is part of ``state_dict()`` through ``get_extra_state``, as one tensor of bytes, whose size is the same
+    before and after training when ``capacity`` is given: torch.distributed.checkpoint loads only equal sizes. A saved
+    buffer that does not fit or is another rank's, or a checkpoint without one, restarts it with a warning.
 
     Args:
         num_classes: ``C``.
         capacity: rows stored, half the batch the model sees; None takes it from the first batches.
-        dtype: dtype of the stored logits; None takes that of the first logits (lossless).
+        dtype: dtype of the stored logits; None takes that of the first logits (lossless), for which a checkpoint keeps
+            8 bytes per logit when ``capacity`` is given.
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be set at any time. The default is the community's,
             not a value read from the paper.
         temperature: tau, as in :func:`fused_lb_loss`; may be set at any time. The default is the community's.
         label_smoothing: of the CE, as in torch.
-        weight: ``(C,)`` class weights of the CE, as in torch; goes where the module goes.
+        weight: ``(C,)`` class weights of the CE, a buffer as in torch.
         ignore_index: rows with this label leave the CE.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``, as in :func:`fused_lb_loss`.
