@@ -97,6 +97,7 @@ class DistillationLoss(nn.Module):
     Attributes:
         needs: which of ``ids``, ``images`` and ``epoch`` every training batch must come with.
         mixes: whether the teacher still fits when images are mixed (mixup, CutMix); otherwise ``target_b`` is refused.
+        softens_student: whether ``temperature`` softens the student; otherwise it belongs to the teacher alone.
         copies_model: whether the method keeps copies of all weights (then FSDP is refused).
         counted: how many rows ``parts.correct`` counts; None: all of the last batch.
         parts: :class:`LossParts` of the last call.
@@ -111,6 +112,7 @@ class DistillationLoss(nn.Module):
 
     needs: frozenset[str] = frozenset()
     mixes = False
+    softens_student = True
     copies_model = False
     weight: Tensor | None
     _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
@@ -367,8 +369,9 @@ class DistillationLoss(nn.Module):
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
+        temperature = self.temperature if self.softens_student else 1.0
         loss, parts = distill(
-            op, logits, target, teacher, alpha=self.alpha, temperature=self.temperature, ce_weight=self.ce_weight,
+            op, logits, target, teacher, alpha=self.alpha, temperature=temperature, ce_weight=self.ce_weight,
             ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
             ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
             impl=self.impl,
