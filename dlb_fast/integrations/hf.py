@@ -53,6 +53,8 @@ class LastBatchTrainer(_hf.Trainer):
     Example: ``examples/hf_digits.py``.
     """
 
+    _train_batch_size: int
+
     def __init__(
         self,
         *args: Any,
@@ -63,7 +65,15 @@ class LastBatchTrainer(_hf.Trainer):
     ) -> None:
         if not isinstance(criterion, LastBatchLoss):
             raise TypeError(f"LastBatchTrainer: criterion must be a LastBatchLoss, got {type(criterion).__name__}")
-        super().__init__(*args, **options)
+        given: Any = args[1] if len(args) > 1 else options.get("args")
+        smoothing = getattr(given, "label_smoothing_factor", 0.0)
+        if smoothing:  # the criterion smooths; the Trainer would ask every model for a config
+            given.label_smoothing_factor = 0.0
+        try:
+            super().__init__(*args, **options)
+        finally:
+            if smoothing:
+                given.label_smoothing_factor = smoothing
         self.criterion = criterion.to(self.args.device)
         self.train_loader = train_loader
         self.image_key = image_key
@@ -73,8 +83,8 @@ class LastBatchTrainer(_hf.Trainer):
         # With this the Trainer does not divide the loss by the number of micro-batches.
         self.model_accepts_loss_kwargs = True
         self._check()
-        if self.args.label_smoothing_factor:
-            criterion.label_smoothing = self.args.label_smoothing_factor
+        if smoothing:
+            criterion.label_smoothing = smoothing
         self.memory = LastBatchCallback(self.criterion)
         self.add_callback(self.memory)
         # The terms of the updates since the last log, and the update they begin after.
@@ -160,8 +170,8 @@ class LastBatchTrainer(_hf.Trainer):
         ranks = self.get_total_train_batch_size(args) // (self._train_batch_size * args.gradient_accumulation_steps)
         yield (
             ranks != args.world_size,
-            f"{args.world_size} ranks train on {ranks} different batches (tensor, context or sequence parallelism), but "
-            "every rank needs batches of its own",
+            f"{args.world_size} ranks train on {ranks} different batches (tensor, context or sequence parallelism); "
+            "here every rank needs batches of its own",
         )
         config = args.accelerator_config
         for option in ("split_batches", "dispatch_batches"):
@@ -180,7 +190,7 @@ class LastBatchTrainer(_hf.Trainer):
         )
         yield (
             getattr(args, "enable_jit_checkpoint", False),
-            "enable_jit_checkpoint saves without telling callbacks, so the criterion would not be saved; leave it False",
+            "enable_jit_checkpoint saves without telling callbacks, so not the criterion; leave it False",
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
