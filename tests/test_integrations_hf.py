@@ -521,6 +521,11 @@ def test_models_of_another_kind_and_parallel_parts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="1 ranks train on 0 different batches"):
         build(Parallel())
 
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to=[])
+    learnable = LastBatchLoss(4, impl="torch", alpha=nn.Parameter(torch.ones(())))
+    with pytest.raises(ValueError, match="the criterion has parameters, which the Trainer's optimizer does not train"):
+        LastBatchTrainer(Net(), args, train_dataset=Items("train"), criterion=learnable)
+
     class Sampled(LastBatchTrainer):
         def _get_train_sampler(self, dataset=None):
             return torch.utils.data.SequentialSampler(self.train_dataset)

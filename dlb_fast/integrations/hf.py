@@ -136,6 +136,11 @@ class LastBatchTrainer(_hf.Trainer):
             f"criterion.reduction must be 'mean', which the Trainer averages over batches, got {criterion.reduction!r}",
         )
         yield (
+            next(criterion.parameters(), None) is not None,
+            "the criterion has parameters, which the Trainer's optimizer does not train and no checkpoint holds; make "
+            "alpha and temperature numbers or plain tensors",
+        )
+        yield (
             len(self.label_names) != 1,
             f"the criterion takes one label per row, got label_names {self.label_names}; set args.label_names to one",
         )
