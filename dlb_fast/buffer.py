@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._args import as_int, has_values
+from ._args import as_int, check_device, check_dtype, has_values
 
 UNKNOWN_ID = -(2**63)
 """Id of a row stored without a sample id; such a row teaches only batches that come without ids."""
@@ -20,7 +21,7 @@ UNKNOWN_ID = -(2**63)
 COUNTERS = ("latest", "taught", "mismatched", "unknown", "not_finite", "untaught")
 """Header of ``slots``: which generation was stored last, and what became of the repeated rows; see `LogitBuffer`."""
 HEADER = len(COUNTERS)
-_VERSION = 2
+_VERSION = 1
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -86,11 +87,13 @@ class LogitBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        as_int(num_classes, "LogitBuffer", "num_classes", 1)
+        num_classes = as_int(num_classes, "LogitBuffer", "num_classes", 1)
         self.capacity = as_int(capacity, "LogitBuffer", "capacity", 1)
+        device = check_device("LogitBuffer", "device", device) or "cpu"
         check_buffer_dtype("LogitBuffer", dtype)
         # Tensors made under inference_mode could not be written to in training.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        traced = torch.compiler.is_compiling()  # which knows no inference mode
+        with torch.inference_mode(False) if not traced and torch.is_inference_mode_enabled() else nullcontext():
             # Eight rows of any dtype fill whole packets of 16 bytes: both generations begin on a packet.
             self.rows = torch.zeros(2, -(-capacity // 8) * 8, num_classes, dtype=dtype, device=device)
             # The header, then for each generation its count, its ids and which of its rows are finite.
@@ -159,8 +162,8 @@ class LogitBuffer:
         """
         if again == 1 and batch != self.batch:
             raise ValueError(
-                f"LastBatchLoss: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with every "
-                "batch, or leave same_batch() between batches"
+                f"LastBatchLoss: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with "
+                "every batch, or leave same_batch() between batches"
             )
         if again >= 0:
             return again
@@ -239,7 +242,6 @@ class LogitBuffer:
         generation = torch.where(match.again, 1 - self._latest, self._latest)
         return self.rows.index_select(0, generation)[0, : len(match.faced)]
 
-    @torch.no_grad()
     def update(
         self,
         logits: Tensor,
@@ -316,9 +318,9 @@ class LogitBuffer:
             "count": self.count,
             "rank": rank,
             "world_size": world_size,
+            **dict(zip(COUNTERS[1:], self.slots[1:HEADER].tolist(), strict=True)),
             "logits": logits,
             "ids": ids,
-            "counters": self.slots[1:HEADER].to("cpu", copy=True),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
@@ -338,7 +340,8 @@ class LogitBuffer:
         slots[0] = count
         slots[1 : 1 + count] = state["ids"][:count].to(self.slots.device)
         slots[1 + self.capacity : 1 + self.capacity + count] = logits.amax(1).isfinite()
-        self.slots[1:HEADER] = state["counters"].to(self.slots.device)
+        counters = torch.tensor([state[name] for name in COUNTERS[1:]], dtype=torch.int64, device="cpu")
+        self.slots[1:HEADER] = counters.to(self.slots.device)
         self.count = count
         return True
 
@@ -361,21 +364,51 @@ class LogitBuffer:
 
 def check_buffer_dtype(op: str, dtype: object) -> None:
     """A dtype in which the kernels can store logits."""
-    if dtype not in _DTYPES:
-        raise TypeError(f"{op}: dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
+    check_dtype(op, "dtype", dtype)
 
 
-def to_bytes(tensors: Iterable[Tensor]) -> Tensor:
-    """The bytes of some tensors one after another, as one uint8 tensor on the CPU."""
-    return torch.cat([tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+def to_bytes(numbers: Sequence[int], tensors: Iterable[Tensor], spare: int = 0) -> Tensor:
+    """Numbers and tensors as one uint8 tensor on the CPU: a checksum, the numbers as int64, the tensors, spare bytes.
+
+    Every saver can write it, and its size does not depend on the values.
+    """
+    parts = [torch.tensor([0, *numbers], dtype=torch.int64, device="cpu"), *tensors]
+    parts.append(torch.zeros(spare, dtype=torch.uint8, device="cpu"))
+    packed = torch.cat([part.detach().cpu().contiguous().view(-1).view(torch.uint8) for part in parts])
+    packed[:8].view(torch.int64).fill_(zlib.crc32(packed[8:].numpy().data))
+    return packed
 
 
-# What a packed state begins with, as int64; the counters, the ids and the rows follow.
-_PACKED = ("checksum", "version", "dtype", "num_classes", "capacity", "count", "rank", "world_size")
+def from_bytes(packed: Tensor, numbers: int) -> tuple[list[int], Tensor]:
+    """The numbers that `to_bytes` wrote, and the bytes of the tensors; ValueError where it did not write them."""
+    packed = packed.detach().cpu().contiguous()
+    start = 8 * (1 + numbers)
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) < start:
+        raise ValueError(f"saved bytes expected, got {packed.dtype} of shape {tuple(packed.shape)}")
+    checksum, *read = packed[:start].clone().view(torch.int64).tolist()
+    if checksum != zlib.crc32(packed[8:].numpy().data):
+        raise ValueError("the checksum is wrong: damaged, or something else")
+    return read, packed[start:]
+
+
+def split_bytes(packed: Tensor, forms: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+    """Tensors of these shapes and dtypes from bytes, and the bytes left over; ValueError where there are too few."""
+    tensors, start = [], 0
+    for shape, dtype in forms:
+        stop = start + math.prod(shape) * dtype.itemsize
+        if stop > len(packed):
+            raise ValueError(f"at least {stop} bytes of tensors expected, got {len(packed)}")
+        tensors.append(packed[start:stop].clone().view(dtype).view(tuple(shape)))
+        start = stop
+    return [*tensors, packed[start:]]
+
+
+# The numbers of a packed buffer; its ids and rows follow.
+_NUMBERS = ("version", "dtype", "num_classes", "capacity", "count", "rank", "world_size", *COUNTERS[1:])
 
 
 def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
-    """A state as one uint8 tensor, which every saver can write, of a size that does not depend on what is stored.
+    """The state of a buffer as one uint8 tensor, whose size does not depend on what is stored.
 
     Args:
         state: of ``LogitBuffer.state_dict``; an empty one gives an empty tensor.
@@ -384,12 +417,9 @@ def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
     if not state:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
     logits = state["logits"]
-    known = {**state, "checksum": 0, "dtype": _DTYPES.index(logits.dtype)}
-    numbers = torch.tensor([known[name] for name in _PACKED], dtype=torch.int64, device="cpu")
-    spare = torch.zeros(logits.numel() * max(itemsize - logits.element_size(), 0), dtype=torch.uint8, device="cpu")
-    packed = to_bytes([numbers, state["counters"], state["ids"], logits, spare])
-    packed[:8].view(torch.int64).fill_(zlib.crc32(packed[8:].numpy().data))
-    return packed
+    known = {**state, "dtype": _DTYPES.index(logits.dtype)}
+    spare = logits.numel() * max(itemsize - logits.element_size(), 0)
+    return to_bytes([known[name] for name in _NUMBERS], [state["ids"], logits], spare)
 
 
 def unpack_state(packed: Any) -> Any:
@@ -399,8 +429,14 @@ def unpack_state(packed: Any) -> Any:
     if packed.numel() == 0:
         return {}
     try:
-        return _unpacked(packed.detach().cpu().contiguous().clone())
-    except Exception as error:  # a tensor without data, or numbers that only a correct checksum vouches for
+        numbers, rest = from_bytes(packed, len(_NUMBERS))
+        state: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
+        if state["version"] == _VERSION:  # the layout of others is unknown
+            rows, classes, dtype = state["capacity"], state["num_classes"], _DTYPES[state.pop("dtype")]
+            forms = [((rows,), torch.int64), ((rows, classes), dtype)]
+            state["ids"], state["logits"], _ = split_bytes(rest, forms)
+        return state
+    except Exception as error:  # also a tensor without data, and numbers that only the checksum vouches for
         return {"unreadable": f"{type(error).__name__}: {error}"}
 
 
@@ -408,25 +444,6 @@ def stored_dtype(state: Any) -> torch.dtype | None:
     """The dtype of the rows in a state; None where there are none, so that their dtype was not chosen by any logits."""
     logits = state.get("logits") if isinstance(state, dict) and state.get("count") else None
     return logits.dtype if isinstance(logits, Tensor) and logits.dtype in _DTYPES else None
-
-
-def _unpacked(packed: Tensor) -> dict[str, Any]:
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) < 8 * (len(_PACKED) + HEADER - 1):
-        raise ValueError(f"bytes of a buffer expected, got {tuple(packed.shape)} {packed.dtype}")
-    state = dict(zip(_PACKED, packed[: 8 * len(_PACKED)].view(torch.int64).tolist(), strict=True))
-    if state.pop("checksum") != zlib.crc32(packed[8:].numpy().data):
-        raise ValueError("the checksum is wrong: damaged, or not a saved buffer")
-    if state["version"] != _VERSION:
-        return state  # its layout is unknown
-    dtype, rows, classes = _DTYPES[state.pop("dtype")], state["capacity"], state["num_classes"]
-    sizes = [8 * len(_PACKED), 8 * (HEADER - 1), 8 * rows, rows * classes * dtype.itemsize]
-    _, counters, ids, logits, _ = packed.split([*sizes, len(packed) - sum(sizes)])
-    return {
-        **state,
-        "counters": counters.view(torch.int64).clone(),
-        "ids": ids.view(torch.int64).clone(),
-        "logits": logits.view(dtype).view(rows, classes).clone(),
-    }
 
 
 def _rank_and_size() -> tuple[int, int]:
@@ -451,29 +468,23 @@ def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = N
     version = state.get("version", _VERSION)
     if version != _VERSION:
         return f"version {_VERSION} expected, got {version}"
-    sizes, numbers = ("num_classes", "capacity"), ("count", "rank", "world_size")
-    tensors = ("logits", "ids", "counters")
-    missing = [key for key in (*sizes, *numbers, *tensors) if key not in state]
+    least = {"num_classes": 1, "capacity": 1, **dict.fromkeys(("count", "rank", "world_size", *COUNTERS[1:]), 0)}
+    missing = [key for key in (*least, "logits", "ids") if key not in state]
     if missing:
         return f"missing {', '.join(missing)}"
-    for name in (*sizes, *numbers):
-        least = int(name in sizes)
-        if not isinstance(state[name], int) or state[name] < least:
-            return f"{name} must be an integer >= {least}, got {state[name]!r}"
-    (rows, count), (logits, ids, counters) = (state["capacity"], state["count"]), (state[name] for name in tensors)
+    for name, bound in least.items():
+        if not isinstance(state[name], int) or not bound <= state[name] < 2**63:
+            return f"{name} must be an integer >= {bound}, got {state[name]!r}"
+    rows, count, logits, ids = state["capacity"], state["count"], state["logits"], state["ids"]
     if not isinstance(logits, Tensor) or logits.dtype not in _DTYPES:
         return f"logits must be a floating tensor, got {getattr(logits, 'dtype', type(logits).__name__)}"
-    for name, value in (("ids", ids), ("counters", counters)):
-        if not isinstance(value, Tensor) or value.dtype != torch.int64:
-            return f"{name} must be an int64 tensor, got {getattr(value, 'dtype', type(value).__name__)}"
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        return f"ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
     if count > min(rows, capacity or rows):
         return f"capacity {min(rows, capacity or rows)}, saved {count} rows"
     wanted = (rows, num_classes or state["num_classes"])
-    if logits.shape != wanted or ids.shape != wanted[:1] or counters.shape != (HEADER - 1,):
-        return (
-            f"expected logits {wanted}, got {tuple(logits.shape)} with ids {tuple(ids.shape)} and counters "
-            f"{tuple(counters.shape)}"
-        )
+    if logits.shape != wanted or ids.shape != wanted[:1]:
+        return f"expected logits {wanted}, got {tuple(logits.shape)} with ids {tuple(ids.shape)}"
     if state["num_classes"] != wanted[1]:
         return f"expected {wanted[1]} classes, saved {state['num_classes']}"
     saved, here = (state["rank"], state["world_size"]), _rank_and_size()

@@ -47,6 +47,7 @@ class Options(NamedTuple):
     weight: Tensor | None
     ignore_index: int
     reduction: str
+    float64_only: bool  # the temperature is too large for float32
     numbers: tuple[Any, ...]  # the floats and integers of options.h, in its order
 
 
@@ -66,10 +67,11 @@ def prepare(
 ) -> Options:
     """Check what does not depend on a batch. A module does this once and keeps the result until an option changes."""
     _args.check_impl(op, impl)
-    _args.check_scalar(op, "alpha", alpha, positive=False)
-    _args.check_scalar(op, "temperature", temperature, positive=True)
-    _args.check_options(op, label_smoothing, reduction)
-    _args.check_ignore_index(op, ignore_index)
+    alpha = _args.check_scalar(op, "alpha", alpha, positive=False)
+    temperature = _args.check_temperature(op, temperature)
+    label_smoothing = _args.check_share(op, "label_smoothing", label_smoothing)
+    _args.check_reduction(op, reduction)
+    ignore_index = _args.check_ignore_index(op, ignore_index)
     values = {
         "alpha": 0.0 if isinstance(alpha, Tensor) else float(alpha),
         "temperature": 0.0 if isinstance(temperature, Tensor) else float(temperature),
@@ -82,7 +84,7 @@ def prepare(
     }
     return Options(
         op, impl, alpha, temperature, ce_weight, ce_alpha, label_smoothing, correct_share, weight, ignore_index,
-        reduction, tuple(map(values.get, NUMBERS)),
+        reduction, values["temperature"] > _args.TEMPERATURES[1], tuple(map(values.get, NUMBERS)),
     )  # fmt: skip
 
 
@@ -116,8 +118,8 @@ def row_loss(
 
     ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 * KL(teacher || z)``. The teacher is a tensor, the stored rows
     of ``buffer`` (which then takes the new rows of the batch; the caller asks ``buffer.recognise`` for ``again`` and
-    sets ``buffer.count`` and ``buffer.batch``), or virtual. ``logits`` are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have
-    passed their checks.
+    sets ``buffer.count`` and ``buffer.batch``), or virtual. ``logits`` are a tensor of two dimensions; ``kd_mask``,
+    ``target_b`` and ``lam`` have passed their checks.
 
     The compiled ops check their tensors before they write anything, so they are called first; the arguments are
     examined only where the call fails, to say which one is wrong and what to do. Triton's ops and plain PyTorch check
@@ -128,7 +130,11 @@ def row_loss(
     """
     examined = False
     try:
-        impl = _backends.pick(options.impl, logits.device.type)
+        if buffer is not None and torch._C._are_functorch_transforms_active():
+            ops.refuse_memory(options.op)
+        impl = _backends.pick(options.impl, logits.device.type, options.op)
+        if options.float64_only and logits.dtype is not torch.float64:
+            _args.check_temperature(options.op, options.temperature, logits.dtype)
         if impl != "torch" and (
             refusal := ops.unsupported(
                 logits, target=target, weight=options.weight, lam=lam, alpha=options.alpha,
@@ -170,13 +176,15 @@ def row_loss(
             result = ops.run(impl, name, logits, args)
         else:
             result = ops.run_with_grad(impl, name, logits, args, upstream)
-    except Exception:
-        if examined:
-            raise
-        try:
-            _examine(options, logits, target, target_b, teacher, buffer, ids)
-        except (TypeError, ValueError) as reason:
-            raise reason from None
+    except Exception as error:
+        if not examined:
+            try:
+                _examine(options, logits, target, target_b, teacher, buffer, ids)
+            except (TypeError, ValueError) as reason:
+                raise reason from None
+        said = str(error).partition("\n")[0]
+        if said.startswith("last_batch"):  # a limit of one implementation
+            raise RuntimeError(f"{options.op}: impl={impl!r}: {said.partition(': ')[2]}") from None
         raise
     return result
 
@@ -209,7 +217,7 @@ def _op_tensors(
         _args.check_scalar(options.op, "alpha", options.alpha, positive=False)  # its value may have changed
         tensors["alpha_t"] = options.alpha.detach().to(logits.device, reference.compute_dtype(logits.dtype))
     if isinstance(options.temperature, Tensor):
-        _args.check_scalar(options.op, "temperature", options.temperature, positive=True)
+        _args.check_temperature(options.op, options.temperature, logits.dtype)
         tensors["temperature_t"] = options.temperature.detach().to(logits.device, reference.compute_dtype(logits.dtype))
     return tensors
 
@@ -225,7 +233,7 @@ def _examine(
 ) -> None:
     """Raise the error of the first tensor that does not fit the others."""
     op = options.op
-    _args.check_logits(op, logits)
+    _args.check_logits(op, logits, target)
     if target is not None:
         _args.check_target(op, logits, target)
     if options.weight is not None:
@@ -240,6 +248,8 @@ def _examine(
 
 
 def _check_buffer(op: str, logits: Tensor, buffer: LogitBuffer) -> None:
+    if not isinstance(buffer, LogitBuffer):
+        raise TypeError(f"{op}: buffer must be a dlb_fast.LogitBuffer, got {type(buffer).__name__}")
     if buffer.num_classes != logits.shape[1] or buffer.device != logits.device:
         raise ValueError(
             f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
@@ -268,7 +278,7 @@ def _plain_torch(
         _args.check_scalar(options.op, "alpha", alpha, positive=False)
         alpha = alpha.to(dtype)
     if isinstance(temperature, Tensor):
-        _args.check_scalar(options.op, "temperature", temperature, positive=True)
+        _args.check_temperature(options.op, temperature, logits.dtype)
         temperature = temperature.to(dtype)
     mask = kd_mask
     if buffer is not None:
@@ -353,13 +363,14 @@ def fused_lb_loss(
     (0.339, torch.Size([2, 2]))
     """
     op = "fused_lb_loss"
-    _args.check_logits(op, logits)
+    _args.check_logits(op, logits, target)
     if target_b is not None or lam is not None:
-        _args.check_pair(op, logits, target, target_b, lam)
+        lam = _args.check_pair(op, logits, target, target_b, lam)
     if kd_mask is not None:
         if last_logits is None:
             raise ValueError(f"{op}: kd_mask was given without last_logits; there is no KL term to mask")
-        _args.check_kd_mask(op, logits, kd_mask, _args.check_tensor(op, "last_logits", last_logits).shape[0])
+        _args.check_teacher(op, logits, last_logits)
+        _args.check_kd_mask(op, logits, kd_mask, last_logits.shape[0])
     if target is None and last_logits is None:
         raise ValueError(f"{op}: target and last_logits are both None; nothing is left to compute")
     options = prepare(
@@ -423,9 +434,9 @@ def dlb_step(
     (torch.Size([2, 5]), 2)
     """
     op = "dlb_step"
-    _args.check_logits(op, logits)
-    _args.check_scalar(op, "upstream", upstream, positive=False)
-    _args.check_num_old(op, num_old)
+    _args.check_logits(op, logits, target)
+    upstream = _args.check_scalar(op, "upstream", upstream, positive=False)
+    num_old = _args.check_num_old(op, num_old)
     options = prepare(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index,
@@ -437,10 +448,12 @@ def dlb_step(
     _check_buffer(op, logits, buffer)
     if ids is not None:
         _args.check_ids(op, logits, ids)
-    same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again))
-    stored = buffer.stored_rows(logits.shape[0], num_old, same)
-    where: dict[str, Any] = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
-    if _backends.pick(impl, logits.device.type) != "torch":
+    where: dict[str, Any] = {}
+    if logits.shape[0] > 0:  # an empty batch has no row to teach or to store
+        same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again))
+        stored = buffer.stored_rows(logits.shape[0], num_old, same)
+        where = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
+    if _backends.pick(impl, logits.device.type, op) != "torch":
         loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
     else:
         with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
@@ -448,30 +461,9 @@ def dlb_step(
             loss, _ = row_loss(options, leaf, target, **where)
             (grad,) = torch.autograd.grad(loss * upstream, leaf)
         loss = loss.detach()
-    buffer.count, buffer.batch = stored, logits.shape[0]
+    if where:
+        buffer.count, buffer.batch = stored, logits.shape[0]
     return loss, grad
-
-
-def check_loss_inputs(
-    op: str,
-    logits: Tensor,
-    target: Tensor | None,
-    *,
-    alpha: Scalar,
-    temperature: Scalar,
-    label_smoothing: float,
-    weight: Tensor | None,
-    reduction: str,
-) -> None:
-    """Raise ValueError or TypeError unless these arguments fit together."""
-    _args.check_logits(op, logits)
-    if target is not None:
-        _args.check_target(op, logits, target)
-    if weight is not None:
-        _args.check_weight(op, logits, weight)
-    _args.check_scalar(op, "alpha", alpha, positive=False)
-    _args.check_scalar(op, "temperature", temperature, positive=True)
-    _args.check_options(op, label_smoothing, reduction)
 
 
 class Teacher(NamedTuple):
@@ -553,12 +545,13 @@ def distill(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Loss and parts of :func:`distillation_loss` for a :class:`Teacher`; errors name ``op``."""
-    check_loss_inputs(
-        op, logits, target, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
-        reduction=reduction,
-    )  # fmt: skip
+    _args.check_logits(op, logits, target)
+    if target is not None:
+        _args.check_target(op, logits, target)
+    alpha = _args.check_scalar(op, "alpha", alpha, positive=False)
+    ce_weight, ce_alpha = _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
     if target_b is not None or lam is not None:
-        _args.check_pair(op, logits, target, target_b, lam)
+        lam = _args.check_pair(op, logits, target, target_b, lam)
     if kd_mask is not None:
         _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
     _check_teacher_fields(op, teacher, logits)
@@ -568,12 +561,11 @@ def distill(
         target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
         lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
     if teacher.tensor is not None:
-        _args.check_teacher(op, logits, teacher.tensor, "the teacher's tensor")
+        _args.check_teacher(op, logits, teacher.tensor, "teacher")
     if teacher.mask is not None:
         rows = len(logits if teacher.tensor is None else teacher.tensor)
         _args.check_kd_mask(op, logits, teacher.mask, rows, "the teacher's mask")
-    if teacher.correct_share is not None:
-        _args.check_correct_share(op, teacher.correct_share)
+    if (correct_share := _args.check_correct_share(op, teacher.correct_share)) is not None:
         if target is None or target.dim() != 1 or target_b is not None:
             raise ValueError(
                 f"{op}: correct_share needs one class per row, target (B,), got none, probabilities (B, C) or the "
@@ -590,12 +582,11 @@ def distill(
     ce: dict[str, Any] = {"target": target, "target_b": target_b, "lam": lam}
     if teacher.kind == "none":
         return row_loss(prepare(op, alpha=alpha, temperature=temperature, **ce_options), logits, **ce)
-    _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
     alpha = alpha * teacher.alpha_scale
     kd_alpha = alpha * teacher.kl_weight
     kind = "virtual" if teacher.kind == "uniform" else teacher.kind
     kd: dict[str, Any] = {"teacher": teacher.tensor, "teacher_kind": kind, "kd_mask": mask}
-    kd_options: dict[str, Any] = {"correct_share": teacher.correct_share, "temperature": temperature, "alpha": kd_alpha}
+    kd_options: dict[str, Any] = {"correct_share": correct_share, "temperature": temperature, "alpha": kd_alpha}
     if teacher.student is None:
         rate = ce_alpha / teacher.kl_weight  # the kernel weighs its CE by ce_weight + rate * (its weight of the KL)
         options = prepare(op, ce_weight=ce_weight, ce_alpha=rate, **ce_options, **kd_options)
@@ -703,7 +694,7 @@ def distillation_loss(
         raise ValueError(f"{op}: correct_share belongs to kind='uniform', got kind={kind!r}")
     if kd_mask is not None and teacher is None and kind != "uniform":
         raise ValueError(f"{op}: kd_mask was given without a teacher; there is no KL term to mask")
-    _args.check_logits(op, logits)
+    _args.check_logits(op, logits, target)
     given = Teacher("none" if teacher is None and kind != "uniform" else kind, teacher, correct_share)
     loss, parts = distill(
         op, logits, target, given, alpha=alpha, temperature=temperature, ce_weight=ce_weight, ce_alpha=ce_alpha,

@@ -17,7 +17,6 @@ from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, sto
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
 
-
 _WATCH_EVERY = 16  # batches between two looks at how many repeated a row
 
 
@@ -337,12 +336,15 @@ class DistillationLoss(nn.Module):
         """
         op = type(self).__name__
         teacher, inputs = Teacher("none"), None
+        options = self._options()
         if self.training:
-            _args.check_logits(op, logits)
+            _args.check_logits(op, logits, target)
             if target is not None:
-                _args.check_target(op, logits, target)
+                target = _args.check_target(op, logits, target)
             if ids is not None:
                 _args.check_ids(op, logits, ids)
+            if epoch is not None:
+                epoch = _args.as_int(epoch, op, "epoch", 0)
             given = {"ids": ids, "images": images, "epoch": epoch}
             if missing := sorted(name for name in self.needs if given[name] is None):
                 wanted = " and ".join(f"{name}=" for name in missing)
@@ -356,17 +358,22 @@ class DistillationLoss(nn.Module):
                     "turn mixup and CutMix off"
                 )
             remembers = type(self).record is not DistillationLoss.record
+            if remembers and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+                ops.refuse_memory(op)
             again = remembers and self._repeats(logits.shape[0], ids, epoch)
-            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b, again)
+            inputs = Inputs(
+                logits, target, options.temperature, ids, images, epoch, options.ignore_index, target_b, again
+            )  # fmt: skip
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
-        loss, self._parts = distill(
+        loss, parts = distill(
             op, logits, target, teacher, alpha=self.alpha, temperature=self.temperature, ce_weight=self.ce_weight,
             ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
             ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
             impl=self.impl,
         )  # fmt: skip
+        self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
         self.counted = teacher.rows
         if inputs is not None:
             recorded = torch.is_grad_enabled()
@@ -389,10 +396,10 @@ class LastBatchLoss(DistillationLoss):
     The same batch evaluated again meets the same teacher, and its latest evaluation is what is stored; see
     :class:`DistillationLoss`. Stored rows teach only rows of the same id; rows stored without ids teach only batches
     without ids; rows that are not finite teach nothing. When many batches in a row repeat no sample, the criterion
-    warns once. The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with rank 0's. It
-    is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit, or a checkpoint without
-    one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-batch learns from the
-    previous micro-batch.
+    warns once. The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's
+    teacher with rank 0's. It is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit,
+    or a checkpoint without one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-
+    batch learns from the previous micro-batch.
 
     Args:
         num_classes: ``C``.
@@ -447,7 +454,10 @@ class LastBatchLoss(DistillationLoss):
         device: torch.device | str | None = None,
     ) -> None:
         op = "LastBatchLoss"
-        _args.as_int(num_classes, op, "num_classes", 1)
+        num_classes = _args.as_int(num_classes, op, "num_classes", 1)
+        if capacity is not None:
+            capacity = _args.as_int(capacity, op, "capacity", 1)
+        device = _args.check_device(op, "device", device)
         if dtype is not None:
             check_buffer_dtype(op, dtype)
         if weight is not None:
@@ -507,17 +517,17 @@ class LastBatchLoss(DistillationLoss):
         """
         op = "LastBatchLoss"
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
-            _args.check_logits(op, logits)
+            _args.check_logits(op, logits, target)
             raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
         if num_old is not None and type(num_old) is not int:
-            _args.check_num_old(op, num_old)
+            num_old = _args.check_num_old(op, num_old)
         if kd_mask is not None:
             _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
         if target_b is not None or lam is not None:
-            _args.check_pair(op, logits, target, target_b, lam)
+            lam = _args.check_pair(op, logits, target, target_b, lam)
         options = self._options()
-        if not self.training:
-            if target is None:
+        if not self.training or logits.shape[0] == 0:  # an empty batch has no row to teach or to store
+            if target is None and not self.training:
                 raise ValueError(
                     f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute"
                 )
@@ -545,7 +555,7 @@ class LastBatchLoss(DistillationLoss):
                 self._watched[0] += 1
                 if self._watched[0] % _WATCH_EVERY == 0:
                     self._watch(buffer)
-        self._parts = parts
+        self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
         return loss
 
     def _stored_teacher(
@@ -577,16 +587,16 @@ class LastBatchLoss(DistillationLoss):
             self._warned = True
             warnings.warn(
                 f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
-                "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the sampler) "
-                "instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same sample. "
-                "criterion.buffer counts the rows: taught, mismatched, unknown, not_finite",
+                "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the "
+                "sampler) instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same "
+                "sample. criterion.buffer counts the rows: taught, mismatched, unknown, not_finite",
                 stacklevel=4,
             )
 
     def _buffer_for(
         self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None, again: int
     ) -> tuple[LogitBuffer, int, int]:
-        """The buffer, on the device of the logits and large enough, how many rows it will store, and the op's ``again``.
+        """The buffer, on the device of the logits and large enough, its rows to be stored, and the op's ``again``.
 
         Decided from shapes, almost always without reading the device.
         """
@@ -645,6 +655,7 @@ class LastBatchLoss(DistillationLoss):
         if not state:
             self.reset()
             return
+        super().reset()
         saved = stored_dtype(state)
         dtype = self.dtype or saved
         if self.dtype is None and buffer is not None and not self._dtype_follows:

@@ -26,7 +26,9 @@ _TAIL = "".join(f"{kind} {name}, " for name, kind in OPTIONS.items())
 _TAIL += "bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
 SCHEMAS = {
     "last_batch": f"(Tensor logits, Tensor? teacher, int teacher_kind, {_TAIL}",
-    "last_batch_update": f"(Tensor logits, Tensor(a!) rows, Tensor(b!) slots, Tensor? ids, int num_old, int again, {_TAIL}",
+    "last_batch_update": (
+        f"(Tensor logits, Tensor(a!) rows, Tensor(b!) slots, Tensor? ids, int num_old, int again, {_TAIL}"
+    ),
     "scale_grad_": "(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()",
 }
 
@@ -97,6 +99,21 @@ def op_for(impl: str, name: str) -> Any:
     return op
 
 
+def refuse_memory(op: str) -> None:
+    """What remembers the batch raises this inside a transform of torch.func, where logits have no value to keep."""
+    raise RuntimeError(
+        f"{op}: in train() it remembers the batch, which a transform of torch.func does not allow; call it in eval() "
+        "or under torch.no_grad(), or transform the method's function, which takes its teacher as an argument"
+    )
+
+
+def unwrapped(parts: Tensor) -> Tensor:
+    """``parts`` without the wrappers of torch.func.grad, jvp and the like, which end with the transform."""
+    while torch._C._functorch.is_gradtrackingtensor(parts):
+        parts = torch._C._functorch.get_unwrapped(parts)
+    return parts
+
+
 def unsupported(logits: Tensor | None, **given: Any) -> str:
     """What a call asks for that only plain PyTorch has, as the middle of a sentence; "" for nothing.
 
@@ -106,11 +123,9 @@ def unsupported(logits: Tensor | None, **given: Any) -> str:
         for name, value in given.items():
             if isinstance(value, Tensor) and value.requires_grad:
                 return f"has no gradient of {name}, which requires one; pass {name}.detach(), or"
-    if torch.compiler.is_compiling():
-        return ""
     if torch._C._are_functorch_transforms_active():
         return "does not know torch.func;"
-    if forward_ad._current_level >= 0:
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         tensors = (v for v in (logits, *given.values()) if isinstance(v, Tensor) and v.is_floating_point())
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
             return "does not know forward mode;"

@@ -165,14 +165,16 @@ def reduce_rows(terms: RowTerms, reduction: str) -> Tensor:
 def top1_correct(logits: Tensor, target: Tensor | None, ignore_index: int = -100) -> Tensor:
     """Rows whose right class has the largest logit (a tie counts), as a 0-d float; 0 without a target.
 
-    For dense targets the right class is the first of the largest shares; ignored rows are not counted.
+    For dense targets the right class is the first of the largest shares; ignored rows are not counted, and neither are
+    rows without a finite loss: those that hold a NaN or +inf, or nothing but -inf.
     """
     if target is None or logits.shape[0] == 0:
         return torch.zeros((), dtype=compute_dtype(logits.dtype), device=logits.device)
     label = target.argmax(1) if target.dim() == 2 else target
     index = label.clamp(0, logits.shape[1] - 1)
     at_label = logits.detach().gather(1, index[:, None])[:, 0]
-    hit = (at_label >= logits.detach().amax(1)) & (index == label)
+    largest = logits.detach().amax(1)  # NaN where the row holds one
+    hit = (at_label >= largest) & largest.isfinite() & (index == label)
     if target.dim() == 1:
         hit = hit & (target != ignore_index)
     return hit.sum().to(compute_dtype(logits.dtype))

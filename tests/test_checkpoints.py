@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from method_cases import CLASSES, make
 from test_buffer import expected, overlapping, through_disk
+from test_methods_state import Run
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 
@@ -336,9 +337,12 @@ def damaged_states():
         "num_classes": [0, 5, 7, None],
         "rank": [1, -1, None],
         "world_size": [2, None],
-        "logits": [None, torch.zeros(4, 6, dtype=torch.int64), torch.zeros(4), torch.zeros(3, 6), torch.zeros(4, 6).to(torch.float8_e5m2)],
+        "logits": [
+            None, torch.zeros(4, 6, dtype=torch.int64), torch.zeros(4), torch.zeros(3, 6),
+            torch.zeros(4, 6).to(torch.float8_e5m2),
+        ],
         "ids": [None, torch.zeros(4), torch.zeros(5, dtype=torch.int64), torch.zeros(4, 1, dtype=torch.int64)],
-        "counters": [None, torch.zeros(5), torch.zeros(6, dtype=torch.int64)],
+        "mismatched": [None, -1, 0.5, 2**63],
         "version": [1, None, "2"],
     }.items():  # fmt: skip
         yield from ((f"{name} {index}", {**state, name: one}) for index, one in enumerate(value))
@@ -482,10 +486,19 @@ def forgets(criterion):
     return pytest.warns(UserWarning, match="has no '_extra_state'") if remembers else warnings.catch_warnings()
 
 
+NETWORK = nn.Linear(7, CLASSES)
+
+
+def made(name, **options):
+    criterion = make(name, **options)
+    criterion.setup(NETWORK)
+    return criterion
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_class_weights_behave_as_in_cross_entropy(name):
     first, second = torch.linspace(0.5, 2.0, CLASSES), torch.linspace(3.0, 0.1, CLASSES)
-    criterion, plain = make(name, weight=first.clone()), nn.CrossEntropyLoss(weight=second)
+    criterion, plain = made(name, weight=first.clone()), nn.CrossEntropyLoss(weight=second)
     z, y = torch.randn(8, CLASSES, generator=torch.Generator().manual_seed(0)), torch.arange(8) % CLASSES
     assert dict(criterion.named_buffers()).keys() == {"weight"}
     assert torch.equal(criterion.state_dict()["weight"], first)
@@ -508,8 +521,8 @@ def test_class_weights_behave_as_in_cross_entropy(name):
     # strict says what it says for torch's module
     for loaded, state, said in (
         (criterion, saved, 'Unexpected key.*"weight"'),
-        (make(name, weight=first), criterion.state_dict(), 'Missing key.*"weight"'),
-        (make(name, weight=torch.ones(CLASSES + 1)), saved, "size mismatch for weight"),
+        (made(name, weight=first), criterion.state_dict(), 'Missing key.*"weight"'),
+        (made(name, weight=first), {**saved, "weight": torch.ones(CLASSES + 1)}, "size mismatch for weight"),
     ):
         with pytest.raises(RuntimeError, match=said):
             loaded.load_state_dict(state)
@@ -523,3 +536,77 @@ def test_class_weights_of_an_uninitialised_module_are_assigned():
     model.load_state_dict(saved.state_dict(), assign=True)
     got = model.criterion(*batches()[2])
     assert torch.equal(got, saved.criterion(*batches()[2])) and torch.equal(model.criterion.weight, weight)
+
+
+# ---- the other methods
+
+
+def saved_sizes(criterion):
+    return {name: (value.shape, value.dtype) for name, value in criterion.state_dict().items()}
+
+
+def method(name):
+    """A run with a method whose sizes are known before the first batch."""
+    options = {"capacity": 4} if name in ("dlb", "two_view") else {}
+    return Run(make(name, weight=torch.linspace(0.5, 2.0, CLASSES), **options))
+
+
+@quiet
+@pytest.mark.parametrize("used", [False, True], ids=["empty", "used"])
+@pytest.mark.parametrize("save", [by_safetensors, by_dcp, by_model_state_dict], ids=lambda save: save.__name__)
+@pytest.mark.parametrize("name", ["dlb", "ps_kd", "mr_kd", "bake"])
+def test_every_method_goes_on_as_if_nothing_had_happened(name, save, used, tmp_path):
+    whole, saved, loaded = method(name), method(name), method(name)
+    losses = whole.steps(0, 6)
+    if name == "mr_kd" or used:  # the classes of its ensemble are known after the first batch
+        loaded.steps(0, 4 if used else 1)
+    saved.steps(0, 3)
+    for part in ("model", "optimizer"):
+        getattr(loaded, part).load_state_dict(copy.deepcopy(getattr(saved, part).state_dict()))
+    if saved.criterion.state_dict():
+        save(saved.criterion, loaded.criterion, tmp_path)
+    assert loaded.steps(3, 6) == losses[3:]
+    assert all(map(torch.equal, loaded.criterion.state_dict().values(), whole.criterion.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_state_is_of_tensors_whose_sizes_do_not_change(name):
+    run = method(name)
+    before = saved_sizes(run.criterion)
+    run.steps(0, 1)
+    if name == "mr_kd":
+        before = saved_sizes(run.criterion)
+    for step in range(1, 5):
+        assert saved_sizes(run.criterion) == before
+        run.steps(step, step + 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_copy_of_model_and_criterion_is_independent(name):
+    """The copy of a criterion that is attached to a network is attached to the copy of the network."""
+    run = method(name)
+    run.steps(0, 3)
+    twin = copy.deepcopy(run)
+    assert twin.model is not run.model
+    twin.optimizer = torch.optim.SGD(twin.model.parameters(), lr=0.3)
+    before = copy.deepcopy(run.criterion.state_dict())
+    losses = twin.steps(3, 6)
+    assert all(map(torch.equal, run.criterion.state_dict().values(), before.values()))
+    assert run.steps(3, 6) == losses
+
+
+@pytest.mark.parametrize("name", ["ps_kd", "mr_kd"])
+def test_a_foreign_memory_is_refused(name):
+    run = method(name)
+    run.steps(0, 3)
+    good = run.criterion.state_dict()
+    packed = good["_extra_state"]
+    foreign = [None, {}, [1], torch.zeros(3, dtype=torch.int64), packed[:-1], trained(1).get_extra_state()]
+    if name == "mr_kd":
+        other = make(name, ensemble_lr=None)
+        other.setup(nn.Linear(2, 2))
+        foreign += [torch.zeros_like(packed), changed(packed, 50, [1, 2, 3]), other.get_extra_state()]
+    for state in foreign:
+        with pytest.raises(ValueError, match="expected|checksum|bytes more"):
+            run.criterion.load_state_dict({**good, "_extra_state": state})
+        assert all(map(torch.equal, run.criterion.state_dict().values(), good.values()))

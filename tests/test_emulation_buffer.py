@@ -146,7 +146,7 @@ def test_many_steps_with_rows_counted_first(steps: list) -> None:
 
 
 def spoiled(logits: Tensor, first: int, stored: torch.dtype) -> Tensor:
-    """From row ``first`` on: NaN, +inf, nothing but -inf, entries that overflow the stored dtype; then rows that are fine."""
+    """From row ``first`` on: NaN, +inf, nothing but -inf, what overflows the stored dtype; then rows that are fine."""
     classes = logits.shape[1]
     logits[first, classes - 1] = torch.nan
     logits[first + 1, classes // 2] = torch.inf

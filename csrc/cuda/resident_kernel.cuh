@@ -48,7 +48,7 @@ struct ResidentColumns {
 
 // `once`: as in load_packet. Columns outside: -inf.
 template <typename T, typename X, int E>
-DLB_DEVICE void load_resident(const ResidentColumns<T, E>& columns, const X* row, float* out, bool once = false) {
+DLB_DEVICE void load_resident(const ResidentColumns<T, E>& columns, const X* row, float* out, bool once) {
   constexpr int V = ResidentColumns<T, E>::V;
   constexpr int packets = ResidentColumns<T, E>::packets;
   if constexpr (V * sizeof(X) == 16) {
@@ -106,13 +106,13 @@ DLB_DEVICE void load_teacher(const DeviceArgs& a, const BatchState& s, const Res
                              float* out) {
   const int64_t offset = row * a.teacher_stride;
   if constexpr (sizeof(T) == 2) {
-    load_resident(columns, reinterpret_cast<const T*>(s.teacher) + offset, out);
+    load_resident(columns, reinterpret_cast<const T*>(s.teacher) + offset, out, true);
   } else if (a.teacher_dtype == DType::f32) {
-    load_resident(columns, reinterpret_cast<const float*>(s.teacher) + offset, out);
+    load_resident(columns, reinterpret_cast<const float*>(s.teacher) + offset, out, true);
   } else if (a.teacher_dtype == DType::bf16) {
-    load_resident(columns, reinterpret_cast<const Bf16*>(s.teacher) + offset, out);
+    load_resident(columns, reinterpret_cast<const Bf16*>(s.teacher) + offset, out, true);
   } else {
-    load_resident(columns, reinterpret_cast<const F16*>(s.teacher) + offset, out);
+    load_resident(columns, reinterpret_cast<const F16*>(s.teacher) + offset, out, true);
   }
 }
 
@@ -312,7 +312,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
     const int row = half == 0 ? pair : s.start + pair, end = half == 0 ? s.start : a.batch;
     const bool exists = row < end;
     const RowRole role = exists ? row_role<false>(a, s, row) : RowRole();
-    const int slot = teach != Teach::none && half == 1 && exists && pair < s.stored ? pair : -1;
+    const int slot = half == 1 && exists && pair < s.stored ? pair : -1;
     if (half == 1) {
       // The next pair while this row is worked on; its second row was asked for together with the first.
       const int next = pair + group.groups_in_grid();

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._args import check_tensor
+
 
 @torch.no_grad()
 def gather_rows(value: Tensor) -> tuple[Tensor, int]:
@@ -49,11 +51,13 @@ def format_bytes(count: int) -> str:
 
 
 def labels(op: str, target: Tensor | None, target_b: Tensor | None, why: str) -> Tensor:
-    """The labels (B,) of a method that needs one class per row; ValueError for none, dense or mixed ones."""
+    """The int64 labels (B,) of a method that needs one class per row; ValueError for none, dense or mixed ones."""
+    if target is not None:
+        check_tensor(op, "target", target)
     if target is None or target.dim() != 1 or target_b is not None:
         got = "no target" if target is None else f"a target of shape {tuple(target.shape)}"
         raise ValueError(
             f"{op}: needs one class per row, target (B,): {why}; got {got}"
             f"{' and target_b of mixed images; turn mixup and CutMix off' if target_b is not None else ''}"
         )
-    return target
+    return target.long()  # a narrow integer cannot be compared with every ignore_index

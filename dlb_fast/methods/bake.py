@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._args import check_logits, check_tensor
+from .._args import as_number, check_logits, check_temperature, check_tensor
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype, teacher_kl
@@ -59,10 +59,12 @@ def ensemble(
         return (1.0 - omega) * solved[start : start + rows]
 
 
-def _check_omega(op: str, omega: float) -> None:
+def _check_omega(op: str, omega: float) -> float:
     """In [0, 1): at 1 the system is singular."""
-    if isinstance(omega, bool) or not isinstance(omega, (int, float)) or not 0 <= omega < 1:
+    number = as_number(op, "omega", omega)
+    if not 0 <= number < 1:
         raise ValueError(f"{op}: omega must be a number in [0, 1), got {omega!r}")
+    return number
 
 
 def _check_features(op: str, features: Tensor, logits: Tensor) -> None:
@@ -100,7 +102,7 @@ def bake_loss(
         features: ``(B, D...)`` what goes into the classifier, any floating dtype; detached and flattened here.
         target: ``(B,)`` labels or ``(B, C)`` probabilities.
         alpha: weight of the KL.
-        temperature: T > 0 of both distributions.
+        temperature: T > 0 of both distributions; a gradient of T is that of the student's part.
         omega: how far the predictions spread over the batch, in ``[0, 1)``.
         cross_rank: ensemble over all ranks' batches (of equal sizes); the loss is that of this rank's rows.
 
@@ -112,8 +114,8 @@ def bake_loss(
     True
     """
     op = "bake_loss"
-    check_logits(op, logits)
-    _check_omega(op, omega)
+    check_logits(op, logits, target)
+    temperature, omega = check_temperature(op, temperature), _check_omega(op, omega)
     _check_features(op, features, logits)
     teacher = Teacher("probabilities", ensemble(features, logits, temperature, omega, cross_rank))
     loss, parts = distill(
@@ -168,7 +170,10 @@ class FeatureHook:
     def take(self) -> Tensor:
         """The features (B, D) of the last training forward, detached; each forward can be taken once."""
         if self._features is None:
-            raise RuntimeError("FeatureHook: no forward in training mode since the last take(); run the model first")
+            raise RuntimeError(
+                "FeatureHook: no forward in training mode reached the layer since the last take(); run the model "
+                "first, or call setup(model) again where the layer was replaced"
+            )
         features, self._features = self._features, None
         return features
 
@@ -224,7 +229,7 @@ class BakeLoss(DistillationLoss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
-        _check_omega("BakeLoss", omega)
+        omega = _check_omega("BakeLoss", omega)
         super().__init__(
             alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,

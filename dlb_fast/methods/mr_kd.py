@@ -14,6 +14,7 @@ part; the numbers are ours. Copies are evaluated in eval mode (their own BatchNo
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._args import as_int, check_correct_share, check_device, check_logits, check_tensor
+from .._args import (
+    as_int,
+    as_number,
+    check_correct_share,
+    check_device,
+    check_dtype,
+    check_ignore_index,
+    check_logits,
+    check_same_device,
+    check_target,
+    check_temperature,
+    check_tensor,
+)
+from ..buffer import from_bytes, split_bytes, to_bytes
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype, teacher_kl
@@ -104,7 +118,7 @@ def mr_kd_loss(
         target: ``(B,)`` labels; without ``swap`` and ``correct_share`` also ``(B, C)`` probabilities.
         copies_logits: ``(K, B, C)``, K >= 1, detached here.
         alpha: weight of the KL in ``[0, 1]``.
-        temperature: tau > 0 of both distributions.
+        temperature: tau > 0 of both distributions; a gradient of tau is that of the student's part.
         correct_share: teacher correction, the probability of the right class in ``[0, 1]``; None: none.
         swap: knowledge adjustment.
 
@@ -116,14 +130,20 @@ def mr_kd_loss(
     True
     """
     op = "mr_kd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     check_tensor(op, "copies_logits", copies_logits)
-    check_correct_share(op, correct_share)
+    correct_share, temperature = check_correct_share(op, correct_share), check_temperature(op, temperature)
+    ignore_index = check_ignore_index(op, ignore_index)
+    check_same_device(op, "copies_logits", copies_logits, logits)
+    if not copies_logits.is_floating_point():
+        raise TypeError(f"{op}: copies_logits must be floating point, got {copies_logits.dtype}")
     if copies_logits.dim() != 3 or copies_logits.shape[0] < 1 or copies_logits.shape[1:] != logits.shape:
         raise ValueError(
             f"{op}: copies_logits must have shape (K, {', '.join(map(str, logits.shape))}) with K >= 1, "
             f"got {tuple(copies_logits.shape)}"
         )
+    if target is not None:
+        target = check_target(op, logits, target)
     if swap or correct_share is not None:
         labels(op, target, target_b, "swap and correct_share know the right class")
     averaged = average(copies_logits, target, temperature, correct_share, swap, ignore_index)
@@ -137,7 +157,7 @@ def mr_kd_loss(
 
 def ensembled(copies: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Logits (B, C) of the ensemble ``weight`` (C, K * C), ``bias`` (C,) over the copies' logits (K, B, C)."""
-    with torch.autocast(copies.device.type, enabled=False):
+    with autocast(copies, enabled=False):
         return copies.transpose(0, 1).flatten(1) @ weight.T + bias
 
 
@@ -187,12 +207,24 @@ class WeightSnapshots:
         return self._model
 
     @property
+    def ready(self) -> bool:
+        """Whether ``setup(model)`` was called."""
+        return self._model is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all ``copies``."""
         return self.copies * sum(t.numel() * self._dtype_of(t).itemsize for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+    def blank(self) -> dict[str, Tensor]:
+        """A snapshot of zeros, on the CPU."""
+        return {
+            name: torch.zeros(tensor.shape, dtype=self._dtype_of(tensor), device="cpu")
+            for name, tensor in self._tensors().items()
+        }
 
     def _dtype_of(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -315,9 +347,16 @@ class MrKDLoss(DistillationLoss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
-        check_correct_share("MrKDLoss", correct_share)
-        if ensemble_lr is not None and not ensemble_lr > 0:
-            raise ValueError(f"MrKDLoss: ensemble_lr must be a learning rate > 0 or None, got {ensemble_lr!r}")
+        op = "MrKDLoss"
+        correct_share = check_correct_share(op, correct_share)
+        copies, copy_every = as_int(copies, op, "copies", 1), as_int(copy_every, op, "copy_every", 1)
+        memory_device = check_device(op, "memory_device", memory_device)
+        if memory_dtype is not None:
+            check_dtype(op, "memory_dtype", memory_dtype)
+        if ensemble_lr is not None:
+            ensemble_lr = as_number(op, "ensemble_lr", ensemble_lr, "a learning rate > 0 or None")
+            if not 0 < ensemble_lr < math.inf:
+                raise ValueError(f"{op}: ensemble_lr must be a learning rate > 0 or None, got {ensemble_lr!r}")
         super().__init__(
             alpha=alpha, temperature=temperature, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,
@@ -329,6 +368,7 @@ class MrKDLoss(DistillationLoss):
         self._ensemble_before: tuple[Tensor, Tensor] | None = None
         # Of this batch, for the ensemble's step: the copies' logits, and the ensemble that it met.
         self._met: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._classes = 0  # of the ensemble; 0 before the first batch and without an ensemble
         self._untold = 0  # batches recorded before any step()
 
     def setup(self, model: nn.Module) -> None:
@@ -342,6 +382,8 @@ class MrKDLoss(DistillationLoss):
             )
         _ = self.snapshots.model  # refused without setup(), also while no copy is due
         self._met = None
+        if self.ensemble_lr is not None:
+            self._classes = inputs.logits.shape[1]
         if not len(self.snapshots):
             return Teacher("none")
         assert inputs.images is not None
@@ -382,7 +424,7 @@ class MrKDLoss(DistillationLoss):
         error = torch.softmax(own, 1).scatter_add(1, label, -torch.ones_like(label, dtype=bias.dtype))
         error = error.masked_fill(~known[:, None], 0.0) / known.sum().clamp(min=1)  # gradient of the mean cross entropy
         rows = copies.masked_fill(~known[:, None], 0.0).transpose(0, 1).flatten(1)
-        with torch.autocast(rows.device.type, enabled=False):
+        with autocast(rows, enabled=False):
             step = error.T @ rows
         self._ensemble_before = weight, bias
         self._ensemble = weight - self.ensemble_lr * step, bias - self.ensemble_lr * error.sum(0)
@@ -408,6 +450,7 @@ class MrKDLoss(DistillationLoss):
         super().reset()
         self.snapshots.reset()
         self._ensemble = self._ensemble_before = self._met = None
+        self._classes = 0
 
     def cost(self) -> str:
         kept = self.snapshots
@@ -417,18 +460,42 @@ class MrKDLoss(DistillationLoss):
             f"steps; {kept.copies} forwards without gradient per step more"
         )
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The snapshots and the ensemble, for ``state_dict()``."""
-        ensemble = [] if self._ensemble is None else [tensor.cpu().clone() for tensor in self._ensemble]
-        return {**self.snapshots.state_dict(), "ensemble": ensemble}
+    def get_extra_state(self) -> Tensor:
+        """Copies and ensemble for ``state_dict()``, as one uint8 tensor; empty before ``setup(model)``.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over saved snapshots and their ensemble."""
+        Its size follows from the model and ``copies``, with ``ensemble_lr`` also from the classes of the first batch.
+        """
+        snapshots, classes = self.snapshots, self._classes
+        if not snapshots.ready:
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        kept = snapshots.state_dict()["kept"]
+        kept += [snapshots.blank()] * (snapshots.copies - len(kept))
+        tensors = [tensor for weights in kept for tensor in weights.values()]
+        if classes:
+            blank = torch.zeros(snapshots.copies, 1, classes, dtype=torch.float64, device="cpu")
+            tensors += [tensor.to(torch.float64) for tensor in self._ensemble or self._ensemble_for(blank, False)]
+        return to_bytes([snapshots.steps, snapshots.copies, snapshots.copy_every, classes], tensors)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over saved copies and their ensemble."""
+        if not isinstance(state, Tensor):
+            raise ValueError(f"MrKDLoss: expected saved copies, a uint8 tensor, got {type(state).__name__}")
+        if state.numel() == 0:  # saved before setup(model)
+            self.reset()
+            return
+        (steps, copies, copy_every, classes), packed = from_bytes(state, 4)
+        snapshots, ensemble_shapes = self.snapshots, [(classes, copies * classes), (classes,)] if classes else []
+        blank = snapshots.blank()
+        forms = [(tuple(like.shape), like.dtype) for like in blank.values()] * copies
+        *tensors, rest = split_bytes(packed, [*forms, *((shape, torch.float64) for shape in ensemble_shapes)])
+        if len(rest):
+            raise ValueError(f"MrKDLoss: the saved copies have {len(rest)} bytes more than copies of this model")
+        each = len(blank)
+        kept = [dict(zip(blank, tensors[i * each : (i + 1) * each], strict=True)) for i in range(copies)]
+        snapshots.load_state_dict({"steps": steps, "kept": kept[: min(steps // copy_every, copies)]})
         super().reset()
-        self.snapshots.load_state_dict(state)
-        ensemble = state["ensemble"]
-        self._ensemble_before = self._met = None
-        self._ensemble = (ensemble[0], ensemble[1]) if ensemble else None
+        self._classes, self._ensemble_before, self._met = classes, None, None
+        self._ensemble = (tensors[-2], tensors[-1]) if classes else None
 
 
 def reference_teacher(

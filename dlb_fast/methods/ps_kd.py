@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._args import as_int, check_device, check_logits, check_rows
+from .._args import as_int, check_device, check_dtype, check_ignore_index, check_logits, check_rows, check_target
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype
@@ -66,11 +66,12 @@ def ps_kd_loss(
     True
     """
     op = "ps_kd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     teacher = _past_predictions(check_rows(op, "past", past, logits))
-    for given in (target, target_b):
-        if isinstance(given, Tensor) and given.shape == logits.shape[:1]:
-            known = given != ignore_index
+    ignore_index = check_ignore_index(op, ignore_index)
+    for name, given in (("target", target), ("target_b", target_b)):
+        if given is not None and (checked := check_target(op, logits, given, name)).dim() == 1:
+            known = checked != ignore_index
             teacher = teacher._replace(mask=known if teacher.mask is None else teacher.mask & known)
     loss, parts = distill(
         op, logits, target, teacher, alpha=alpha, temperature=1.0, ce_alpha=-1.0,
@@ -187,15 +188,15 @@ class LogitBank:
         if got != wanted:
             raise ValueError(f"LogitBank: expected {wanted} (samples, classes), the saved bank holds {got}")
         rows, seen = self._storage(self.device or "cpu")
-        rows[:-1], seen[:-1] = state["rows"], state["seen"]
+        rows[:-1], seen[:-1] = state["rows"], state["seen"] & state["rows"].amax(1).isfinite()
 
 
 class PsKDLoss(DistillationLoss):
     """PS-KD as a criterion: the loss of :func:`ps_kd_loss`, with a :class:`LogitBank` of past predictions.
 
     Every training batch needs ``ids``, and ``epoch`` unless ``epochs`` is None. ``cost()`` tells the size of the bank.
-    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop whose
-    batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
+    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop
+    whose batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
 
     Args:
         num_samples: samples of the training set.
@@ -237,8 +238,12 @@ class PsKDLoss(DistillationLoss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
+        op = "PsKDLoss"
+        num_samples, num_classes = as_int(num_samples, op, "num_samples", 1), as_int(num_classes, op, "num_classes", 1)
+        memory_device = check_device(op, "memory_device", memory_device)
+        check_dtype(op, "memory_dtype", memory_dtype)
         if epochs is not None:
-            as_int(epochs, "PsKDLoss", "epochs", 1)
+            epochs = as_int(epochs, op, "epochs", 1)
         super().__init__(
             alpha=alpha, temperature=1.0, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,
@@ -298,14 +303,24 @@ class PsKDLoss(DistillationLoss):
         dtype = str(bank.dtype).removeprefix("torch.")
         return f"a bank of {bank.num_samples} x {bank.num_classes} {dtype} rows, {format_bytes(bank.nbytes)}"
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The bank, for ``state_dict()``."""
-        return self.bank.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """The bank (num_samples, C) for ``state_dict()``; +inf, which no log-probability is, for samples never seen."""
+        bank, saved = self.bank, self.bank.state_dict()
+        if not saved:
+            return torch.full((bank.num_samples, bank.num_classes), torch.inf, dtype=bank.dtype, device="cpu")
+        return saved["rows"].masked_fill_(~saved["seen"][:, None], torch.inf)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Take over a saved bank."""
+        bank = self.bank
+        wanted = (bank.num_samples, bank.num_classes)
+        if not isinstance(state, Tensor) or state.shape != wanted or not state.is_floating_point():
+            got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"PsKDLoss: expected a saved bank of shape {wanted} (samples, classes), got {got}")
         self.reset()
-        self.bank.load_state_dict(state)
+        seen = state[:, 0] < torch.inf
+        if seen.any():
+            bank.load_state_dict({"rows": state, "seen": seen})
 
 
 def reference(logits: Tensor, target: Tensor, past: Tensor, *, alpha: float = ALPHA) -> Tensor:

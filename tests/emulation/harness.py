@@ -142,9 +142,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def teaching_generation(
-    slots: Tensor, capacity: int, batch: int, ids: Tensor | None, num_old: int, again: int
-) -> int:
+def teaching_generation(slots: Tensor, capacity: int, batch: int, ids: Tensor | None, num_old: int, again: int) -> int:
     """Which generation of a buffer must teach a batch, row by row in Python: no byte of it may be written."""
     latest = int(slots[0]) & 1
     count, *kept = slots[HEADER:].chunk(2)[latest].tolist()

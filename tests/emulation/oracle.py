@@ -94,8 +94,11 @@ def run(
 class Buffer(LogitBuffer):
     """The definition of the buffer without the checks of the host: what the device has to do with any call."""
 
-    def place(self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1) -> tuple[int, int]:
-        return self.count, again
+    def recognise(self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1) -> int:
+        return again
+
+    def stored_rows(self, batch: int, num_old: int | None, again: int = 0) -> int:
+        return self.count
 
 
 class Stream:
