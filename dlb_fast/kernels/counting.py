@@ -77,9 +77,9 @@ def repeated_rows(
     nobody = repeats & (rows < 0)
     unknown, other, infinite = nobody, nobody, nobody
     if UPDATE:
-        finite = tl.load(slots_ptr + taught + 1 + capacity + rows, mask=repeats, other=1)
+        finite = tl.load(slots_ptr + (taught + 1 + capacity + rows), mask=repeats, other=1)
         if HAS_IDS:
-            stored_id = tl.load(slots_ptr + taught + 1 + rows, mask=repeats, other=0)
+            stored_id = tl.load(slots_ptr + (taught + 1 + rows), mask=repeats, other=0)
             own_id = tl.load(ids_ptr + rows, mask=repeats, other=0)
             unknown = repeats & (stored_id == UNKNOWN_ID)
             other = repeats & (stored_id != UNKNOWN_ID) & (stored_id != own_id)

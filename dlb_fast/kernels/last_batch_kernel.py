@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .counting import COUNT_PROGRAMS, UNKNOWN_ID, count_rows, generation, load_counts, pair_layout, repeated_rows, valid_rows
+from .counting import COUNT_PROGRAMS, HEADER, UNKNOWN_ID, count_rows, generation, load_counts, pair_layout, repeated_rows, valid_rows
 from .row_loss import rows_loss
 from .row_tiles import NONE, VIRTUAL, power_of_two_below
 
@@ -148,7 +148,7 @@ def last_batch_kernel(
                 tl.atomic_add(counter + 2, 1, mask=other, sem="relaxed")
                 tl.atomic_add(counter + 3, 1, mask=unknown, sem="relaxed")
                 fresh = tl.load(ids_ptr + start + slots, mask=slots < stored, other=0)
-            tl.store(slots_ptr + written + 1 + slots, fresh, mask=slots < stored)
+            tl.store(slots_ptr + (written + 1 + slots), fresh, mask=slots < stored)
 
     ce = tl.zeros([ROWS], COMPUTE)
     lb, hits, valid_count = ce, ce, ce
@@ -183,7 +183,7 @@ def last_batch_kernel(
             )  # fmt: skip
             ce, hits = ce + row_ce, hits + hit
             if UPDATE:
-                tl.store(slots_ptr + written + 1 + capacity + slots, finite.to(tl.int64), mask=row_ok)
+                tl.store(slots_ptr + (written + 1 + capacity + slots), finite.to(tl.int64), mask=row_ok)
 
     mine = partials_ptr + program
     tl.store(mine, tl.sum(ce, axis=0))
@@ -210,7 +210,7 @@ def last_batch_kernel(
         tl.store(parts_ptr + 5, valid_rows_here)
         if UPDATE:
             # All programs have drawn their tickets, so all have read the header and the counts.
-            tl.store(slots_ptr, (1 - teaching).to(tl.int64))
+            tl.store(slots_ptr, (written != HEADER).to(tl.int64))
             tl.store(slots_ptr + written, stored.to(tl.int64))
             tl.store(slots_ptr + 1, tl.load(slots_ptr + 1) + valid_rows_here.to(tl.int64))
             # Batches in a row that found stored rows and repeated none of them.
