@@ -6,18 +6,39 @@ import gc
 import itertools
 import json
 from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from dlb_fast.data import (
     Batch,
     ClassBatchSampler,
+    EvalLoader,
+    HalfBatchSampler,
     IndexedDataset,
+    MapDataset,
     OverlapBatchSampler,
+    OverlapLoader,
+    ResidentLoader,
+    SampledLoader,
+    TwoViews,
+    ViewPairSampler,
     collate_overlap,
     collate_rows,
+    load_into_memory,
+    synthetic,
 )
 from dlb_fast.data.position import StreamPosition
 
@@ -405,10 +426,73 @@ def test_torchdatas_stateful_dataloader_with_companions():
     assert head + [b.ids.tolist() for b in second] == whole and len(whole) == 6
 
 
-@pytest.mark.parametrize("wrong", [OverlapBatchSampler(8, 4), DataLoader([0, 1, 2, 3])], ids=["sampler", "loader"])
-def test_a_sampler_or_a_loader_is_no_dataset(wrong):
-    with pytest.raises(TypeError, match=r"expected a dataset or its length, got a .*Subset\(dataset, indices\)"):
-        OverlapBatchSampler(wrong, 2)
+class Stream(IterableDataset):
+    """A stream with a length, as many have."""
+
+    def __len__(self):
+        return 100
+
+    def __iter__(self):
+        return iter(range(100))
+
+
+INDICES = range(500, 600)
+NO_DATASET = {
+    "random": (SubsetRandomSampler(INDICES), "got a SubsetRandomSampler, .*Subset"),
+    "sequential": (SequentialSampler(INDICES), "got a SequentialSampler, .*Subset"),
+    "weighted": (WeightedRandomSampler([1.0] * 9, 100), "got a WeightedRandomSampler, .*Subset"),
+    "batch": (BatchSampler(SequentialSampler(INDICES), 4, False), "got a BatchSampler, .*Subset"),
+    "overlap": (OverlapBatchSampler(100, 4), "got a OverlapBatchSampler, .*Subset"),
+    "dataloader": (DataLoader(list(range(100))), "got a DataLoader, .*Subset"),
+    "resident": (ResidentLoader(synthetic(length=40, size=4), 8), "got a ResidentLoader, .*Subset"),
+    "set": (set(INDICES), "got a set, .*Subset"),
+    "generator": ((i for i in INDICES), "got a generator, .*Subset"),
+    "stream": (Stream(), "Stream is an IterableDataset"),
+    "splits": (
+        {"train": [0] * 50, "test": [0] * 9},
+        "got a dict with the keys 'train', 'test'; pass one of its values",
+    ),
+    "path": ("/data/train", "got the str '/data/train'; open it first"),
+    "folder": (Path("/data/train"), "got the PosixPath .*; open it first"),
+}
+TAKERS = {
+    "OverlapBatchSampler": lambda data: OverlapBatchSampler(data, 8),
+    "HalfBatchSampler": lambda data: HalfBatchSampler(data, 8),
+    "ViewPairSampler": lambda data: ViewPairSampler(data, 8),
+    "OverlapLoader": lambda data: OverlapLoader(data, 8, load=lambda d, i: d[i]),
+    "ResidentLoader": lambda data: ResidentLoader(data, 8),
+    "SampledLoader": lambda data: SampledLoader(data, ViewPairSampler(100, 8)),
+    "EvalLoader": lambda data: EvalLoader(data, 8),
+    "TwoViews": lambda data: TwoViews(data, lambda image: image),
+    "IndexedDataset": IndexedDataset,
+    "MapDataset": MapDataset,
+    "load_into_memory": load_into_memory,
+}
+
+
+@pytest.mark.parametrize("wrong", NO_DATASET)
+@pytest.mark.parametrize("taker", TAKERS)
+def test_what_has_a_length_but_is_no_dataset_is_refused(taker, wrong):
+    data, match = NO_DATASET[wrong]
+    with pytest.raises(TypeError, match=f"^{taker}: .*{match}"):
+        TAKERS[taker](data)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, range, np.array, torch.tensor])
+def test_indices_into_a_larger_dataset_are_no_dataset(kind):
+    indices = INDICES if kind is range else kind(list(INDICES))
+    with pytest.raises(TypeError, match=r"of 100 sample indices; pass the dataset, or torch.utils.data.Subset\("):
+        OverlapBatchSampler(indices, 8)
+    with pytest.raises(
+        TypeError, match="ClassBatchSampler: targets must be .* got a SubsetRandomSampler; pass dataset"
+    ):
+        ClassBatchSampler(SubsetRandomSampler(INDICES), 8)
+    with pytest.raises(TypeError, match="SampledLoader: sampler must be a ClassBatchSampler or .* SequentialSampler"):
+        SampledLoader(synthetic(length=40, size=4), SequentialSampler(INDICES))
+    for whole in (Subset(list(range(900)), INDICES), list(range(100)), [i % 3 for i in INDICES], ["a.jpg"] * 100):
+        assert OverlapBatchSampler(whole, 8).plan.length == 100
+    for length in (np.int64(100), torch.tensor(100)):
+        assert OverlapBatchSampler(length, 8).plan.length == 100
 
 
 def test_without_drop_last_a_set_may_be_smaller_than_half_a_batch():

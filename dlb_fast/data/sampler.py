@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from dlb_fast._args import as_int
-from dlb_fast.data._args import as_bool, check_callable, class_indices
+from dlb_fast.data._args import PART, are_indices, as_bool, check_callable, class_indices, length_of
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.plan import Ids, OverlapPlan, half_of, make_plan
 from dlb_fast.data.position import StreamPosition
@@ -274,6 +274,11 @@ class ClassBatchSampler(PlanSampler):
                 f"{name}: batch_size must be a multiple of companions + 1 = {self.companions + 1} "
                 f"(anchors and their companions), got {batch_size}"
             )
+        if not (hasattr(targets, "__array__") or isinstance(targets, Sequence)) or isinstance(targets, str):
+            raise TypeError(
+                f"{name}: targets must be (N,) class indices, got a {type(targets).__name__}; pass dataset.targets, or "
+                "those of the indices of a torch.utils.data.Subset"
+            )
         classes = np.asarray(targets)
         if classes.ndim != 1 or not np.issubdtype(classes.dtype, np.integer):
             raise ValueError(f"{name}: targets must be (N,) integers, got {classes.dtype} {classes.shape}")
@@ -381,12 +386,15 @@ class ViewPairSampler(PlanSampler):
 
 def _length(operation: str, source: int | Sized) -> int:
     """The number of samples of a dataset, or that number itself."""
-    if isinstance(source, (Sampler, DataLoader)):
+    if isinstance(source, float) or (hasattr(source, "__index__") and not getattr(source, "ndim", 0)):
+        return as_int(source, operation, "data_source_or_len", 0)
+    length = length_of(operation, source)
+    if are_indices(source, length):
         raise TypeError(
-            f"{operation}: expected a dataset or its length, got a {type(source).__name__}, whose length is not the "
-            "number of samples; pass the dataset, or torch.utils.data.Subset(dataset, indices) for a part of it"
+            f"{operation}: expected a dataset or its length, got a {type(source).__name__} of {length} sample indices; "
+            f"{PART}"
         )
-    return as_int(len(source) if isinstance(source, Sized) else source, operation, "data_source_or_len", 0)
+    return length
 
 
 class IndexedDataset(Dataset[tuple[Any, Any, int]]):
@@ -404,6 +412,7 @@ class IndexedDataset(Dataset[tuple[Any, Any, int]]):
 
     def __init__(self, dataset: Any, transform: Callable[[Any, ViewRng], Any] | None = None) -> None:
         check_callable("IndexedDataset", transform=transform)
+        length_of("IndexedDataset", dataset)
         self.dataset = dataset
         self.transform = transform
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dlb_fast._args import as_int
-from dlb_fast.data._args import class_index, class_indices
+from dlb_fast.data._args import class_index, class_indices, length_of
 from dlb_fast.data.datasets.arrays import ArrayDataset, check_split, cifar, digits, stratified_split, synthetic
 from dlb_fast.data.datasets.folder import ImageFolder, ListFile, TinyImageNet, has_folders
 from dlb_fast.data.datasets.source import as_image, as_pair
@@ -140,6 +140,7 @@ class MapDataset:
         targets: Any = None,
         classes: list[str] | None = None,
     ) -> None:
+        length_of("MapDataset", dataset)
         self.dataset = dataset
         self.load = load if load is not None else lambda data, index: data[index]
         self._targets = targets if targets is not None else getattr(dataset, "targets", None)
@@ -185,6 +186,7 @@ def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_th
     Raises:
         ValueError: no samples, or images of different sizes.
     """
+    length_of("load_into_memory", dataset)
     data = dataset if hasattr(dataset, "targets") else MapDataset(dataset)
     name = getattr(dataset, "name", "array")
     if hasattr(dataset, "images") and transform is None:

@@ -154,6 +154,7 @@ class SampleSource:
         load: Callable[[Any, int], tuple[Any, Any]] | None = None,
         operation: str = "OverlapLoader",
     ) -> None:
+        length = length_of(operation, dataset)
         self._operation = operation
         self._dataset = dataset
         self._decoder = decoder
@@ -171,7 +172,6 @@ class SampleSource:
                 f"them; {remedies.get(operation, 'use load_into_memory(dataset)')} for any other map-style dataset"
             )
         self._targets = class_indices(operation, dataset.targets)
-        length = length_of(operation, dataset)
         if self._targets.shape != (length,):
             raise ValueError(
                 f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}"

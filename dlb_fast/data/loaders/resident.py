@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlb_fast.data._args import check_callable, class_indices, device_of
+from dlb_fast.data._args import check_callable, class_indices, device_of, length_of
 from dlb_fast.data.batch import Batch, stack_views, tensor_of, to_device
 from dlb_fast.data.plan import make_plan
 from dlb_fast.data.position import StreamPosition
@@ -212,6 +212,7 @@ class ResidentViews:
 def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(images uint8 (N, c, h, w), targets int64 (N,)) of a dataset, checked."""
     if not (hasattr(dataset, "images") and hasattr(dataset, "targets")):
+        length_of(operation, dataset)  # what is no dataset at all has an error of its own
         raise TypeError(
             f"{operation}: dataset needs `images` (N, c, h, w) uint8 and `targets` (N,), {type(dataset).__name__} has "
             "not both; use OverlapLoader for files, or load_into_memory(dataset) first"

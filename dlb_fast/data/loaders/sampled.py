@@ -20,7 +20,7 @@ from dlb_fast.data.decode.decode import ImageDecoder
 from dlb_fast.data.loaders.resident import ResidentViews, resident_tensors
 from dlb_fast.data.plan import resolve_ranks
 from dlb_fast.data.rng import ViewRng, ViewRngs
-from dlb_fast.data.sampler import ViewPairSampler
+from dlb_fast.data.sampler import PlanSampler, ViewPairSampler
 from dlb_fast.data.transforms.crops import Transform
 from dlb_fast.data.transforms.erasing import Eraser
 from dlb_fast.data.transforms.mixing import Mix, check_mix
@@ -73,7 +73,7 @@ class SampledLoader:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> from dlb_fast.data import ViewPairSampler
+        >>> from dlb_fast.data import PlanSampler, ViewPairSampler
         >>> digits = SimpleNamespace(images=torch.zeros(4, 1, 8, 8, dtype=torch.uint8), targets=torch.arange(4))
         >>> [batch.ids.tolist() for batch in SampledLoader(digits, ViewPairSampler(4, 4, shuffle=False))]
         [[0, 1, 0, 1], [2, 3, 2, 3]]
@@ -94,6 +94,11 @@ class SampledLoader:
         erase: Eraser | None = None,
         mix: Mix | None = None,
     ) -> None:
+        if not isinstance(sampler, PlanSampler):
+            raise TypeError(
+                f"SampledLoader: sampler must be a ClassBatchSampler or a ViewPairSampler, got a "
+                f"{type(sampler).__name__}; torch's samplers belong into a DataLoader"
+            )
         self.sampler = sampler
         self.batch_size = sampler.batch_size
         self.device = device_of("SampledLoader", device)

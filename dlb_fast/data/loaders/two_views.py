@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from dlb_fast.data._args import length_of
 from dlb_fast.data.batch import Batch, tensor_of
 from dlb_fast.data.rng import ViewRng
 from dlb_fast.data.sampler import SampleIndex
@@ -41,6 +42,7 @@ class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
     def __init__(self, dataset: Any, transform: Callable[..., Any], *, seed: int | None = None) -> None:
         if not callable(transform):
             raise TypeError(f"TwoViews: transform must be callable, got {transform!r} ({type(transform).__name__})")
+        length_of("TwoViews", dataset)
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
