@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from dlb_fast.data import (
     open_dataset,
 )
 from dlb_fast.data.datasets import folder
+from dlb_fast.data.datasets.verify import verify_data
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -73,16 +75,57 @@ def test_links_are_followed_but_never_back(tmp_path, caplog):
     write_images(tmp_path / "set", ["cat/a.png", "dog/b.png"])
     write_images(tmp_path / "elsewhere", ["deep/c.png", "d.png"])
     (tmp_path / "set" / "cat" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    (tmp_path / "set" / "dog" / "same").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    honest = [(0, "cat"), (1, "cat"), (0, "cat"), (1, "dog"), (1, "dog"), (0, "dog")]
+    honest = [(0, "cat"), (1, "cat"), (0, "cat"), (1, "dog")]
     assert contents(ImageFolder(tmp_path / "set")) == honest and caplog.text == ""
     (tmp_path / "set" / "cat" / "again").symlink_to(tmp_path / "set" / "cat", target_is_directory=True)
     (tmp_path / "set" / "cat" / "root").symlink_to(tmp_path / "set", target_is_directory=True)
+    (tmp_path / "set" / "cat" / "up").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "elsewhere" / "deep" / "back").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "set" / "cat" / "itself").symlink_to("itself")
     assert contents(ImageFolder(tmp_path / "set")) == honest
-    assert "cat/again links to one of its parent folders" in caplog.text
-    assert "cat/root links to one of its parent folders" in caplog.text
+    assert re.search("cat/again links to .*cat, which is read already, and is not followed", caplog.text)
+    assert "cat/root links to one of its parent folders and is not followed" in caplog.text
+    assert "cat/up links to one of its parent folders" in caplog.text
+    assert re.search("deep/back links to .*more, which is read already", caplog.text)
+
+
+def test_links_that_fan_out_are_read_once(tmp_path, monkeypatch):
+    """16 folders with two links each to the next are 65 536 paths to 16 folders."""
+    write_images(tmp_path / "set", ["a/0.png", "b/1.png"])
+    for level in range(16):
+        (tmp_path / f"level{level}").mkdir()
+        for name in ("x", "y"):
+            (tmp_path / f"level{level}" / name).symlink_to(tmp_path / f"level{level + 1}", target_is_directory=True)
+    write_images(tmp_path / "level16", ["2.png"])
+    (tmp_path / "set" / "a" / "fan").symlink_to(tmp_path / "level0", target_is_directory=True)
+    listed = []
+    monkeypatch.setattr(os, "scandir", lambda path, look=os.scandir: listed.append(path) or look(path))
+    dataset = ImageFolder(tmp_path / "set")
+    assert [name for _, name in contents(dataset)] == ["a", "a", "b"] and len(listed) == 1 + 2 + 17
+    listed.clear()
+    assert verify_data(tmp_path / "set").files == 3 and len(listed) == 3 + 17
+
+
+def test_one_file_in_two_classes_is_refused_and_twice_in_one_is_said(tmp_path, caplog):
+    write_images(tmp_path, ["cat/a.png", "cat/b.png", "dog/c.png"])
+    (tmp_path / "cat" / "z.png").symlink_to(tmp_path / "cat" / "a.png")
+    os.link(tmp_path / "cat" / "b.png", tmp_path / "cat" / "y.png")
+    assert len(ImageFolder(tmp_path)) == 5
+    assert re.search(r"2 images are there twice, by links, such as .*cat/\w.png and .*cat/\w.png", caplog.text)
+    os.link(tmp_path / "cat" / "b.png", tmp_path / "dog" / "b.png")
+    with pytest.raises(ValueError, match=r"cat/\w.png and .*dog/b.png are the same file in two classes; remove one"):
+        ImageFolder(tmp_path)
+    (tmp_path / "dog" / "b.png").unlink()
+    (tmp_path / "dog" / "more").symlink_to(tmp_path / "cat")
+    with pytest.raises(ValueError, match="are the same file in two classes"):
+        ImageFolder(tmp_path)
+
+
+def test_a_listing_without_inodes_accuses_nobody(tmp_path, monkeypatch):
+    write_images(tmp_path, ["cat/a.png", "dog/b.png"])
+    find = folder.image_files
+    monkeypatch.setattr(folder, "image_files", lambda *args: [(path, (1, 0)) for path, _ in find(*args)])
+    assert len(ImageFolder(tmp_path)) == 2
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -102,8 +145,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_many_classes_take_no_more_than_their_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "class_folders", lambda root: [f"{k:06}" for k in range(30_000)])
-    monkeypatch.setattr(folder, "image_files", lambda root, folder, endings: [folder + "/0.png"])
+    monkeypatch.setattr(folder, "class_folders", lambda *args: [f"{k:06}" for k in range(30_000)])
+    monkeypatch.setattr(folder, "image_files", lambda root, name, *args: [(name + "/0.png", (1, int(name)))])
     started = time.process_time()  # what other processes take does not count
     assert len(ImageFolder(tmp_path)) == 30_000
     assert time.process_time() - started < 30  # a set of all classes made for each of them took minutes
@@ -120,7 +163,7 @@ def test_one_string_is_not_a_list_of_extensions(tmp_path, extensions):
 def test_a_pipe_among_the_images_is_named_and_never_opened(tmp_path, give_path):
     write_images(tmp_path, ["a/0.png", "a/1.png", "a/2.png"])
     os.mkfifo(tmp_path / "a" / "pipe.jpg")
-    dataset = ImageFolder(tmp_path)
+    dataset = ImageFolder(tmp_path, classes=["a"])
     if give_path:  # a user's dataset may name the file and leave the reading to the loader
         dataset.read = dataset.path
     with (
@@ -128,6 +171,177 @@ def test_a_pipe_among_the_images_is_named_and_never_opened(tmp_path, give_path):
         pytest.raises(SampleError, match=r"pipe\.jpg: .*not a regular file but a pipe, socket or device"),
     ):
         list(loader)
+
+
+LEVELS = {  # a layout, and what is said of it
+    "one level too deep": (
+        ["data/cat/0.png", "data/dog/0.png"],
+        r"'data' holds no images but the folders 'cat', 'dog'.*Pass .*/data,",
+    ),
+    "two levels too deep": (["a/b/cat/0.png", "a/b/dog/0.png"], r"'a' holds no images but the folders 'b'.*Pass .*/a,"),
+    "splits too deep": (
+        ["set/train/cat/0.png", "set/val/cat/0.png"],
+        "'set' holds no images but the folders 'train', 'val'",
+    ),
+    "inside the only class": (["images/0.png", "images/1.png"], "a single class folder, 'images', so every answer"),
+    "one class, deeper": (["cat/images/0.png"], r"'cat' holds no images but the folders 'images'.*Pass .*/cat,"),
+    "taxonomy": (
+        ["pets/cat/0.png", "pets/dog/0.png", "farm/cow/0.png"],
+        "'pets' holds no images but the folders 'cat', 'dog'",
+    ),
+    "container among classes": (
+        ["cat/0.png", "dog/0.png", "more/lion/0.png", "more/tiger/0.png"],
+        "'more' holds no images",
+    ),
+    "second copy": (
+        ["cat/0.png", "dog/0.png", "data/cat/0.png", "data/1.png"],
+        "data holds folders named like classes beside it",
+    ),
+    "split among classes": (
+        ["cat/0.png", "dog/0.png", "holdout/cat/0.png"],
+        "holdout holds folders named like classes",
+    ),
+    "thumbnails as a class": (
+        ["cat/0.png", "dog/0.png", "Thumbnails/0.png"],
+        "'Thumbnails' is named like a store of thumb",
+    ),
+    "thumbnails in a class": (
+        ["cat/0.png", "cat/x/_thumbs/0.png", "dog/0.png"],
+        "cat: the folder '_thumbs' is named like",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEVELS)
+def test_where_the_class_folders_are_has_to_be_certain(tmp_path, case):
+    paths, match = LEVELS[case]
+    write_images(tmp_path, paths)
+    with pytest.raises(ValueError, match=match):
+        ImageFolder(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        open_dataset(f"imagefolder:{tmp_path}")
+    named = sorted({path.split("/")[0] for path in paths})
+    assert len(ImageFolder(tmp_path, classes=named)) == len(paths)  # which is how a user says that they are certain
+
+
+def test_the_folder_that_a_message_names_is_the_right_one(tmp_path):
+    write_images(tmp_path, ["data/cat/0.png", "data/dog/0.png"])
+    with pytest.raises(ValueError) as caught:
+        ImageFolder(tmp_path)
+    (right,) = re.findall(r"Pass (\S+),", str(caught.value))
+    assert ImageFolder(right).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["n1/images/0.png", "n2/images/0.png"],  # TinyImageNet's training folder
+        ["cat/cat/0.png", "dog/dog/0.png"],  # each class unzipped into a folder of its name
+        ["cat/0.png", "cat/2020/0.png", "cat/2021/1.png", "dog/0.png"],
+    ],
+)
+def test_folders_inside_of_classes_that_leave_no_doubt(tmp_path, paths):
+    write_images(tmp_path, paths)
+    assert len(ImageFolder(tmp_path)) == len(paths) and ImageFolder(tmp_path).num_classes == 2
+
+
+def test_what_is_not_used_is_said_in_one_line(tmp_path, caplog):
+    write_images(tmp_path, [
+        "cat/0.png", "dog/0.png", ".thumbnails/0.png", "__MACOSX/cat/._0.png", "cat/@eaDir/0.png/x.png",
+        "dog/.ipynb_checkpoints/0-checkpoint.png", "cat/._0.png", "lone.jpg", "$RECYCLE.BIN/1.png", "lost+found/1.png",
+    ])  # fmt: skip
+    for name in ("cat/Thumbs.db", "dog/.DS_Store", "cat/1.heic", "cat/2.heic", "dog/list.txt", "dog/1.GIF"):
+        (tmp_path / name).write_bytes(b"")
+    dataset = ImageFolder(tmp_path)
+    assert [os.path.relpath(dataset.path(i), tmp_path) for i in range(len(dataset))] == ["cat/0.png", "dog/0.png"]
+    assert dataset.classes == ["cat", "dog"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    for part in (
+        "not used: the folders '$RECYCLE.BIN', '.ipynb_checkpoints', '.thumbnails', '@eaDir', '__MACOSX' and 1 more",
+        "images beside the class folders (1: 'lone.jpg')",
+        "files of other extensions (1 .gif, 2 .heic)",
+        "images whose names begin with a dot (1)",
+    ):
+        assert part in line
+
+
+def test_class_names_that_differ_in_case_only_are_said(tmp_path, caplog):
+    write_images(tmp_path, ["Cat/0.png", "cat/0.png", "dog/0.png"])
+    assert ImageFolder(tmp_path).classes == ["Cat", "cat", "dog"]
+    assert "1 classes differ in case or spaces only, such as 'Cat', 'cat'" in caplog.text
+
+
+TRAIN = ["train/cat/0.png", "train/cat/1.png", "train/dog/0.png", "train/dog/1.png"]
+SPLITS = {  # further images, and the folder that is the validation set
+    "val": (["val/cat/0.png", "val/dog/0.png"], "val"),
+    "Val": (["Val/cat/0.png", "Val/dog/0.png"], "Val"),
+    "VALID": (["VALID/cat/0.png", "VALID/dog/0.png"], "VALID"),
+    "testing": (["testing/cat/0.png", "testing/dog/0.png"], "testing"),
+    "val_images": (["val_images/cat/0.png", "val_images/dog/0.png"], "val_images"),
+    "val before test": (
+        ["test/cat/0.png", "test/dog/0.png", "validation/cat/0.png", "validation/dog/0.png"],
+        "validation",
+    ),
+    "a test set without labels": (["test/0.png", "test/1.png"], None),
+    "hidden": (["__MACOSX/cat/0.png", ".val/cat/0.png"], None),
+    "none": ([], None),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_splits_in_every_usual_spelling(tmp_path, caplog, case):
+    more, validation = SPLITS[case]
+    write_images(tmp_path, [*TRAIN, *more])
+    train, test = (open_dataset(f"imagefolder:{tmp_path}", split) for split in ("train", "test"))
+    assert train.classes == test.classes == ["cat", "dog"]
+    if validation is None:
+        assert (len(train), len(test)) == (2, 2) and "a stratified tenth (2 of 4) is held out" in caplog.text
+        assert case != "a test set without labels" or "trains on train; not used: 'test'" in caplog.text
+    else:
+        assert len(train) == 4 and {test.path(i) for i in range(2)} == {str(tmp_path / path) for path in more[-2:]}
+        assert ("tests on" in caplog.text) == (case not in ("val",))
+    for record in caplog.records:  # what is said is said once, though both splits were opened
+        assert sum(record.getMessage() == other.getMessage() for other in caplog.records) == 1
+
+
+UNCERTAIN = {
+    "two validation folders": (["val/cat/0.png", "Valid/cat/0.png"], "several folders for one split: 'Valid', 'val'"),
+    "two training folders": (["Training/cat/0.png"], "several folders for one split: 'Training', 'train'"),
+    "an unknown split": (["holdout/cat/0.png"], r"'holdout' beside 'train' has folders like the classes .*\('cat'\)"),
+    "a class or a split": (["bus/0.png"], "'bus' beside 'train' holds images or nothing: is it a split or a class"),
+    "val without classes": (["val/0.png"], "val has no class folders"),
+    "another class in val": (
+        ["val/cat/0.png", "val/cow/0.png"],
+        "class folders that the given classes lack: 'cow'; the cl",
+    ),
+    "another case in val": (
+        ["val/Cat/0.png", "val/Dog/0.png"],
+        "lack: 'Cat', 'Dog'; the classes are 'cat', 'dog'. Rename",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCERTAIN)
+def test_splits_that_are_not_certain_are_refused(tmp_path, case):
+    more, match = UNCERTAIN[case]
+    write_images(tmp_path, [*TRAIN, *more])
+    with pytest.raises(ValueError, match=match):
+        open_dataset(f"imagefolder:{tmp_path}", "test")
+
+
+def test_a_validation_folder_that_is_the_training_folder_is_refused(tmp_path):
+    write_images(tmp_path, TRAIN)
+    (tmp_path / "val").symlink_to("train")
+    with pytest.raises(
+        ValueError, match="val is .*train, so the test images would be those of the training; remove it"
+    ):
+        open_dataset(f"imagefolder:{tmp_path}")
+
+
+def test_classes_that_the_validation_folder_lacks_are_said(tmp_path, caplog):
+    write_images(tmp_path, [*TRAIN, "val/dog/0.png"])
+    assert open_dataset(f"imagefolder:{tmp_path}", "test").targets.tolist() == [1]
+    assert "val lacks 1 of the 2 classes of" in caplog.text and "'cat'" in caplog.text
 
 
 def test_train_may_be_a_class(tmp_path):
@@ -162,7 +376,6 @@ def test_paths_are_kept_in_one_array(tmp_path):
     assert [dataset.path(k) for k in range(5001)] == [f"root/{name}" for name in [*names, undecodable]]
     assert len(pickle.dumps(dataset)) < 5001 * (max(len(n.encode()) for n in names) + 8) + 2000
     assert dataset.select(np.array([7])).path(0) == f"root/{names[7]}"
-
 
 
 def test_list_file(tmp_path):
@@ -239,6 +452,8 @@ def test_tiny_imagenet(tmp_path):
     annotations.write_text("val_0.JPEG\tn2\t0\t32\t44\t62\n")
     assert contents(TinyImageNet(tmp_path)) == [(1, "n1"), (2, "n1"), (0, "n2")]
     assert contents(open_dataset(f"tinyimagenet:{tmp_path}", "test")) == [(3, "n2")]
+    with pytest.raises(ValueError, match=f"TinyImageNet as published; use tinyimagenet:{tmp_path}"):
+        open_dataset(f"imagefolder:{tmp_path}")
     annotations.write_text("val_0.JPEG\tn9\n")
     with pytest.raises(ValueError, match="val_annotations.txt line 1: expected"):
         TinyImageNet(tmp_path, "test")

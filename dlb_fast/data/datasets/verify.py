@@ -87,8 +87,8 @@ def verify_data(
     """Decode every image under `path` with the decoder the loader uses, in threads.
 
     Args:
-        path: a folder or one file. Links are followed, except to a parent folder of the link; names that begin with a
-            dot are ignored.
+        path: a folder or one file. Links are followed, and every folder is read once; names that begin with a dot
+            are ignored.
         num_threads: number of threads; None means the cores of this process, at most 8.
         decoder: None means `ImageDecoder()`.
         extensions: file extensions of images, in any case.
@@ -157,7 +157,7 @@ class _Check:
         def unreadable(folder: str, error: OSError) -> None:
             self._bad(folder, f"{type(error).__name__}: {error}")
 
-        for inside, is_folder in tree(str(root), "", unreadable):
+        for inside, is_folder, _ in tree(str(root), "", unreadable):
             path = os.path.join(root, inside)
             if not is_folder and is_image(inside, self._extensions):
                 yield path
