@@ -406,34 +406,104 @@ def test_list_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "path", "label"),
     [
-        ("x,y.jpg 3", "x,y.jpg", "3"),
-        ("a.jpg b.jpg   3", "a.jpg b.jpg", "3"),
-        ("no extension 3", "no extension", "3"),
+        ("x,y.jpg n3", "x,y.jpg", "n3"),
+        ("a.jpg b.jpg   n3", "a.jpg b.jpg", "n3"),
+        ("no extension n3", "no extension", "n3"),
         ("c.jpg\tgolden retriever, young", "c.jpg", "golden retriever, young"),
         ("a\tb.jpg\tdog", "a\tb.jpg", "dog"),
+        ("deep/er/a.jpg\tn3", "deep/er/a.jpg", "n3"),
+        ("/elsewhere/a.jpg n3", "/elsewhere/a.jpg", "n3"),
     ],
 )
 def test_the_label_of_a_line_follows_the_last_tab_or_is_the_last_word(tmp_path, line, path, label):
+    write_images(tmp_path, ["0.jpg"] + ([] if path.startswith("/") else [path]))
     lists = tmp_path / "list.txt"
-    lists.write_text("".join(f"{k}.jpg {k}\n" for k in range(12)) + line + "\n")
+    lists.write_text("".join(f"{k}.jpg n{k}\n" for k in range(12)) + line + "\n")
     dataset = ListFile(lists)
     assert dataset.path(12) == str(tmp_path / path) and dataset.classes[dataset.targets[12]] == label
-    assert label != "3" or dataset.targets.tolist() == [*range(12), 3]
+
+
+BAD_LISTS = {  # name: (the lines, what is said of them)
+    "header with tabs": (
+        "path\tlabel\n0.jpg\t1\n1.jpg\t0\n",
+        r"line 1: .*got 'path\\tlabel', which names no image; if.*header",
+    ),
+    "header with spaces": ("filename label\n0.jpg 1\n", "line 1: .*which names no image; if it is a header, delete it"),
+    "header of a csv": ("filename,label\n0.jpg,1\n", "line 1: .*which names no image; if it is a header"),
+    "csv": ("0.jpg,1\n1.jpg,0\n", "line 1: .*got '0.jpg,1'; put a tab between path and label"),
+    "csv with spaces": ("0.jpg, 1\n1.jpg, 0\n", "line 1: .*put a tab"),
+    "csv with names of two words": ("0.jpg,golden retriever\n", "line 1: .*put a tab"),
+    "semicolons": ("0.jpg;1\n", "line 1: .*put a tab"),
+    "quotes": ('"0.jpg"\t1\n"1.jpg"\t0\n', "line 1: quotes are part of a path or label here"),
+    "quoted labels": ("0.jpg\t'cat'\n", "line 1: quotes are part"),
+    "label first": ("1 0.jpg\n0 1.jpg\n", "line 1: .*the path comes first, then the label"),
+    "names of two words": ("0.jpg golden retriever\n", "line 1: .*put a tab"),
+    "three columns": ("0.jpg\tcat\ttrain\n", "line 1: .*put a tab"),
+    "two images": ("0.jpg 1.jpg cat\n", "line 1: .*put a tab"),
+    "no label": ("0.jpg 1\n1.jpg\t\n", "line 2: expected `path<TAB>label`, got '1.jpg'"),
+    "mixed labels": (
+        "0.jpg 1\n1.jpg 0\n2.jpg dog\n",
+        "line 3 has the label 'dog', line 1 the number '1', so it is not cert",
+    ),
+    "fractions": ("0.jpg 1.0\n1.jpg 0.0\n", "line 1: the label '1.0' is a number but no class index"),
+    "signs": ("0.jpg -1\n1.jpg +1\n", "line 1: the label '-1' is a number but no class index"),
+    "missing values": ("0.jpg cat\n1.jpg nan\n", "line 2: the label 'nan' is a number but no class index"),
+    "one class": ("0.jpg cat\n1.jpg cat\n", "all 2 samples have the label 'cat', so every answer"),
+    "one index": ("0.jpg 3\n1.jpg 3\n", "all 2 samples have the label '3', so every answer"),
+    "two labels": ("0.jpg cat\n1.jpg dog\n./0.jpg dog\n", "line 3: ./0.jpg has the label 'dog', but 'cat' in line 1"),
+    "a number too many": (
+        "0.jpg 0\n1.jpg 1\n2.jpg 999999\n",
+        "line 3: label 999999: .* of the 1000000 classes .* only 3 occur",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_every_line_of_a_list_is_used_or_an_error(tmp_path, case):
+    text, match = BAD_LISTS[case]
+    write_images(tmp_path, [f"{k}.jpg" for k in range(3)])
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"list.txt:? {match}"):
+        ListFile(tmp_path / "list.txt")
+
+
+def test_what_is_odd_about_a_list_is_said(tmp_path, caplog):
+    write_images(tmp_path, [f"{k}.jpg" for k in range(3)])
+    lists = tmp_path / "list.txt"
+    lists.write_text("0.jpg 1\n1.jpg 2\n2.jpg 2\n2.jpg 2\n")
+    assert ListFile(lists).targets.tolist() == [1, 2, 2, 2]
+    assert "list.txt: 1 of the 3 classes have no image: '0' (do the labels count from 1?)" in caplog.text
+    assert "list.txt: 1 lines repeat an image" in caplog.text
+    lists.write_text("0.jpg cat\n1.jpg Cat\n")
+    assert ListFile(lists).classes == ["Cat", "cat"]
+    assert "1 classes differ in case or spaces only, such as 'Cat', 'cat'" in caplog.text
+
+
+def test_relative_paths_begin_at_the_list(tmp_path):
+    write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    (tmp_path / "list.txt").write_text("a.jpg 1\nb.jpg 0\n")
+    with pytest.raises(
+        FileNotFoundError, match=rf"line 1: no file .*a.jpg; relative paths begin at {tmp_path}, pass root"
+    ):
+        ListFile(tmp_path / "list.txt")
+    assert contents(ListFile(tmp_path / "list.txt", root=tmp_path / "images")) == [(0, "1"), (1, "0")]
 
 
 def test_a_list_with_a_mark_in_front(tmp_path):
+    write_images(tmp_path, ["a.jpg"])
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.jpg 1\r\ncaf\xe9.jpg 0\r\n")
     dataset = ListFile(tmp_path / "list.txt")
     assert dataset.path(0) == str(tmp_path / "a.jpg") and os.fsencode(dataset.path(1)).endswith(b"/caf\xe9.jpg")
 
 
 def test_numbers_that_are_no_class_indices(tmp_path):
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
     (tmp_path / "list.txt").write_text("a.jpg 20231105\nb.jpg 20231106\n")
-    with pytest.raises(ValueError, match=r"list.txt: label 20231106: numbers are class indices, expected below"):
+    with pytest.raises(ValueError, match=r"list.txt: line 2: label 20231106: numbers are class indices, and of the"):
         ListFile(tmp_path / "list.txt")
     assert ListFile(tmp_path / "list.txt", classes=["20231105", "20231106"]).targets.tolist() == [0, 1]
-    write_tar(tmp_path / "dates.tar", [("0.png", png(10)), ("0.cls", b"20231105")])
-    with pytest.raises(ValueError, match=r"TarShards: '.*dates.tar': label 20231105"):
+    write_tar(tmp_path / "dates.tar", [("0.png", png(1)), ("0.cls", b"1"), ("1.png", png(1)), ("1.cls", b"999999")])
+    with pytest.raises(ValueError, match=r"dates.tar': .*dates.tar: 1.png: label 999999: numbers are class indices"):
         TarShards(tmp_path / "dates.tar")
 
 
@@ -512,9 +582,121 @@ def test_links_and_hidden_members_of_a_tar(tmp_path):
     add_link(loop, "cat/c.jpg", "b.jpg", tarfile.SYMTYPE)
     with pytest.raises(ValueError, match=r"cat/b.jpg is a link to"):
         TarShards(loop)
-    write_tar(tmp_path / "twice.tar", [("cat/a.jpg", png(1)), ("cat/a.jpg", png(2)), ("./0.jpg", png(1))])
+    write_tar(tmp_path / "lone.tar", [("cat/a.jpg", png(1)), ("./0.jpg", png(1))])
     with pytest.raises(ValueError, match=r"./0.jpg has neither a ./0.cls beside it nor a class folder"):
-        TarShards(tmp_path / "twice.tar")
+        TarShards(tmp_path / "lone.tar")
+
+
+P = png(7)
+BAD_TARS = {  # name: (the members, what is said of them)
+    "an image without a label": (
+        [("c/0.png", P), ("c/0.cls", b"0"), ("c/1.png", P)],
+        "c/1.png has no .cls, 1 of 2 images",
+    ),
+    "a label without an image": ([("0.png", P), ("0.cls", b"0"), ("1.cls", b"1")], "1.cls has no image"),
+    "a label of another format": (
+        [("0.png", P), ("0.cls", b"0"), ("1.heic", P), ("1.cls", b"1")],
+        "1.cls has no image",
+    ),
+    "two images of a label": ([("0.left.png", P), ("0.right.png", P), ("0.cls", b"0")], "two images of the key '0'"),
+    "two formats": (
+        [("c/0.png", P), ("c/0.jpg", P), ("d/1.png", P)],
+        "c/0.png and c/0.jpg are two images of the key 'c/0'",
+    ),
+    "an image and its mask": ([("0.png", P), ("0.seg.png", P), ("0.cls", b"0")], "0.png and 0.seg.png are two images"),
+    "a mask in a class folder": (
+        [("c/0.png", P), ("c/0.seg.png", P), ("d/1.png", P)],
+        "are two images of the key 'c/0'",
+    ),
+    "two images of a json": (
+        [("c/0.l.png", P), ("c/0.r.png", P), ("c/0.json", b"{}"), ("d/1.png", P)],
+        "of the key 'c/0'",
+    ),
+    "twice": ([("c/0.png", P), ("d/1.png", P), ("./c/0.png", P)], "./c/0.png is there twice"),
+    "an empty label": ([("0.png", P), ("0.cls", b" \n")], "0.cls: expected one label as text, .* got 2 bytes"),
+    "a label of bytes": ([("0.png", P), ("0.cls", b"\xff\x03")], "0.cls: expected one label as text"),
+    "two labels": ([("0.png", P), ("0.cls", b"3\n5\n")], "0.cls: expected one label as text"),
+    "a long label": ([("0.png", P), ("0.cls", b"3" * 2000)], "0.cls: expected one label as text, .* got 2000 bytes"),
+    "mixed labels": (
+        [("0.png", P), ("0.cls", b"3"), ("1.png", P), ("1.cls", b"dog")],
+        "1.png has the label 'dog', .*number '3'",
+    ),
+    "a fraction": (
+        [("0.png", P), ("0.cls", b"3.0"), ("1.png", P), ("1.cls", b"1.0")],
+        "the label '3.0' is a number but no",
+    ),
+    "one class": ([("c/0.png", P), ("c/1.png", P)], "all 2 samples have the label 'c'"),
+    "two splits": (
+        [("train/c/0.png", P), ("train/d/1.png", P), ("val/c/2.png", P)],
+        "different folders \\('val' and 'train'\\)",
+    ),
+    "two depths": ([("c/0.png", P), ("d/1.png", P), ("d/more/2.png", P)], "different folders \\('d' and '.'\\)"),
+    "sessions": ([("c/2020/0.png", P), ("d/2020/1.png", P)], "different folders \\('d' and 'c'\\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TARS)
+def test_every_label_and_image_of_a_tar_is_certain(tmp_path, case):
+    members, match = BAD_TARS[case]
+    write_tar(tmp_path / "s.tar", members)
+    with pytest.raises(ValueError, match=match):
+        TarShards(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize(
+    ("members", "labels"),
+    [
+        (["img.0000.jpg", "img.0000.cls=1", "img.0001.jpg", "img.0001.cls=0"], ["1", "0"]),
+        (["x/img.0000.jpg", "x/img.0000.cls=1", "x/img.0001.jpg", "x/img.0001.cls=0"], ["1", "0"]),
+        (["a.b.c.jpg", "a.b.cls=0", "a.d.jpg", "a.d.cls=1"], ["0", "1"]),
+        (["0.input.png", "0.cls=1", "1.input.png", "1.cls=0"], ["1", "0"]),
+        (["0.CLS=dog", "0.JPG", "1.CLS=cat", "1.JPG"], ["dog", "cat"]),
+        (["cat/IMG.2020.01.jpg", "cat/IMG.2020.02.jpg", "dog/IMG.2020.01.jpg"], ["cat", "cat", "dog"]),
+        (["set/cat/0.jpg", "set/dog/0.jpg", "__MACOSX/set/cat/._0.jpg"], ["cat", "dog"]),
+        (["cat/@eaDir/0.jpg", "cat/0.jpg", "dog/0.jpg"], ["cat", "dog"]),
+    ],
+)
+def test_dotted_names_keep_their_labels(tmp_path, members, labels):
+    write_tar(tmp_path / "s.tar", [(m.partition("=")[0], m.partition("=")[2].encode() or P) for m in members])
+    dataset = TarShards(tmp_path / "s.tar")
+    assert [dataset.classes[label] for label in dataset.targets] == labels
+
+
+def test_a_folder_of_shards_is_one_split(tmp_path):
+    for name in ("train-0.tar", "train-1.tar"):
+        write_tar(tmp_path / name, [(f"{name[6]}.png", P), (f"{name[6]}.cls", name[6].encode())])
+    assert len(TarShards(tmp_path)) == 2
+    write_tar(tmp_path / "val-0.tar", [("2.png", P), ("2.cls", b"1")])
+    with pytest.raises(ValueError, match="shards of several splits .'train-0.tar', 'val-0.tar'.*a folder of its own"):
+        TarShards(tmp_path)
+    assert len(TarShards(sorted(tmp_path.glob("*.tar")))) == 3  # a list of files is certain
+    with pytest.raises(ValueError, match="val-0.tar' is listed twice"):
+        TarShards([tmp_path / "train-1.tar", tmp_path / "val-0.tar", tmp_path / "val-0.tar"])
+    (tmp_path / "val-0.tar").unlink()
+    write_tar(tmp_path / "train-2.tar.gz", [("2.png", P)], "w:gz")
+    with pytest.raises(ValueError, match=r"also holds compressed tar files \('train-2.tar.gz'\)"):
+        TarShards(tmp_path)
+
+
+def test_a_member_is_read_in_pieces_if_need_be(tmp_path, monkeypatch):
+    """One pread reads at most 2 GiB."""
+    write_tar(tmp_path / "s.tar", [("c/0.png", png(1)), ("d/1.png", png(2))])
+    dataset = TarShards(tmp_path / "s.tar")
+    monkeypatch.setattr(os, "pread", lambda file, size, at, read=os.pread: read(file, min(size, 50), at))
+    assert contents(dataset) == [(1, "c"), (2, "d")]
+
+
+def test_a_sparse_member_is_refused(tmp_path):
+    write_tar(tmp_path / "s.tar", [("c/0.png", png(1)), ("d/1.png", png(2))])
+    data = bytearray((tmp_path / "s.tar").read_bytes())
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        header = tar.getmember("d/1.png").offset
+    data[header + 156 : header + 157] = tarfile.GNUTYPE_SPARSE
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    (tmp_path / "s.tar").write_bytes(data)
+    with pytest.raises(ValueError, match="d/1.png is stored as a sparse file"):
+        TarShards(tmp_path / "s.tar")
 
 
 def test_tar_shards_errors(tmp_path):
@@ -529,7 +711,7 @@ def test_tar_shards_errors(tmp_path):
     write_tar(tmp_path / "c.tar", [("x.txt", b"hello")])
     with pytest.raises(ValueError, match="no images"):
         TarShards(tmp_path / "c.tar")
-    write_tar(tmp_path / "d.tar", [("c/0.png", png(1))])
+    write_tar(tmp_path / "d.tar", [("c/0.png", png(1)), ("d/0.png", png(1))])
     dataset = TarShards(tmp_path / "d.tar")
     with open(tmp_path / "d.tar", "r+b") as file:
         file.truncate(520)

@@ -10,6 +10,7 @@ import copy
 import functools
 import logging
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,6 @@ __all__ = ["FileDataset", "ImageFolder", "ListFile", "TinyImageNet"]
 
 _LOG = logging.getLogger("dlb_fast.data")
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
-_MOST_CLASSES = 1_000_000
 _OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".jxl", ".svg", ".eps", ".npy")
 _SYSTEM_FOLDERS = {
     "@eadir", "__macosx", "__pycache__", "lost+found", "$recycle.bin", "#recycle", "system volume information",
@@ -37,28 +37,65 @@ _SYSTEM_FOLDERS = {
 _SMALL = {"thumbnail", "thumbnails", "thumb", "thumbs"}
 
 
-def numbered(labels: Sequence[str], operation: str, *, names: bool = False) -> tuple[list[str], list[int]]:
+def numbered(
+    labels: Sequence[str], operation: str, where: Callable[[int], str], *, names: bool = False
+) -> tuple[list[str], list[int]]:
     """(class names, class index of each label): numeric labels are indices, other labels are numbered in sorted order.
 
     Args:
         labels: one label per sample.
         operation: name for messages.
+        where: where the label of a sample stands, for messages.
         names: True treats numeric labels as names too.
 
     Raises:
-        ValueError: numbers too large for class indices, such as dates.
+        ValueError: labels of which only some are numbers, numbers that are no class indices, a single class.
     """
-    if names or not all(label.isascii() and label.isdigit() for label in labels):
+    whole = [not names and label.isascii() and label.isdigit() for label in labels]
+    if any(whole) and not all(whole):
+        one, other = whole.index(True), whole.index(False)
+        raise ValueError(
+            f"{operation}: {where(other)} has the label {labels[other]!r}, {where(one)} the number {labels[one]!r}, so "
+            "it is not certain whether labels are class indices or names; delete a header, and label all samples in one "
+            "way"
+        )
+    if len(set(labels)) == 1:
+        raise ValueError(
+            f"{operation}: all {len(labels)} samples have the label {labels[0]!r}, so every answer would be right; "
+            "training needs two classes"
+        )
+    if not any(whole):
+        odd = -1 if names else next((k for k, label in enumerate(labels) if _is_number(label)), -1)
+        if odd >= 0:
+            raise ValueError(
+                f"{operation}: {where(odd)}: the label {labels[odd]!r} is a number but no class index; number the "
+                "classes 0, 1, 2, ..., or put a letter in front of it to make it a name"
+            )
         classes = sorted(set(labels))
+        say_similar(operation, classes)
         index = {name: k for k, name in enumerate(classes)}
         return classes, [index[label] for label in labels]
     targets = [int(label) for label in labels]
-    if max(targets) >= _MOST_CLASSES:
+    count, present = max(targets) + 1, set(targets)
+    if count > 1000 and 10 * len(present) < count:
         raise ValueError(
-            f"{operation}: label {max(targets)}: numbers are class indices, expected below {_MOST_CLASSES}; number the "
-            "classes from 0, pass a ListFile the labels as classes=[...], or put a letter in front of them"
+            f"{operation}: {where(targets.index(count - 1))}: label {count - 1}: numbers are class indices, and of the "
+            f"{count} classes from 0 on only {len(present)} occur; number the classes from 0, put a letter in front of "
+            "each label to make it a name, or pass a ListFile the labels as classes=[...]"
         )
-    return [str(c) for c in range(max(targets) + 1)], targets
+    if len(present) < count:
+        missing = [str(label) for label in range(count) if label not in present]
+        hint = " (do the labels count from 1?)" if missing == ["0"] else ""
+        say(f"{operation}: {len(missing)} of the {count} classes have no image: {some(missing)}{hint}")
+    return [str(label) for label in range(count)], targets
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
@@ -197,6 +234,8 @@ class ImageFolder(FileDataset):
 class ListFile(FileDataset):
     """Images listed in a text file, one `path<TAB>label` per line; without a tab the last word is the label.
 
+    Every line is used or is an error, so headers, quotes and commas between path and label are refused.
+
     Args:
         file: the list, in UTF-8. Empty lines and lines that begin with # are skipped.
         root: folder of the relative paths; None means the folder of the list.
@@ -204,9 +243,10 @@ class ListFile(FileDataset):
             numbered in sorted order.
 
     Raises:
-        FileNotFoundError: the list does not exist.
-        ValueError: a line without a label or with an unknown one (the message names file and line), or numbers too
-            large for class indices.
+        FileNotFoundError: the list does not exist, or none of its first images does.
+        ValueError: a line without a label or with an unknown one, a path that is no image, one image with two labels
+            (the message names file and line), labels that are partly numbers, numbers that are no class indices, or a
+            single class.
     """
 
     def __init__(
@@ -219,22 +259,22 @@ class ListFile(FileDataset):
         file = Path(file)
         if not file.is_file():
             raise FileNotFoundError(f"ListFile: no file {file}; expected lines of `path<TAB>label`")
+        root = file.parent if root is None else Path(root)
         paths, labels, numbers = [], [], []
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # some editors write a byte order mark
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             line = line.strip()
             if not line or line.startswith("#"):
                 continue
-            fields = line.rsplit("\t", 1) if "\t" in line else line.rsplit(maxsplit=1)
-            if len(fields) != 2:
-                raise ValueError(f"ListFile: {file} line {number}: expected `path<TAB>label`, got {line!r}")
-            paths.append(fields[0].strip())
-            labels.append(fields[1].strip())
+            path, label = _fields(f"ListFile: {file} line {number}", line, root)
+            paths.append(path)
+            labels.append(label)
             numbers.append(number)
         if not paths:
             raise ValueError(f"ListFile: {file} lists no images")
+        self._check_twice(file, paths, labels, numbers)
         if classes is None:
-            classes, targets = numbered(labels, f"ListFile: {file}")
+            classes, targets = numbered(labels, f"ListFile: {file}", lambda k: f"line {numbers[k]}")
         else:
             index = {name: k for k, name in enumerate(classes)}
             for label, number in zip(labels, numbers, strict=True):
@@ -243,7 +283,54 @@ class ListFile(FileDataset):
                         f"ListFile: {file} line {number}: label {label!r} is not one of the given classes"
                     )
             targets = [index[label] for label in labels]
-        super().__init__(paths, targets, classes, file.parent if root is None else root, "list")
+        if not any(os.path.exists(os.path.join(root, path)) for path in paths[:20]):
+            raise FileNotFoundError(
+                f"ListFile: {file} line {numbers[0]}: no file {os.path.join(root, paths[0])}; relative paths begin at "
+                f"{root}, pass root=... for another folder"
+            )
+        super().__init__(paths, targets, classes, root, "list")
+
+    @staticmethod
+    def _check_twice(file: Path, paths: list[str], labels: list[str], numbers: list[int]) -> None:
+        """ValueError for one path with two labels; a log line for equal lines."""
+        known: dict[str, int] = {}
+        again = 0
+        for k, path in enumerate(paths):
+            first = known.setdefault(os.path.normpath(path), k)
+            if labels[first] != labels[k]:
+                raise ValueError(
+                    f"ListFile: {file} line {numbers[k]}: {path} has the label {labels[k]!r}, but {labels[first]!r} in "
+                    f"line {numbers[first]}; delete one of the lines"
+                )
+            again += first != k
+        if again:
+            say(f"ListFile: {file}: {again} lines repeat an image, which is trained on as often")
+
+
+_IMAGE_IN_LINE = re.compile(rf"({'|'.join(map(re.escape, IMAGE_EXTENSIONS))})[\"']?\s*[\s,;|]", re.I)
+
+
+def _fields(where: str, line: str, root: Path) -> tuple[str, str]:
+    """(path, label) of one line of a list; ValueError if they are not certain."""
+    fields = [field.strip() for field in (line.rsplit("\t", 1) if "\t" in line else line.rsplit(maxsplit=1))]
+    if len(fields) == 2 and all(fields):
+        path, label = fields
+        quoted = any(len(field) > 1 and field[0] == field[-1] and field[0] in "\"'" for field in fields)
+        if quoted:
+            raise ValueError(f"{where}: quotes are part of a path or label here, got {line!r}; remove them")
+        one = path.lower().endswith(IMAGE_EXTENSIONS) and "\t" not in path and not _IMAGE_IN_LINE.search(path)
+        if one or os.path.isfile(os.path.join(root, path)):
+            return path, label
+        if label.lower().endswith(IMAGE_EXTENSIONS):
+            raise ValueError(f"{where}: expected `path<TAB>label`, got {line!r}; the path comes first, then the label")
+    if _IMAGE_IN_LINE.search(line):
+        raise ValueError(
+            f"{where}: expected `path<TAB>label`, got {line!r}; put a tab between path and label, and nothing else"
+        )
+    raise ValueError(
+        f"{where}: expected `path<TAB>label`, got {line!r}, which names no image; if it is a header, delete it or put "
+        "# in front"
+    )
 
 
 class TinyImageNet(FileDataset):
@@ -399,6 +486,20 @@ def unreadable(folder: str, error: OSError) -> NoReturn:
         f"ImageFolder: cannot read the folder {folder} ({error.strerror}), so its images would be missing; allow it "
         "(chmod u+rx), or remove the folder from the dataset"
     ) from error
+
+
+_SPLITS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "tests", "testing", "tst"), "test"),
+}
+
+
+def split_of(name: str) -> str:
+    """ "train", "val" or "test" for the usual names of these splits, else ""."""
+    word = re.sub(r"[^a-z]", "", name.lower())
+    word = re.sub(r"(set|split|data|images|imgs|folder|dir)$", "", word)
+    return _SPLITS.get(word, "")
 
 
 class LeftOut:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from dlb_fast.data.datasets.folder import (
     is_hidden,
     say,
     some,
+    split_of,
     tree,
     unreadable,
 )
@@ -40,11 +40,6 @@ _KINDS = (
 )
 _HELD_OUT = 0.1  # fraction of each class that becomes the test set of a dataset without one
 _VALIDATION = ("val", "valid", "validation", "test")
-_SPLITS = {
-    **dict.fromkeys(("train", "training", "trn"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval", "evaluation"), "val"),
-    **dict.fromkeys(("test", "tests", "testing", "tst"), "test"),
-}
 _SYNTHETIC_DEFAULT = (2000, 10, 32)
 
 
@@ -145,7 +140,7 @@ def find_splits(root: Path) -> tuple[Path | None, Path | None, str]:
         raise ValueError(f"open_dataset: {root} is TinyImageNet as published; use tinyimagenet:{root}")
     named: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
     for name in folders:
-        named[_split_of(name)].append(name)
+        named[split_of(name)].append(name)
     trains = [name for name in named["train"] if class_names(root / name)]
     if not trains and not (named["train"] and (named["val"] or named["test"])):
         return None, None, ""
@@ -182,13 +177,6 @@ def class_names(folder: Path) -> list[str]:
     """Names of the class folders in `folder`; [] if it has none."""
     found = tree(str(folder), "", unreadable, deep=False)
     return [name for name, is_folder, _ in found if is_folder and not is_hidden(name)]
-
-
-def _split_of(name: str) -> str:
-    """ "train", "val" or "test" for the usual names of these splits, else ""."""
-    word = re.sub(r"[^a-z]", "", name.lower())
-    word = re.sub(r"(set|split|data|images|imgs|folder|dir)$", "", word)
-    return _SPLITS.get(word, "")
 
 
 def _held_out(dataset: Any, split: str, seed: int) -> Any:
