@@ -140,18 +140,30 @@ def test_resume_at_every_point_of_three_epochs_twice_in_a_row():
             assert got == whole, (config, stop)
 
 
-def test_state_at_an_epochs_end_starts_the_next_epoch_with_the_carried_half():
+def test_a_state_after_an_epochs_last_batch_has_nothing_left_of_that_epoch():
     sampler = OverlapBatchSampler(10, 4)
     iterator = iter(sampler)
     for _ in range(5):
         last = next(iterator)
     state = sampler.state_dict()  # the iterator has not raised StopIteration yet
-    assert (state["epoch"], state["step"]) == (1, 0) and sampler.epoch == 1
+    assert (state["epoch"], state["step"], sampler.epoch) == (0, 5, 0)
     assert list(iterator) == []
-    resumed = OverlapBatchSampler(10, 4)
-    resumed.load_state_dict(state)
-    batches = list(resumed)
-    assert len(batches) == 5 and plain(batches)[0][:2] == plain([last])[0][2:]
+    ended = sampler.state_dict()
+    assert (ended["epoch"], ended["step"], sampler.epoch) == (1, 0, 1)
+    for called in ([], [0]):  # a loop may call set_epoch with the epoch of the state
+        resumed = OverlapBatchSampler(10, 4)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state and resumed.epoch == 0
+        for epoch in called:
+            resumed.set_epoch(epoch)
+        assert list(resumed) == [] and resumed.state_dict() == ended
+        batches = list(resumed)
+        assert len(batches) == 5 and plain(batches)[0][:2] == plain([last])[0][2:]
+    for first in (ended, state):
+        resumed = OverlapBatchSampler(10, 4)
+        resumed.load_state_dict(first)
+        resumed.set_epoch(1)
+        assert plain(resumed) == plain(batches)
 
 
 def test_state_is_constant_size_and_flat():
@@ -219,8 +231,8 @@ def test_damaged_states():
         sampler.load_state_dict({k: v for k, v in good.items() if k not in ("seed", "step")})
     with pytest.raises(ValueError, match="version 99 was saved, this release reads version 1"):
         sampler.load_state_dict({**good, "version": 99})
-    with pytest.raises(ValueError, match="step 10 is beyond the 10 steps"):
-        sampler.load_state_dict({**good, "step": 10})
+    with pytest.raises(ValueError, match="step 11 is beyond the 10 steps"):
+        sampler.load_state_dict({**good, "step": 11})
     with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
         sampler.load_state_dict({**good, "epoch": -1})
     with pytest.raises(TypeError, match=r"step must be an integer, got 1\.5"):
@@ -246,8 +258,7 @@ def test_loading_raises_while_an_iteration_is_active_only():
 
 def test_an_iteration_left_early_starts_again_where_it_began():
     sampler, fresh = OverlapBatchSampler(20, 4), OverlapBatchSampler(20, 4)
-    for _ in range(3):
-        next(iter(sampler))
+    next(iter(sampler))
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["step"]) == (
         0,
         1,
@@ -257,6 +268,68 @@ def test_an_iteration_left_early_starts_again_where_it_began():
     sampler.load_state_dict(state)
     first = plain([next(iter(sampler))])
     assert plain(sampler)[:1] == first and sampler.epoch == 2
+
+
+@pytest.mark.parametrize("kind", ["sampler", "resident", "overlap", "sampled", "dataloader"])
+def test_the_second_time_that_an_epoch_starts_over_is_warned_of(kind):
+    data = synthetic(length=40, num_classes=2, size=4)
+    made = {
+        "sampler": lambda: OverlapBatchSampler(40, 8),
+        "resident": lambda: ResidentLoader(data, 8),
+        "overlap": lambda: OverlapLoader(data, 8, num_threads=1),
+        "sampled": lambda: SampledLoader(data, ViewPairSampler(40, 8)),
+        "dataloader": lambda: DataLoader(list(range(40)), batch_sampler=OverlapBatchSampler(40, 8)),
+    }[kind]()
+    for _ in range(3):
+        list(made)  # whole epochs
+
+    def part(epoch=None):
+        if epoch is not None:
+            made.set_epoch(epoch)
+        for number, _ in enumerate(made):
+            if number == 2:
+                break
+        gc.collect()
+
+    part()
+    part()
+    with pytest.warns(
+        UserWarning, match="epoch 3 starts over at step 0 for the second time, .* left after step 3 of 10"
+    ):
+        part()
+    part()  # once is enough
+    list(made)
+    if kind != "dataloader":
+        for epoch in (5, 6, 7, 8):  # what the warning asks for
+            part(epoch)
+
+
+WORKERS = [{"num_workers": 1}, {"num_workers": 2, "snapshot_every_n_steps": 4}]
+
+
+@pytest.mark.parametrize("options", [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in WORKERS)])
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_stateful_dataloader_continues_as_with_torchs_own_samplers(options):
+    """Batches left of the epoch and in the next one, for a state saved after `stop` batches, or after the loop."""
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader(ours):
+        how = {"batch_sampler": OverlapBatchSampler(20, 8)} if ours else {"batch_size": 4, "shuffle": True}
+        return torchdata.StatefulDataLoader(TensorDataset(torch.arange(20)), **how, **options)
+
+    def left(ours, stop):
+        first = loader(ours)
+        iterator = iter(first)
+        for _ in range(min(stop, 5)):
+            next(iterator)
+        if stop > 5:
+            assert list(iterator) == []
+        second = loader(ours)
+        second.load_state_dict(first.state_dict())
+        return len(list(second)), len(list(second))
+
+    for stop in (4, 5, 6):
+        assert left(True, stop) == left(False, stop) == {4: (1, 5), 5: (0, 5), 6: (5, 5)}[stop]
 
 
 def test_looking_at_the_next_place_does_not_deliver_it():
@@ -273,11 +346,10 @@ def test_a_stale_iterator_raises():
     sampler = OverlapBatchSampler(20, 4)
     old = iter(sampler)
     next(old)
-    next(iter(sampler))
-    with pytest.raises(RuntimeError, match="stale"):
-        next(old)
     newer = iter(sampler)
     next(newer)
+    with pytest.raises(RuntimeError, match="stale"):
+        next(old)
     sampler.set_epoch(3)
     with pytest.raises(RuntimeError, match="stale"):
         next(newer)
@@ -379,7 +451,8 @@ def test_delivered_beyond_what_was_drawn():
     with pytest.raises(ValueError, match="delivered must be at least 0, got -1"):
         sampler.state_dict(delivered=-1)
     list(sampler)
-    assert sampler.state_dict(delivered=10)["epoch"] == 1
+    assert [sampler.state_dict(delivered=k)["step"] for k in (0, 1, 9, 10)] == [0, 1, 9, 10]
+    assert sampler.state_dict(delivered=10)["epoch"] == 0 and sampler.state_dict()["epoch"] == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

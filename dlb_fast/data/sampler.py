@@ -20,7 +20,7 @@ from dlb_fast._args import as_int
 from dlb_fast.data._args import PART, are_indices, as_bool, check_callable, class_indices, length_of
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.plan import Ids, OverlapPlan, half_of, make_plan
-from dlb_fast.data.position import StreamPosition
+from dlb_fast.data.position import Iteration, StreamPosition
 from dlb_fast.data.rng import COMPANION, GOLDEN, MASK, ViewRng, key_of, mix
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class PlanSampler(Sampler[list[int]], abc.ABC):
         return self.plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        iteration = self._position.iterate()
+        return self._batches(self._position.iterate())  # not a generator, so that the order of the iterations counts
+
+    def _batches(self, iteration: Iteration) -> Iterator[list[int]]:
         while (position := iteration.peek()) is not None:
             batch = self.indices(*position)
             iteration.advance()
@@ -98,7 +100,7 @@ class PlanSampler(Sampler[list[int]], abc.ABC):
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch."""
+        """Epoch of the position, as in `state_dict()`."""
         return self._position.epoch
 
     def set_epoch(self, epoch: int) -> None:

@@ -56,8 +56,7 @@ def numbered(
         one, other = whole.index(True), whole.index(False)
         raise ValueError(
             f"{operation}: {where(other)} has the label {labels[other]!r}, {where(one)} the number {labels[one]!r}, so "
-            "it is not certain whether labels are class indices or names; delete a header, and label all samples in one "
-            "way"
+            "it is not certain whether labels are class indices or names; delete a header, and label all samples alike"
         )
     if len(set(labels)) == 1:
         raise ValueError(

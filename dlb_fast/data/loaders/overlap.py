@@ -167,7 +167,7 @@ class OverlapLoader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch to deliver."""
+        """Epoch of the position, as in `state_dict()`."""
         return self._position.epoch
 
     @property

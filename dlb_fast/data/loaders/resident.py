@@ -12,7 +12,7 @@ import torch
 from dlb_fast.data._args import check_callable, class_indices, device_of, length_of
 from dlb_fast.data.batch import Batch, stack_views, tensor_of, to_device
 from dlb_fast.data.plan import make_plan
-from dlb_fast.data.position import StreamPosition
+from dlb_fast.data.position import Iteration, StreamPosition
 from dlb_fast.data.rng import ViewRng, ViewRngs
 from dlb_fast.data.transforms.crops import Compose, PadCrop, Transform, has_batch, windows
 from dlb_fast.data.transforms.erasing import Eraser
@@ -106,7 +106,9 @@ class ResidentLoader:
         return self.plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        iteration = self._position.iterate()
+        return self._batches(self._position.iterate())
+
+    def _batches(self, iteration: Iteration) -> Iterator[Batch]:
         while (position := iteration.peek()) is not None:
             batch = self.make(*position)
             iteration.advance()
@@ -121,7 +123,7 @@ class ResidentLoader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch to deliver."""
+        """Epoch of the position, as in `state_dict()`."""
         return self._position.epoch
 
     @property

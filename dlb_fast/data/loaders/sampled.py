@@ -19,6 +19,7 @@ from dlb_fast.data.datasets.source import SampleSource
 from dlb_fast.data.decode.decode import ImageDecoder
 from dlb_fast.data.loaders.resident import ResidentViews, resident_tensors
 from dlb_fast.data.plan import resolve_ranks
+from dlb_fast.data.position import Iteration
 from dlb_fast.data.rng import ViewRng, ViewRngs
 from dlb_fast.data.sampler import PlanSampler, ViewPairSampler
 from dlb_fast.data.transforms.crops import Transform
@@ -125,7 +126,9 @@ class SampledLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        iteration = self.sampler._position.iterate()
+        return self._batches(self.sampler._position.iterate())
+
+    def _batches(self, iteration: Iteration) -> Iterator[Batch]:
         loaded: Iterator[Rows] | None = None
         while (position := iteration.peek()) is not None:
             if self._views is not None:
@@ -169,7 +172,7 @@ class SampledLoader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch to deliver."""
+        """Epoch of the position, as in `state_dict()`."""
         return self.sampler.epoch
 
     def set_epoch(self, epoch: int) -> None:
