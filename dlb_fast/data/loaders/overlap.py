@@ -210,8 +210,14 @@ class OverlapLoader:
 
     def close(self) -> None:
         """End the threads and free the buffers; the loader may be iterated again."""
+        self._stop(None)
+
+    def _stop(self, user: Iteration | None) -> None:
+        """End the threads; with `user` only if that iteration is the one that uses them."""
         with self._lock:
-            finaliser, self._finaliser, self._pipeline = self._finaliser, None, None
+            if user is not None and (self._user is None or self._user() is not user):
+                return
+            finaliser, self._finaliser, self._pipeline, self._user = self._finaliser, None, None, None
         if finaliser is not None:
             finaliser()
 
@@ -231,11 +237,13 @@ class OverlapLoader:
             if pipeline is None or not pipeline.is_at(position):
                 self.close()
                 pipeline = Pipeline(self._settings, position)
-                with self._lock:
-                    self._pipeline = pipeline
+                with self._lock:  # the user too: an older iteration freed from now on must not end these threads
+                    self._pipeline, self._user = pipeline, weakref.ref(user)
                     self._finaliser = weakref.finalize(self, pipeline.stop)
                 pipeline.start()  # inside the `try`, so that Ctrl-C during the start closes the pipeline
-            self._user = weakref.ref(user)
+            elif self._user is None or self._user() is not user:
+                with self._lock:
+                    self._user = weakref.ref(user)  # the next epoch of a running pipeline
             return pipeline.next(self.timeout)
         except LoaderTimeout:
             raise  # the pipeline keeps running; another call waits again
@@ -267,9 +275,8 @@ class _Epoch:
 
     def close(self) -> None:
         """End the threads, unless the epoch is complete or a newer iteration uses the pipeline."""
-        user = self._loader._user
-        if self._iteration.left_early and user is not None and user() is self._iteration:
-            self._loader.close()
+        if self._iteration.left_early:
+            self._loader._stop(self._iteration)
 
     def __del__(self) -> None:
         self.close()
