@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import Subset
 
 from dlb_fast._args import as_int
 from dlb_fast.data._args import class_index, class_indices, length_of
@@ -31,6 +32,7 @@ from dlb_fast.data.datasets.source import as_image, as_pair
 from dlb_fast.data.datasets.tar import TarShards
 from dlb_fast.data.rng import ViewRng
 from dlb_fast.data.transforms.crops import Transform
+from dlb_fast.data.transforms.single import as_transform
 
 __all__ = ["MapDataset", "load_into_memory", "open_dataset"]
 
@@ -212,7 +214,7 @@ class MapDataset:
         self.dataset = dataset
         self.load = load if load is not None else lambda data, index: data[index]
         self._targets = targets if targets is not None else getattr(dataset, "targets", None)
-        self._classes = classes if classes is not None else getattr(dataset, "classes", None)
+        self._classes = classes if classes is not None else _classes_of(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -243,6 +245,12 @@ class MapDataset:
         return len(self.classes)
 
 
+def _classes_of(dataset: Any) -> list[str] | None:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "classes", None)
+
+
 def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_threads: int = 2) -> ArrayDataset:
     """Load a dataset into memory as uint8, for `ResidentLoader`.
 
@@ -255,19 +263,27 @@ def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_th
         ValueError: no samples, or images of different sizes.
     """
     length_of("load_into_memory", dataset)
-    data = dataset if hasattr(dataset, "targets") else MapDataset(dataset)
     name = getattr(dataset, "name", "array")
-    if hasattr(dataset, "images") and transform is None:
-        return ArrayDataset(dataset.images, data.targets, data.classes, name)
-    if len(data) == 0:
+    if hasattr(dataset, "images") and hasattr(dataset, "targets") and transform is None:
+        return ArrayDataset(dataset.images, dataset.targets, MapDataset(dataset).classes, name)
+    if len(dataset) == 0:
         raise ValueError(f"load_into_memory: {dataset!r} has no samples")
+    view = as_transform("load_into_memory", transform)
+    targets = np.empty(len(dataset), dtype=np.int64)
 
     def one(index: int) -> torch.Tensor:
-        image = as_image(data[index][0])
-        return image if transform is None else transform(image, ViewRng(0, 0, index, 0))
+        item, target = as_pair(dataset[index])
+        targets[index] = class_index("load_into_memory", target)
+        image = as_image(item)
+        return image if view is None else view(image, ViewRng(0, 0, index, 0))
 
     first = one(0)
-    images = torch.empty((len(data), *first.shape), dtype=first.dtype, device="cpu")
+    if first.dtype != torch.uint8:
+        raise TypeError(
+            f"load_into_memory: uint8 images are needed, sample 0 is {first.dtype} {tuple(first.shape)}; leave "
+            "conversions such as ToTensor to the loader, and pass a dataset without a transform of its own"
+        )
+    images = torch.empty((len(dataset), *first.shape), dtype=first.dtype, device="cpu")
 
     def fill(index: int) -> None:
         image = one(index)
@@ -279,6 +295,8 @@ def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_th
         images[index] = image
 
     with ThreadPoolExecutor(as_int(num_threads, "load_into_memory", "num_threads", 1)) as pool:
-        for _ in pool.map(fill, range(len(data))):
+        for _ in pool.map(fill, range(len(dataset))):
             pass
-    return ArrayDataset(images, data.targets, data.classes, name)
+    known = hasattr(dataset, "targets") and getattr(dataset, "target_transform", None) is None
+    labels = dataset.targets if known else targets
+    return ArrayDataset(images, labels, MapDataset(dataset, targets=labels).classes, name)

@@ -92,15 +92,22 @@ def _open(data: bytes) -> Any:
     )
 
 
-def _plain(image: Any) -> Any:
-    """Convert a Pillow image of any mode to 8-bit grey or RGB."""
-    from PIL import Image
-
+def loaded(image: Any) -> Any:
+    """A Pillow image with its pixels read; ValueError for an EPS file, which Pillow reads by starting a program."""
     if image.format == "EPS" and image.tile:  # not loaded yet
         raise ValueError(
             "an EPS file, which Pillow draws by the program Ghostscript; convert the file to PNG, or call image.load() "
             "yourself if you trust it"
         )
+    image.load()
+    return image
+
+
+def _plain(image: Any) -> Any:
+    """Convert a Pillow image of any mode to 8-bit grey or RGB."""
+    from PIL import Image
+
+    loaded(image)
     if image.mode == "P" and "transparency" in image.info:  # avoids a warning of Pillow
         image = image.convert("RGBA")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -109,7 +116,6 @@ def _plain(image: Any) -> Any:
     if image.mode in ("I", "F"):
         kind = image.format or f"an image of mode {image.mode}"
         raise ValueError(f"{kind} with 32-bit pixels, whose range is not known; save 8 or 16 bits")
-    image.load()
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     return image if image.mode == mode else image.convert(mode)
 
