@@ -21,13 +21,13 @@ import numpy as np
 
 from dlb_fast.data.decode.jpeg import JpegHeader, parse_header, zero_run
 
-__all__ = ["BACKENDS", "DecodeError", "ImageDecoder", "available_backends", "is_pillow", "plain_pixels"]
+__all__ = ["BACKENDS", "MAX_PIXELS", "DecodeError", "ImageDecoder", "available_backends", "is_pillow", "plain_pixels"]
 
 BACKENDS = ("simplejpeg", "torchvision", "pillow")
 # What Pillow may read. It chooses by the bytes, not by the name, and some of its other formats start a program (EPS:
 # Ghostscript) or read further files.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF")
-_MAX_PIXELS = 178_956_970  # the limit above which Pillow raises: 512 MiB of RGB
+MAX_PIXELS = 178_956_970  # the limit above which Pillow raises: 512 MiB of RGB
 _PILLOWS_LIMIT = threading.Lock()  # held while Pillow's limit is off
 _DAMAGE = ("corrupt jpeg data", "premature end", "unsupported marker type")
 
@@ -203,7 +203,7 @@ class ImageDecoder:
         (6, 8, 3)
     """
 
-    def __init__(self, backend: str = "auto", *, strict: bool = True, max_pixels: int = _MAX_PIXELS) -> None:
+    def __init__(self, backend: str = "auto", *, strict: bool = True, max_pixels: int = MAX_PIXELS) -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(
                 f"ImageDecoder: backend: expected one of {('auto', *BACKENDS)}, got {backend!r}."
