@@ -169,9 +169,7 @@ def test_methods_on_two_ranks_are_one_rank_with_the_joined_batch(process_group):
         assert torch.equal(own["seen"], labelled & (torch.arange(12) // 6 == rank))
         for bank in (shared, own):
             seen = bank["seen"]
-            torch.testing.assert_close(
-                bank["rows"].float()[seen], torch.log_softmax(z, 1)[seen], rtol=2e-3, atol=2e-3
-            )
+            torch.testing.assert_close(bank["rows"].float()[seen], torch.log_softmax(z, 1)[seen], rtol=2e-3, atol=2e-3)
 
 
 # ---- evaluation

@@ -551,7 +551,10 @@ WRONG = {
     "module": (lambda z, y: dlb_fast.MrKDLoss(alpha=1.5), "MrKDLoss: alpha must be at most 1, got 1.5"),
     "reassigned": (lambda z, y: reassigned(dlb_fast.LsrKDLoss(), 1.5)(z, y), "LsrKDLoss: alpha must be at most 1"),
     "virtual": (lambda z, y: dlb_fast.tf_kd_reg_loss(z, y, temperature=0.0), "temperature must be finite and > 0"),
-    "virtual share": (lambda z, y: dlb_fast.tf_kd_reg_loss(z, y, correct_share=3.0), "correct_share must be between 0 and 1"),
+    "virtual share": (
+        lambda z, y: dlb_fast.tf_kd_reg_loss(z, y, correct_share=3.0),
+        "correct_share must be between 0 and 1",
+    ),
     "multiplier": (lambda z, y: dlb_fast.tf_kd_reg_loss(z, y, multiplier=0.0), "multiplier must be finite and > 0"),
     "classes": (lambda z, y: dlb_fast.TfKDRegLoss(4)(z, y), "TfKDRegLoss: logits must have C = 4 classes, got 5"),
     "one class": (lambda z, y: dlb_fast.zipf_loss(z[:, :1], 0 * y), "zipf_loss: needs at least 2 classes, got C = 1"),
