@@ -17,6 +17,7 @@ from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, sto
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
 
+_MANY_TIMES = 100  # evaluations of one batch after which a loop is warned; a line search takes fewer
 _WATCH_EVERY = 16  # batches between two looks at how many repeated a row
 
 
@@ -156,6 +157,7 @@ class DistillationLoss(nn.Module):
         self._last_ids: Tensor | None = None
         self._last_epoch: int | None = None
         self._last_rows = 0
+        self._same_ids = 0  # calls in a row with those ids
         # The attributes that the options were last prepared from, and those options.
         self._prepared: tuple[tuple[Any, ...], Options] | None = None
 
@@ -240,7 +242,17 @@ class DistillationLoss(nn.Module):
             return False
         if last.shape != ids.shape or last.device != ids.device:
             return False
-        return (ids == last).all()
+        same = (ids == last).all()
+        if torch.is_grad_enabled() and _args.readable(same):
+            self._same_ids = self._same_ids + 1 if same else 0
+            if self._same_ids == _MANY_TIMES:
+                warnings.warn(
+                    f"{type(self).__name__}: the ids were the same {_MANY_TIMES} times in a row, so all these calls "
+                    "were one batch, which keeps the teacher of its first time. Where every batch is the whole set, "
+                    "call criterion.step() after every optimiser step, or pass epoch=",
+                    stacklevel=3,
+                )
+        return same
 
     def _keep_ids(self, rows: int, ids: Tensor | None, epoch: int | None) -> None:
         """Remember of which batch the record is."""

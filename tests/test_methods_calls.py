@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import dlb_fast
-from dlb_fast import BakeLoss, DistillationLoss, LastBatchLoss, MrKDLoss, PsKDLoss, Teacher
+from dlb_fast import BakeLoss, DistillationLoss, LastBatchLoss, MrKDLoss, PsKDLoss, Teacher, _args
 from dlb_fast.methods import METHODS, bake, mr_kd, ps_kd
 from dlb_fast.methods._common import chosen
 
@@ -420,9 +421,10 @@ def test_a_batch_of_another_size_cannot_be_the_same_batch():
 
 
 @pytest.mark.parametrize("name", REMEMBERS)
-def test_nothing_is_read_from_the_device_to_know_a_batch(name):
+def test_nothing_is_read_from_the_device_to_know_a_batch(name, monkeypatch):
     from test_criterion_calls import Seen
 
+    monkeypatch.setattr(_args, "readable", lambda value: False)  # as on a GPU
     model, criterion = ready(name)
     x, given = batch(3)
     evaluate(model, criterion, x, given)
@@ -474,6 +476,20 @@ def test_mr_kd_without_steps_warns_once():
         for _ in range(250):
             criterion(model(x), y, images=x)
     assert len(found) == 1
+
+
+def test_a_set_that_is_one_batch_is_warned_of_once():
+    criterion = PsKDLoss(2, 3)
+    z, y, ids = torch.zeros(2, 3), torch.tensor([0, 1]), torch.arange(2)
+    with pytest.warns(UserWarning, match=r"PsKDLoss: the ids were the same 100 times.*criterion.step\(\)") as found:
+        for _ in range(250):
+            criterion(z, y, ids)
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(150):
+            criterion(z, y, ids)
+            criterion.step()
 
 
 def test_bake_hears_of_a_layer_that_no_forward_reaches():
