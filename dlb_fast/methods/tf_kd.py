@@ -44,7 +44,7 @@ def softened_share(num_classes: int, temperature: float, correct_share: float) -
     return right / (right + (num_classes - 1) * other)
 
 
-def _checked(op: str, temperature: float, multiplier: float, correct_share: float) -> tuple[float, float, float]:
+def _checked(op: str, temperature: Scalar, multiplier: float, correct_share: float) -> tuple[float, float, float]:
     return (
         check_number(op, "temperature", temperature, positive=True),
         check_number(op, "multiplier", multiplier, positive=True),
