@@ -17,7 +17,6 @@ from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, sto
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
 
-
 _WATCH_EVERY = 16  # batches between two looks at how many repeated a row
 
 
@@ -86,7 +85,7 @@ class DistillationLoss(nn.Module):
 
     Args:
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.
-        temperature: tau > 0, a number or a 0-d tensor; may be reassigned at any time.
+        temperature: tau, as in :func:`fused_lb_loss`; may be reassigned at any time.
         ce_weight: weight of the cross entropy.
         ce_alpha: what alpha adds to that weight; -1 gives ``(1 - alpha) CE``.
         label_smoothing: of the cross entropy, as in torch.
@@ -98,6 +97,7 @@ class DistillationLoss(nn.Module):
     Attributes:
         needs: which of ``ids``, ``images`` and ``epoch`` every training batch must come with.
         mixes: whether the teacher still fits when images are mixed (mixup, CutMix); otherwise ``target_b`` is refused.
+        softens_student: whether ``temperature`` softens the student; otherwise it belongs to the teacher alone.
         copies_model: whether the method keeps copies of all weights (then FSDP is refused).
         counted: how many rows ``parts.correct`` counts; None: all of the last batch.
         parts: :class:`LossParts` of the last call.
@@ -112,6 +112,7 @@ class DistillationLoss(nn.Module):
 
     needs: frozenset[str] = frozenset()
     mixes = False
+    softens_student = True
     copies_model = False
     weight: Tensor | None
     _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
@@ -368,8 +369,9 @@ class DistillationLoss(nn.Module):
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
+        temperature = self.temperature if self.softens_student else 1.0
         loss, parts = distill(
-            op, logits, target, teacher, alpha=self.alpha, temperature=self.temperature, ce_weight=self.ce_weight,
+            op, logits, target, teacher, alpha=self.alpha, temperature=temperature, ce_weight=self.ce_weight,
             ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
             ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
             impl=self.impl,
@@ -411,7 +413,7 @@ class LastBatchLoss(DistillationLoss):
             8 bytes per logit when ``capacity`` is given.
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be set at any time. The default is the community's,
             not a value read from the paper.
-        temperature: tau > 0, a number or a 0-d tensor; may be set at any time. The default is the community's.
+        temperature: tau, as in :func:`fused_lb_loss`; may be set at any time. The default is the community's.
         label_smoothing: of the CE, as in torch.
         weight: ``(C,)`` class weights of the CE, a buffer as in torch.
         ignore_index: rows with this label leave the CE.
@@ -591,16 +593,16 @@ class LastBatchLoss(DistillationLoss):
             self._warned = True
             warnings.warn(
                 f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
-                "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the sampler) "
-                "instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same sample. "
-                "criterion.buffer counts the rows: taught, mismatched, unknown, not_finite",
+                "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the "
+                "sampler) instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same "
+                "sample. criterion.buffer counts the rows: taught, mismatched, unknown, not_finite",
                 stacklevel=4,
             )
 
     def _buffer_for(
         self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None, again: int
     ) -> tuple[LogitBuffer, int, int]:
-        """The buffer, on the device of the logits and large enough, how many rows it will store, and the op's ``again``.
+        """The buffer, on the device of the logits and large enough, its rows to be stored, and the op's ``again``.
 
         Decided from shapes, almost always without reading the device.
         """

@@ -26,7 +26,9 @@ _TAIL = "".join(f"{kind} {name}, " for name, kind in OPTIONS.items())
 _TAIL += "bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
 SCHEMAS = {
     "last_batch": f"(Tensor logits, Tensor? teacher, int teacher_kind, {_TAIL}",
-    "last_batch_update": f"(Tensor logits, Tensor(a!) rows, Tensor(b!) slots, Tensor? ids, int num_old, int again, {_TAIL}",
+    "last_batch_update": (
+        f"(Tensor logits, Tensor(a!) rows, Tensor(b!) slots, Tensor? ids, int num_old, int again, {_TAIL}"
+    ),
     "scale_grad_": "(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()",
 }
 
@@ -100,8 +102,8 @@ def op_for(impl: str, name: str) -> Any:
 def refuse_memory(op: str) -> None:
     """What remembers the batch raises this inside a transform of torch.func, where logits have no value to keep."""
     raise RuntimeError(
-        f"{op}: in train() it remembers the batch, which a transform of torch.func does not allow; call it in eval() or "
-        "under torch.no_grad(), or transform the method's function, which takes its teacher as an argument"
+        f"{op}: in train() it remembers the batch, which a transform of torch.func does not allow; call it in eval() "
+        "or under torch.no_grad(), or transform the method's function, which takes its teacher as an argument"
     )
 
 

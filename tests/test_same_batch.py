@@ -32,6 +32,12 @@ def copy_of(model):
     return twin
 
 
+def move(model, grads, rate):
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), grads, strict=True):
+            p += rate * g
+
+
 def state(criterion):
     buffer = criterion.buffer
     return buffer.logits, buffer.ids, buffer.count
@@ -61,23 +67,18 @@ def test_sam_is_a_hand_written_loop(generator, how, name):
         def want(x=x, y=y, teacher=teacher):
             return eager_official(by_hand(x), y, teacher)
 
-        def ascend(net, sign):
-            with torch.no_grad():
-                for p, g in zip(net.parameters(), grads[net], strict=True):
-                    p += sign * 0.05 * g
-
-        grads = {}
+        grads: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
         if how == "same_batch":
             with criterion.same_batch():
                 grads[model] = torch.autograd.grad(loss(), list(model.parameters()))
-                ascend(model, 1)
+                move(model, grads[model], 0.05)
                 second = loss()
         else:
             grads[model] = torch.autograd.grad(loss(), list(model.parameters()))
-            ascend(model, 1)
+            move(model, grads[model], 0.05)
             second = loss()
         grads[by_hand] = torch.autograd.grad(want(), list(by_hand.parameters()))
-        ascend(by_hand, 1)
+        move(by_hand, grads[by_hand], 0.05)
         expected = want()
         assert second.item() == pytest.approx(expected.item(), rel=1e-12)
         final = torch.autograd.grad(second, list(model.parameters()))
@@ -85,10 +86,8 @@ def test_sam_is_a_hand_written_loop(generator, how, name):
         stored = by_hand(x).detach()[0 if teacher is None else len(teacher) :]
         torch.testing.assert_close(criterion.buffer.logits, stored, rtol=1e-12, atol=1e-12)
         for net, found in ((model, final), (by_hand, ours)):
-            ascend(net, -1)
-            with torch.no_grad():
-                for p, g in zip(net.parameters(), found, strict=True):
-                    p -= 0.1 * g
+            move(net, grads[net], -0.05)
+            move(net, found, -0.1)
         for a, b in zip(model.parameters(), by_hand.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         teacher = stored
