@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -152,6 +153,11 @@ class LastBatchCallback(_pl.Callback):
         if isinstance(loader, DataLoader):
             state["loader"] = stream.state_dict(delivered=self._delivered)
         checkpoint[_KEY] = state
+        if trainer.world_size > 1:  # the module's state has the rows of rank 0, which the other ranks would refuse
+            saved = checkpoint["state_dict"]
+            for name, module in pl_module.named_modules():
+                if isinstance(module, LastBatchLoss) and f"{name}._extra_state" in saved:
+                    saved[f"{name}._extra_state"] = torch.empty(0, dtype=torch.uint8)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Keep the state until the loader exists."""
