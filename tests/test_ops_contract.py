@@ -66,41 +66,47 @@ def test_the_triton_kernel_takes_the_floats_in_the_order_of_the_table():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck(generator, dtype, reduction):
-    check_ops("cpu", generator, dtype, reduction)
+    z, y, t = problem(generator, dtype=dtype)
+    torch.library.opcheck(torch.ops.dlb_fast.last_batch.default, (z, t, 1, *options(y, reduction=reduction)))
+    torch.library.opcheck(
+        torch.ops.dlb_fast.last_batch.default, (z, None, 0, *options(y, reduction=reduction, need_grad=False))
+    )
+    buffer = LogitBuffer(12, 4)
+    buffer.update(t)
+    torch.library.opcheck(
+        torch.ops.dlb_fast.last_batch_update.default,
+        (z, buffer.rows, buffer.slots, torch.arange(8), -1, -1, *options(y, reduction=reduction)),
+    )
+    loss, parts, grad = torch.ops.dlb_fast.last_batch(z, t, 1, *options(y, reduction=reduction))
+    torch.library.opcheck(torch.ops.dlb_fast.scale_grad_.default, (grad, torch.full_like(loss, 0.5), parts))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck_of_the_triton_forms(generator, reduction):
-    if not available("triton"):
-        pytest.skip("no Triton here")
-    check_ops("triton", generator, torch.float32, reduction)
-
-
-def check_ops(impl, generator, dtype, reduction):
-    """Every op, with every kind of teacher and every tensor that it may be given."""
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    z, y, t = problem(generator, dtype=dtype)
-    uniform = lambda *shape: torch.rand(*shape, generator=generator, dtype=compute)  # noqa: E731
-    learned = {"alpha_t": uniform(), "temperature_t": uniform() + 1, "weight": uniform(12)}
-    pair = {"target_b": y.flip(0), "lam": uniform(8)}
-    dense, mask = uniform(8, 12), torch.tensor([True, False, True, True])
-    op, scale = ops.op_for(impl, "last_batch"), ops.op_for(impl, "scale_grad_")
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_opcheck_of_every_argument(generator, name, reduction):
+    """With every kind of teacher and every tensor that an op may be given; Triton's forms in the interpreter."""
+    if not available(name):
+        pytest.skip(f"no {name} here")
+    z, y, t = problem(generator)
+    draw = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    learned = {"alpha_t": draw(1)[0], "temperature_t": draw(1)[0] + 1, "weight": draw(12)}
+    pair = {"target_b": y.flip(0), "lam": draw(8)}
+    op, mask = ops.op_for(name, "last_batch"), torch.tensor([True, False, True, True])
     for args in (
         (z, t, 1, *options(y, reduction=reduction, kd_mask=mask)),
         (z, None, 0, *options(y, reduction=reduction, need_grad=False)),
-        (z, t.softmax(1), 2, *options(dense, reduction=reduction, **learned)),
+        (z, t.softmax(1), 2, *options(draw(8, 12), reduction=reduction, **learned)),
         (z, None, 3, *options(y, reduction=reduction, **pair)),
-        (z.clone().requires_grad_(), t, 1, *options(y, reduction=reduction)),
     ):
         torch.library.opcheck(op, args)
     buffer = LogitBuffer(12, 4)
     buffer.update(t)
     for ids, again in ((torch.arange(8), -1), (None, 1)):
         args = (z, buffer.rows, buffer.slots, ids, -1, again, *options(y, reduction=reduction))
-        torch.library.opcheck(ops.op_for(impl, "last_batch_update"), args)
+        torch.library.opcheck(ops.op_for(name, "last_batch_update"), args)
     loss, parts, grad = op(z, t, 1, *options(y, reduction=reduction))
-    torch.library.opcheck(scale, (grad, torch.full_like(loss, 0.5), parts))
+    torch.library.opcheck(ops.op_for(name, "scale_grad_"), (grad, torch.full_like(loss, 0.5), parts))
 
 
 @needs_cpu_op
@@ -215,7 +221,7 @@ def step_of(impl, generator):
     return step, args, step(*args)
 
 
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("mode", ["real", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fake", "symbolic"))])
 def test_make_fx_traces_a_step(impl, generator, mode):
     step, args, want = step_of(impl, generator)
     traced = make_fx(step, tracing_mode=mode)(*args)
@@ -224,6 +230,7 @@ def test_make_fx_traces_a_step(impl, generator, mode):
     torch.testing.assert_close(traced(z + 1, y, t), step(z + 1, y, t))
 
 
+@pytest.mark.slow
 def test_aot_function_traces_a_step(impl, generator):
     z, y, t = problem(generator)
     wanted, leaf = z.clone().requires_grad_(), z.clone().requires_grad_()
@@ -243,6 +250,7 @@ def test_who_watches_a_step_changes_nothing(impl, generator, mode):
     assert all(map(torch.equal, found, want))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_criterion_in_eval_is_exported(impl, generator, strict):
     class Scored(torch.nn.Module):
@@ -291,6 +299,7 @@ def compiled_steps(name, impl, compiled, dynamic, with_ids, change, sizes=(4, 8,
     return found if buffer is None else [*found, (buffer.logits, buffer.ids, buffer.slots)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_ids", [True, False])
 def test_compile_from_the_first_batch_on(impl, with_ids):
     """Without a capacity, which the first batches tell."""
@@ -309,6 +318,7 @@ def test_compile_every_criterion_from_the_first_batch_on(impl, name, dynamic, ch
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_learns_what_is_learned_and_refuses_what_is_not(impl, generator):
     z, y, t = problem(generator)
     tau = torch.tensor(2.0, requires_grad=True)
@@ -322,6 +332,7 @@ def test_compile_learns_what_is_learned_and_refuses_what_is_not(impl, generator)
             compile_step(call)(z, tau)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
 def test_compile_a_transform_of_torch_func(generator, transform):
     z, y, t = problem(generator)
