@@ -193,10 +193,11 @@ class LogitBuffer:
         )
 
     def _holds(self, ids: Tensor) -> bool:
-        """Whether the last rows of a batch are the stored ones, and its first rows are not."""
+        """Whether the last rows of a batch are the stored ones, and its first rows are not (unless that is all)."""
         stored, count = self.ids, self.count
         ids = ids.to(stored)
-        return torch.equal(ids[len(ids) - count :], stored) and not torch.equal(ids[:count], stored)
+        repeats = count < len(ids) and torch.equal(ids[:count], stored)
+        return torch.equal(ids[len(ids) - count :], stored) and not repeats
 
     def match(self, batch: int, ids: Tensor | None = None, num_old: int | None = None, again: int = -1) -> Match:
         """How a batch meets the stored rows, in plain torch, without reading the device.

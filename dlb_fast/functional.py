@@ -459,7 +459,8 @@ def dlb_step(
         loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
     else:
         with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
-            leaf = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
+            inference = not torch.compiler.is_compiling() and logits.is_inference()
+            leaf = (logits.clone() if inference else logits).detach().requires_grad_()
             loss, _ = row_loss(options, leaf, target, **where)
             (grad,) = torch.autograd.grad(loss * upstream, leaf)
         loss = loss.detach()

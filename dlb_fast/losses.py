@@ -388,7 +388,8 @@ class DistillationLoss(nn.Module):
             ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
             impl=self.impl,
         )  # fmt: skip
-        self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
+        if not torch.compiler.is_exporting():  # an exported program keeps nothing
+            self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
         self.counted = teacher.rows
         if inputs is not None:
             recorded = torch.is_grad_enabled()
@@ -573,7 +574,8 @@ class LastBatchLoss(DistillationLoss):
                 self._watched[0] += 1
                 if self._watched[0] % _WATCH_EVERY == 0:
                     self._watch(buffer)
-        self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
+        if not torch.compiler.is_exporting():  # an exported program keeps nothing
+            self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
         return loss
 
     def _stored_teacher(

@@ -309,7 +309,7 @@ def test_a_teacher_is_detached_in_every_part_of_the_loss(generator):
         teacher = Teacher("probabilities", t, add_entropy=True)
         loss, _ = functional.distill(
             "test", v["logits"].requires_grad_(), v["target"], teacher, alpha=0.5, temperature=1.0, impl=impl
-        )  # noqa: E501
+        )
         assert torch.autograd.grad(loss, t, allow_unused=True) == (None,)
 
 

@@ -299,3 +299,18 @@ def test_same_batch_ends_where_it_ends(generator):
         criterion(z0, y0)
         raise KeyError
     assert criterion(z1, y1).item() == pytest.approx(eager_official(z1, y1, z0).item(), rel=2e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+@pytest.mark.parametrize("capacity", [None, 4])
+def test_a_first_batch_that_is_all_new_comes_again_too(impl, generator, rows, capacity):
+    """Its recomputation and SAM's second pass hold nothing but stored rows."""
+    z, y, ids = torch.randn(rows, 6, generator=generator), torch.arange(rows), torch.arange(rows)
+    criterion = LastBatchLoss(6, capacity=capacity, impl=impl)
+    criterion(z.requires_grad_(), y, ids)
+    again = criterion(z + 1, y, ids)
+    torch.testing.assert_close(again, torch.nn.functional.cross_entropy(z + 1, y))
+    assert torch.equal(criterion.buffer.logits, z + 1) and criterion.buffer.mismatched == 0
+    follow = torch.randn(2 * rows, 6, generator=generator).requires_grad_()
+    criterion(follow, y.repeat(2), torch.arange(2 * rows))
+    assert criterion.buffer.taught == rows
