@@ -244,6 +244,7 @@ WRONG_OPTIONS = {
     "kind": ["a", None, 1],
     "upstream": [*NUMBERS, -1, torch.ones(2)],
     "num_old": [1.5, "a", True, -1, B + 1],
+    "again": [1, "a", 0.5],
     "num_classes": [0, 1.5, "a", True, torch.ones(2)],
     "capacity": [0, 1.5, "a", True],
     "num_samples": [0, 1.5, "a", True],
@@ -351,6 +352,15 @@ def test_every_module_refuses_every_wrong_argument_by_its_name(impl, name):
             criterion = make(name, impl=impl)
             setattr(criterion, argument, value)  # a schedule, or a mistake, between two batches
             refused(op, argument, value, lambda criterion=criterion: run(criterion))
+
+
+@pytest.mark.parametrize("ids", [[0, 8], [0, -1], [2**40, 0]])
+def test_ps_kd_names_an_id_outside_its_bank(impl, ids):
+    criterion = make("ps_kd", impl=impl)  # of 8 samples
+    for before in ([7, 0], [1, 2]):
+        with pytest.raises(ValueError, match=r"PsKDLoss: ids must be in \[0, 8\), num_samples of the criterion, got"):
+            criterion(ROWS[:2], LABELS[:2], torch.tensor(ids), epoch=0)
+        criterion(ROWS[:2], torch.tensor([1, -100]), torch.tensor(before), epoch=0)
 
 
 def test_the_buffer_refuses_what_it_cannot_store():
