@@ -22,6 +22,7 @@ from dlb_fast import (
     distillation_loss,
     dlb_step,
     fused_lb_loss,
+    ops,
     zipf_loss,
 )
 from dlb_fast.methods import METHODS
@@ -106,6 +107,19 @@ def test_a_named_implementation_never_falls_back(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1|triton is not installed"):
         fused_lb_loss(Z, Y, impl="triton")
+
+
+def test_a_limit_of_an_implementation_is_told_with_the_operation(monkeypatch):
+    def limited(*args):
+        raise RuntimeError("last_batch: the kernels take at most 3 classes\nException raised from unpack at ...")
+
+    monkeypatch.setattr(ops, "op_for", lambda impl, name: limited)
+    for op, call in (
+        ("fused_lb_loss", lambda: fused_lb_loss(Z, Y, impl="cpu")),
+        ("LsrKDLoss", lambda: LsrKDLoss(impl="cpu")(Z, Y)),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{op}: impl='cpu': the kernels take at most 3 classes$"):
+            call()
 
 
 def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
@@ -331,6 +345,9 @@ def test_every_module_refuses_every_wrong_argument_by_its_name(impl, name):
                     continue
                 refused(op, argument, value, lambda change={argument: value}: make(name, **change))
 
+    for value in ([1.0] * C, "a", 1.0, torch.ones(C).to_sparse()):
+        refused(op, "weight", value, lambda value=value: make(name, weight=value))
+
     def run(criterion, **change):
         criterion.setup(torch.nn.Linear(3, C))
         for _ in range(2):
@@ -352,6 +369,21 @@ def test_every_module_refuses_every_wrong_argument_by_its_name(impl, name):
             criterion = make(name, impl=impl)
             setattr(criterion, argument, value)  # a schedule, or a mistake, between two batches
             refused(op, argument, value, lambda criterion=criterion: run(criterion))
+
+
+def test_the_remedy_for_masks_ids_and_weights_of_another_form(impl):
+    for change, said in (
+        (
+            {"last_logits": T, "kd_mask": torch.ones(6, dtype=torch.bool)},
+            r"only the first 3 rows have one: pass kd_mask\[:3\]",
+        ),
+        ({"last_logits": T, "kd_mask": torch.ones(3)}, r"got torch.float32 \(3,\); use kd_mask.bool\(\)"),
+        ({"weight": torch.ones(4, dtype=torch.long)}, r"use weight.float\(\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            fused_lb_loss(Z, Y, impl=impl, **change)
+    with pytest.raises(ValueError, match=r"use ids.long\(\)"):
+        LastBatchLoss(4, impl=impl)(Z, Y, torch.arange(6.0))
 
 
 @pytest.mark.parametrize("ids", [[0, 8], [0, -1], [2**40, 0]])
