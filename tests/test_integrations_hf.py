@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data import OverlapLoader, ResidentLoader, synthetic
+from dlb_fast.data import Mix, OverlapLoader, ResidentLoader, synthetic
 
 if REASON := reason_against("transformers.trainer"):
     pytest.skip(REASON, allow_module_level=True)
@@ -178,12 +178,18 @@ class Doubles(Items):
         return {"pixel_values": 1 - view if again else view, "labels": label}
 
 
+class Casting(Net):
+    def forward(self, pixel_values):
+        return super().forward(pixel_values.double())
+
+
 class Kept(LastBatchTrainer):
     """Keeps what every micro-batch was made of."""
 
     def compute_loss(self, model, inputs, *args, **options):
         if model.training:
-            own = {name: inputs[name].clone() for name in ("pixel_values", "labels")}
+            names = ("pixel_values", "labels", "target_b", "lam")
+            own = {name: inputs[name].clone() for name in names if name in inputs}
             self.kept = [*getattr(self, "kept", []), {**own, "num_old": inputs["num_old"]}]
         return super().compute_loss(model, inputs, *args, **options)
 
@@ -201,6 +207,10 @@ def by_hand(ranks, net, accumulate, *, ignore_index=-100, weight=None, smoothing
             z, old = net(batch["pixel_values"])["logits"], batch["num_old"]
             logits.append(z)
             labels.append(batch["labels"])
+            if "lam" in batch:
+                share = batch["lam"].double()[:, None]
+                both = (F.one_hot(batch[name], 4) for name in ("labels", "target_b"))
+                labels[-1] = share * next(both) + (1 - share) * next(both)
             if stored[rank] is None:
                 kl.append(z.sum() * 0)
             else:
@@ -216,7 +226,7 @@ def by_hand(ranks, net, accumulate, *, ignore_index=-100, weight=None, smoothing
     return torch.cat([value.flatten() for value in net.state_dict().values()]), terms
 
 
-def trained(folder, *, data=(), criterion=None, kind=Kept, net=None, **options):
+def trained(folder, *, data=(), criterion=None, kind=Kept, net=None, loader=None, **options):
     """A trainer that has trained in float64 by plain SGD, and the weights and the terms that a plain loop gives."""
     set_seed(0)
     net = net or Net(dropout=0.0)
@@ -230,16 +240,16 @@ def trained(folder, *, data=(), criterion=None, kind=Kept, net=None, **options):
     criterion = {"alpha": 2.0, **(criterion or {})}
     trainer = kind(
         net, TrainingArguments(folder, **arguments), train_dataset=Doubles("train", *data),
-        eval_dataset=Doubles("test"), criterion=LastBatchLoss(4, **criterion),
+        eval_dataset=Doubles("test"), criterion=LastBatchLoss(4, **criterion), train_loader=loader,
     )  # fmt: skip
     start = {name: value.clone() for name, value in net.state_dict().items()}
     trainer.train()
-    plain = Net(dropout=0.0).double()
+    plain = Casting(dropout=0.0).double()
     plain.load_state_dict(start)
     used = trainer.criterion
     want = by_hand(
         [trainer.kept], plain, trainer.args.gradient_accumulation_steps, ignore_index=used.ignore_index,
-        weight=used.weight, smoothing=used.label_smoothing,
+        weight=used.weight, smoothing=options.get("label_smoothing_factor") or criterion.get("label_smoothing", 0.0),
     )  # fmt: skip
     return trainer, *want
 
@@ -287,6 +297,8 @@ def test_weights_and_logs_are_those_of_a_plain_loop(tmp_path, case):
         return
     trainer, want, terms = trained(tmp_path, **VALUES[case])
     assert len(terms) == trainer.state.global_step and max(lb for _, lb in terms) > 0.01
+    first = (DATA["train"].images[:8] / 255).double()
+    assert torch.equal(trainer.kept[0]["pixel_values"], first) is (case != "a random order")
     assert (weights(trainer) - want).abs().max() < 1e-6  # the counts of rows are float32
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == len(terms)
@@ -306,9 +318,9 @@ def test_logs_are_means_over_the_updates_since_the_last_log_without_reading_the_
             return func(*args, **(kwargs or {}))
 
     class Watched(Kept):
-        def _items(self, labels):  # the criterion itself examines its arguments on the CPU
+        def _items(self, *args):  # the criterion itself examines its arguments on the CPU
             with Read():
-                return super()._items(labels)
+                return super()._items(*args)
 
         def _record(self, *args):
             with Read():
@@ -327,6 +339,16 @@ def test_logs_are_means_over_the_updates_since_the_last_log_without_reading_the_
         assert entry["cross_entropy"] == pytest.approx(sum(ce for ce, _ in part) / 4, rel=1e-6)
         assert entry["last_batch"] == pytest.approx(sum(lb for _, lb in part) / 4, rel=1e-6)
         assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 2 * entry["last_batch"], rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loader_that_mixes_trains_on_both_labels(tmp_path, accumulate):
+    loader = ResidentLoader(DATA["train"], 16, mix=Mix(mixup_alpha=0.8), drop_last=False)
+    options = {"train_sampling_strategy": "random", "gradient_accumulation_steps": accumulate}
+    trainer, want, terms = trained(tmp_path, loader=loader, net=Casting(dropout=0.0), **options)
+    assert all(batch["lam"].max() < 1 for batch in trainer.kept) and max(lb for _, lb in terms) > 1e-4
+    assert (weights(trainer) - want).abs().max() < 1e-6
+    assert trainer.criterion.buffer.mismatched == 0
 
 
 def test_evaluation_has_the_options_of_the_criterion(tmp_path):
@@ -521,6 +543,11 @@ def test_models_of_another_kind_and_parallel_parts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="1 ranks train on 0 different batches"):
         build(Parallel())
 
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to=[])
+    learnable = LastBatchLoss(4, impl="torch", alpha=nn.Parameter(torch.ones(())))
+    with pytest.raises(ValueError, match="the criterion has parameters, which the Trainer's optimizer does not train"):
+        LastBatchTrainer(Net(), args, train_dataset=Items("train"), criterion=learnable)
+
     class Sampled(LastBatchTrainer):
         def _get_train_sampler(self, dataset=None):
             return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -536,6 +563,11 @@ def test_names_that_the_trainer_adds_are_not_taken_from_the_batch(tmp_path):
 
     with pytest.raises(ValueError, match="the batch of data_collator has ids already"):
         make(tmp_path, items=Named, remove_unused_columns=False, net=Net).train()
+
+
+def test_a_batch_without_labels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a batch has no 'answer', only pixel_values, labels, ids, num_old; set args"):
+        make(tmp_path, label_names=["answer"], loader=ResidentLoader(DATA["train"], 16)).train()
 
 
 def test_other_label_names_are_counted(tmp_path):

@@ -252,11 +252,13 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["resident", "DataLoader with workers"])
-@pytest.mark.parametrize("case", LOOPS)
+WITH_WORKERS = ("plain", "cut, without ids", "loaders made anew", "LBFGS")
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"), [*((case, "resident") for case in LOOPS), *((c, "DataLoader with workers") for c in WITH_WORKERS)]
+)
 def test_weights_are_those_of_a_plain_loop(tmp_path, case, kind):
-    if kind != "resident" and case not in ("plain", "cut, without ids", "loaders made anew", "LBFGS"):
-        pytest.skip("the loader makes no difference")
     attributes, options = LOOPS[case]
     module = type("Case", (Twice,), attributes)()
     loader = LOADERS[kind]()
@@ -341,6 +343,16 @@ def test_refusals(tmp_path):
             fit(tmp_path, Net(), LOADERS["resident"](), overfit_batches=many)
     with pytest.raises(ValueError, match="made as rank 0 of 2, but this process is rank 0 of 1"):
         fit(tmp_path, Net(), ResidentLoader(TRAIN, 16, rank=0, world_size=2))
+
+
+def test_lightning_does_not_replace_the_sampler_in_silence():
+    """On several ranks it would, if the sampler were one of torch's."""
+    from lightning.pytorch.utilities.data import _dataloader_init_kwargs_resolve_sampler
+    from torch.utils.data import DistributedSampler
+
+    loader = torch_loader()
+    with pytest.raises(TypeError, match=r"use_distributed_sampler=False"):
+        _dataloader_init_kwargs_resolve_sampler(loader, DistributedSampler(loader.dataset, 2, 0))
 
 
 SCRIPT = """

@@ -25,6 +25,8 @@ from dlb_fast.losses import LastBatchLoss
 
 __all__ = ["LastBatchCallback", "LastBatchTrainer", "as_dataloader"]
 
+# What a batch holds for the criterion beside the labels.
+_GIVEN = ("ids", "num_old", "target_b", "lam")
 _hf: Any = need("transformers", "pip install 'dlb_fast[hf]'")
 
 
@@ -136,6 +138,11 @@ class LastBatchTrainer(_hf.Trainer):
             f"criterion.reduction must be 'mean', which the Trainer averages over batches, got {criterion.reduction!r}",
         )
         yield (
+            next(criterion.parameters(), None) is not None,
+            "the criterion has parameters, which the Trainer's optimizer does not train and no checkpoint holds; make "
+            "alpha and temperature numbers or plain tensors",
+        )
+        yield (
             len(self.label_names) != 1,
             f"the criterion takes one label per row, got label_names {self.label_names}; set args.label_names to one",
         )
@@ -221,7 +228,13 @@ class LastBatchTrainer(_hf.Trainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        total = torch.stack([self._items(batch[self.label_names[0]].to(device)) for batch in batches]).sum()
+        name = self.label_names[0]
+        if name not in batches[0]:
+            raise ValueError(
+                f"LastBatchTrainer: a batch has no {name!r}, only {', '.join(batches[0])}; set args.label_names to the "
+                "name of its labels"
+            )
+        total = torch.stack([self._items(batch, device) for batch in batches]).sum()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
         return batches, total
@@ -231,7 +244,7 @@ class LastBatchTrainer(_hf.Trainer):
     ) -> Any:
         """The loss of the criterion; in evaluation that is torch's cross entropy, and nothing is remembered."""
         labels = inputs[self.label_names[0]]
-        dropped = ("ids", "num_old", "skip_logits", *self.label_names)
+        dropped = (*_GIVEN, "skip_logits", *self.label_names)
         outputs = model(**{name: value for name, value in inputs.items() if name not in dropped})
         logits = _logits(outputs)
         self.criterion.train(model.training)
@@ -250,26 +263,29 @@ class LastBatchTrainer(_hf.Trainer):
             self._terms, self._logged = torch.zeros_like(terms), self.state.global_step
         super().log(logs, *args, **options)
 
-    def _items(self, labels: torch.Tensor) -> torch.Tensor:
-        """What torch's mean of the cross entropy divides by."""
+    def _items(self, batch: Mapping[str, Any], device: torch.device) -> torch.Tensor:
+        """What the mean of the cross entropy divides by, as in torch: rows that count, or the sum of their weights."""
+        labels, second = batch[self.label_names[0]].to(device), batch.get("target_b")
         if labels.dim() > 1:  # probabilities
-            return torch.full((), labels.shape[0], dtype=torch.float32, device=labels.device)
-        counted = labels != self.criterion.ignore_index
-        weight = self.criterion.weight
-        if weight is None:
+            return torch.full((), labels.shape[0], dtype=torch.float32, device=device)
+        ignored, weight = self.criterion.ignore_index, self.criterion.weight
+        counted = labels != ignored
+        if second is not None:
+            counted = counted & (second.to(device) != ignored)
+        if weight is None or second is not None:
             return counted.sum(dtype=torch.float32)
         # A label out of range becomes a NaN in the loss, not an index that ends the process.
         return (weight[labels.where(counted, 0).clamp(0, len(weight) - 1).long()] * counted).sum()
 
     def _training_loss(self, logits: torch.Tensor, labels: torch.Tensor, inputs: dict[str, Any], items: Any) -> Any:
         criterion, micro_batches = self.criterion, self.current_gradient_accumulation_steps
-        given = {"ids": inputs.get("ids"), "num_old": inputs.get("num_old")}
+        given = {name: inputs.get(name) for name in _GIVEN}
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         if items is None or micro_batches * ranks == 1:  # without a count the Trainer divides by the micro-batches
             loss, share = criterion(logits, labels, **given), 1 / micro_batches
         else:
             # share * (CE + alpha' KL) = CE summed over these rows / items + alpha KL / micro_batches
-            share = self._items(labels) * ranks / items
+            share = self._items(inputs, labels.device) * ranks / items
             # Without a label that counts, the cross entropy is 0 and any share will do.
             share = torch.where(share > 0, share, 1.0)
             alpha = criterion.alpha
@@ -407,7 +423,8 @@ def as_dataloader(loader: Any, image_key: str = "pixel_values") -> DataLoader[An
 
     Args:
         loader: a loader of `dlb_fast.data`, or a DataLoader with an `OverlapBatchSampler`. A `Batch` becomes
-            `{image_key, "labels", "ids", "num_old"}`; a mapping passes as it is.
+            `{image_key, "labels", "ids", "num_old"}`, with `"target_b"` and `"lam"` if its images are mixed; a mapping
+            passes as it is.
         image_key: the model's argument for images.
     """
     batches = _Batches(loader, image_key)
@@ -439,7 +456,9 @@ class _Batches(Dataset[Any]):
         batch = next(self.batches)
         self.expected += 1
         if isinstance(batch, Batch):
-            return {self.image_key: batch.images, "labels": batch.targets, "ids": batch.ids, "num_old": batch.num_old}
+            mixed = {} if batch.lam is None else {"target_b": batch.target_b, "lam": batch.lam}
+            own = {"labels": batch.targets, "ids": batch.ids, "num_old": batch.num_old}
+            return {self.image_key: batch.images, **own, **mixed}
         if isinstance(batch, Mapping):
             return dict(batch)
         raise TypeError(f"as_dataloader: expected batches that are Batch or a mapping, got {type(batch).__name__}")

@@ -193,7 +193,7 @@ class TaskBatches:
         self._log_interval = getattr(args, "log_interval", 0)
         self._verbose = verbose
         self._batch: Batch | None = None
-        self._terms: list[torch.Tensor] = []  # [sums of the terms, batches] of the current epoch, on the device
+        self._terms: torch.Tensor | None = None  # sums of the terms of the current epoch, and of its batches
 
     @property
     def batch_sampler(self) -> TaskBatches:
@@ -213,7 +213,7 @@ class TaskBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self._terms = []
+        self._terms = None
         last = len(self) - 1
         for number, batch in enumerate(self.loader):
             if not isinstance(batch, Batch):
@@ -230,13 +230,13 @@ class TaskBatches:
     def record(self, parts: Any) -> None:
         """Add the terms of a batch, on the device."""
         terms = torch.stack([parts.ce, parts.lb, torch.ones_like(parts.ce)])
-        self._terms = [self._terms[0] + terms if self._terms else terms]
+        self._terms = terms if self._terms is None else self._terms + terms
 
     def _log(self, epoch: int, number: int, batches: int) -> None:
         """Log the means since the epoch began, over all ranks."""
-        if not self._terms:
+        if self._terms is None:
             return
-        terms = self._terms[0].clone()
+        terms = self._terms.clone()
         if rank_and_size()[1] > 1:
             dist.all_reduce(terms)
         ce, lb, count = terms.tolist()

@@ -89,6 +89,8 @@ class DataConfig:
     """Rows per forward in the evaluation."""
     num_threads: int = 2
     """Decoding threads for image folders."""
+    max_pixels: int = 178_956_970
+    """Image files with more pixels are refused before they are decoded."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "even and >= 2", self.batch_size)
@@ -102,6 +104,7 @@ class DataConfig:
         _require(ok, "eval_resize", f"at least the crop of the evaluation ({crop}) or null", self.eval_resize)
         _require(self.eval_batch_size >= 1, "eval_batch_size", "at least 1", self.eval_batch_size)
         _require(self.num_threads >= 1, "num_threads", "at least 1", self.num_threads)
+        _require(self.max_pixels >= 1, "max_pixels", "at least 1", self.max_pixels)
 
 
 @dataclass(frozen=True)
