@@ -62,7 +62,8 @@ def as_number(op: str, name: str, value: object, expected: str = "a number") -> 
         return float(value)
     if getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor):
         return as_number(op, name, value.item(), expected)  # type: ignore[attr-defined]
-    hint = f"; use {name}.item()" if isinstance(value, Tensor) and value.numel() == 1 else ""
+    one = value.numel() == 1 if isinstance(value, Tensor) else getattr(value, "size", 0) == 1
+    hint = f"; use {name}.item()" if one else ""
     raise TypeError(f"{op}: {name} must be {expected}, got {kind.__name__}{hint}")
 
 
@@ -133,7 +134,10 @@ def _to_rows(logits: Tensor, target: object) -> str:
     last = "logits.flatten(0, -2)", "where the classes are the last dimension, "
     second = "logits.movedim(1, -1).flatten(0, -2)", "where they are the second, as in torch's cross entropy, "
     along_last, along_second = shape[:-1], (shape[0], *shape[2:])
-    rows = {last: (along_last, (math.prod(along_last),)), second: (along_second, (math.prod(along_second),))}
+    rows = {
+        last: (along_last, (*along_last, 1), (math.prod(along_last),)),
+        second: (along_second, (shape[0], 1, *shape[2:]), (math.prod(along_second),)),
+    }
     fits = [how for how, shapes in rows.items() if of in shapes]
     if len(fits) == 1:
         of_rows = "" if len(of or ()) == 1 else " and target.flatten()"

@@ -458,6 +458,16 @@ SHAPES = {  # logits, target, the loss that is meant
     "pixels": (image_logits(2, C, 3, 4), torch.arange(24).view(2, 3, 4) % C, cross_entropy),
     "a line of pixels": (image_logits(2, C, 3), torch.arange(6).view(2, 3) % C, cross_entropy),
     "tokens": (image_logits(2, 3, C), torch.arange(6).view(2, 3) % C, lambda z, y: cross_entropy(z.mT, y)),
+    "pixels, a channel of labels": (
+        image_logits(2, C, 3, 4),
+        torch.arange(24).view(2, 1, 3, 4) % C,
+        lambda z, y: cross_entropy(z, y[:, 0]),
+    ),
+    "tokens, a column of labels": (
+        image_logits(2, 3, C),
+        torch.arange(6).view(2, 3, 1) % C,
+        lambda z, y: cross_entropy(z.mT, y[:, :, 0]),
+    ),
     "tokens, flat labels": (image_logits(2, 3, C), LABELS, lambda z, y: cross_entropy(z.flatten(0, 1), y)),
     "pixels, flat labels": (image_logits(2, C, 3), LABELS, lambda z, y: cross_entropy(z, y.view(2, 3))),
     "a binary model": (
