@@ -324,7 +324,7 @@ def check_scalar(
     return value
 
 
-def check_number(op: str, name: str, value: float, *, positive: bool) -> float:
+def check_number(op: str, name: str, value: object, *, positive: bool) -> float:
     """A finite number, > 0 or >= 0; no tensor."""
     number = as_number(op, name, value)
     check_scalar(op, name, number, positive=positive)

@@ -624,6 +624,19 @@ def test_a_temperature_is_refused_where_float32_would_lose_the_loss(impl, spread
                 graded(z, wrap(tau), impl)
 
 
+@pytest.mark.parametrize("tau", [1e-19, 1e7, 1e10])
+def test_no_method_takes_a_temperature_that_loses_the_loss(tau):
+    for name, (function, extras) in FUNCTIONS.items():
+        if "temperature" in inspect.signature(function).parameters:
+            given = {**extras, "buffer": LogitBuffer(C, B)} if name == "dlb_step" else extras
+            with pytest.raises(ValueError, match=f"{name}: temperature must be between 1e-18 and 1"):
+                function(logits=ROWS, target=LABELS, temperature=tau, **given)
+    for name in CASES_OF:
+        if "temperature" in inspect.signature(METHODS[name].criterion).parameters:
+            with pytest.raises(ValueError, match="Loss: temperature must be between 1e-18 and 1"):
+                make(name, temperature=tau)
+
+
 def test_a_large_alpha_is_refused_before_it_makes_nan_of_a_term_that_is_0(impl):
     for alpha in (1e31, 1e39, 10**400, torch.tensor(1e35)):
         with pytest.raises(ValueError, match=r"alpha must be between 0 and 1e\+30, got"):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._args import as_int, check_logits, check_number, check_share
+from .._args import as_int, check_logits, check_number, check_share, check_temperature
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar
@@ -44,7 +44,8 @@ def softened_share(num_classes: int, temperature: float, correct_share: float) -
     return right / (right + (num_classes - 1) * other)
 
 
-def _checked(op: str, temperature: float, multiplier: float, correct_share: float) -> tuple[float, float, float]:
+def _checked(op: str, temperature: Scalar, multiplier: float, correct_share: float) -> tuple[float, float, float]:
+    check_temperature(op, temperature)
     return (
         check_number(op, "temperature", temperature, positive=True),
         check_number(op, "multiplier", multiplier, positive=True),
