@@ -62,7 +62,8 @@ def as_number(op: str, name: str, value: object, expected: str = "a number") -> 
         return float(value)
     if getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor):
         return as_number(op, name, value.item(), expected)  # type: ignore[attr-defined]
-    hint = f"; use {name}.item()" if isinstance(value, Tensor) and value.numel() == 1 else ""
+    one = value.numel() == 1 if isinstance(value, Tensor) else getattr(value, "size", 0) == 1
+    hint = f"; use {name}.item()" if one else ""
     raise TypeError(f"{op}: {name} must be {expected}, got {kind.__name__}{hint}")
 
 
@@ -133,7 +134,10 @@ def _to_rows(logits: Tensor, target: object) -> str:
     last = "logits.flatten(0, -2)", "where the classes are the last dimension, "
     second = "logits.movedim(1, -1).flatten(0, -2)", "where they are the second, as in torch's cross entropy, "
     along_last, along_second = shape[:-1], (shape[0], *shape[2:])
-    rows = {last: (along_last, (math.prod(along_last),)), second: (along_second, (math.prod(along_second),))}
+    rows = {
+        last: (along_last, (*along_last, 1), (math.prod(along_last),)),
+        second: (along_second, (shape[0], 1, *shape[2:]), (math.prod(along_second),)),
+    }
     fits = [how for how, shapes in rows.items() if of in shapes]
     if len(fits) == 1:
         of_rows = "" if len(of or ()) == 1 else " and target.flatten()"
@@ -215,10 +219,7 @@ def check_teacher(op: str, logits: Tensor, teacher: Tensor, name: str = "last_lo
             f"it holds {what} of the first H rows of this batch{hint}"
         )
     if teacher.dtype not in FLOATS:
-        raise TypeError(
-            f"{op}: {name} must be floating point (float32, bfloat16, float16 or float64), got {teacher.dtype}; "
-            f"pass {name}.float()"
-        )
+        raise TypeError(f"{op}: {name} must be floating point, got {teacher.dtype}; pass {name}.float()")
 
 
 def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int, name: str = "kd_mask") -> None:
@@ -226,9 +227,12 @@ def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int, name: str
     check_tensor(op, name, kd_mask)
     check_same_device(op, name, kd_mask, logits)
     if kd_mask.dtype != torch.bool or kd_mask.shape != (rows,):
+        remedy = "" if kd_mask.dtype == torch.bool else f"; use {name}.bool()"
+        if rows < logits.shape[0] and kd_mask.shape == logits.shape[:1]:
+            remedy = f"; only the first {rows} rows have one: pass {name}[:{rows}]"
         raise ValueError(
             f"{op}: {name} must be a bool tensor of shape ({rows},), one entry per row with a teacher, "
-            f"got {kd_mask.dtype} {tuple(kd_mask.shape)}"
+            f"got {kd_mask.dtype} {tuple(kd_mask.shape)}{remedy}"
         )
 
 
@@ -245,7 +249,7 @@ def check_weight_form(op: str, weight: Tensor, classes: int) -> None:
     if weight.shape != (classes,) or not weight.is_floating_point():
         raise ValueError(
             f"{op}: weight must be floating with shape ({classes},), one entry per class, "
-            f"got {weight.dtype} {tuple(weight.shape)}"
+            f"got {weight.dtype} {tuple(weight.shape)}{'; use weight.float()' if weight.dtype in INTEGERS else ''}"
         )
 
 
@@ -286,7 +290,7 @@ def check_ids(op: str, logits: Tensor, ids: Tensor) -> None:
     if ids.shape != (logits.shape[0],) or ids.dtype not in INTEGERS:
         raise ValueError(
             f"{op}: ids must be an integer tensor of shape ({logits.shape[0]},), one sample id per row, "
-            f"got {ids.dtype} {tuple(ids.shape)}"
+            f"got {ids.dtype} {tuple(ids.shape)}{'' if ids.dtype in INTEGERS else '; use ids.long()'}"
         )
 
 

@@ -439,6 +439,8 @@ def dlb_step(
     _args.check_logits(op, logits, target)
     upstream = _args.check_scalar(op, "upstream", upstream, positive=False)
     num_old = _args.check_num_old(op, num_old)
+    if again is not None and not isinstance(again, bool):
+        raise TypeError(f"{op}: again must be True, False or None, got {again!r}")
     options = prepare(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index,

@@ -135,18 +135,19 @@ class DistillationLoss(nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        prepare(
+        checked = prepare(
             op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
             ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
-        _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        if weight is not None:
+            _args.check_tensor(op, "weight", weight)
         if impl not in ("auto", "torch") and (
             refusal := ops.unsupported(None, weight=weight, alpha=alpha, temperature=temperature)
         ):
             raise RuntimeError(f"{op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
-        self.alpha, self.temperature = alpha, temperature
-        self.ce_weight, self.ce_alpha = ce_weight, ce_alpha
-        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.alpha, self.temperature = checked.alpha, checked.temperature
+        self.ce_weight, self.ce_alpha = _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        self.label_smoothing, self.ignore_index = checked.label_smoothing, checked.ignore_index
         self.reduction, self.impl = reduction, impl
         self.register_buffer("weight", weight)
         self.counted: int | None = None

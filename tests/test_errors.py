@@ -22,6 +22,7 @@ from dlb_fast import (
     distillation_loss,
     dlb_step,
     fused_lb_loss,
+    ops,
     zipf_loss,
 )
 from dlb_fast.methods import METHODS
@@ -106,6 +107,19 @@ def test_a_named_implementation_never_falls_back(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1|triton is not installed"):
         fused_lb_loss(Z, Y, impl="triton")
+
+
+def test_a_limit_of_an_implementation_is_told_with_the_operation(monkeypatch):
+    def limited(*args):
+        raise RuntimeError("last_batch: the kernels take at most 3 classes\nException raised from unpack at ...")
+
+    monkeypatch.setattr(ops, "op_for", lambda impl, name: limited)
+    for op, call in (
+        ("fused_lb_loss", lambda: fused_lb_loss(Z, Y, impl="cpu")),
+        ("LsrKDLoss", lambda: LsrKDLoss(impl="cpu")(Z, Y)),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{op}: impl='cpu': the kernels take at most 3 classes$"):
+            call()
 
 
 def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
@@ -244,6 +258,7 @@ WRONG_OPTIONS = {
     "kind": ["a", None, 1],
     "upstream": [*NUMBERS, -1, torch.ones(2)],
     "num_old": [1.5, "a", True, -1, B + 1],
+    "again": [1, "a", 0.5],
     "num_classes": [0, 1.5, "a", True, torch.ones(2)],
     "capacity": [0, 1.5, "a", True],
     "num_samples": [0, 1.5, "a", True],
@@ -330,6 +345,9 @@ def test_every_module_refuses_every_wrong_argument_by_its_name(impl, name):
                     continue
                 refused(op, argument, value, lambda change={argument: value}: make(name, **change))
 
+    for value in ([1.0] * C, "a", 1.0, torch.ones(C).to_sparse()):
+        refused(op, "weight", value, lambda value=value: make(name, weight=value))
+
     def run(criterion, **change):
         criterion.setup(torch.nn.Linear(3, C))
         for _ in range(2):
@@ -351,6 +369,30 @@ def test_every_module_refuses_every_wrong_argument_by_its_name(impl, name):
             criterion = make(name, impl=impl)
             setattr(criterion, argument, value)  # a schedule, or a mistake, between two batches
             refused(op, argument, value, lambda criterion=criterion: run(criterion))
+
+
+def test_the_remedy_for_masks_ids_and_weights_of_another_form(impl):
+    for change, said in (
+        (
+            {"last_logits": T, "kd_mask": torch.ones(6, dtype=torch.bool)},
+            r"only the first 3 rows have one: pass kd_mask\[:3\]",
+        ),
+        ({"last_logits": T, "kd_mask": torch.ones(3)}, r"got torch.float32 \(3,\); use kd_mask.bool\(\)"),
+        ({"weight": torch.ones(4, dtype=torch.long)}, r"use weight.float\(\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            fused_lb_loss(Z, Y, impl=impl, **change)
+    with pytest.raises(ValueError, match=r"use ids.long\(\)"):
+        LastBatchLoss(4, impl=impl)(Z, Y, torch.arange(6.0))
+
+
+@pytest.mark.parametrize("ids", [[0, 8], [0, -1], [2**40, 0]])
+def test_ps_kd_names_an_id_outside_its_bank(impl, ids):
+    criterion = make("ps_kd", impl=impl)  # of 8 samples
+    for before in ([7, 0], [1, 2]):
+        with pytest.raises(ValueError, match=r"PsKDLoss: ids must be in \[0, 8\), num_samples of the criterion, got"):
+            criterion(ROWS[:2], LABELS[:2], torch.tensor(ids), epoch=0)
+        criterion(ROWS[:2], torch.tensor([1, -100]), torch.tensor(before), epoch=0)
 
 
 def test_the_buffer_refuses_what_it_cannot_store():
@@ -416,6 +458,16 @@ SHAPES = {  # logits, target, the loss that is meant
     "pixels": (image_logits(2, C, 3, 4), torch.arange(24).view(2, 3, 4) % C, cross_entropy),
     "a line of pixels": (image_logits(2, C, 3), torch.arange(6).view(2, 3) % C, cross_entropy),
     "tokens": (image_logits(2, 3, C), torch.arange(6).view(2, 3) % C, lambda z, y: cross_entropy(z.mT, y)),
+    "pixels, a channel of labels": (
+        image_logits(2, C, 3, 4),
+        torch.arange(24).view(2, 1, 3, 4) % C,
+        lambda z, y: cross_entropy(z, y[:, 0]),
+    ),
+    "tokens, a column of labels": (
+        image_logits(2, 3, C),
+        torch.arange(6).view(2, 3, 1) % C,
+        lambda z, y: cross_entropy(z.mT, y[:, :, 0]),
+    ),
     "tokens, flat labels": (image_logits(2, 3, C), LABELS, lambda z, y: cross_entropy(z.flatten(0, 1), y)),
     "pixels, flat labels": (image_logits(2, C, 3), LABELS, lambda z, y: cross_entropy(z, y.view(2, 3))),
     "a binary model": (
@@ -570,6 +622,19 @@ def test_a_temperature_is_refused_where_float32_would_lose_the_loss(impl, spread
         for tau in (1e-19, 1e-30, 1e7, 1e10, 1e30):
             with pytest.raises(ValueError, match="distillation_loss: temperature must be between 1e-18 and 1"):
                 graded(z, wrap(tau), impl)
+
+
+@pytest.mark.parametrize("tau", [1e-19, 1e7, 1e10])
+def test_no_method_takes_a_temperature_that_loses_the_loss(tau):
+    for name, (function, extras) in FUNCTIONS.items():
+        if "temperature" in inspect.signature(function).parameters:
+            given = {**extras, "buffer": LogitBuffer(C, B)} if name == "dlb_step" else extras
+            with pytest.raises(ValueError, match=f"{name}: temperature must be between 1e-18 and 1"):
+                function(logits=ROWS, target=LABELS, temperature=tau, **given)
+    for name in CASES_OF:
+        if "temperature" in inspect.signature(METHODS[name].criterion).parameters:
+            with pytest.raises(ValueError, match="Loss: temperature must be between 1e-18 and 1"):
+                make(name, temperature=tau)
 
 
 def test_a_large_alpha_is_refused_before_it_makes_nan_of_a_term_that_is_0(impl):

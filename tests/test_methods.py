@@ -338,7 +338,7 @@ def test_distillation_loss_names_misuse(options, message):
         (Teacher("logits", torch.zeros(2, 5), rows=2.0), "the teacher's rows must be an integer, got 2.0"),
         (Teacher("logits", torch.zeros(4, 5), rows=2), r"teacher must have shape \(H, C\) with H <= 2"),
         (Teacher("logits", torch.zeros(5, 5)), r"teacher must have shape \(H, C\) with H <= 4"),
-        (Teacher("logits", torch.zeros(4, 5).long()), "teacher must be floating point .*got torch.int64"),
+        (Teacher("logits", torch.zeros(4, 5).long()), "teacher must be floating point, got torch.int64"),
         (Teacher("logits", [[0.0] * 5] * 4), "teacher must be a torch.Tensor, got list"),
         (Teacher("logits", torch.zeros(4, 5, device="meta")), "teacher must be on the device of the log"),
         (Teacher("logits", torch.zeros(4, 5), mask=torch.ones(4)), "the teacher's mask must be a bool tensor"),

@@ -95,8 +95,8 @@ class LogitBank:
             else on the host (rows then travel every step).
 
     Raises:
-        ValueError: sizes below 1, an unknown device. An id outside the bank is an IndexError on a CPU and an error of
-            the device on a GPU.
+        ValueError: sizes below 1, an unknown device. An id outside the bank is an IndexError on a CPU (a ValueError of
+            :class:`PsKDLoss`) and an error of the device on a GPU.
 
     Source of the idea: ``all_predictions`` of the official code.
 
@@ -143,10 +143,14 @@ class LogitBank:
 
     def rows(self, ids: Tensor, near: torch.device | str) -> tuple[Tensor, Tensor]:
         """Stored log-probabilities (n, C) of these samples and which (n,) have any, on device ``near``."""
+        index = ids.to(torch.int64)  # uint8 would select as a mask
+        # A negative id, or that of the row for what is not stored, must be refused as any other outside the bank.
+        index = torch.where((index < 0) | (index == self.num_samples), self.num_samples + 1, index)
         if self._rows is None or self._seen is None:  # asking allocates nothing
-            none = torch.zeros(ids.shape[0], self.num_classes, dtype=self.dtype, device=near)
-            return none, torch.zeros_like(none[:, 0], dtype=torch.bool)
-        index = ids.to(self._rows.device, torch.int64)  # uint8 would select as a mask
+            nothing = torch.zeros((), dtype=torch.bool, device=near).expand(self.num_samples + 1)
+            seen = nothing[index.to(near)]
+            return torch.zeros(len(seen), self.num_classes, dtype=self.dtype, device=near), seen
+        index = index.to(self._rows.device)
         return self._rows[index].to(near), self._seen[index].to(near)
 
     @torch.no_grad()
@@ -263,7 +267,13 @@ class PsKDLoss(DistillationLoss):
                 f"{inputs.logits.shape[1]}"
             )
         assert inputs.ids is not None
-        rows, seen = self.bank.rows(inputs.ids, inputs.logits.device)
+        try:
+            rows, seen = self.bank.rows(inputs.ids, inputs.logits.device)
+        except IndexError:
+            raise ValueError(
+                f"PsKDLoss: ids must be in [0, {self.bank.num_samples}), num_samples of the criterion, got "
+                f"{int(inputs.ids.min())} to {int(inputs.ids.max())}; num_samples counts the whole training set"
+            ) from None
         if inputs.again is not False:  # the bank has this batch's own predictions by now
             assert self._last is not None
             rows, seen = (chosen(inputs.again, *pair) for pair in zip(self._last, (rows, seen), strict=True))

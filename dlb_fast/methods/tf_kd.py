@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._args import as_int, check_logits, check_number, check_share
+from .._args import as_int, check_logits, check_number, check_share, check_temperature
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar
@@ -45,6 +45,7 @@ def softened_share(num_classes: int, temperature: float, correct_share: float) -
 
 
 def _checked(op: str, temperature: Scalar, multiplier: float, correct_share: float) -> tuple[float, float, float]:
+    check_temperature(op, temperature)
     return (
         check_number(op, "temperature", temperature, positive=True),
         check_number(op, "multiplier", multiplier, positive=True),

@@ -314,7 +314,7 @@ def train_run(
     _reset_peak_memory(resolve_device(config.train.device, ranks))
     trainer = build_trainer(config, folder=folder.path, log=log, ranks=ranks)
     loader: Any = trainer.loader
-    impl = _backends.pick(config.loss.impl, trainer.device.type)
+    impl = _backends.pick(config.loss.impl, trainer.device.type, "train")
     started = ranks.run_on_main(folder.exists)
     ranks.run_on_main(folder.lock)
     try:
