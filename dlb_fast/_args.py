@@ -263,11 +263,10 @@ def check_rows(op: str, name: str, value: object, logits: Tensor) -> Tensor:
 
 def check_ce_weight(op: str, alpha: float | Tensor, ce_weight: float, ce_alpha: float) -> tuple[float, float]:
     """``ce_weight >= 0`` and ``ce_weight + ce_alpha * alpha >= 0``: else training would drive the cross entropy up."""
-    ce_weight, ce_alpha = as_number(op, "ce_weight", ce_weight), as_number(op, "ce_alpha", ce_alpha)
-    if not 0 <= ce_weight <= LARGEST:
-        raise ValueError(f"{op}: ce_weight must be finite and >= 0, at most {LARGEST:g}, got {ce_weight}")
+    ce_weight = check_number(op, "ce_weight", ce_weight, positive=False)
+    ce_alpha = as_number(op, "ce_alpha", ce_alpha)
     if not abs(ce_alpha) <= LARGEST:
-        raise ValueError(f"{op}: ce_alpha must be finite, at most {LARGEST:g} in size, got {ce_alpha}")
+        raise ValueError(f"{op}: ce_alpha must be finite, got {ce_alpha} (at most {LARGEST:g} in size)")
     if isinstance(alpha, Tensor):
         if not readable(alpha):
             return ce_weight, ce_alpha
@@ -331,7 +330,7 @@ def check_number(op: str, name: str, value: float, *, positive: bool) -> float:
 def check_temperature(op: str, value: float | Tensor, dtype: torch.dtype = torch.float64) -> float | Tensor:
     """tau > 0, in the range where a loss over logits of ``dtype`` is right (see ``TEMPERATURES``)."""
     least, most, most64 = TEMPERATURES
-    why = ": beyond it tau^2 times the rounding error of the KL is larger than the loss"
+    why = ": outside this range tau^2 KL is lost in rounding"
     if dtype != torch.float64:
         most64, why = most, f" with {dtype} logits{why}; float64 logits take up to {most64:g}"
     return check_scalar(op, "temperature", value, positive=True, least=least, most=most64, why=why)

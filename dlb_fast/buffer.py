@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._args import as_int, check_device, check_dtype, has_values
+from ._args import as_int, check_device, check_dtype, check_ids, check_logits, check_num_old, has_values
 
 UNKNOWN_ID = -(2**63)
 """Id of a row stored without a sample id; such a row teaches only batches that come without ids."""
@@ -153,7 +153,9 @@ class LogitBuffer:
         self.rows, self.slots = self.rows.to(device), self.slots.to(device)
         return self
 
-    def recognise(self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1) -> int:
+    def recognise(
+        self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1, op: str = "LastBatchLoss"
+    ) -> int:
         """The op's argument ``again`` for a batch: 1 if it is the one stored last, 0 if not, -1 if the device decides.
 
         The device compares the ids where the number of stored rows does not depend on the answer, which is so for
@@ -162,7 +164,7 @@ class LogitBuffer:
         """
         if again == 1 and batch != self.batch:
             raise ValueError(
-                f"LastBatchLoss: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with "
+                f"{op}: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with "
                 "every batch, or leave same_batch() between batches"
             )
         if again >= 0:
@@ -173,7 +175,7 @@ class LogitBuffer:
             return -1
         return int(self._holds(ids)) if has_values(self.slots) else 0
 
-    def stored_rows(self, batch: int, num_old: int | None, again: int = 0) -> int:
+    def stored_rows(self, batch: int, num_old: int | None, again: int = 0, op: str = "LastBatchLoss") -> int:
         """How many of ``batch`` rows will be stored; raises ValueError where the rows do not fit the buffer."""
         if again == 1:
             return self.count
@@ -185,7 +187,7 @@ class LogitBuffer:
             return new
         given = "num_old" if num_old is not None else "the buffer"
         raise ValueError(
-            f"LastBatchLoss: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves "
+            f"{op}: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves "
             f"{new} new ones of {batch}, and the buffer keeps at most {self.capacity}. Feed it by OverlapBatchSampler, "
             "pass capacity= (half the batch size) or num_old=, or call reset() when a new stream of batches starts"
         )
@@ -259,9 +261,19 @@ class LogitBuffer:
             again: 1 for the batch stored last, 0 for a new one, -1 to compare the ids.
             kd_mask: ``(B,)`` bool, rows that may be taught; only the counter of taught rows depends on it.
         """
+        op = "LogitBuffer.update"
+        check_logits(op, logits)
+        if logits.shape[1] != self.num_classes or logits.device != self.device:
+            raise ValueError(
+                f"{op}: logits must have C = {self.num_classes} classes on {self.device}, got {logits.shape[1]} on "
+                f"{logits.device}"
+            )
+        if ids is not None:
+            check_ids(op, logits, ids)
         batch, size = logits.shape[0], self.capacity
-        again = self.recognise(batch, ids, num_old, again)
-        count = self.stored_rows(batch, num_old, again)
+        num_old = check_num_old(op, num_old)
+        again = self.recognise(batch, ids, num_old, again, op)
+        count = self.stored_rows(batch, num_old, again, op)
         match = self.match(batch, ids, num_old, again)
         repeats = match.repeats
         valid = repeats if kd_mask is None else repeats & kd_mask[: len(repeats)]

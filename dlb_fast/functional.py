@@ -330,8 +330,10 @@ def fused_lb_loss(
         logits: ``(B, C)`` float32, bfloat16, float16 or float64; any strides; never written to.
         target: ``(B,)`` integer labels, ``(B, C)`` class probabilities, or None for the KL term alone.
         last_logits: ``(H, C)`` with ``H <= B``: the previous logits of rows ``[0, H)``; None gives plain CE. Detached.
-        alpha: weight of the KL term, a number >= 0 or a 0-d tensor (a schedule that never recompiles).
-        temperature: tau > 0 of both distributions, a number or a 0-d tensor.
+        alpha: weight of the KL term, a number in ``[0, 1e30]`` or a 0-d tensor (a schedule that never recompiles).
+        temperature: tau of both distributions, a number or a 0-d tensor, in ``[1e-18, 100]``, with float64 logits up
+            to 1e6: beyond that the rounding error of the KL times tau^2 is no longer small beside the loss. The value
+            of a tensor on a GPU is not read.
         label_smoothing: in ``[0, 1]``, as in torch; applies to the CE only.
         weight: ``(C,)`` class weights of the CE, as in torch.
         ignore_index: rows with this label leave the CE; they leave the KL only through ``kd_mask``.
@@ -411,7 +413,7 @@ def dlb_step(
         again: whether this is the batch of the last call once more (the second pass of SAM, a closure): it then meets
             the same teacher, and its rows replace those of the last call. None compares the ids, where there are any.
         alpha: weight of the KL, a number or a 0-d tensor.
-        temperature: tau > 0, a number or a 0-d tensor.
+        temperature: tau, as in :func:`fused_lb_loss`.
         label_smoothing: of the CE, as in torch.
         weight: ``(C,)`` class weights of the CE, as in torch.
         ignore_index: rows with this label leave the CE.
@@ -450,8 +452,8 @@ def dlb_step(
         _args.check_ids(op, logits, ids)
     where: dict[str, Any] = {}
     if logits.shape[0] > 0:  # an empty batch has no row to teach or to store
-        same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again))
-        stored = buffer.stored_rows(logits.shape[0], num_old, same)
+        same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again), op)
+        stored = buffer.stored_rows(logits.shape[0], num_old, same, op)
         where = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
     if _backends.pick(impl, logits.device.type, op) != "torch":
         loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
@@ -659,7 +661,7 @@ def distillation_loss(
             plain cross entropy. Detached.
         kind: ``"logits"`` (softened with ``temperature``), ``"probabilities"`` (used as they are) or ``"uniform"``.
         alpha: weight of the KL, a number >= 0 or a 0-d tensor.
-        temperature: tau > 0 of the student and of teacher logits, a number or a 0-d tensor.
+        temperature: tau of the student and of teacher logits, as in :func:`fused_lb_loss`.
         ce_weight: weight of the cross entropy.
         ce_alpha: what alpha adds to the weight of the cross entropy; the sum must not be negative.
         correct_share: with ``kind="uniform"``, the teacher's probability of the right class in ``[0, 1]``; the others

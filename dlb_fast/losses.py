@@ -85,11 +85,11 @@ class DistillationLoss(nn.Module):
 
     Args:
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.
-        temperature: tau > 0, a number or a 0-d tensor; may be reassigned at any time.
+        temperature: tau, as in :func:`fused_lb_loss`; may be reassigned at any time.
         ce_weight: weight of the cross entropy.
         ce_alpha: what alpha adds to that weight; -1 gives ``(1 - alpha) CE``.
         label_smoothing: of the cross entropy, as in torch.
-        weight: ``(C,)`` class weights of the cross entropy, as in torch; goes where the module goes.
+        weight: ``(C,)`` class weights of the cross entropy, a buffer as in torch.
         ignore_index: rows with this label leave the cross entropy.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``, as in :func:`fused_lb_loss`.
@@ -97,6 +97,7 @@ class DistillationLoss(nn.Module):
     Attributes:
         needs: which of ``ids``, ``images`` and ``epoch`` every training batch must come with.
         mixes: whether the teacher still fits when images are mixed (mixup, CutMix); otherwise ``target_b`` is refused.
+        softens_student: whether ``temperature`` softens the student; otherwise it belongs to the teacher alone.
         copies_model: whether the method keeps copies of all weights (then FSDP is refused).
         counted: how many rows ``parts.correct`` counts; None: all of the last batch.
         parts: :class:`LossParts` of the last call.
@@ -111,6 +112,7 @@ class DistillationLoss(nn.Module):
 
     needs: frozenset[str] = frozenset()
     mixes = False
+    softens_student = True
     copies_model = False
     weight: Tensor | None
     _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
@@ -367,8 +369,9 @@ class DistillationLoss(nn.Module):
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
+        temperature = self.temperature if self.softens_student else 1.0
         loss, parts = distill(
-            op, logits, target, teacher, alpha=self.alpha, temperature=self.temperature, ce_weight=self.ce_weight,
+            op, logits, target, teacher, alpha=self.alpha, temperature=temperature, ce_weight=self.ce_weight,
             ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
             ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
             impl=self.impl,
@@ -396,20 +399,23 @@ class LastBatchLoss(DistillationLoss):
     The same batch evaluated again meets the same teacher, and its latest evaluation is what is stored; see
     :class:`DistillationLoss`. Stored rows teach only rows of the same id; rows stored without ids teach only batches
     without ids; rows that are not finite teach nothing. When many batches in a row repeat no sample, the criterion
-    warns once. The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's
-    teacher with rank 0's. It is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit,
-    or a checkpoint without one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-
-    batch learns from the previous micro-batch.
+    warns once. With gradient accumulation every call is a batch: a micro-batch learns from the previous micro-batch.
+
+    The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with
+    rank 0's. It is part of ``state_dict()`` through ``get_extra_state``, as one tensor of bytes, whose size is the same
+    before and after training when ``capacity`` is given: torch.distributed.checkpoint loads only equal sizes. A saved
+    buffer that does not fit or is another rank's, or a checkpoint without one, restarts it with a warning.
 
     Args:
         num_classes: ``C``.
         capacity: rows stored, half the batch the model sees; None takes it from the first batches.
-        dtype: dtype of the stored logits; None takes that of the first logits (lossless).
+        dtype: dtype of the stored logits; None takes that of the first logits (lossless), for which a checkpoint keeps
+            8 bytes per logit when ``capacity`` is given.
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be set at any time. The default is the community's,
             not a value read from the paper.
-        temperature: tau > 0, a number or a 0-d tensor; may be set at any time. The default is the community's.
+        temperature: tau, as in :func:`fused_lb_loss`; may be set at any time. The default is the community's.
         label_smoothing: of the CE, as in torch.
-        weight: ``(C,)`` class weights of the CE, as in torch; goes where the module goes.
+        weight: ``(C,)`` class weights of the CE, a buffer as in torch.
         ignore_index: rows with this label leave the CE.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``, as in :func:`fused_lb_loss`.

@@ -11,6 +11,7 @@ from emulation.oracle import Stream, batch
 from torch import Tensor
 
 from dlb_fast.buffer import HEADER, UNKNOWN_ID
+from dlb_fast.reference import top1_correct
 
 pytestmark = [
     pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}"),
@@ -179,9 +180,13 @@ def test_rows_that_are_not_finite_do_not_teach(classes: int, clusters: int, labe
                 target[9 + (0 if labels == "ignored" else 1) :: 1 if labels == "ignored" else 2] = -100
             if index < 3:
                 spoiled(logits, 9, stored)
+                if target.dim() == 1 and labels == "labels":
+                    target[10:12] = classes // 2  # where one row holds +inf and the next one nothing but -inf
             # A row of nothing but -inf has no loss that two implementations share.
             exact = labels in ("ignored", "none") or index == 3
-            stream.step(logits, None if labels == "none" else target, again=again, losses=exact)
+            given = None if labels == "none" else target
+            result = stream.step(logits, given, again=again, losses=exact)
+            assert float(result.parts[3]) == float(top1_correct(logits, given))
         assert int(stream.slots[4]) == 3 * {torch.float32: 5, torch.bfloat16: 6, torch.float16: 7}[stored]
 
 

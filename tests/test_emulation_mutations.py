@@ -87,14 +87,14 @@ MUTATIONS = {
     "the header is written before everybody has read it": (
         "batch.cuh",
         "  if (a.precounted) {\n    lay_out",
-        "  store(a.slots + slots_latest, int64_t(1 - header.latest));\n  if (a.precounted) {\n    lay_out",
+        "  store(a.slots + slots_latest, int64_t(1 - header.latest()));\n  if (a.precounted) {\n    lay_out",
     ),
     "a row that counts for nothing has no flag": ("resident_kernel.cuh", "any(read)", "any(exists && role.active())"),
     "NaN is finite": ("row.cuh", "n.d1 > 0.0f && top", "top"),
     "new rows are not compared": ("batch.cuh", "id != last ? 2.0f", "id != last && false ? 2.0f"),
     "repeated rows are not compared": ("batch.cuh", ": id != old ?", ": id != old || true ?"),
     "the same batch has as many repeated rows as are stored": ("batch.cuh", "again ? a.batch - count : count", "count"),
-    "the other generation has as many rows": ("batch.cuh", "again ? header.other_count : count", "count"),
+    "the other generation has as many rows": ("batch.cuh", "header.count(a, taught)", "count"),
     "a batch without a repeated row is forgotten": ("finish.cuh", "+ n.not_finite <", "<"),
     "flags are those of the other generation": ("batch.cuh", "load(ids + a.cap", "load(s.slots + 1 + a.cap"),
 }  # fmt: skip

@@ -223,7 +223,7 @@ WRONG = {
     "ids": [[0] * B, LABELS[:3], LABELS.float(), LABELS.to(META), MASK, "a", LABELS[:, None], 5],
 }  # fmt: skip
 WRONG_PAIRS = {
-    "target_b": [[0] * B, LABELS[:3], LABELS.float(), SOFT, LABELS + 1, None, LABELS.to(META)],
+    "target_b": [[0] * B, LABELS[:3], LABELS.float(), SOFT, LABELS + C, None, LABELS.to(META)],
     "lam": [
         *NUMBERS,
         -1,
@@ -243,7 +243,7 @@ WRONG_OPTIONS = {
     "multiplier": [*NUMBERS, 0.0, 1e39],
     "kind": ["a", None, 1],
     "upstream": [*NUMBERS, -1, torch.ones(2)],
-    "num_old": [1.5, "a", True, -1],
+    "num_old": [1.5, "a", True, -1, B + 1],
     "num_classes": [0, 1.5, "a", True, torch.ones(2)],
     "capacity": [0, 1.5, "a", True],
     "num_samples": [0, 1.5, "a", True],
@@ -351,6 +351,17 @@ def test_every_module_refuses_every_wrong_argument_by_its_name(impl, name):
             criterion = make(name, impl=impl)
             setattr(criterion, argument, value)  # a schedule, or a mistake, between two batches
             refused(op, argument, value, lambda criterion=criterion: run(criterion))
+
+
+def test_the_buffer_refuses_what_it_cannot_store():
+    for argument in ("logits", "ids"):
+        for value in WRONG[argument]:
+            given = {"logits": ROWS, "ids": LABELS, argument: value}
+            refused("LogitBuffer.update", argument, value, lambda given=given: LogitBuffer(C, B).update(**given))
+    for value in WRONG_OPTIONS["num_old"]:
+        refused("LogitBuffer.update", "num_old", value, lambda v=value: LogitBuffer(C, B).update(ROWS, num_old=v))
+    with pytest.raises(ValueError, match=r"LogitBuffer.update: logits must have C = 4 classes on cpu, got 5 on cpu"):
+        LogitBuffer(4, B).update(ROWS)
 
 
 STRANGE = {

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from method_cases import CASES, CLASSES, make
+from method_cases import CASES, CLASSES, SIBLINGS, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -500,7 +500,7 @@ def test_ps_kd_keeps_the_row_it_had(bad):
     rows, seen = criterion.bank.rows(torch.arange(4), "cpu")
     assert seen.tolist() == [True, True, False, True] and rows.isfinite().all()
     state = criterion.state_dict()
-    state["_extra_state"]["rows"][1, 2] = bad  # saved by a bank that took everything
+    state["_extra_state"][1, 2] = bad  # saved by a bank that took everything
     criterion.load_state_dict(state)
     assert criterion.bank.rows(torch.arange(4), "cpu")[1].tolist() == [True, False, False, True]
     assert dlb_fast.ps_kd_loss(torch.zeros(2, 3), y[:2], torch.tensor([[0.2, bad, 0.1], [0.2, 0.3, 0.5]])).isfinite()
@@ -558,6 +558,23 @@ def test_a_partner_of_cs_kd_that_is_not_finite_does_not_teach():
     want = dlb_fast.CsKDLoss()(z, y, kd_mask=mask)
     z[4, 0] = float("nan")
     torch.testing.assert_close(dlb_fast.CsKDLoss()(z, y), want)
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_an_option_that_is_set_later_counts_like_one_that_is_given(name):
+    options = {"alpha": 0.3, **CASES[name].settings[-1]}
+    (model, given), (other, later) = ready(name, **options), ready(name)
+    set_weights(other, model.parameters())
+    later.load_state_dict(given.state_dict())
+    for option, value in options.items():
+        assert getattr(given, option) == value != getattr(later, option)
+        setattr(later, option, value)
+    x, inputs = batch(3)
+    close(evaluate(other, later, x, inputs), evaluate(model, given, x, inputs))
+    assert repr(later) == repr(given)
 
 
 # ---- what a criterion shows of itself

@@ -105,25 +105,27 @@ DLB_DEVICE void reduce_block(float (&v)[N], float (*partial)[max_block_warps]) {
   reduce_lanes<Op>(v, max_block_warps);
 }
 
-// A wrong generation or count in slots can misplace teachers; it cannot leave the arrays.
+// As loaded: the counts of both generations, so that no load waits for another one. A wrong generation or count can
+// misplace teachers; it cannot leave the arrays.
 struct Header {
-  int latest, latest_count, other_count;
+  int64_t stored_last = 0, first = 0, second = 0;
+  DLB_DEVICE int latest() const { return static_cast<int>(stored_last & 1); }
+  DLB_DEVICE int count(const DeviceArgs& a, int generation) const {
+    return clamped(generation == 0 ? first : second, a.capacity);
+  }
 };
 DLB_DEVICE Header read_header(const DeviceArgs& a) {
-  if (a.slots == nullptr) return {0, 0, 0};
-  // Both counts, so that no load waits for another one.
-  const int64_t latest = load(a.slots + slots_latest), first = load(a.slots + slots_base(0, a.capacity)),
-                second = load(a.slots + slots_base(1, a.capacity));
-  const bool swap = (latest & 1) != 0;
-  return {swap ? 1 : 0, clamped(swap ? second : first, a.capacity), clamped(swap ? first : second, a.capacity)};
+  if (a.slots == nullptr) return Header();
+  return {load(a.slots + slots_latest), load(a.slots + slots_base(0, a.capacity)),
+          load(a.slots + slots_base(1, a.capacity))};
 }
 
 // Whether the ids say that this is the batch of the last call once more: its last rows are those that it stored, and
 // its first rows are not (as they are in the batch after it). The same answer for every thread of the block.
 DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float (*partial)[max_block_warps]) {
-  const int count = header.latest_count, first = a.batch - count;
+  const int count = header.count(a, header.latest()), first = a.batch - count;
   if (count == 0 || first < 0 || (a.num_old >= 0 && a.num_old != first)) return false;
-  const int64_t* const stored = a.slots + slots_base(header.latest, a.capacity) + 1;
+  const int64_t* const stored = a.slots + slots_base(header.latest(), a.capacity) + 1;
   float differs[1] = {0.0f};  // 1: among the first rows, 2: among the last, which settles it
   DLB_NO_UNROLL for (int row = thread_index(); row < count && differs[0] < 2.0f; row += block_threads()) {
     const int64_t id = load(stored + row), old = load(a.ids + row), last = load(a.ids + first + row);
@@ -134,7 +136,7 @@ DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float (*
 }
 
 DLB_DEVICE void lay_out(const DeviceArgs& a, const Header& header, bool again, Layout& s) {
-  const int taught = again ? 1 - header.latest : header.latest;
+  const int latest = header.latest(), taught = again ? 1 - latest : latest;
   s.written = 1 - taught;
   s.teacher = static_cast<const char*>(a.teacher) + taught * a.generation_bytes;
   s.rows = static_cast<char*>(a.teacher) + s.written * a.generation_bytes;
@@ -144,11 +146,11 @@ DLB_DEVICE void lay_out(const DeviceArgs& a, const Header& header, bool again, L
   if (a.slots != nullptr) {
     s.teacher_slots = a.slots + slots_base(taught, a.capacity);
     s.slots = a.slots + slots_base(s.written, a.capacity);
-    const int count = header.latest_count, by_count = again ? a.batch - count : count;
+    const int count = header.count(a, latest), by_count = again ? a.batch - count : count;
     const int old = clamped(a.num_old >= 0 ? a.num_old : by_count, a.batch);
     s.stored = smaller(a.batch - old, a.capacity);
     s.start = a.batch - s.stored;
-    s.teacher_limit = smaller(smaller(again ? header.other_count : count, old), s.start);
+    s.teacher_limit = smaller(smaller(header.count(a, taught), old), s.start);
   } else if (a.kind == TeacherKind::virtual_teacher) {
     s.teacher_limit = a.batch;
   } else {
@@ -189,8 +191,7 @@ DLB_DEVICE bool has_valid_teacher(const DeviceArgs& a, int row, Match match) {
 }
 
 // This thread's share of the counts when `threads` of them divide the rows.
-DLB_DEVICE Counts count_rows(const DeviceArgs& a, const Layout& s, int thread, int threads) {
-  Counts n;
+DLB_DEVICE void count_labels(const DeviceArgs& a, int thread, int threads, Counts& n) {
   if (a.target != nullptr) {
     // Several labels on their way at a time: with one, this loop would be most of a small launch.
     constexpr int at_once = 8;
@@ -215,6 +216,8 @@ DLB_DEVICE Counts count_rows(const DeviceArgs& a, const Layout& s, int thread, i
   } else if (a.dense != nullptr && thread == 0) {
     n.weight = static_cast<float>(a.batch);
   }
+}
+DLB_DEVICE void count_teachers(const DeviceArgs& a, const Layout& s, int thread, int threads, Counts& n) {
   const bool by_row = a.kd_mask != nullptr || a.slots != nullptr || a.kind == TeacherKind::virtual_teacher;
   if (by_row) {
     for (int row = thread; row < s.teacher_limit; row += threads) {
@@ -227,7 +230,6 @@ DLB_DEVICE Counts count_rows(const DeviceArgs& a, const Layout& s, int thread, i
   } else if (thread == 0) {
     n.valid = static_cast<float>(s.teacher_limit);
   }
-  return n;
 }
 
 struct StateShared {
@@ -251,8 +253,10 @@ DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
     const Counts& n = a.workspace->counts;
     s.counts = {load(&n.weight), load(&n.valid), load(&n.unknown), load(&n.mismatched), load(&n.not_finite)};
   } else {
+    Counts n;
+    count_labels(a, thread_index(), block_threads(), n);  // the header is on its way meanwhile
     lay_out(a, header, a.again < 0 ? again_by_ids(a, header, shared.again) : a.again != 0, s);
-    const Counts n = count_rows(a, s, thread_index(), block_threads());
+    count_teachers(a, s, thread_index(), block_threads(), n);
     float v[count_fields] = {n.weight, n.valid, n.unknown, n.mismatched, n.not_finite};
     reduce_block<Sum>(v, shared.partial);
     s.counts = {v[0], v[1], v[2], v[3], v[4]};

@@ -13,11 +13,13 @@ struct CountShared {
 static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
   DLB_SHARED(CountShared, shared);
   const Header header = read_header(a);
+  const int thread = block_index() * block_threads() + thread_index(), threads = grid_blocks() * block_threads();
+  Counts n;
+  count_labels(a, thread, threads, n);
   const bool again = a.again < 0 ? again_by_ids(a, header, shared.again) : a.again != 0;
   Layout s;
   lay_out(a, header, again, s);
-  const Counts n =
-      count_rows(a, s, block_index() * block_threads() + thread_index(), grid_blocks() * block_threads());
+  count_teachers(a, s, thread, threads, n);
   float v[count_fields] = {n.weight, n.valid, n.unknown, n.mismatched, n.not_finite};
   reduce_block<Sum>(v, shared.partial[0]);
   Workspace& w = *a.workspace;

@@ -13,9 +13,9 @@ ID_BLOCK = tl.constexpr(256)
 
 
 @triton.jit
-def generation(slots_ptr, which, capacity):
-    """Slots of one generation: the count of its rows, then their ids, then which of them are finite."""
-    return slots_ptr + HEADER + which * (1 + 2 * capacity)
+def generation(which, capacity):
+    """Where a generation starts in the slots: the count of its rows, then their ids, then which of them are finite."""
+    return HEADER + which * (1 + 2 * capacity)
 
 
 @triton.jit
@@ -47,14 +47,14 @@ def pair_layout(slots_ptr, ids_ptr, batch, capacity, num_old, again, HAS_IDS: tl
     """
     latest = (tl.load(slots_ptr) & 1).to(tl.int32)
     # Both counts at once: the one that is wanted would wait for `latest`.
-    count_0, count_1 = tl.load(generation(slots_ptr, 0, capacity)), tl.load(generation(slots_ptr, 1, capacity))
+    count_0, count_1 = tl.load(slots_ptr + HEADER), tl.load(slots_ptr + generation(1, capacity))
     count_0 = tl.minimum(tl.maximum(count_0, 0), capacity).to(tl.int32)
     count_1 = tl.minimum(tl.maximum(count_1, 0), capacity).to(tl.int32)
     count = tl.where(latest == 0, count_0, count_1)
     repeated = latest * 0 + again
     if HAS_IDS:
         if again < 0:
-            repeated = same_batch(ids_ptr, generation(slots_ptr, latest, capacity) + 1, count, batch, num_old)
+            repeated = same_batch(ids_ptr, slots_ptr + generation(latest, capacity) + 1, count, batch, num_old)
     same = repeated > 0
     old = tl.where(same, tl.maximum(batch - count, 0), count)
     old = tl.minimum(tl.where(num_old < 0, old, num_old), batch)
@@ -66,38 +66,48 @@ def pair_layout(slots_ptr, ids_ptr, batch, capacity, num_old, again, HAS_IDS: tl
 
 
 @triton.jit
+def repeated_rows(
+    rows, limit, slots_ptr, taught, capacity, ids_ptr, UPDATE: tl.constexpr, HAS_IDS: tl.constexpr
+):  # fmt: skip
+    """Which rows repeat a stored one, and which do not because that has no id, another id, or is not finite.
+
+    ``taught``: where the generation that teaches starts in the slots.
+    """
+    repeats = rows < limit
+    nobody = repeats & (rows < 0)
+    unknown, other, infinite = nobody, nobody, nobody
+    if UPDATE:
+        finite = tl.load(slots_ptr + (taught + 1 + capacity + rows), mask=repeats, other=1)
+        if HAS_IDS:
+            stored_id = tl.load(slots_ptr + (taught + 1 + rows), mask=repeats, other=0)
+            own_id = tl.load(ids_ptr + rows, mask=repeats, other=0)
+            unknown = repeats & (stored_id == UNKNOWN_ID)
+            other = repeats & (stored_id != UNKNOWN_ID) & (stored_id != own_id)
+            repeats = repeats & (stored_id != UNKNOWN_ID) & (stored_id == own_id)
+        infinite = repeats & (finite == 0)
+        repeats = repeats & (finite != 0)
+    return repeats, unknown, other, infinite
+
+
+@triton.jit
 def valid_rows(
-    rows, limit, taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
+    rows, limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
     UPDATE: tl.constexpr, HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """Which rows have a valid teacher, and which have none because the stored row has no id, has the id of another
-    sample, or is not finite. ``taught_ptr``: slots of the generation that teaches."""
-    valid = rows < limit
-    nobody = valid & (rows < 0)
-    unknown, other, infinite = nobody, nobody, nobody
-    if HAS_IDS:
-        slot_id = tl.load(taught_ptr + 1 + rows, mask=valid, other=0)
-        own_id = tl.load(ids_ptr + rows, mask=valid, other=0)
-        unknown = valid & (slot_id == UNKNOWN_ID)
-        other = valid & (slot_id != UNKNOWN_ID) & (slot_id != own_id)
-    if UPDATE:
-        finite = tl.load(taught_ptr + 1 + capacity + rows, mask=valid, other=1)
-        if HAS_IDS:
-            valid = valid & (slot_id != UNKNOWN_ID) & (slot_id == own_id)
-        infinite = valid & (finite == 0)
-        valid = valid & (finite != 0)
+    """Which rows have a valid teacher."""
+    valid, _, _, _ = repeated_rows(rows, limit, slots_ptr, taught, capacity, ids_ptr, UPDATE, HAS_IDS)
     if HAS_MASK:
         valid = valid & (rows < mask_rows)
         valid = valid & (tl.load(mask_ptr + rows, mask=valid, other=0) != 0)
     if BY_LABEL:
         valid = valid & (tl.load(target_ptr + rows, mask=valid, other=0) != ignore_index)
-    return valid, unknown, other, infinite
+    return valid
 
 
 @triton.jit
 def count_rows(
-    first, last, limit, taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, target_b_ptr, weight_ptr,
-    ignore_index,
+    first, last, limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, target_b_ptr,
+    weight_ptr, ignore_index,
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, UPDATE: tl.constexpr, LABELS: tl.constexpr, PAIR: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
@@ -118,9 +128,9 @@ def count_rows(
                 index = tl.minimum(tl.maximum(label, 0), CLASSES - 1)
                 heavy += tl.load(weight_ptr + index, mask=counts, other=0.0)
             counted += counts.to(tl.int32)
-        valid, _, _, _ = valid_rows(
-            rows, tl.minimum(limit, last), taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
-            UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
+        valid = valid_rows(
+            rows, tl.minimum(limit, last), slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr,
+            ignore_index, UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
         )  # fmt: skip
         valid_count += valid.to(tl.int32)
     weight_sum = tl.sum(counted, axis=0).to(COMPUTE)
@@ -144,14 +154,14 @@ def count_kernel(
     Where the ids decide, the number after these is 1 for the batch stored last and 0 for a new one.
     """
     part = tl.program_id(0)
-    limit, taught_ptr = given_rows, slots_ptr
+    limit, taught = given_rows, given_rows
     if UPDATE:
         _, _, limit, teaching, same = pair_layout(slots_ptr, ids_ptr, batch, capacity, num_old, again, HAS_IDS)
-        taught_ptr = generation(slots_ptr, teaching, capacity)
+        taught = generation(teaching, capacity)
         if HAS_IDS:
             tl.store(counts_ptr + 2 * COUNT_PROGRAMS, same.to(COMPUTE), mask=part == 0)
     weights, valid_count = count_rows(
-        part * chunk, tl.minimum(part * chunk + chunk, batch), limit, taught_ptr, capacity, ids_ptr, mask_ptr,
+        part * chunk, tl.minimum(part * chunk + chunk, batch), limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr,
         mask_rows, target_ptr, target_b_ptr, weight_ptr, ignore_index,
         COMPUTE, CLASSES, UPDATE, LABELS, PAIR, HAS_WEIGHT, HAS_IDS, HAS_MASK, BY_LABEL,
     )  # fmt: skip

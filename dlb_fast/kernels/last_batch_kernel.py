@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .counting import COUNT_PROGRAMS, UNKNOWN_ID, count_rows, generation, load_counts, pair_layout, valid_rows
+from .counting import COUNT_PROGRAMS, HEADER, UNKNOWN_ID, count_rows, generation, load_counts, pair_layout, repeated_rows, valid_rows
 from .row_loss import rows_loss
 from .row_tiles import NONE, VIRTUAL, power_of_two_below
 
 MAX_PROGRAMS = tl.constexpr(8192)
-PARTIALS = tl.constexpr(7)  # ce, lb, hits, valid, mismatched, unknown, not_finite
+PARTIALS = tl.constexpr(4)  # ce, lb, hits, valid
 CONSTANT, COUNT_HERE, COUNTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -53,12 +53,6 @@ def total_of(partials_ptr, which, programs):
         place = partials_ptr + which * MAX_PROGRAMS + base + span
         kept += tl.load(place, mask=base + span < programs, other=0.0, cache_modifier=".cg")
     return tl.sum(kept, axis=0)
-
-
-@triton.jit
-def add_to(pointer, value):
-    """Add to a counter of the header."""
-    tl.store(pointer, tl.load(pointer) + value.to(tl.int64))
 
 
 @triton.jit(
@@ -99,26 +93,24 @@ def last_batch_kernel(
     # Rows [0, start) come first, with a teacher up to `limit`; rows [start, batch) are stored.
     start, limit = given_rows, given_rows
     stored = batch - given_rows
-    store_ptr, taught_ptr, written_ptr = teacher_ptr, slots_ptr, slots_ptr
+    taught, written, taught_row, written_row = given_rows, given_rows, 0, 0
     if UPDATE:
         if HAS_IDS and COUNTING == COUNTED:
             again = tl.load(counts_ptr + 2 * COUNT_PROGRAMS).to(tl.int32)
-        stored, start, limit, teaching, _ = pair_layout(
+        stored, start, limit, teaching, same = pair_layout(
             slots_ptr, ids_ptr, batch, capacity, num_old, again, HAS_IDS and COUNTING != COUNTED
         )
-        # Capacity in eights, a factor by which the compiler sees that both generations start on 16 bytes.
-        size = tl.cdiv(capacity, 8).to(tl.int64) * (8 * CLASSES)
-        store_ptr = teacher_ptr + (1 - teaching) * size
-        teacher_ptr = teacher_ptr + teaching * size
-        taught_ptr = generation(slots_ptr, teaching, capacity)
-        written_ptr = generation(slots_ptr, 1 - teaching, capacity)
+        # Numbers and no addresses: those would fill registers.
+        taught, written = generation(teaching, capacity), generation(1 - teaching, capacity)
+        size = tl.cdiv(capacity, 8) * 8
+        taught_row, written_row = teaching * size, (1 - teaching) * size
 
     norm_ce = tl.full([], 1.0, COMPUTE)
     norm_lb = norm_ce
     if MEAN:
         if COUNTING == COUNT_HERE:
             norm_ce, norm_lb = count_rows(
-                0, batch, limit, taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, target_b_ptr,
+                0, batch, limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, target_b_ptr,
                 weight_ptr, ignore_index,
                 COMPUTE, CLASSES, UPDATE, HAS_CE and not DENSE, PAIR, HAS_WEIGHT, HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
@@ -141,20 +133,36 @@ def last_batch_kernel(
         grad_scale = half_scale(ce_size, kl_size, weight_ptr, COMPUTE, CLASSES, HAS_WEIGHT and HAS_CE)
     ce_mult, kl_mult = ce_mult * grad_scale, kl_mult * grad_scale
 
+    tiles = tl.cdiv(tl.maximum(start, stored), ROWS)
+    if UPDATE:  # Ids and counters before the losses, which fill the registers.
+        for tile in range(program, tiles, programs):
+            slots = tile * ROWS + tl.arange(0, ROWS)
+            repeats, unknown, other, infinite = repeated_rows(
+                slots, limit, slots_ptr, taught, capacity, ids_ptr, UPDATE, HAS_IDS
+            )
+            counter = slots_ptr + slots * 0
+            tl.store(ticket_ptr + 1 + slots * 0, 1, mask=repeats)  # everybody stores the same
+            tl.atomic_add(counter + 4, 1, mask=infinite, sem="relaxed")
+            fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
+            if HAS_IDS:
+                tl.atomic_add(counter + 2, 1, mask=other, sem="relaxed")
+                tl.atomic_add(counter + 3, 1, mask=unknown, sem="relaxed")
+                fresh = tl.load(ids_ptr + start + slots, mask=slots < stored, other=0)
+            tl.store(slots_ptr + (written + 1 + slots), fresh, mask=slots < stored)
+
     ce = tl.zeros([ROWS], COMPUTE)
     lb, hits, valid_count = ce, ce, ce
-    others, unknowns, infinites = ce, ce, ce
-    for tile in range(program, tl.cdiv(tl.maximum(start, stored), ROWS), programs):
+    for tile in range(program, tiles, programs):
         slots = tile * ROWS + tl.arange(0, ROWS)
         if KIND != NONE:
             row_ok = slots < start
-            valid, unknown, other, infinite = valid_rows(
-                slots, limit, taught_ptr, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
+            valid = valid_rows(
+                slots, limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
                 UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
             row_ce, row_lb, hit, _ = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, store_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-                slots, row_ok, slots, valid,
+                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
+                slots, row_ok, taught_row + slots, valid,
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
@@ -162,16 +170,12 @@ def last_batch_kernel(
             )  # fmt: skip
             ce, lb, hits = ce + row_ce, lb + row_lb, hits + hit
             valid_count += valid.to(COMPUTE)
-            if HAS_IDS:
-                others, unknowns = others + other.to(COMPUTE), unknowns + unknown.to(COMPUTE)
-            if UPDATE:
-                infinites += infinite.to(COMPUTE)
         if KIND != VIRTUAL:
             row_ok = slots < stored
             rows = start + slots
             row_ce, row_lb, hit, finite = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, store_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-                rows, row_ok, slots, row_ok & (rows < 0),
+                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
+                rows, row_ok, written_row + slots, row_ok & (rows < 0),
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
@@ -179,22 +183,13 @@ def last_batch_kernel(
             )  # fmt: skip
             ce, hits = ce + row_ce, hits + hit
             if UPDATE:
-                fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
-                if HAS_IDS:
-                    fresh = tl.load(ids_ptr + rows, mask=row_ok, other=0)
-                tl.store(written_ptr + 1 + slots, fresh, mask=row_ok)
-                tl.store(written_ptr + 1 + capacity + slots, finite.to(tl.int64), mask=row_ok)
+                tl.store(slots_ptr + (written + 1 + capacity + slots), finite.to(tl.int64), mask=row_ok)
 
     mine = partials_ptr + program
     tl.store(mine, tl.sum(ce, axis=0))
     tl.store(mine + MAX_PROGRAMS, tl.sum(lb, axis=0))
     tl.store(mine + 2 * MAX_PROGRAMS, tl.sum(hits, axis=0))
     tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
-    if HAS_IDS:
-        tl.store(mine + 4 * MAX_PROGRAMS, tl.sum(others, axis=0))
-        tl.store(mine + 5 * MAX_PROGRAMS, tl.sum(unknowns, axis=0))
-    if UPDATE:
-        tl.store(mine + 6 * MAX_PROGRAMS, tl.sum(infinites, axis=0))
     tl.debug_barrier()  # the ticket is drawn by one thread: it must not pass the stores of the others
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
         mean_ce = total_of(partials_ptr, 0, programs) / norm_ce
@@ -211,21 +206,16 @@ def last_batch_kernel(
         tl.store(parts_ptr + 2, mean_lb)
         tl.store(parts_ptr + 3, total_of(partials_ptr, 2, programs))
         tl.store(parts_ptr + 4, grad_scale)
-        taught = total_of(partials_ptr, 3, programs)
-        tl.store(parts_ptr + 5, taught)
+        valid_rows_here = total_of(partials_ptr, 3, programs)
+        tl.store(parts_ptr + 5, valid_rows_here)
         if UPDATE:
             # All programs have drawn their tickets, so all have read the header and the counts.
-            tl.store(slots_ptr, (1 - teaching).to(tl.int64))
-            tl.store(written_ptr, stored.to(tl.int64))
-            add_to(slots_ptr + 1, taught)
-            skipped = total_of(partials_ptr, 6, programs)
-            add_to(slots_ptr + 4, skipped)
-            if HAS_IDS:
-                missed, nameless = total_of(partials_ptr, 4, programs), total_of(partials_ptr, 5, programs)
-                add_to(slots_ptr + 2, missed)
-                add_to(slots_ptr + 3, nameless)
-                skipped += missed + nameless
+            tl.store(slots_ptr, (written != HEADER).to(tl.int64))
+            tl.store(slots_ptr + written, stored.to(tl.int64))
+            tl.store(slots_ptr + 1, tl.load(slots_ptr + 1) + valid_rows_here.to(tl.int64))
             # Batches in a row that found stored rows and repeated none of them.
-            untaught = tl.where(skipped == limit.to(COMPUTE), tl.load(slots_ptr + 5) + 1, 0)
+            repeated = tl.load(ticket_ptr + 1, cache_modifier=".cg")
+            untaught = tl.where(repeated != 0, 0, tl.load(slots_ptr + 5) + 1)
             tl.store(slots_ptr + 5, untaught, mask=limit > 0)
+            tl.store(ticket_ptr + 1, 0)
         tl.store(ticket_ptr, 0)

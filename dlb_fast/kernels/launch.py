@@ -88,7 +88,7 @@ _spares: dict[tuple[Any, ...], list[Workspace]] = {}
 def _new_workspace(device: torch.device, dtype: torch.dtype) -> Workspace:
     partials = torch.empty(PARTIALS.value * MAX_PROGRAMS.value, dtype=dtype, device=device)
     counts = torch.empty(2 * COUNT_PROGRAMS.value + 1, dtype=dtype, device=device)
-    return Workspace(torch.zeros(1, dtype=torch.int32, device=device), partials, counts)
+    return Workspace(torch.zeros(2, dtype=torch.int32, device=device), partials, counts)
 
 
 def workspace(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Workspace]:

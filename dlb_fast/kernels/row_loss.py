@@ -36,26 +36,21 @@ def load_columns(row_ptr, cols, inside, OTHER: tl.constexpr, EVICT: tl.constexpr
 
 @triton.jit
 def load_tile(
-    z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
+    z_row, t_row, dense_row, store_row, cols, cols_ok, active, valid,
     COMPUTE: tl.constexpr, KIND: tl.constexpr, DENSE: tl.constexpr, STORE: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Student, teacher and dense target of one tile (the student again where there is none).
-
-    Stores the student; in place of a teacher comes what is stored, infinity for NaN, which a maximum would drop.
-    """
+    """Student, teacher and dense target of one tile (the student again where there is none); stores the student."""
     inside = active[:, None] & cols_ok
-    if STORE:  # every row is stored as it is, counted or not
-        every = row_ok[:, None] & cols_ok
-        raw = tl.load(z_row + cols, mask=every, other=float("-inf"), eviction_policy=EVICT)
+    if STORE:
+        raw = tl.load(z_row + cols, mask=inside, other=float("-inf"), eviction_policy=EVICT)
         kept = raw
         if raw.dtype != store_row.dtype.element_ty:
             kept = round_to(raw, store_row.dtype.element_ty)
-        tl.store(store_row + cols, kept, mask=every, eviction_policy="evict_first")
-        z = tl.where(inside, raw.to(COMPUTE), float("-inf"))
-        t = tl.where(kept == kept, kept.to(COMPUTE), float("inf"))
+        tl.store(store_row + cols, kept, mask=inside, eviction_policy="evict_first")
+        z = raw.to(COMPUTE)
     else:
         z = load_columns(z_row, cols, inside, float("-inf"), EVICT, COMPUTE)
-        t = z
+    t = z
     if KIND == LOGITS:
         t = load_columns(t_row, cols, valid[:, None] & cols_ok, float("-inf"), EVICT, COMPUTE)
     elif KIND == PROBABILITIES:
@@ -112,7 +107,7 @@ def rows_loss(
     NEED_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Rows ``rows`` (ROWS,), valid by ``slots`` where ``valid``; returns per row the CE, KL, hit and, where STORE, whether the
-    stored row is finite: its largest value is, and none is NaN."""
+    stored row is finite: its log-sum-exp is."""
     SPREAD: tl.constexpr = HAS_CE and (DENSE or SMOOTH)
     # The second pass of a long row has to find it in L2: keep what is read twice, let the rest go.
     FIRST: tl.constexpr = "evict_last" if TILES > 1 and NEED_GRAD else "evict_first"
@@ -162,6 +157,8 @@ def rows_loss(
             labelled = labelled & known
     # A row that nothing counts is not read: what it holds, even NaN, cannot reach a sum.
     active = counted | valid | labelled
+    if STORE:  # but every row is stored as it is
+        active = row_ok
 
     if TILES == 1:
         peak, mt, best, best_col = lowest, lowest, lowest, label
@@ -169,12 +166,12 @@ def rows_loss(
         cols = tl.arange(0, BLOCK)[None, :]
         cols_ok = cols < CLASSES
         z, t, dense = load_tile(
-            z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
+            z_row, t_row, dense_row, store_row, cols, cols_ok, active, valid,
             COMPUTE, KIND, DENSE, STORE, "evict_first",
         )  # fmt: skip
         peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
             z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
-            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, STORE, HAS_CE, DENSE, HAS_WEIGHT, SPREAD, 1,
+            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE or STORE, DENSE, HAS_WEIGHT, SPREAD, 1,
         )  # fmt: skip
     else:
         tl.static_assert(ROWS == 1)
@@ -190,16 +187,16 @@ def rows_loss(
             cols = k * BLOCK + span
             cols_ok = cols < CLASSES
             z, t, dense = load_tile(
-                z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
+                z_row, t_row, dense_row, store_row, cols, cols_ok, active, valid,
                 COMPUTE, KIND, DENSE, STORE, FIRST,
             )  # fmt: skip
             peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
                 z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here,
                 share_rest, peak, d1, qs, qx, best, best_col, d2, a, mt, dt,
-                KIND, STORE, HAS_CE, DENSE, HAS_WEIGHT, SPREAD, AXIS,
+                KIND, HAS_CE or STORE, DENSE, HAS_WEIGHT, SPREAD, AXIS,
             )  # fmt: skip
         peak, d1, qs, qx, best, best_col, d2, a, mt, dt = join_lanes(
-            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, soft, KIND, STORE, HAS_CE, DENSE, SPREAD
+            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, soft, KIND, HAS_CE or STORE, DENSE, SPREAD
         )
         if not SPREAD:
             qs, qx = 0.0, 0.0
@@ -208,7 +205,7 @@ def rows_loss(
             best_col = label + best_col
         if KIND != NONE:
             d2, a, dt = zero + d2, zero + a, zero + dt
-        mt = zero + mt if KIND == LOGITS or STORE else lowest
+        mt = zero + mt if KIND == LOGITS else lowest
 
     shift, shift_t = shift_of(peak), shift_of(mt)
     row_ce, row_lb, hit = zero, zero, zero
@@ -249,7 +246,7 @@ def rows_loss(
                 share_here, share_rest, shift, shift_t, from_ce, from_student, from_teacher, from_spread, at_a, at_b,
                 KIND, HAS_CE, DENSE, PAIR, HAS_WEIGHT, SPREAD,
             )  # fmt: skip
-            if PAIR:  # a row with one label only was read for its top-1, but does not count
+            if PAIR or STORE:  # a row may be read for its top-1 or to be stored, and not count
                 g = tl.where((counted | valid)[:, None], g, 0.0)
             g = round_to(g, grad_ptr.dtype.element_ty)
             tl.store(grad_row + cols, g, mask=row_ok[:, None] & cols_ok)
@@ -258,7 +255,7 @@ def rows_loss(
                 cols = (TILES - 1 - k) * BLOCK + span
                 cols_ok = cols < CLASSES
                 z, t, dense = load_tile(
-                    z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
+                    z_row, t_row, dense_row, store_row, cols, cols_ok, active, valid,
                     COMPUTE, KIND, DENSE, False, "evict_first",
                 )  # fmt: skip
                 g = tile_grad(
@@ -266,9 +263,13 @@ def rows_loss(
                     share_here, share_rest, shift, shift_t, from_ce, from_student, from_teacher, from_spread,
                     at_a, at_b, KIND, HAS_CE, DENSE, PAIR, HAS_WEIGHT, SPREAD,
                 )  # fmt: skip
-                if PAIR:
+                if PAIR or STORE:
                     g = tl.where((counted | valid)[:, None], g, 0.0)
                 g = round_to(g, grad_ptr.dtype.element_ty)
                 out = row_ok[:, None] & cols_ok
                 tl.store(grad_row + cols, g, mask=out, eviction_policy="evict_first")
-    return row_ce, row_lb, hit, (mt > float("-inf")) & (mt < float("inf"))
+    finite = nobody
+    if STORE:  # d1 is NaN where the row holds a NaN or +inf; rounding may make the largest value infinite
+        top = round_to(peak, store_ptr.dtype.element_ty).to(COMPUTE)
+        finite = (d1 == d1) & (tl.abs(top) < float("inf"))
+    return row_ce, row_lb, hit, finite

@@ -136,20 +136,16 @@ def first_of_largest(dense, cols, cols_ok, best, best_col, AXIS: tl.constexpr):
 def tile_sums(
     z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
     peak, d1, qs, qx, best, best_col, d2, a, mt, dt,
-    KIND: tl.constexpr, STORE: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    SPREAD: tl.constexpr, AXIS: tl.constexpr,
+    KIND: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, SPREAD: tl.constexpr,
+    AXIS: tl.constexpr,
 ):  # fmt: skip
     """Add one tile to the running sums: d1, qs = sum q and qx = sum q x of the spread target, d2, a, mt, dt.
-
-    Of a row that is stored, ``t`` is what is stored, and ``mt`` its maximum.
 
     ``dt`` is the mass of the teacher: of ``2^v`` for logits, of the probabilities where they are given.
     """
     top_t = mt
-    if KIND == LOGITS or STORE:
+    if KIND == LOGITS:
         top, top_t = max2(z, t, AXIS)
-        if STORE:
-            mt = tl.maximum(mt, top_t)
     else:
         top = tl.max(z, axis=AXIS)
     peak, shift, moved = advance_peak(peak, top)
@@ -189,7 +185,7 @@ def tile_sums(
 @triton.jit
 def join_lanes(
     peak, d1, qs, qx, best, best_col, d2, a, mt, dt, soft,
-    KIND: tl.constexpr, STORE: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, SPREAD: tl.constexpr,
+    KIND: tl.constexpr, HAS_CE: tl.constexpr, DENSE: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """The sums of one row from those of its lanes, as scalars, in a fixed order."""
     top = tl.max(peak, axis=0)
@@ -203,8 +199,6 @@ def join_lanes(
         most = tl.max(best, axis=0)
         best_col = tl.min(tl.where(best == most, best_col, 2147483647), axis=0)
         best = most
-    if STORE:
-        mt = tl.max(mt, axis=0)
     if KIND != NONE:
         du = moved * soft
         d2 = tl.sum(d2 * tl.exp2(du), axis=0)

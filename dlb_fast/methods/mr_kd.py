@@ -382,8 +382,6 @@ class MrKDLoss(DistillationLoss):
             )
         _ = self.snapshots.model  # refused without setup(), also while no copy is due
         self._met = None
-        if self.ensemble_lr is not None:
-            self._classes = inputs.logits.shape[1]
         if not len(self.snapshots):
             return Teacher("none")
         assert inputs.images is not None
@@ -413,6 +411,8 @@ class MrKDLoss(DistillationLoss):
     def record(self, inputs: Inputs) -> None:
         """One SGD step of the ensemble by cross entropy; ignored labels and logits not finite do not count."""
         self._warn_without_step()
+        if self.ensemble_lr is not None:
+            self._classes = inputs.logits.shape[1]
         met, self._met, self._ensemble_before = self._met, None, None
         if met is None or self.ensemble_lr is None or inputs.target is None:
             return

@@ -120,7 +120,7 @@ class TfKDRegLoss(DistillationLoss):
     torch.Size([])
     """
 
-    _kept_as = {"temperature": "teacher_temperature"}  # noqa: RUF012
+    softens_student = False
 
     def __init__(
         self,
@@ -140,18 +140,18 @@ class TfKDRegLoss(DistillationLoss):
         num_classes = as_int(num_classes, op, "num_classes", 1)
         temperature, multiplier, correct_share = _checked(op, temperature, multiplier, correct_share)
         super().__init__(
-            alpha=alpha, temperature=1.0, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
+            alpha=alpha, temperature=temperature, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,
         )  # fmt: skip
         self.num_classes = num_classes
-        self.teacher_temperature, self.multiplier, self.correct_share = temperature, multiplier, correct_share
+        self.multiplier, self.correct_share = multiplier, correct_share
 
     def teacher(self, inputs: Inputs) -> Teacher:
         if inputs.logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"TfKDRegLoss: logits must have C = {self.num_classes} classes, got {inputs.logits.shape[1]}"
             )
-        numbers = self.teacher_temperature, self.multiplier, self.correct_share
+        numbers = _checked("TfKDRegLoss", self.temperature, self.multiplier, self.correct_share)  # may be reassigned
         return _virtual_teacher("TfKDRegLoss", inputs, *numbers)
 
 
