@@ -178,13 +178,20 @@ LEVELS = {  # a layout, and what is said of it
         ["data/cat/0.png", "data/dog/0.png"],
         r"'data' holds no images but the folders 'cat', 'dog'.*Pass .*/data,",
     ),
-    "two levels too deep": (["a/b/cat/0.png", "a/b/dog/0.png"], r"'a' holds no images but the folders 'b'.*Pass .*/a,"),
+    "two levels too deep": (
+        ["a/b/cat/0.png", "a/b/dog/0.png"],
+        r"'a' holds no images but the folders 'b'.*Pass .*/a/b,",
+    ),
     "splits too deep": (
         ["set/train/cat/0.png", "set/val/cat/0.png"],
         "'set' holds no images but the folders 'train', 'val'",
     ),
     "inside the only class": (["images/0.png", "images/1.png"], "a single class folder, 'images', so every answer"),
-    "one class, deeper": (["cat/images/0.png"], r"'cat' holds no images but the folders 'images'.*Pass .*/cat,"),
+    "one class, deeper": (["cat/images/0.png"], "a single class folder, 'cat', so every answer"),
+    "splits and classes swapped": (
+        ["cat/train/0.png", "cat/val/0.png", "dog/train/0.png"],
+        "'cat' holds no images but",
+    ),
     "taxonomy": (
         ["pets/cat/0.png", "pets/dog/0.png", "farm/cow/0.png"],
         "'pets' holds no images but the folders 'cat', 'dog'",
@@ -225,7 +232,7 @@ def test_where_the_class_folders_are_has_to_be_certain(tmp_path, case):
 
 
 def test_the_folder_that_a_message_names_is_the_right_one(tmp_path):
-    write_images(tmp_path, ["data/cat/0.png", "data/dog/0.png"])
+    write_images(tmp_path, ["data/deep/cat/0.png", "data/deep/dog/0.png"])
     with pytest.raises(ValueError) as caught:
         ImageFolder(tmp_path)
     (right,) = re.findall(r"Pass (\S+),", str(caught.value))
@@ -269,6 +276,13 @@ def test_class_names_that_differ_in_case_only_are_said(tmp_path, caplog):
     write_images(tmp_path, ["Cat/0.png", "cat/0.png", "dog/0.png"])
     assert ImageFolder(tmp_path).classes == ["Cat", "cat", "dog"]
     assert "1 classes differ in case or spaces only, such as 'Cat', 'cat'" in caplog.text
+
+
+def test_numbers_as_class_names_are_sorted_as_text(tmp_path, caplog):
+    write_images(tmp_path, [f"{k}/0.png" for k in range(11)])
+    assert ImageFolder(tmp_path).classes[:3] == ["0", "1", "10"]
+    assert "the classes are sorted as text, as in torchvision: '2' is 2" not in caplog.text
+    assert "the classes are sorted as text, as in torchvision: '10' is 2" in caplog.text
 
 
 TRAIN = ["train/cat/0.png", "train/cat/1.png", "train/dog/0.png", "train/dog/1.png"]
@@ -364,6 +378,12 @@ def test_open_image_folder_with_and_without_a_validation_folder(tmp_path, caplog
     assert np.bincount(train.targets).tolist() == [18, 18] and np.bincount(test.targets).tolist() == [2, 2]
     assert not {train.path(i) for i in range(36)} & {test.path(i) for i in range(4)}
     assert "held out" in caplog.text
+    write_images(tmp_path / "few", ["a/0.png", "a/1.png", "b/0.png"])
+    assert len(open_dataset(f"imagefolder:{tmp_path}/few", "test")) == 1
+    assert "(1 of 3) is held out, without the 1 classes of a single image" in caplog.text
+    write_images(tmp_path / "bare", ["train/0.png", "train/1.png"])
+    with pytest.raises(ValueError, match="bare/train has no class folders"):
+        open_dataset(f"imagefolder:{tmp_path}/bare")
     write_images(tmp_path / "lone", ["a/0.png", "b/0.png"])
     with pytest.raises(ValueError, match="nothing to hold out"):
         open_dataset(f"imagefolder:{tmp_path}/lone")

@@ -451,8 +451,12 @@ def test_delivered_beyond_what_was_drawn():
     with pytest.raises(ValueError, match="delivered must be at least 0, got -1"):
         sampler.state_dict(delivered=-1)
     list(sampler)
-    assert [sampler.state_dict(delivered=k)["step"] for k in (0, 1, 9, 10)] == [0, 1, 9, 10]
-    assert sampler.state_dict(delivered=10)["epoch"] == 0 and sampler.state_dict()["epoch"] == 1
+    states = [sampler.state_dict(delivered=k) for k in (0, 1, 9, 10)]
+    assert [(state["epoch"], state["step"]) for state in states] == [(0, 0), (0, 1), (0, 9), (1, 0)]
+    iterator = iter(sampler)
+    for _ in range(10):
+        next(iterator)
+    assert sampler.state_dict(delivered=10)["step"] == 10  # the iteration has not ended
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -152,8 +152,10 @@ class StreamPosition:
                 f"{self._owner}.state_dict: delivered must be at most {reached}, the batches sampled since the "
                 f"iteration began at epoch {epoch}, step {first}, got {delivered}"
             )
-        extra, step = divmod(max(0, first + delivered - 1), steps)
-        return epoch + extra, step + (first + delivered > 0)
+        reached_step = first + delivered
+        if reached_step == steps and self._next != (epoch, steps):  # the iteration has ended
+            return epoch + 1, 0
+        return epoch, reached_step
 
     def _move_to(self, epoch: int, step: int) -> None:
         self._next = self._begin = (epoch, step)

@@ -152,6 +152,9 @@ class LastBatchCallback(_pl.Callback):
         state = LastBatchState(self._criterion(pl_module), stream).state_dict()
         if isinstance(loader, DataLoader):
             state["loader"] = stream.state_dict(delivered=self._delivered)
+        position = state["loader"]
+        if position["step"] == stream.plan.steps_per_epoch:  # Lightning continues an ended epoch with the next one
+            state["loader"] = {**position, "epoch": position["epoch"] + 1, "step": 0}
         checkpoint[_KEY] = state
         if trainer.world_size > 1:  # the module's state has the rows of rank 0, which the other ranks would refuse
             saved = checkpoint["state_dict"]

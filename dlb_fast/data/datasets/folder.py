@@ -227,6 +227,11 @@ class ImageFolder(FileDataset):
         check_twice(root, paths, [identity for name in names for _, identity in files[name]], targets)
         left_out.say(f"ImageFolder: {root}")
         say_similar(f"ImageFolder: {root}", names)
+        if classes is None and all(name.isascii() and name.isdigit() for name in names):
+            fall = np.flatnonzero(np.diff([float(name) for name in names]) < 0)
+            if len(fall):
+                at = int(fall[0])
+                say(f"ImageFolder: {root}: the classes are sorted as text, as in torchvision: {names[at]!r} is {at}")
         super().__init__(paths, targets, names, root, "imagefolder")
 
 
@@ -564,13 +569,17 @@ def check_levels(root: Path, classes: dict[str, list[str]]) -> None:
                 f"ImageFolder: {root}/{name} holds folders named like classes beside it ({some(twins)}): is it another "
                 f"split or a second copy? Move it out of {root}, or pass classes=[...] if {name!r} is a class"
             )
-        nested = "" not in folders and (len(folders) > 1 or os.sep in next(iter(folders)))
-        if nested or (len(classes) == 1 and "" not in folders):
-            deeper = f"{root}/{name}" if len(classes) == 1 else "the folder above the classes"
+        deeper = "" if len(classes) > 1 else os.path.commonpath([os.path.dirname(path) for path in paths])
+        if len(classes) == 1:
+            nested = deeper not in {os.path.dirname(path) for path in paths}
+        else:
+            nested = "" not in folders and (len(folders) > 1 or os.sep in next(iter(folders)))
+        if nested:
+            way = f"Pass {root}/{deeper}" if deeper else "Make it CLASS/image.jpg"
             raise ValueError(
                 f"ImageFolder: {root}: the class folder {name!r} holds no images but the folders {some(inner)}: is the "
-                f"class {name!r}, or are the classes below it? Pass {deeper}, or classes={some_list(classes)} to take "
-                "these folders as classes"
+                f"class {name!r}, or are the classes below it? {way}, or classes={some_list(classes)} to take these "
+                "folders as classes (on the command line list the images: list:FILE)"
             )
     if len(classes) == 1:
         (name,) = classes

@@ -144,7 +144,7 @@ def find_splits(root: Path) -> tuple[Path | None, Path | None, str]:
     for name in folders:
         named[split_of(name)].append(name)
     trains = [name for name in named["train"] if class_names(root / name)]
-    if not trains and not (named["train"] and (named["val"] or named["test"])):
+    if not trains and not (named["train"] and (named["val"] or named["test"] or not named[""])):
         return None, None, ""
     for names in (named["train"], named["val"], named["test"]):
         if len(names) > 1:
@@ -185,7 +185,9 @@ def _held_out(dataset: Any, split: str, seed: int) -> Any:
     train, test = stratified_split(dataset.targets, _HELD_OUT, seed)
     if len(test) == 0:
         raise ValueError(f"open_dataset: {dataset!r} has no class with two images, so there is nothing to hold out")
-    say(f"{dataset.root} has no test set: a stratified tenth ({len(test)} of {len(dataset)}) is held out")
+    lone = int((np.bincount(dataset.targets) == 1).sum())
+    without = f", without the {lone} classes of a single image" if lone else ""
+    say(f"{dataset.root} has no test set: a stratified tenth ({len(test)} of {len(dataset)}) is held out{without}")
     return dataset.select(train if split == "train" else test)
 
 
