@@ -348,12 +348,13 @@ def fused_lb_loss(
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-d or ``(B,)``; with ``return_parts`` a pair. The gradient
-        has the dtype of the logits. Differentiable once: a second derivative raises a RuntimeError (``impl="torch"``
-        has one).
+        has the dtype of the logits. The compiled implementations differentiate the logits, once; ``impl="torch"`` is
+        plain autograd in every argument but the teacher.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, a label outside ``[0, C)`` on the CPU
-            (on a GPU such a row becomes NaN). RuntimeError: a named implementation that is not available.
+            (on a GPU such a row becomes NaN). RuntimeError: a named implementation that is not available, or has not
+            the gradient or the derivative that is asked for.
 
     Source: Shen et al., CVPR 2022; official code ``dlb.py`` of Meta-knowledge-Lab/DLB.
 
