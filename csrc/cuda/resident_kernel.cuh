@@ -280,7 +280,8 @@ DLB_DEVICE void prefetch_logits(const DeviceArgs& a, const Group& group, int row
 }
 template <typename Group>
 DLB_DEVICE void prefetch_teacher(const DeviceArgs& a, const Group& group, int generation, int row) {
-  prefetch_row(a, group, rows_of<const char>(a, generation), a.teacher_stride, a.teacher_dtype == DType::f32 ? 4 : 2, row);
+  const int64_t size = a.teacher_dtype == DType::f32 ? 4 : 2;
+  prefetch_row(a, group, rows_of<const char>(a, generation), a.teacher_stride, size, row);
 }
 
 template <typename T, Teach teach, int E, typename Group>
