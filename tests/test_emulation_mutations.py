@@ -74,12 +74,13 @@ def test_a_removed_barrier_is_caught(barrier: str, classes: int) -> None:
 
 @pytest.mark.parametrize(("classes", "clusters"), [(100, 8), (1501, 8), (17001, 0)])
 def test_a_write_into_the_generation_that_teaches_is_caught(classes: int, clusters: int) -> None:
-    swapped = ("batch.cuh", "s.written = 1 - taught;", "s.written = taught;")
+    swapped = ("batch.cuh", "s.written = 1 - s.taught;", "s.written = s.taught;")
     assert "generation that teaches" in outcome(swapped, classes, clusters=clusters)
 
 
 def test_a_read_only_load_of_what_the_launch_writes_is_caught() -> None:
-    swapped = ("batch.cuh", "(a.teacher) + taught * a", "(a.teacher) + s.written * a")
+    load = "rows_of<const float>(a, s.taught)"
+    swapped = ("resident_kernel.cuh", load, load.replace("taught", "written"))
     assert "read-only path" in outcome(swapped, 100)
 
 
@@ -94,9 +95,9 @@ MUTATIONS = {
     "new rows are not compared": ("batch.cuh", "id != last ? 2.0f", "id != last && false ? 2.0f"),
     "repeated rows are not compared": ("batch.cuh", ": id != old ?", ": id != old || true ?"),
     "the same batch has as many repeated rows as are stored": ("batch.cuh", "again ? a.batch - count : count", "count"),
-    "the other generation has as many rows": ("batch.cuh", "header.count(a, taught)", "count"),
+    "the other generation has as many rows": ("batch.cuh", "header.count(a, s.taught)", "count"),
     "a batch without a repeated row is forgotten": ("finish.cuh", "+ n.not_finite <", "<"),
-    "flags are those of the other generation": ("batch.cuh", "load(ids + a.cap", "load(s.slots + 1 + a.cap"),
+    "flags are those of the other generation": ("batch.cuh", "load(ids + a", "load(slots_of(a, s.written) + 1 + a"),
 }  # fmt: skip
 
 

@@ -64,13 +64,10 @@ struct DeviceArgs {
   bool precounted;
 };
 
+// Which rows are pairs, which generation of the buffer teaches them and which one takes the new rows.
 struct Layout {
   int start, stored, teacher_limit;  // pair j: rows j < start and start + j; slot j < stored takes row start + j
-  int written;                       // the generation of the buffer that takes the new rows; the other one teaches
-  const char* teacher;               // rows of the generation that teaches, or the rows given
-  char* rows;                        // of the generation written
-  const int64_t* teacher_slots;      // [count, ids, finite] of the one
-  int64_t* slots;                    // and of the other
+  int taught, written;               // numbers of the generation that teaches and of the one written
 };
 
 // Computed once per block; all threads read it from shared memory.
@@ -105,6 +102,17 @@ DLB_DEVICE void reduce_block(float (&v)[N], float (*partial)[max_block_warps]) {
   reduce_lanes<Op>(v, max_block_warps);
 }
 
+// Rows of a generation, or the teacher given. Computed from the kernel's arguments, where the compiler sees that it is
+// global memory: an address kept in shared memory would give generic loads and stores.
+template <typename X>
+DLB_DEVICE X* rows_of(const DeviceArgs& a, int generation) {
+  return reinterpret_cast<X*>(static_cast<char*>(a.teacher) + generation * a.generation_bytes);
+}
+// [count, ids, finite] of a generation.
+DLB_DEVICE int64_t* slots_of(const DeviceArgs& a, int generation) {
+  return a.slots + slots_base(generation, a.capacity);
+}
+
 // As loaded: the counts of both generations, so that no load waits for another one. A wrong generation or count can
 // misplace teachers; it cannot leave the arrays.
 struct Header {
@@ -116,8 +124,7 @@ struct Header {
 };
 DLB_DEVICE Header read_header(const DeviceArgs& a) {
   if (a.slots == nullptr) return Header();
-  return {load(a.slots + slots_latest), load(a.slots + slots_base(0, a.capacity)),
-          load(a.slots + slots_base(1, a.capacity))};
+  return {load(a.slots + slots_latest), load(slots_of(a, 0)), load(slots_of(a, 1))};
 }
 
 // Whether the ids say that this is the batch of the last call once more: its last rows are those that it stored, and
@@ -125,7 +132,7 @@ DLB_DEVICE Header read_header(const DeviceArgs& a) {
 DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float (*partial)[max_block_warps]) {
   const int count = header.count(a, header.latest()), first = a.batch - count;
   if (count == 0 || first < 0 || (a.num_old >= 0 && a.num_old != first)) return false;
-  const int64_t* const stored = a.slots + slots_base(header.latest(), a.capacity) + 1;
+  const int64_t* const stored = slots_of(a, header.latest()) + 1;
   float differs[1] = {0.0f};  // 1: among the first rows, 2: among the last, which settles it
   DLB_NO_UNROLL for (int row = thread_index(); row < count && differs[0] < 2.0f; row += block_threads()) {
     const int64_t id = load(stored + row), old = load(a.ids + row), last = load(a.ids + first + row);
@@ -136,21 +143,17 @@ DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float (*
 }
 
 DLB_DEVICE void lay_out(const DeviceArgs& a, const Header& header, bool again, Layout& s) {
-  const int latest = header.latest(), taught = again ? 1 - latest : latest;
-  s.written = 1 - taught;
-  s.teacher = static_cast<const char*>(a.teacher) + taught * a.generation_bytes;
-  s.rows = static_cast<char*>(a.teacher) + s.written * a.generation_bytes;
+  const int latest = header.latest();
+  s.taught = again ? 1 - latest : latest;
+  s.written = 1 - s.taught;
   s.stored = 0;
   s.start = (a.batch + 1) / 2;
-  s.teacher_slots = s.slots = nullptr;
   if (a.slots != nullptr) {
-    s.teacher_slots = a.slots + slots_base(taught, a.capacity);
-    s.slots = a.slots + slots_base(s.written, a.capacity);
     const int count = header.count(a, latest), by_count = again ? a.batch - count : count;
     const int old = clamped(a.num_old >= 0 ? a.num_old : by_count, a.batch);
     s.stored = smaller(a.batch - old, a.capacity);
     s.start = a.batch - s.stored;
-    s.teacher_limit = smaller(smaller(header.count(a, taught), old), s.start);
+    s.teacher_limit = smaller(smaller(header.count(a, s.taught), old), s.start);
   } else if (a.kind == TeacherKind::virtual_teacher) {
     s.teacher_limit = a.batch;
   } else {
@@ -162,7 +165,7 @@ DLB_DEVICE void lay_out(const DeviceArgs& a, const Header& header, bool again, L
 enum class Match { repeats, unknown, mismatched, not_finite };
 DLB_DEVICE Match match_of(const DeviceArgs& a, const Layout& s, int row) {
   if (a.slots == nullptr) return Match::repeats;
-  const int64_t* const ids = s.teacher_slots + 1;
+  const int64_t* const ids = slots_of(a, s.taught) + 1;
   const int64_t finite = load(ids + a.capacity + row);
   if (a.ids != nullptr) {
     const int64_t stored = load(ids + row), id = load(a.ids + row);

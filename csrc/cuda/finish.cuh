@@ -29,7 +29,7 @@ DLB_DEVICE void write_outputs(const DeviceArgs& a, const BatchState& s, const fl
   store(a.parts + part_valid, s.counts.valid);
 }
 
-// Every other thread has read the header and the counts by now, or reads them no more.
+// By one thread of the last block: every block has read the header and the counts by now.
 DLB_DEVICE void write_header(const DeviceArgs& a, const BatchState& s) {
   const Counts& n = s.counts;
   const auto add = [&](int64_t field, float rows) {
@@ -43,7 +43,7 @@ DLB_DEVICE void write_header(const DeviceArgs& a, const BatchState& s) {
     const bool repeats = n.unknown + n.mismatched + n.not_finite < static_cast<float>(s.teacher_limit);
     store(a.slots + slots_untaught, repeats ? int64_t(0) : load(a.slots + slots_untaught) + 1);
   }
-  store(s.slots, static_cast<int64_t>(s.stored));
+  store(slots_of(a, s.written), static_cast<int64_t>(s.stored));
   store(a.slots + slots_latest, static_cast<int64_t>(s.written));
 }
 

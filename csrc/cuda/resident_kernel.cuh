@@ -106,13 +106,13 @@ DLB_DEVICE void load_teacher(const DeviceArgs& a, const BatchState& s, const Res
                              float* out) {
   const int64_t offset = row * a.teacher_stride;
   if constexpr (sizeof(T) == 2) {
-    load_resident(columns, reinterpret_cast<const T*>(s.teacher) + offset, out, true);
+    load_resident(columns, rows_of<const T>(a, s.taught) + offset, out, true);
   } else if (a.teacher_dtype == DType::f32) {
-    load_resident(columns, reinterpret_cast<const float*>(s.teacher) + offset, out, true);
+    load_resident(columns, rows_of<const float>(a, s.taught) + offset, out, true);
   } else if (a.teacher_dtype == DType::bf16) {
-    load_resident(columns, reinterpret_cast<const Bf16*>(s.teacher) + offset, out, true);
+    load_resident(columns, rows_of<const Bf16>(a, s.taught) + offset, out, true);
   } else {
-    load_resident(columns, reinterpret_cast<const F16*>(s.teacher) + offset, out, true);
+    load_resident(columns, rows_of<const F16>(a, s.taught) + offset, out, true);
   }
 }
 
@@ -138,13 +138,13 @@ DLB_DEVICE void store_slot(const DeviceArgs& a, const BatchState& s, const Resid
                            const Group& group, const T* z_row, int shift, int slot, const float* z) {
   const int64_t offset = static_cast<int64_t>(slot) * a.classes;
   if constexpr (sizeof(T) == 2) {
-    store_slot_as(a, columns, group, z_row, shift, reinterpret_cast<T*>(s.rows) + offset, z);
+    store_slot_as(a, columns, group, z_row, shift, rows_of<T>(a, s.written) + offset, z);
   } else if (a.teacher_dtype == DType::f32) {
-    store_slot_as(a, columns, group, z_row, shift, reinterpret_cast<float*>(s.rows) + offset, z);
+    store_slot_as(a, columns, group, z_row, shift, rows_of<float>(a, s.written) + offset, z);
   } else if (a.teacher_dtype == DType::bf16) {
-    store_slot_as(a, columns, group, z_row, shift, reinterpret_cast<Bf16*>(s.rows) + offset, z);
+    store_slot_as(a, columns, group, z_row, shift, rows_of<Bf16>(a, s.written) + offset, z);
   } else {
-    store_slot_as(a, columns, group, z_row, shift, reinterpret_cast<F16*>(s.rows) + offset, z);
+    store_slot_as(a, columns, group, z_row, shift, rows_of<F16>(a, s.written) + offset, z);
   }
 }
 
@@ -279,8 +279,9 @@ DLB_DEVICE void prefetch_logits(const DeviceArgs& a, const Group& group, int row
   prefetch_row(a, group, a.logits, a.logits_stride, sizeof(T), row);
 }
 template <typename Group>
-DLB_DEVICE void prefetch_teacher(const DeviceArgs& a, const Group& group, const void* teacher, int row) {
-  prefetch_row(a, group, teacher, a.teacher_stride, a.teacher_dtype == DType::f32 ? 4 : 2, row);
+DLB_DEVICE void prefetch_teacher(const DeviceArgs& a, const Group& group, int generation, int row) {
+  const int64_t size = a.teacher_dtype == DType::f32 ? 4 : 2;
+  prefetch_row(a, group, rows_of<const char>(a, generation), a.teacher_stride, size, row);
 }
 
 template <typename T, Teach teach, int E, typename Group>
@@ -296,7 +297,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
       // Of a batch whose ids are still to be compared: a new one. `prepare` would wait for this load, too.
       const int taught =
           a.slots != nullptr ? static_cast<int>(load(a.slots + slots_latest) & 1) ^ (a.again > 0 ? 1 : 0) : 0;
-      prefetch_teacher(a, group, static_cast<const char*>(a.teacher) + taught * a.generation_bytes, pair);
+      prefetch_teacher(a, group, taught, pair);
     }
   }
   prepare(a, shared.state);
@@ -318,7 +319,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
       const int next = pair + group.groups_in_grid();
       if (next < s.start) {
         prefetch_logits<T>(a, group, next);
-        if (teach != Teach::none && next < s.teacher_limit) prefetch_teacher(a, group, s.teacher, next);
+        if (teach != Teach::none && next < s.teacher_limit) prefetch_teacher(a, group, s.taught, next);
       }
       if (s.start + next < a.batch) prefetch_logits<T>(a, group, s.start + next);
     }

@@ -175,7 +175,7 @@ DLB_DEVICE bool is_finite(const DeviceArgs& a, const RowSums& n) {
 
 // What belongs to a stored row beside its logits.
 DLB_DEVICE void write_slot(const DeviceArgs& a, const BatchState& s, int slot, bool finite) {
-  int64_t* const id = s.slots + 1 + slot;
+  int64_t* const id = slots_of(a, s.written) + 1 + slot;
   store(id, a.ids != nullptr ? load(a.ids + s.start + slot) : unknown_id);
   store(id + a.capacity, int64_t(finite));
 }

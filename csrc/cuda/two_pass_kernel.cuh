@@ -17,13 +17,13 @@ DLB_DEVICE void load_teacher_columns(const DeviceArgs& a, const BatchState& s, i
                                      float fill, float* out) {
   const int64_t offset = row * a.teacher_stride;
   if (a.teacher_dtype == DType::f32) {
-    const float* p = reinterpret_cast<const float*>(s.teacher) + offset;
+    const float* p = rows_of<const float>(a, s.taught) + offset;
     load_columns<float, V>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
   } else if (a.teacher_dtype == DType::bf16) {
-    const Bf16* p = reinterpret_cast<const Bf16*>(s.teacher) + offset;
+    const Bf16* p = rows_of<const Bf16>(a, s.taught) + offset;
     load_columns<Bf16, V>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
   } else {
-    const F16* p = reinterpret_cast<const F16*>(s.teacher) + offset;
+    const F16* p = rows_of<const F16>(a, s.taught) + offset;
     load_columns<F16, V>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
   }
 }
@@ -33,13 +33,13 @@ DLB_DEVICE void store_slot_columns(const DeviceArgs& a, const BatchState& s, int
                                    const float* in) {
   const int64_t offset = static_cast<int64_t>(slot) * a.classes;
   if (a.teacher_dtype == DType::f32) {
-    float* p = reinterpret_cast<float*>(s.rows) + offset;
+    float* p = rows_of<float>(a, s.written) + offset;
     store_columns<float, V>(p, first, a.classes, shift_of<V>(p) == shift, in);
   } else if (a.teacher_dtype == DType::bf16) {
-    Bf16* p = reinterpret_cast<Bf16*>(s.rows) + offset;
+    Bf16* p = rows_of<Bf16>(a, s.written) + offset;
     store_columns<Bf16, V>(p, first, a.classes, shift_of<V>(p) == shift, in);
   } else {
-    F16* p = reinterpret_cast<F16*>(s.rows) + offset;
+    F16* p = rows_of<F16>(a, s.written) + offset;
     store_columns<F16, V>(p, first, a.classes, shift_of<V>(p) == shift, in);
   }
 }
