@@ -132,6 +132,10 @@ def last_batch_kernel(
         kl_size = kl_mult if KIND != NONE else 0.0 * kl_mult
         grad_scale = half_scale(ce_size, kl_size, weight_ptr, COMPUTE, CLASSES, HAS_WEIGHT and HAS_CE)
     ce_mult, kl_mult = ce_mult * grad_scale, kl_mult * grad_scale
+    if program == 0:  # for the last program: kept in registers, they would be missing in the loop
+        tl.store(parts_ptr + 1, norm_ce)
+        tl.store(parts_ptr + 2, norm_lb)
+        tl.store(parts_ptr + 4, grad_scale)
 
     tiles = tl.cdiv(tl.maximum(start, stored), ROWS)
     if UPDATE:  # Ids and counters before the losses, which fill the registers.
@@ -192,6 +196,10 @@ def last_batch_kernel(
     tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
     tl.debug_barrier()  # the ticket is drawn by one thread: it must not pass the stores of the others
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
+        alpha = scalar(alpha_value, alpha_ptr, COMPUTE)
+        ce_factor = scalar(ce_weight, None, COMPUTE) + scalar(ce_alpha, None, COMPUTE) * alpha
+        norm_ce = tl.load(parts_ptr + 1, cache_modifier=".cg")
+        norm_lb = tl.load(parts_ptr + 2, cache_modifier=".cg")
         mean_ce = total_of(partials_ptr, 0, programs) / norm_ce
         mean_lb = total_of(partials_ptr, 1, programs) / norm_lb
         loss = ce_factor * mean_ce + alpha * mean_lb
@@ -205,7 +213,6 @@ def last_batch_kernel(
         tl.store(parts_ptr + 1, mean_ce)
         tl.store(parts_ptr + 2, mean_lb)
         tl.store(parts_ptr + 3, total_of(partials_ptr, 2, programs))
-        tl.store(parts_ptr + 4, grad_scale)
         valid_rows_here = total_of(partials_ptr, 3, programs)
         tl.store(parts_ptr + 5, valid_rows_here)
         if UPDATE:
