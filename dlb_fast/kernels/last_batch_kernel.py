@@ -164,9 +164,10 @@ def last_batch_kernel(
                 slots, limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
                 UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
-            row_ce, row_lb, hit, _ = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-                slots, row_ok, taught_row + slots, valid,
+            row_ce, row_lb, hit = rows_loss(
+                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, slots_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr,
+                loss_ptr,
+                slots, row_ok, taught_row + slots, slots, valid,
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
@@ -177,17 +178,16 @@ def last_batch_kernel(
         if KIND != VIRTUAL:
             row_ok = slots < stored
             rows = start + slots
-            row_ce, row_lb, hit, finite = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-                rows, row_ok, written_row + slots, row_ok & (rows < 0),
+            row_ce, row_lb, hit = rows_loss(
+                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, slots_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr,
+                loss_ptr,
+                rows, row_ok, written_row + slots, written + 1 + capacity + slots, row_ok & (rows < 0),
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
                 NONE, UPDATE, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, hits = ce + row_ce, hits + hit
-            if UPDATE:
-                tl.store(slots_ptr + (written + 1 + capacity + slots), finite.to(tl.int64), mask=row_ok)
 
     mine = partials_ptr + program
     tl.store(mine, tl.sum(ce, axis=0))
