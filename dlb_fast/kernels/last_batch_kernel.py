@@ -138,24 +138,33 @@ def last_batch_kernel(
         tl.store(parts_ptr + 4, grad_scale)
 
     tiles = tl.cdiv(tl.maximum(start, stored), ROWS)
-    if UPDATE:  # Ids and counters before the losses, which fill the registers.
+    mine = partials_ptr + program
+    valid_count = tl.zeros([ROWS], COMPUTE)
+    if KIND != NONE:  # Counters and ids before the losses, which fill the registers.
         for tile in range(program, tiles, programs):
             slots = tile * ROWS + tl.arange(0, ROWS)
-            repeats, unknown, other, infinite = repeated_rows(
-                slots, limit, slots_ptr, taught, capacity, ids_ptr, UPDATE, HAS_IDS
-            )
-            counter = slots_ptr + slots * 0
-            tl.store(ticket_ptr + 1 + slots * 0, 1, mask=repeats)  # everybody stores the same
-            tl.atomic_add(counter + 4, 1, mask=infinite, sem="relaxed")
-            fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
-            if HAS_IDS:
-                tl.atomic_add(counter + 2, 1, mask=other, sem="relaxed")
-                tl.atomic_add(counter + 3, 1, mask=unknown, sem="relaxed")
-                fresh = tl.load(ids_ptr + start + slots, mask=slots < stored, other=0)
-            tl.store(slots_ptr + (written + 1 + slots), fresh, mask=slots < stored)
+            valid = valid_rows(
+                slots, limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
+                UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
+            )  # fmt: skip
+            valid_count += valid.to(COMPUTE)
+            if UPDATE:
+                repeats, unknown, other, infinite = repeated_rows(
+                    slots, limit, slots_ptr, taught, capacity, ids_ptr, UPDATE, HAS_IDS
+                )
+                counter = slots_ptr + slots * 0
+                tl.store(ticket_ptr + 1 + slots * 0, 1, mask=repeats)  # everybody stores the same
+                tl.atomic_add(counter + 4, 1, mask=infinite, sem="relaxed")
+                fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
+                if HAS_IDS:
+                    tl.atomic_add(counter + 2, 1, mask=other, sem="relaxed")
+                    tl.atomic_add(counter + 3, 1, mask=unknown, sem="relaxed")
+                    fresh = tl.load(ids_ptr + start + slots, mask=slots < stored, other=0)
+                tl.store(slots_ptr + (written + 1 + slots), fresh, mask=slots < stored)
+    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
 
     ce = tl.zeros([ROWS], COMPUTE)
-    lb, hits, valid_count = ce, ce, ce
+    lb, hits = ce, ce
     for tile in range(program, tiles, programs):
         slots = tile * ROWS + tl.arange(0, ROWS)
         if KIND != NONE:
@@ -174,7 +183,6 @@ def last_batch_kernel(
                 KIND, False, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, lb, hits = ce + row_ce, lb + row_lb, hits + hit
-            valid_count += valid.to(COMPUTE)
         if KIND != VIRTUAL:
             row_ok = slots < stored
             rows = start + slots
@@ -189,11 +197,9 @@ def last_batch_kernel(
             )  # fmt: skip
             ce, hits = ce + row_ce, hits + hit
 
-    mine = partials_ptr + program
     tl.store(mine, tl.sum(ce, axis=0))
     tl.store(mine + MAX_PROGRAMS, tl.sum(lb, axis=0))
     tl.store(mine + 2 * MAX_PROGRAMS, tl.sum(hits, axis=0))
-    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
     tl.debug_barrier()  # the ticket is drawn by one thread: it must not pass the stores of the others
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
         alpha = scalar(alpha_value, alpha_ptr, COMPUTE)
