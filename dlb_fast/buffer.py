@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import math
 import warnings
+import zlib
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ._args import as_int
+from ._args import as_int, check_device, check_dtype, check_ids, check_logits, check_num_old, has_values
 
 UNKNOWN_ID = -(2**63)
 """Id of a row stored without a sample id; such a row teaches only batches that come without ids."""
@@ -18,7 +21,8 @@ UNKNOWN_ID = -(2**63)
 COUNTERS = ("latest", "taught", "mismatched", "unknown", "not_finite", "untaught")
 """Header of ``slots``: which generation was stored last, and what became of the repeated rows; see `LogitBuffer`."""
 HEADER = len(COUNTERS)
-_VERSION = 2
+_VERSION = 1
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Match(NamedTuple):
@@ -83,11 +87,13 @@ class LogitBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        as_int(num_classes, "LogitBuffer", "num_classes", 1)
+        num_classes = as_int(num_classes, "LogitBuffer", "num_classes", 1)
         self.capacity = as_int(capacity, "LogitBuffer", "capacity", 1)
+        device = check_device("LogitBuffer", "device", device) or "cpu"
         check_buffer_dtype("LogitBuffer", dtype)
         # Tensors made under inference_mode could not be written to in training.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        traced = torch.compiler.is_compiling()  # which knows no inference mode
+        with torch.inference_mode(False) if not traced and torch.is_inference_mode_enabled() else nullcontext():
             # Eight rows of any dtype fill whole packets of 16 bytes: both generations begin on a packet.
             self.rows = torch.zeros(2, -(-capacity // 8) * 8, num_classes, dtype=dtype, device=device)
             # The header, then for each generation its count, its ids and which of its rows are finite.
@@ -147,8 +153,32 @@ class LogitBuffer:
         self.rows, self.slots = self.rows.to(device), self.slots.to(device)
         return self
 
-    def stored_rows(self, batch: int, num_old: int | None) -> int:
-        """How many of the ``batch`` rows of a new batch will be stored; ValueError where they do not fit the buffer."""
+    def recognise(
+        self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1, op: str = "LastBatchLoss"
+    ) -> int:
+        """The op's argument ``again`` for a batch: 1 if it is the one stored last, 0 if not, -1 if the device decides.
+
+        The device compares the ids where the number of stored rows does not depend on the answer, which is so for
+        every batch of a steady stream. Otherwise (a short batch, or a first batch that is all new, and the next one of
+        the same size) the ids are read here.
+        """
+        if again == 1 and batch != self.batch:
+            raise ValueError(
+                f"{op}: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with "
+                "every batch, or leave same_batch() between batches"
+            )
+        if again >= 0:
+            return again
+        if ids is None or batch != self.batch or not self.count:
+            return 0
+        if num_old is not None or batch == 2 * self.count:
+            return -1
+        return int(self._holds(ids)) if has_values(self.slots) else 0
+
+    def stored_rows(self, batch: int, num_old: int | None, again: int = 0, op: str = "LastBatchLoss") -> int:
+        """How many of ``batch`` rows will be stored; raises ValueError where the rows do not fit the buffer."""
+        if again == 1:
+            return self.count
         old = self.count if num_old is None else num_old
         new = batch - old
         if num_old is None and self.count == 0 and batch == 2 * self.capacity:
@@ -157,34 +187,13 @@ class LogitBuffer:
             return new
         given = "num_old" if num_old is not None else "the buffer"
         raise ValueError(
-            f"LastBatchLoss: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves "
+            f"{op}: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves "
             f"{new} new ones of {batch}, and the buffer keeps at most {self.capacity}. Feed it by OverlapBatchSampler, "
             "pass capacity= (half the batch size) or num_old=, or call reset() when a new stream of batches starts"
         )
 
-    def place(self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1) -> tuple[int, int]:
-        """How many rows of a batch will be stored, and the op's argument ``again``: 1, 0, or -1 to compare the ids.
-
-        The device compares the ids where the number of stored rows does not depend on the answer, which is so for
-        every batch of a steady stream. Otherwise (a short batch, or a first batch that is all new, and the next of the
-        same size) the ids are read here.
-        """
-        if again < 0 and (ids is None or batch != self.batch or not self.count):
-            again = 0
-        if again < 0 and num_old is None and batch != 2 * self.count:
-            again = 0 if torch.compiler.is_compiling() else int(self._holds(ids))
-        if again < 1:
-            return self.stored_rows(batch, num_old), again
-        if batch != self.batch:
-            raise ValueError(
-                f"LastBatchLoss: the same batch again must have its {self.batch} rows, got {batch}; pass ids= with every "
-                "batch, or leave same_batch() between batches"
-            )
-        return self.count, 1
-
-    def _holds(self, ids: Tensor | None) -> bool:
+    def _holds(self, ids: Tensor) -> bool:
         """Whether the last rows of a batch are the stored ones, and its first rows are not."""
-        assert ids is not None
         stored, count = self.ids, self.count
         ids = ids.to(stored)
         return torch.equal(ids[len(ids) - count :], stored) and not torch.equal(ids[:count], stored)
@@ -235,7 +244,6 @@ class LogitBuffer:
         generation = torch.where(match.again, 1 - self._latest, self._latest)
         return self.rows.index_select(0, generation)[0, : len(match.faced)]
 
-    @torch.no_grad()
     def update(
         self,
         logits: Tensor,
@@ -253,8 +261,19 @@ class LogitBuffer:
             again: 1 for the batch stored last, 0 for a new one, -1 to compare the ids.
             kd_mask: ``(B,)`` bool, rows that may be taught; only the counter of taught rows depends on it.
         """
+        op = "LogitBuffer.update"
+        check_logits(op, logits)
+        if logits.shape[1] != self.num_classes or logits.device != self.device:
+            raise ValueError(
+                f"{op}: logits must have C = {self.num_classes} classes on {self.device}, got {logits.shape[1]} on "
+                f"{logits.device}"
+            )
+        if ids is not None:
+            check_ids(op, logits, ids)
         batch, size = logits.shape[0], self.capacity
-        host, again = self.place(batch, ids, num_old, again)
+        num_old = check_num_old(op, num_old)
+        again = self.recognise(batch, ids, num_old, again, op)
+        count = self.stored_rows(batch, num_old, again, op)
         match = self.match(batch, ids, num_old, again)
         repeats = match.repeats
         valid = repeats if kd_mask is None else repeats & kd_mask[: len(repeats)]
@@ -282,7 +301,7 @@ class LogitBuffer:
         self.slots[:1] = written_to
         self.slots[1:5] += torch.stack([valid.sum(), *counts])
         self.slots[5] = untaught
-        self.count, self.batch = host, batch
+        self.count, self.batch = count, batch
 
     def resized(self, capacity: int, skip: int = 0) -> LogitBuffer:
         """A buffer of another capacity with the stored rows of this one from ``skip`` on."""
@@ -299,32 +318,42 @@ class LogitBuffer:
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """The stored rows, ids, count and mismatch counter, as tensors and numbers on the CPU."""
+        """The stored rows, ids and counters, on the CPU; all shapes follow from ``num_classes`` and ``capacity``."""
+        logits = torch.zeros(self.capacity, self.num_classes, dtype=self.dtype, device="cpu")
+        ids = torch.full((self.capacity,), UNKNOWN_ID, dtype=torch.int64, device="cpu")
+        logits[: self.count], ids[: self.count] = self.logits.detach(), self.ids
+        rank, world_size = _rank_and_size()
         return {
             "version": _VERSION,
             "num_classes": self.num_classes,
             "capacity": self.capacity,
             "count": self.count,
-            "logits": self.logits.detach().cpu(),
-            "ids": self.ids.cpu(),
-            "counters": self.slots[1:HEADER].cpu().clone(),
+            "rank": rank,
+            "world_size": world_size,
+            **dict(zip(COUNTERS[1:], self.slots[1:HEADER].tolist(), strict=True)),
+            "logits": logits,
+            "ids": ids,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Take over a saved buffer; on a mismatch warn, restart empty and return False."""
+        """Take over a saved buffer; where it does not fit, warn, restart empty and return False.
+
+        The capacity may differ as long as the rows fit, and so may the dtype: the rows are as if stored in this one.
+        """
         self.reset()
         trouble = _state_trouble(state, self.num_classes, self.capacity)
         if trouble:
             _warn_of(trouble)
             return False
         count = state["count"]
-        logits = state["logits"].to(self.rows)
+        logits = state["logits"][:count].to(self.rows)
         slots = self._generations[0]
         self.rows[0, :count] = logits
         slots[0] = count
-        slots[1 : 1 + count] = state["ids"].to(self.slots.device)
+        slots[1 : 1 + count] = state["ids"][:count].to(self.slots.device)
         slots[1 + self.capacity : 1 + self.capacity + count] = logits.amax(1).isfinite()
-        self.slots[1:HEADER] = state["counters"].to(self.slots.device)
+        counters = torch.tensor([state[name] for name in COUNTERS[1:]], dtype=torch.int64, device="cpu")
+        self.slots[1:HEADER] = counters.to(self.slots.device)
         self.count = count
         return True
 
@@ -336,32 +365,73 @@ class LogitBuffer:
 
         ``num_classes`` and ``dtype``, where given, replace those of the state; another number of classes is refused.
         """
-        known = state if isinstance(state, dict) else {}
-        classes, capacity = known.get("num_classes"), known.get("capacity")
-        if not isinstance(classes, int) or not isinstance(capacity, int) or classes < 1 or capacity < 1:
-            _warn_of(f"num_classes = {classes!r} and capacity = {capacity!r} are not sizes")
-            return None
-        trouble = _state_trouble(state, num_classes or classes, capacity)
+        trouble = _state_trouble(state, num_classes)
         if trouble:
             _warn_of(trouble)
             return None
-        buffer = cls(classes, capacity, dtype or state["logits"].dtype)
-        return buffer if buffer.load_state_dict(state) else None
+        buffer = cls(state["num_classes"], state["capacity"], dtype or state["logits"].dtype)
+        buffer.load_state_dict(state)
+        return buffer
 
 
 def check_buffer_dtype(op: str, dtype: object) -> None:
     """A dtype in which the kernels can store logits."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{op}: dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
+    check_dtype(op, "dtype", dtype)
 
 
-def pack_state(state: dict[str, Any]) -> Tensor:
-    """A state as one uint8 tensor: savers that know tensors only (safetensors) can write it."""
+def to_bytes(numbers: Sequence[int], tensors: Iterable[Tensor], spare: int = 0) -> Tensor:
+    """Numbers and tensors as one uint8 tensor on the CPU: a checksum, the numbers as int64, the tensors, spare bytes.
+
+    Every saver can write it, and its size does not depend on the values.
+    """
+    parts = [torch.tensor([0, *numbers], dtype=torch.int64, device="cpu"), *tensors]
+    parts.append(torch.zeros(spare, dtype=torch.uint8, device="cpu"))
+    packed = torch.cat([part.detach().cpu().contiguous().view(-1).view(torch.uint8) for part in parts])
+    packed[:8].view(torch.int64).fill_(zlib.crc32(packed[8:].numpy().data))
+    return packed
+
+
+def from_bytes(packed: Tensor, numbers: int) -> tuple[list[int], Tensor]:
+    """The numbers that `to_bytes` wrote, and the bytes of the tensors; ValueError where it did not write them."""
+    packed = packed.detach().cpu().contiguous()
+    start = 8 * (1 + numbers)
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) < start:
+        raise ValueError(f"saved bytes expected, got {packed.dtype} of shape {tuple(packed.shape)}")
+    checksum, *read = packed[:start].clone().view(torch.int64).tolist()
+    if checksum != zlib.crc32(packed[8:].numpy().data):
+        raise ValueError("the checksum is wrong: damaged, or something else")
+    return read, packed[start:]
+
+
+def split_bytes(packed: Tensor, forms: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+    """Tensors of these shapes and dtypes from bytes, and the bytes left over; ValueError where there are too few."""
+    tensors, start = [], 0
+    for shape, dtype in forms:
+        stop = start + math.prod(shape) * dtype.itemsize
+        if stop > len(packed):
+            raise ValueError(f"at least {stop} bytes of tensors expected, got {len(packed)}")
+        tensors.append(packed[start:stop].clone().view(dtype).view(tuple(shape)))
+        start = stop
+    return [*tensors, packed[start:]]
+
+
+# The numbers of a packed buffer; its ids and rows follow.
+_NUMBERS = ("version", "dtype", "num_classes", "capacity", "count", "rank", "world_size", *COUNTERS[1:])
+
+
+def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
+    """The state of a buffer as one uint8 tensor, whose size does not depend on what is stored.
+
+    Args:
+        state: of ``LogitBuffer.state_dict``; an empty one gives an empty tensor.
+        itemsize: bytes kept for every logit, at least those of its dtype.
+    """
     if not state:
-        return torch.empty(0, dtype=torch.uint8)
-    file = io.BytesIO()
-    torch.save(state, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    logits = state["logits"]
+    known = {**state, "dtype": _DTYPES.index(logits.dtype)}
+    spare = logits.numel() * max(itemsize - logits.element_size(), 0)
+    return to_bytes([known[name] for name in _NUMBERS], [state["ids"], logits], spare)
 
 
 def unpack_state(packed: Any) -> Any:
@@ -371,9 +441,26 @@ def unpack_state(packed: Any) -> Any:
     if packed.numel() == 0:
         return {}
     try:
-        return torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive may raise anything
+        numbers, rest = from_bytes(packed, len(_NUMBERS))
+        state: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
+        if state["version"] == _VERSION:  # the layout of others is unknown
+            rows, classes, dtype = state["capacity"], state["num_classes"], _DTYPES[state.pop("dtype")]
+            forms = [((rows,), torch.int64), ((rows, classes), dtype)]
+            state["ids"], state["logits"], _ = split_bytes(rest, forms)
+        return state
+    except Exception as error:  # also a tensor without data, and numbers that only the checksum vouches for
         return {"unreadable": f"{type(error).__name__}: {error}"}
+
+
+def stored_dtype(state: Any) -> torch.dtype | None:
+    """The dtype of the rows in a state; None where there are none, so that their dtype was not chosen by any logits."""
+    logits = state.get("logits") if isinstance(state, dict) and state.get("count") else None
+    return logits.dtype if isinstance(logits, Tensor) and logits.dtype in _DTYPES else None
+
+
+def _rank_and_size() -> tuple[int, int]:
+    grouped = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
 
 
 def _warn_of(trouble: str) -> None:
@@ -384,25 +471,38 @@ def _warn_of(trouble: str) -> None:
     )
 
 
-def _state_trouble(state: dict[str, Any], num_classes: int, capacity: int) -> str:
+def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = None) -> str:
+    """Why a buffer of so many classes and rows (None: of the state's) cannot take over a state; "" where it can."""
     if not isinstance(state, dict):
         return f"a dict expected, got {type(state).__name__}"
-    missing = [key for key in ("version", "count", "logits", "ids", "counters") if key not in state]
+    if "unreadable" in state:
+        return str(state["unreadable"])
+    version = state.get("version", _VERSION)
+    if version != _VERSION:
+        return f"version {_VERSION} expected, got {version}"
+    least = {"num_classes": 1, "capacity": 1, **dict.fromkeys(("count", "rank", "world_size", *COUNTERS[1:]), 0)}
+    missing = [key for key in (*least, "logits", "ids") if key not in state]
     if missing:
         return f"missing {', '.join(missing)}"
-    if state["version"] != _VERSION:
-        return f"version {_VERSION} expected, got {state['version']}"
-    count, logits, ids, counters = state["count"], state["logits"], state["ids"], state["counters"]
-    if not isinstance(count, int) or count < 0:
-        return f"count must be an integer >= 0, got {count!r}"
-    if not isinstance(counters, Tensor) or counters.dtype != torch.int64 or counters.shape != (HEADER - 1,):
-        return f"counters must be {HEADER - 1} int64 numbers"
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+    for name, bound in least.items():
+        if not isinstance(state[name], int) or not bound <= state[name] < 2**63:
+            return f"{name} must be an integer >= {bound}, got {state[name]!r}"
+    rows, count, logits, ids = state["capacity"], state["count"], state["logits"], state["ids"]
+    if not isinstance(logits, Tensor) or logits.dtype not in _DTYPES:
         return f"logits must be a floating tensor, got {getattr(logits, 'dtype', type(logits).__name__)}"
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         return f"ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
-    if count > capacity:
-        return f"capacity {capacity}, saved {count} rows"
-    if tuple(logits.shape) != (count, num_classes) or tuple(ids.shape) != (count,):
-        return f"expected logits {(count, num_classes)}, got {tuple(logits.shape)} with ids {tuple(ids.shape)}"
+    if count > min(rows, capacity or rows):
+        return f"capacity {min(rows, capacity or rows)}, saved {count} rows"
+    wanted = (rows, num_classes or state["num_classes"])
+    if logits.shape != wanted or ids.shape != wanted[:1]:
+        return f"expected logits {wanted}, got {tuple(logits.shape)} with ids {tuple(ids.shape)}"
+    if state["num_classes"] != wanted[1]:
+        return f"expected {wanted[1]} classes, saved {state['num_classes']}"
+    saved, here = (state["rank"], state["world_size"]), _rank_and_size()
+    if count and saved != here:
+        return (
+            f"saved by rank {saved[0]} of {saved[1]}, loaded by rank {here[0]} of {here[1]}, which has other rows; "
+            "save the state of every rank under a key of its own"
+        )
     return ""

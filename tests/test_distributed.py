@@ -142,7 +142,9 @@ def cross_rank_methods():
     banks = []
     for cross_rank in (True, False):
         criterion = PsKDLoss(12, 4, cross_rank=cross_rank)
-        criterion(own, y[mine], torch.arange(12)[mine])
+        criterion(3 * own, y[mine], torch.arange(12)[mine])
+        again = criterion(own, y[mine], torch.arange(12)[mine])  # no sample had been seen: its label still teaches
+        torch.testing.assert_close(again, torch.nn.functional.cross_entropy(own, y[mine]))
         banks.append(criterion.bank.state_dict())
     return loss.detach(), alone, own.grad, banks
 

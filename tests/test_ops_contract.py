@@ -66,7 +66,7 @@ def test_opcheck(generator, dtype, reduction):
     buffer.update(t)
     torch.library.opcheck(
         torch.ops.dlb_fast.last_batch_update.default,
-        (z, buffer.logits, buffer.slots, torch.arange(8), -1, *options(y, reduction=reduction)),
+        (z, buffer.rows, buffer.slots, torch.arange(8), -1, -1, *options(y, reduction=reduction)),
     )
     loss, parts, grad = torch.ops.dlb_fast.last_batch(z, t, 1, *options(y, reduction=reduction))
     torch.library.opcheck(torch.ops.dlb_fast.scale_grad_.default, (grad, torch.full_like(loss, 0.5), parts))

@@ -9,7 +9,8 @@ import torch
 from builders import exported, train, train_stopped
 from PIL import Image
 
-from dlb_fast.data import SampleError
+from dlb_fast.data import SampleError, ViewPairSampler
+from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.presets import load_preset
 from dlb_fast.train.checkpoint import load_weights
 from dlb_fast.train.config import override
@@ -76,6 +77,20 @@ def test_a_missing_or_damaged_image_is_named(folder, tmp_path):
     config = override(BASE, source=f"imagefolder:{copy}", image_size=16)
     with pytest.raises(SampleError, match=r"class1.4\.png"):
         train(config, tmp_path / "run")
+
+
+def test_max_pixels_reaches_the_decoder_of_every_loader(folder):
+    config = override(BASE, source=f"imagefolder:{folder}", image_size=16, max_pixels=24 * 20)
+    opened, device = open_data(config.data), torch.device("cpu")
+    pairs = ViewPairSampler(opened.train, 8)
+    for make in (
+        lambda: opened.train_loader(overlap=True, seed=0, device=device),
+        lambda: opened.train_loader(overlap=False, seed=0, device=device, sampler=pairs),
+        lambda: opened.test_batches(device),
+    ):
+        with pytest.raises(SampleError, match="more than max_pixels=480"):
+            list(make())
+    assert override(BASE).data.max_pixels == MAX_PIXELS
 
 
 def write_cifar10(root):

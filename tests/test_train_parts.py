@@ -1,7 +1,9 @@
 """Config, schedules, optimiser groups, averaged weights, evaluation: each against a formula written out here."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -37,6 +39,14 @@ def test_config_survives_yaml(tmp_path):
     config = override(config, schedule=ScheduleConfig(schedule="multistep", milestones=(1.5, 3.0)))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_numbers_of_numpy_in_a_config_are_saved_as_numbers(tmp_path):
+    given = {"alpha": np.float32(0.5), "lr": np.float64(1), "batch_size": np.int64(64), "betas": (np.float64(0.8), 0.9)}
+    config = override(RunConfig(), **given)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert load_config(tmp_path / "c.yaml") == config
+    json.dumps(to_dict(config))
 
 
 def test_a_file_overrides_only_what_it_names(tmp_path):

@@ -229,8 +229,8 @@ def rows_loss(
         if DENSE:
             z_a = tl.sum(tl.load(z_row + best_col[:, None], mask=row_ok[:, None], other=0.0).to(COMPUTE), axis=1)
             labelled = row_ok
-        # d1 is NaN where the row holds a NaN, which a maximum drops.
-        hit = tl.where(labelled & (z_a >= peak) & (d1 == d1), 1.0 + zero, 0.0)
+        # d1 is NaN where the row holds a NaN, which a maximum drops, or +inf, and 0 where it holds nothing but -inf.
+        hit = tl.where(labelled & (z_a >= peak) & (d1 > 0.0), 1.0 + zero, 0.0)
     if KIND != NONE:
         if KIND == LOGITS:
             kl = LN2 * (a / dt + tl.log2(d2) - tl.log2(dt))

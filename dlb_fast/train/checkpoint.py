@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dlb_fast import LastBatchLoss
+from dlb_fast.buffer import COUNTERS as ROW_COUNTERS
 from dlb_fast.buffer import unpack_state
 
 from .distributed import Ranks, distribute_like, distribute_optimizer_state, full_state
@@ -380,9 +381,13 @@ def _divide_buffer(buffers: list[dict[str, Any]], rank: int, world_size: int) ->
         return {}
     share = rows // world_size
     own = slice(rank * share, (rank + 1) * share)
-    joined = {name: torch.cat([buffer[name] for buffer in buffers])[own].clone() for name in ("logits", "ids")}
-    mismatched = sum(buffer["mismatched"] for buffer in buffers) if rank == 0 else 0
-    return {**buffers[0], **joined, "count": share, "capacity": share, "mismatched": mismatched}
+    joined = {
+        name: torch.cat([buffer[name][: buffer["count"]] for buffer in buffers])[own].clone()
+        for name in ("logits", "ids")
+    }
+    counters = {name: sum(buffer[name] for buffer in buffers) if rank == 0 else 0 for name in ROW_COUNTERS[1:]}
+    place = {"rank": rank, "world_size": world_size, "count": share, "capacity": share}
+    return {**buffers[0], **joined, **counters, **place}
 
 
 def _merge_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:

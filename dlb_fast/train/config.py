@@ -89,6 +89,8 @@ class DataConfig:
     """Rows per forward in the evaluation."""
     num_threads: int = 2
     """Decoding threads for image folders."""
+    max_pixels: int = 178_956_970
+    """Image files with more pixels are refused before they are decoded."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "even and >= 2", self.batch_size)
@@ -102,6 +104,7 @@ class DataConfig:
         _require(ok, "eval_resize", f"at least the crop of the evaluation ({crop}) or null", self.eval_resize)
         _require(self.eval_batch_size >= 1, "eval_batch_size", "at least 1", self.eval_batch_size)
         _require(self.num_threads >= 1, "num_threads", "at least 1", self.num_threads)
+        _require(self.max_pixels >= 1, "max_pixels", "at least 1", self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -412,9 +415,14 @@ def override(config: RunConfig, **values: Any) -> RunConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as a nested dict with lists in place of tuples, as saved in config.yaml."""
-    plain = dataclasses.asdict(config)
-    return {g: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()} for g, part in plain.items()}
+    """The config as a nested dict with lists in place of tuples and Python's numbers, as saved in config.yaml."""
+    return {g: {k: _plain_value(v) for k, v in part.items()} for g, part in dataclasses.asdict(config).items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain_value(item) for item in value]
+    return value.item() if hasattr(value, "item") else value  # a number of NumPy
 
 
 def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:

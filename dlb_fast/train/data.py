@@ -13,6 +13,7 @@ from dlb_fast.data import (
     Compose,
     EvalLoader,
     Flip,
+    ImageDecoder,
     OverlapLoader,
     PadCrop,
     RandomResizedCrop,
@@ -97,7 +98,7 @@ class RunData:
         }
         threads = self.config.num_threads
         if sampler is not None:
-            return SampledLoader(self.train, sampler, num_threads=threads, **options)
+            return SampledLoader(self.train, sampler, num_threads=threads, decoder=self._decoder(), **options)
         rows = self.config.batch_size
         sampled = rows // 2 if overlap else rows
         if len(self.train) < sampled:
@@ -107,7 +108,11 @@ class RunData:
         options |= {"seed": seed, "overlap": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
         if self.in_memory:
             return ResidentLoader(self.train, rows // ranks.world_size, **options)
-        return OverlapLoader(self.train, rows // ranks.world_size, num_threads=threads, **options)
+        options |= {"num_threads": threads, "decoder": self._decoder()}
+        return OverlapLoader(self.train, rows // ranks.world_size, **options)
+
+    def _decoder(self) -> ImageDecoder:
+        return ImageDecoder(max_pixels=self.config.max_pixels)
 
     def _train_transform(self, augment: AugmentConfig) -> Compose | None:
         steps: list[Any] = []
@@ -135,6 +140,7 @@ class RunData:
             mean=self.mean,
             std=self.std,
             num_threads=config.num_threads,
+            decoder=self._decoder(),
             rank=ranks.rank,
             world_size=ranks.world_size,
         )

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlb_fast import DistillationLoss
 from dlb_fast.data import Batch
 
 from . import checkpoint
@@ -130,8 +129,6 @@ class Trainer:
         if hasattr(criterion, "setup"):
             criterion.setup(model)  # type: ignore[operator]
         self.criterion_step: Callable[[], None] | None = getattr(criterion, "step", None)
-        if getattr(type(criterion), "step", None) is DistillationLoss.step:  # the base's `step` does nothing
-            self.criterion_step = None
 
         self.step = 0  # optimiser steps done
         self.epoch = 0  # passes of the loader finished
