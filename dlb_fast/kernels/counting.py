@@ -10,13 +10,13 @@ HEADER = tl.constexpr(6)  # of the slots: latest, taught, mismatched, unknown, n
 COUNT_BLOCK = tl.constexpr(1024)
 VALID_BLOCK = tl.constexpr(512)  # a row needs up to four numbers of 8 bytes
 COUNT_PROGRAMS = tl.constexpr(256)
-ID_BLOCK = tl.constexpr(256)
+ID_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
 def generation(which, capacity):
     """Where a generation starts in the slots: the count of its rows, then their ids, then which of them are finite."""
-    return HEADER + which * (1 + 2 * capacity)
+    return which * (1 + 2 * capacity) + HEADER
 
 
 @triton.jit
