@@ -8,14 +8,15 @@ import triton.language as tl
 UNKNOWN_ID = tl.constexpr(-(2**63))
 HEADER = tl.constexpr(6)  # of the slots: latest, taught, mismatched, unknown, not_finite, untaught
 COUNT_BLOCK = tl.constexpr(1024)
+VALID_BLOCK = tl.constexpr(512)  # a row needs up to four numbers of 8 bytes
 COUNT_PROGRAMS = tl.constexpr(256)
-ID_BLOCK = tl.constexpr(256)
+ID_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
 def generation(which, capacity):
     """Where a generation starts in the slots: the count of its rows, then their ids, then which of them are finite."""
-    return HEADER + which * (1 + 2 * capacity)
+    return which * (1 + 2 * capacity) + HEADER
 
 
 @triton.jit
@@ -112,14 +113,12 @@ def count_rows(
     HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
     """Over rows [first, last): the weights of the rows the CE counts, summed, and how many rows the KL counts."""
-    span = tl.arange(0, COUNT_BLOCK)
     counted = tl.zeros([COUNT_BLOCK], tl.int32)
-    valid_count = tl.zeros([COUNT_BLOCK], tl.int32)
     heavy = tl.zeros([COUNT_BLOCK], COMPUTE)
-    for base in range(first, last, COUNT_BLOCK):
-        rows = base + span
-        ok = rows < last
-        if LABELS:
+    if LABELS:
+        for base in range(first, last, COUNT_BLOCK):
+            rows = base + tl.arange(0, COUNT_BLOCK)
+            ok = rows < last
             label = tl.load(target_ptr + rows, mask=ok, other=0)
             counts = ok & (label != ignore_index)
             if PAIR:
@@ -128,9 +127,12 @@ def count_rows(
                 index = tl.minimum(tl.maximum(label, 0), CLASSES - 1)
                 heavy += tl.load(weight_ptr + index, mask=counts, other=0.0)
             counted += counts.to(tl.int32)
+    valid_count = tl.zeros([VALID_BLOCK], tl.int32)
+    limit = tl.minimum(limit, last)
+    for base in range(first, limit, VALID_BLOCK):
         valid = valid_rows(
-            rows, tl.minimum(limit, last), slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr,
-            ignore_index, UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
+            base + tl.arange(0, VALID_BLOCK), limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows,
+            target_ptr, ignore_index, UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
         )  # fmt: skip
         valid_count += valid.to(tl.int32)
     weight_sum = tl.sum(counted, axis=0).to(COMPUTE)

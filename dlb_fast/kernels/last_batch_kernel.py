@@ -132,26 +132,39 @@ def last_batch_kernel(
         kl_size = kl_mult if KIND != NONE else 0.0 * kl_mult
         grad_scale = half_scale(ce_size, kl_size, weight_ptr, COMPUTE, CLASSES, HAS_WEIGHT and HAS_CE)
     ce_mult, kl_mult = ce_mult * grad_scale, kl_mult * grad_scale
+    if program == 0:  # for the last program: kept in registers, they would be missing in the loop
+        tl.store(parts_ptr + 1, norm_ce)
+        tl.store(parts_ptr + 2, norm_lb)
+        tl.store(parts_ptr + 4, grad_scale)
 
     tiles = tl.cdiv(tl.maximum(start, stored), ROWS)
-    if UPDATE:  # Ids and counters before the losses, which fill the registers.
+    mine = partials_ptr + program
+    valid_count = tl.zeros([ROWS], COMPUTE)
+    if KIND != NONE:  # Counters and ids before the losses, which fill the registers.
         for tile in range(program, tiles, programs):
             slots = tile * ROWS + tl.arange(0, ROWS)
-            repeats, unknown, other, infinite = repeated_rows(
-                slots, limit, slots_ptr, taught, capacity, ids_ptr, UPDATE, HAS_IDS
-            )
-            counter = slots_ptr + slots * 0
-            tl.store(ticket_ptr + 1 + slots * 0, 1, mask=repeats)  # everybody stores the same
-            tl.atomic_add(counter + 4, 1, mask=infinite, sem="relaxed")
-            fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
-            if HAS_IDS:
-                tl.atomic_add(counter + 2, 1, mask=other, sem="relaxed")
-                tl.atomic_add(counter + 3, 1, mask=unknown, sem="relaxed")
-                fresh = tl.load(ids_ptr + start + slots, mask=slots < stored, other=0)
-            tl.store(slots_ptr + (written + 1 + slots), fresh, mask=slots < stored)
+            valid = valid_rows(
+                slots, limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
+                UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
+            )  # fmt: skip
+            valid_count += valid.to(COMPUTE)
+            if UPDATE:
+                repeats, unknown, other, infinite = repeated_rows(
+                    slots, limit, slots_ptr, taught, capacity, ids_ptr, UPDATE, HAS_IDS
+                )
+                counter = slots_ptr + slots * 0
+                tl.store(ticket_ptr + 1 + slots * 0, 1, mask=repeats)  # everybody stores the same
+                tl.atomic_add(counter + 4, 1, mask=infinite, sem="relaxed")
+                fresh = tl.full([ROWS], UNKNOWN_ID, tl.int64)
+                if HAS_IDS:
+                    tl.atomic_add(counter + 2, 1, mask=other, sem="relaxed")
+                    tl.atomic_add(counter + 3, 1, mask=unknown, sem="relaxed")
+                    fresh = tl.load(ids_ptr + start + slots, mask=slots < stored, other=0)
+                tl.store(slots_ptr + (written + 1 + slots), fresh, mask=slots < stored)
+    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
 
     ce = tl.zeros([ROWS], COMPUTE)
-    lb, hits, valid_count = ce, ce, ce
+    lb, hits = ce, ce
     for tile in range(program, tiles, programs):
         slots = tile * ROWS + tl.arange(0, ROWS)
         if KIND != NONE:
@@ -160,38 +173,39 @@ def last_batch_kernel(
                 slots, limit, slots_ptr, taught, capacity, ids_ptr, mask_ptr, mask_rows, target_ptr, ignore_index,
                 UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
-            row_ce, row_lb, hit, _ = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-                slots, row_ok, taught_row + slots, valid,
+            row_ce, row_lb, hit = rows_loss(
+                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, slots_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr,
+                loss_ptr,
+                slots, row_ok, taught_row + slots, slots, valid,
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
                 KIND, False, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, lb, hits = ce + row_ce, lb + row_lb, hits + hit
-            valid_count += valid.to(COMPUTE)
         if KIND != VIRTUAL:
             row_ok = slots < stored
             rows = start + slots
-            row_ce, row_lb, hit, finite = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-                rows, row_ok, written_row + slots, row_ok & (rows < 0),
+            row_ce, row_lb, hit = rows_loss(
+                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, slots_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr,
+                loss_ptr,
+                rows, row_ok, written_row + slots, written + 1 + capacity + slots, row_ok & (rows < 0),
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
                 COMPUTE, CLASSES, ROWS, BLOCK, TILES, VECTOR, AXIS, LOGITS_STRIDE, TEACHER_STRIDE, DENSE_STRIDE,
                 NONE, UPDATE, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, hits = ce + row_ce, hits + hit
-            if UPDATE:
-                tl.store(slots_ptr + (written + 1 + capacity + slots), finite.to(tl.int64), mask=row_ok)
 
-    mine = partials_ptr + program
     tl.store(mine, tl.sum(ce, axis=0))
     tl.store(mine + MAX_PROGRAMS, tl.sum(lb, axis=0))
     tl.store(mine + 2 * MAX_PROGRAMS, tl.sum(hits, axis=0))
-    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
     tl.debug_barrier()  # the ticket is drawn by one thread: it must not pass the stores of the others
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
+        alpha = scalar(alpha_value, alpha_ptr, COMPUTE)
+        ce_factor = scalar(ce_weight, None, COMPUTE) + scalar(ce_alpha, None, COMPUTE) * alpha
+        norm_ce = tl.load(parts_ptr + 1, cache_modifier=".cg")
+        norm_lb = tl.load(parts_ptr + 2, cache_modifier=".cg")
         mean_ce = total_of(partials_ptr, 0, programs) / norm_ce
         mean_lb = total_of(partials_ptr, 1, programs) / norm_lb
         loss = ce_factor * mean_ce + alpha * mean_lb
@@ -205,7 +219,6 @@ def last_batch_kernel(
         tl.store(parts_ptr + 1, mean_ce)
         tl.store(parts_ptr + 2, mean_lb)
         tl.store(parts_ptr + 3, total_of(partials_ptr, 2, programs))
-        tl.store(parts_ptr + 4, grad_scale)
         valid_rows_here = total_of(partials_ptr, 3, programs)
         tl.store(parts_ptr + 5, valid_rows_here)
         if UPDATE:

@@ -95,8 +95,8 @@ def tile_grad(
 
 @triton.jit
 def rows_loss(
-    logits_ptr, grad_ptr, teacher_ptr, store_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-    rows, row_ok, slots, valid,
+    logits_ptr, grad_ptr, teacher_ptr, store_ptr, finite_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
+    rows, row_ok, slots, finite_slots, valid,
     ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
     ce_mult, kl_mult,
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
@@ -106,8 +106,10 @@ def rows_loss(
     LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ROW_LOSS: tl.constexpr,
     NEED_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``rows`` (ROWS,), valid by ``slots`` where ``valid``; returns per row the CE, KL, hit and, where STORE, whether the
-    stored row is finite: its log-sum-exp is."""
+    """Rows ``rows`` (ROWS,), valid by ``slots`` where ``valid``; returns per row the CE, KL and hit.
+
+    STORE: the rows go to ``slots``, and whether their log-sum-exp is finite to ``finite_slots``.
+    """
     SPREAD: tl.constexpr = HAS_CE and (DENSE or SMOOTH)
     # The second pass of a long row has to find it in L2: keep what is read twice, let the rest go.
     FIRST: tl.constexpr = "evict_last" if TILES > 1 and NEED_GRAD else "evict_first"
@@ -207,6 +209,11 @@ def rows_loss(
             d2, a, dt = zero + d2, zero + a, zero + dt
         mt = zero + mt if KIND == LOGITS else lowest
 
+    if STORE:  # d1 is NaN where the row holds a NaN or +inf; rounding may make the largest value infinite
+        top = round_to(peak, store_ptr.dtype.element_ty).to(COMPUTE)
+        finite = (d1 == d1) & (tl.abs(top) < float("inf"))
+        tl.store(finite_ptr + finite_slots, finite.to(tl.int64), mask=row_ok)
+
     shift, shift_t = shift_of(peak), shift_of(mt)
     row_ce, row_lb, hit = zero, zero, zero
     from_ce, from_student, from_teacher, from_spread = zero, zero, zero, zero
@@ -268,8 +275,4 @@ def rows_loss(
                 g = round_to(g, grad_ptr.dtype.element_ty)
                 out = row_ok[:, None] & cols_ok
                 tl.store(grad_row + cols, g, mask=out, eviction_policy="evict_first")
-    finite = nobody
-    if STORE:  # d1 is NaN where the row holds a NaN or +inf; rounding may make the largest value infinite
-        top = round_to(peak, store_ptr.dtype.element_ty).to(COMPUTE)
-        finite = (d1 == d1) & (tl.abs(top) < float("inf"))
-    return row_ce, row_lb, hit, finite
+    return row_ce, row_lb, hit
