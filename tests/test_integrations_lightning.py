@@ -115,6 +115,7 @@ def test_every_checkpoint_continues_bit_for_bit(tmp_path, kind, external):
 
     saves = [
         pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1),
+        pl.callbacks.ModelCheckpoint(tmp_path, filename="last-{step}", every_n_train_steps=STEPS, save_top_k=-1),
         pl.callbacks.ModelCheckpoint(tmp_path, filename="end-{epoch}", every_n_epochs=1, save_top_k=-1),
     ]
     module, callback = parts()
@@ -122,7 +123,7 @@ def test_every_checkpoint_continues_bit_for_bit(tmp_path, kind, external):
     assert whole.seen == [(epoch, step) for epoch in range(EPOCHS) for step in range(STEPS)]
     assert whole.criterion.buffer.mismatched == 0 and min(whole.terms[1:]) > 0
     made = sorted(tmp_path.glob("*.ckpt"))
-    assert len(made) == EPOCHS * STEPS // 5 + EPOCHS
+    assert len(made) == EPOCHS * STEPS // 5 + 2 * EPOCHS
     for checkpoint in made:
         module, callback = parts()
         resumed = fit(tmp_path, module, LOADERS[kind](), callback=callback, ckpt_path=checkpoint)

@@ -444,7 +444,8 @@ class _Batches(Dataset[Any]):
         return int(stream_of(self.loader).plan.length)  # samples: the Trainer prints it
 
     def restart(self) -> None:
-        self.expected = stream_of(self.loader).state_dict()["step"]
+        # After an epoch's last batch the position is that epoch's end.
+        self.expected = stream_of(self.loader).state_dict()["step"] % len(self.loader)
         self.batches = iter(self.loader)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
