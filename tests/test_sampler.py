@@ -586,7 +586,7 @@ def test_a_set_smaller_than_half_a_batch_is_one_short_batch_in_every_loader():
             batches = [batch for _ in range(2) for batch in loader]
         assert [(len(batch), batch.num_old) for batch in batches] == [(3, 0), (6, 3)]
         assert sorted(batches[0].ids.tolist()) == [0, 1, 2]
-        with pytest.raises(ValueError, match="4 samples, got 3; use a smaller batch_size, fewer ranks or drop_last=False"):
+        with pytest.raises(ValueError, match="4 samples, got 3; use a smaller .* or drop_last=False"):
             make(data, 8)
 
 
