@@ -722,6 +722,13 @@ def test_a_sparse_member_is_refused(tmp_path):
 def test_tar_shards_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tar files"):
         TarShards(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / "splits" / split).mkdir(parents=True)
+        write_tar(tmp_path / "splits" / split / "0.tar", [("c/0.png", png(1))])
+    with pytest.raises(
+        FileNotFoundError, match="no tar files at .*splits; pass one of '.*splits/train', '.*splits/val'"
+    ):
+        TarShards(tmp_path / "splits")
     write_tar(tmp_path / "a.tar.gz", [("c/0.png", png(1))], "w:gz")
     with pytest.raises(ValueError, match="expected an uncompressed tar"):
         TarShards(tmp_path / "a.tar.gz")

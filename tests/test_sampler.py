@@ -579,6 +579,17 @@ def test_without_drop_last_a_set_may_be_smaller_than_half_a_batch():
     ]
 
 
+def test_a_set_smaller_than_half_a_batch_is_one_short_batch_in_every_loader():
+    data = synthetic(length=3, num_classes=2, size=4)
+    for make in (ResidentLoader, OverlapLoader):
+        with make(data, 8, drop_last=False) as loader:
+            batches = [batch for _ in range(2) for batch in loader]
+        assert [(len(batch), batch.num_old) for batch in batches] == [(3, 0), (6, 3)]
+        assert sorted(batches[0].ids.tolist()) == [0, 1, 2]
+        with pytest.raises(ValueError, match="4 samples, got 3; use a smaller .* or drop_last=False"):
+            make(data, 8)
+
+
 def test_transform_and_collate_refuse_plain_indices():
     items = TensorDataset(torch.arange(4), torch.arange(4))
     with pytest.raises(TypeError, match="needs the indices of an OverlapBatchSampler"):

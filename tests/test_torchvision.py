@@ -21,6 +21,7 @@ from dlb_fast.data import (
     Compose,
     EvalLoader,
     Flip,
+    ImageDecoder,
     IndexedDataset,
     OverlapBatchSampler,
     OverlapLoader,
@@ -49,6 +50,15 @@ class Both:
         self.transform, self.target_transform = transform, target_transform
 
 
+def default_loader(path: str) -> Image.Image:
+    """torchvision's way to open a file."""
+    with open(path, "rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+default_loader.__module__ = "torchvision.datasets.folder"
+
+
 class Folder(Dataset[Any]):
     """torchvision's `ImageFolder`."""
 
@@ -60,14 +70,14 @@ class Folder(Dataset[Any]):
         self.targets = [label for _, label in self.samples]
         self.transform, self.target_transform = transform, target_transform
         self.transforms = Both(transform, target_transform)
+        self.loader = default_loader
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Any:
         path, target = self.samples[index]
-        with open(path, "rb") as file:
-            image: Any = Image.open(file).convert("RGB")
+        image: Any = self.loader(path)
         if self.transform is not None:
             image = self.transform(image)
         return image, target if self.target_transform is None else self.target_transform(target)
@@ -231,6 +241,26 @@ def test_a_file_that_cannot_be_read_is_named(vision: SimpleNamespace) -> None:
     Path(data.samples[13][0]).write_bytes(b"no image")
     with OverlapLoader(Subset(data, range(8, 16)), 4) as loader, pytest.raises(SampleError, match=r"dog/5\.png"):
         list(loader)
+
+
+def test_their_files_are_read_by_our_decoder(vision: SimpleNamespace) -> None:
+    """torchvision's own opens whatever Pillow knows, and Ghostscript draws an EPS."""
+    data = vision.folder(transform=vision.transform)
+    with (
+        OverlapLoader(data, 8, decoder=ImageDecoder(max_pixels=29)) as loader,
+        pytest.raises(SampleError, match="6 x 5 pixels, more than max_pixels=29"),
+    ):
+        next(iter(loader))
+    for path, _ in data.samples[::3]:
+        Path(path).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\n%%EOF\n")
+    for part in (data, Subset(data, range(4, 16)), ConcatDataset([data])):
+        with (
+            OverlapLoader(part, 8) as loader,
+            pytest.raises(SampleError, match="not an image of a format that is read"),
+        ):
+            list(loader)
+        with pytest.raises(ValueError, match="not an image of a format that is read"):
+            ResidentLoader(part, 8)
 
 
 class Mine(Dataset[Any]):

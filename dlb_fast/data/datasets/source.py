@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import operator
@@ -29,6 +30,7 @@ __all__ = [
     "as_image",
     "as_pair",
     "is_torchvisions",
+    "with_decoder",
     "without_transform",
 ]
 
@@ -183,6 +185,28 @@ def _unchanged(image: Any) -> Any:
     return image
 
 
+def with_decoder(dataset: Any, decoder: Callable[[bytes], Any]) -> Any:
+    """A torchvision folder whose files `decoder` reads, in place of torchvision's own loader; any other as it is.
+
+    That one opens whatever Pillow knows, and some formats start a program.
+    """
+    if isinstance(dataset, ConcatDataset):
+        return _changed(dataset, datasets=[with_decoder(part, decoder) for part in dataset.datasets])
+    if isinstance(dataset, Subset):
+        return _changed(dataset, dataset=with_decoder(dataset.dataset, decoder))
+    loader = getattr(dataset, "loader", None)
+    name = f"{getattr(loader, '__module__', '')}.{getattr(loader, '__name__', '')}"
+    if name not in ("torchvision.datasets.folder.default_loader", "torchvision.datasets.folder.pil_loader"):
+        return dataset
+    return _changed(dataset, loader=functools.partial(_decoded, decoder))
+
+
+def _decoded(decoder: Callable[[bytes], Any], path: str) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(decoder(read_file(path)))
+
+
 def _changed(value: Any, **attributes: Any) -> Any:
     changed = copy.copy(value)
     for name, attribute in attributes.items():
@@ -269,7 +293,8 @@ class SampleSource:
                     f"{operation}: dataset: expected `dataset[i]` to be (image, target), or `targets` with `read(i)` "
                     f"or `images`, {type(dataset).__name__} has neither{more}"
                 )
-            self._dataset, self.own = without_transform(dataset)
+            raw, self.own = without_transform(dataset)
+            self._dataset = with_decoder(raw, decoder)
             self._load = operator.getitem
             self.augments = _augments(self._dataset)
         if self.items:

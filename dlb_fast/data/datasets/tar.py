@@ -151,7 +151,9 @@ def _shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
         files = sorted(Path(shard) for shard in shards)
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
-        raise FileNotFoundError(f"TarShards: no tar files at {some(missing) if missing else shards}")
+        inner = [] if missing else sorted({str(file.parent) for file in Path(str(shards)).glob("*/*.tar")})
+        hint = f"; pass one of {some(inner)}" if inner else ""
+        raise FileNotFoundError(f"TarShards: no tar files at {some(missing) if missing else shards}{hint}")
     twice = sorted({str(file) for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
     if twice:
         raise ValueError(f"TarShards: {some(twice)} is listed twice, so its images would be trained on twice")

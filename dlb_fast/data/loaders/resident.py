@@ -13,7 +13,8 @@ from torch.utils.data import ConcatDataset, Subset
 from dlb_fast.data._args import class_indices, device_of, length_of
 from dlb_fast.data.batch import Batch, stack_views, tensor_of, to_device
 from dlb_fast.data.datasets.open import load_into_memory
-from dlb_fast.data.datasets.source import is_torchvisions, without_transform
+from dlb_fast.data.datasets.source import is_torchvisions, with_decoder, without_transform
+from dlb_fast.data.decode.decode import ImageDecoder
 from dlb_fast.data.plan import make_plan
 from dlb_fast.data.position import Iteration, StreamPosition
 from dlb_fast.data.rng import ViewRng, ViewRngs
@@ -235,7 +236,7 @@ def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.
                 f"{operation}: dataset needs `images` (N, c, h, w) uint8 and `targets` (N,), {type(dataset).__name__} "
                 "has not both; use OverlapLoader for files, or load_into_memory(dataset) first"
             )
-        dataset = load_into_memory(raw)
+        dataset = load_into_memory(with_decoder(raw, ImageDecoder()))
     images, targets = tensor_of(dataset.images), torch.from_numpy(class_indices(operation, dataset.targets))
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise TypeError(
