@@ -171,7 +171,7 @@ class LogitBuffer:
             return again
         if ids is None or batch != self.batch or not self.count:
             return 0
-        if num_old is not None or batch == 2 * self.count:
+        if batch == 2 * self.count or (num_old is not None and batch != self.count):
             return -1
         return int(self._holds(ids)) if has_values(self.slots) else 0
 
@@ -193,11 +193,11 @@ class LogitBuffer:
         )
 
     def _holds(self, ids: Tensor) -> bool:
-        """Whether the last rows of a batch are the stored ones, and its first rows are not (unless that is all)."""
+        """Whether the last rows of a batch are the stored ones, and its first rows are not or are those rows."""
         stored, count = self.ids, self.count
         ids = ids.to(stored)
-        repeats = count < len(ids) and torch.equal(ids[:count], stored)
-        return torch.equal(ids[len(ids) - count :], stored) and not repeats
+        all_new = len(ids) == count
+        return torch.equal(ids[len(ids) - count :], stored) and (all_new or not torch.equal(ids[:count], stored))
 
     def match(self, batch: int, ids: Tensor | None = None, num_old: int | None = None, again: int = -1) -> Match:
         """How a batch meets the stored rows, in plain torch, without reading the device.
@@ -219,8 +219,8 @@ class LogitBuffer:
             inside = position < stored
             last_ids = ids.index_select(0, (batch - stored + position).clamp(0, max(batch - 1, 0)))
             kept = latest[1 : 1 + rows]
-            same = ((last_ids == kept) | ~inside).all() & ~((ids[:rows] == kept) | ~inside).all()
-            same = same & (stored > 0) & (stored <= batch)
+            repeats_all = ((ids[:rows] == kept) | ~inside).all() & (stored < batch)
+            same = ((last_ids == kept) | ~inside).all() & ~repeats_all & (stored > 0) & (stored <= batch)
             if num_old is not None:
                 same = same & (stored == batch - num_old)
         taught_by = torch.where(same, 1 - self._latest, self._latest)

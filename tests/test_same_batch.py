@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step, fused_lb_loss
 
-STREAMS = {"equal halves": [4, 4, 4, 4], "short halves": [4, 3, 4, 1, 4], "grows": [2, 3, 5, 4]}
+STREAMS = {"equal halves": [4, 4, 4, 4], "short halves": [4, 3, 4, 1, 4], "grows": [2, 3, 5, 4], "odd halves": [3, 3]}
 
 
 def features(news, generator, samples=None):
@@ -92,6 +92,27 @@ def test_sam_is_a_hand_written_loop(generator, how, name):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         teacher = stored
     assert criterion.buffer.mismatched.item() == criterion.buffer.unknown.item() == 0
+
+
+@pytest.mark.parametrize("given", [{}, {"capacity": 4}, {"capacity": 3}, {"num_old": 0}])
+def test_the_first_batch_of_new_rows_again(impl, generator, given):
+    """All its rows are stored, so the first rows are the stored ones as well as the last: it is the same batch."""
+    (x, y, ids), (x2, y2, ids2) = features([3, 3], generator)
+    criterion = LastBatchLoss(6, impl=impl, capacity=given.get("capacity"))
+    where = {"num_old": given["num_old"]} if "num_old" in given else {}
+    for scale in (1.0, 2.0):
+        loss = criterion((scale * x).float().requires_grad_(), y, ids, **where)
+        assert loss.item() == pytest.approx(F.cross_entropy((scale * x).float(), y).item(), rel=1e-5)
+        assert criterion.buffer.count == 3
+    with torch.no_grad():
+        assert criterion(x.float(), y, ids, **where).item() == pytest.approx(F.cross_entropy(x, y).item(), rel=1e-5)
+    criterion(x2.float().requires_grad_(), y2, ids2)
+    expected = eager_official(x2, y2, 2 * x)
+    assert criterion.parts.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    buffer = LogitBuffer(6, 3, torch.float64)
+    for scale in (1.0, 2.0):
+        dlb_step(scale * x, y, buffer, ids=ids, **where)
+    assert torch.equal(buffer.logits, 2 * x)
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
