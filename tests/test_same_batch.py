@@ -13,7 +13,9 @@ from test_buffer import overlapping
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step, fused_lb_loss
+from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step, fused_lb_loss, ops
+from dlb_fast._options import TENSORS
+from dlb_fast.functional import prepare
 
 STREAMS = {"equal halves": [4, 4, 4, 4], "short halves": [4, 3, 4, 1, 4], "grows": [2, 3, 5, 4], "odd halves": [3, 3]}
 
@@ -335,3 +337,18 @@ def test_a_first_batch_that_is_all_new_comes_again_too(impl, generator, rows, ca
     follow = torch.randn(2 * rows, 6, generator=generator).requires_grad_()
     criterion(follow, y.repeat(2), torch.arange(2 * rows))
     assert criterion.buffer.taught == rows
+
+
+def test_the_op_knows_a_batch_of_new_rows_again(impl, generator):
+    """All its rows are stored, so its first rows have the stored ids too."""
+    if impl == "torch":
+        pytest.skip("has no op")
+    z, y, ids = torch.randn(3, 6, generator=generator), torch.zeros(3, dtype=torch.long), torch.arange(3)
+    buffer, want = LogitBuffer(6, 4, device=z.device), LogitBuffer(6, 4, device=z.device)
+    given = {"target": y}
+    options = (*map(given.get, TENSORS), *prepare("test").numbers, True)
+    for values in (z, z + 1):
+        ops.op_for(impl, "last_batch_update")(values, buffer.rows, buffer.slots, ids, 0, -1, *options)
+        want.update(values, ids, 0, again=-1 if values is z else 1)
+    assert torch.equal(buffer.slots, want.slots) and torch.equal(buffer.rows, want.rows)
+    assert torch.equal(want.logits, z + 1)

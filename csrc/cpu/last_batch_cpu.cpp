@@ -67,14 +67,14 @@ int64_t stored_count(const LastBatchArgs& args, int64_t generation) {
 }
 
 // Whether this is the batch that was stored last: its last rows have the stored ids, and its first rows have not (those
-// would be the repeated rows of the next batch).
+// would be the repeated rows of the next batch) or are all it has.
 bool is_stored_batch(const LastBatchArgs& args, int64_t latest) {
   const int64_t count = stored_count(args, latest);
   if (args.again >= 0 || !args.ids) return args.again == 1;
   if (count == 0 || count > args.batch || (args.num_old >= 0 && args.batch - args.num_old != count)) return false;
   const int64_t* stored = args.slots + slots_base(latest, args.capacity) + 1;
   return std::equal(stored, stored + count, args.ids + args.batch - count) &&
-         !std::equal(stored, stored + count, args.ids);
+         (count == args.batch || !std::equal(stored, stored + count, args.ids));
 }
 
 // The generations, and how many rows are stored and face a slot.

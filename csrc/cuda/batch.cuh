@@ -128,7 +128,7 @@ DLB_DEVICE Header read_header(const DeviceArgs& a) {
 }
 
 // Whether the ids say that this is the batch of the last call once more: its last rows are those that it stored, and
-// its first rows are not (as they are in the batch after it). The same answer for every thread of the block.
+// its first rows are not (as they are in the batch after it), or are all it has. The same answer for every thread of the block.
 DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float (*partial)[max_block_warps]) {
   const int count = header.count(a, header.latest()), first = a.batch - count;
   if (count == 0 || first < 0 || (a.num_old >= 0 && a.num_old != first)) return false;
@@ -136,7 +136,7 @@ DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float (*
   float differs[1] = {0.0f};  // 1: among the first rows, 2: among the last, which settles it
   DLB_NO_UNROLL for (int row = thread_index(); row < count && differs[0] < 2.0f; row += block_threads()) {
     const int64_t id = load(stored + row), old = load(a.ids + row), last = load(a.ids + first + row);
-    differs[0] = id != last ? 2.0f : id != old ? 1.0f : differs[0];
+    differs[0] = id != last ? 2.0f : first == 0 || id != old ? 1.0f : differs[0];
   }
   reduce_block<Max>(differs, partial);
   return differs[0] == 1.0f;

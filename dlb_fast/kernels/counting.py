@@ -22,7 +22,7 @@ def generation(which, capacity):
 @triton.jit
 def same_batch(ids_ptr, stored_ptr, count, batch, num_old):
     """Whether the ids say that a batch is the one stored last: 1 where its last rows have the stored ids and its first
-    rows have not, else 0. A new batch is known by its first block."""
+    rows have not (or are all it has), else 0. A new batch is known by its first block."""
     span = tl.arange(0, ID_BLOCK)
     fits = (count > 0) & (batch >= count) & ((num_old < 0) | (batch - num_old == count))
     last_differ, first_differ = count * 0, count * 0
@@ -36,7 +36,7 @@ def same_batch(ids_ptr, stored_ptr, count, batch, num_old):
         last_differ = tl.max((stored != last).to(tl.int32), axis=0)
         first_differ = tl.maximum(first_differ, tl.max((stored != first).to(tl.int32), axis=0))
         base += ID_BLOCK
-    return (fits & (last_differ == 0) & (first_differ != 0)).to(tl.int32)
+    return (fits & (last_differ == 0) & ((first_differ != 0) | (batch == count))).to(tl.int32)
 
 
 @triton.jit
