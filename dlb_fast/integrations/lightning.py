@@ -80,7 +80,7 @@ class LastBatchCallback(_pl.Callback):
             if saved["loader"]["step"] == len(stream):
                 # Saved after an epoch's last batch: Lightning goes on with the next epoch, not with an empty rest.
                 saved = {**saved, "loader": {**saved["loader"], "epoch": saved["loader"]["epoch"] + 1, "step": 0}}
-            # The iterator exists already. That of a DataLoader with workers has drawn batches, and that of a loader whose
+            # The iterator exists already: a DataLoader with workers has drawn batches, and one of a loader whose
             # state Lightning has loaded may be the empty rest of an epoch.
             fetcher = trainer.fit_loop._data_fetcher
             fetcher.teardown()
