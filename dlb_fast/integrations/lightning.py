@@ -81,8 +81,8 @@ class LastBatchCallback(_pl.Callback):
             if saved["loader"]["step"] == len(stream):
                 # Saved after an epoch's last batch: Lightning goes on with the next epoch, not with an empty rest.
                 saved = {**saved, "loader": {**saved["loader"], "epoch": saved["loader"]["epoch"] + 1, "step": 0}}
-            # The iterator exists already: that of a DataLoader with workers has drawn batches, and that of a loader whose
-            # own state Lightning has loaded may be the empty rest of an epoch.
+            # The iterator exists already: a DataLoader with workers has drawn batches, and one of a loader whose
+            # state Lightning has loaded may be the empty rest of an epoch.
             fetcher = trainer.fit_loop._data_fetcher
             fetcher.teardown()
             LastBatchState(criterion, stream).load_state_dict(saved)
