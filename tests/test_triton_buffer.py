@@ -117,7 +117,7 @@ def test_num_old_given_and_room_to_spare():
 @pytest.mark.parametrize("classes", [5, 600, 9001])
 @pytest.mark.parametrize("ids", [True, False])
 def test_the_same_batch_again_meets_the_same_teacher(classes, ids, counting):
-    """Three batches, some evaluated several times: each has one teacher, and its latest evaluation is what is stored."""
+    """Batches that are evaluated several times: each has one teacher, and its latest evaluation is what is stored."""
     pair = Pair(2, classes)
     times = [1, 3, 2] if classes <= 600 else [1, 2, 1]  # long rows are slow in the interpreter
     for step, evaluations in enumerate(times):
@@ -232,7 +232,12 @@ BAD = {
     "NaN": (F32, F32, lambda row: row.index_fill_(0, torch.tensor(2), NAN), False),
     "only NaN": (F32, F32, lambda row: row.fill_(NAN), False),
     "inf": (F32, F32, lambda row: row.index_fill_(0, torch.tensor(2), INF), False),
-    "NaN and inf": (F32, F32, lambda row: row.index_fill_(0, torch.tensor(2), INF).index_fill_(0, torch.tensor(0), NAN), False),
+    "NaN and inf": (
+        F32,
+        F32,
+        lambda row: row.index_fill_(0, torch.tensor(2), INF).index_fill_(0, torch.tensor(0), NAN),
+        False,
+    ),
     "only -inf": (F32, F32, lambda row: row.fill_(-INF), False),
     "one -inf": (F32, F32, lambda row: row.index_fill_(0, torch.tensor(2), -INF), True),
     "one finite": (F32, F32, lambda row: row.fill_(-INF).index_fill_(0, torch.tensor(2), -3.0), True),
