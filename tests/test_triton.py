@@ -371,4 +371,4 @@ def test_a_failed_launch_leaves_no_used_ticket(monkeypatch):
         with pytest.raises(RuntimeError, match="launch failed"):
             row_loss("test", "triton", z, y, teacher=t)
     assert torch.equal(row_loss("test", "triton", z, y, teacher=t)[0], wanted)
-    assert all(space.ticket.item() == 0 for space in launch._workspaces.values())
+    assert not any(space.ticket.any() for space in launch._workspaces.values())

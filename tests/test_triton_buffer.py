@@ -117,7 +117,7 @@ def test_num_old_given_and_room_to_spare():
 @pytest.mark.parametrize("classes", [5, 600, 9001])
 @pytest.mark.parametrize("ids", [True, False])
 def test_the_same_batch_again_meets_the_same_teacher(classes, ids, counting):
-    """Three batches, some evaluated several times: each has one teacher, and its latest evaluation is what is stored."""
+    """Batches that are evaluated several times: each has one teacher, and its latest evaluation is what is stored."""
     pair = Pair(2, classes)
     times = [1, 3, 2] if classes <= 600 else [1, 2, 1]  # long rows are slow in the interpreter
     for step, evaluations in enumerate(times):
@@ -143,21 +143,24 @@ def test_what_the_caller_says_goes_before_the_ids():
     assert pair(z, y, [2, 3, 4, 5], None, 0)[1] == [False, False]  # a new batch, whose first rows are others
     assert pair(z, y, [4, 5, 6, 7], None, 0)[1] == [True, True]
     assert pair(z, y, [4, 5, 8, 9], None, 1)[1] == [True, True]  # the same one, whose ids say otherwise
-    assert pair.mine.ids.tolist() == [] and pair.mine.slots[pair.mine.slots[0] * 5 + 7] == 8
-    assert pair.counters() == [4, 2, 0, 0, 0]
+    assert pair.mine.slots[6:].view(2, -1)[pair.mine.slots[0], 1:3].tolist() == [8, 9]
+    assert pair.counters() == [6, 2, 0, 0, 0]
 
 
-def test_one_id_in_several_blocks_makes_a_new_batch(counting):
-    """600 ids are compared in blocks of 256: a batch that differs in the last one only is new."""
-    pair = Pair(300, 2)
-    z, y, ids = pair.logits(600), pair.labels(600), torch.arange(600, device=DEVICE)
+def test_one_id_in_several_blocks_makes_a_new_batch(counting, monkeypatch):
+    """260 ids are compared in blocks of 128: a batch that differs in the last one only is new."""
+    from dlb_fast.kernels import launch
+
+    monkeypatch.setattr(launch, "COUNT_CHUNK", 200)
+    pair = Pair(130, 2)
+    z, y, ids = pair.logits(260), pair.labels(260), torch.arange(260, device=DEVICE)
     pair(z, y, ids, None, -1)
-    pair(z, y, ids + 300, None, -1)
-    assert sum(pair(z, y, ids + 300, None, -1)[1]) == 300
-    other = ids + 300
+    pair(z, y, ids + 130, None, -1)
+    assert sum(pair(z, y, ids + 130, None, -1)[1]) == 130
+    other = ids + 130
     other[-1] = 5000
     assert sum(pair(z, y, other, None, -1)[1]) == 0
-    assert pair.counters() == [600, 300, 0, 0, 1]
+    assert pair.counters() == [260, 130, 0, 0, 1]
 
 
 def test_a_batch_that_is_its_own_repetition_is_new():
@@ -169,9 +172,8 @@ def test_a_batch_that_is_its_own_repetition_is_new():
     assert pair.counters() == [2, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
-@pytest.mark.parametrize("seed", range(6))
-def test_any_batch_meets_any_buffer(seed, dtype, counting):
+@pytest.mark.parametrize("seed", range(4))
+def test_any_batch_meets_any_buffer(seed, counting):
     """Whatever counts, ids and flags the slots hold: the kernel does what the definition does."""
     g = torch.Generator().manual_seed(seed)
 
@@ -179,12 +181,12 @@ def test_any_batch_meets_any_buffer(seed, dtype, counting):
         return int(torch.randint(low, high, (), generator=g))
 
     capacity = draw(6, 1)
-    pair = Pair(capacity, 3, dtype, seed)
+    pair = Pair(capacity, 3, (F32, F16)[seed % 2], seed)
     for _ in range(5):
         batch = draw(9, 1)
         slots = pair.mine.slots
         if draw(3) == 0:
-            slots[0] = draw(4)
+            slots[0] = draw(2)
             generations = slots[6:].view(2, -1)
             generations[:, 0] = torch.randint(-1, capacity + 3, (2,), generator=g)
             generations[:, 1 : 1 + capacity] = torch.randint(0, 3, (2, capacity), generator=g)
@@ -230,7 +232,12 @@ BAD = {
     "NaN": (F32, F32, lambda row: row.index_fill_(0, torch.tensor(2), NAN), False),
     "only NaN": (F32, F32, lambda row: row.fill_(NAN), False),
     "inf": (F32, F32, lambda row: row.index_fill_(0, torch.tensor(2), INF), False),
-    "NaN and inf": (F32, F32, lambda row: row.index_fill_(0, torch.tensor(2), INF).index_fill_(0, torch.tensor(0), NAN), False),
+    "NaN and inf": (
+        F32,
+        F32,
+        lambda row: row.index_fill_(0, torch.tensor(2), INF).index_fill_(0, torch.tensor(0), NAN),
+        False,
+    ),
     "only -inf": (F32, F32, lambda row: row.fill_(-INF), False),
     "one -inf": (F32, F32, lambda row: row.index_fill_(0, torch.tensor(2), -INF), True),
     "one finite": (F32, F32, lambda row: row.fill_(-INF).index_fill_(0, torch.tensor(2), -3.0), True),

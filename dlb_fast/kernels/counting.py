@@ -53,7 +53,7 @@ def pair_layout(slots_ptr, ids_ptr, batch, capacity, num_old, again, HAS_IDS: tl
     count_1 = tl.minimum(tl.maximum(count_1, 0), capacity).to(tl.int32)
     count = tl.where(latest == 0, count_0, count_1)
     repeated = latest * 0 + again
-    if HAS_IDS:
+    if HAS_IDS:  # noqa: SIM102
         if again < 0:
             repeated = same_batch(ids_ptr, slots_ptr + generation(latest, capacity) + 1, count, batch, num_old)
     same = repeated > 0

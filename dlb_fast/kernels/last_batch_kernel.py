@@ -1,8 +1,8 @@
 """The Triton kernel of ``last_batch`` and ``last_batch_update``: every row, the buffer and the scalars in one launch.
 
-Program ``p`` takes tiles ``p, p + programs, ...`` of ROWS pairs. Pair ``j`` is row ``j``, whose teacher is slot ``j`` of
-the generation that teaches, and row ``start + j``, which is stored in slot ``j`` of the other. A launch only reads the
-one and only writes the other, so no program waits for another.
+Program ``p`` takes tiles ``p, p + programs, ...`` of ROWS pairs. Pair ``j`` is row ``j``, whose teacher is slot ``j``
+of the generation that teaches, and row ``start + j``, which is stored in slot ``j`` of the other. A launch only reads
+the one and only writes the other, so no program waits for another.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .counting import COUNT_PROGRAMS, HEADER, UNKNOWN_ID, count_rows, generation, load_counts, pair_layout, repeated_rows, valid_rows
+from .counting import (
+    COUNT_PROGRAMS,
+    HEADER,
+    UNKNOWN_ID,
+    count_rows,
+    generation,
+    load_counts,
+    pair_layout,
+    repeated_rows,
+    valid_rows,
+)
 from .row_loss import rows_loss
 from .row_tiles import NONE, VIRTUAL, power_of_two_below
 
@@ -28,9 +38,7 @@ def scalar(value, pointer, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def half_scale(
-    ce_size, kl_size, weight_ptr, COMPUTE: tl.constexpr, CLASSES: tl.constexpr, HAS_WEIGHT: tl.constexpr
-):
+def half_scale(ce_size, kl_size, weight_ptr, COMPUTE: tl.constexpr, CLASSES: tl.constexpr, HAS_WEIGHT: tl.constexpr):
     """How much a float16 gradient is enlarged: the largest power of two <= 65536 that keeps its bound <= 16384."""
     heaviest = tl.full([], 1.0, COMPUTE)
     if HAS_WEIGHT:
@@ -132,7 +140,7 @@ def last_batch_kernel(
         kl_size = kl_mult if KIND != NONE else 0.0 * kl_mult
         grad_scale = half_scale(ce_size, kl_size, weight_ptr, COMPUTE, CLASSES, HAS_WEIGHT and HAS_CE)
     ce_mult, kl_mult = ce_mult * grad_scale, kl_mult * grad_scale
-    if program == 0:  # for the last program: kept in registers, they would be missing in the loop
+    if program == 0:  # for the last program: in registers they would have to last through the loop
         tl.store(parts_ptr + 1, norm_ce)
         tl.store(parts_ptr + 2, norm_lb)
         tl.store(parts_ptr + 4, grad_scale)
@@ -174,8 +182,8 @@ def last_batch_kernel(
                 UPDATE, HAS_IDS, HAS_MASK, BY_LABEL,
             )  # fmt: skip
             row_ce, row_lb, hit = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, slots_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr,
-                loss_ptr,
+                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, slots_ptr, target_ptr, target_b_ptr, lam_ptr,
+                weight_ptr, loss_ptr,
                 slots, row_ok, taught_row + slots, slots, valid,
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,
@@ -187,8 +195,8 @@ def last_batch_kernel(
             row_ok = slots < stored
             rows = start + slots
             row_ce, row_lb, hit = rows_loss(
-                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, slots_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr,
-                loss_ptr,
+                logits_ptr, grad_ptr, teacher_ptr, teacher_ptr, slots_ptr, target_ptr, target_b_ptr, lam_ptr,
+                weight_ptr, loss_ptr,
                 rows, row_ok, written_row + slots, written + 1 + capacity + slots, row_ok & (rows < 0),
                 ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
                 ce_mult, kl_mult,

@@ -135,6 +135,8 @@ def _run(
             count_parts = min(-(-batch // launch.COUNT_CHUNK), 256)
             chunk = -(-batch // count_parts)
     dtype = launch.triton_dtype(compute)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    limit = launch.register_limit(tiles, pair, logits.element_size(), nvidia)
     numbers = [getattr(options, name) for name in FLOATS]
     sizes = (batch, given, capacity, num_old, again, 0 if mask is None else mask.shape[0], ignore_index)
     with launch.device_guard(device):
@@ -155,7 +157,7 @@ def _run(
                 kind, update, has_ce, dense, pair, lam is not None and lam.dim() == 1, has_weight,
                 options.label_smoothing > 0.0, ids is not None, mask is not None, by_label, mean, by_row, need_grad,
                 counting,
-                num_warps=tiles.warps,
+                num_warps=tiles.warps, **limit,
             )  # fmt: skip
         except BaseException:
             launch.drop_workspace(key)

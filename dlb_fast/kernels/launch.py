@@ -74,7 +74,7 @@ def aligned_rows(value: Tensor) -> bool:
 
 
 class Workspace(NamedTuple):
-    """Ticket (1,) int32 that every launch leaves at 0, partial sums and partial counts in the compute dtype."""
+    """Ticket, and whether a row repeats, (2,) int32 that every launch leaves at 0; partial sums and counts."""
 
     ticket: Tensor
     partials: Tensor
@@ -136,6 +136,14 @@ def warp_size(device: torch.device) -> int:
     if device.type == "cuda" and torch.version.hip is not None:
         return int(torch.cuda.get_device_properties(device).warp_size)
     return 32
+
+
+def register_limit(tiles: Tiling, pair: bool, itemsize: int, nvidia: bool) -> dict[str, int]:
+    """The launch option that lets four programs of held rows run at a time where the pair form would leave room for 3.
+
+    Elsewhere the compiler finds that by itself, and a limit makes it use more registers.
+    """
+    return {"maxnreg": 128} if nvidia and pair and itemsize < 8 and tiles.tiles == tiles.rows == 1 else {}
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
