@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._args import as_int, check_device, check_dtype, check_ids, check_logits, check_num_old, has_values
+from ._args import FLOATS, as_int, check_device, check_dtype, check_ids, check_logits, check_num_old, has_values
+from .reference import finite_rows
 
 UNKNOWN_ID = -(2**63)
 """Id of a row stored without a sample id; such a row teaches only batches that come without ids."""
@@ -22,7 +23,6 @@ COUNTERS = ("latest", "taught", "mismatched", "unknown", "not_finite", "untaught
 """Header of ``slots``: which generation was stored last, and what became of the repeated rows; see `LogitBuffer`."""
 HEADER = len(COUNTERS)
 _VERSION = 1
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Match(NamedTuple):
@@ -90,7 +90,7 @@ class LogitBuffer:
         num_classes = as_int(num_classes, "LogitBuffer", "num_classes", 1)
         self.capacity = as_int(capacity, "LogitBuffer", "capacity", 1)
         device = check_device("LogitBuffer", "device", device) or "cpu"
-        check_buffer_dtype("LogitBuffer", dtype)
+        check_dtype("LogitBuffer", "dtype", dtype)
         # Tensors made under inference_mode could not be written to in training.
         traced = torch.compiler.is_compiling()  # which knows no inference mode
         with torch.inference_mode(False) if not traced and torch.is_inference_mode_enabled() else nullcontext():
@@ -296,7 +296,7 @@ class LogitBuffer:
         slots = self._generations.index_select(0, written_to)[0]
         slots[0] = batch - match.first
         slots[1 : 1 + rows] = torch.where(written, new_ids, slots[1 : 1 + rows])
-        finite = new_rows.amax(1).isfinite().to(torch.int64)
+        finite = finite_rows(new_rows).to(torch.int64)
         slots[1 + size : 1 + size + rows] = torch.where(written, finite, slots[1 + size : 1 + size + rows])
         self._generations.index_copy_(0, written_to, slots[None])
         self.slots[:1] = written_to
@@ -323,7 +323,7 @@ class LogitBuffer:
         logits = torch.zeros(self.capacity, self.num_classes, dtype=self.dtype, device="cpu")
         ids = torch.full((self.capacity,), UNKNOWN_ID, dtype=torch.int64, device="cpu")
         logits[: self.count], ids[: self.count] = self.logits.detach(), self.ids
-        rank, world_size = _rank_and_size()
+        rank, world_size = rank_and_size()
         return {
             "version": _VERSION,
             "num_classes": self.num_classes,
@@ -352,7 +352,7 @@ class LogitBuffer:
         self.rows[0, :count] = logits
         slots[0] = count
         slots[1 : 1 + count] = state["ids"][:count].to(self.slots.device)
-        slots[1 + self.capacity : 1 + self.capacity + count] = logits.amax(1).isfinite()
+        slots[1 + self.capacity : 1 + self.capacity + count] = finite_rows(logits)
         counters = torch.tensor([state[name] for name in COUNTERS[1:]], dtype=torch.int64, device="cpu")
         self.slots[1:HEADER] = counters.to(self.slots.device)
         self.count = count
@@ -373,11 +373,6 @@ class LogitBuffer:
         buffer = cls(state["num_classes"], state["capacity"], dtype or state["logits"].dtype)
         buffer.load_state_dict(state)
         return buffer
-
-
-def check_buffer_dtype(op: str, dtype: object) -> None:
-    """A dtype in which the kernels can store logits."""
-    check_dtype(op, "dtype", dtype)
 
 
 def to_bytes(numbers: Sequence[int], tensors: Iterable[Tensor], spare: int = 0) -> Tensor:
@@ -430,7 +425,7 @@ def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
     if not state:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
     logits = state["logits"]
-    known = {**state, "dtype": _DTYPES.index(logits.dtype)}
+    known = {**state, "dtype": FLOATS.index(logits.dtype)}
     spare = logits.numel() * max(itemsize - logits.element_size(), 0)
     return to_bytes([known[name] for name in _NUMBERS], [state["ids"], logits], spare)
 
@@ -445,7 +440,7 @@ def unpack_state(packed: Any) -> Any:
         numbers, rest = from_bytes(packed, len(_NUMBERS))
         state: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
         if state["version"] == _VERSION:  # the layout of others is unknown
-            rows, classes, dtype = state["capacity"], state["num_classes"], _DTYPES[state.pop("dtype")]
+            rows, classes, dtype = state["capacity"], state["num_classes"], FLOATS[state.pop("dtype")]
             forms = [((rows,), torch.int64), ((rows, classes), dtype)]
             state["ids"], state["logits"], _ = split_bytes(rest, forms)
         return state
@@ -456,10 +451,11 @@ def unpack_state(packed: Any) -> Any:
 def stored_dtype(state: Any) -> torch.dtype | None:
     """The dtype of the rows in a state; None where there are none, so that their dtype was not chosen by any logits."""
     logits = state.get("logits") if isinstance(state, dict) and state.get("count") else None
-    return logits.dtype if isinstance(logits, Tensor) and logits.dtype in _DTYPES else None
+    return logits.dtype if isinstance(logits, Tensor) and logits.dtype in FLOATS else None
 
 
-def _rank_and_size() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
+    """The rank of this process and the number of ranks; (0, 1) without a process group."""
     grouped = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
 
@@ -489,7 +485,7 @@ def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = N
         if not isinstance(state[name], int) or not bound <= state[name] < 2**63:
             return f"{name} must be an integer >= {bound}, got {state[name]!r}"
     rows, count, logits, ids = state["capacity"], state["count"], state["logits"], state["ids"]
-    if not isinstance(logits, Tensor) or logits.dtype not in _DTYPES:
+    if not isinstance(logits, Tensor) or logits.dtype not in FLOATS:
         return f"logits must be a floating tensor, got {getattr(logits, 'dtype', type(logits).__name__)}"
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         return f"ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
@@ -500,7 +496,7 @@ def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = N
         return f"expected logits {wanted}, got {tuple(logits.shape)} with ids {tuple(ids.shape)}"
     if state["num_classes"] != wanted[1]:
         return f"expected {wanted[1]} classes, saved {state['num_classes']}"
-    saved, here = (state["rank"], state["world_size"]), _rank_and_size()
+    saved, here = (state["rank"], state["world_size"]), rank_and_size()
     if count and saved != here:
         return (
             f"saved by rank {saved[0]} of {saved[1]}, loaded by rank {here[0]} of {here[1]}, which has other rows; "

@@ -156,7 +156,7 @@ def row_loss(
                 options, logits, target, teacher, teacher_kind, buffer, ids, num_old, again, kd_mask, target_b, lam
             )
         if teacher is not None and impl != "cpu":  # the CPU's op finds rows that are not finite by itself
-            finite = teacher.detach().amax(1).isfinite()
+            finite = reference.finite_rows(teacher)
             kd_mask = finite if kd_mask is None else kd_mask & finite
 
         tensors = _op_tensors(options, logits, target, kd_mask, target_b, lam)

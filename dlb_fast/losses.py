@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _args, ops
-from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, stored_dtype, unpack_state
+from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, stored_dtype, unpack_state
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
 
 _MANY_TIMES = 100  # evaluations of one batch after which a loop is warned; a line search takes fewer
-_WATCH_EVERY = 16  # batches between two looks at how many repeated a row
+_CHECK_EVERY = 16  # batches between two looks at how many repeated no row
 
 
 def _starts_with(ids: Tensor, stored: Tensor) -> bool:
@@ -78,9 +78,9 @@ class DistillationLoss(nn.Module):
     In ``eval()`` every method is torch's cross entropy with the same options and does not change its state. In
     ``train()`` without gradient (``no_grad``, ``inference_mode``) the loss is computed with the same teacher, and
     nothing is recorded. The same batch evaluated again (activation checkpointing, SAM, closures) meets the teacher of
-    its first time, and its latest evaluation is what is remembered. It is known by its ids; inside backward, where only
-    activation checkpointing calls a loss, also without them; a loop without ids says it by :meth:`same_batch`. A new
-    epoch or :meth:`step` begins a new batch whatever its ids.
+    its first time, and its latest evaluation is what is remembered. It is recognised by its ids; inside backward, where
+    only activation checkpointing calls a loss, also without them; a loop without ids says it by :meth:`same_batch`. A
+    new epoch or :meth:`step` begins a new batch whatever its ids.
 
     The gradient goes to the logits, and to ``Teacher.student`` where a method gives one. A teacher gets none.
 
@@ -152,8 +152,8 @@ class DistillationLoss(nn.Module):
         self.register_buffer("weight", weight)
         self.counted: int | None = None
         self._parts: Tensor | None = None
-        self._same: bool | None = None  # inside same_batch(): whether the batch was remembered
-        self._peeked = False  # the last call in train() was without gradient and remembered nothing
+        self._same: bool | None = None  # see _set_same; False until the batch is remembered
+        self._last_without_grad = False  # of the calls in train(): such a call remembers nothing
         # Of the batch remembered last: its ids, at a fixed address while the number of rows stays, its epoch and rows.
         self._last_ids: Tensor | None = None
         self._last_epoch: int | None = None
@@ -167,7 +167,7 @@ class DistillationLoss(nn.Module):
         """All calls inside are one batch: they meet the same teacher, and the latest is what is remembered.
 
         For loops that evaluate a batch several times and pass no ids: SAM, closures of LBFGS, line searches. With ids
-        the criterion knows the batch again by itself, and so it does inside backward (activation checkpointing). An
+        the criterion recognises the batch itself, and so it does inside backward (activation checkpointing). An
         inner block belongs to the outer one.
 
         >>> criterion = LastBatchLoss(num_classes=3)
@@ -179,12 +179,16 @@ class DistillationLoss(nn.Module):
         """
         outermost = self._same is None
         if outermost:
-            self._same = False
+            self._set_same(False)
         try:
             yield
         finally:
             if outermost:
-                self._same = None
+                self._set_same(None)
+
+    def _set_same(self, same: bool | None) -> None:
+        """The calls from here on: True the last batch again, False one new batch, None what ids and backward tell."""
+        self._same = same
 
     def _again(self, ids: Tensor | None) -> int:
         """Whether a call is the last batch once more: 1 yes, 0 no, -1 where the ids tell."""
@@ -192,16 +196,16 @@ class DistillationLoss(nn.Module):
             return int(self._same)
         if ids is not None:
             return -1
-        if self._peeked or torch.compiler.is_compiling():
+        if self._last_without_grad or torch.compiler.is_compiling():
             return 0  # the first evaluation of reentrant checkpointing is one without gradient
         return int(torch._C._current_graph_task_id() != -1)  # inside backward: a recomputation
 
-    def _remembered(self, remembered: bool) -> None:
+    def _note_call(self, remembered: bool) -> None:
         """Note whether a call in train() remembered its batch."""
         if remembered and self._same is False:
             self._same = True
-        if self._peeked is remembered:
-            self._peeked = not remembered
+        if self._last_without_grad is remembered:  # setting a module's attribute takes a microsecond
+            self._last_without_grad = not remembered
 
     def teacher(self, inputs: Inputs) -> Teacher:
         """The teacher of this batch; every method writes it."""
@@ -228,7 +232,7 @@ class DistillationLoss(nn.Module):
         if self._same is not None:
             self._same = False
 
-    def _repeats(self, rows: int, ids: Tensor | None, epoch: int | None) -> bool | Tensor:
+    def _is_again(self, rows: int, ids: Tensor | None, epoch: int | None) -> bool | Tensor:
         """``Inputs.again``; the ids are compared on the device, and only for a method that records."""
         again = self._again(ids) if self._last_rows else 0
         if again == 1 and rows != self._last_rows:
@@ -375,7 +379,7 @@ class DistillationLoss(nn.Module):
             remembers = type(self).record is not DistillationLoss.record
             if remembers and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
                 ops.refuse_memory(op)
-            again = remembers and self._repeats(logits.shape[0], ids, epoch)
+            again = remembers and self._is_again(logits.shape[0], ids, epoch)
             inputs = Inputs(
                 logits, target, options.temperature, ids, images, epoch, options.ignore_index, target_b, again
             )  # fmt: skip
@@ -398,7 +402,7 @@ class DistillationLoss(nn.Module):
                 with torch.no_grad():
                     self.record(inputs)
                     self._keep_ids(logits.shape[0], ids, epoch)
-            self._remembered(recorded)
+            self._note_call(recorded)
         return loss
 
 
@@ -479,7 +483,7 @@ class LastBatchLoss(DistillationLoss):
             capacity = _args.as_int(capacity, op, "capacity", 1)
         device = _args.check_device(op, "device", device)
         if dtype is not None:
-            check_buffer_dtype(op, dtype)
+            _args.check_dtype(op, "dtype", dtype)
         if weight is not None:
             _args.check_weight_form(op, weight, num_classes)
         super().__init__(
@@ -489,7 +493,7 @@ class LastBatchLoss(DistillationLoss):
         self.num_classes = num_classes
         self.dtype = dtype
         self.buffer: LogitBuffer | None = None
-        self._watched = [0]  # batches with ids; a list, because setting a module's attribute takes a microsecond
+        self._batches_with_ids = [0]  # a list, because setting a module's attribute takes a microsecond
         self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
         self._warned = False
         self._size_follows = capacity is None
@@ -538,7 +542,10 @@ class LastBatchLoss(DistillationLoss):
         op = "LastBatchLoss"
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
             _args.check_logits(op, logits, target)
-            raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
+            raise ValueError(
+                f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}; make the criterion "
+                f"with num_classes={logits.shape[1]}, or the model with {self.num_classes}"
+            )
         if num_old is not None and type(num_old) is not int:
             num_old = _args.check_num_old(op, num_old)
         if kd_mask is not None:
@@ -555,7 +562,7 @@ class LastBatchLoss(DistillationLoss):
         elif not torch.is_grad_enabled():
             teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
             loss, parts = row_loss(options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam)
-            self._remembered(False)
+            self._note_call(False)
         else:
             before = self.buffer, self._dtype_follows
             try:
@@ -569,12 +576,12 @@ class LastBatchLoss(DistillationLoss):
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
                 raise
-            if self._peeked or self._same is False:
-                self._remembered(True)
+            if self._last_without_grad or self._same is False:
+                self._note_call(True)
             if ids is not None and not torch.compiler.is_compiling():
-                self._watched[0] += 1
-                if self._watched[0] % _WATCH_EVERY == 0:
-                    self._watch(buffer)
+                self._batches_with_ids[0] += 1
+                if self._batches_with_ids[0] % _CHECK_EVERY == 0:
+                    self._warn_untaught(buffer)
         if not torch.compiler.is_exporting():  # an exported program keeps nothing
             self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
         return loss
@@ -592,7 +599,7 @@ class LastBatchLoss(DistillationLoss):
         valid = match.repeats
         return buffer.teacher(match), valid if kd_mask is None else valid & kd_mask[: len(valid)]
 
-    def _watch(self, buffer: LogitBuffer) -> None:
+    def _warn_untaught(self, buffer: LogitBuffer) -> None:
         """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
         capturing = buffer.slots.is_cuda and torch.cuda.is_current_stream_capturing()
         if self._warned or capturing or not _args.has_values(buffer.slots):
@@ -604,7 +611,7 @@ class LastBatchLoss(DistillationLoss):
                 self._untaught = torch.zeros((), dtype=torch.int64, pin_memory=True)
             untaught = int(self._untaught)
             self._untaught.copy_(buffer.untaught, non_blocking=True)
-        if untaught >= _WATCH_EVERY // 2:
+        if untaught >= _CHECK_EVERY // 2:
             self._warned = True
             warnings.warn(
                 f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "

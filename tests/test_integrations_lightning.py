@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from dlb_fast import LastBatchLoss
+from dlb_fast import DistillationLoss, LastBatchLoss, Teacher
 from dlb_fast.data import (
     EvalLoader,
     IndexedDataset,
@@ -277,6 +277,29 @@ def test_weights_are_those_of_a_plain_loop(tmp_path, case, kind):
     want = by_hand(module.kept, start, module.optimizer, options.get("accumulate_grad_batches", 1), cut)
     assert (weights(module) - want).abs().max() < 1e-6  # weights() are float32
     assert module.criterion._same is None
+
+
+class Evaluations(DistillationLoss):
+    """Records which calls evaluate the last batch again."""
+
+    def teacher(self, inputs):
+        return Teacher("none")
+
+    def record(self, inputs):
+        self.found.append(inputs.again)
+
+
+def test_any_criterion_is_told_that_a_closure_is_the_same_batch(tmp_path):
+    criterion = Evaluations()
+    criterion.found = []
+    module = type("Case", (Twice,), {"optimizer": "sam", "ids": False})()
+    module.criterion = criterion
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=1,
+        enable_model_summary=False, enable_checkpointing=False, callbacks=[LastBatchCallback()], limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, LOADERS["resident"]())
+    assert criterion.found == [False, True] * STEPS
 
 
 def test_the_terms_are_logged(tmp_path):

@@ -27,7 +27,7 @@ from builders import (
 from torch import nn
 
 from dlb_fast import cli
-from dlb_fast.buffer import unpack_state
+from dlb_fast.buffer import LogitBuffer, unpack_state
 from dlb_fast.data import Batch
 from dlb_fast.presets import load_preset
 from dlb_fast.train import checkpoint
@@ -97,6 +97,18 @@ def test_the_teacher_is_part_of_the_state(whole):
     """Forgetting the buffer's logits would go unnoticed by every other part of the checkpoint."""
     saved = unpack_state(last_checkpoint(whole("dlb"))["criterion"]["_extra_state"])
     assert saved["logits"].shape == (10, 10) and saved["logits"].abs().sum() > 0 and len(saved["ids"]) == 10
+
+
+def test_the_buffers_of_two_ranks_as_one():
+    """The rows are joined in rank order and their counters summed; batches in a row are counted anew."""
+    buffers = [LogitBuffer(3, 2), LogitBuffer(3, 2)]
+    for rank, buffer in enumerate(buffers):
+        for batch in range(3):
+            buffer.update(torch.full((4 if batch else 2, 3), float(rank)), torch.arange(4 if batch else 2) + 10 * batch)
+    joined = checkpoint._divide_buffer([buffer.state_dict() for buffer in buffers], 0, 1)
+    loaded = LogitBuffer(3, 4)
+    assert loaded.load_state_dict(joined) and loaded.logits[:, 0].tolist() == [0, 0, 1, 1]
+    assert (loaded.mismatched, loaded.untaught) == (8, 0) and buffers[0].untaught == 2
 
 
 def test_kill_minus_nine_and_resume(tmp_path, monkeypatch, capsys):

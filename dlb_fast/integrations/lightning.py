@@ -127,8 +127,8 @@ class LastBatchCallback(_pl.Callback):
         self._same_batch(None)
 
     def _same_batch(self, same: bool | None) -> None:
-        if isinstance(self._used, LastBatchLoss):
-            self._used._same = same  # as in `same_batch()`, whose first call is a new batch
+        if isinstance(self._used, DistillationLoss):
+            self._used._set_same(same)
 
     def on_validation_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Lightning switches its module only."""

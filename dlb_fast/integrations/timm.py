@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dlb_fast.buffer import rank_and_size
 from dlb_fast.data import Batch, Mix
 from dlb_fast.integrations._need import need
-from dlb_fast.integrations.state import check_ranks, rank_and_size, reset, stream_of
+from dlb_fast.integrations.state import check_ranks, reset, stream_of
 from dlb_fast.losses import LastBatchLoss
 
 __all__ = ["LastBatchTask"]

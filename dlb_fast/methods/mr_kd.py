@@ -40,7 +40,7 @@ from .._args import (
 from ..buffer import from_bytes, split_bytes, to_bytes
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
-from ..reference import Scalar, compute_dtype, teacher_kl
+from ..reference import Scalar, compute_dtype, finite_rows, teacher_kl
 from ._common import autocast, chosen, format_bytes, labels
 from .registry import Method, register
 
@@ -369,7 +369,7 @@ class MrKDLoss(DistillationLoss):
         # Of this batch, for the ensemble's step: the copies' logits, and the ensemble that it met.
         self._met: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self._classes = 0  # of the ensemble; 0 before the first batch and without an ensemble
-        self._untold = 0  # batches recorded before any step()
+        self._without_step = 0  # batches recorded before any step()
 
     def setup(self, model: nn.Module) -> None:
         self.snapshots.setup(model)
@@ -419,7 +419,7 @@ class MrKDLoss(DistillationLoss):
         copies, (weight, bias) = met
         target, classes = inputs.target, bias.shape[0]
         own = ensembled(copies, weight, bias)
-        known = (target >= 0) & (target < classes) & (target != inputs.ignore_index) & own.amax(1).isfinite()
+        known = (target >= 0) & (target < classes) & (target != inputs.ignore_index) & finite_rows(own)
         label = target.long().clamp(0, classes - 1)[:, None]
         error = torch.softmax(own, 1).scatter_add(1, label, -torch.ones_like(label, dtype=bias.dtype))
         error = error.masked_fill(~known[:, None], 0.0) / known.sum().clamp(min=1)  # gradient of the mean cross entropy
@@ -430,12 +430,12 @@ class MrKDLoss(DistillationLoss):
         self._ensemble = weight - self.ensemble_lr * step, bias - self.ensemble_lr * error.sum(0)
 
     def _warn_without_step(self) -> None:
-        """A loop that never calls step() would train on plain cross entropy without a word."""
-        if self._untold < 0 or self.snapshots.steps:
+        """A loop that never calls step() would train on plain cross entropy unnoticed."""
+        if self._without_step < 0 or self.snapshots.steps:
             return
-        self._untold += 1
-        if self._untold == STEPLESS:
-            self._untold = -1
+        self._without_step += 1
+        if self._without_step == STEPLESS:
+            self._without_step = -1
             warnings.warn(
                 f"MrKDLoss: {STEPLESS} batches and no criterion.step(), so there is no copy of the model and the loss "
                 "is plain cross entropy; call criterion.step() after every optimiser step",

@@ -20,7 +20,7 @@ from torch import Tensor
 from .._args import as_int, check_device, check_dtype, check_ignore_index, check_logits, check_rows, check_target
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
-from ..reference import Scalar, compute_dtype
+from ..reference import Scalar, compute_dtype, finite_rows
 from ._common import chosen, format_bytes, gather_rows, labels
 from .registry import Method, register
 
@@ -166,7 +166,7 @@ class LogitBank:
         """
         rows, seen = self._storage(logits.device)
         logits = logits.detach().to(compute_dtype(logits.dtype))
-        finite = logits.amax(1).isfinite()
+        finite = finite_rows(logits)
         values = torch.log_softmax(logits, 1).to(rows.device, self.dtype)
         index = torch.where(finite if keep is None else finite & keep, ids.to(torch.int64), self.num_samples)
         index = index.to(rows.device)
@@ -192,7 +192,7 @@ class LogitBank:
         if got != wanted:
             raise ValueError(f"LogitBank: expected {wanted} (samples, classes), the saved bank holds {got}")
         rows, seen = self._storage(self.device or "cpu")
-        rows[:-1], seen[:-1] = state["rows"], state["seen"] & state["rows"].amax(1).isfinite()
+        rows[:-1], seen[:-1] = state["rows"], state["seen"] & finite_rows(state["rows"])
 
 
 class PsKDLoss(DistillationLoss):

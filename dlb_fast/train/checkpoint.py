@@ -386,6 +386,7 @@ def _divide_buffer(buffers: list[dict[str, Any]], rank: int, world_size: int) ->
         for name in ("logits", "ids")
     }
     counters = {name: sum(buffer[name] for buffer in buffers) if rank == 0 else 0 for name in ROW_COUNTERS[1:]}
+    counters["untaught"] = 0  # batches in a row on one rank: a sum over ranks says nothing
     place = {"rank": rank, "world_size": world_size, "count": share, "capacity": share}
     return {**buffers[0], **joined, **counters, **place}
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 
 from dlb_fast import _backends
+from dlb_fast.buffer import rank_and_size
 
 from .checkpoint import CheckpointError, load_weights, write_atomically
 from .config import RunConfig, load_config, override, to_dict
@@ -155,7 +155,7 @@ def versions() -> dict[str, Any]:
         "commit": _commit(Path(dlb_fast.__file__).parent),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "ranks": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        "ranks": rank_and_size()[1],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
