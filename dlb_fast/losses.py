@@ -21,10 +21,12 @@ _MANY_TIMES = 100  # evaluations of one batch after which a loop is warned; a li
 _CHECK_EVERY = 16  # batches between two looks at how many repeated no row
 
 
-def _starts_with(ids: Tensor, stored: Tensor) -> bool:
-    if not _args.has_values(ids):
+def _repeats_second_half(buffer: LogitBuffer, batch: int, ids: Tensor | None) -> bool:
+    """Whether a batch of as many rows as are stored begins with the second half of them; reads its ids on the host."""
+    if ids is None or not _args.has_values(ids):
         return True  # as in a stream that goes on; where it does not, the ids differ on the device and teach nothing
-    return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
+    stored = buffer.ids[batch // 2 :]
+    return bool(((stored == ids[: batch // 2]) | (stored == UNKNOWN_ID)).all())
 
 
 def arguments_of(criterion: type[DistillationLoss]) -> dict[str, inspect.Parameter]:
@@ -595,7 +597,12 @@ class LastBatchLoss(DistillationLoss):
             return None, None
         if ids is not None:
             _args.check_ids("LastBatchLoss", logits, ids)
-        match = buffer.match(batch, ids, num_old, self._again(ids) if batch == buffer.batch else 0)
+        again = self._again(ids) if batch == buffer.batch else 0
+        if self._all_stored(buffer, batch, num_old) and buffer.recognise(batch, ids, num_old, again) < 1:
+            again = 0
+            if _repeats_second_half(buffer, batch, ids):
+                buffer = buffer.resized(batch // 2, skip=batch // 2)
+        match = buffer.match(batch, ids, num_old, again)
         valid = match.repeats
         return buffer.teacher(match), valid if kd_mask is None else valid & kd_mask[: len(valid)]
 
@@ -620,6 +627,10 @@ class LastBatchLoss(DistillationLoss):
                 "sample. criterion.buffer counts the rows: taught, mismatched, unknown, not_finite",
                 stacklevel=4,
             )
+
+    def _all_stored(self, buffer: LogitBuffer, batch: int, num_old: int | None) -> bool:
+        """Whether the buffer took its size from a batch of as many rows, all of which it stored."""
+        return self._size_follows and num_old is None and batch == buffer.count > 0 and batch % 2 == 0
 
     def _buffer_for(
         self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None, again: int
@@ -650,11 +661,10 @@ class LastBatchLoss(DistillationLoss):
         again = buffer.recognise(batch, ids, num_old, again)
         if self._size_follows and again < 1:
             old = buffer.count if num_old is None else num_old
-            if num_old is None and batch == buffer.count > 0 and batch % 2 == 0:
-                # Two batches of one size, all rows of the first stored: both were [old | new], and only the second
-                # half of the first is repeated now. Or a stream that starts anew with as many new rows: that would
-                # shift every later pair, so here, and only here, the ids are read on the host.
-                if ids is None or _starts_with(ids, buffer.ids[batch // 2 :]):
+            if self._all_stored(buffer, batch, num_old):
+                # Both batches were [old | new], and only the second half of the first is repeated now. Or a stream
+                # starts anew with as many new rows: that would shift every later pair.
+                if _repeats_second_half(buffer, batch, ids):
                     buffer = buffer.resized(batch // 2, skip=batch // 2)
                 else:
                     buffer = buffer.resized(buffer.capacity, skip=buffer.count)

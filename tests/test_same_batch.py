@@ -194,6 +194,25 @@ def test_dlb_step_says_that_a_batch_comes_again(impl, generator):
         dlb_step(z2[:6], y2[:6], buffer, again=True, impl=impl)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_without_gradient_the_second_batch_has_its_teacher(impl, generator, with_ids, mode):
+    """Without capacity= all rows of the first batch are stored, and the second half of them teaches."""
+    first, second = (torch.randn(8, 6, generator=generator) for _ in range(2))
+    target = torch.arange(8) % 6
+    ids, next_ids = (torch.arange(8), torch.arange(4, 12)) if with_ids else (None, None)
+    criterion = LastBatchLoss(6, impl=impl)
+    criterion(first, target, ids)
+    with mode():
+        found = criterion(second, target, next_ids)
+        again = criterion(first, target, ids) if with_ids else None
+    assert criterion.buffer.count == 8  # nothing has changed
+    if again is not None:
+        assert torch.equal(again, LastBatchLoss(6, impl=impl)(first, target))
+    want = criterion(second, target, next_ids)
+    assert criterion.parts.lb > 0 and found.item() == pytest.approx(want.item(), rel=1e-6)
+
+
 def test_without_gradient_nothing_changes(impl, generator):
     batches = overlapping(generator, [4, 4, 4])
     criterion = LastBatchLoss(6, impl=impl)
