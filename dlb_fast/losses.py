@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import warnings
@@ -593,8 +594,10 @@ class LastBatchLoss(DistillationLoss):
     ) -> tuple[Tensor | None, Tensor | None]:
         """The stored rows that teach this batch, and which are valid; nothing changes."""
         buffer, batch = self.buffer, logits.shape[0]
-        if buffer is None or buffer.device != logits.device:
+        if buffer is None:
             return None, None
+        if buffer.device != logits.device:  # as after a resume, before the first batch with gradient moves it
+            buffer = copy.copy(buffer).to(logits.device)
         if ids is not None:
             _args.check_ids("LastBatchLoss", logits, ids)
         again = self._again(ids) if batch == buffer.batch else 0

@@ -213,6 +213,16 @@ def test_without_gradient_the_second_batch_has_its_teacher(impl, generator, with
     assert criterion.parts.lb > 0 and found.item() == pytest.approx(want.item(), rel=1e-6)
 
 
+def test_without_gradient_a_buffer_on_another_device_teaches():
+    """A resumed buffer is on the CPU until a batch with gradient moves it; here the meta device is the other one."""
+    criterion = LastBatchLoss(6, impl="torch")
+    criterion(torch.zeros(4, 6), torch.arange(4), torch.arange(4))
+    with torch.no_grad():
+        teacher, valid = criterion._stored_teacher(torch.zeros(8, 6, device="meta"), None, None, None)
+    assert teacher.shape == (4, 6) and teacher.is_meta and valid.shape == (4,)
+    assert criterion.buffer.device.type == "cpu" and criterion.buffer.ids.tolist() == [0, 1, 2, 3]
+
+
 def test_without_gradient_nothing_changes(impl, generator):
     batches = overlapping(generator, [4, 4, 4])
     criterion = LastBatchLoss(6, impl=impl)
