@@ -193,7 +193,7 @@ class LogitBuffer:
         )
 
     def _holds(self, ids: Tensor) -> bool:
-        """Whether the last rows of a batch are the stored ones, and its first rows are not or are those rows."""
+        """Whether the last rows of a batch are the stored ones, and its first rows are not, or are all it has."""
         stored, count = self.ids, self.count
         ids = ids.to(stored)
         all_new = len(ids) == count
@@ -279,7 +279,7 @@ class LogitBuffer:
         repeats = match.repeats
         valid = repeats if kd_mask is None else repeats & kd_mask[: len(repeats)]
         counts = [match.mismatched.sum(), match.unknown.sum(), match.not_finite.sum()]
-        # A batch that faces nothing says nothing; one that repeats a row ends the sequence of those that do not.
+        # Batches in a row that found stored rows and repeated none of them.
         untaught = torch.where(match.faced.any(), (self.untaught + 1) * ~repeats.any(), self.untaught)
 
         written_to = torch.where(match.again, self._latest, 1 - self._latest)

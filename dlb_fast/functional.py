@@ -253,7 +253,7 @@ def _check_buffer(op: str, logits: Tensor, buffer: LogitBuffer) -> None:
     if buffer.num_classes != logits.shape[1] or buffer.device != logits.device:
         raise ValueError(
             f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
-            f"{buffer.device}"
+            f"{buffer.device}; make it with num_classes={logits.shape[1]} and device={str(logits.device)!r}"
         )
 
 

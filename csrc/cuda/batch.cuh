@@ -128,7 +128,8 @@ DLB_DEVICE Header read_header(const DeviceArgs& a) {
 }
 
 // Whether the ids say that this is the batch of the last call once more: its last rows are those that it stored, and
-// its first rows are not (as they are in the batch after it), or are all it has. The same answer for every thread of the block.
+// its first rows are not (as they are in the batch after it), or are all it has. Every thread of the block gets the
+// same answer.
 DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float (*partial)[max_block_warps]) {
   const int count = header.count(a, header.latest()), first = a.batch - count;
   if (count == 0 || first < 0 || (a.num_old >= 0 && a.num_old != first)) return false;

@@ -21,8 +21,10 @@ def generation(which, capacity):
 
 @triton.jit
 def same_batch(ids_ptr, stored_ptr, count, batch, num_old):
-    """Whether the ids say that a batch is the one stored last: 1 where its last rows have the stored ids and its first
-    rows have not (or are all it has), else 0. A new batch is known by its first block."""
+    """1 where the last rows of a batch have the stored ids and its first rows have not (or are all it has), else 0.
+
+    It is then the batch stored last. Reading ends with the first block of ids that differ from the stored ones.
+    """
     span = tl.arange(0, ID_BLOCK)
     fits = (count > 0) & (batch >= count) & ((num_old < 0) | (batch - num_old == count))
     last_differ, first_differ = count * 0, count * 0

@@ -56,8 +56,10 @@ def last_batch(
 def last_batch_update(
     logits: Tensor, rows: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, again: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, parts and gradient; one generation of ``rows`` (2, R, C) teaches, the new rows of the batch replace the
-    other. ``again``: 1 the batch of the last call once more, 0 a new batch, -1 the ids decide."""
+    """Loss, parts and gradient; one generation of ``rows`` (2, R, C) teaches, the other takes the batch's new rows.
+
+    ``again``: 1 the batch of the last call once more, 0 a new batch, -1 the ids decide.
+    """
     if not (rows.is_contiguous() and slots.is_contiguous()):
         raise ValueError("last_batch_update (triton): rows and slots must be contiguous; make a new LogitBuffer")
     return _run(logits, rows.flatten(0, 1), slots, ids, num_old, again, _LOGITS, Options(*options))
