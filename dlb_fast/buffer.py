@@ -267,7 +267,7 @@ class LogitBuffer:
         if logits.shape[1] != self.num_classes or logits.device != self.device:
             raise ValueError(
                 f"{op}: logits must have C = {self.num_classes} classes on {self.device}, got {logits.shape[1]} on "
-                f"{logits.device}"
+                f"{logits.device}; make a buffer with num_classes={logits.shape[1]} and device={str(logits.device)!r}"
             )
         if ids is not None:
             check_ids(op, logits, ids)

@@ -77,15 +77,11 @@ class LastBatchCallback(_pl.Callback):
         self._begun = False
         check_ranks(loader, trainer.global_rank, trainer.world_size)
         if self._to_load is not None:
-            stream, saved = stream_of(loader), self._to_load
-            if saved["loader"]["step"] == len(stream):
-                # Saved after an epoch's last batch: Lightning goes on with the next epoch, not with an empty rest.
-                saved = {**saved, "loader": {**saved["loader"], "epoch": saved["loader"]["epoch"] + 1, "step": 0}}
             # The iterator exists already: a DataLoader with workers has drawn batches, and one of a loader whose
             # state Lightning has loaded may be the empty rest of an epoch.
             fetcher = trainer.fit_loop._data_fetcher
             fetcher.teardown()
-            LastBatchState(criterion, stream).load_state_dict(saved)
+            LastBatchState(criterion, stream_of(loader)).load_state_dict(self._to_load)
             iter(fetcher)
         elif trainer.ckpt_path is None:
             reset(criterion)

@@ -150,7 +150,8 @@ class TfKDRegLoss(DistillationLoss):
     def teacher(self, inputs: Inputs) -> Teacher:
         if inputs.logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"TfKDRegLoss: logits must have C = {self.num_classes} classes, got {inputs.logits.shape[1]}"
+                f"TfKDRegLoss: logits must have C = {self.num_classes} classes, got {inputs.logits.shape[1]}; "
+                f"make the criterion with num_classes={inputs.logits.shape[1]}"
             )
         numbers = _checked("TfKDRegLoss", self.temperature, self.multiplier, self.correct_share)  # may be reassigned
         return _virtual_teacher("TfKDRegLoss", inputs, *numbers)
