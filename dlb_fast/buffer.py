@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._args import as_int, check_device, check_dtype, check_ids, check_logits, check_num_old, has_values
 
@@ -173,7 +174,10 @@ class LogitBuffer:
             return 0
         if batch == 2 * self.count or (num_old is not None and batch != self.count):
             return -1
-        return int(self._holds(ids)) if has_values(self.slots) else 0
+        if not has_values(self.slots):
+            return 0
+        with _disable_current_modes():  # selective checkpointing takes no op that the first evaluation did not have
+            return int(self._holds(ids))
 
     def stored_rows(self, batch: int, num_old: int | None, again: int = 0, op: str = "LastBatchLoss") -> int:
         """How many of ``batch`` rows will be stored; raises ValueError where the rows do not fit the buffer."""
