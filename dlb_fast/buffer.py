@@ -219,14 +219,16 @@ class LogitBuffer:
         latest = generations.index_select(0, self._latest)[0]
         stored = latest[0].clamp(0, size)
         same = torch.full((), again == 1, device=device)
-        if again < 0 and ids is not None:
+        if ids is not None:  # whatever `again` is: a recomputation by checkpoint must run the ops of the first time
             inside = position < stored
             last_ids = ids.index_select(0, (batch - stored + position).clamp(0, max(batch - 1, 0)))
             kept = latest[1 : 1 + rows]
             repeats_all = ((ids[:rows] == kept) | ~inside).all() & (stored < batch)
-            same = ((last_ids == kept) | ~inside).all() & ~repeats_all & (stored > 0) & (stored <= batch)
+            found = ((last_ids == kept) | ~inside).all() & ~repeats_all & (stored > 0) & (stored <= batch)
             if num_old is not None:
-                same = same & (stored == batch - num_old)
+                found = found & (stored == batch - num_old)
+            if again < 0:
+                same = found
         taught_by = torch.where(same, 1 - self._latest, self._latest)
         teacher = generations.index_select(0, taught_by)[0]
         count = teacher[0].clamp(0, size)
