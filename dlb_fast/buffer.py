@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._args import FLOATS, as_int, check_device, check_dtype, check_ids, check_logits, check_num_old, has_values
 from .reference import finite_rows
@@ -173,7 +174,10 @@ class LogitBuffer:
             return 0
         if batch == 2 * self.count or (num_old is not None and batch != self.count):
             return -1
-        return int(self._holds(ids)) if has_values(self.slots) else 0
+        if not has_values(self.slots):
+            return 0
+        with _disable_current_modes():  # selective checkpointing takes no op that the first evaluation did not have
+            return int(self._holds(ids))
 
     def stored_rows(self, batch: int, num_old: int | None, again: int = 0, op: str = "LastBatchLoss") -> int:
         """How many of ``batch`` rows will be stored; raises ValueError where the rows do not fit the buffer."""
@@ -215,14 +219,16 @@ class LogitBuffer:
         latest = generations.index_select(0, self._latest)[0]
         stored = latest[0].clamp(0, size)
         same = torch.full((), again == 1, device=device)
-        if again < 0 and ids is not None:
+        if ids is not None:  # whatever `again` is: a recomputation by checkpoint must run the ops of the first time
             inside = position < stored
             last_ids = ids.index_select(0, (batch - stored + position).clamp(0, max(batch - 1, 0)))
             kept = latest[1 : 1 + rows]
             repeats_all = ((ids[:rows] == kept) | ~inside).all() & (stored < batch)
-            same = ((last_ids == kept) | ~inside).all() & ~repeats_all & (stored > 0) & (stored <= batch)
+            found = ((last_ids == kept) | ~inside).all() & ~repeats_all & (stored > 0) & (stored <= batch)
             if num_old is not None:
-                same = same & (stored == batch - num_old)
+                found = found & (stored == batch - num_old)
+            if again < 0:
+                same = found
         taught_by = torch.where(same, 1 - self._latest, self._latest)
         teacher = generations.index_select(0, taught_by)[0]
         count = teacher[0].clamp(0, size)

@@ -176,7 +176,7 @@ def row_loss(
             result = ops.run(impl, name, logits, args)
         else:
             result = ops.run_with_grad(impl, name, logits, args, upstream)
-    except Exception as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # not checkpoint's early stop
         if not examined:
             try:
                 _examine(options, logits, target, target_b, teacher, buffer, ids)

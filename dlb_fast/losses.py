@@ -627,7 +627,7 @@ class LastBatchLoss(DistillationLoss):
                 f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
                 "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the "
                 "sampler) instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same "
-                "sample. criterion.buffer counts the rows: taught, mismatched, unknown, not_finite",
+                "sample. criterion.buffer counts: rows taught, mismatched, unknown, not_finite; batches untaught",
                 stacklevel=4,
             )
 

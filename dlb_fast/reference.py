@@ -87,7 +87,11 @@ def cross_entropy_rows(
         if target_b is not None:
             second = torch.where(keep, target_b, torch.zeros_like(target_b))
             share_a = torch.as_tensor(1.0 if lam is None else lam, dtype=rows.dtype, device=rows.device)
-            rows = share_a * rows + (1.0 - share_a) * _label_rows(log_p, second, weight)
+            rows_b = _label_rows(log_p, second, weight)
+            # 0 * inf, as in a dense target: a label without any share costs nothing even when its logit is -inf.
+            rows = rows.masked_fill((share_a == 0) & rows.isinf(), 0.0)
+            rows_b = rows_b.masked_fill((share_a == 1) & rows_b.isinf(), 0.0)
+            rows = share_a * rows + (1.0 - share_a) * rows_b
         counted = keep.to(logits.dtype)
         if weight is not None and target_b is None:
             counted = counted * weight[first.clamp(0, classes - 1)]

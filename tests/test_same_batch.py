@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from conftest import available, eager_official
 from test_buffer import overlapping
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step, fused_lb_loss, ops
 from dlb_fast._options import TENSORS
@@ -94,6 +95,27 @@ def test_sam_is_a_hand_written_loop(generator, how, name):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         teacher = stored
     assert criterion.buffer.mismatched.item() == criterion.buffer.unknown.item() == 0
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_selective_checkpointing_keeps_the_products(impl, generator, with_ids):
+    """It runs no op in the recomputation that the first evaluation did not run, and ends early by an exception."""
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if "addmm" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    model = nn.Linear(6, 6)
+    plain, recomputed = LastBatchLoss(6, capacity=3, impl=impl), LastBatchLoss(6, capacity=3, impl=impl)
+    for x, y, ids in features([3, 3, 2], generator):
+        x, given = x.float().requires_grad_(), ids if with_ids else None
+        (want,) = torch.autograd.grad(plain(model(x), y, given), x)
+        loss = checkpoint(
+            lambda x, y=y, given=given: recomputed(model(x), y, given), x, use_reentrant=False, context_fn=contexts
+        )
+        (grad,) = torch.autograd.grad(loss, x)
+        torch.testing.assert_close(grad, want, rtol=1e-6, atol=1e-7)
+        assert_same_state(plain, recomputed)
 
 
 @pytest.mark.parametrize("given", [{}, {"capacity": 4}, {"capacity": 3}, {"num_old": 0}])

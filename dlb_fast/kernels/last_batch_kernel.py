@@ -140,15 +140,15 @@ def last_batch_kernel(
         kl_size = kl_mult if KIND != NONE else 0.0 * kl_mult
         grad_scale = half_scale(ce_size, kl_size, weight_ptr, COMPUTE, CLASSES, HAS_WEIGHT and HAS_CE)
     ce_mult, kl_mult = ce_mult * grad_scale, kl_mult * grad_scale
-    if program == 0:  # for the last program: in registers they would have to last through the loop
-        tl.store(parts_ptr + 1, norm_ce)
-        tl.store(parts_ptr + 2, norm_lb)
-        tl.store(parts_ptr + 4, grad_scale)
+    first = program == 0  # for the last program: in registers they would have to last through the loop
+    tl.store(parts_ptr + 1, norm_ce, mask=first)
+    tl.store(parts_ptr + 2, norm_lb, mask=first)
+    tl.store(parts_ptr + 4, grad_scale, mask=first)
 
     tiles = tl.cdiv(tl.maximum(start, stored), ROWS)
     mine = partials_ptr + program
     valid_count = tl.zeros([ROWS], COMPUTE)
-    if KIND != NONE:  # Counters and ids before the losses, which fill the registers.
+    if UPDATE:  # counters and ids before the losses, which fill the registers
         for tile in range(program, tiles, programs):
             slots = tile * ROWS + tl.arange(0, ROWS)
             valid = valid_rows(
@@ -169,8 +169,6 @@ def last_batch_kernel(
                     tl.atomic_add(counter + 3, 1, mask=unknown, sem="relaxed")
                     fresh = tl.load(ids_ptr + start + slots, mask=slots < stored, other=0)
                 tl.store(slots_ptr + (written + 1 + slots), fresh, mask=slots < stored)
-    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
-
     ce = tl.zeros([ROWS], COMPUTE)
     lb, hits = ce, ce
     for tile in range(program, tiles, programs):
@@ -191,6 +189,8 @@ def last_batch_kernel(
                 KIND, False, HAS_CE, DENSE, PAIR, LAM_ROWS, HAS_WEIGHT, SMOOTH, ROW_LOSS, NEED_GRAD,
             )  # fmt: skip
             ce, lb, hits = ce + row_ce, lb + row_lb, hits + hit
+            if not UPDATE:
+                valid_count += valid.to(COMPUTE)
         if KIND != VIRTUAL:
             row_ok = slots < stored
             rows = start + slots
@@ -208,6 +208,7 @@ def last_batch_kernel(
     tl.store(mine, tl.sum(ce, axis=0))
     tl.store(mine + MAX_PROGRAMS, tl.sum(lb, axis=0))
     tl.store(mine + 2 * MAX_PROGRAMS, tl.sum(hits, axis=0))
+    tl.store(mine + 3 * MAX_PROGRAMS, tl.sum(valid_count, axis=0))
     tl.debug_barrier()  # the ticket is drawn by one thread: it must not pass the stores of the others
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
         alpha = scalar(alpha_value, alpha_ptr, COMPUTE)

@@ -139,11 +139,13 @@ def warp_size(device: torch.device) -> int:
 
 
 def register_limit(tiles: Tiling, pair: bool, itemsize: int, nvidia: bool) -> dict[str, int]:
-    """The launch option that lets four programs of held rows run at a time where the pair form would leave room for 3.
-
-    Elsewhere the compiler finds that by itself, and a limit makes it use more registers.
-    """
-    return {"maxnreg": 128} if nvidia and pair and itemsize < 8 and tiles.tiles == tiles.rows == 1 else {}
+    """The launch option that limits registers (NVIDIA): 128 for a held row of the pair form, so that four programs run
+    at a time; 168 for a long unaligned row, for which the compiler would rather spill. Elsewhere it does well alone."""
+    if not nvidia or itemsize == 8:
+        return {}
+    if tiles.tiles > 1:
+        return {} if tiles.axis else {"maxnreg": 168}
+    return {"maxnreg": 128} if pair and tiles.rows == 1 else {}
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

@@ -150,7 +150,7 @@ def teaching_generation(slots: Tensor, capacity: int, batch: int, ids: Tensor | 
     if again < 0 and ids is not None:
         given, stored = ids.tolist(), kept[:count]
         fits = 0 < count <= batch and (num_old < 0 or batch - num_old == count)
-        again = int(fits and given[batch - count :] == stored and given[:count] != stored)
+        again = int(fits and given[batch - count :] == stored and (batch == count or given[:count] != stored))
     return 1 - latest if again > 0 else latest
 
 

@@ -94,10 +94,10 @@ def run(
 class Buffer(LogitBuffer):
     """The definition of the buffer without the checks of the host: what the device has to do with any call."""
 
-    def recognise(self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1) -> int:
+    def recognise(self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1, op: str = "") -> int:
         return again
 
-    def stored_rows(self, batch: int, num_old: int | None, again: int = 0) -> int:
+    def stored_rows(self, batch: int, num_old: int | None, again: int = 0, op: str = "") -> int:
         return self.count
 
 
