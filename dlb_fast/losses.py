@@ -289,6 +289,10 @@ class DistillationLoss(nn.Module):
             raise RuntimeError(f"{type(self).__name__}.parts: there are none before the first call of the criterion")
         return LossParts.unpack(self._parts)
 
+    def _keep_parts(self, parts: Tensor) -> None:
+        if not torch.compiler.is_exporting():  # an exported program keeps nothing
+            self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         *rest: Any,
@@ -396,8 +400,7 @@ class DistillationLoss(nn.Module):
             ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
             impl=self.impl,
         )  # fmt: skip
-        if not torch.compiler.is_exporting():  # an exported program keeps nothing
-            self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
+        self._keep_parts(parts)
         self.counted = teacher.rows
         if inputs is not None:
             recorded = torch.is_grad_enabled()
@@ -585,8 +588,7 @@ class LastBatchLoss(DistillationLoss):
                 self._batches_with_ids[0] += 1
                 if self._batches_with_ids[0] % _CHECK_EVERY == 0:
                     self._warn_untaught(buffer)
-        if not torch.compiler.is_exporting():  # an exported program keeps nothing
-            self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
+        self._keep_parts(parts)
         return loss
 
     def _stored_teacher(
