@@ -508,7 +508,7 @@ class LastBatchLoss(DistillationLoss):
             self.buffer = LogitBuffer(num_classes, capacity, dtype or torch.float32, device or "cpu")
 
     def cost(self) -> str:
-        return "half a batch of logits; no extra forward or pass over the logits"
+        return "a batch of logits (one half teaches, one is stored); no extra forward or pass over the logits"
 
     def reset(self) -> None:
         """Forget the stored rows; the next batch is taken as the first one of a stream."""
