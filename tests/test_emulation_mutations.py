@@ -93,7 +93,7 @@ MUTATIONS = {
     "a row that counts for nothing has no flag": ("resident_kernel.cuh", "any(read)", "any(exists && role.active())"),
     "NaN is finite": ("row.cuh", "n.d1 > 0.0f && top", "top"),
     "new rows are not compared": ("batch.cuh", "id != last ? 2.0f", "id != last && false ? 2.0f"),
-    "repeated rows are not compared": ("batch.cuh", ": id != old ?", ": id != old || true ?"),
+    "repeated rows are not compared": ("batch.cuh", "|| id != old ?", "|| id != old || true ?"),
     "the same batch has as many repeated rows as are stored": ("batch.cuh", "again ? a.batch - count : count", "count"),
     "the other generation has as many rows": ("batch.cuh", "header.count(a, s.taught)", "count"),
     "a batch without a repeated row is forgotten": ("finish.cuh", "+ n.not_finite <", "<"),
