@@ -1,6 +1,7 @@
 """Nothing is lost: an interrupted run continues to bit-identical weights and logs; broken files are named."""
 
 import errno
+import json
 import os
 import random
 import re
@@ -30,7 +31,7 @@ from dlb_fast import cli
 from dlb_fast.buffer import unpack_state
 from dlb_fast.data import Batch
 from dlb_fast.presets import load_preset
-from dlb_fast.train import checkpoint
+from dlb_fast.train import checkpoint, run
 from dlb_fast.train.checkpoint import CheckpointError
 from dlb_fast.train.config import override, to_dict
 from dlb_fast.train.log import RunLog
@@ -352,3 +353,103 @@ def test_a_used_up_loader_is_an_error_not_an_endless_loop():
         trainer.fit()
     with pytest.raises(ValueError, match="give max_steps"):
         Trainer(model, nn.CrossEntropyLoss(), sgd, iter([]))
+
+
+class Killed(BaseException):
+    """The end of the process in the middle of a write."""
+
+
+def killed_in_a_write(config, path, name, number, *, after=False, resume=False):
+    """Train until write `number` (from 1) of the file `name`; it happens only `after`."""
+    original, seen = checkpoint.write_atomically, []
+
+    def write(target, writer):
+        seen.append(target.name)
+        ends = target.name == name and seen.count(name) == number
+        if not ends or after:
+            original(target, writer)
+        if ends:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", write)
+        patch.setattr(run, "write_atomically", write)
+        with pytest.raises(Killed):
+            train(config, path, resume=resume)
+
+
+def exported_step(path, name):
+    return checkpoint.step_of_weights(path / "checkpoints" / f"{name}.safetensors")
+
+
+# 3 checkpoints, each followed by the export of `last`
+WRITES = [("last.safetensors", 1), ("best.safetensors", 1), ("result.json", 1)]
+WRITES += [("step-000000012.pt", 1)]
+WRITES = [pytest.param(*write, after, marks=pytest.mark.slow) for write in WRITES for after in (False, True)]
+
+
+@pytest.mark.parametrize(("name", "number", "after"), [("last.safetensors", 3, False), *WRITES])
+def test_a_run_killed_in_a_write_is_whole_after_a_resume(name, number, after, whole, tmp_path):
+    killed_in_a_write(SMALL, tmp_path, name, number, after=after)
+    train(SMALL, tmp_path, resume=True)
+    assert_same_run(whole("dlb"), tmp_path)
+    for weights in ("last", "best"):
+        assert exported(whole("dlb"), weights) == exported(tmp_path, weights)
+    results = [json.loads((path / "result.json").read_text()) for path in (whole("dlb"), tmp_path)]
+    assert results[0].keys() == results[1].keys() and all(
+        results[0][key] == results[1][key] for key in ("step", "loss", "test_top1", "best_top1", "best_step")
+    )
+
+
+def test_the_weights_of_the_ema_are_exported_again(whole, tmp_path):
+    config = override(SMALL, **VARIANTS["everything"])
+    killed_in_a_write(config, tmp_path, "last.safetensors", 3)
+    assert exported_step(tmp_path, "last") == 8
+    train(config, tmp_path, resume=True)
+    assert exported(whole("everything")) == exported(tmp_path)
+
+
+def test_a_full_disk_at_the_repeated_export_is_an_error(tmp_path, monkeypatch):
+    killed_in_a_write(SMALL, tmp_path, "last.safetensors", 3)
+
+    def refuse(*args):
+        raise CheckpointError("cannot write last.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_weights", refuse)
+        with pytest.raises(CheckpointError, match="cannot write last"):
+            train(SMALL, tmp_path, resume=True)
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "writes", "rest", "said", "best"),
+    [
+        ({4: 0.5, 8: 0.4, 12: 0.9}, 2, {12: 0.2}, "has the weights of step 12, not those of step 4", (12, 0.2)),
+        ({4: 0.5, 8: 0.9}, 2, {8: 0.3, 12: 0.2}, "", (4, 0.5)),
+    ],
+    ids=["lost", "made again"],
+)
+def test_best_weights_of_steps_that_are_undone_do_not_stay(first, writes, rest, said, best, tmp_path, capsys):
+    """Killed after the export of a better network, before its checkpoint; the continuation is a worse one."""
+    scores, at, original = {}, [], Trainer._evaluate
+
+    def noting(self):
+        at.append(self.step)
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", noting)
+        patch.setattr(run, "evaluate", lambda *_, **__: {"top1": scores[at[-1]]})
+        scores.update(first)
+        killed_in_a_write(SMALL, tmp_path, "best.safetensors", writes, after=True)
+        scores.update(rest)
+        result = train(override(SMALL, lr=0.01), tmp_path, resume=True)
+    assert said in capsys.readouterr().err
+    assert (result["best_step"], result["best_top1"]) == best and exported_step(tmp_path, "best") == best[0]
+
+
+def test_a_longer_run_has_no_result_of_the_shorter_one(tmp_path):
+    train(override(SMALL, epochs=1), tmp_path)
+    killed_in_a_write(SMALL, tmp_path, "step-000000012.pt", 1, resume=True)
+    assert not (tmp_path / "result.json").exists()

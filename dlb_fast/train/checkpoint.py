@@ -45,6 +45,7 @@ __all__ = [
     "save_checkpoint",
     "save_weights",
     "set_rng_state",
+    "step_of_weights",
     "trainer_state",
     "write_atomically",
 ]
@@ -205,6 +206,17 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], metadata: 
     # one entry, because safetensors writes several in random order, and equal weights should give equal files
     note = {"dlb_fast": json.dumps(metadata)}
     write_atomically(path, lambda file: file.write(save(tensors, metadata=note)))
+
+
+def step_of_weights(path: Path) -> int | None:
+    """The step after which a run exported the weights in a file; None if it is missing, damaged or does not say."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return int(json.loads(file.metadata()["dlb_fast"])["step"])
+    except Exception:  # safetensors, json and a missing entry raise their own types
+        return None
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

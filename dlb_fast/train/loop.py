@@ -280,7 +280,10 @@ class Trainer:
         checkpoint.load_trainer_state(self, state, origin)
 
     def resume(self) -> Path | None:
-        """Continue from the newest valid checkpoint of the folder; without one return None and clear the logs."""
+        """Continue from the newest valid checkpoint of the folder; without one return None and clear the logs.
+
+        Writes the exported weights of that state, because the process may have ended between checkpoint and export.
+        """
         if self.folder is None:
             raise ValueError("Trainer.resume: needs a run folder")
 
@@ -291,7 +294,28 @@ class Trainer:
         found = checkpoint.load_newest(self.folder / "checkpoints", self.load_state_dict, warn, self.ranks)
         if found is None:
             self.log.rewind({})
+        else:
+            self._export_again(warn)
         return found
+
+    def _export_again(self, warn: Callable[[str], None]) -> None:
+        """Write `last`, and `best` if this state is the best; forget a best whose weights are not in the folder."""
+        assert self.folder is not None
+        self._export("last")
+        if not self.best:
+            return
+        if self.best["step"] == self.step:
+            self._export("best")
+            return
+        path = self.folder / "checkpoints" / "best.safetensors"
+        step = self.ranks.run_on_main(lambda: checkpoint.step_of_weights(path))
+        if step != self.best["step"]:
+            why = "is missing or damaged" if step is None else f"has the weights of step {step}"
+            warn(
+                f"{path} {why}, not those of step {self.best['step']}, the best at step {self.step}; the next "
+                f"evaluation writes it"
+            )
+            self.best = {}
 
     def _batches(self) -> Iterator[Batch]:
         """Yields batches epoch after epoch, without end, and measures the waiting time."""

@@ -339,6 +339,8 @@ def train_run(
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
             if trainer.step >= trainer.total_steps:
                 log.say(f"the run is already complete ({trainer.step} steps)")
+            else:
+                ranks.run_on_main(lambda: (folder.path / "result.json").unlink(missing_ok=True))
         try:
             result = trainer.fit()
         finally:
