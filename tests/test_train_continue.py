@@ -14,7 +14,7 @@ from dlb_fast.train.checkpoint import CheckpointError
 from dlb_fast.train.config import override
 from dlb_fast.train.loop import Trainer
 from dlb_fast.train.optim import lr_factor, make_optimizer
-from dlb_fast.train.run import RunFolder
+from dlb_fast.train.run import RunFolder, train_run
 
 torch.set_num_threads(1)
 
@@ -139,3 +139,57 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"run folder: cannot make .*file/run .*--out"):
         train(SMALL, tmp_path / "file" / "run")
+
+
+@pytest.fixture
+def same_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20000101-000000")
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(same_second):
+    names = [RunFolder.named("a b/c").path.as_posix() for _ in range(3)]
+    assert names == [f"runs/20000101-000000-a-b-c{end}" for end in ("", "-2", "-3")]
+    assert all(Path(name).is_dir() for name in names)
+
+
+def test_a_folder_that_appears_after_the_look_is_not_taken(same_second, monkeypatch):
+    """Another process is faster between the look for a free name and the making of the folder."""
+    Path("runs/20000101-000000-a").mkdir(parents=True)
+    original = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path, **_: path.parent.name != "runs" and original(path))
+    assert RunFolder.named("a").path.name == "20000101-000000-a-2"
+
+
+def test_a_run_that_is_refused_leaves_no_folder_of_its_own(same_second):
+    config = override(SMALL, device="cuda:99")
+    folder, mine = RunFolder.named("a"), Path("mine")
+    mine.mkdir()
+    for one in (folder, RunFolder(mine)):
+        with pytest.raises(ValueError, match="'cuda:99' cannot be used"):
+            train_run(config, one, quiet=True)
+    assert not folder.path.exists()
+    assert mine.is_dir()
+
+
+def test_runs_that_is_a_file_is_named(same_second):
+    Path("runs").write_text("")
+    with pytest.raises(ValueError, match=r"runs is not a folder.*--out"):
+        RunFolder.named("a")
+
+
+def test_a_run_that_another_process_made_in_the_meantime_is_not_overwritten(run, monkeypatch):
+    """Both looked before the other one began; it has ended when this one has its data."""
+    mine = RunFolder(run)
+    original, begun = mine.lock, run / "config.yaml"
+    text = begun.read_bytes()
+    begun.unlink()
+
+    def lock():
+        original()
+        begun.write_bytes(text)
+
+    monkeypatch.setattr(mine, "lock", lock)
+    with pytest.raises(ValueError, match="already holds a run; resume it"):
+        train_run(override(SMALL, epochs=1, seed=5), mine, quiet=True)
+    assert last_checkpoint(run)["step"] == 8 and begun.read_bytes() == text

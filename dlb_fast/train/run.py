@@ -59,7 +59,7 @@ RUNS = Path("runs")
 
 
 class RunFolder:
-    """The files of one run. Nothing is written before `lock()` or `create()`.
+    """The files of one run. Nothing is written before `named()`, `lock()` or `create()`.
 
     Example:
         >>> RunFolder("runs/a").checkpoints.as_posix()
@@ -71,6 +71,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self._lock: int | None = None
+        self._reserved = False
 
     def lock(self) -> None:
         """Make the folder and lock it against other processes until `unlock()` or the end of this process.
@@ -106,12 +107,33 @@ class RunFolder:
 
     @classmethod
     def named(cls, label: str) -> RunFolder:
-        """A new folder `runs/<date>-<time>-<label>`, with a number if it exists."""
+        """Make a new folder `runs/<date>-<time>-<label>`, with a number if it exists; no other process gets the same.
+
+        Raises:
+            ValueError: the folder cannot be made.
+        """
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}"
         path, number = RUNS / name, 2
-        while path.exists():
-            path, number = RUNS / f"{name}-{number}", number + 1
-        return cls(path)
+        while True:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir()  # fails if another process was faster
+            except FileExistsError:
+                if RUNS.is_dir():
+                    path, number = RUNS / f"{name}-{number}", number + 1
+                    continue
+                raise ValueError(f"run folder: {RUNS} is not a folder; name another one with --out") from None
+            except OSError as error:
+                raise ValueError(f"run folder: cannot make {path} ({error}); name one with --out") from error
+            folder = cls(path)
+            folder._reserved = True
+            return folder
+
+    def release(self) -> None:
+        """Remove the folder if `named()` made it and it is still empty."""
+        if self._reserved:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
 
     def exists(self) -> bool:
         """Whether the folder has a run."""
@@ -304,20 +326,29 @@ def train_run(
 ) -> dict[str, Any]:
     """Train in a run folder, from the start or from its newest valid checkpoint; returns the result of `Trainer.fit`.
 
-    Errors in the config, the data or the model are raised before the folder is made. A finished run writes result.json.
+    Errors in the config, the data or the model leave no folder behind. A finished run writes result.json.
     All ranks call this; only rank 0 prints and writes.
     """
-    config, ranks = resolve(config), ranks or Ranks.current()
-    log = RunLog(quiet=True)
-    if ranks.is_main:
-        log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
-    _reset_peak_memory(resolve_device(config.train.device, ranks))
-    trainer = build_trainer(config, folder=folder.path, log=log, ranks=ranks)
+    ranks = ranks or Ranks.current()
+    try:
+        config = resolve(config)
+        log = RunLog(quiet=True)
+        if ranks.is_main:
+            log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
+        _reset_peak_memory(resolve_device(config.train.device, ranks))
+        trainer = build_trainer(config, folder=folder.path, log=log, ranks=ranks)
+    except BaseException:
+        if ranks.is_main:
+            folder.release()
+        raise
     loader: Any = trainer.loader
     impl = _backends.pick(config.loss.impl, trainer.device.type, "train")
-    started = ranks.run_on_main(folder.exists)
     ranks.run_on_main(folder.lock)
     try:
+        # after lock(), because another process may have started and ended a run here in the meantime
+        started = ranks.run_on_main(folder.exists)
+        if started and not resume:
+            raise ValueError(f"run folder: {folder.path} already holds a run; resume it, or choose another folder")
         if resume and started and ranks.is_main:
             _compare_versions(folder, log)
         if not (resume and started):
