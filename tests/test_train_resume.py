@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from builders import (
+    assert_same,
     assert_same_run,
     environment,
     exported,
@@ -166,7 +168,106 @@ def newer(path):
 def other_model(path):
     saved = checkpoint.read_checkpoint(path)
     saved["model"] = {name: value[:1] if value.dim() else value for name, value in saved["model"].items()}
-    torch.save(saved, path)
+    checkpoint.save_checkpoint(path.parent, without_marks(saved))
+
+
+def without_marks(saved):
+    return {name: value for name, value in saved.items() if name not in ("format", "version")}
+
+
+def changed(name, change):
+    """A checkpoint with the right mark, one part of which `change(state)` has changed behind the writer's back."""
+
+    def damage(path):
+        saved = torch.load(path, weights_only=True)
+        change(saved)
+        torch.save(saved, path)
+
+    damage.__name__ = name
+    return damage
+
+
+def written(name, change):
+    """The same, as if it had been written like this."""
+
+    def damage(path):
+        saved = without_marks(checkpoint.read_checkpoint(path))
+        change(saved)
+        checkpoint.save_checkpoint(path.parent, {"step": 11, **saved})
+
+    damage.__name__ = name
+    return damage
+
+
+def with_nan(state):
+    next(iter(state["model"].values())).view(-1)[0] = float("nan")
+
+
+def with_infinity(state):
+    list(state["model"].values())[-1].fill_(float("inf"))
+
+
+BROKEN = [
+    (changed("marks alone", lambda s: [s.pop(k) for k in list(s) if k not in ("format", "version")]), "incomplete"),
+    (changed("no model", lambda s: s.pop("model")), "incomplete or changed: state"),
+    (changed("empty optimiser", lambda s: s["optimizer"]["state"].clear()), r"state.optimizer.state is not what"),
+    (changed("half an optimiser", lambda s: s["optimizer"]["state"].pop(1)), r"state.optimizer.state is not what"),
+    (changed("cut momentum", lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.ones(1))), "state.0"),
+    (changed("text for a number", lambda s: s.update(epoch="2")), "state.epoch is not what"),
+    (changed("no rows", lambda s: s["criterion"].clear()), "state.criterion is not what"),
+    (changed("no list of contents", lambda s: s.pop("contents")), "its list of contents"),
+    (written("no scaler", lambda s: s.pop("scaler")), "cannot be loaded .KeyError"),
+    (written("a list for a model", lambda s: s.update(model=[1])), "cannot be loaded .AttributeError"),
+    (written("cut generator", lambda s: s["rng"].update(torch=torch.zeros(3, dtype=torch.uint8))), "cannot be loaded"),
+    (written("NaN", with_nan), "NaN or infinite values in "),
+    (written("infinity", with_infinity), "NaN or infinite values in "),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), BROKEN, ids=[damage.__name__ for damage, _ in BROKEN])
+def test_broken_content_is_skipped_for_the_older_checkpoint(damage, reason, begun, tmp_path, capsys):
+    folder = shutil.copytree(begun, tmp_path / "run")
+    damage(folder / "checkpoints/step-000000011.pt")
+    trainer = run.build_trainer(SMALL, folder=folder, log=RunLog(folder, quiet=True))
+    try:
+        assert trainer.resume().name == "step-000000008.pt" and trainer.step == 8
+    finally:
+        trainer.loader.close()
+    said = capsys.readouterr().err
+    assert re.search(f"skipped a checkpoint: .*step-000000011.*{reason}", said), said
+    saved = last_checkpoint_of(folder, 8)
+    assert_same(trainer.model.state_dict(), saved["model"])
+    assert_same(trainer.optimizer.state_dict()["state"], saved["optimizer"]["state"])
+
+
+def last_checkpoint_of(folder, step):
+    return checkpoint.read_checkpoint(folder / f"checkpoints/step-{step:09d}.pt")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    path = tmp_path_factory.mktemp("begun")
+    interrupted(path)
+    return path
+
+
+def test_weights_that_turn_nan_are_not_saved(tmp_path, monkeypatch):
+    """The loss of the last step before a checkpoint is finite, its gradient is not."""
+    original = Trainer.optimizer_step
+
+    def poisoned(self):
+        if self.step == 7:
+            next(self.model.parameters()).grad.fill_(float("nan"))
+        original(self)
+
+    monkeypatch.setattr(Trainer, "optimizer_step", poisoned)
+    config = override(SMALL, eval_every=100)
+    with pytest.raises(TrainingDiverged, match=r"became NaN or infinite by step 8 .*step-000000004"):
+        train(override(config, checkpoint_every=4), tmp_path)
+    assert last_checkpoint(tmp_path)["step"] == 4 and exported_step(tmp_path, "last") == 4
+    with pytest.raises(TrainingDiverged, match="became NaN or infinite by step 8"):  # evaluated before it is saved
+        train(override(config, eval_every=8), tmp_path / "evaluated")
+    assert not list((tmp_path / "evaluated/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
