@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import last_checkpoint, train
+from builders import exported, last_checkpoint, metrics_rows, train
 
 from dlb_fast import cli
 from dlb_fast.presets import load_preset
@@ -193,3 +193,55 @@ def test_a_run_that_another_process_made_in_the_meantime_is_not_overwritten(run,
     with pytest.raises(ValueError, match="already holds a run; resume it"):
         train_run(override(SMALL, epochs=1, seed=5), mine, quiet=True)
     assert last_checkpoint(run)["step"] == 8 and begun.read_bytes() == text
+
+
+def failing_first_step(config, path, monkeypatch):
+    """A run whose first step fails, after a row of metrics and the best weights of an evaluation."""
+
+    def fail(self, batch):
+        self.log.result({"step": 0, "epoch": 0.0, "test_top1": 0.9})
+        self._export("best")
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "forward_backward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(config, path)
+    assert RunFolder(path).exists() and not RunFolder(path).has_work()
+
+
+@pytest.mark.slow  # writes the page of the run
+@pytest.mark.parametrize("how", ["anew", "resume"])
+def test_after_a_failed_first_step_the_same_command_and_a_resume_both_start(how, begun, tmp_path, monkeypatch, capsys):
+    failing_first_step(override(SMALL, lr=9.0), tmp_path, monkeypatch)
+    (tmp_path / "config.yaml").write_bytes((begun / "config.yaml").read_bytes())  # as if begun with the right numbers
+    flags = ["--resume"] if how == "resume" else ["--config", str(begun / "config.yaml")]
+    assert cli.main(["train", *flags, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert "already" not in said
+    assert ("a new one takes its place" if how == "anew" else "starting from scratch") in said
+    assert_same_run_files(begun, tmp_path)
+
+
+def assert_same_run_files(first, second):
+    assert metrics_rows(first) == metrics_rows(second)
+    for name in ("best", "last"):
+        assert exported(first, name) == exported(second, name)
+
+
+def test_a_new_run_in_the_folder_of_a_failed_one_has_its_own_config(tmp_path, monkeypatch):
+    failing_first_step(override(SMALL, lr=9.0), tmp_path, monkeypatch)
+    (tmp_path / "tracker_id").write_text("of the failed run")
+    train(override(SMALL, epochs=1), tmp_path)
+    assert RunFolder(tmp_path).read_config().optim.lr == SMALL.optim.lr
+    assert [row["step"] for row in metrics_rows(tmp_path)] == ["4"] and not (tmp_path / "tracker_id").exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(run):
+    for path in checkpoint.list_checkpoints(run / "checkpoints"):
+        path.unlink()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match="has no checkpoint, but the run has been trained.*another --out"):
+        train(SMALL, run, resume=True)
+    assert cli.main(["train", "--out", str(run)]) == 1
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

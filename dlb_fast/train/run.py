@@ -27,7 +27,7 @@ import yaml
 
 from dlb_fast import _backends
 
-from .checkpoint import CheckpointError, load_weights, write_atomically
+from .checkpoint import CheckpointError, list_checkpoints, load_weights, write_atomically
 from .config import RunConfig, load_config, override, to_dict
 from .data import RunData, open_data
 from .distributed import Ranks
@@ -138,6 +138,17 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether the folder has a run."""
         return self.config.exists()
+
+    def has_work(self) -> bool:
+        """Whether the run has got as far as a checkpoint; before that, a new run may take its folder."""
+        kept = (self.checkpoints / "last.safetensors", self.path / "result.json")
+        return self.exists() and (bool(list_checkpoints(self.checkpoints)) or any(file.exists() for file in kept))
+
+    def clear(self) -> None:
+        """Delete what a run without a checkpoint has left, so that none of it is taken for that of a new run."""
+        left = ("metrics.csv", "metrics.jsonl", "tracker_id", "checkpoints/best.safetensors")
+        for name in ("config.yaml", *left):  # the config, which marks a run, first
+            (self.path / name).unlink(missing_ok=True)
 
     def create(self, config: RunConfig, impl: str) -> None:
         """Write versions.json, then config.yaml, which marks the folder as a run."""
@@ -343,12 +354,21 @@ def train_run(
         raise
     loader: Any = trainer.loader
     impl = _backends.pick(config.loss.impl, trainer.device.type, "train")
+    checkpoints = folder.checkpoints
     ranks.run_on_main(folder.lock)
     try:
         # after lock(), because another process may have started and ended a run here in the meantime
         started = ranks.run_on_main(folder.exists)
         if started and not resume:
-            raise ValueError(f"run folder: {folder.path} already holds a run; resume it, or choose another folder")
+            if ranks.run_on_main(folder.has_work):
+                raise ValueError(f"run folder: {folder.path} already holds a run; resume it, or choose another folder")
+            log.say(f"the run in {folder.path} had no checkpoint yet: a new one takes its place")
+            ranks.run_on_main(folder.clear)
+        if started and resume and ranks.run_on_main(lambda: folder.has_work() and not list_checkpoints(checkpoints)):
+            raise CheckpointError(
+                f"{checkpoints} has no checkpoint, but the run has been trained; a resume would start it over. "
+                "Put a checkpoint back, or start a new run with another --out"
+            )
         if resume and started and ranks.is_main:
             _compare_versions(folder, log)
         if not (resume and started):
