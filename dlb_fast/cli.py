@@ -100,7 +100,7 @@ def train(argv: list[str]) -> int:
                 return folder, folder.read_config()
             if first.preset is None and first.config is None:
                 raise ValueError(f"--resume: there is no run in {folder.path}; --preset or --config would start one")
-        elif folder is not None and folder.exists():
+        elif folder is not None and folder.has_work():
             raise ValueError(f"--out: {folder.path} already holds a run; --resume continues it, or choose another")
         return folder, None
 
