@@ -246,7 +246,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     """`dlb-fast compare --preset NAME --methods ce,ls,two_view,dlb --seeds 5 --out FOLDER --jobs N [config flags]`."""
     from dlb_fast import report as pages
     from dlb_fast.train import compare as comparison
-    from dlb_fast.train.config import RunConfig, override, parse_flags
+    from dlb_fast.train.config import RunConfig, check_effects, override, parse_flags, without_effect
     from dlb_fast.train.run import RunFolder
 
     parser = argparse.ArgumentParser(
@@ -287,7 +287,10 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     if args.noises is not None:
         root = args.out or RunFolder.named(prog).path
         shares = [float(share) for share in args.noises.split(",")]
-        found = {s: one(override(config, label_noise=s), root / f"noise-{s:g}")[1] for s in shares}
+        check_effects(override(config, label_noise=max(shares)))
+        each = {s: override(config, label_noise=s) for s in shares}
+        each = {s: override(c, **without_effect(c)) for s, c in each.items()}  # the kind of noise, where there is none
+        found = {s: one(c, root / f"noise-{s:g}")[1] for s, c in each.items()}
         page = pages.write_noise_report(root, found, title=title, command=command)
         print(f"\n{pages.noise_table(found)}\n\nwrote {page}, {root / 'noise.png'} and a report.md per share")
         return 0

@@ -149,12 +149,31 @@ def failing(arguments, capsys):
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
         (["--impl", "cuda"], "cuda"),
+        (["--image-size", "64"], "image_size=64 has no effect with data=digits: it needs image files"),
+        (["--gamma", "0.5"], "gamma=0.5 has no effect with schedule=cosine: it needs schedule=multistep; leave it out"),
+        (["--smoke", "--min-lr", "1", "--schedule", "constant"], "min_lr=1.0 has no effect with schedule=constant"),
     ],
 )
 def test_wrong_use_is_told_before_anything_is_written(flags, message, here, capsys):
     said = failing(["train", *SMALL, "--out", "r", *flags], capsys)
     assert message in said
     assert not Path("r").exists()
+
+
+def test_a_comparison_refuses_a_number_without_effect(here, capsys, monkeypatch):
+    flags = ["compare", "--preset", "digits", "--max-steps", "2", "--out", "r"]
+    assert "betas=(0.5, 0.5) has no effect" in failing([*flags, "--betas", "0.5", "0.5"], capsys)
+    assert "betas=(0.5, 0.5) has no" in failing([*flags, "--betas", "0.5", "0.5", "--noises", "0,0.2"], capsys)
+    trained = []
+
+    def record(config, **_):
+        trained.append(config)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("dlb_fast.train.compare.run", record)
+    for noises, kind in (("0,0.2", "symmetric"), ("0.2,0", "asymmetric")):  # no kind where there is no noise
+        assert "enough" in failing([*flags, "--noise-kind", "asymmetric", "--noises", noises], capsys)
+        assert trained.pop().data.noise_kind == kind
 
 
 def test_resume_without_a_run(here, capsys):

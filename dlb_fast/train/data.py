@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dlb_fast.data import (
     NORMALISATION,
+    CenterCrop,
     Compose,
     EvalLoader,
     Flip,
@@ -18,6 +19,7 @@ from dlb_fast.data import (
     PadCrop,
     RandomResizedCrop,
     ResidentLoader,
+    Resize,
     SampledLoader,
     eval_transform,
     open_dataset,
@@ -116,10 +118,13 @@ class RunData:
 
     def _train_transform(self, augment: AugmentConfig) -> Compose | None:
         steps: list[Any] = []
+        size, padding = self.config.image_size, self.config.padding
         if not self.in_memory:
-            steps.append(RandomResizedCrop(self.config.image_size))
-        elif self.config.padding:
-            steps.append(PadCrop(self.config.padding))
+            steps += [RandomResizedCrop(size)] if padding is None else [Resize(size), CenterCrop(size)]
+        elif padding is None:
+            padding = 4
+        if padding:
+            steps.append(PadCrop(padding))
         if self.config.flip:
             steps.append(Flip())
         steps += augment.transforms()
@@ -132,10 +137,12 @@ class RunData:
         """
         config, ranks = self.config, ranks or Ranks()
         in_memory = hasattr(self.test, "images")
+        size = config.eval_size or config.image_size
+        shorter = config.eval_resize or (None if config.padding is None else size)
         return EvalLoader(
             self.test,
             config.eval_batch_size,
-            transform=None if in_memory else eval_transform(config.eval_size or config.image_size, config.eval_resize),
+            transform=None if in_memory else eval_transform(size, shorter),
             device=device,
             mean=self.mean,
             std=self.std,

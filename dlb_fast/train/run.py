@@ -28,7 +28,7 @@ import yaml
 from dlb_fast import _backends
 
 from .checkpoint import CheckpointError, load_weights, write_atomically
-from .config import RunConfig, load_config, override, to_dict
+from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, open_data
 from .distributed import Ranks
 from .evaluate import evaluate
@@ -450,12 +450,14 @@ def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
         >>> shortened(load_preset("cifar100-resnet32-dlb")).data.source
         'synthetic:160,10,32'
     """
+    check_effects(config)
     if not real_data:
         kind = config.data.source.split(":")[0]
         size = 8 if kind in ("digits", "synthetic") else min(SMOKE_PIXELS, config.data.image_size)
         source = f"synthetic:{SMOKE_ROWS * SMOKE_CLASSES},{SMOKE_CLASSES},{size}"
         # asymmetric noise is defined for the classes of the config's own data
         config = override(config, source=source, per_class=None, noise_kind="symmetric")
+        config = override(config, **without_effect(config))  # such as the size of image files
     rows = min(SMOKE_ROWS, config.data.batch_size)
     every: dict[str, Any] = {"eval_every": SMOKE_STEPS // 2, "checkpoint_every": SMOKE_STEPS // 2, "log_every": 1}
     return override(config, batch_size=rows, max_steps=SMOKE_STEPS, trackers=(), **every)
