@@ -108,10 +108,11 @@ def train(argv: list[str]) -> int:
     base, sources = (begun, "") if begun else _base_config(first.preset, first.config, first.data)
     args = parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
     changed = _changes(base, args.run)
-    if ranks.is_main and begun and changed:
-        print(f"changed for the rest of the run: {changed}", file=sys.stderr)
-    elif ranks.is_main and not begun and not args.quiet:
-        print(sources + (f"; then flags: {changed}" if changed else ""), file=sys.stderr)
+    note = sources + (f"; then flags: {changed}" if changed else "")
+    if begun:
+        note = f"changed for the rest of the run: {changed}" if changed else ""
+    if ranks.is_main and note and (begun if args.quiet else args.smoke):  # otherwise train_run prints it
+        print(note, file=sys.stderr)
     if args.smoke:
         if args.resume:
             raise ValueError("--smoke starts a rehearsal of its own; leave --resume out")
@@ -126,7 +127,7 @@ def train(argv: list[str]) -> int:
     folder = folder or ranks.run_on_main(lambda: RunFolder.named(label))
     from dlb_fast.train.run import train_run
 
-    train_run(args.run, folder, resume=args.resume, quiet=args.quiet, ranks=ranks)
+    train_run(args.run, folder, resume=args.resume, quiet=args.quiet, ranks=ranks, note=note)
     if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may stop before its first evaluation
         _write_page(folder.path, args.quiet)
     ranks.leave()
@@ -272,6 +273,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     data.add_argument("--data")
     base, _ = _base_config(args.preset, args.config, data.parse_known_args(rest)[0].data)
     config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}")
+    if preset is not None and config.data.source != base.data.source:
+        raise ValueError(f"{prog} is a recipe for {preset}; compare other data with: dlb-fast compare --data KIND:PATH")
     command = f"dlb-fast {prog} {shlex.join(argv)}".strip()
     methods = list(comparison.VARIANTS) if args.methods == "all" else args.methods.split(",")
     title = "DLB on handwritten digits" if preset else f"Comparison on {config.data.source}"

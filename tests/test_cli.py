@@ -61,13 +61,19 @@ def test_the_start_says_where_the_numbers_come_from(here, capsys):
     Path("c.yaml").write_text("optim: {lr: 0.5}\ndata: {source: 'synthetic:40,2,8', per_class: null}\n")
     flags = ["--batch-size", "20", "--max-steps", "2", "--lr", "0.25"]
     assert cli.main(["train", "--preset", "digits", "--config", "c.yaml", *flags, "--out", "r"]) == 0
-    said = capsys.readouterr().err.splitlines()[0]
+    data, said = capsys.readouterr().err.splitlines()[:2]
+    assert data == (
+        "data synthetic:40,2,8: 2 classes, 40 training images, 10 test images (drawn separately, data_seed 0); "
+        "subset: none; label noise: symmetric, 8 of 40 labels wrong; normalised by the mean and std of the training "
+        "images"
+    )
     assert said == (
         "config from preset digits; then c.yaml: source digits -> synthetic:40,2,8, per_class 20 -> None, "
         "lr 0.05 -> 0.5; then flags: batch_size 40 -> 20, lr 0.5 -> 0.25, max_steps None -> 2"
     )
     assert cli.main(["train", "--config", "c.yaml", "--batch-size", "20", "--max-steps", "2", "--out", "s"]) == 0
-    assert capsys.readouterr().err.startswith("config from defaults; then c.yaml: source digits -> synthetic")
+    data, said = capsys.readouterr().err.splitlines()[:2]
+    assert "label noise: none" in data and said.startswith("config from defaults; then c.yaml: source digits -> synth")
 
 
 def test_smoke_goes_through_everything_and_leaves_nothing(here, capsys, monkeypatch):
@@ -97,7 +103,10 @@ def test_smoke_finds_what_would_fail_later(here, capsys, monkeypatch):
 def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert cli.main(["train", "--resume", "--out", str(finished)]) == 0
-    assert "already complete (8 steps)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "already complete (8 steps)" in said
+    assert said.startswith("data digits: 10 classes, 40 training images, ")
+    assert "subset: 4 images per class of 89" in said and "label noise: symmetric, 8 of 40 labels wrong" in said
     kept = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert kept.keys() == before.keys()
     assert all(kept[p] == before[p] for p in before if p.name in ("metrics.csv", "metrics.jsonl", "config.yaml"))
@@ -270,8 +279,14 @@ def test_data_without_a_preset_start_from_the_defaults(here, capsys):
     assert cli.main(["train", *flags]) == 0
     config = RunFolder("r").read_config()
     assert (config.data.per_class, config.data.label_noise, config.train.epochs) == (None, 0.0, 30)
-    said = capsys.readouterr().err.splitlines()[0]
+    data, said = capsys.readouterr().err.splitlines()[:2]
+    assert "40 training images" in data and "subset: none; label noise: none" in data
     assert said.startswith("config from defaults; then flags: source digits -> synthetic:40,2,8, batch_size 128 -> 20")
+
+
+def test_the_demo_is_for_its_own_data(here, capsys):
+    """Its subset and wrong labels would reach other data."""
+    assert "dlb-fast compare --data" in failing(["demo", "--data", "synthetic:40,2,8", "--max-steps", "1"], capsys)
 
 
 def test_a_signal_saves_and_exits_cleanly(tmp_path):

@@ -9,11 +9,12 @@ import torch
 from builders import exported, train, train_stopped
 from PIL import Image
 
+from dlb_fast.cli import _base_config
 from dlb_fast.data import SampleError, ViewPairSampler
 from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.presets import load_preset
 from dlb_fast.train.checkpoint import load_weights
-from dlb_fast.train.config import override
+from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
 from dlb_fast.train.models import create_model
 from dlb_fast.train.run import evaluate_run
@@ -214,3 +215,36 @@ def test_a_preset_of_small_images_keeps_its_padding_on_a_folder(small_folder):
     assert "PadCrop" in steps and "RandomResizedCrop" not in steps
     photographs = override(config, padding=None)
     assert "RandomResizedCrop" in repr(open_data(photographs.data)._train_transform(config.augment))
+
+
+def test_a_run_says_first_what_was_done_to_the_data(small_folder, tmp_path, capsys):
+    """Classes, images, where the test images come from, subset and noise: of a folder with and without `val`."""
+    held = tmp_path / "held"
+    for label in ("a", "b"):
+        for split in ("train", "val"):
+            for path in (small_folder / split / label).iterdir():
+                target = held / label / f"{split}{path.name}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    options = {"image_size": 16, "batch_size": 4, "max_steps": 1, "epochs": 1}
+    config = override(RunConfig(), source=f"imagefolder:{small_folder}", model="small_cnn", **options)
+    train(config, tmp_path / "run", quiet=False)
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"data imagefolder:{small_folder}: 2 classes, 8 training images, 2 test images (from val/); subset: none; "
+        "label noise: none; normalised by the mean and std of imagenet"
+    )
+    other = override(config, source=f"imagefolder:{held}", data_seed=3, per_class=2, label_noise=0.5)
+    assert open_data(other.data).about == (
+        f"data imagefolder:{held}: 2 classes, 4 training images, 2 test images (a tenth of each class held out, "
+        "data_seed 3); subset: 2 images per class of 8; label noise: symmetric, 2 of 4 labels wrong; normalised by the "
+        "mean and std of imagenet"
+    )
+    digits = open_data(load_preset("digits").data).about
+    assert "10 classes, 200 training images, " in digits and "(half of each class held out, data_seed 0)" in digits
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "list", "tar"])
+def test_a_run_without_a_preset_starts_from_neutral_numbers(kind):
+    config, _ = _base_config(None, None, f"{kind}:mine")
+    assert (config.data.per_class, config.data.label_noise, config.data.padding) == (None, 0.0, None)
+    assert config.loss.label_smoothing == 0 and config.augment == RunConfig().augment

@@ -301,8 +301,11 @@ def train_run(
     resume: bool = False,
     quiet: bool = False,
     ranks: Ranks | None = None,
+    note: str = "",
 ) -> dict[str, Any]:
     """Train in a run folder, from the start or from its newest valid checkpoint; returns the result of `Trainer.fit`.
+
+    The first line printed is `RunData.about`, what was done to the data; `note` is printed after it.
 
     Errors in the config, the data or the model are raised before the folder is made. A finished run writes result.json.
     All ranks call this; only rank 0 prints and writes.
@@ -312,7 +315,9 @@ def train_run(
     if ranks.is_main:
         log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
     _reset_peak_memory(resolve_device(config.train.device, ranks))
-    trainer = build_trainer(config, folder=folder.path, log=log, ranks=ranks)
+    data = open_data(config.data)
+    log.say(data.about + (f"\n{note}" if note else ""))
+    trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks)
     loader: Any = trainer.loader
     impl = _backends.pick(config.loss.impl, trainer.device.type, "train")
     started = ranks.run_on_main(folder.exists)
@@ -352,8 +357,8 @@ def train_run(
         )
         return result
     result["peak_mib"] = _peak_memory_mib(trainer.device)
-    data = json.dumps(result, indent=1).encode()
-    ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(data)))
+    encoded = json.dumps(result, indent=1).encode()
+    ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(encoded)))
     if result["best_top1"] is not None:
         log.say(
             f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
