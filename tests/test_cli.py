@@ -158,8 +158,8 @@ def failing(arguments, capsys):
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
         (["--impl", "cuda"], "cuda"),
-        (["--image-size", "64"], "image_size=64 has no effect with data=digits: it needs image files"),
-        (["--gamma", "0.5"], "gamma=0.5 has no effect with schedule=cosine: it needs schedule=multistep; leave it out"),
+        (["--image-size", "64"], "image_size=64 has no effect with data=digits, only with image files"),
+        (["--gamma", "0.5"], "gamma=0.5 has no effect with schedule=cosine, only with schedule=multistep; leave"),
         (["--smoke", "--min-lr", "1", "--schedule", "constant"], "min_lr=1.0 has no effect with schedule=constant"),
     ],
 )

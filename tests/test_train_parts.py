@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import nn
 
+from dlb_fast.presets import load_preset
 from dlb_fast.train.checkpoint import CheckpointError, load_weights, save_weights
 from dlb_fast.train.config import (
     EFFECTS,
@@ -295,10 +296,17 @@ def test_an_option_without_effect_is_refused(name):
     value, without, having = OPTIONS[name]
     config = override(RunConfig(), **{**without, name: value})
     assert list(without_effect(config)) == [name]
-    with pytest.raises(ValueError, match=rf"config: {name}=.* has no effect with .*: it needs .*; leave it out"):
+    with pytest.raises(ValueError, match=rf"config: {name}=.* has no effect with .*, only with .*; leave it out"):
         resolve(config)
     assert resolve(override(RunConfig(), **{**having, name: value}))
     assert name not in without_effect(override(config, **without_effect(config)))  # the default is accepted
+
+
+def test_options_without_effect_for_one_reason_are_named_together():
+    config = override(load_preset("imagenet-resnet50-dlb"), source="digits")
+    with pytest.raises(ValueError, match="image_size=176, eval_size=224, eval_resize=232, num_threads=16 have no effec"):
+        resolve(config)
+    assert resolve(override(config, **without_effect(config))).data.image_size == 32
 
 
 def test_every_option_of_the_table_is_tried():

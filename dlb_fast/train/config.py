@@ -439,13 +439,17 @@ def check_effects(config: RunConfig) -> None:
     """
     values = _flat(config)
     values["data"] = values["source"]
-    for name, default in without_effect(config).items():
-        deciding, _, needs = EFFECTS[name]
-        here = ", ".join(f"{other}={values[other]}" for other in deciding)
-        raise ValueError(
-            f"config: {name}={values[name]} has no effect with {here}: it needs {needs}; leave it out, or after a "
-            f"preset or file that sets it, set its default, {default}"
-        )
+    found = without_effect(config)
+    if not found:
+        return
+    deciding, _, needs = reason = EFFECTS[next(iter(found))]
+    alike = [name for name in found if EFFECTS[name] is reason]
+    given, here = (", ".join(f"{name}={values[name]}" for name in names) for names in (alike, deciding))
+    defaults = ", ".join(f"{name}={found[name]}" for name in alike)
+    raise ValueError(
+        f"config: {given} {'has' if len(alike) == 1 else 'have'} no effect with {here}, only with {needs}; leave it "
+        f"out, or after a preset or file that sets it, set the default ({defaults})"
+    )
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
