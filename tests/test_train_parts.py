@@ -304,7 +304,7 @@ def test_an_option_without_effect_is_refused(name):
 
 def test_options_without_effect_for_one_reason_are_named_together():
     config = override(load_preset("imagenet-resnet50-dlb"), source="digits")
-    with pytest.raises(ValueError, match="image_size=176, eval_size=224, eval_resize=232, num_threads=16 have no effec"):
+    with pytest.raises(ValueError, match="image_size=176, eval_size=224, eval_resize=232, num_threads=16 have no"):
         resolve(config)
     assert resolve(override(config, **without_effect(config))).data.image_size == 32
 
