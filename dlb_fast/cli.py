@@ -38,7 +38,11 @@ TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simp
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0 done (or stopped on request), 1 failed, 2 wrong use."""
+    """Run a subcommand; returns the exit code.
+
+    0: done, or stopped by a signal with everything saved. 2: refused, because a flag, a config, data or a folder is not
+    as expected (ValueError, a missing file or library). 1: anything else failed. 130: Ctrl-C where nothing is saved.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] == "--version":
         from dlb_fast import __version__
@@ -69,11 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("DLB_FAST_DEBUG") == "1":
             raise
         rank = f" (rank {os.environ.get('RANK')})" if world_size != "1" else ""
-        print(f"dlb-fast {name}{rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"dlb-fast {name}{rank}: {_said(error)}", file=sys.stderr)
         if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
             print('the trainer needs further libraries: pip install "dlb_fast[train]"', file=sys.stderr)
         print("(DLB_FAST_DEBUG=1 shows where it happened)", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, (ValueError, FileNotFoundError, ModuleNotFoundError)) else 1
+
+
+def _said(error: Exception) -> str:
+    """An error in words: its own sentence, the system's with the file, or with the type where that says more."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def train(argv: list[str]) -> int:

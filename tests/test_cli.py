@@ -1,6 +1,7 @@
 """The command as a user types it (in this process, except where a process is the point)."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_smoke_on_real_data_in_a_named_folder(here, capsys):
 
 def test_smoke_finds_what_would_fail_later(here, capsys, monkeypatch):
     monkeypatch.setattr("dlb_fast.train.run.evaluate_run", lambda *a, **k: {"top1": 2.0})
-    assert "top-1 of the written weights is 2.0" in failing(["train", "--smoke", "--preset", "digits"], capsys)
+    assert "top-1 of the written weights is 2.0" in failing(["train", "--smoke", "--preset", "digits"], capsys, 1)
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
@@ -131,15 +132,15 @@ def test_eval_repeats_the_runs_own_numbers(finished, capsys):
     assert f"over {result['test_count']} images" in capsys.readouterr().out
 
 
-def failing(arguments, capsys):
-    """Run a command that must fail with a message and no traceback; the message as one line."""
+def failing(arguments, capsys, expected=2):
+    """Run a command that must be refused in words, without a type of error or a traceback; the message as one line."""
     try:
         code = cli.main(arguments)
     except SystemExit as exit:  # wrong flags end in the parser, with 2
         code = exit.code
     said = " ".join(capsys.readouterr().err.split())
-    assert code in (1, 2) and (code == 2) == ("--help lists" in said)
-    assert "Traceback" not in said
+    assert code == expected
+    assert "Traceback" not in said and "[Errno" not in said and not re.match(r"dlb-fast \S+: \w+Error:", said)
     return said
 
 
@@ -167,6 +168,25 @@ def test_wrong_use_is_told_before_anything_is_written(flags, message, here, caps
     said = failing(["train", *SMALL, "--out", "r", *flags], capsys)
     assert message in said
     assert not Path("r").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ValueError("config: lr must be above 0"), 2, "config: lr must be above 0"),
+        (FileNotFoundError(2, "No such file or directory", "a/b.png"), 2, "a/b.png: No such file or directory"),
+        (PermissionError(13, "Permission denied", "a/b.png"), 1, "a/b.png: Permission denied"),
+        (RuntimeError("sample 3 cannot be read"), 1, "sample 3 cannot be read"),
+        (KeyError("lr"), 1, "KeyError: 'lr'"),
+    ],
+)
+def test_one_rule_of_words_and_exit_codes(error, code, words, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "presets", fail)
+    assert cli.main(["presets"]) == code
+    assert capsys.readouterr().err.splitlines()[0] == f"dlb-fast presets: {words}"
 
 
 def test_a_comparison_refuses_a_number_without_effect(here, capsys, monkeypatch):
@@ -201,9 +221,9 @@ def test_eval_of_wrong_things(finished, here, capsys):
     assert "synthetic:40,3,8 has 3 classes" in said and "10" in said
     (Path("copy") / "checkpoints").mkdir(parents=True)
     Path("copy/config.yaml").write_bytes((finished / "config.yaml").read_bytes())
-    assert "best.safetensors is missing" in failing(["eval", "copy"], capsys)
+    assert "best.safetensors is missing" in failing(["eval", "copy"], capsys, 1)
     Path("copy/checkpoints/best.safetensors").write_bytes(b"nonsense")
-    assert "not a readable safetensors file" in failing(["eval", "copy"], capsys)
+    assert "not a readable safetensors file" in failing(["eval", "copy"], capsys, 1)
 
 
 def test_unknown_commands_and_help(capsys):

@@ -561,7 +561,8 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config: cannot read {path}: {error}") from error
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"config: cannot read {path}: {why}") from error
     try:
         return from_dict({} if values is None else values, base)
     except (ValueError, TypeError) as error:
