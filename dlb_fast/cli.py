@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code.
 
     0: done, or stopped by a signal with everything saved. 2: refused, because a flag, a config, data or a folder is not
-    as expected (ValueError, a missing file or library). 1: anything else failed. 130: Ctrl-C where nothing is saved.
+    as expected (ValueError, a missing file). 1: anything else failed. 130: Ctrl-C where nothing is saved.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] == "--version":
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
             print('the trainer needs further libraries: pip install "dlb_fast[train]"', file=sys.stderr)
         print("(DLB_FAST_DEBUG=1 shows where it happened)", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, FileNotFoundError, ModuleNotFoundError)) else 1
+        return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
 
 def _said(error: Exception) -> str:
