@@ -125,7 +125,7 @@ def test_two_processes_do_not_train_in_one_folder(run, capsys):
     folder = RunFolder(run)
     folder.lock()
     try:
-        assert cli.main(["train", "--resume", "--epochs", "3", "--quiet", "--out", str(run)]) == 1
+        assert cli.main(["train", "--resume", "--epochs", "3", "--quiet", "--out", str(run)]) == 2
     finally:
         folder.unlock()
     assert "another process is training in" in capsys.readouterr().err

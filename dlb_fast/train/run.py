@@ -28,7 +28,7 @@ from dlb_fast import _backends
 from dlb_fast.buffer import rank_and_size
 
 from .checkpoint import CheckpointError, list_checkpoints, load_weights, write_atomically
-from .config import RunConfig, load_config, override, to_dict
+from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, open_data
 from .distributed import Ranks
 from .evaluate import evaluate
@@ -334,8 +334,11 @@ def train_run(
     resume: bool = False,
     quiet: bool = False,
     ranks: Ranks | None = None,
+    note: str = "",
 ) -> dict[str, Any]:
     """Train in a run folder, from the start or from its newest valid checkpoint; returns the result of `Trainer.fit`.
+
+    The first line printed is `RunData.about`, what was done to the data; `note` is printed after it.
 
     Errors in the config, the data or the model leave no folder behind. A finished run writes result.json.
     All ranks call this; only rank 0 prints and writes.
@@ -347,7 +350,9 @@ def train_run(
         if ranks.is_main:
             log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
         _reset_peak_memory(resolve_device(config.train.device, ranks))
-        trainer = build_trainer(config, folder=folder.path, log=log, ranks=ranks)
+        data = open_data(config.data)
+        log.say(data.about + (f"\n{note}" if note else ""))
+        trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks)
     except BaseException:
         if ranks.is_main:
             folder.release()
@@ -405,8 +410,8 @@ def train_run(
         )
         return result
     result["peak_mib"] = _peak_memory_mib(trainer.device)
-    data = json.dumps(result, indent=1).encode()
-    ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(data)))
+    encoded = json.dumps(result, indent=1).encode()
+    ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(encoded)))
     if result["best_top1"] is not None:
         log.say(
             f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
@@ -503,12 +508,14 @@ def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
         >>> shortened(load_preset("cifar100-resnet32-dlb")).data.source
         'synthetic:160,10,32'
     """
+    check_effects(config)
     if not real_data:
         kind = config.data.source.split(":")[0]
         size = 8 if kind in ("digits", "synthetic") else min(SMOKE_PIXELS, config.data.image_size)
         source = f"synthetic:{SMOKE_ROWS * SMOKE_CLASSES},{SMOKE_CLASSES},{size}"
         # asymmetric noise is defined for the classes of the config's own data
         config = override(config, source=source, per_class=None, noise_kind="symmetric")
+        config = override(config, **without_effect(config))  # such as the size of image files
     rows = min(SMOKE_ROWS, config.data.batch_size)
     every: dict[str, Any] = {"eval_every": SMOKE_STEPS // 2, "checkpoint_every": SMOKE_STEPS // 2, "log_every": 1}
     return override(config, batch_size=rows, max_steps=SMOKE_STEPS, trackers=(), **every)
