@@ -126,7 +126,7 @@ def test_many_steps(classes: int, dtype: torch.dtype, stored: torch.dtype) -> No
     assert all(int(value) > 0 for value in stream.slots[1:5]), "every counter has counted"
 
 
-@pytest.mark.parametrize("clusters", [0, 8])
+@pytest.mark.parametrize("clusters", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_many_steps_with_long_rows(clusters: int) -> None:
     stream = Stream(harness.emulator(largest_cluster=clusters), 17001, CAPACITY, torch.bfloat16)
     roll_through(stream, 17001, torch.bfloat16, [STEPS[i] for i in (0, 1, 2, 3, 8, 9)])

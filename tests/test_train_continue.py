@@ -243,5 +243,5 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over(run):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     with pytest.raises(CheckpointError, match="has no checkpoint, but the run has been trained.*another --out"):
         train(SMALL, run, resume=True)
-    assert cli.main(["train", "--out", str(run)]) == 1
+    assert cli.main(["train", "--out", str(run)]) == 2
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

@@ -114,7 +114,7 @@ def test_num_old_given_and_room_to_spare():
     assert stream(Pair(7, 20), layout) == [0, 5, 3, 5, 0, 4]
 
 
-@pytest.mark.parametrize("classes", [5, 600, 9001])
+@pytest.mark.parametrize("classes", [5, 600, pytest.param(9001, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ids", [True, False])
 def test_the_same_batch_again_meets_the_same_teacher(classes, ids, counting):
     """Batches that are evaluated several times: each has one teacher, and its latest evaluation is what is stored."""
@@ -281,8 +281,10 @@ def test_also_where_its_label_is_ignored_or_there_is_no_target(name):
     not_finite_case(name, 5, target=False)
 
 
-@pytest.mark.parametrize("name", ["NaN", "inf", "only -inf", "one finite"])
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(
+    "name", ["NaN", *(pytest.param(n, marks=pytest.mark.slow) for n in ("inf", "only -inf", "one finite"))]
+)
+@pytest.mark.parametrize("counted", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_also_where_a_row_takes_two_passes(name, counted):
     not_finite_case(name, 9001, counted=counted)
 
