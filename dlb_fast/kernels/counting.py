@@ -27,7 +27,7 @@ def same_batch(ids_ptr, stored_ptr, count, batch, num_old):
     """
     span = tl.arange(0, ID_BLOCK)
     fits = (count > 0) & (batch >= count) & ((num_old < 0) | (batch - num_old == count))
-    last_differ, first_differ = count * 0, count * 0
+    last_differ, first_differ = count * 0, (batch == count).to(tl.int32)
     base = count * 0
     while fits & (last_differ == 0) & (base < count):
         rows = base + span
@@ -38,7 +38,7 @@ def same_batch(ids_ptr, stored_ptr, count, batch, num_old):
         last_differ = tl.max((stored != last).to(tl.int32), axis=0)
         first_differ = tl.maximum(first_differ, tl.max((stored != first).to(tl.int32), axis=0))
         base += ID_BLOCK
-    return (fits & (last_differ == 0) & ((first_differ != 0) | (batch == count))).to(tl.int32)
+    return (fits & (last_differ == 0) & (first_differ != 0)).to(tl.int32)
 
 
 @triton.jit
