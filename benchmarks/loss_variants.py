@@ -145,7 +145,7 @@ def ours(impl: str, values: Tensor, target: Tensor, teacher: Tensor) -> dict[Key
     return {
         (impl, "autograd"): autograd,
         (impl, "gradient"): functools.partial(dlb_step, logits, target, kept, temperature=TAU, impl=impl),
-        (f"{impl}-op", "gradient"): lambda: op(logits, rolled.logits, rolled.slots, None, -1, *options),
+        (f"{impl}-op", "gradient"): lambda: op(logits, rolled.rows, rolled.slots, None, -1, 0, *options),
     }
 
 

@@ -1,5 +1,6 @@
 // The ops `dlb_fast::last_batch*`: schema and CPU dispatch, through libtorch's stable ABI (one file serves torch 2.10
 // and newer, and any Python). The mathematics is in cpu/ and cuda/.
+#include <algorithm>
 #include <vector>
 
 #include "cpu/batch_plan.h"
@@ -15,15 +16,24 @@ constexpr int64_t elements_per_thread = 16384;
 
 int64_t grain(int64_t classes) { return elements_per_thread / classes < 1 ? 1 : elements_per_thread / classes; }
 
-void run_on_cpu(const LastBatchArgs& args) {
-  const BatchPlan plan = plan_batch(args);
-  STD_TORCH_CHECK(plan.error.empty(), plan.error.c_str());
-  RowLosses losses;
+void run_pairs(const LastBatchArgs& args, const BatchPlan& plan, RowLosses& losses) {
   const PairJob job = pair_job(args, plan, losses);
   const PairKernel kernel = pair_kernel(args);
   const int64_t second = args.batch - plan.split, pairs = plan.split > second ? plan.split : second;
   torch::stable::parallel_for(0, pairs, grain(2 * args.classes),
                               [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+}
+
+void run_on_cpu(const LastBatchArgs& args) {
+  BatchPlan plan = plan_batch(args);
+  STD_TORCH_CHECK(plan.error.empty(), plan.error.c_str());
+  RowLosses losses;
+  run_pairs(args, plan, losses);
+  if (std::find(losses.unusable.begin(), losses.unusable.end(), 1) != losses.unusable.end()) {
+    // Rows of the given teacher are not finite: the means divide by fewer rows.
+    plan = plan_batch(args, &losses.unusable);
+    run_pairs(args, plan, losses);
+  }
   finish_batch(args, plan, losses);
 }
 
@@ -36,11 +46,11 @@ Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64
   return outputs;
 }
 
-Outputs run_with_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids,
-                        int64_t num_old, const Options& options, bool need_grad) {
+Outputs run_with_buffer(const Tensor& logits, const Tensor& rows, const Tensor& slots, const MaybeTensor& ids,
+                        int64_t num_old, int64_t again, const Options& options, bool need_grad) {
   LastBatchArgs args;
   Outputs outputs = unpack(logits, options, need_grad, args);
-  unpack_buffer(logits, buffer, slots, ids, num_old, args);
+  unpack_buffer(logits, rows, slots, ids, num_old, again, args);
   run_on_cpu(args);
   return outputs;
 }
@@ -74,7 +84,7 @@ void scale_grad_cpu(Tensor grad, Tensor upstream, Tensor parts) {
 
 STABLE_TORCH_LIBRARY(dlb_fast, m) {
   m.def("last_batch(Tensor logits, Tensor? teacher, int teacher_kind, " DLB_OPTION_SCHEMA);
-  m.def("last_batch_update(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, "
+  m.def("last_batch_update(Tensor logits, Tensor(a!) rows, Tensor(b!) slots, Tensor? ids, int num_old, int again, "
         DLB_OPTION_SCHEMA);
   m.def("scale_grad_(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()");
   m.def(DLB_CROPS_SCHEMA);  // implemented in resized_crops.cpp; a library has one such block

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../dlb_fast/options.h"
+#include "row_math.h"
 
 namespace dlb_fast {
 
@@ -14,8 +15,13 @@ enum class Reduction : int32_t { mean = 0, sum = 1, none = 2 };
 // Entries of the op's `parts` output, as in dlb_fast/ops.py PARTS.
 enum Part : int32_t { part_loss, part_ce, part_lb, part_correct, part_grad_scale, part_valid, part_count };
 
-// Header of the buffer's `slots`, as in dlb_fast/buffer.py: [count, mismatched, ids...].
-constexpr int64_t slots_count = 0, slots_mismatched = 1, slots_header = 2;
+// The buffer's `slots`, as in dlb_fast/buffer.py: a header, then generation 0, then generation 1. A generation is
+// [count, an id per slot, per slot whether the row is finite].
+constexpr int64_t slots_latest = 0, slots_taught = 1, slots_mismatched = 2, slots_unknown = 3, slots_not_finite = 4,
+                  slots_untaught = 5, slots_header = 6;
+DLB_HD int64_t slots_base(int64_t generation, int64_t capacity) {
+  return slots_header + generation * (1 + 2 * capacity);
+}
 constexpr int64_t unknown_id = INT64_MIN;
 
 // Compute dtype A: double for f64 logits, float for all others. Pointers marked (A) hold that dtype.
@@ -34,16 +40,18 @@ struct LastBatchArgs {
   const void* dense = nullptr;           // (A) (B, C)
   int64_t dense_stride = 0;
   const void* weight = nullptr;          // (A) (C,) class weights
-  // Teacher: rows given (read only), or the buffer (read, then overwritten by the new rows of the batch).
+  // Teacher: rows given, or one generation of the buffer; the new rows of the batch are written into the other one.
   TeacherKind kind = TeacherKind::none;
-  DType teacher_dtype = DType::f32;      // of teacher or buffer
+  DType teacher_dtype = DType::f32;      // of teacher or rows
   const void* teacher = nullptr;         // (H, C)
   int64_t teacher_stride = 0, teacher_rows = 0;
-  void* buffer = nullptr;                // (S, C) contiguous
+  void* rows = nullptr;                  // (2, R, C) contiguous, R >= S
+  int64_t rows_stride = 0;               // R * C: elements between the generations
   int64_t capacity = 0;                  // S
-  int64_t* slots = nullptr;              // (2 + S,) contiguous
+  int64_t* slots = nullptr;              // (slots_base(2, S),) contiguous
   const int64_t* ids = nullptr;          // (B,) contiguous
-  int64_t num_old = -1;                  // repeated rows of this batch; -1: the count in slots
+  int64_t num_old = -1;                  // repeated rows of this batch; -1: by the count in slots
+  int again = 0;                         // 1: the batch of the last call once more; 0: a new one; -1: by the ids
   const bool* kd_mask = nullptr;         // one per row with a teacher
   int64_t kd_mask_rows = 0;              // rows from here on have no valid teacher
   // Weights of the terms: (ce_weight + ce_alpha * alpha) CE + alpha tau^2 KL.

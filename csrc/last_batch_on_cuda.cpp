@@ -35,12 +35,12 @@ Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64
   return outputs;
 }
 
-Outputs run_with_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids,
-                        int64_t num_old, const Options& options, bool need_grad) {
+Outputs run_with_buffer(const Tensor& logits, const Tensor& rows, const Tensor& slots, const MaybeTensor& ids,
+                        int64_t num_old, int64_t again, const Options& options, bool need_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   LastBatchArgs args;
   Outputs outputs = unpack(logits, options, need_grad, args);
-  unpack_buffer(logits, buffer, slots, ids, num_old, args);
+  unpack_buffer(logits, rows, slots, ids, num_old, again, args);
   launch(logits, args);
   return outputs;
 }

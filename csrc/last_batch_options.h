@@ -35,9 +35,9 @@ Outputs last_batch(Tensor logits, MaybeTensor teacher, int64_t teacher_kind, DLB
 }
 
 template <auto run>
-Outputs last_batch_update(Tensor logits, Tensor buffer, Tensor slots, MaybeTensor ids, int64_t num_old,
+Outputs last_batch_update(Tensor logits, Tensor rows, Tensor slots, MaybeTensor ids, int64_t num_old, int64_t again,
                           DLB_OPTION_PARAMETERS) {
-  return run(logits, buffer, slots, ids, num_old, DLB_OPTIONS, need_grad);
+  return run(logits, rows, slots, ids, num_old, again, DLB_OPTIONS, need_grad);
 }
 
 }  // namespace dlb_fast

@@ -156,21 +156,26 @@ inline void unpack_teacher(const Tensor& logits, const MaybeTensor& teacher, int
   a.teacher_rows = teacher->size(0);
 }
 
-inline void unpack_buffer(const Tensor& logits, const Tensor& buffer, const Tensor& slots, const MaybeTensor& ids,
-                          int64_t num_old, LastBatchArgs& a) {
-  check_rows(buffer, "buffer", a.classes);
-  STD_TORCH_CHECK(buffer.is_contiguous() && buffer.device() == logits.device(),
-                  "last_batch: buffer must be contiguous and on the device of the logits");
+inline void unpack_buffer(const Tensor& logits, const Tensor& rows, const Tensor& slots, const MaybeTensor& ids,
+                          int64_t num_old, int64_t again, LastBatchArgs& a) {
+  STD_TORCH_CHECK(rows.dim() == 3 && rows.size(0) == 2 && rows.size(2) == a.classes,
+                  "last_batch: rows must be (2, R, ", a.classes, ")");
+  STD_TORCH_CHECK(rows.is_contiguous() && rows.device() == logits.device(),
+                  "last_batch: rows must be contiguous and on the device of the logits");
   a.kind = TeacherKind::logits;
-  a.teacher_dtype = dtype_of(buffer, "buffer");
-  a.buffer = buffer.mutable_data_ptr();
-  a.capacity = buffer.size(0);
-  address(slots, logits, "slots", ST::Long, slots_header + a.capacity);
+  a.teacher_dtype = dtype_of(rows, "rows");
+  a.rows = rows.mutable_data_ptr();
+  a.rows_stride = rows.size(1) * a.classes;
+  a.capacity = (slots.numel() - slots_header - 2) / 4;
+  STD_TORCH_CHECK(a.capacity >= 1 && a.capacity <= rows.size(1), "last_batch: rows and slots do not belong together");
+  address(slots, logits, "slots", ST::Long, slots_base(2, a.capacity));
   a.slots = static_cast<int64_t*>(slots.mutable_data_ptr());
   STD_TORCH_CHECK(!ids || ids->dim() == 1, "last_batch: ids must have shape (B,)");
   a.ids = static_cast<const int64_t*>(address(ids, logits, "ids", ST::Long, a.batch));
   STD_TORCH_CHECK(num_old >= -1 && num_old <= a.batch, "last_batch: num_old must be between 0 and the batch size");
   a.num_old = num_old;
+  STD_TORCH_CHECK(again >= -1 && again <= 1, "last_batch: again must be 1, 0 or -1");
+  a.again = static_cast<int>(again);
 }
 
 }  // namespace dlb_fast

@@ -50,6 +50,7 @@ def load_library() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:  # the library of another platform, or a torch older than 2.10
         return f"{LIBRARY.name} could not be loaded into torch {torch.__version__}: {error}"
+    torch.library.register_fake("dlb_fast::resized_crops_", lambda *args: None)
     return ""
 
 
@@ -119,28 +120,28 @@ def state_table() -> str:
     return "\n".join(["| `impl=` | what it is | state |", "| --- | --- | --- |", *rows])
 
 
-def require(impl: str, device_type: str) -> None:
+def require(impl: str, device_type: str, op: str) -> None:
     """Raise unless the named implementation runs on tensors of this device type."""
     if impl == "torch":
         return
     hint = "; run `dlb-fast doctor` for the state of every implementation"
     if impl in ("cpu", "cuda"):
         if device_type != impl:
-            raise ValueError(f"impl={impl!r} needs tensors on a {impl} device, got {device_type}{hint}")
+            raise ValueError(f"{op}: impl={impl!r} needs tensors on a {impl} device, got {device_type}{hint}")
         missing = compiled_for(impl)
     else:
         missing = _triton_missing()
         if not missing and device_type == "cpu" and not triton_interpreted():
             missing = "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before importing triton"
     if missing:
-        raise RuntimeError(f"impl={impl!r} is not available: {missing}{hint}")
+        raise RuntimeError(f"{op}: impl={impl!r} is not available: {missing}{hint}")
 
 
 # Kept by `pick`, which is asked once per loss: torch's own look-up takes longer than a small kernel.
 _PICKED: dict[tuple[str, str], str] = {}
 
 
-def pick(impl: str, device_type: str) -> str:
+def pick(impl: str, device_type: str, op: str = "dlb_fast") -> str:
     """The implementation to run for ``impl`` on this device type; raises where a named one cannot run."""
     choice = _PICKED.get((impl, device_type))
     if choice is not None:
@@ -148,9 +149,9 @@ def pick(impl: str, device_type: str) -> str:
     wished = os.environ.get("DLB_FAST_BACKEND", "auto") if impl == "auto" else impl
     if wished not in ("auto", *IMPLEMENTATIONS):
         name = "DLB_FAST_BACKEND" if impl == "auto" else "impl"
-        raise ValueError(f"{name} must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {wished!r}")
+        raise ValueError(f"{op}: {name} must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {wished!r}")
     if wished != "auto":
-        require(wished, device_type)
+        require(wished, device_type, op)
         choice, why = wished, "named"
     elif device_type == "cpu":
         missing = compiled_for("cpu")

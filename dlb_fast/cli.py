@@ -38,7 +38,11 @@ TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simp
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0 done (or stopped on request), 1 failed, 2 wrong use."""
+    """Run a subcommand; returns the exit code.
+
+    0: done, or stopped by a signal with everything saved. 2: refused, because a flag, a config, data or a folder is not
+    as expected (ValueError, a missing file). 1: anything else failed. 130: Ctrl-C where nothing is saved.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] == "--version":
         from dlb_fast import __version__
@@ -69,11 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("DLB_FAST_DEBUG") == "1":
             raise
         rank = f" (rank {os.environ.get('RANK')})" if world_size != "1" else ""
-        print(f"dlb-fast {name}{rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"dlb-fast {name}{rank}: {_said(error)}", file=sys.stderr)
         if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
             print('the trainer needs further libraries: pip install "dlb_fast[train]"', file=sys.stderr)
         print("(DLB_FAST_DEBUG=1 shows where it happened)", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+
+
+def _said(error: Exception) -> str:
+    """An error in words: its own sentence, the system's with the file, or with the type where that says more."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def train(argv: list[str]) -> int:
@@ -100,7 +113,7 @@ def train(argv: list[str]) -> int:
                 return folder, folder.read_config()
             if first.preset is None and first.config is None:
                 raise ValueError(f"--resume: there is no run in {folder.path}; --preset or --config would start one")
-        elif folder is not None and folder.exists():
+        elif folder is not None and folder.has_work():
             raise ValueError(f"--out: {folder.path} already holds a run; --resume continues it, or choose another")
         return folder, None
 
@@ -108,10 +121,11 @@ def train(argv: list[str]) -> int:
     base, sources = (begun, "") if begun else _base_config(first.preset, first.config, first.data)
     args = parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
     changed = _changes(base, args.run)
-    if ranks.is_main and begun and changed:
-        print(f"changed for the rest of the run: {changed}", file=sys.stderr)
-    elif ranks.is_main and not begun and not args.quiet:
-        print(sources + (f"; then flags: {changed}" if changed else ""), file=sys.stderr)
+    note = sources + (f"; then flags: {changed}" if changed else "")
+    if begun:
+        note = f"changed for the rest of the run: {changed}" if changed else ""
+    if ranks.is_main and note and (begun if args.quiet else args.smoke):  # otherwise train_run prints it
+        print(note, file=sys.stderr)
     if args.smoke:
         if args.resume:
             raise ValueError("--smoke starts a rehearsal of its own; leave --resume out")
@@ -126,7 +140,7 @@ def train(argv: list[str]) -> int:
     folder = folder or ranks.run_on_main(lambda: RunFolder.named(label))
     from dlb_fast.train.run import train_run
 
-    train_run(args.run, folder, resume=args.resume, quiet=args.quiet, ranks=ranks)
+    train_run(args.run, folder, resume=args.resume, quiet=args.quiet, ranks=ranks, note=note)
     if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may stop before its first evaluation
         _write_page(folder.path, args.quiet)
     ranks.leave()
@@ -246,7 +260,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     """`dlb-fast compare --preset NAME --methods ce,ls,two_view,dlb --seeds 5 --out FOLDER --jobs N [config flags]`."""
     from dlb_fast import report as pages
     from dlb_fast.train import compare as comparison
-    from dlb_fast.train.config import RunConfig, override, parse_flags
+    from dlb_fast.train.config import RunConfig, check_effects, override, parse_flags, without_effect
     from dlb_fast.train.run import RunFolder
 
     parser = argparse.ArgumentParser(
@@ -272,6 +286,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     data.add_argument("--data")
     base, _ = _base_config(args.preset, args.config, data.parse_known_args(rest)[0].data)
     config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}")
+    if preset is not None and config.data.source != base.data.source:
+        raise ValueError(f"{prog} is a recipe for {preset}; compare other data with: dlb-fast compare --data KIND:PATH")
     command = f"dlb-fast {prog} {shlex.join(argv)}".strip()
     methods = list(comparison.VARIANTS) if args.methods == "all" else args.methods.split(",")
     title = "DLB on handwritten digits" if preset else f"Comparison on {config.data.source}"
@@ -287,7 +303,10 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     if args.noises is not None:
         root = args.out or RunFolder.named(prog).path
         shares = [float(share) for share in args.noises.split(",")]
-        found = {s: one(override(config, label_noise=s), root / f"noise-{s:g}")[1] for s in shares}
+        check_effects(override(config, label_noise=max(shares)))
+        each = {s: override(config, label_noise=s) for s in shares}
+        each = {s: override(c, **without_effect(c)) for s, c in each.items()}  # the kind of noise, where there is none
+        found = {s: one(c, root / f"noise-{s:g}")[1] for s, c in each.items()}
         page = pages.write_noise_report(root, found, title=title, command=command)
         print(f"\n{pages.noise_table(found)}\n\nwrote {page}, {root / 'noise.png'} and a report.md per share")
         return 0

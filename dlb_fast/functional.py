@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Options(NamedTuple):
     weight: Tensor | None
     ignore_index: int
     reduction: str
+    float64_only: bool  # the temperature is too large for float32
     numbers: tuple[Any, ...]  # the floats and integers of options.h, in its order
 
 
@@ -65,10 +67,11 @@ def prepare(
 ) -> Options:
     """Check what does not depend on a batch. A module does this once and keeps the result until an option changes."""
     _args.check_impl(op, impl)
-    _args.check_scalar(op, "alpha", alpha, positive=False)
-    _args.check_scalar(op, "temperature", temperature, positive=True)
-    _args.check_options(op, label_smoothing, reduction)
-    _args.check_ignore_index(op, ignore_index)
+    alpha = _args.check_scalar(op, "alpha", alpha, positive=False)
+    temperature = _args.check_temperature(op, temperature)
+    label_smoothing = _args.check_share(op, "label_smoothing", label_smoothing)
+    _args.check_reduction(op, reduction)
+    ignore_index = _args.check_ignore_index(op, ignore_index)
     values = {
         "alpha": 0.0 if isinstance(alpha, Tensor) else float(alpha),
         "temperature": 0.0 if isinstance(temperature, Tensor) else float(temperature),
@@ -81,7 +84,7 @@ def prepare(
     }
     return Options(
         op, impl, alpha, temperature, ce_weight, ce_alpha, label_smoothing, correct_share, weight, ignore_index,
-        reduction, tuple(map(values.get, NUMBERS)),
+        reduction, values["temperature"] > _args.TEMPERATURES[1], tuple(map(values.get, NUMBERS)),
     )  # fmt: skip
 
 
@@ -105,6 +108,7 @@ def row_loss(
     buffer: LogitBuffer | None = None,
     ids: Tensor | None = None,
     num_old: int | None = None,
+    again: int = 0,
     kd_mask: Tensor | None = None,
     target_b: Tensor | None = None,
     lam: Scalar | None = None,
@@ -113,8 +117,9 @@ def row_loss(
     """The one way to an implementation: every loss of the package ends here.
 
     ``(ce_weight + ce_alpha * alpha) * CE + alpha * tau^2 * KL(teacher || z)``. The teacher is a tensor, the stored rows
-    of ``buffer`` (which then takes the new rows of the batch; the caller sets ``buffer.count``), or virtual. ``logits``
-    are a tensor of two dimensions; ``kd_mask``, ``target_b`` and ``lam`` have passed their checks.
+    of ``buffer`` (which then takes the new rows of the batch; the caller asks ``buffer.recognise`` for ``again`` and
+    sets ``buffer.count`` and ``buffer.batch``), or virtual. ``logits`` are a tensor of two dimensions; ``kd_mask``,
+    ``target_b`` and ``lam`` have passed their checks.
 
     The compiled ops check their tensors before they write anything, so they are called first; the arguments are
     examined only where the call fails, to say which one is wrong and what to do. Triton's ops and plain PyTorch check
@@ -125,12 +130,19 @@ def row_loss(
     """
     examined = False
     try:
-        impl = _backends.pick(options.impl, logits.device.type)
-        if impl != "torch" and (feature := ops.unsupported(logits)):
-            if options.impl != "auto" or upstream is not None:
-                raise RuntimeError(
-                    f"{options.op}: impl={impl!r} does not know {feature}; use impl='torch', plain autograd"
-                )
+        if buffer is not None and torch._C._are_functorch_transforms_active():
+            ops.refuse_memory(options.op)
+        impl = _backends.pick(options.impl, logits.device.type, options.op)
+        if options.float64_only and logits.dtype is not torch.float64:
+            _args.check_temperature(options.op, options.temperature, logits.dtype)
+        if impl != "torch" and (
+            refusal := ops.unsupported(
+                logits, target=target, weight=options.weight, lam=lam, alpha=options.alpha,
+                temperature=options.temperature,
+            )
+        ):  # fmt: skip
+            if options.impl != "auto":
+                raise RuntimeError(f"{options.op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
             impl = "torch"
         if impl not in ("cpu", "cuda") or type(logits) is not Tensor or torch.compiler.is_compiling():
             _examine(options, logits, target, target_b, teacher, buffer, ids)
@@ -141,8 +153,11 @@ def row_loss(
             teacher_kind = "none"
         if impl == "torch":
             return _plain_torch(
-                options, logits, target, teacher, teacher_kind, buffer, ids, num_old, kd_mask, target_b, lam
+                options, logits, target, teacher, teacher_kind, buffer, ids, num_old, again, kd_mask, target_b, lam
             )
+        if teacher is not None and impl != "cpu":  # the CPU's op finds rows that are not finite by itself
+            finite = reference.finite_rows(teacher)
+            kd_mask = finite if kd_mask is None else kd_mask & finite
 
         tensors = _op_tensors(options, logits, target, kd_mask, target_b, lam)
         first: tuple[Any, ...]
@@ -153,7 +168,7 @@ def row_loss(
             name = "last_batch_update"
             if ids is not None and not (ids.dtype is torch.int64 and ids.is_contiguous()):
                 ids = _integers(ids).contiguous()
-            first = (buffer.logits, buffer.slots, ids, -1 if num_old is None else num_old)
+            first = (buffer.rows, buffer.slots, ids, -1 if num_old is None else num_old, again)
         args = (*first, *map(tensors.get, TENSORS), *options.numbers)
         if not logits.is_contiguous():
             logits = _rows_contiguous(logits)
@@ -161,13 +176,15 @@ def row_loss(
             result = ops.run(impl, name, logits, args)
         else:
             result = ops.run_with_grad(impl, name, logits, args, upstream)
-    except Exception:
-        if examined:
-            raise
-        try:
-            _examine(options, logits, target, target_b, teacher, buffer, ids)
-        except (TypeError, ValueError) as reason:
-            raise reason from None
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # not checkpoint's early stop
+        if not examined:
+            try:
+                _examine(options, logits, target, target_b, teacher, buffer, ids)
+            except (TypeError, ValueError) as reason:
+                raise reason from None
+        said = str(error).partition("\n")[0]
+        if said.startswith("last_batch"):  # a limit of one implementation
+            raise RuntimeError(f"{options.op}: impl={impl!r}: {said.partition(': ')[2]}") from None
         raise
     return result
 
@@ -200,7 +217,7 @@ def _op_tensors(
         _args.check_scalar(options.op, "alpha", options.alpha, positive=False)  # its value may have changed
         tensors["alpha_t"] = options.alpha.detach().to(logits.device, reference.compute_dtype(logits.dtype))
     if isinstance(options.temperature, Tensor):
-        _args.check_scalar(options.op, "temperature", options.temperature, positive=True)
+        _args.check_temperature(options.op, options.temperature, logits.dtype)
         tensors["temperature_t"] = options.temperature.detach().to(logits.device, reference.compute_dtype(logits.dtype))
     return tensors
 
@@ -216,7 +233,7 @@ def _examine(
 ) -> None:
     """Raise the error of the first tensor that does not fit the others."""
     op = options.op
-    _args.check_logits(op, logits)
+    _args.check_logits(op, logits, target)
     if target is not None:
         _args.check_target(op, logits, target)
     if options.weight is not None:
@@ -231,10 +248,12 @@ def _examine(
 
 
 def _check_buffer(op: str, logits: Tensor, buffer: LogitBuffer) -> None:
-    if buffer.num_classes != logits.shape[1] or buffer.logits.device != logits.device:
+    if not isinstance(buffer, LogitBuffer):
+        raise TypeError(f"{op}: buffer must be a dlb_fast.LogitBuffer, got {type(buffer).__name__}")
+    if buffer.num_classes != logits.shape[1] or buffer.device != logits.device:
         raise ValueError(
             f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
-            f"{buffer.logits.device}"
+            f"{buffer.device}; make it with num_classes={logits.shape[1]} and device={str(logits.device)!r}"
         )
 
 
@@ -247,34 +266,37 @@ def _plain_torch(
     buffer: LogitBuffer | None,
     ids: Tensor | None,
     num_old: int | None,
+    again: int,
     kd_mask: Tensor | None,
     target_b: Tensor | None,
     lam: Scalar | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition. As in the kernels only the logits get a gradient, and a scalar does not decide the dtype."""
+    """The definition, differentiated by autograd. As in the kernels, a scalar does not decide the dtype."""
     dtype = reference.compute_dtype(logits.dtype)
     alpha, temperature = options.alpha, options.temperature
     if isinstance(alpha, Tensor):
         _args.check_scalar(options.op, "alpha", alpha, positive=False)
-        alpha = alpha.detach().to(dtype)
+        alpha = alpha.to(dtype)
     if isinstance(temperature, Tensor):
-        _args.check_scalar(options.op, "temperature", temperature, positive=True)
-        temperature = temperature.detach().to(dtype)
+        _args.check_temperature(options.op, temperature, logits.dtype)
+        temperature = temperature.to(dtype)
+    mask = kd_mask
     if buffer is not None:
-        teacher, valid = buffer.teacher(logits, ids, num_old)
-        kd_mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
+        match = buffer.match(logits.shape[0], ids, num_old, again)
+        teacher, valid = buffer.teacher(match), match.repeats
+        mask = valid if kd_mask is None else valid & kd_mask[: valid.shape[0]]
     if target is not None:
-        target = target.detach() if target.dim() == 2 else target.long()
+        target = target if target.dim() == 2 else target.long()
     loss, parts = reference.last_batch_loss(
         logits, target, teacher, alpha=alpha, temperature=temperature, label_smoothing=options.label_smoothing,
-        weight=None if options.weight is None else options.weight.detach(), ignore_index=options.ignore_index,
-        kd_mask=kd_mask, reduction=options.reduction, target_b=None if target_b is None else target_b.long(),
-        lam=lam.detach() if isinstance(lam, Tensor) else lam,
+        weight=options.weight, ignore_index=options.ignore_index,
+        kd_mask=mask, reduction=options.reduction, target_b=None if target_b is None else target_b.long(),
+        lam=lam,
         ce_weight=options.ce_weight + options.ce_alpha * alpha if options.ce_alpha else options.ce_weight,
         teacher_kind=teacher_kind, correct_share=options.correct_share,
     )  # fmt: skip
     if buffer is not None:
-        buffer.update(logits, ids, num_old)
+        buffer.update(logits, ids, num_old, again, kd_mask)
     return loss, parts
 
 
@@ -308,8 +330,10 @@ def fused_lb_loss(
         logits: ``(B, C)`` float32, bfloat16, float16 or float64; any strides; never written to.
         target: ``(B,)`` integer labels, ``(B, C)`` class probabilities, or None for the KL term alone.
         last_logits: ``(H, C)`` with ``H <= B``: the previous logits of rows ``[0, H)``; None gives plain CE. Detached.
-        alpha: weight of the KL term, a number >= 0 or a 0-d tensor (a schedule that never recompiles).
-        temperature: tau > 0 of both distributions, a number or a 0-d tensor.
+        alpha: weight of the KL term, a number in ``[0, 1e30]`` or a 0-d tensor (a schedule that never recompiles).
+        temperature: tau of both distributions, a number or a 0-d tensor, in ``[1e-18, 100]``, with float64 logits up
+            to 1e6: beyond that the rounding error of the KL times tau^2 is no longer small beside the loss. The value
+            of a tensor on a GPU is not read.
         label_smoothing: in ``[0, 1]``, as in torch; applies to the CE only.
         weight: ``(C,)`` class weights of the CE, as in torch.
         ignore_index: rows with this label leave the CE; they leave the KL only through ``kd_mask``.
@@ -324,12 +348,13 @@ def fused_lb_loss(
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-d or ``(B,)``; with ``return_parts`` a pair. The gradient
-        has the dtype of the logits. Differentiable once: a second derivative raises a RuntimeError (``impl="torch"``
-        has one).
+        has the dtype of the logits. The compiled implementations differentiate the logits, once; ``impl="torch"`` is
+        plain autograd in every argument but the teacher.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, a label outside ``[0, C)`` on the CPU
-            (on a GPU such a row becomes NaN). RuntimeError: a named implementation that is not available.
+            (on a GPU such a row becomes NaN). RuntimeError: a named implementation that is not available, or has not
+            the gradient or the derivative that is asked for.
 
     Source: Shen et al., CVPR 2022; official code ``dlb.py`` of Meta-knowledge-Lab/DLB.
 
@@ -341,22 +366,21 @@ def fused_lb_loss(
     (0.339, torch.Size([2, 2]))
     """
     op = "fused_lb_loss"
-    _args.check_logits(op, logits)
+    _args.check_logits(op, logits, target)
     if target_b is not None or lam is not None:
-        _args.check_pair(op, logits, target, target_b, lam)
+        lam = _args.check_pair(op, logits, target, target_b, lam)
     if kd_mask is not None:
         if last_logits is None:
             raise ValueError(f"{op}: kd_mask was given without last_logits; there is no KL term to mask")
-        _args.check_kd_mask(op, logits, kd_mask, _args.check_tensor(op, "last_logits", last_logits).shape[0])
+        _args.check_teacher(op, logits, last_logits)
+        _args.check_kd_mask(op, logits, kd_mask, last_logits.shape[0])
     if target is None and last_logits is None:
         raise ValueError(f"{op}: target and last_logits are both None; nothing is left to compute")
     options = prepare(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
-    loss, parts = row_loss(
-        options, logits, target, teacher=last_logits, kd_mask=kd_mask, target_b=target_b, lam=lam
-    )
+    loss, parts = row_loss(options, logits, target, teacher=last_logits, kd_mask=kd_mask, target_b=target_b, lam=lam)
     return (loss, LossParts.unpack(parts)) if return_parts else loss
 
 
@@ -367,6 +391,7 @@ def dlb_step(
     *,
     ids: Tensor | None = None,
     num_old: int | None = None,
+    again: bool | None = None,
     alpha: Scalar = 1.0,
     temperature: Scalar = 3.0,
     label_smoothing: float = 0.0,
@@ -386,8 +411,10 @@ def dlb_step(
         buffer: :class:`LogitBuffer` with ``C`` classes on the device of the logits.
         ids: ``(B,)`` sample ids, as in :class:`LastBatchLoss`.
         num_old: how many of the first rows repeat the stored ones, as in :class:`LastBatchLoss`.
+        again: whether this is the batch of the last call once more (the second pass of SAM, a closure): it then meets
+            the same teacher, and its rows replace those of the last call. None compares the ids, where there are any.
         alpha: weight of the KL, a number or a 0-d tensor.
-        temperature: tau > 0, a number or a 0-d tensor.
+        temperature: tau, as in :func:`fused_lb_loss`.
         label_smoothing: of the CE, as in torch.
         weight: ``(C,)`` class weights of the CE, as in torch.
         ignore_index: rows with this label leave the CE.
@@ -410,47 +437,39 @@ def dlb_step(
     (torch.Size([2, 5]), 2)
     """
     op = "dlb_step"
-    _args.check_logits(op, logits)
-    _args.check_scalar(op, "upstream", upstream, positive=False)
-    _args.check_num_old(op, num_old)
+    _args.check_logits(op, logits, target)
+    upstream = _args.check_scalar(op, "upstream", upstream, positive=False)
+    num_old = _args.check_num_old(op, num_old)
+    if again is not None and not isinstance(again, bool):
+        raise TypeError(f"{op}: again must be True, False or None, got {again!r}")
     options = prepare(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index,
     )  # fmt: skip
+    if refusal := ops.unsupported(
+        logits, target=target, weight=weight, alpha=alpha, temperature=temperature, upstream=upstream
+    ):
+        raise RuntimeError(f"{op}: it {refusal} use LastBatchLoss with impl='torch', plain autograd")
     _check_buffer(op, logits, buffer)
-    stored = buffer.stored_rows(logits.shape[0], num_old)
-    if _backends.pick(impl, logits.device.type) != "torch":
-        loss, grad = row_loss(options, logits, target, buffer=buffer, ids=ids, num_old=num_old, upstream=upstream)
+    if ids is not None:
+        _args.check_ids(op, logits, ids)
+    where: dict[str, Any] = {}
+    if logits.shape[0] > 0:  # an empty batch has no row to teach or to store
+        same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again), op)
+        stored = buffer.stored_rows(logits.shape[0], num_old, same, op)
+        where = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
+    if _backends.pick(impl, logits.device.type, op) != "torch":
+        loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
     else:
         with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
-            leaf = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
-            loss, _ = row_loss(options, leaf, target, buffer=buffer, ids=ids, num_old=num_old)
+            inference = not torch.compiler.is_compiling() and logits.is_inference()
+            leaf = (logits.clone() if inference else logits).detach().requires_grad_()
+            loss, _ = row_loss(options, leaf, target, **where)
             (grad,) = torch.autograd.grad(loss * upstream, leaf)
         loss = loss.detach()
-    buffer.count = stored
+    if where:
+        buffer.count, buffer.batch = stored, logits.shape[0]
     return loss, grad
-
-
-def check_loss_inputs(
-    op: str,
-    logits: Tensor,
-    target: Tensor | None,
-    *,
-    alpha: Scalar,
-    temperature: Scalar,
-    label_smoothing: float,
-    weight: Tensor | None,
-    reduction: str,
-) -> None:
-    """Raise ValueError or TypeError unless these arguments fit together."""
-    _args.check_logits(op, logits)
-    if target is not None:
-        _args.check_target(op, logits, target)
-    if weight is not None:
-        _args.check_weight(op, logits, weight)
-    _args.check_scalar(op, "alpha", alpha, positive=False)
-    _args.check_scalar(op, "temperature", temperature, positive=True)
-    _args.check_options(op, label_smoothing, reduction)
 
 
 class Teacher(NamedTuple):
@@ -476,12 +495,12 @@ _KINDS = {"logits": True, "probabilities": True, "uniform": False, "none": False
 """Kind of a teacher -> whether it has a tensor."""
 
 
-def _check_teacher_fields(op: str, teacher: Teacher) -> None:
-    """A Teacher whose fields belong to its kind."""
+def _check_teacher_fields(op: str, teacher: Teacher, logits: Tensor) -> None:
+    """A Teacher whose fields belong to its kind and to the batch; a method of a user may return anything."""
     if not isinstance(teacher, Teacher):
         raise TypeError(f"{op}: teacher(inputs) must return a dlb_fast.Teacher, got {type(teacher).__name__}")
-    kind = teacher.kind
-    if kind not in _KINDS:
+    kind, rows, batch = teacher.kind, teacher.rows, logits.shape[0]
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{op}: the teacher's kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     if _KINDS[kind] != (teacher.tensor is not None):
         raise ValueError(f"{op}: a teacher of kind {kind!r} {'needs a' if _KINDS[kind] else 'takes no'} tensor")
@@ -489,6 +508,27 @@ def _check_teacher_fields(op: str, teacher: Teacher) -> None:
         raise ValueError(f"{op}: correct_share belongs to a teacher of kind 'uniform', got kind {kind!r}")
     if teacher.add_entropy and kind != "probabilities":
         raise ValueError(f"{op}: add_entropy belongs to a teacher of kind 'probabilities', got kind {kind!r}")
+    if kind == "none" and (teacher.mask is not None or teacher.student is not None):
+        raise ValueError(f"{op}: a teacher of kind 'none' has no KL, so it takes no mask and no student")
+    if rows is not None and _args.as_int(rows, op, "the teacher's rows", 0) > batch:
+        raise ValueError(f"{op}: the teacher's rows must be at most the {batch} rows of the batch, got {rows}")
+    if isinstance(teacher.kl_weight, bool) or not isinstance(teacher.kl_weight, (int, float)):
+        raise TypeError(f"{op}: the teacher's kl_weight must be a number, got {type(teacher.kl_weight).__name__}")
+    if not 0 < teacher.kl_weight < math.inf:
+        raise ValueError(
+            f"{op}: the teacher's kl_weight must be finite and > 0, got {teacher.kl_weight}; use Teacher('none') for a "
+            "batch without a teacher"
+        )
+    _args.check_scalar(op, "the teacher's alpha_scale", teacher.alpha_scale, positive=False)
+    student = teacher.student
+    if student is None:
+        return
+    _args.check_rows(op, "the teacher's student", student, logits)
+    if torch.is_grad_enabled() and logits.requires_grad and not student.requires_grad:
+        raise ValueError(
+            f"{op}: the teacher's student must be made of the logits with their graph, got a tensor that requires no "
+            "gradient; the KL would not train, so do not detach the student"
+        )
 
 
 def distill(
@@ -511,29 +551,27 @@ def distill(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Loss and parts of :func:`distillation_loss` for a :class:`Teacher`; errors name ``op``."""
-    check_loss_inputs(
-        op, logits, target, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
-        reduction=reduction,
-    )  # fmt: skip
+    _args.check_logits(op, logits, target)
+    if target is not None:
+        _args.check_target(op, logits, target)
+    alpha = _args.check_scalar(op, "alpha", alpha, positive=False)
+    ce_weight, ce_alpha = _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
     if target_b is not None or lam is not None:
-        _args.check_pair(op, logits, target, target_b, lam)
+        lam = _args.check_pair(op, logits, target, target_b, lam)
     if kd_mask is not None:
         _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
-    _check_teacher_fields(op, teacher)
+    _check_teacher_fields(op, teacher, logits)
     if (rows := teacher.rows) is not None:
         logits = logits[:rows]
+        teacher = teacher._replace(student=None if teacher.student is None else teacher.student[:rows])
         target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
         lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
     if teacher.tensor is not None:
-        _args.check_teacher(op, logits, teacher.tensor)
+        _args.check_teacher(op, logits, teacher.tensor, "teacher")
     if teacher.mask is not None:
-        _args.check_kd_mask(op, logits, teacher.mask, len(logits if teacher.tensor is None else teacher.tensor))
-    if teacher.kl_weight <= 0:
-        raise ValueError(
-            f"{op}: kl_weight must be > 0, got {teacher.kl_weight}; use Teacher('none') for a batch without a teacher"
-        )
-    if teacher.correct_share is not None:
-        _args.check_correct_share(op, teacher.correct_share)
+        rows = len(logits if teacher.tensor is None else teacher.tensor)
+        _args.check_kd_mask(op, logits, teacher.mask, rows, "the teacher's mask")
+    if (correct_share := _args.check_correct_share(op, teacher.correct_share)) is not None:
         if target is None or target.dim() != 1 or target_b is not None:
             raise ValueError(
                 f"{op}: correct_share needs one class per row, target (B,), got none, probabilities (B, C) or the "
@@ -549,13 +587,12 @@ def distill(
     ce_options: dict[str, Any] = {"label_smoothing": label_smoothing, "weight": weight, **shared}
     ce: dict[str, Any] = {"target": target, "target_b": target_b, "lam": lam}
     if teacher.kind == "none":
-        return row_loss(prepare(op, **ce_options), logits, **ce)
-    _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        return row_loss(prepare(op, alpha=alpha, temperature=temperature, **ce_options), logits, **ce)
     alpha = alpha * teacher.alpha_scale
     kd_alpha = alpha * teacher.kl_weight
     kind = "virtual" if teacher.kind == "uniform" else teacher.kind
     kd: dict[str, Any] = {"teacher": teacher.tensor, "teacher_kind": kind, "kd_mask": mask}
-    kd_options: dict[str, Any] = {"correct_share": teacher.correct_share, "temperature": temperature, "alpha": kd_alpha}
+    kd_options: dict[str, Any] = {"correct_share": correct_share, "temperature": temperature, "alpha": kd_alpha}
     if teacher.student is None:
         rate = ce_alpha / teacher.kl_weight  # the kernel weighs its CE by ce_weight + rate * (its weight of the KL)
         options = prepare(op, ce_weight=ce_weight, ce_alpha=rate, **ce_options, **kd_options)
@@ -570,7 +607,10 @@ def distill(
             parts = torch.stack([total, ce_parts[1], kd_parts[2], ce_parts[3]])
     if teacher.add_entropy:
         assert teacher.tensor is not None
-        entropy = -torch.xlogy(teacher.tensor, teacher.tensor).sum(1)
+        probabilities = teacher.tensor.detach()
+        finite = reference.finite_rows(probabilities)
+        mask = finite if mask is None else mask & finite
+        entropy = -torch.xlogy(probabilities, probabilities).sum(1)
         extra = kd_alpha * _reduce_constants(entropy, mask, logits.shape[0], reduction)
         loss = loss + extra.to(loss.dtype)
         parts = parts[:4].clone()  # the op keeps its own for the backward
@@ -625,7 +665,7 @@ def distillation_loss(
             plain cross entropy. Detached.
         kind: ``"logits"`` (softened with ``temperature``), ``"probabilities"`` (used as they are) or ``"uniform"``.
         alpha: weight of the KL, a number >= 0 or a 0-d tensor.
-        temperature: tau > 0 of the student and of teacher logits, a number or a 0-d tensor.
+        temperature: tau of the student and of teacher logits, as in :func:`fused_lb_loss`.
         ce_weight: weight of the cross entropy.
         ce_alpha: what alpha adds to the weight of the cross entropy; the sum must not be negative.
         correct_share: with ``kind="uniform"``, the teacher's probability of the right class in ``[0, 1]``; the others
@@ -660,7 +700,7 @@ def distillation_loss(
         raise ValueError(f"{op}: correct_share belongs to kind='uniform', got kind={kind!r}")
     if kd_mask is not None and teacher is None and kind != "uniform":
         raise ValueError(f"{op}: kd_mask was given without a teacher; there is no KL term to mask")
-    _args.check_logits(op, logits)
+    _args.check_logits(op, logits, target)
     given = Teacher("none" if teacher is None and kind != "uniform" else kind, teacher, correct_share)
     loss, parts = distill(
         op, logits, target, given, alpha=alpha, temperature=temperature, ce_weight=ce_weight, ce_alpha=ce_alpha,

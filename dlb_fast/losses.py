@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import operator
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _args
-from .buffer import UNKNOWN_ID, LogitBuffer, check_buffer_dtype, pack_state, unpack_state
+from . import _args, ops
+from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, stored_dtype, unpack_state
 from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
 from .reference import Scalar
 
+_MANY_TIMES = 100  # evaluations of one batch after which a loop is warned; a line search takes fewer
+_CHECK_EVERY = 16  # batches between two looks at how many repeated no row
 
-def _starts_with(ids: Tensor, stored: Tensor) -> bool:
-    return bool(((stored == ids[: len(stored)]) | (stored == UNKNOWN_ID)).all())
+
+def _repeats_second_half(buffer: LogitBuffer, batch: int, ids: Tensor | None) -> bool:
+    """Whether a batch of as many rows as are stored begins with the second half of them; reads its ids on the host."""
+    if ids is None or not _args.has_values(ids):
+        return True  # as in a stream that goes on; where it does not, the ids differ on the device and teach nothing
+    stored = buffer.ids[batch // 2 :]
+    return bool(((stored == ids[: batch // 2]) | (stored == UNKNOWN_ID)).all())
+
+
+def arguments_of(criterion: type[DistillationLoss]) -> dict[str, inspect.Parameter]:
+    """The arguments of a criterion by name; ``**options`` stand for those of the class below it."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in criterion.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        own = [p for p in inspect.signature(vars(cls)["__init__"]).parameters.values() if p.name != "self"]
+        named = {p.name: p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        found = {**named, **found} if found else named
+        if cls is DistillationLoss or not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def _equal(value: object, default: object) -> bool:
+    return value is default or (not isinstance(value, (Tensor, nn.Module)) and bool(value == default))
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return repr(value.detach()) if value.dim() == 0 else f"Tensor{tuple(value.shape)}"
+    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
 
 
 class Inputs(NamedTuple):
@@ -30,6 +65,7 @@ class Inputs(NamedTuple):
     epoch: int | None = None  # epoch in which the new rows were sampled
     ignore_index: int = -100
     target_b: Tensor | None = None  # (B,) second labels, where the images are mixed
+    again: bool | Tensor = False  # whether the last recorded batch is evaluated again; a () bool where ids decide it
 
 
 class DistillationLoss(nn.Module):
@@ -40,16 +76,24 @@ class DistillationLoss(nn.Module):
     A method overrides :meth:`teacher`. A method with a state also overrides :meth:`record` (called after the loss of
     every training batch), :meth:`step` (after every optimiser step), :meth:`setup` (once, with the model),
     :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and ``set_extra_state``. The training loop calls
-    ``setup(model)`` once and ``step()`` after every optimiser step. In ``eval()`` every method is torch's cross entropy
-    with the same options and does not change its state.
+    ``setup(model)`` once and ``step()`` after every optimiser step.
+
+    In ``eval()`` every method is torch's cross entropy with the same options and does not change its state. In
+    ``train()`` without gradient (``no_grad``, ``inference_mode``) the loss is computed with the same teacher, and
+    nothing is recorded. The same batch evaluated again (activation checkpointing, SAM, closures) meets the teacher of
+    its first time, and its latest evaluation is what is remembered. It is recognised by its ids; inside backward, where
+    only activation checkpointing calls a loss, also without them; a loop without ids says it by :meth:`same_batch`. A
+    new epoch or :meth:`step` begins a new batch whatever its ids.
+
+    The gradient goes to the logits, and to ``Teacher.student`` where a method gives one. A teacher gets none.
 
     Args:
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be reassigned at any time.
-        temperature: tau > 0, a number or a 0-d tensor; may be reassigned at any time.
+        temperature: tau, as in :func:`fused_lb_loss`; may be reassigned at any time.
         ce_weight: weight of the cross entropy.
         ce_alpha: what alpha adds to that weight; -1 gives ``(1 - alpha) CE``.
         label_smoothing: of the cross entropy, as in torch.
-        weight: ``(C,)`` class weights of the cross entropy, as in torch; goes where the module goes.
+        weight: ``(C,)`` class weights of the cross entropy, a buffer as in torch.
         ignore_index: rows with this label leave the cross entropy.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``, as in :func:`fused_lb_loss`.
@@ -57,6 +101,7 @@ class DistillationLoss(nn.Module):
     Attributes:
         needs: which of ``ids``, ``images`` and ``epoch`` every training batch must come with.
         mixes: whether the teacher still fits when images are mixed (mixup, CutMix); otherwise ``target_b`` is refused.
+        softens_student: whether ``temperature`` softens the student; otherwise it belongs to the teacher alone.
         copies_model: whether the method keeps copies of all weights (then FSDP is refused).
         counted: how many rows ``parts.correct`` counts; None: all of the last batch.
         parts: :class:`LossParts` of the last call.
@@ -71,8 +116,12 @@ class DistillationLoss(nn.Module):
 
     needs: frozenset[str] = frozenset()
     mixes = False
+    softens_student = True
     copies_model = False
     weight: Tensor | None
+    _kept_as: ClassVar[Mapping[str, str]] = {}  # argument -> the attribute that has its value, where the names differ
+    _loads_without_memory = False  # whether weights saved without any criterion load strictly
+    _starts_empty = "the memory starts empty"
 
     def __init__(
         self,
@@ -89,36 +138,145 @@ class DistillationLoss(nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        prepare(
+        checked = prepare(
             op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing,
             ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
-        _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
-        self.alpha, self.temperature = alpha, temperature
-        self.ce_weight, self.ce_alpha = ce_weight, ce_alpha
-        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        if weight is not None:
+            _args.check_tensor(op, "weight", weight)
+        if impl not in ("auto", "torch") and (
+            refusal := ops.unsupported(None, weight=weight, alpha=alpha, temperature=temperature)
+        ):
+            raise RuntimeError(f"{op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
+        self.alpha, self.temperature = checked.alpha, checked.temperature
+        self.ce_weight, self.ce_alpha = _args.check_ce_weight(op, alpha, ce_weight, ce_alpha)
+        self.label_smoothing, self.ignore_index = checked.label_smoothing, checked.ignore_index
         self.reduction, self.impl = reduction, impl
-        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("weight", weight)
         self.counted: int | None = None
         self._parts: Tensor | None = None
+        self._same: bool | None = None  # see _set_same; False until the batch is remembered
+        self._last_without_grad = False  # of the calls in train(): such a call remembers nothing
+        # Of the batch remembered last: its ids, at a fixed address while the number of rows stays, its epoch and rows.
+        self._last_ids: Tensor | None = None
+        self._last_epoch: int | None = None
+        self._last_rows = 0
+        self._same_ids = 0  # calls in a row with those ids
         # The attributes that the options were last prepared from, and those options.
         self._prepared: tuple[tuple[Any, ...], Options] | None = None
+
+    @contextmanager
+    def same_batch(self) -> Iterator[None]:
+        """All calls inside are one batch: they meet the same teacher, and the latest is what is remembered.
+
+        For loops that evaluate a batch several times and pass no ids: SAM, closures of LBFGS, line searches. With ids
+        the criterion recognises the batch itself, and so it does inside backward (activation checkpointing). An
+        inner block belongs to the outer one.
+
+        >>> criterion = LastBatchLoss(num_classes=3)
+        >>> with criterion.same_batch():
+        ...     first = criterion(torch.zeros(2, 3), torch.tensor([0, 1]))
+        ...     second = criterion(torch.ones(2, 3), torch.tensor([0, 1]))   # what the next batch learns from
+        >>> criterion.buffer.logits[0].tolist()
+        [1.0, 1.0, 1.0]
+        """
+        outermost = self._same is None
+        if outermost:
+            self._set_same(False)
+        try:
+            yield
+        finally:
+            if outermost:
+                self._set_same(None)
+
+    def _set_same(self, same: bool | None) -> None:
+        """The calls from here on: True the last batch again, False one new batch, None what ids and backward tell."""
+        self._same = same
+
+    def _again(self, ids: Tensor | None) -> int:
+        """Whether a call is the last batch once more: 1 yes, 0 no, -1 where the ids tell."""
+        if self._same is not None:
+            return int(self._same)
+        if ids is not None:
+            return -1
+        if self._last_without_grad or torch.compiler.is_compiling():
+            return 0  # the first evaluation of reentrant checkpointing is one without gradient
+        return int(torch._C._current_graph_task_id() != -1)  # inside backward: a recomputation
+
+    def _note_call(self, remembered: bool) -> None:
+        """Note whether a call in train() remembered its batch."""
+        if remembered and self._same is False:
+            self._same = True
+        if self._last_without_grad is remembered:  # setting a module's attribute takes a microsecond
+            self._last_without_grad = not remembered
 
     def teacher(self, inputs: Inputs) -> Teacher:
         """The teacher of this batch; every method writes it."""
         raise NotImplementedError(f"{type(self).__name__}: a method must define teacher(inputs) -> Teacher")
 
     def record(self, inputs: Inputs) -> None:
-        """Remember the batch; called without gradient after its loss was computed."""
+        """Remember the batch; called without gradient after the loss of a training batch was computed.
+
+        Where ``inputs.again`` is true the batch takes the place of its earlier evaluation, and :meth:`teacher` must
+        have given what it gave then. ``inputs.again`` may be a tensor on the device; choose by ``torch.where``.
+        """
 
     def step(self) -> None:
-        """Count an optimiser step; the loop calls it after every one."""
+        """Count an optimiser step; the loop calls it after every one. The next batch is a new one."""
+        self._forget_ids()
 
     def setup(self, model: nn.Module) -> None:
         """See the model; the loop calls it once before training."""
 
     def reset(self) -> None:
         """Forget everything: the method is then as it was made."""
+        self._last_ids = self._last_epoch = None
+        self._last_rows = 0
+        if self._same is not None:
+            self._same = False
+
+    def _is_again(self, rows: int, ids: Tensor | None, epoch: int | None) -> bool | Tensor:
+        """``Inputs.again``; the ids are compared on the device, and only for a method that records."""
+        again = self._again(ids) if self._last_rows else 0
+        if again == 1 and rows != self._last_rows:
+            raise ValueError(
+                f"{type(self).__name__}: the same batch again must have its {self._last_rows} rows, got {rows}; pass "
+                "ids= with every batch, or leave same_batch() between batches"
+            )
+        if again >= 0:
+            return again == 1
+        last = self._last_ids
+        if ids is None or last is None or epoch != self._last_epoch:
+            return False
+        if last.shape != ids.shape or last.device != ids.device:
+            return False
+        same = (ids == last).all()
+        if torch.is_grad_enabled() and _args.readable(same):
+            self._same_ids = self._same_ids + 1 if same else 0
+            if self._same_ids == _MANY_TIMES:
+                warnings.warn(
+                    f"{type(self).__name__}: the ids were the same {_MANY_TIMES} times in a row, so all these calls "
+                    "were one batch, which keeps the teacher of its first time. Where every batch is the whole set, "
+                    "call criterion.step() after every optimiser step, or pass epoch=",
+                    stacklevel=3,
+                )
+        return same
+
+    def _keep_ids(self, rows: int, ids: Tensor | None, epoch: int | None) -> None:
+        """Remember of which batch the record is."""
+        self._last_rows, self._last_epoch = rows, epoch
+        last = self._last_ids
+        if ids is None:
+            self._forget_ids()
+        elif last is not None and last.shape == ids.shape and last.device == ids.device:
+            last.copy_(ids)
+        else:
+            self._last_ids = ids.to(torch.int64, copy=True)
+
+    def _forget_ids(self) -> None:
+        """Take the next batch for a new one; by a value on the device, which a captured graph reads too."""
+        if self._last_ids is not None:
+            self._last_ids.fill_(UNKNOWN_ID)
 
     def cost(self) -> str:
         """One line on memory and extra work per step beside plain cross entropy."""
@@ -130,6 +288,22 @@ class DistillationLoss(nn.Module):
         if self._parts is None:
             raise RuntimeError(f"{type(self).__name__}.parts: there are none before the first call of the criterion")
         return LossParts.unpack(self._parts)
+
+    def _keep_parts(self, parts: Tensor) -> None:
+        if not torch.compiler.is_exporting():  # an exported program keeps nothing
+            self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        """As torch does, but a checkpoint of a cross entropy, with class weights, loads strictly: it has no memory."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        key = prefix + "_extra_state"
+        if key in missing_keys and (self._loads_without_memory or prefix + "weight" in state_dict):
+            missing_keys.remove(key)
+            self.reset()
+            warnings.warn(f"{type(self).__name__}: the checkpoint has no {key!r}; {self._starts_empty}", stacklevel=2)
 
     def _options(self) -> Options:
         """The checked options; prepared again when one of the attributes was set since."""
@@ -151,7 +325,16 @@ class DistillationLoss(nn.Module):
         return options
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, temperature={self.temperature}, reduction={self.reduction!r}, impl={self.impl!r}"
+        """``alpha``, ``temperature`` and every other argument that has no default or another value than it."""
+        shown = []
+        for name, parameter in arguments_of(type(self)).items():
+            try:
+                value = operator.attrgetter(self._kept_as.get(name, name))(self)
+            except AttributeError:
+                continue  # an argument that is not kept
+            if name in ("alpha", "temperature") or not _equal(value, parameter.default):
+                shown.append(f"{name}={_short(value)}")
+        return ", ".join(shown)
 
     def forward(
         self,
@@ -179,35 +362,53 @@ class DistillationLoss(nn.Module):
         """
         op = type(self).__name__
         teacher, inputs = Teacher("none"), None
+        options = self._options()
         if self.training:
-            _args.check_logits(op, logits)
+            _args.check_logits(op, logits, target)
             if target is not None:
-                _args.check_target(op, logits, target)
+                target = _args.check_target(op, logits, target)
             if ids is not None:
                 _args.check_ids(op, logits, ids)
+            if epoch is not None:
+                epoch = _args.as_int(epoch, op, "epoch", 0)
             given = {"ids": ids, "images": images, "epoch": epoch}
             if missing := sorted(name for name in self.needs if given[name] is None):
                 wanted = " and ".join(f"{name}=" for name in missing)
-                raise ValueError(f"{op}: needs {wanted} with every batch in train(); pass it to the call")
+                raise ValueError(
+                    f"{op}: needs {wanted} with every batch in train(); pass it to the call, or call criterion.eval() "
+                    "for a validation"
+                )
             if target_b is not None and not self.mixes:
                 raise ValueError(
                     f"{op}: needs one class per row, got target_b of mixed images, which its teacher does not fit; "
                     "turn mixup and CutMix off"
                 )
-            inputs = Inputs(logits, target, self.temperature, ids, images, epoch, self.ignore_index, target_b)
+            remembers = type(self).record is not DistillationLoss.record
+            if remembers and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+                ops.refuse_memory(op)
+            again = remembers and self._is_again(logits.shape[0], ids, epoch)
+            inputs = Inputs(
+                logits, target, options.temperature, ids, images, epoch, options.ignore_index, target_b, again
+            )  # fmt: skip
             teacher = self.teacher(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
-        loss, self._parts = distill(
-            op, logits, target, teacher, alpha=self.alpha, temperature=self.temperature, ce_weight=self.ce_weight,
+        temperature = self.temperature if self.softens_student else 1.0
+        loss, parts = distill(
+            op, logits, target, teacher, alpha=self.alpha, temperature=temperature, ce_weight=self.ce_weight,
             ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
             ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
             impl=self.impl,
         )  # fmt: skip
+        self._keep_parts(parts)
         self.counted = teacher.rows
         if inputs is not None:
-            with torch.no_grad():
-                self.record(inputs)
+            recorded = torch.is_grad_enabled()
+            if recorded and remembers:
+                with torch.no_grad():
+                    self.record(inputs)
+                    self._keep_ids(logits.shape[0], ids, epoch)
+            self._note_call(recorded)
         return loss
 
 
@@ -216,24 +417,29 @@ class LastBatchLoss(DistillationLoss):
 
     ``L = CE + alpha * tau^2 * mean KL(softmax(t / tau) || softmax(z / tau))`` over the rows that repeat samples of the
     previous batch; ``t`` are the logits the model gave them then. A batch is ``[repeated rows | new rows]``, as
-    ``OverlapBatchSampler`` makes it: the stored rows teach the first rows, then the other rows replace them, in the
-    same launch. The first batch holds new rows only and is plain CE.
+    ``OverlapBatchSampler`` makes it: the stored rows teach the first rows, and the other rows are stored for the next
+    batch, in the same launch. The first batch holds new rows only and is plain CE.
 
-    In ``eval()`` the criterion is torch's cross entropy with the same options and does not touch the buffer. The buffer
-    is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with rank 0's. It
-    is part of ``state_dict()`` through ``get_extra_state``. A saved buffer that does not fit, or a checkpoint without
-    one, restarts it with a warning. With gradient accumulation every call is a batch: a micro-batch learns from the
-    previous micro-batch.
+    The same batch evaluated again meets the same teacher, and its latest evaluation is what is stored; see
+    :class:`DistillationLoss`. Stored rows teach only rows of the same id; rows stored without ids teach only batches
+    without ids; rows that are not finite teach nothing. When many batches in a row repeat no sample, the criterion
+    warns once. With gradient accumulation every call is a batch: a micro-batch learns from the previous micro-batch.
+
+    The buffer is not a registered buffer, because DistributedDataParallel would overwrite every rank's teacher with
+    rank 0's. It is part of ``state_dict()`` through ``get_extra_state``, as one tensor of bytes, whose size is the same
+    before and after training when ``capacity`` is given: torch.distributed.checkpoint loads only equal sizes. A saved
+    buffer that does not fit or is another rank's, or a checkpoint without one, restarts it with a warning.
 
     Args:
         num_classes: ``C``.
         capacity: rows stored, half the batch the model sees; None takes it from the first batches.
-        dtype: dtype of the stored logits; None takes that of the first logits (lossless).
+        dtype: dtype of the stored logits; None takes that of the first logits (lossless), for which a checkpoint keeps
+            8 bytes per logit when ``capacity`` is given.
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be set at any time. The default is the community's,
             not a value read from the paper.
-        temperature: tau > 0, a number or a 0-d tensor; may be set at any time. The default is the community's.
+        temperature: tau, as in :func:`fused_lb_loss`; may be set at any time. The default is the community's.
         label_smoothing: of the CE, as in torch.
-        weight: ``(C,)`` class weights of the CE, as in torch; goes where the module goes.
+        weight: ``(C,)`` class weights of the CE, a buffer as in torch.
         ignore_index: rows with this label leave the CE.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``, as in :func:`fused_lb_loss`.
@@ -241,7 +447,7 @@ class LastBatchLoss(DistillationLoss):
 
     Attributes:
         parts: :class:`LossParts` of the last call.
-        buffer: the :class:`LogitBuffer`, or None before the first batch.
+        buffer: the :class:`LogitBuffer`, with counters of the rows taught and not; or None before the first batch.
 
     Raises:
         ValueError: logits with another number of classes, a batch without new rows, or arguments as in
@@ -258,6 +464,9 @@ class LastBatchLoss(DistillationLoss):
     """
 
     mixes = True
+    _kept_as = {"capacity": "buffer.capacity"}  # noqa: RUF012
+    _loads_without_memory = True
+    _starts_empty = "the buffer starts empty, so the next batch has no last-batch term"
 
     def __init__(
         self,
@@ -275,9 +484,12 @@ class LastBatchLoss(DistillationLoss):
         device: torch.device | str | None = None,
     ) -> None:
         op = "LastBatchLoss"
-        _args.as_int(num_classes, op, "num_classes", 1)
+        num_classes = _args.as_int(num_classes, op, "num_classes", 1)
+        if capacity is not None:
+            capacity = _args.as_int(capacity, op, "capacity", 1)
+        device = _args.check_device(op, "device", device)
         if dtype is not None:
-            check_buffer_dtype(op, dtype)
+            _args.check_dtype(op, "dtype", dtype)
         if weight is not None:
             _args.check_weight_form(op, weight, num_classes)
         super().__init__(
@@ -287,20 +499,20 @@ class LastBatchLoss(DistillationLoss):
         self.num_classes = num_classes
         self.dtype = dtype
         self.buffer: LogitBuffer | None = None
+        self._batches_with_ids = [0]  # a list, because setting a module's attribute takes a microsecond
+        self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
+        self._warned = False
         self._size_follows = capacity is None
         self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
             self.buffer = LogitBuffer(num_classes, capacity, dtype or torch.float32, device or "cpu")
 
-    def extra_repr(self) -> str:
-        rows = None if self.buffer is None else self.buffer.capacity
-        return f"num_classes={self.num_classes}, capacity={rows}, {super().extra_repr()}"
-
     def cost(self) -> str:
-        return "half a batch of logits; no extra forward or pass over the logits"
+        return "a batch of logits (one half teaches, one is stored); no extra forward or pass over the logits"
 
     def reset(self) -> None:
         """Forget the stored rows; the next batch is taken as the first one of a stream."""
+        super().reset()
         if self.buffer is not None:
             self.buffer.reset()
 
@@ -322,8 +534,8 @@ class LastBatchLoss(DistillationLoss):
         Args:
             logits: ``(B, C)``.
             target: ``(B,)`` labels, ``(B, C)`` probabilities, or None, as in :func:`fused_lb_loss`.
-            ids: ``(B,)`` integer sample ids; a repeated row whose id differs from the stored one gets no KL and is
-                counted in ``buffer.mismatched``.
+            ids: ``(B,)`` integer sample ids; a row whose id differs from the stored one gets no KL and is counted in
+                ``buffer.mismatched`` (``buffer.unknown`` where the row was stored without an id).
             num_old: how many of the first rows repeat the stored ones; None takes the number stored. Needed only where
                 the buffer cannot know: a stream resumed without its buffer.
             images: not used; accepted as by every method.
@@ -335,47 +547,108 @@ class LastBatchLoss(DistillationLoss):
         """
         op = "LastBatchLoss"
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
-            _args.check_logits(op, logits)
-            raise ValueError(f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}")
+            _args.check_logits(op, logits, target)
+            raise ValueError(
+                f"{op}: logits must have C = {self.num_classes} classes, got {logits.shape[1]}; make the criterion "
+                f"with num_classes={logits.shape[1]}, or the model with {self.num_classes}"
+            )
         if num_old is not None and type(num_old) is not int:
-            _args.check_num_old(op, num_old)
+            num_old = _args.check_num_old(op, num_old)
         if kd_mask is not None:
             _args.check_kd_mask(op, logits, kd_mask, logits.shape[0])
         if target_b is not None or lam is not None:
-            _args.check_pair(op, logits, target, target_b, lam)
+            lam = _args.check_pair(op, logits, target, target_b, lam)
         options = self._options()
-        if self.training:
+        if not self.training or logits.shape[0] == 0:  # an empty batch has no row to teach or to store
+            if target is None and not self.training:
+                raise ValueError(
+                    f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute"
+                )
+            loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
+        elif not torch.is_grad_enabled():
+            teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
+            loss, parts = row_loss(options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam)
+            self._note_call(False)
+        else:
             before = self.buffer, self._dtype_follows
             try:
-                buffer, stored = self._buffer_for(logits, target, ids, num_old)
+                buffer, stored, again = self._buffer_for(logits, target, ids, num_old, self._again(ids))
                 loss, parts = row_loss(
-                    options, logits, target, buffer=buffer, ids=ids, num_old=num_old, kd_mask=kd_mask,
+                    options, logits, target, buffer=buffer, ids=ids, num_old=num_old, again=again, kd_mask=kd_mask,
                     target_b=target_b, lam=lam,
                 )  # fmt: skip
-                buffer.count = stored
+                buffer.count, buffer.batch = stored, logits.shape[0]
             except Exception:
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
                 raise
-        elif target is None:
-            raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
-        else:
-            loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
-        self._parts = parts
+            if self._last_without_grad or self._same is False:
+                self._note_call(True)
+            if ids is not None and not torch.compiler.is_compiling():
+                self._batches_with_ids[0] += 1
+                if self._batches_with_ids[0] % _CHECK_EVERY == 0:
+                    self._warn_untaught(buffer)
+        self._keep_parts(parts)
         return loss
 
-    def _buffer_for(
-        self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None
-    ) -> tuple[LogitBuffer, int]:
-        """The buffer, on the device of the logits and large enough, and how many rows it will store.
+    def _stored_teacher(
+        self, logits: Tensor, ids: Tensor | None, num_old: int | None, kd_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The stored rows that teach this batch, and which are valid; nothing changes."""
+        buffer, batch = self.buffer, logits.shape[0]
+        if buffer is None:
+            return None, None
+        if buffer.device != logits.device:  # as after a resume, before the first batch with gradient moves it
+            buffer = copy.copy(buffer).to(logits.device)
+        if ids is not None:
+            _args.check_ids("LastBatchLoss", logits, ids)
+        again = self._again(ids) if batch == buffer.batch else 0
+        if self._all_stored(buffer, batch, num_old) and buffer.recognise(batch, ids, num_old, again) < 1:
+            again = 0
+            if _repeats_second_half(buffer, batch, ids):
+                buffer = buffer.resized(batch // 2, skip=batch // 2)
+        match = buffer.match(batch, ids, num_old, again)
+        valid = match.repeats
+        return buffer.teacher(match), valid if kd_mask is None else valid & kd_mask[: len(valid)]
 
-        Decided from shapes, without reading the device.
+    def _warn_untaught(self, buffer: LogitBuffer) -> None:
+        """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
+        capturing = buffer.slots.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._warned or capturing or not _args.has_values(buffer.slots):
+            return
+        if not buffer.slots.is_cuda:
+            untaught = int(buffer.untaught)
+        else:  # look at the copy that was asked for last time, and ask for another
+            if self._untaught is None:
+                self._untaught = torch.zeros((), dtype=torch.int64, pin_memory=True)
+            untaught = int(self._untaught)
+            self._untaught.copy_(buffer.untaught, non_blocking=True)
+        if untaught >= _CHECK_EVERY // 2:
+            self._warned = True
+            warnings.warn(
+                f"LastBatchLoss: the last {untaught} batches repeated no row of the batch before them, so they learned "
+                "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the "
+                "sampler) instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same "
+                "sample. criterion.buffer counts: rows taught, mismatched, unknown, not_finite; batches untaught",
+                stacklevel=4,
+            )
+
+    def _all_stored(self, buffer: LogitBuffer, batch: int, num_old: int | None) -> bool:
+        """Whether the buffer took its size from a batch of as many rows, all of which it stored."""
+        return self._size_follows and num_old is None and batch == buffer.count > 0 and batch % 2 == 0
+
+    def _buffer_for(
+        self, logits: Tensor, target: Tensor | None, ids: Tensor | None, num_old: int | None, again: int
+    ) -> tuple[LogitBuffer, int, int]:
+        """The buffer, on the device of the logits and large enough, its rows to be stored, and the op's ``again``.
+
+        Decided from shapes, almost always without reading the device.
         """
         batch, buffer = logits.shape[0], self.buffer
-        if buffer is not None and not self._dtype_follows and buffer.logits.device == logits.device:
+        if buffer is not None and not self._dtype_follows and buffer.rows.device == logits.device:
             old = buffer.count if num_old is None else num_old
-            if 0 < old < batch <= old + buffer.logits.shape[0]:
-                return buffer, batch - old
+            if 0 < old < batch <= old + buffer.capacity and (again == 0 or batch == 2 * buffer.count == buffer.batch):
+                return buffer, batch - old, again
         # Here the buffer is made, moved or resized, so the other arguments are examined first.
         op = "LastBatchLoss"
         _args.check_logits(op, logits)
@@ -386,59 +659,55 @@ class LastBatchLoss(DistillationLoss):
         if buffer is None:
             new = max(batch - (num_old or 0), 1)
             buffer = LogitBuffer(self.num_classes, new, self.dtype or logits.dtype, logits.device)
-        elif self._dtype_follows and buffer.count == 0 and buffer.logits.dtype != logits.dtype:
+        elif self._dtype_follows and buffer.count == 0 and buffer.dtype != logits.dtype:
             buffer = LogitBuffer(self.num_classes, buffer.capacity, logits.dtype, logits.device)
-        elif buffer.logits.device != logits.device:
+        elif buffer.device != logits.device:
             buffer = buffer.to(logits.device)
-        if self._size_follows:
+        again = buffer.recognise(batch, ids, num_old, again)
+        if self._size_follows and again < 1:
             old = buffer.count if num_old is None else num_old
-            if num_old is None and batch == buffer.count > 0 and batch % 2 == 0:
-                # Two batches of one size, all rows of the first stored: both were [old | new], and only the second
-                # half of the first is repeated now. Or a stream that starts anew with as many new rows: that would
-                # shift every later pair, so here, and only here, the ids are read on the host.
-                if ids is None or _starts_with(ids, buffer.ids[batch // 2 :]):
+            if self._all_stored(buffer, batch, num_old):
+                # Both batches were [old | new], and only the second half of the first is repeated now. Or a stream
+                # starts anew with as many new rows: that would shift every later pair.
+                if _repeats_second_half(buffer, batch, ids):
                     buffer = buffer.resized(batch // 2, skip=batch // 2)
                 else:
                     buffer = buffer.resized(buffer.capacity, skip=buffer.count)
+                    buffer.untaught.add_(1)  # or a loader that shuffles: then no batch ever repeats a row
             elif batch - old > buffer.capacity and not (buffer.count == 0 and batch == 2 * buffer.capacity):
                 buffer = buffer.resized(batch - old)
-        stored = buffer.stored_rows(batch, num_old)
+        stored = buffer.stored_rows(batch, num_old, again)
         if buffer is not self.buffer or self._dtype_follows:
             self.buffer, self._dtype_follows = buffer, False
-        return buffer, stored
+        return buffer, stored, again
 
     def get_extra_state(self) -> Tensor:
-        """The buffer's state for ``state_dict()``, packed into one uint8 tensor; empty before the first batch."""
-        return pack_state({} if self.buffer is None else self.buffer.state_dict())
+        """The buffer for ``state_dict()``, as one uint8 tensor whose size is the same before and after training.
+
+        With ``capacity=None`` the size is known after the first batch, before which the tensor is empty. A dtype that
+        follows the logits may be any: every logit then takes the 8 bytes of the widest.
+        """
+        if self.buffer is None:
+            return pack_state({})
+        wide = self.dtype is None and not self._size_follows
+        return pack_state(self.buffer.state_dict(), itemsize=8 if wide else 0)
 
     def set_extra_state(self, state: Any) -> None:
         """Take over a saved buffer (packed, or the dict of ``LogitBuffer.state_dict``), or warn and restart it."""
-        state = unpack_state(state)
+        state, buffer = unpack_state(state), self.buffer
         if not state:
             self.reset()
-        elif self._size_follows or self.buffer is None:
-            self.buffer = LogitBuffer.from_state(state, self.num_classes, self.dtype)
-        else:
-            saved = state.get("logits") if isinstance(state, dict) else None
-            dtype = saved.dtype if isinstance(saved, Tensor) and saved.is_floating_point() else None
-            if self._dtype_follows and dtype not in (None, self.buffer.logits.dtype):
-                self.buffer = LogitBuffer(self.num_classes, self.buffer.capacity, dtype, self.buffer.logits.device)
-            # A state saved before the first batch holds no logits whose dtype could have been chosen.
-            chosen = self.buffer.load_state_dict(state) and self.buffer.count > 0
-            self._dtype_follows = self._dtype_follows and not chosen
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        *rest: Any,
-    ) -> None:  # fmt: skip
-        """As torch does, but weights saved without a last-batch criterion load strictly: the buffer starts empty."""
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        key = prefix + "_extra_state"
-        if key in missing_keys:
-            missing_keys.remove(key)
-            self.reset()
-            warnings.warn(
-                f"LastBatchLoss: the checkpoint has no {key!r}; the buffer starts empty, so the next batch has no "
-                "last-batch term",
-                stacklevel=2,
-            )
+            return
+        super().reset()
+        saved = stored_dtype(state)
+        dtype = self.dtype or saved
+        if self.dtype is None and buffer is not None and not self._dtype_follows:
+            # Its own logits have chosen a dtype already: take the one that holds both.
+            dtype = buffer.dtype if saved is None else torch.promote_types(buffer.dtype, saved)
+        if buffer is None or self._size_follows:
+            self.buffer = LogitBuffer.from_state(state, self.num_classes, dtype)
+            return
+        if dtype is not None and dtype != buffer.dtype:
+            self.buffer = buffer = LogitBuffer(self.num_classes, buffer.capacity, dtype, buffer.device)
+        loaded = buffer.load_state_dict(state)
+        self._dtype_follows = self._dtype_follows and not (loaded and saved is not None)

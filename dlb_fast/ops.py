@@ -26,7 +26,9 @@ _TAIL = "".join(f"{kind} {name}, " for name, kind in OPTIONS.items())
 _TAIL += "bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
 SCHEMAS = {
     "last_batch": f"(Tensor logits, Tensor? teacher, int teacher_kind, {_TAIL}",
-    "last_batch_update": f"(Tensor logits, Tensor(a!) buffer, Tensor(b!) slots, Tensor? ids, int num_old, {_TAIL}",
+    "last_batch_update": (
+        f"(Tensor logits, Tensor(a!) rows, Tensor(b!) slots, Tensor? ids, int num_old, int again, {_TAIL}"
+    ),
     "scale_grad_": "(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()",
 }
 
@@ -97,14 +99,36 @@ def op_for(impl: str, name: str) -> Any:
     return op
 
 
-def unsupported(logits: Tensor) -> str:
-    """What asks for more than one derivative of the ops: torch.func (vmap too), forward mode; "" for neither."""
-    if torch.compiler.is_compiling():
-        return ""
+def refuse_memory(op: str) -> None:
+    """What remembers the batch raises this inside a transform of torch.func, where logits have no value to keep."""
+    raise RuntimeError(
+        f"{op}: in train() it remembers the batch, which a transform of torch.func does not allow; call it in eval() "
+        "or under torch.no_grad(), or transform the method's function, which takes its teacher as an argument"
+    )
+
+
+def unwrapped(parts: Tensor) -> Tensor:
+    """``parts`` without the wrappers of torch.func.grad, jvp and the like, which end with the transform."""
+    while torch._C._functorch.is_gradtrackingtensor(parts):
+        parts = torch._C._functorch.get_unwrapped(parts)
+    return parts
+
+
+def unsupported(logits: Tensor | None, **given: Any) -> str:
+    """What a call asks for that only plain PyTorch has, as the middle of a sentence; "" for nothing.
+
+    That is a gradient of one of the ``given`` arguments, a transform of torch.func (vmap too), forward mode.
+    """
+    if torch.is_grad_enabled():
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                return f"has no gradient of {name}, which requires one; pass {name}.detach(), or"
     if torch._C._are_functorch_transforms_active():
-        return "torch.func"
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
-        return "forward mode"
+        return "does not know torch.func;"
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        tensors = (v for v in (logits, *given.values()) if isinstance(v, Tensor) and v.is_floating_point())
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            return "does not know forward mode;"
     return ""
 
 
@@ -114,6 +138,8 @@ class _LastBatch(torch.autograd.Function):
         loss, parts, grad = op_for(impl, name)(logits, *args, True)
         ctx.save_for_backward(grad, parts)
         ctx.impl = impl
+        # Whoever has saved tensors packed (checkpoint, save_on_cpu, a log of what is saved) may hold on to them.
+        ctx.owned = torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         return loss, parts
@@ -123,18 +149,26 @@ class _LastBatch(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None
         grad, parts = ctx.saved_tensors
-        if torch.compiler.is_compiling():  # a traced backward must not write into what is saved
-            factor = upstream / parts[_GRAD_SCALE]
-            factor = factor if factor.dim() == 0 else factor[:, None]
-            return (grad.to(parts.dtype) * factor).to(grad.dtype), None, None, None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True. torch's once_differentiable would refuse only where the upstream gradient requires a
             # gradient; that of a loss is a constant, and a gradient penalty would silently train on a part.
             raise RuntimeError(
                 "the compiled losses are differentiable once, and backward was called with create_graph=True; use "
                 "impl='torch' for second derivatives"
             )
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        if (
+            torch.compiler.is_compiling()
+            or type(upstream) is not Tensor
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.is_legacy_batchedtensor(upstream)
+            or torch._C._are_functorch_transforms_active()
+        ):
+            # Traced, fake, watched by a mode, or batched (is_grads_batched): the upstream gradient has no value to
+            # read, or more than one, and what is saved must not be written to.
+            factor = upstream / parts[_GRAD_SCALE]
+            factor = factor if factor.dim() == 0 else factor[:, None]
+            return (grad.to(parts.dtype) * factor).to(grad.dtype), None, None, None
+        if not ctx.owned or torch._C._autograd._get_current_graph_task_keep_graph():
             grad = grad.clone()  # retain_graph=True: the next backward needs the saved gradient unchanged
         # scale_grad_ itself skips a factor of 1; on the CPU, where reading it costs nothing, so does this line.
         if upstream.dim() > 0 or not grad.is_cpu or grad.dtype is torch.float16 or upstream.item() != 1.0:

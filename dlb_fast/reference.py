@@ -78,7 +78,7 @@ def cross_entropy_rows(
     if dense:
         share = target if weight is None else target * weight
         # 0 * -inf: a class without any target mass costs nothing even when its logit is -inf.
-        rows = -torch.where(share == 0, torch.zeros_like(log_p), share * log_p).sum(1)
+        rows = -(share * log_p.masked_fill((share == 0) & ~log_p.isfinite(), 0.0)).sum(1)
         norm = torch.full((), float(logits.shape[0]), dtype=logits.dtype, device=logits.device)
     else:
         assert keep is not None
@@ -87,7 +87,11 @@ def cross_entropy_rows(
         if target_b is not None:
             second = torch.where(keep, target_b, torch.zeros_like(target_b))
             share_a = torch.as_tensor(1.0 if lam is None else lam, dtype=rows.dtype, device=rows.device)
-            rows = share_a * rows + (1.0 - share_a) * _label_rows(log_p, second, weight)
+            rows_b = _label_rows(log_p, second, weight)
+            # 0 * inf, as in a dense target: a label without any share costs nothing even when its logit is -inf.
+            rows = rows.masked_fill((share_a == 0) & rows.isinf(), 0.0)
+            rows_b = rows_b.masked_fill((share_a == 1) & rows_b.isinf(), 0.0)
+            rows = share_a * rows + (1.0 - share_a) * rows_b
         counted = keep.to(logits.dtype)
         if weight is not None and target_b is None:
             counted = counted * weight[first.clamp(0, classes - 1)]
@@ -112,6 +116,19 @@ def virtual_teacher(
     return teacher.scatter(1, target[:rows].clamp(0, classes - 1)[:, None], correct_share)
 
 
+def finite_rows(teacher: Tensor) -> Tensor:
+    """(H,) bool: the row's largest entry is finite, and with it the log-sum-exp of logits; NaN and +inf are not."""
+    return teacher.detach().amax(1).isfinite()
+
+
+def _log_softmax(logits: Tensor, temperature: Scalar) -> Tensor:
+    """``log softmax(z / tau)``. The derivative by tau of a class at -inf is 0, where autograd would say 0 * inf."""
+    if isinstance(temperature, Tensor):
+        none = logits == -float("inf")
+        return torch.log_softmax((logits.masked_fill(none, 0.0) / temperature).masked_fill(none, -float("inf")), dim=1)
+    return torch.log_softmax(logits / temperature, dim=1)
+
+
 def kl_rows(
     logits: Tensor,
     teacher: Tensor,
@@ -123,16 +140,17 @@ def kl_rows(
     """``tau^2 KL(teacher || softmax(z / tau))`` per row (H,), the teacher detached.
 
     The teacher is given as logits, softened here with the same temperature, or as probabilities, used as they are.
-    ``keep`` (H,) bool names the valid rows. A class the teacher gives no mass costs nothing (0 log 0 = 0).
+    ``keep`` (H,) bool names the valid rows; a teacher row that is not finite is not valid either. A class the teacher
+    gives no mass costs nothing (0 log 0 = 0).
     """
+    finite = finite_rows(teacher)
+    keep = finite if keep is None else keep & finite
     teacher = _keep_finite_gradient(teacher.detach(), keep)
-    log_p = torch.log_softmax(_keep_finite_gradient(logits, keep) / temperature, dim=1)
-    log_t = teacher.log() if teacher_is_probabilities else torch.log_softmax(teacher / temperature, dim=1)
+    log_p = _log_softmax(_keep_finite_gradient(logits, keep), temperature)
+    log_t = teacher.log() if teacher_is_probabilities else _log_softmax(teacher, temperature)
     p_t = log_t.exp()
     gap = torch.where(p_t == 0, torch.zeros_like(log_p), log_t - log_p)
     rows = (p_t * gap).sum(1) * (temperature * temperature)
-    if keep is None:
-        return RowTerms(rows, torch.full((), float(rows.shape[0]), dtype=rows.dtype, device=rows.device))
     rows = torch.where(keep, rows, torch.zeros_like(rows))
     return RowTerms(rows, keep.sum().to(rows.dtype))
 
@@ -151,14 +169,16 @@ def reduce_rows(terms: RowTerms, reduction: str) -> Tensor:
 def top1_correct(logits: Tensor, target: Tensor | None, ignore_index: int = -100) -> Tensor:
     """Rows whose right class has the largest logit (a tie counts), as a 0-d float; 0 without a target.
 
-    For dense targets the right class is the first of the largest shares; ignored rows are not counted.
+    For dense targets the right class is the first of the largest shares; ignored rows are not counted, and neither are
+    rows without a finite loss: those that hold a NaN or +inf, or nothing but -inf.
     """
     if target is None or logits.shape[0] == 0:
         return torch.zeros((), dtype=compute_dtype(logits.dtype), device=logits.device)
     label = target.argmax(1) if target.dim() == 2 else target
     index = label.clamp(0, logits.shape[1] - 1)
     at_label = logits.detach().gather(1, index[:, None])[:, 0]
-    hit = (at_label >= logits.detach().amax(1)) & (index == label)
+    largest = logits.detach().amax(1)  # NaN where the row holds one
+    hit = (at_label >= largest) & largest.isfinite() & (index == label)
     if target.dim() == 1:
         hit = hit & (target != ignore_index)
     return hit.sum().to(compute_dtype(logits.dtype))

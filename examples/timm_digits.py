@@ -3,8 +3,9 @@
 1. the task: `LastBatchTask(model, LastBatchLoss(10))` in place of `ClassificationTask(model, ...)`,
 2. the loader: `task.batches(...)` around one of `dlb_fast.data`, in place of `create_loader(...)`.
 
-In timm's own `train.py` these are the same two lines, after `task = ...`; the task saves its state with the model. The
-run is stopped after an epoch, where timm resumes, and continued in new objects; the weights end bit-identical.
+In timm's own `train.py` these are the same two lines, after `task = ...`, with `args=args` for the task, which then
+takes `--mixup`, `--smoothing` and the like over; it saves its state with the model. The run is stopped after an epoch,
+where timm resumes, and continued in new objects; the weights end bit-identical.
 """
 
 import argparse

@@ -95,5 +95,5 @@ def test_the_command_runs_a_benchmark_and_names_a_wrong_one(tmp_path, capfd, mon
     options = ["--device", "cpu", "--classes", "100", "--seconds", "0.02", "--dtypes", "float32", "--variants", "eager"]
     assert cli.main(["bench", "last_batch", *options, "--out", "here.jsonl"]) == 0
     assert (tmp_path / "here.jsonl").exists()
-    assert cli.main(["bench", "nonsense"]) == 1
+    assert cli.main(["bench", "nonsense"]) == 2
     assert "expected one of last_batch, loader, methods, step, got 'nonsense'" in capfd.readouterr().err

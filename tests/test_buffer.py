@@ -297,10 +297,10 @@ def test_loading_keeps_the_address_and_the_dtype_asked_for(generator):
     saved = LastBatchLoss(6, capacity=4, impl="torch")
     saved(*batch)
     fixed = LastBatchLoss(6, capacity=4, impl="torch")
-    buffer, address = fixed.buffer, fixed.buffer.logits.data_ptr()
+    buffer, address = fixed.buffer, fixed.buffer.rows.data_ptr()
     fixed.load_state_dict(through_disk(saved.state_dict()))
     assert fixed.buffer is buffer
-    assert fixed.buffer.logits.data_ptr() == address
+    assert fixed.buffer.rows.data_ptr() == address
     assert torch.equal(fixed.buffer.logits, batch[0])
     for capacity in (4, None):
         halved = LastBatchLoss(6, capacity=capacity, dtype=torch.float16, impl="torch")
@@ -321,22 +321,22 @@ def test_copies_and_pickles_are_independent(generator):
 def test_ddp_would_not_see_the_buffer():
     criterion = LastBatchLoss(6, capacity=4, weight=torch.ones(6))
     assert [name for name, _ in criterion.named_buffers()] == ["weight"]
-    assert list(criterion.state_dict()) == ["_extra_state"]
+    assert list(criterion.state_dict()) == ["weight", "_extra_state"]
 
 
 def test_buffer_alone(generator):
     buffer = LogitBuffer(5, 3)
-    assert buffer.valid.tolist() == [False] * 3
+    assert not buffer.match(6).faced.any()
     z = torch.randn(3, 5, generator=generator)
-    address = buffer.logits.data_ptr()
+    address = buffer.rows.data_ptr()
     buffer.update(z, torch.tensor([7, 8, 9]))
-    teacher, valid = buffer.teacher(torch.zeros(6, 5), torch.tensor([7, 8, 1, 0, 0, 0]))
-    assert torch.equal(teacher, z)
-    assert valid.tolist() == [True, True, False]
+    match = buffer.match(6, torch.tensor([7, 8, 1, 0, 0, 0]))
+    assert torch.equal(buffer.teacher(match), z)
+    assert match.repeats.tolist() == [True, True, False] and match.mismatched.tolist() == [False, False, True]
     buffer.update(torch.randn(5, 5, generator=generator))
-    assert (buffer.count, buffer.valid.tolist()) == (2, [True, True, False])
+    assert (buffer.count, buffer.match(5).repeats.tolist()) == (2, [True, True, False])
     buffer.reset()
-    assert (buffer.count, buffer.logits.data_ptr()) == (0, address)
+    assert (buffer.count, buffer.rows.data_ptr()) == (0, address)
     for wrong in ({"num_classes": 0}, {"capacity": 0}, {"capacity": 2.0}):
         with pytest.raises((TypeError, ValueError), match="must be (at least 1|an integer), got"):
             LogitBuffer(**{"num_classes": 5, "capacity": 3, **wrong})
@@ -371,8 +371,8 @@ def test_after_a_reset_no_row_has_a_teacher(impl, generator):
     criterion(z0, y0, i0)
     address = criterion.buffer.slots.data_ptr()
     criterion.reset()
-    assert criterion.buffer.count == 0 and criterion.buffer.slots[:2].tolist() == [0, 0]
-    assert not criterion.buffer.valid.any() and criterion.buffer.slots.data_ptr() == address
+    assert criterion.buffer.count == 0 and criterion.buffer.slots[:6].tolist() == [0] * 6
+    assert not criterion.buffer.match(8).faced.any() and criterion.buffer.slots.data_ptr() == address
     want = F.cross_entropy(z1, y1)
     torch.testing.assert_close(criterion(z1, y1), want)
     assert criterion.parts.lb == 0 and criterion.buffer.count == 4

@@ -1,6 +1,7 @@
 """The command as a user types it (in this process, except where a process is the point)."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -61,13 +62,19 @@ def test_the_start_says_where_the_numbers_come_from(here, capsys):
     Path("c.yaml").write_text("optim: {lr: 0.5}\ndata: {source: 'synthetic:40,2,8', per_class: null}\n")
     flags = ["--batch-size", "20", "--max-steps", "2", "--lr", "0.25"]
     assert cli.main(["train", "--preset", "digits", "--config", "c.yaml", *flags, "--out", "r"]) == 0
-    said = capsys.readouterr().err.splitlines()[0]
+    data, said = capsys.readouterr().err.splitlines()[:2]
+    assert data == (
+        "data synthetic:40,2,8: 2 classes, 40 training images, 10 test images (drawn separately, data_seed 0); "
+        "subset: none; label noise: symmetric, 8 of 40 labels wrong; normalised by the mean and std of the training "
+        "images"
+    )
     assert said == (
         "config from preset digits; then c.yaml: source digits -> synthetic:40,2,8, per_class 20 -> None, "
         "lr 0.05 -> 0.5; then flags: batch_size 40 -> 20, lr 0.5 -> 0.25, max_steps None -> 2"
     )
     assert cli.main(["train", "--config", "c.yaml", "--batch-size", "20", "--max-steps", "2", "--out", "s"]) == 0
-    assert capsys.readouterr().err.startswith("config from defaults; then c.yaml: source digits -> synthetic")
+    data, said = capsys.readouterr().err.splitlines()[:2]
+    assert "label noise: none" in data and said.startswith("config from defaults; then c.yaml: source digits -> synth")
 
 
 def test_smoke_goes_through_everything_and_leaves_nothing(here, capsys, monkeypatch):
@@ -91,13 +98,16 @@ def test_smoke_on_real_data_in_a_named_folder(here, capsys):
 
 def test_smoke_finds_what_would_fail_later(here, capsys, monkeypatch):
     monkeypatch.setattr("dlb_fast.train.run.evaluate_run", lambda *a, **k: {"top1": 2.0})
-    assert "top-1 of the written weights is 2.0" in failing(["train", "--smoke", "--preset", "digits"], capsys)
+    assert "top-1 of the written weights is 2.0" in failing(["train", "--smoke", "--preset", "digits"], capsys, 1)
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert cli.main(["train", "--resume", "--out", str(finished)]) == 0
-    assert "already complete (8 steps)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "already complete (8 steps)" in said
+    assert said.startswith("data digits: 10 classes, 40 training images, ")
+    assert "subset: 4 images per class of 89" in said and "label noise: symmetric, 8 of 40 labels wrong" in said
     kept = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert kept.keys() == before.keys()
     assert all(kept[p] == before[p] for p in before if p.name in ("metrics.csv", "metrics.jsonl", "config.yaml"))
@@ -122,15 +132,15 @@ def test_eval_repeats_the_runs_own_numbers(finished, capsys):
     assert f"over {result['test_count']} images" in capsys.readouterr().out
 
 
-def failing(arguments, capsys):
-    """Run a command that must fail with a message and no traceback; the message as one line."""
+def failing(arguments, capsys, expected=2):
+    """Run a command that must be refused in words, without a type of error or a traceback; the message as one line."""
     try:
         code = cli.main(arguments)
     except SystemExit as exit:  # wrong flags end in the parser, with 2
         code = exit.code
     said = " ".join(capsys.readouterr().err.split())
-    assert code in (1, 2) and (code == 2) == ("--help lists" in said)
-    assert "Traceback" not in said
+    assert code == expected
+    assert "Traceback" not in said and "[Errno" not in said and not re.match(r"dlb-fast \S+: \w+Error:", said)
     return said
 
 
@@ -149,12 +159,50 @@ def failing(arguments, capsys):
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
         (["--impl", "cuda"], "cuda"),
+        (["--image-size", "64"], "image_size=64 has no effect with data=digits, only with image files"),
+        (["--gamma", "0.5"], "gamma=0.5 has no effect with schedule=cosine, only with schedule=multistep; leave"),
+        (["--smoke", "--min-lr", "1", "--schedule", "constant"], "min_lr=1.0 has no effect with schedule=constant"),
     ],
 )
 def test_wrong_use_is_told_before_anything_is_written(flags, message, here, capsys):
     said = failing(["train", *SMALL, "--out", "r", *flags], capsys)
     assert message in said
     assert not Path("r").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ValueError("config: lr must be above 0"), 2, "config: lr must be above 0"),
+        (FileNotFoundError(2, "No such file or directory", "a/b.png"), 2, "a/b.png: No such file or directory"),
+        (PermissionError(13, "Permission denied", "a/b.png"), 1, "a/b.png: Permission denied"),
+        (RuntimeError("sample 3 cannot be read"), 1, "sample 3 cannot be read"),
+        (KeyError("lr"), 1, "KeyError: 'lr'"),
+    ],
+)
+def test_one_rule_of_words_and_exit_codes(error, code, words, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "presets", fail)
+    assert cli.main(["presets"]) == code
+    assert capsys.readouterr().err.splitlines()[0] == f"dlb-fast presets: {words}"
+
+
+def test_a_comparison_refuses_a_number_without_effect(here, capsys, monkeypatch):
+    flags = ["compare", "--preset", "digits", "--max-steps", "2", "--out", "r"]
+    assert "betas=(0.5, 0.5) has no effect" in failing([*flags, "--betas", "0.5", "0.5"], capsys)
+    assert "betas=(0.5, 0.5) has no" in failing([*flags, "--betas", "0.5", "0.5", "--noises", "0,0.2"], capsys)
+    trained = []
+
+    def record(config, **_):
+        trained.append(config)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("dlb_fast.train.compare.run", record)
+    for noises, kind in (("0,0.2", "symmetric"), ("0.2,0", "asymmetric")):  # no kind where there is no noise
+        assert "enough" in failing([*flags, "--noise-kind", "asymmetric", "--noises", noises], capsys)
+        assert trained.pop().data.noise_kind == kind
 
 
 def test_resume_without_a_run(here, capsys):
@@ -173,9 +221,9 @@ def test_eval_of_wrong_things(finished, here, capsys):
     assert "synthetic:40,3,8 has 3 classes" in said and "10" in said
     (Path("copy") / "checkpoints").mkdir(parents=True)
     Path("copy/config.yaml").write_bytes((finished / "config.yaml").read_bytes())
-    assert "best.safetensors is missing" in failing(["eval", "copy"], capsys)
+    assert "best.safetensors is missing" in failing(["eval", "copy"], capsys, 1)
     Path("copy/checkpoints/best.safetensors").write_bytes(b"nonsense")
-    assert "not a readable safetensors file" in failing(["eval", "copy"], capsys)
+    assert "not a readable safetensors file" in failing(["eval", "copy"], capsys, 1)
 
 
 def test_unknown_commands_and_help(capsys):
@@ -251,8 +299,14 @@ def test_data_without_a_preset_start_from_the_defaults(here, capsys):
     assert cli.main(["train", *flags]) == 0
     config = RunFolder("r").read_config()
     assert (config.data.per_class, config.data.label_noise, config.train.epochs) == (None, 0.0, 30)
-    said = capsys.readouterr().err.splitlines()[0]
+    data, said = capsys.readouterr().err.splitlines()[:2]
+    assert "40 training images" in data and "subset: none; label noise: none" in data
     assert said.startswith("config from defaults; then flags: source digits -> synthetic:40,2,8, batch_size 128 -> 20")
+
+
+def test_the_demo_is_for_its_own_data(here, capsys):
+    """Its subset and wrong labels would reach other data."""
+    assert "dlb-fast compare --data" in failing(["demo", "--data", "synthetic:40,2,8", "--max-steps", "1"], capsys)
 
 
 def test_a_signal_saves_and_exits_cleanly(tmp_path):

@@ -119,6 +119,9 @@ def test_rows_move_in_16_byte_accesses(build: tuple[str, int], cubins: dict[tupl
             assert len(wide["STG"]) >= packets * (2 if taught else 1), name
         assert len(wide["LDG"]) >= 1 and len(wide["STG"]) >= 1, name
         assert not [o for o in opcodes if o.startswith(("LDL", "STL"))], name
+        # All addresses are known to be global or shared; a cluster's stores into other blocks have this opcode.
+        generic = [o for o in opcodes if o.startswith(("LD.", "ST."))]
+        assert not [o for o in generic if o != "ST.E" or "ClusterGroup" not in name], name
         assert any(o.startswith("MUFU.EX2") for o in opcodes), name
 
 

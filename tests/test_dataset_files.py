@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from dlb_fast.data import (
     open_dataset,
 )
 from dlb_fast.data.datasets import folder
+from dlb_fast.data.datasets.verify import verify_data
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -73,16 +75,57 @@ def test_links_are_followed_but_never_back(tmp_path, caplog):
     write_images(tmp_path / "set", ["cat/a.png", "dog/b.png"])
     write_images(tmp_path / "elsewhere", ["deep/c.png", "d.png"])
     (tmp_path / "set" / "cat" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    (tmp_path / "set" / "dog" / "same").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    honest = [(0, "cat"), (1, "cat"), (0, "cat"), (1, "dog"), (1, "dog"), (0, "dog")]
+    honest = [(0, "cat"), (1, "cat"), (0, "cat"), (1, "dog")]
     assert contents(ImageFolder(tmp_path / "set")) == honest and caplog.text == ""
     (tmp_path / "set" / "cat" / "again").symlink_to(tmp_path / "set" / "cat", target_is_directory=True)
     (tmp_path / "set" / "cat" / "root").symlink_to(tmp_path / "set", target_is_directory=True)
+    (tmp_path / "set" / "cat" / "up").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "elsewhere" / "deep" / "back").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "set" / "cat" / "itself").symlink_to("itself")
     assert contents(ImageFolder(tmp_path / "set")) == honest
-    assert "cat/again links to one of its parent folders" in caplog.text
-    assert "cat/root links to one of its parent folders" in caplog.text
+    assert re.search("cat/again links to .*cat, which is read already, and is not followed", caplog.text)
+    assert "cat/root links to one of its parent folders and is not followed" in caplog.text
+    assert "cat/up links to one of its parent folders" in caplog.text
+    assert re.search("deep/back links to .*more, which is read already", caplog.text)
+
+
+def test_links_that_fan_out_are_read_once(tmp_path, monkeypatch):
+    """16 folders with two links each to the next are 65 536 paths to 16 folders."""
+    write_images(tmp_path / "set", ["a/0.png", "b/1.png"])
+    for level in range(16):
+        (tmp_path / f"level{level}").mkdir()
+        for name in ("x", "y"):
+            (tmp_path / f"level{level}" / name).symlink_to(tmp_path / f"level{level + 1}", target_is_directory=True)
+    write_images(tmp_path / "level16", ["2.png"])
+    (tmp_path / "set" / "a" / "fan").symlink_to(tmp_path / "level0", target_is_directory=True)
+    listed = []
+    monkeypatch.setattr(os, "scandir", lambda path, look=os.scandir: listed.append(path) or look(path))
+    dataset = ImageFolder(tmp_path / "set")
+    assert [name for _, name in contents(dataset)] == ["a", "a", "b"] and len(listed) == 1 + 2 + 17
+    listed.clear()
+    assert verify_data(tmp_path / "set").files == 3 and len(listed) == 3 + 17
+
+
+def test_one_file_in_two_classes_is_refused_and_twice_in_one_is_said(tmp_path, caplog):
+    write_images(tmp_path, ["cat/a.png", "cat/b.png", "dog/c.png"])
+    (tmp_path / "cat" / "z.png").symlink_to(tmp_path / "cat" / "a.png")
+    os.link(tmp_path / "cat" / "b.png", tmp_path / "cat" / "y.png")
+    assert len(ImageFolder(tmp_path)) == 5
+    assert re.search(r"2 images are there twice, by links, such as .*cat/\w.png and .*cat/\w.png", caplog.text)
+    os.link(tmp_path / "cat" / "b.png", tmp_path / "dog" / "b.png")
+    with pytest.raises(ValueError, match=r"cat/\w.png and .*dog/b.png are the same file in two classes; remove one"):
+        ImageFolder(tmp_path)
+    (tmp_path / "dog" / "b.png").unlink()
+    (tmp_path / "dog" / "more").symlink_to(tmp_path / "cat")
+    with pytest.raises(ValueError, match="are the same file in two classes"):
+        ImageFolder(tmp_path)
+
+
+def test_a_listing_without_inodes_accuses_nobody(tmp_path, monkeypatch):
+    write_images(tmp_path, ["cat/a.png", "dog/b.png"])
+    find = folder.image_files
+    monkeypatch.setattr(folder, "image_files", lambda *args: [(path, (1, 0)) for path, _ in find(*args)])
+    assert len(ImageFolder(tmp_path)) == 2
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -102,8 +145,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_many_classes_take_no_more_than_their_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "class_folders", lambda root: [f"{k:06}" for k in range(30_000)])
-    monkeypatch.setattr(folder, "image_files", lambda root, folder, endings: [folder + "/0.png"])
+    monkeypatch.setattr(folder, "class_folders", lambda *args: [f"{k:06}" for k in range(30_000)])
+    monkeypatch.setattr(folder, "image_files", lambda root, name, *args: [(name + "/0.png", (1, int(name)))])
     started = time.process_time()  # what other processes take does not count
     assert len(ImageFolder(tmp_path)) == 30_000
     assert time.process_time() - started < 30  # a set of all classes made for each of them took minutes
@@ -120,7 +163,7 @@ def test_one_string_is_not_a_list_of_extensions(tmp_path, extensions):
 def test_a_pipe_among_the_images_is_named_and_never_opened(tmp_path, give_path):
     write_images(tmp_path, ["a/0.png", "a/1.png", "a/2.png"])
     os.mkfifo(tmp_path / "a" / "pipe.jpg")
-    dataset = ImageFolder(tmp_path)
+    dataset = ImageFolder(tmp_path, classes=["a"])
     if give_path:  # a user's dataset may name the file and leave the reading to the loader
         dataset.read = dataset.path
     with (
@@ -128,6 +171,191 @@ def test_a_pipe_among_the_images_is_named_and_never_opened(tmp_path, give_path):
         pytest.raises(SampleError, match=r"pipe\.jpg: .*not a regular file but a pipe, socket or device"),
     ):
         list(loader)
+
+
+LEVELS = {  # a layout, and what is said of it
+    "one level too deep": (
+        ["data/cat/0.png", "data/dog/0.png"],
+        r"'data' holds no images but the folders 'cat', 'dog'.*Pass .*/data,",
+    ),
+    "two levels too deep": (
+        ["a/b/cat/0.png", "a/b/dog/0.png"],
+        r"'a' holds no images but the folders 'b'.*Pass .*/a/b,",
+    ),
+    "splits too deep": (
+        ["set/train/cat/0.png", "set/val/cat/0.png"],
+        "'set' holds no images but the folders 'train', 'val'",
+    ),
+    "inside the only class": (["images/0.png", "images/1.png"], "a single class folder, 'images', so every answer"),
+    "one class, deeper": (["cat/images/0.png"], "a single class folder, 'cat', so every answer"),
+    "splits and classes swapped": (
+        ["cat/train/0.png", "cat/val/0.png", "dog/train/0.png"],
+        "'cat' holds no images but",
+    ),
+    "taxonomy": (
+        ["pets/cat/0.png", "pets/dog/0.png", "farm/cow/0.png"],
+        "'pets' holds no images but the folders 'cat', 'dog'",
+    ),
+    "container among classes": (
+        ["cat/0.png", "dog/0.png", "more/lion/0.png", "more/tiger/0.png"],
+        "'more' holds no images",
+    ),
+    "second copy": (
+        ["cat/0.png", "dog/0.png", "data/cat/0.png", "data/1.png"],
+        "data holds folders named like classes beside it",
+    ),
+    "split among classes": (
+        ["cat/0.png", "dog/0.png", "holdout/cat/0.png"],
+        "holdout holds folders named like classes",
+    ),
+    "thumbnails as a class": (
+        ["cat/0.png", "dog/0.png", "Thumbnails/0.png"],
+        "'Thumbnails' is named like a store of thumb",
+    ),
+    "thumbnails in a class": (
+        ["cat/0.png", "cat/x/_thumbs/0.png", "dog/0.png"],
+        "cat: the folder '_thumbs' is named like",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEVELS)
+def test_where_the_class_folders_are_has_to_be_certain(tmp_path, case):
+    paths, match = LEVELS[case]
+    write_images(tmp_path, paths)
+    with pytest.raises(ValueError, match=match):
+        ImageFolder(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        open_dataset(f"imagefolder:{tmp_path}")
+    named = sorted({path.split("/")[0] for path in paths})
+    assert len(ImageFolder(tmp_path, classes=named)) == len(paths)  # which is how a user says that they are certain
+
+
+def test_the_folder_that_a_message_names_is_the_right_one(tmp_path):
+    write_images(tmp_path, ["data/deep/cat/0.png", "data/deep/dog/0.png"])
+    with pytest.raises(ValueError) as caught:
+        ImageFolder(tmp_path)
+    (right,) = re.findall(r"Pass (\S+),", str(caught.value))
+    assert ImageFolder(right).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["n1/images/0.png", "n2/images/0.png"],  # TinyImageNet's training folder
+        ["cat/cat/0.png", "dog/dog/0.png"],  # each class unzipped into a folder of its name
+        ["cat/0.png", "cat/2020/0.png", "cat/2021/1.png", "dog/0.png"],
+    ],
+)
+def test_folders_inside_of_classes_that_leave_no_doubt(tmp_path, paths):
+    write_images(tmp_path, paths)
+    assert len(ImageFolder(tmp_path)) == len(paths) and ImageFolder(tmp_path).num_classes == 2
+
+
+def test_what_is_not_used_is_said_in_one_line(tmp_path, caplog):
+    write_images(tmp_path, [
+        "cat/0.png", "dog/0.png", ".thumbnails/0.png", "__MACOSX/cat/._0.png", "cat/@eaDir/0.png/x.png",
+        "dog/.ipynb_checkpoints/0-checkpoint.png", "cat/._0.png", "lone.jpg", "$RECYCLE.BIN/1.png", "lost+found/1.png",
+    ])  # fmt: skip
+    for name in ("cat/Thumbs.db", "dog/.DS_Store", "cat/1.heic", "cat/2.heic", "dog/list.txt", "dog/1.GIF"):
+        (tmp_path / name).write_bytes(b"")
+    dataset = ImageFolder(tmp_path)
+    assert [os.path.relpath(dataset.path(i), tmp_path) for i in range(len(dataset))] == ["cat/0.png", "dog/0.png"]
+    assert dataset.classes == ["cat", "dog"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    for part in (
+        "not used: the folders '$RECYCLE.BIN', '.ipynb_checkpoints', '.thumbnails', '@eaDir', '__MACOSX' and 1 more",
+        "images beside the class folders (1: 'lone.jpg')",
+        "files of other extensions (1 .gif, 2 .heic)",
+        "images whose names begin with a dot (1)",
+    ):
+        assert part in line
+
+
+def test_class_names_that_differ_in_case_only_are_said(tmp_path, caplog):
+    write_images(tmp_path, ["Cat/0.png", "cat/0.png", "dog/0.png"])
+    assert ImageFolder(tmp_path).classes == ["Cat", "cat", "dog"]
+    assert "1 classes differ in case or spaces only, such as 'Cat', 'cat'" in caplog.text
+
+
+def test_numbers_as_class_names_are_sorted_as_text(tmp_path, caplog):
+    write_images(tmp_path, [f"{k}/0.png" for k in range(11)])
+    assert ImageFolder(tmp_path).classes[:3] == ["0", "1", "10"]
+    assert "the classes are sorted as text, as in torchvision: '2' is 2" not in caplog.text
+    assert "the classes are sorted as text, as in torchvision: '10' is 2" in caplog.text
+
+
+TRAIN = ["train/cat/0.png", "train/cat/1.png", "train/dog/0.png", "train/dog/1.png"]
+SPLITS = {  # further images, and the folder that is the validation set
+    "val": (["val/cat/0.png", "val/dog/0.png"], "val"),
+    "Val": (["Val/cat/0.png", "Val/dog/0.png"], "Val"),
+    "VALID": (["VALID/cat/0.png", "VALID/dog/0.png"], "VALID"),
+    "testing": (["testing/cat/0.png", "testing/dog/0.png"], "testing"),
+    "val_images": (["val_images/cat/0.png", "val_images/dog/0.png"], "val_images"),
+    "val before test": (
+        ["test/cat/0.png", "test/dog/0.png", "validation/cat/0.png", "validation/dog/0.png"],
+        "validation",
+    ),
+    "a test set without labels": (["test/0.png", "test/1.png"], None),
+    "hidden": (["__MACOSX/cat/0.png", ".val/cat/0.png"], None),
+    "none": ([], None),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_splits_in_every_usual_spelling(tmp_path, caplog, case):
+    more, validation = SPLITS[case]
+    write_images(tmp_path, [*TRAIN, *more])
+    train, test = (open_dataset(f"imagefolder:{tmp_path}", split) for split in ("train", "test"))
+    assert train.classes == test.classes == ["cat", "dog"]
+    if validation is None:
+        assert (len(train), len(test)) == (2, 2) and "a stratified tenth (2 of 4) is held out" in caplog.text
+        assert case != "a test set without labels" or "trains on train; not used: 'test'" in caplog.text
+    else:
+        assert len(train) == 4 and {test.path(i) for i in range(2)} == {str(tmp_path / path) for path in more[-2:]}
+        assert ("tests on" in caplog.text) == (case not in ("val",))
+    for record in caplog.records:  # what is said is said once, though both splits were opened
+        assert sum(record.getMessage() == other.getMessage() for other in caplog.records) == 1
+
+
+UNCERTAIN = {
+    "two validation folders": (["val/cat/0.png", "Valid/cat/0.png"], "several folders for one split: 'Valid', 'val'"),
+    "two training folders": (["Training/cat/0.png"], "several folders for one split: 'Training', 'train'"),
+    "an unknown split": (["holdout/cat/0.png"], r"'holdout' beside 'train' has folders like the classes .*\('cat'\)"),
+    "a class or a split": (["bus/0.png"], "'bus' beside 'train' holds images or nothing: is it a split or a class"),
+    "val without classes": (["val/0.png"], "val has no class folders"),
+    "another class in val": (
+        ["val/cat/0.png", "val/cow/0.png"],
+        "class folders that the given classes lack: 'cow'; the cl",
+    ),
+    "another case in val": (
+        ["val/Cat/0.png", "val/Dog/0.png"],
+        "lack: 'Cat', 'Dog'; the classes are 'cat', 'dog'. Rename",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCERTAIN)
+def test_splits_that_are_not_certain_are_refused(tmp_path, case):
+    more, match = UNCERTAIN[case]
+    write_images(tmp_path, [*TRAIN, *more])
+    with pytest.raises(ValueError, match=match):
+        open_dataset(f"imagefolder:{tmp_path}", "test")
+
+
+def test_a_validation_folder_that_is_the_training_folder_is_refused(tmp_path):
+    write_images(tmp_path, TRAIN)
+    (tmp_path / "val").symlink_to("train")
+    with pytest.raises(
+        ValueError, match="val is .*train, so the test images would be those of the training; remove it"
+    ):
+        open_dataset(f"imagefolder:{tmp_path}")
+
+
+def test_classes_that_the_validation_folder_lacks_are_said(tmp_path, caplog):
+    write_images(tmp_path, [*TRAIN, "val/dog/0.png"])
+    assert open_dataset(f"imagefolder:{tmp_path}", "test").targets.tolist() == [1]
+    assert "val lacks 1 of the 2 classes of" in caplog.text and "'cat'" in caplog.text
 
 
 def test_train_may_be_a_class(tmp_path):
@@ -150,6 +378,12 @@ def test_open_image_folder_with_and_without_a_validation_folder(tmp_path, caplog
     assert np.bincount(train.targets).tolist() == [18, 18] and np.bincount(test.targets).tolist() == [2, 2]
     assert not {train.path(i) for i in range(36)} & {test.path(i) for i in range(4)}
     assert "held out" in caplog.text
+    write_images(tmp_path / "few", ["a/0.png", "a/1.png", "b/0.png"])
+    assert len(open_dataset(f"imagefolder:{tmp_path}/few", "test")) == 1
+    assert "(1 of 3) is held out, without the 1 classes of a single image" in caplog.text
+    write_images(tmp_path / "bare", ["train/0.png", "train/1.png"])
+    with pytest.raises(ValueError, match="bare/train has no class folders"):
+        open_dataset(f"imagefolder:{tmp_path}/bare")
     write_images(tmp_path / "lone", ["a/0.png", "b/0.png"])
     with pytest.raises(ValueError, match="nothing to hold out"):
         open_dataset(f"imagefolder:{tmp_path}/lone")
@@ -162,7 +396,6 @@ def test_paths_are_kept_in_one_array(tmp_path):
     assert [dataset.path(k) for k in range(5001)] == [f"root/{name}" for name in [*names, undecodable]]
     assert len(pickle.dumps(dataset)) < 5001 * (max(len(n.encode()) for n in names) + 8) + 2000
     assert dataset.select(np.array([7])).path(0) == f"root/{names[7]}"
-
 
 
 def test_list_file(tmp_path):
@@ -193,34 +426,104 @@ def test_list_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "path", "label"),
     [
-        ("x,y.jpg 3", "x,y.jpg", "3"),
-        ("a.jpg b.jpg   3", "a.jpg b.jpg", "3"),
-        ("no extension 3", "no extension", "3"),
+        ("x,y.jpg n3", "x,y.jpg", "n3"),
+        ("a.jpg b.jpg   n3", "a.jpg b.jpg", "n3"),
+        ("no extension n3", "no extension", "n3"),
         ("c.jpg\tgolden retriever, young", "c.jpg", "golden retriever, young"),
         ("a\tb.jpg\tdog", "a\tb.jpg", "dog"),
+        ("deep/er/a.jpg\tn3", "deep/er/a.jpg", "n3"),
+        ("/elsewhere/a.jpg n3", "/elsewhere/a.jpg", "n3"),
     ],
 )
 def test_the_label_of_a_line_follows_the_last_tab_or_is_the_last_word(tmp_path, line, path, label):
+    write_images(tmp_path, ["0.jpg"] + ([] if path.startswith("/") else [path]))
     lists = tmp_path / "list.txt"
-    lists.write_text("".join(f"{k}.jpg {k}\n" for k in range(12)) + line + "\n")
+    lists.write_text("".join(f"{k}.jpg n{k}\n" for k in range(12)) + line + "\n")
     dataset = ListFile(lists)
     assert dataset.path(12) == str(tmp_path / path) and dataset.classes[dataset.targets[12]] == label
-    assert label != "3" or dataset.targets.tolist() == [*range(12), 3]
+
+
+BAD_LISTS = {  # name: (the lines, what is said of them)
+    "header with tabs": (
+        "path\tlabel\n0.jpg\t1\n1.jpg\t0\n",
+        r"line 1: .*got 'path\\tlabel', which names no image; if.*header",
+    ),
+    "header with spaces": ("filename label\n0.jpg 1\n", "line 1: .*which names no image; if it is a header, delete it"),
+    "header of a csv": ("filename,label\n0.jpg,1\n", "line 1: .*which names no image; if it is a header"),
+    "csv": ("0.jpg,1\n1.jpg,0\n", "line 1: .*got '0.jpg,1'; put a tab between path and label"),
+    "csv with spaces": ("0.jpg, 1\n1.jpg, 0\n", "line 1: .*put a tab"),
+    "csv with names of two words": ("0.jpg,golden retriever\n", "line 1: .*put a tab"),
+    "semicolons": ("0.jpg;1\n", "line 1: .*put a tab"),
+    "quotes": ('"0.jpg"\t1\n"1.jpg"\t0\n', "line 1: quotes are part of a path or label here"),
+    "quoted labels": ("0.jpg\t'cat'\n", "line 1: quotes are part"),
+    "label first": ("1 0.jpg\n0 1.jpg\n", "line 1: .*the path comes first, then the label"),
+    "names of two words": ("0.jpg golden retriever\n", "line 1: .*put a tab"),
+    "three columns": ("0.jpg\tcat\ttrain\n", "line 1: .*put a tab"),
+    "two images": ("0.jpg 1.jpg cat\n", "line 1: .*put a tab"),
+    "no label": ("0.jpg 1\n1.jpg\t\n", "line 2: expected `path<TAB>label`, got '1.jpg'"),
+    "mixed labels": (
+        "0.jpg 1\n1.jpg 0\n2.jpg dog\n",
+        "line 3 has the label 'dog', line 1 the number '1', so it is not cert",
+    ),
+    "fractions": ("0.jpg 1.0\n1.jpg 0.0\n", "line 1: the label '1.0' is a number but no class index"),
+    "signs": ("0.jpg -1\n1.jpg +1\n", "line 1: the label '-1' is a number but no class index"),
+    "missing values": ("0.jpg cat\n1.jpg nan\n", "line 2: the label 'nan' is a number but no class index"),
+    "one class": ("0.jpg cat\n1.jpg cat\n", "all 2 samples have the label 'cat', so every answer"),
+    "one index": ("0.jpg 3\n1.jpg 3\n", "all 2 samples have the label '3', so every answer"),
+    "two labels": ("0.jpg cat\n1.jpg dog\n./0.jpg dog\n", "line 3: ./0.jpg has the label 'dog', but 'cat' in line 1"),
+    "a number too many": (
+        "0.jpg 0\n1.jpg 1\n2.jpg 999999\n",
+        "line 3: label 999999: .* of the 1000000 classes .* only 3 occur",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_every_line_of_a_list_is_used_or_an_error(tmp_path, case):
+    text, match = BAD_LISTS[case]
+    write_images(tmp_path, [f"{k}.jpg" for k in range(3)])
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"list.txt:? {match}"):
+        ListFile(tmp_path / "list.txt")
+
+
+def test_what_is_odd_about_a_list_is_said(tmp_path, caplog):
+    write_images(tmp_path, [f"{k}.jpg" for k in range(3)])
+    lists = tmp_path / "list.txt"
+    lists.write_text("0.jpg 1\n1.jpg 2\n2.jpg 2\n2.jpg 2\n")
+    assert ListFile(lists).targets.tolist() == [1, 2, 2, 2]
+    assert "list.txt: 1 of the 3 classes have no image: '0' (do the labels count from 1?)" in caplog.text
+    assert "list.txt: 1 lines repeat an image" in caplog.text
+    lists.write_text("0.jpg cat\n1.jpg Cat\n")
+    assert ListFile(lists).classes == ["Cat", "cat"]
+    assert "1 classes differ in case or spaces only, such as 'Cat', 'cat'" in caplog.text
+
+
+def test_relative_paths_begin_at_the_list(tmp_path):
+    write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    (tmp_path / "list.txt").write_text("a.jpg 1\nb.jpg 0\n")
+    with pytest.raises(
+        FileNotFoundError, match=rf"line 1: no file .*a.jpg; relative paths begin at {tmp_path}, pass root"
+    ):
+        ListFile(tmp_path / "list.txt")
+    assert contents(ListFile(tmp_path / "list.txt", root=tmp_path / "images")) == [(0, "1"), (1, "0")]
 
 
 def test_a_list_with_a_mark_in_front(tmp_path):
+    write_images(tmp_path, ["a.jpg"])
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.jpg 1\r\ncaf\xe9.jpg 0\r\n")
     dataset = ListFile(tmp_path / "list.txt")
     assert dataset.path(0) == str(tmp_path / "a.jpg") and os.fsencode(dataset.path(1)).endswith(b"/caf\xe9.jpg")
 
 
 def test_numbers_that_are_no_class_indices(tmp_path):
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
     (tmp_path / "list.txt").write_text("a.jpg 20231105\nb.jpg 20231106\n")
-    with pytest.raises(ValueError, match=r"list.txt: label 20231106: numbers are class indices, expected below"):
+    with pytest.raises(ValueError, match=r"list.txt: line 2: label 20231106: numbers are class indices, and of the"):
         ListFile(tmp_path / "list.txt")
     assert ListFile(tmp_path / "list.txt", classes=["20231105", "20231106"]).targets.tolist() == [0, 1]
-    write_tar(tmp_path / "dates.tar", [("0.png", png(10)), ("0.cls", b"20231105")])
-    with pytest.raises(ValueError, match=r"TarShards: '.*dates.tar': label 20231105"):
+    write_tar(tmp_path / "dates.tar", [("0.png", png(1)), ("0.cls", b"1"), ("1.png", png(1)), ("1.cls", b"999999")])
+    with pytest.raises(ValueError, match=r"dates.tar': .*dates.tar: 1.png: label 999999: numbers are class indices"):
         TarShards(tmp_path / "dates.tar")
 
 
@@ -239,6 +542,8 @@ def test_tiny_imagenet(tmp_path):
     annotations.write_text("val_0.JPEG\tn2\t0\t32\t44\t62\n")
     assert contents(TinyImageNet(tmp_path)) == [(1, "n1"), (2, "n1"), (0, "n2")]
     assert contents(open_dataset(f"tinyimagenet:{tmp_path}", "test")) == [(3, "n2")]
+    with pytest.raises(ValueError, match=f"TinyImageNet as published; use tinyimagenet:{tmp_path}"):
+        open_dataset(f"imagefolder:{tmp_path}")
     annotations.write_text("val_0.JPEG\tn9\n")
     with pytest.raises(ValueError, match="val_annotations.txt line 1: expected"):
         TinyImageNet(tmp_path, "test")
@@ -297,14 +602,133 @@ def test_links_and_hidden_members_of_a_tar(tmp_path):
     add_link(loop, "cat/c.jpg", "b.jpg", tarfile.SYMTYPE)
     with pytest.raises(ValueError, match=r"cat/b.jpg is a link to"):
         TarShards(loop)
-    write_tar(tmp_path / "twice.tar", [("cat/a.jpg", png(1)), ("cat/a.jpg", png(2)), ("./0.jpg", png(1))])
+    write_tar(tmp_path / "lone.tar", [("cat/a.jpg", png(1)), ("./0.jpg", png(1))])
     with pytest.raises(ValueError, match=r"./0.jpg has neither a ./0.cls beside it nor a class folder"):
-        TarShards(tmp_path / "twice.tar")
+        TarShards(tmp_path / "lone.tar")
+
+
+P = png(7)
+BAD_TARS = {  # name: (the members, what is said of them)
+    "an image without a label": (
+        [("c/0.png", P), ("c/0.cls", b"0"), ("c/1.png", P)],
+        "c/1.png has no .cls, 1 of 2 images",
+    ),
+    "a label without an image": ([("0.png", P), ("0.cls", b"0"), ("1.cls", b"1")], "1.cls has no image"),
+    "a label of another format": (
+        [("0.png", P), ("0.cls", b"0"), ("1.heic", P), ("1.cls", b"1")],
+        "1.cls has no image",
+    ),
+    "two images of a label": ([("0.left.png", P), ("0.right.png", P), ("0.cls", b"0")], "two images of the key '0'"),
+    "two formats": (
+        [("c/0.png", P), ("c/0.jpg", P), ("d/1.png", P)],
+        "c/0.png and c/0.jpg are two images of the key 'c/0'",
+    ),
+    "an image and its mask": ([("0.png", P), ("0.seg.png", P), ("0.cls", b"0")], "0.png and 0.seg.png are two images"),
+    "a mask in a class folder": (
+        [("c/0.png", P), ("c/0.seg.png", P), ("d/1.png", P)],
+        "are two images of the key 'c/0'",
+    ),
+    "two images of a json": (
+        [("c/0.l.png", P), ("c/0.r.png", P), ("c/0.json", b"{}"), ("d/1.png", P)],
+        "of the key 'c/0'",
+    ),
+    "twice": ([("c/0.png", P), ("d/1.png", P), ("./c/0.png", P)], "./c/0.png is there twice"),
+    "an empty label": ([("0.png", P), ("0.cls", b" \n")], "0.cls: expected one label as text, .* got 2 bytes"),
+    "a label of bytes": ([("0.png", P), ("0.cls", b"\xff\x03")], "0.cls: expected one label as text"),
+    "two labels": ([("0.png", P), ("0.cls", b"3\n5\n")], "0.cls: expected one label as text"),
+    "a long label": ([("0.png", P), ("0.cls", b"3" * 2000)], "0.cls: expected one label as text, .* got 2000 bytes"),
+    "mixed labels": (
+        [("0.png", P), ("0.cls", b"3"), ("1.png", P), ("1.cls", b"dog")],
+        "1.png has the label 'dog', .*number '3'",
+    ),
+    "a fraction": (
+        [("0.png", P), ("0.cls", b"3.0"), ("1.png", P), ("1.cls", b"1.0")],
+        "the label '3.0' is a number but no",
+    ),
+    "one class": ([("c/0.png", P), ("c/1.png", P)], "all 2 samples have the label 'c'"),
+    "two splits": (
+        [("train/c/0.png", P), ("train/d/1.png", P), ("val/c/2.png", P)],
+        "different folders \\('val' and 'train'\\)",
+    ),
+    "two depths": ([("c/0.png", P), ("d/1.png", P), ("d/more/2.png", P)], "different folders \\('d' and '.'\\)"),
+    "sessions": ([("c/2020/0.png", P), ("d/2020/1.png", P)], "different folders \\('d' and 'c'\\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TARS)
+def test_every_label_and_image_of_a_tar_is_certain(tmp_path, case):
+    members, match = BAD_TARS[case]
+    write_tar(tmp_path / "s.tar", members)
+    with pytest.raises(ValueError, match=match):
+        TarShards(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize(
+    ("members", "labels"),
+    [
+        (["img.0000.jpg", "img.0000.cls=1", "img.0001.jpg", "img.0001.cls=0"], ["1", "0"]),
+        (["x/img.0000.jpg", "x/img.0000.cls=1", "x/img.0001.jpg", "x/img.0001.cls=0"], ["1", "0"]),
+        (["a.b.c.jpg", "a.b.cls=0", "a.d.jpg", "a.d.cls=1"], ["0", "1"]),
+        (["0.input.png", "0.cls=1", "1.input.png", "1.cls=0"], ["1", "0"]),
+        (["0.CLS=dog", "0.JPG", "1.CLS=cat", "1.JPG"], ["dog", "cat"]),
+        (["cat/IMG.2020.01.jpg", "cat/IMG.2020.02.jpg", "dog/IMG.2020.01.jpg"], ["cat", "cat", "dog"]),
+        (["set/cat/0.jpg", "set/dog/0.jpg", "__MACOSX/set/cat/._0.jpg"], ["cat", "dog"]),
+        (["cat/@eaDir/0.jpg", "cat/0.jpg", "dog/0.jpg"], ["cat", "dog"]),
+    ],
+)
+def test_dotted_names_keep_their_labels(tmp_path, members, labels):
+    write_tar(tmp_path / "s.tar", [(m.partition("=")[0], m.partition("=")[2].encode() or P) for m in members])
+    dataset = TarShards(tmp_path / "s.tar")
+    assert [dataset.classes[label] for label in dataset.targets] == labels
+
+
+def test_a_folder_of_shards_is_one_split(tmp_path):
+    for name in ("train-0.tar", "train-1.tar"):
+        write_tar(tmp_path / name, [(f"{name[6]}.png", P), (f"{name[6]}.cls", name[6].encode())])
+    assert len(TarShards(tmp_path)) == 2
+    write_tar(tmp_path / "val-0.tar", [("2.png", P), ("2.cls", b"1")])
+    with pytest.raises(ValueError, match="shards of several splits .'train-0.tar', 'val-0.tar'.*a folder of its own"):
+        TarShards(tmp_path)
+    assert len(TarShards(sorted(tmp_path.glob("*.tar")))) == 3  # a list of files is certain
+    with pytest.raises(ValueError, match="val-0.tar' is listed twice"):
+        TarShards([tmp_path / "train-1.tar", tmp_path / "val-0.tar", tmp_path / "val-0.tar"])
+    (tmp_path / "val-0.tar").unlink()
+    write_tar(tmp_path / "train-2.tar.gz", [("2.png", P)], "w:gz")
+    with pytest.raises(ValueError, match=r"also holds compressed tar files \('train-2.tar.gz'\)"):
+        TarShards(tmp_path)
+
+
+def test_a_member_is_read_in_pieces_if_need_be(tmp_path, monkeypatch):
+    """One pread reads at most 2 GiB."""
+    write_tar(tmp_path / "s.tar", [("c/0.png", png(1)), ("d/1.png", png(2))])
+    dataset = TarShards(tmp_path / "s.tar")
+    monkeypatch.setattr(os, "pread", lambda file, size, at, read=os.pread: read(file, min(size, 50), at))
+    assert contents(dataset) == [(1, "c"), (2, "d")]
+
+
+def test_a_sparse_member_is_refused(tmp_path):
+    write_tar(tmp_path / "s.tar", [("c/0.png", png(1)), ("d/1.png", png(2))])
+    data = bytearray((tmp_path / "s.tar").read_bytes())
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        header = tar.getmember("d/1.png").offset
+    data[header + 156 : header + 157] = tarfile.GNUTYPE_SPARSE
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    (tmp_path / "s.tar").write_bytes(data)
+    with pytest.raises(ValueError, match="d/1.png is stored as a sparse file"):
+        TarShards(tmp_path / "s.tar")
 
 
 def test_tar_shards_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tar files"):
         TarShards(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / "splits" / split).mkdir(parents=True)
+        write_tar(tmp_path / "splits" / split / "0.tar", [("c/0.png", png(1))])
+    with pytest.raises(
+        FileNotFoundError, match="no tar files at .*splits; pass one of '.*splits/train', '.*splits/val'"
+    ):
+        TarShards(tmp_path / "splits")
     write_tar(tmp_path / "a.tar.gz", [("c/0.png", png(1))], "w:gz")
     with pytest.raises(ValueError, match="expected an uncompressed tar"):
         TarShards(tmp_path / "a.tar.gz")
@@ -314,7 +738,7 @@ def test_tar_shards_errors(tmp_path):
     write_tar(tmp_path / "c.tar", [("x.txt", b"hello")])
     with pytest.raises(ValueError, match="no images"):
         TarShards(tmp_path / "c.tar")
-    write_tar(tmp_path / "d.tar", [("c/0.png", png(1))])
+    write_tar(tmp_path / "d.tar", [("c/0.png", png(1)), ("d/0.png", png(1))])
     dataset = TarShards(tmp_path / "d.tar")
     with open(tmp_path / "d.tar", "r+b") as file:
         file.truncate(520)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import write_images
 from PIL import Image, ImageFile
 
-from dlb_fast.data import DecodeError
+from dlb_fast.data import (
+    DecodeError,
+    EvalLoader,
+    ImageFolder,
+    MapDataset,
+    OverlapLoader,
+    SampleError,
+    load_into_memory,
+)
+from dlb_fast.data.datasets.verify import verify_data
 from dlb_fast.data.decode import decode as decode_module
 from dlb_fast.data.decode.decode import ImageDecoder, available_backends
 from dlb_fast.data.decode.jpeg import parse_header, zero_run
@@ -245,3 +257,75 @@ def test_arguments_are_checked() -> None:
         ImageDecoder("turbo")
     with pytest.raises(ValueError, match="max_pixels"):
         ImageDecoder(max_pixels=0)
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 6
+%%EndComments
+showpage
+%%EOF
+"""
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch) -> Path:
+    """A `gs` on the PATH that writes a file when it is started; the file's path."""
+    from PIL import EpsImagePlugin
+
+    started, program = tmp_path / "started", tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $* >> {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(OSError, match="."):  # Pillow itself starts it, and finds no picture
+        Image.open(io.BytesIO(EPS)).load()
+    assert started.exists()
+    started.unlink()
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return started
+
+
+def test_a_file_of_a_dataset_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
+    root = write_images(tmp_path / "set", ["a/0.png", "b/0.png"])
+    (root / "a" / "1.jpg").write_bytes(EPS)
+    (root / "b" / "1.tiff").write_bytes(
+        b"\xc5\xd0\xd3\xc6" + (32).to_bytes(4, "little") + bytes(24) + EPS
+    )  # with a preview
+    for backend in BACKENDS:
+        for strict in (True, False):
+            with pytest.raises(DecodeError, match=r"not an image of a format that is read \(JPEG, PNG, .*begins with"):
+                ImageDecoder(backend, strict=strict)(EPS)
+    dataset = ImageFolder(root)
+    for load in (
+        lambda: dataset[1],
+        lambda: list(OverlapLoader(dataset, 4, num_threads=1, timeout=20)),
+        lambda: list(EvalLoader(dataset, 4)),
+        lambda: load_into_memory(dataset),
+    ):
+        with pytest.raises((DecodeError, SampleError), match="not an image of a format that is read"):
+            load()
+    assert [Path(bad.path).name for bad in verify_data(root).bad] == ["1.jpg", "1.tiff"]
+    opened = MapDataset([0], lambda data, i: (Image.open(io.BytesIO(EPS)), 0))  # the user's own Image.open
+    with pytest.raises(ValueError, match="an EPS file, which Pillow draws by the program Ghostscript; convert"):
+        opened[0]
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("kind", ["ICO", "PCX", "TGA", "SGI", "DDS", "ICNS"])
+def test_other_formats_of_pillow_are_not_opened(kind: str) -> None:
+    data = encoded(Image.new("RGB", (32, 32), (10, 20, 30)), kind)
+    with pytest.raises(DecodeError, match="not an image of a format that is read"):
+        ImageDecoder()(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP"])
+def test_the_limit_of_pixels_is_the_decoders_and_not_pillows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(photo(20, 30), kind)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # a warning, hence an error here, from 401 to 800 pixels
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(io.BytesIO(data))
+    assert np.array_equal(ImageDecoder("pillow")(data), expected) and Image.MAX_IMAGE_PIXELS == 400
+    with pytest.raises(DecodeError, match="30 x 20 pixels, more than max_pixels=599; raise that of the ImageDecoder"):
+        ImageDecoder("pillow", max_pixels=599)(data)

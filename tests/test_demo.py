@@ -120,13 +120,13 @@ def test_two_processes_give_the_same_numbers(tmp_path, demo):
     ],
 )
 def test_wrong_use(flags, message, demo, capsys):
-    assert cli.main(["demo", "--seeds", "2", "--out", str(demo), *FLAGS, *flags]) == 1
+    assert cli.main(["demo", "--seeds", "2", "--out", str(demo), *FLAGS, *flags]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("do not touch")
-    assert cli.main(["demo", "--out", str(tmp_path), *FLAGS]) == 1
+    assert cli.main(["demo", "--out", str(tmp_path), *FLAGS]) == 2
     assert "is not empty and holds no comparison" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -142,7 +142,9 @@ def cross_rank_methods():
     banks = []
     for cross_rank in (True, False):
         criterion = PsKDLoss(12, 4, cross_rank=cross_rank)
-        criterion(own, y[mine], torch.arange(12)[mine])
+        criterion(3 * own, y[mine], torch.arange(12)[mine])
+        again = criterion(own, y[mine], torch.arange(12)[mine])  # no sample had been seen: its label still teaches
+        torch.testing.assert_close(again, torch.nn.functional.cross_entropy(own, y[mine]))
         banks.append(criterion.bank.state_dict())
     return loss.detach(), alone, own.grad, banks
 
@@ -167,9 +169,7 @@ def test_methods_on_two_ranks_are_one_rank_with_the_joined_batch(process_group):
         assert torch.equal(own["seen"], labelled & (torch.arange(12) // 6 == rank))
         for bank in (shared, own):
             seen = bank["seen"]
-            torch.testing.assert_close(
-                bank["rows"].float()[seen], torch.log_softmax(z, 1)[seen], rtol=2e-3, atol=2e-3
-            )
+            torch.testing.assert_close(bank["rows"].float()[seen], torch.log_softmax(z, 1)[seen], rtol=2e-3, atol=2e-3)
 
 
 # ---- evaluation

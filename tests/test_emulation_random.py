@@ -20,7 +20,8 @@ def test_random_cases() -> None:
     torch.set_num_threads(1)
     described = [fuzz.one_case(harness.module(), seed) for seed in range(COUNT)]
     torch.set_num_threads(threads)
-    for word in ("roll", "virtual", "probabilities", "dense", "pair", "weight", "kd_mask"):
+    options = ("virtual", "probabilities", "dense", "pair", "weight", "kd_mask")
+    for word in ("roll", "same", "again 1", "again -1", *options):
         assert any(word in text for text in described), word
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from frameworks import reason_against
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,8 +26,8 @@ if REASON := reason_against("accelerate"):
     pytest.skip(REASON, allow_module_level=True)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import send_to_device, set_seed  # noqa: E402
+from accelerate import Accelerator, skip_first_batches  # noqa: E402
+from accelerate.utils import DataLoaderConfiguration, send_to_device, set_seed  # noqa: E402
 
 from dlb_fast.integrations.accelerate import register_last_batch  # noqa: E402
 
@@ -104,6 +107,82 @@ def test_a_prepared_criterion_is_saved_as_a_model_is(tmp_path):
     criterion.reset()
     accelerator.load_state(tmp_path)
     assert torch.equal(criterion.buffer.logits, kept)
+
+
+def by_hand(batches, net, accumulate):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    stored = None
+    for number, batch in enumerate(batches):
+        z = net(batch.images.double())
+        loss = F.cross_entropy(z, batch.targets)
+        if stored is not None:
+            teacher, student = F.softmax(stored / 3, 1), F.log_softmax(z[: len(stored)] / 3, 1)
+            loss = loss + 9 * F.kl_div(student, teacher, reduction="batchmean")
+        stored = z[batch.num_old :].detach()
+        (loss / accumulate).backward()
+        if (number + 1) % accumulate == 0:  # Accelerate counts on across epochs of a loader it has not prepared
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.cat([value.flatten() for value in net.state_dict().values()])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"split_batches": True},
+        {"even_batches": False},
+        {"dispatch_batches": True},
+        {"use_stateful_dataloader": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_weights_are_those_of_a_plain_loop(options, accumulate):
+    config = DataLoaderConfiguration(**options)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, dataloader_config=config)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).double()
+    plain = copy.deepcopy(net)
+    net, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    criterion = LastBatchLoss(4)
+    loader = register_last_batch(accelerator, criterion, torch_loader())
+    kept = []
+    for _ in range(EPOCHS):
+        for batch in loader:
+            kept.append(batch)
+            with accelerator.accumulate(net):
+                accelerator.backward(criterion(net(batch.images.double()), batch.targets, batch.ids))
+                optimizer.step()
+                optimizer.zero_grad()
+    got = torch.cat([value.flatten() for value in net.state_dict().values()])
+    assert (got - by_hand(kept, plain, accumulate)).abs().max() < 1e-12
+    assert criterion.buffer.mismatched == 0 and len(kept) == EPOCHS * STEPS
+
+
+def test_skipped_batches_teach_nothing_and_shift_nothing():
+    loader = skip_first_batches(torch_loader(), 3)
+    criterion = LastBatchLoss(4)
+    steps = []
+    for batch in loader:
+        steps.append(batch.step)
+        criterion(torch.randn(len(batch), 4, requires_grad=True), batch.targets, batch.ids)
+    assert steps == [3, 4, 5, 6]
+    assert criterion.buffer.taught == 3 * 8 and criterion.buffer.mismatched == 0
+
+
+def test_a_loader_prepared_after_it_was_registered_is_not_saved(tmp_path):
+    """Its copy would be trained on, and the position of the registered one saved: step 0 for ever."""
+    for register_first in (True, False):
+        accelerator, loader = Accelerator(cpu=True), torch_loader()
+        if register_first:
+            register_last_batch(accelerator, LastBatchLoss(4), loader)
+        accelerator.prepare(loader)
+        with pytest.raises(TypeError, match="went through accelerator.prepare"):
+            if register_first:
+                accelerator.save_state(tmp_path)
+            else:
+                register_last_batch(accelerator, LastBatchLoss(4), loader)
 
 
 def test_refusals():

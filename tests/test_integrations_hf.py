@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from builders import ROOT, environment, python
 from frameworks import reason_against
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlb_fast import LastBatchLoss
-from dlb_fast.data import OverlapLoader, ResidentLoader, synthetic
+from dlb_fast.data import Mix, OverlapLoader, ResidentLoader, synthetic
 
 if REASON := reason_against("transformers.trainer"):
     pytest.skip(REASON, allow_module_level=True)
@@ -55,19 +57,6 @@ class Recorder(LastBatchTrainer):
         if model.training:
             self.seen = [*getattr(self, "seen", []), inputs["ids"].tolist()]
         return super().compute_loss(model, inputs, *args, **options)
-
-
-class SecondVisitInverted(Items):
-    """Two views of every sample, or the last-batch term of one update would be 0."""
-
-    def __init__(self, split):
-        super().__init__(split)
-        self.visited = set()
-
-    def __getitem__(self, index):
-        item, again = super().__getitem__(index), index in self.visited
-        self.visited.add(index)
-        return {**item, "pixel_values": 1 - item["pixel_values"] if again else item["pixel_values"]}
 
 
 def make(folder, loader=None, net=None, kind=Recorder, items=Items, **options):
@@ -174,42 +163,270 @@ def test_evaluation_is_plain_cross_entropy_and_leaves_the_memory_alone(tmp_path)
     assert trainer.predict(Items("test")).predictions.shape == (len(DATA["test"]), 4)
 
 
-def test_accumulated_cross_entropy_is_that_of_the_whole_batch(tmp_path):
-    """The first micro-batch of a run has half the rows: a mean of means would count them double."""
+class Doubles(Items):
+    """float64, two views of every sample, and the labels of `ignored` samples replaced."""
 
-    def gradient(steps, rows, alpha):
-        trainer = make(
-            tmp_path, net=lambda: Net(dropout=0.0), gradient_accumulation_steps=steps, per_device_train_batch_size=rows,
-            max_steps=1, max_grad_norm=0.0, save_strategy="no", optim="sgd", learning_rate=1.0, weight_decay=0.0,
-            lr_scheduler_type="constant", dataloader_drop_last=True, items=SecondVisitInverted,
-        )  # fmt: skip
-        trainer.criterion.alpha = alpha
-        before = weights(trainer)
-        trainer.train()
-        return trainer, before - weights(trainer)
+    def __init__(self, split, ignored=(), label=-100):
+        super().__init__(split)
+        self.ignored, self.label, self.visited = set(ignored), label, set()
 
-    trainer, got = gradient(3, 16, 0.0)
-    assert [len(batch) for batch in trainer.seen] == [8, 16, 16]
+    def __getitem__(self, index):
+        item, again = super().__getitem__(index), index in self.visited
+        self.visited.add(index)
+        view = item["pixel_values"].double()
+        label = self.label if index in self.ignored else item["labels"]
+        return {"pixel_values": 1 - view if again else view, "labels": label}
+
+
+class Casting(Net):
+    def forward(self, pixel_values):
+        return super().forward(pixel_values.double())
+
+
+class Kept(LastBatchTrainer):
+    """Keeps what every micro-batch was made of."""
+
+    def compute_loss(self, model, inputs, *args, **options):
+        if model.training:
+            names = ("pixel_values", "labels", "target_b", "lam")
+            own = {name: inputs[name].clone() for name in names if name in inputs}
+            self.kept = [*getattr(self, "kept", []), {**own, "num_old": inputs["num_old"]}]
+        return super().compute_loss(model, inputs, *args, **options)
+
+
+def by_hand(ranks, net, accumulate, *, ignore_index=-100, weight=None, smoothing=0.0, alpha=2.0, lr=0.5):
+    """The weights and the terms of every update, in plain torch and float64, from the micro-batches of every rank."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    options = {"ignore_index": ignore_index, "weight": weight, "label_smoothing": smoothing}
+    stored, terms = [None] * len(ranks), []
+    steps = list(zip(*ranks, strict=True))
+    epochs = [steps[first : first + 7] for first in range(0, len(steps), 7)]
+    for group in (epoch[first : first + accumulate] for epoch in epochs for first in range(0, len(epoch), accumulate)):
+        logits, labels, kl = [], [], []
+        for rank, batch in ((rank, batch) for step in group for rank, batch in enumerate(step)):
+            z, old = net(batch["pixel_values"])["logits"], batch["num_old"]
+            logits.append(z)
+            labels.append(batch["labels"])
+            if "lam" in batch:
+                share = batch["lam"].double()[:, None]
+                both = (F.one_hot(batch[name], 4) for name in ("labels", "target_b"))
+                labels[-1] = share * next(both) + (1 - share) * next(both)
+            if stored[rank] is None:
+                kl.append(z.sum() * 0)
+            else:
+                assert len(stored[rank]) == old
+                teacher, student = F.softmax(stored[rank] / 3, 1), F.log_softmax(z[:old] / 3, 1)
+                kl.append(9 * F.kl_div(student, teacher, reduction="batchmean"))
+            stored[rank] = z[old:].detach()
+        ce, lb = F.cross_entropy(torch.cat(logits), torch.cat(labels), **options), sum(kl) / len(kl)
+        optimizer.zero_grad()
+        (ce + alpha * lb).backward()
+        optimizer.step()
+        terms.append((ce.item(), lb.item()))
+    return torch.cat([value.flatten() for value in net.state_dict().values()]), terms
+
+
+def trained(folder, *, data=(), criterion=None, kind=Kept, net=None, loader=None, **options):
+    """A trainer that has trained in float64 by plain SGD, and the weights and the terms that a plain loop gives."""
     set_seed(0)
-    net = Net(dropout=0.0)
-    images = [DATA["train"].images[batch] / 255 for batch in trainer.seen]
-    for old in (images[1][:8], images[2][:8]):
-        old.copy_(1 - old)
-    z = [net(view)["logits"] for view in images]
-    labels = torch.cat([DATA["train"].targets[batch] for batch in trainer.seen])
-    F.cross_entropy(torch.cat(z), labels).backward(retain_graph=True)
-    assert torch.allclose(got, torch.cat([p.grad.flatten() for p in net.parameters()]), atol=1e-5)
-    # and the last-batch term is the mean over the micro-batches, whatever their sizes
-    _, both = gradient(3, 16, 100.0)
-    terms = []
-    for before, now in ((z[0], z[1][:8]), (z[1][8:], z[2][:8])):
-        teacher, student = F.softmax(before.detach() / 3, 1), F.log_softmax(now / 3, 1)
-        terms.append(9 * F.kl_div(student, teacher, reduction="batchmean"))
-    net.zero_grad()
-    (100 * sum(terms) / 3).backward()
-    want = torch.cat([p.grad.flatten() for p in net.parameters()])
-    assert want.abs().max() > 0.05
-    assert torch.allclose(both - got, want, atol=1e-3)
+    net = net or Net(dropout=0.0)
+    net = net.double()
+    arguments = {
+        "use_cpu": True, "per_device_train_batch_size": 16, "max_steps": 5, "save_strategy": "no", "report_to": [],
+        "disable_tqdm": True, "learning_rate": 0.5, "optim": "sgd", "lr_scheduler_type": "constant",
+        "weight_decay": 0.0, "max_grad_norm": 0.0, "dataloader_pin_memory": False, "logging_steps": 1,
+        "train_sampling_strategy": "sequential", "per_device_eval_batch_size": 64, **options,
+    }  # fmt: skip
+    criterion = {"alpha": 2.0, **(criterion or {})}
+    trainer = kind(
+        net, TrainingArguments(folder, **arguments), train_dataset=Doubles("train", *data),
+        eval_dataset=Doubles("test"), criterion=LastBatchLoss(4, **criterion), train_loader=loader,
+    )  # fmt: skip
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    trainer.train()
+    plain = Casting(dropout=0.0).double()
+    plain.load_state_dict(start)
+    used = trainer.criterion
+    want = by_hand(
+        [trainer.kept], plain, trainer.args.gradient_accumulation_steps, ignore_index=used.ignore_index,
+        weight=used.weight, smoothing=options.get("label_smoothing_factor") or criterion.get("label_smoothing", 0.0),
+    )  # fmt: skip
+    return trainer, *want
+
+
+CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+VALUES = {
+    "one batch an update": {},
+    # the first micro-batch has half the rows: a mean of means would count them double
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "the last update of an epoch is shorter": {"gradient_accumulation_steps": 4},
+    "a micro-batch without labels": {"data": (range(8, 24),), "gradient_accumulation_steps": 3},
+    "an update without labels": {"data": (range(24),), "gradient_accumulation_steps": 3, "max_steps": 1},
+    "few labels": {"data": ([*range(1, 16), 20, 30, 40],), "gradient_accumulation_steps": 2},
+    "another ignore_index": {
+        "data": ([*range(8, 24), 30], 255), "criterion": {"ignore_index": 255}, "gradient_accumulation_steps": 3,
+    },
+    "-100 is no label of this run": {
+        "data": ([3, 30], 1), "criterion": {"ignore_index": 1}, "gradient_accumulation_steps": 2,
+    },
+    "class weights": {"criterion": {"weight": CLASS_WEIGHTS}, "gradient_accumulation_steps": 3},
+    "class weights and a micro-batch without labels": {
+        "data": (range(8, 24),), "criterion": {"weight": CLASS_WEIGHTS}, "gradient_accumulation_steps": 3,
+    },
+    "label_smoothing_factor": {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2},
+    "the criterion's own smoothing": {"criterion": {"label_smoothing": 0.2}, "gradient_accumulation_steps": 2},
+    "smoothing and class weights": {
+        "criterion": {"weight": CLASS_WEIGHTS}, "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2,
+    },
+    "tokens counted per rank": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 3},
+    "evaluation after every update": {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 2},
+    "evaluation before training": {"eval_on_start": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "a random order": {"train_sampling_strategy": "random", "gradient_accumulation_steps": 2},
+    "accumulation by accelerate": {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 3}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_weights_and_logs_are_those_of_a_plain_loop(tmp_path, case):
+    if case == "an update without labels":  # torch's mean of nothing is NaN; here it is 0
+        trainer, _, _ = trained(tmp_path, **VALUES[case])
+        logged = trainer.state.log_history[0]
+        assert logged["cross_entropy"] == 0 and logged["loss"] == pytest.approx(2 * logged["last_batch"], rel=1e-6)
+        assert logged["last_batch"] > 1e-3 and weights(trainer).isfinite().all()
+        return
+    trainer, want, terms = trained(tmp_path, **VALUES[case])
+    assert len(terms) == trainer.state.global_step and max(lb for _, lb in terms) > 0.01
+    first = (DATA["train"].images[:8] / 255).double()
+    assert torch.equal(trainer.kept[0]["pixel_values"], first) is (case != "a random order")
+    assert (weights(trainer) - want).abs().max() < 1e-6  # the counts of rows are float32
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == len(terms)
+    for entry, (ce, lb) in zip(logs, terms, strict=True):
+        assert entry["cross_entropy"] == pytest.approx(ce, rel=1e-6)
+        assert entry["last_batch"] == pytest.approx(lb, rel=1e-6, abs=1e-12)
+        assert entry["loss"] == pytest.approx(ce + 2 * lb, rel=1e-6)
+
+
+def test_logs_are_means_over_the_updates_since_the_last_log_without_reading_the_device(tmp_path):
+    class Read(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                Read.reads += 1
+            return func(*args, **(kwargs or {}))
+
+    class Watched(Kept):
+        def _items(self, *args):  # the criterion itself examines its arguments on the CPU
+            with Read():
+                return super()._items(*args)
+
+        def _record(self, *args):
+            with Read():
+                super()._record(*args)
+
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            samples = [next(epoch_iterator, None) for _ in range(num_batches)]
+            with Read():
+                return super().get_batch_samples((s for s in samples if s is not None), num_batches, device)
+
+    options = {"gradient_accumulation_steps": 2, "logging_steps": 4, "max_steps": 8, "logging_nan_inf_filter": True}
+    trainer, _, terms = trained(tmp_path, kind=Watched, **options)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2 and Read.reads == 0
+    for entry, part in zip(logs, (terms[:4], terms[4:]), strict=True):
+        assert entry["cross_entropy"] == pytest.approx(sum(ce for ce, _ in part) / 4, rel=1e-6)
+        assert entry["last_batch"] == pytest.approx(sum(lb for _, lb in part) / 4, rel=1e-6)
+        assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 2 * entry["last_batch"], rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loader_that_mixes_trains_on_both_labels(tmp_path, accumulate):
+    loader = ResidentLoader(DATA["train"], 16, mix=Mix(mixup_alpha=0.8), drop_last=False)
+    options = {"train_sampling_strategy": "random", "gradient_accumulation_steps": accumulate}
+    trainer, want, terms = trained(tmp_path, loader=loader, net=Casting(dropout=0.0), **options)
+    assert all(batch["lam"].max() < 1 for batch in trainer.kept) and max(lb for _, lb in terms) > 1e-4
+    assert (weights(trainer) - want).abs().max() < 1e-6
+    assert trainer.criterion.buffer.mismatched == 0
+
+
+def test_evaluation_has_the_options_of_the_criterion(tmp_path):
+    trainer, _, _ = trained(
+        tmp_path, criterion={"weight": CLASS_WEIGHTS, "ignore_index": 1}, label_smoothing_factor=0.1, max_steps=2
+    )
+    before = trainer.criterion.state_dict()["_extra_state"]
+    got = trainer.evaluate()["eval_loss"]
+    images, labels = (DATA["test"].images / 255).double(), DATA["test"].targets
+    with torch.no_grad():
+        logits = trainer.model.eval()(images)["logits"]
+        want = F.cross_entropy(logits, labels, weight=CLASS_WEIGHTS, ignore_index=1, label_smoothing=0.1)
+    assert got == pytest.approx(want.item(), rel=1e-5)
+    assert torch.equal(before, trainer.criterion.state_dict()["_extra_state"])
+
+
+def test_a_smaller_batch_is_found_and_trains_as_if_it_were_given(tmp_path):
+    class Small(Net):
+        def forward(self, pixel_values):
+            if len(pixel_values) > 12:
+                raise RuntimeError("CUDA out of memory.")
+            return super().forward(pixel_values)
+
+    class Started(Kept):
+        def get_train_dataloader(self):
+            self.kept, self.begin = [], {k: v.clone() for k, v in self.model.state_dict().items()}
+            return super().get_train_dataloader()
+
+    trainer, _, _ = trained(tmp_path, net=Small(dropout=0.0), kind=Started, auto_find_batch_size=True)
+    assert [len(batch["labels"]) for batch in trainer.kept] == [6, 12, 12, 12, 12]
+    assert trainer.state.train_batch_size == 12 and trainer.criterion.buffer.mismatched == 0
+    plain = Net(dropout=0.0).double()
+    plain.load_state_dict(trainer.begin)
+    want, _ = by_hand([trainer.kept], plain, 1)
+    assert (weights(trainer) - want).abs().max() < 1e-12
+
+    class None_(Net):
+        def forward(self, pixel_values):
+            raise RuntimeError("CUDA out of memory.")
+
+    with pytest.raises(RuntimeError, match="No executable batch size found"):
+        make(tmp_path, net=None_, auto_find_batch_size=True).train()
+
+
+def test_a_found_batch_size_is_resumed(tmp_path):
+    class Small(Net):
+        def forward(self, pixel_values):
+            if len(pixel_values) > 12:
+                raise RuntimeError("CUDA out of memory.")
+            return super().forward(pixel_values)
+
+    whole = make(tmp_path / "whole", net=Small, auto_find_batch_size=True)
+    whole.train()
+    resumed = make(tmp_path / "resumed", net=Small, auto_find_batch_size=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert torch.equal(weights(resumed), weights(whole)) and len(resumed.seen[-1]) == len(whole.seen[-1])
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"activation_checkpointing": True}])
+def test_a_transformer(tmp_path, options):
+    """Autocast and activation checkpointing inside a model of the library, labels and unused columns included."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    if "activation_checkpointing" in options and not hasattr(TrainingArguments, "activation_checkpointing"):
+        options = {"gradient_checkpointing": True}
+
+    def run(**options):
+        config = ViTConfig(
+            image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32, num_labels=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        trainer = make(tmp_path, net=lambda: ViTForImageClassification(config), max_steps=6, **options)
+        trainer.train()
+        assert trainer.criterion.buffer.taught > 0 and trainer.criterion.buffer.mismatched == 0
+        return weights(trainer)
+
+    tolerance = 1e-1 if "bf16" in options else 1e-6
+    assert torch.allclose(run(**options), run(), atol=tolerance)
 
 
 def test_a_model_that_owns_the_criterion_is_saved_by_the_plain_trainer(tmp_path):
@@ -247,12 +464,131 @@ def test_refusals(tmp_path):
         LastBatchTrainer(Net(), TrainingArguments(tmp_path, use_cpu=True), criterion=nn.CrossEntropyLoss())
     with pytest.raises(TypeError, match=r"expected a loader of dlb_fast.data.* got DataLoader with batch_sampler"):
         make(tmp_path, torch.utils.data.DataLoader(Items("train")))
-    with pytest.raises(ValueError, match="batch_size must be even"):
-        make(tmp_path, per_device_train_batch_size=15).train()
     loader = ResidentLoader(DATA["train"], 16)
     loader.load_state_dict({**loader.state_dict(), "step": 3})
     with pytest.raises(RuntimeError, match="the Trainer is at step 0 of the epoch and ResidentLoader at 3"):
         next(iter(as_dataloader(loader)))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+REFUSED = {
+    "batch_size must be even": {"per_device_train_batch_size": 15},
+    "label_smoothing_factor is 0.1 and criterion.label_smoothing 0.2; set one": {
+        "label_smoothing_factor": 0.1, "criterion": {"label_smoothing": 0.2},
+    },
+    "compute_loss_func would replace the criterion": {"trainer": {"compute_loss_func": lambda *_, **__: None}},
+    "criterion.reduction must be 'mean'": {"criterion": {"reduction": "sum"}},
+    r"one label per row, got label_names \['start', 'end'\]": {"label_names": ["start", "end"]},
+    "group_by_length chooses other rows": {"train_sampling_strategy": "group_by_length"},
+    "batch_rebalance chooses other rows": {"train_sampling_strategy": "batch_rebalance"},
+    "ignore_data_skip=True begins an epoch anew": {"ignore_data_skip": True},
+    "accelerator_config.split_batches=True shards": {"accelerator_config": {"split_batches": True}},
+    "accelerator_config.dispatch_batches=True shards": {"accelerator_config": {"dispatch_batches": True}},
+    "dataloader_in_order=False": {"dataloader_in_order": False, "dataloader_num_workers": 1},
+    "enable_jit_checkpoint saves without telling": {"enable_jit_checkpoint": True},
+    "needs a train_dataset with a length .* got Stream": {"items": lambda split: Stream(), "max_steps": 2},
+    "train_sampling_strategy='sequential' has no effect on train_loader": {
+        "loader": lambda: ResidentLoader(DATA["train"], 16), "train_sampling_strategy": "sequential",
+    },
+    "auto_find_batch_size=True has no effect on train_loader": {
+        "loader": lambda: ResidentLoader(DATA["train"], 16), "auto_find_batch_size": True,
+    },
+    "data_seed=7 has no effect on train_loader": {
+        "loader": lambda: ResidentLoader(DATA["train"], 16), "data_seed": 7,
+    },
+    "made as rank 1 of 2, but this process is rank 0 of 1": {
+        "loader": lambda: ResidentLoader(DATA["train"], 16, rank=1, world_size=2),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_honoured_is_refused_at_construction(tmp_path, message):
+    options = dict(REFUSED[message])
+    trainer, criterion = options.pop("trainer", {}), options.pop("criterion", {})
+    items, loader = options.pop("items", Items), options.pop("loader", None)
+    args = TrainingArguments(
+        tmp_path, **{"use_cpu": True, "report_to": [], "per_device_train_batch_size": 16, **options}
+    )
+    with pytest.raises(ValueError, match=message):
+        LastBatchTrainer(
+            Net(), args, train_dataset=items("train"), criterion=LastBatchLoss(4, **criterion),
+            train_loader=loader and loader(), **trainer,
+        )  # fmt: skip
+
+
+def test_models_of_another_kind_and_parallel_parts_are_refused(tmp_path):
+    def build(net, kind=LastBatchTrainer, **changes):
+        args = TrainingArguments(tmp_path, use_cpu=True, report_to=[])
+        assert args.n_gpu == 0
+        for name, value in changes.items():
+            setattr(args, name, value)
+        return kind(net, args, train_dataset=Items("train"), criterion=LastBatchLoss(4))
+
+    class Regression(Net):
+        config = SimpleNamespace(problem_type="regression", to_json_string=lambda: "")
+
+    with pytest.raises(ValueError, match="one class per row, got model.config.problem_type 'regression'"):
+        build(Regression())
+    with pytest.raises(ValueError, match=r"not_distributed \(n_gpu = 2\) splits a batch after it was made"):
+        build(Net(), _n_gpu=2)
+
+    class Parallel(Net):
+        _tp_size = 2
+
+    with pytest.raises(ValueError, match="1 ranks train on 0 different batches"):
+        build(Parallel())
+
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to=[])
+    learnable = LastBatchLoss(4, impl="torch", alpha=nn.Parameter(torch.ones(())))
+    with pytest.raises(ValueError, match="the criterion has parameters, which the Trainer's optimizer does not train"):
+        LastBatchTrainer(Net(), args, train_dataset=Items("train"), criterion=learnable)
+
+    class Sampled(LastBatchTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    with pytest.raises(ValueError, match="_get_train_sampler is not called"):
+        build(Net(), Sampled)
+
+
+def test_names_that_the_trainer_adds_are_not_taken_from_the_batch(tmp_path):
+    class Named(Items):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "ids": index}
+
+    with pytest.raises(ValueError, match="the batch of data_collator has ids already"):
+        make(tmp_path, items=Named, remove_unused_columns=False, net=Net).train()
+
+
+def test_a_batch_without_labels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a batch has no 'answer', only pixel_values, labels, ids, num_old; set args"):
+        make(tmp_path, label_names=["answer"], loader=ResidentLoader(DATA["train"], 16)).train()
+
+
+def test_other_label_names_are_counted(tmp_path):
+    class Renamed(Doubles):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return {"pixel_values": item["pixel_values"], "answer": item["labels"]}
+
+    def run(items, **options):
+        set_seed(0)
+        args = TrainingArguments(
+            tmp_path, use_cpu=True, report_to=[], max_steps=3, gradient_accumulation_steps=3, save_strategy="no",
+            per_device_train_batch_size=16, learning_rate=0.5, optim="sgd", disable_tqdm=True, **options,
+        )  # fmt: skip
+        trainer = LastBatchTrainer(
+            Net(dropout=0.0).double(), args, train_dataset=items("train", range(5, 20)), criterion=LastBatchLoss(4)
+        )
+        trainer.train()
+        return weights(trainer)
+
+    assert torch.equal(run(Doubles), run(Renamed, label_names=["answer"]))
 
 
 # The end frees the model that DistributedDataParallel wraps and then destroys the process group: gloo's threads abort a
@@ -286,3 +622,40 @@ def test_two_ranks_resume_bit_for_bit(tmp_path):
     assert len(list((tmp_path / "whole" / "checkpoint-3").glob("dlb_fast_*.pt"))) == 2
     whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
     assert torch.equal(whole, resumed)
+
+
+RANKED = """
+    import gc, sys, torch
+    import test_integrations_hf as case
+    trainer, _, _ = case.trained(
+        sys.argv[1], data=(range(3, 20),), per_device_train_batch_size=8, gradient_accumulation_steps=2,
+        ddp_backend="gloo",
+    )
+    rank = trainer.args.process_index
+    torch.save((trainer.kept, case.weights(trainer), trainer.state.log_history), f"{sys.argv[1]}/{rank}.pt")
+    torch.distributed.barrier()
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_log_as_a_plain_loop_over_the_rows_of_both(tmp_path):
+    """Most labels of one rank are ignored: the cross entropy divides by those of both."""
+    script = tmp_path / "ranked.py"
+    script.write_text(textwrap.dedent(RANKED))
+    path = f"{environment()['PYTHONPATH']}:{ROOT / 'tests'}"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
+    python(*launch, cwd=tmp_path, PYTHONPATH=path)
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    set_seed(0)
+    want, terms = by_hand([kept for kept, _, _ in saved], Net(dropout=0.0).double(), 2)
+    for _, got, _ in saved:
+        assert (got - want).abs().max() < 1e-6
+    logs = [entry for entry in saved[0][2] if "loss" in entry]
+    for entry, (ce, lb) in zip(logs, terms, strict=True):
+        assert entry["cross_entropy"] == pytest.approx(ce, rel=1e-5)
+        assert entry["last_batch"] == pytest.approx(lb, rel=1e-5, abs=1e-12)
+        assert entry["loss"] == pytest.approx(ce + 2 * lb, rel=1e-5)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
+import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from frameworks import reason_against
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,6 +28,7 @@ if REASON := reason_against("timm.task"):
     pytest.skip(REASON, allow_module_level=True)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
+from timm.data import Mixup  # noqa: E402
 from timm.models import create_model  # noqa: E402
 from timm.task import LogitDistillationTask, resume_task_checkpoint  # noqa: E402
 from timm.utils import CheckpointSaver  # noqa: E402
@@ -119,7 +124,167 @@ def test_a_model_in_eval_mode_gets_plain_cross_entropy():
     assert task.get_task_state(ema=True) == {}
 
 
+ARGS = {
+    "jsd_loss": False, "bce_loss": False, "kd_model_name": None, "aug_splits": 0, "aug_repeats": 0,
+    "cutmix_minmax": None, "naflex_loader": False, "train_img_sizes": None, "train_batches_per_epoch": None,
+    "epoch_repeats": 0.0, "num_classes": 4, "smoothing": 0.1, "mixup": 0.0, "cutmix": 0.0, "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5, "mixup_mode": "batch", "mixup_off_epoch": 0, "prefetcher": True, "batch_size": 16,
+    "grad_accum_steps": 1, "log_interval": 50,
+}  # fmt: skip
+EPOCHS, STEPS = 3, 7
+
+
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).double()
+
+
+def train(args, amp=False, **criterion):
+    """As timm's train script; returns the task, its batches and the weights that a plain loop gives."""
+    torch.manual_seed(0)
+    args = argparse.Namespace(**{**ARGS, **args})
+    net = flat()
+    plain = copy.deepcopy(net)
+    task = LastBatchTask(net, LastBatchLoss(4, alpha=2.0, **criterion), verbose=True, args=args)
+    loader = task.batches(ResidentLoader(DATA, 16))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    kept, results = [], []
+    for epoch in range(EPOCHS):
+        loader.batch_sampler.set_epoch(epoch)
+        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and loader.mixup_enabled:
+            raise AssertionError("timm's own mixup is on")
+        for step, (images, targets) in enumerate(loader):
+            kept.append(loader._batch)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                result = task(images.double(), targets)
+            results.append({name: result[name].detach().clone() for name in ("loss", "task_loss", "kd_loss")})
+            rest = STEPS % args.grad_accum_steps
+            last = rest and step >= STEPS - rest
+            (result["loss"] / (rest if last else args.grad_accum_steps)).backward()
+            if (step + 1) % args.grad_accum_steps == 0 or step == STEPS - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+    return task, kept, results, by_hand(kept, plain, args, amp)
+
+
+def by_hand(batches, net, args, amp):
+    """In plain torch and float64, the mixed labels as probabilities."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    stored = None
+    for number, batch in enumerate(batches):
+        step, accumulated = number % STEPS, args.grad_accum_steps
+        if step >= STEPS - STEPS % accumulated:
+            accumulated = STEPS % accumulated
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            z = net(batch.images.double()).float() if amp else net(batch.images.double())
+        target = F.one_hot(batch.targets, 4).to(z)
+        if batch.lam is not None:
+            share = batch.lam.to(z)[:, None]
+            target = share * target + (1 - share) * F.one_hot(batch.target_b, 4)
+        loss = F.cross_entropy(z, target, label_smoothing=args.smoothing)
+        if stored is not None:
+            teacher, student = F.softmax(stored / 3, 1), F.log_softmax(z[: len(stored)] / 3, 1)
+            loss = loss + 2 * 9 * F.kl_div(student, teacher, reduction="batchmean")
+        stored = z[batch.num_old :].detach()
+        (loss / accumulated).backward()
+        if (step + 1) % args.grad_accum_steps == 0 or step == STEPS - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.cat([value.flatten() for value in net.state_dict().values()])
+
+
+HONOURED = {
+    "as the script has it": {},
+    "no smoothing": {"smoothing": 0.0},
+    "accumulation": {"grad_accum_steps": 3},
+    "mixup": {"mixup": 0.8},
+    "cutmix": {"cutmix": 1.0},
+    "both, per row": {"mixup": 0.8, "cutmix": 1.0, "mixup_mode": "elem"},
+    "some batches": {"mixup": 0.8, "mixup_prob": 0.5},
+    "until an epoch": {"mixup": 0.8, "mixup_off_epoch": 1},
+    "autocast": {"amp": True},
+}
+
+
+@pytest.mark.parametrize("case", HONOURED)
+def test_weights_are_those_of_a_plain_loop_and_the_teacher_saw_the_same_mixture(case):
+    args = dict(HONOURED[case])
+    task, kept, results, want = train(args, amp=args.pop("amp", False))
+    got = torch.cat([value.flatten() for value in task.get_trainable_module().state_dict().values()])
+    assert (got - want).abs().max() < 1e-6  # lam is float32
+    assert task.criterion.label_smoothing == args.get("smoothing", 0.1) and task.criterion.buffer.mismatched == 0
+    assert max(result["kd_loss"] for result in results) > 0
+    if not args.get("mixup") and not args.get("cutmix"):
+        return
+    # ResidentLoader shows the pixels as they are, so both mixtures of a sample are the same image
+    for before, now in itertools.pairwise(kept):
+        assert torch.equal(before.new, now.old)
+        if before.lam is not None and now.lam is not None:
+            assert torch.equal(before.lam[before.num_old :], now.lam[: now.num_old])
+            assert torch.equal(before.target_b[before.num_old :], now.target_b[: now.num_old])
+    raw = DATA.images.float() / 255
+    mixed = [not torch.allclose(batch.new, raw[batch.ids[batch.num_old :]]) for batch in kept]
+    off = args.get("mixup_off_epoch") or EPOCHS
+    assert any(mixed[: off * STEPS]) and not any(mixed[off * STEPS :])
+    assert all(mixed[: off * STEPS]) or "mixup_prob" in args or "cutmix" in args
+
+
+def test_a_batch_that_was_mixed_behind_the_task_is_refused():
+    task = LastBatchTask(flat(), LastBatchLoss(4), verbose=False)
+    mixup = Mixup(mixup_alpha=0.8, num_classes=4)
+    for images, targets in task.batches(ResidentLoader(DATA, 16)):
+        mixed, soft = mixup(images.clone(), targets)
+        with pytest.raises(
+            ValueError, match=r"got a target \(\d+, 4\) of torch.float32, .*teacher of a row saw another"
+        ):
+            task(mixed.double(), soft)
+        task(images.double(), targets)
+
+
+def test_the_terms_are_logged_where_timm_logs(caplog):
+    with caplog.at_level(logging.INFO, logger="dlb_fast.integrations.timm"):
+        _, _, results, _ = train({"grad_accum_steps": 2, "log_interval": 2})
+    lines = [record.getMessage() for record in caplog.records if record.name.endswith("integrations.timm")]
+    # updates 0 and 2 of an epoch of 4, and its last batch
+    assert [line.split("]")[0] for line in lines[:3]] == ["Train: 0 [   2/7", "Train: 0 [   6/7", "Train: 0 [   7/7"]
+    assert len(lines) == 3 * EPOCHS
+    for epoch in range(EPOCHS):
+        part = results[epoch * STEPS :][:STEPS]
+        ce, kd = (sum(result[name].item() for result in part) / STEPS for name in ("task_loss", "kd_loss"))
+        assert lines[3 * epoch + 2].endswith(f"Cross entropy: {ce:#.3g}  Last batch: {kd:#.3g}")
+
+
+REFUSED = {
+    "--jsd-loss True has no effect here": {"jsd_loss": True},
+    "--bce-loss True has no effect here": {"bce_loss": True},
+    "--kd-model-name resnet50 has no effect": {"kd_model_name": "resnet50"},
+    "--aug-splits 3 has no effect": {"aug_splits": 3},
+    "--aug-repeats 3.0 has no effect": {"aug_repeats": 3.0},
+    r"--cutmix-minmax \[0.2, 0.8\] has no effect": {"cutmix_minmax": [0.2, 0.8]},
+    "--naflex-loader True has no effect": {"naflex_loader": True},
+    r"--train-img-sizes \[128, 224\] has no effect": {"train_img_sizes": [128, 224]},
+    "--train-batches-per-epoch 10 has no effect": {"train_batches_per_epoch": 10},
+    "--epoch-repeats 2.0 has no effect": {"epoch_repeats": 2.0},
+    "--num-classes is 10, the criterion has 4": {"num_classes": 10},
+    "mode must be one of batch, elem, got 'pair'": {"mixup": 0.2, "mixup_mode": "pair"},
+    "without the prefetcher timm mixes every batch once more": {"cutmix": 1.0, "prefetcher": False},
+    "have 16 rows and --batch-size is 128": {"batch_size": 128},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_options_of_the_script_that_cannot_be_honoured_are_refused(message):
+    with pytest.raises(ValueError, match=message):
+        train(REFUSED[message])
+
+
 def test_refusals():
+    with pytest.raises(ValueError, match=r"--smoothing is 0.1 and criterion.label_smoothing 0.2"):
+        train({}, label_smoothing=0.2)
+    task = LastBatchTask(flat(), LastBatchLoss(4), verbose=False, args=argparse.Namespace(**ARGS))
+    with pytest.raises(ValueError, match=r"train on loader_train = task.batches\(loader\)"):
+        task(torch.zeros(4, 3, 8, 8, dtype=torch.float64), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="made as rank 1 of 2, but this process is rank 0 of 1"):
+        task.batches(ResidentLoader(DATA, 16, rank=1, world_size=2))
     with pytest.raises(TypeError, match="criterion must be a LastBatchLoss, got CrossEntropyLoss"):
         LastBatchTask(model(), nn.CrossEntropyLoss())
     task = LastBatchTask(model(), LastBatchLoss(4), verbose=False)

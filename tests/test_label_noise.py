@@ -106,8 +106,8 @@ def test_flags_reach_the_run_and_methods_share_the_labels(tmp_path):
     assert wrong.mean() == 0.5 and (labels[0][wrong] == (right[wrong] + 1) % 4).all()
     short = override(config, batch_size=8, epochs=1, padding=1)
     losses = [
-        train(override(short, data_seed=7, label_noise=rate), tmp_path / str(rate))["loss"]
-        for rate in (0.0, 0.5)
+        train(override(short, label_noise=rate, noise_kind=kind), tmp_path / str(rate))["loss"]
+        for rate, kind in ((0.0, "symmetric"), (0.5, "asymmetric"))
     ]
     assert losses[0] != losses[1]
     assert RunFolder(tmp_path / "0.5").read_config().data.label_noise == 0.5

@@ -172,16 +172,16 @@ def test_temperatures_and_device_scalars(impl, generator, tau):
     assert tensor.item() == pytest.approx(truth.item(), rel=2e-6)
 
 
-def test_only_the_logits_get_a_gradient_and_decide_the_dtype(impl, generator):
+def test_the_logits_decide_the_dtype(impl, generator):
+    """A scalar of another dtype does not; who else may have a gradient stands in test_autograd.py."""
     z, _, t = problem(impl, generator, 8, 4, 5, torch.float32)
-    target = torch.rand(8, 5, device=z.device).requires_grad_()
-    alpha = torch.tensor(0.3, dtype=torch.float64, device=z.device, requires_grad=True)
-    temperature = torch.tensor(2.0, dtype=torch.float64, device=z.device, requires_grad=True)
+    target = torch.rand(8, 5, device=z.device)
+    alpha = torch.tensor(0.3, dtype=torch.float64, device=z.device)
+    temperature = torch.tensor(2.0, dtype=torch.float64, device=z.device)
     loss = fused_lb_loss(z.requires_grad_(), target, t, alpha=alpha, temperature=temperature, impl=impl)
     loss.backward()
-    assert loss.dtype == torch.float32
+    assert loss.dtype == z.grad.dtype == torch.float32
     assert z.grad.abs().sum() > 0
-    assert (target.grad, alpha.grad, temperature.grad) == (None, None, None)
 
 
 def test_a_second_derivative_is_refused_or_right(impl, generator):

@@ -40,6 +40,43 @@ def test_a_row_is_right_by_its_first_label_though_the_second_is_ignored(impl, ta
     torch.testing.assert_close(loss, want)
 
 
+def not_finite(classes):
+    """Rows whose label has the largest logit, one for each way in which a row is not finite, and finite ones."""
+    inf, nan = float("inf"), float("nan")
+    label = torch.arange(8) % classes
+    z = torch.randn(8, classes, generator=torch.Generator().manual_seed(0))
+    at, beside = (torch.arange(8), label), (torch.arange(8), (label + 1) % classes)
+    z[at] = 20.0
+    z[1], z[6], z[7] = -inf, -inf, 0.0
+    z[0, label[0]], z[2, beside[1][2]], z[3, label[3]] = inf, nan, nan
+    z[4, beside[1][4]] = -inf  # right
+    z[5] = inf
+    z[6, label[6]] = 3.0  # right, with probability 1; row 7 is right by a tie
+    return z, label, 3
+
+
+@pytest.mark.parametrize("impl", [*HERE, "emulated cuda"])
+@pytest.mark.parametrize("form", ["labels", "probabilities", "pair", "second ignored"])
+def test_a_row_without_a_finite_loss_is_not_right(impl, form):
+    for classes in (5,) if impl == "triton" else (5, 300):
+        z, label, right = not_finite(classes)
+        target = torch.nn.functional.one_hot(label, classes).float() if form == "probabilities" else label
+        options = {}
+        if form in ("pair", "second ignored"):
+            second = (label + 1) % classes if form == "pair" else torch.full_like(label, -100)
+            options = {"target_b": second, "lam": torch.tensor(0.5)}
+        for teacher in (None, torch.zeros(8, classes)):
+            if impl == "emulated cuda":
+                from emulation import harness
+
+                if harness.missing():
+                    pytest.skip(harness.missing())
+                found = harness.emulator().last_batch(z, target, teacher=teacher, **options).parts[3]
+            else:
+                found = fused_lb_loss(z, target, teacher, impl=ready(impl), return_parts=True, **options)[1].correct
+            assert int(found) == right
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_step_gives_its_gradient_in_any_mode(impl, generator, mode):
     z, y = torch.randn(8, 5, generator=generator), torch.randint(0, 5, (8,), generator=generator)
@@ -54,12 +91,18 @@ def test_a_step_gives_its_gradient_in_any_mode(impl, generator, mode):
     assert torch.equal(buffer.logits, want_buffer.logits) and buffer.count == 4
 
 
-def test_only_the_logits_get_a_gradient(impl, generator):
+def test_compiled_implementations_refuse_what_plain_torch_differentiates(impl, generator):
     z = torch.randn(6, 5, generator=generator, requires_grad=True)
     y, other = (torch.randint(0, 5, (6,), generator=generator) for _ in range(2))
-    weight, lam = torch.ones(5, requires_grad=True), torch.rand(6, generator=generator).requires_grad_()
-    fused_lb_loss(z, y, z[:3].detach() + 1, weight=weight, target_b=other, lam=lam, impl=impl).backward()
-    assert z.grad is not None and weight.grad is None and lam.grad is None
+    given = {"weight": torch.ones(5), "lam": torch.rand(6, generator=generator)}
+    for name in given:
+        options = {**given, name: given[name].clone().requires_grad_()}
+        if impl == "torch":
+            fused_lb_loss(z, y, z[:3].detach() + 1, target_b=other, impl=impl, **options).backward()
+            assert options[name].grad.any()
+        else:
+            with pytest.raises(RuntimeError, match=f"fused_lb_loss: impl='{impl}' has no gradient of {name}"):
+                fused_lb_loss(z, y, z[:3].detach() + 1, target_b=other, impl=impl, **options)
 
 
 @pytest.mark.parametrize("criterion", [LastBatchLoss(3), LsrKDLoss()], ids=lambda c: type(c).__name__)

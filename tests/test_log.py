@@ -193,7 +193,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(method, tmp_path
 def test_a_missing_or_broken_library_is_refused_before_anything_is_written(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
     flags = ["train", "--preset", "digits", "--trackers", name, "--out", str(tmp_path / "r")]
-    assert cli.main(flags) == 1
+    assert cli.main(flags) == 2
     said = capsys.readouterr().err
     assert f"tracker {name} cannot be used" in said and f"pip install {name}" in said
     assert not (tmp_path / "r").exists()

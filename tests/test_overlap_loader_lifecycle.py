@@ -259,3 +259,25 @@ def test_closing_an_old_iteration_leaves_the_threads_of_the_new_one(files: Files
         assert source._pipeline is pipeline_of_new and len(threads()) == 2
         got += [b.ids.tolist() for b in new]
         assert got == expected
+
+
+@pytest.mark.parametrize("when", ["before the threads start", "after the threads started"])
+def test_an_old_iteration_that_is_freed_while_the_new_one_starts_ends_nothing(
+    files: Files, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the garbage collector may do: an iteration lives as long as the traceback of an error in its loop."""
+    with loader(files) as source:
+        expected = [b.ids.tolist() for b in source]
+    start = WorkerPool.start
+
+    def freeing(pool: WorkerPool) -> None:
+        if when.startswith("before"):
+            held.clear()
+        start(pool)
+        held.clear()
+
+    with loader(files) as source:
+        held = [iter(source)]
+        next(held[0])
+        monkeypatch.setattr(WorkerPool, "start", freeing)
+        assert [b.ids.tolist() for b in source] == expected and held == []

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import eager_official
 
-from dlb_fast import reference
+from dlb_fast import fused_lb_loss, reference
 
 D = torch.float64
 # KL((3/4, 1/4) || (1/2, 1/2)), by hand.
@@ -147,6 +147,19 @@ def test_row_permutation(generator):
     order = torch.cat([torch.randperm(4, generator=generator), 4 + torch.randperm(4, generator=generator)])
     plain = reference.last_batch_loss(z, y, t)[0]
     torch.testing.assert_close(reference.last_batch_loss(z[order], y[order], t[order[:4]])[0], plain)
+
+
+@pytest.mark.parametrize("lam", [1.0, "()", "(B,)"])
+def test_a_label_without_a_share_costs_nothing(lam, impl):
+    """Mixup draws a share of 1; the logit of the other label may then be -inf, as in a dense target."""
+    z = torch.tensor([[0.0, -torch.inf, 1.0], [0.5, 1.0, -torch.inf]], requires_grad=True)
+    y, other = torch.tensor([0, 1]), torch.tensor([1, 2])
+    lam = {"()": torch.ones(()), "(B,)": torch.ones(2)}.get(lam, lam)  # made where the implementation runs
+    want = F.cross_entropy(z.detach(), y)
+    for labels, share in (((y, other), lam), ((other, y), 1.0 - lam)):
+        loss = fused_lb_loss(z, labels[0], target_b=labels[1], lam=share, impl=impl)
+        torch.testing.assert_close(loss.detach(), want)
+        assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
 def test_pair_form_is_the_dense_mixture(generator):

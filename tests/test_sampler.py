@@ -6,18 +6,39 @@ import gc
 import itertools
 import json
 from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from dlb_fast.data import (
     Batch,
     ClassBatchSampler,
+    EvalLoader,
+    HalfBatchSampler,
     IndexedDataset,
+    MapDataset,
     OverlapBatchSampler,
+    OverlapLoader,
+    ResidentLoader,
+    SampledLoader,
+    TwoViews,
+    ViewPairSampler,
     collate_overlap,
     collate_rows,
+    load_into_memory,
+    synthetic,
 )
 from dlb_fast.data.position import StreamPosition
 
@@ -119,18 +140,30 @@ def test_resume_at_every_point_of_three_epochs_twice_in_a_row():
             assert got == whole, (config, stop)
 
 
-def test_state_at_an_epochs_end_starts_the_next_epoch_with_the_carried_half():
+def test_a_state_after_an_epochs_last_batch_has_nothing_left_of_that_epoch():
     sampler = OverlapBatchSampler(10, 4)
     iterator = iter(sampler)
     for _ in range(5):
         last = next(iterator)
     state = sampler.state_dict()  # the iterator has not raised StopIteration yet
-    assert (state["epoch"], state["step"]) == (1, 0) and sampler.epoch == 1
+    assert (state["epoch"], state["step"], sampler.epoch) == (0, 5, 0)
     assert list(iterator) == []
-    resumed = OverlapBatchSampler(10, 4)
-    resumed.load_state_dict(state)
-    batches = list(resumed)
-    assert len(batches) == 5 and plain(batches)[0][:2] == plain([last])[0][2:]
+    ended = sampler.state_dict()
+    assert (ended["epoch"], ended["step"], sampler.epoch) == (1, 0, 1)
+    for called in ([], [0]):  # a loop may call set_epoch with the epoch of the state
+        resumed = OverlapBatchSampler(10, 4)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state and resumed.epoch == 0
+        for epoch in called:
+            resumed.set_epoch(epoch)
+        assert list(resumed) == [] and resumed.state_dict() == ended
+        batches = list(resumed)
+        assert len(batches) == 5 and plain(batches)[0][:2] == plain([last])[0][2:]
+    for first in (ended, state):
+        resumed = OverlapBatchSampler(10, 4)
+        resumed.load_state_dict(first)
+        resumed.set_epoch(1)
+        assert plain(resumed) == plain(batches)
 
 
 def test_state_is_constant_size_and_flat():
@@ -198,8 +231,8 @@ def test_damaged_states():
         sampler.load_state_dict({k: v for k, v in good.items() if k not in ("seed", "step")})
     with pytest.raises(ValueError, match="version 99 was saved, this release reads version 1"):
         sampler.load_state_dict({**good, "version": 99})
-    with pytest.raises(ValueError, match="step 10 is beyond the 10 steps"):
-        sampler.load_state_dict({**good, "step": 10})
+    with pytest.raises(ValueError, match="step 11 is beyond the 10 steps"):
+        sampler.load_state_dict({**good, "step": 11})
     with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
         sampler.load_state_dict({**good, "epoch": -1})
     with pytest.raises(TypeError, match=r"step must be an integer, got 1\.5"):
@@ -225,8 +258,7 @@ def test_loading_raises_while_an_iteration_is_active_only():
 
 def test_an_iteration_left_early_starts_again_where_it_began():
     sampler, fresh = OverlapBatchSampler(20, 4), OverlapBatchSampler(20, 4)
-    for _ in range(3):
-        next(iter(sampler))
+    next(iter(sampler))
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["step"]) == (
         0,
         1,
@@ -236,6 +268,68 @@ def test_an_iteration_left_early_starts_again_where_it_began():
     sampler.load_state_dict(state)
     first = plain([next(iter(sampler))])
     assert plain(sampler)[:1] == first and sampler.epoch == 2
+
+
+@pytest.mark.parametrize("kind", ["sampler", "resident", "overlap", "sampled", "dataloader"])
+def test_the_second_time_that_an_epoch_starts_over_is_warned_of(kind):
+    data = synthetic(length=40, num_classes=2, size=4)
+    made = {
+        "sampler": lambda: OverlapBatchSampler(40, 8),
+        "resident": lambda: ResidentLoader(data, 8),
+        "overlap": lambda: OverlapLoader(data, 8, num_threads=1),
+        "sampled": lambda: SampledLoader(data, ViewPairSampler(40, 8)),
+        "dataloader": lambda: DataLoader(list(range(40)), batch_sampler=OverlapBatchSampler(40, 8)),
+    }[kind]()
+    for _ in range(3):
+        list(made)  # whole epochs
+
+    def part(epoch=None):
+        if epoch is not None:
+            made.set_epoch(epoch)
+        for number, _ in enumerate(made):
+            if number == 2:
+                break
+        gc.collect()
+
+    part()
+    part()
+    with pytest.warns(
+        UserWarning, match="epoch 3 starts over at step 0 for the second time, .* left after step 3 of 10"
+    ):
+        part()
+    part()  # once is enough
+    list(made)
+    if kind != "dataloader":
+        for epoch in (5, 6, 7, 8):  # what the warning asks for
+            part(epoch)
+
+
+WORKERS = [{"num_workers": 1}, {"num_workers": 2, "snapshot_every_n_steps": 4}]
+
+
+@pytest.mark.parametrize("options", [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in WORKERS)])
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_stateful_dataloader_continues_as_with_torchs_own_samplers(options):
+    """Batches left of the epoch and in the next one, for a state saved after `stop` batches, or after the loop."""
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader(ours):
+        how = {"batch_sampler": OverlapBatchSampler(20, 8)} if ours else {"batch_size": 4, "shuffle": True}
+        return torchdata.StatefulDataLoader(TensorDataset(torch.arange(20)), **how, **options)
+
+    def left(ours, stop):
+        first = loader(ours)
+        iterator = iter(first)
+        for _ in range(min(stop, 5)):
+            next(iterator)
+        if stop > 5:
+            assert list(iterator) == []
+        second = loader(ours)
+        second.load_state_dict(first.state_dict())
+        return len(list(second)), len(list(second))
+
+    for stop in (4, 5, 6):
+        assert left(True, stop) == left(False, stop) == {4: (1, 5), 5: (0, 5), 6: (5, 5)}[stop]
 
 
 def test_looking_at_the_next_place_does_not_deliver_it():
@@ -252,11 +346,10 @@ def test_a_stale_iterator_raises():
     sampler = OverlapBatchSampler(20, 4)
     old = iter(sampler)
     next(old)
-    next(iter(sampler))
-    with pytest.raises(RuntimeError, match="stale"):
-        next(old)
     newer = iter(sampler)
     next(newer)
+    with pytest.raises(RuntimeError, match="stale"):
+        next(old)
     sampler.set_epoch(3)
     with pytest.raises(RuntimeError, match="stale"):
         next(newer)
@@ -358,7 +451,12 @@ def test_delivered_beyond_what_was_drawn():
     with pytest.raises(ValueError, match="delivered must be at least 0, got -1"):
         sampler.state_dict(delivered=-1)
     list(sampler)
-    assert sampler.state_dict(delivered=10)["epoch"] == 1
+    states = [sampler.state_dict(delivered=k) for k in (0, 1, 9, 10)]
+    assert [(state["epoch"], state["step"]) for state in states] == [(0, 0), (0, 1), (0, 9), (1, 0)]
+    iterator = iter(sampler)
+    for _ in range(10):
+        next(iterator)
+    assert sampler.state_dict(delivered=10)["step"] == 10  # the iteration has not ended
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -405,10 +503,73 @@ def test_torchdatas_stateful_dataloader_with_companions():
     assert head + [b.ids.tolist() for b in second] == whole and len(whole) == 6
 
 
-@pytest.mark.parametrize("wrong", [OverlapBatchSampler(8, 4), DataLoader([0, 1, 2, 3])], ids=["sampler", "loader"])
-def test_a_sampler_or_a_loader_is_no_dataset(wrong):
-    with pytest.raises(TypeError, match=r"expected a dataset or its length, got a .*Subset\(dataset, indices\)"):
-        OverlapBatchSampler(wrong, 2)
+class Stream(IterableDataset):
+    """A stream with a length, as many have."""
+
+    def __len__(self):
+        return 100
+
+    def __iter__(self):
+        return iter(range(100))
+
+
+INDICES = range(500, 600)
+NO_DATASET = {
+    "random": (SubsetRandomSampler(INDICES), "got a SubsetRandomSampler, .*Subset"),
+    "sequential": (SequentialSampler(INDICES), "got a SequentialSampler, .*Subset"),
+    "weighted": (WeightedRandomSampler([1.0] * 9, 100), "got a WeightedRandomSampler, .*Subset"),
+    "batch": (BatchSampler(SequentialSampler(INDICES), 4, False), "got a BatchSampler, .*Subset"),
+    "overlap": (OverlapBatchSampler(100, 4), "got a OverlapBatchSampler, .*Subset"),
+    "dataloader": (DataLoader(list(range(100))), "got a DataLoader, .*Subset"),
+    "resident": (ResidentLoader(synthetic(length=40, size=4), 8), "got a ResidentLoader, .*Subset"),
+    "set": (set(INDICES), "got a set, .*Subset"),
+    "generator": ((i for i in INDICES), "got a generator, .*Subset"),
+    "stream": (Stream(), "Stream is an IterableDataset"),
+    "splits": (
+        {"train": [0] * 50, "test": [0] * 9},
+        "got a dict with the keys 'train', 'test'; pass one of its values",
+    ),
+    "path": ("/data/train", "got the str '/data/train'; open it first"),
+    "folder": (Path("/data/train"), "got the PosixPath .*; open it first"),
+}
+TAKERS = {
+    "OverlapBatchSampler": lambda data: OverlapBatchSampler(data, 8),
+    "HalfBatchSampler": lambda data: HalfBatchSampler(data, 8),
+    "ViewPairSampler": lambda data: ViewPairSampler(data, 8),
+    "OverlapLoader": lambda data: OverlapLoader(data, 8, load=lambda d, i: d[i]),
+    "ResidentLoader": lambda data: ResidentLoader(data, 8),
+    "SampledLoader": lambda data: SampledLoader(data, ViewPairSampler(100, 8)),
+    "EvalLoader": lambda data: EvalLoader(data, 8),
+    "TwoViews": lambda data: TwoViews(data, lambda image: image),
+    "IndexedDataset": IndexedDataset,
+    "MapDataset": MapDataset,
+    "load_into_memory": load_into_memory,
+}
+
+
+@pytest.mark.parametrize("wrong", NO_DATASET)
+@pytest.mark.parametrize("taker", TAKERS)
+def test_what_has_a_length_but_is_no_dataset_is_refused(taker, wrong):
+    data, match = NO_DATASET[wrong]
+    with pytest.raises(TypeError, match=f"^{taker}: .*{match}"):
+        TAKERS[taker](data)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, range, np.array, torch.tensor])
+def test_indices_into_a_larger_dataset_are_no_dataset(kind):
+    indices = INDICES if kind is range else kind(list(INDICES))
+    with pytest.raises(TypeError, match=r"of 100 sample indices; pass the dataset, or torch.utils.data.Subset\("):
+        OverlapBatchSampler(indices, 8)
+    with pytest.raises(
+        TypeError, match="ClassBatchSampler: targets must be .* got a SubsetRandomSampler; pass dataset"
+    ):
+        ClassBatchSampler(SubsetRandomSampler(INDICES), 8)
+    with pytest.raises(TypeError, match="SampledLoader: sampler must be a ClassBatchSampler or .* SequentialSampler"):
+        SampledLoader(synthetic(length=40, size=4), SequentialSampler(INDICES))
+    for whole in (Subset(list(range(900)), INDICES), list(range(100)), [i % 3 for i in INDICES], ["a.jpg"] * 100):
+        assert OverlapBatchSampler(whole, 8).plan.length == 100
+    for length in (np.int64(100), torch.tensor(100)):
+        assert OverlapBatchSampler(length, 8).plan.length == 100
 
 
 def test_without_drop_last_a_set_may_be_smaller_than_half_a_batch():
@@ -416,6 +577,17 @@ def test_without_drop_last_a_set_may_be_smaller_than_half_a_batch():
         [(i, 0, 0, 0, 0) for i in range(3)],
         [(i, 0, 1, 0, 0) for i in range(3)] + [(i, 1, 0, 0, 0) for i in range(3)],
     ]
+
+
+def test_a_set_smaller_than_half_a_batch_is_one_short_batch_in_every_loader():
+    data = synthetic(length=3, num_classes=2, size=4)
+    for make in (ResidentLoader, OverlapLoader):
+        with make(data, 8, drop_last=False) as loader:
+            batches = [batch for _ in range(2) for batch in loader]
+        assert [(len(batch), batch.num_old) for batch in batches] == [(3, 0), (6, 3)]
+        assert sorted(batches[0].ids.tolist()) == [0, 1, 2]
+        with pytest.raises(ValueError, match="4 samples, got 3; use a smaller .* or drop_last=False"):
+            make(data, 8)
 
 
 def test_transform_and_collate_refuse_plain_indices():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import last_checkpoint, train
+from builders import exported, last_checkpoint, metrics_rows, train
 
 from dlb_fast import cli
 from dlb_fast.presets import load_preset
@@ -14,7 +14,7 @@ from dlb_fast.train.checkpoint import CheckpointError
 from dlb_fast.train.config import override
 from dlb_fast.train.loop import Trainer
 from dlb_fast.train.optim import lr_factor, make_optimizer
-from dlb_fast.train.run import RunFolder
+from dlb_fast.train.run import RunFolder, train_run
 
 torch.set_num_threads(1)
 
@@ -125,7 +125,7 @@ def test_two_processes_do_not_train_in_one_folder(run, capsys):
     folder = RunFolder(run)
     folder.lock()
     try:
-        assert cli.main(["train", "--resume", "--epochs", "3", "--quiet", "--out", str(run)]) == 1
+        assert cli.main(["train", "--resume", "--epochs", "3", "--quiet", "--out", str(run)]) == 2
     finally:
         folder.unlock()
     assert "another process is training in" in capsys.readouterr().err
@@ -139,3 +139,109 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"run folder: cannot make .*file/run .*--out"):
         train(SMALL, tmp_path / "file" / "run")
+
+
+@pytest.fixture
+def same_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20000101-000000")
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(same_second):
+    names = [RunFolder.named("a b/c").path.as_posix() for _ in range(3)]
+    assert names == [f"runs/20000101-000000-a-b-c{end}" for end in ("", "-2", "-3")]
+    assert all(Path(name).is_dir() for name in names)
+
+
+def test_a_folder_that_appears_after_the_look_is_not_taken(same_second, monkeypatch):
+    """Another process is faster between the look for a free name and the making of the folder."""
+    Path("runs/20000101-000000-a").mkdir(parents=True)
+    original = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path, **_: path.parent.name != "runs" and original(path))
+    assert RunFolder.named("a").path.name == "20000101-000000-a-2"
+
+
+def test_a_run_that_is_refused_leaves_no_folder_of_its_own(same_second):
+    config = override(SMALL, device="cuda:99")
+    folder, mine = RunFolder.named("a"), Path("mine")
+    mine.mkdir()
+    for one in (folder, RunFolder(mine)):
+        with pytest.raises(ValueError, match="'cuda:99' cannot be used"):
+            train_run(config, one, quiet=True)
+    assert not folder.path.exists()
+    assert mine.is_dir()
+
+
+def test_runs_that_is_a_file_is_named(same_second):
+    Path("runs").write_text("")
+    with pytest.raises(ValueError, match=r"runs is not a folder.*--out"):
+        RunFolder.named("a")
+
+
+def test_a_run_that_another_process_made_in_the_meantime_is_not_overwritten(run, monkeypatch):
+    """Both looked before the other one began; it has ended when this one has its data."""
+    mine = RunFolder(run)
+    original, begun = mine.lock, run / "config.yaml"
+    text = begun.read_bytes()
+    begun.unlink()
+
+    def lock():
+        original()
+        begun.write_bytes(text)
+
+    monkeypatch.setattr(mine, "lock", lock)
+    with pytest.raises(ValueError, match="already holds a run; resume it"):
+        train_run(override(SMALL, epochs=1, seed=5), mine, quiet=True)
+    assert last_checkpoint(run)["step"] == 8 and begun.read_bytes() == text
+
+
+def failing_first_step(config, path, monkeypatch):
+    """A run whose first step fails, after a row of metrics and the best weights of an evaluation."""
+
+    def fail(self, batch):
+        self.log.result({"step": 0, "epoch": 0.0, "test_top1": 0.9})
+        self._export("best")
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "forward_backward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(config, path)
+    assert RunFolder(path).exists() and not RunFolder(path).has_work()
+
+
+@pytest.mark.slow  # writes the page of the run
+@pytest.mark.parametrize("how", ["anew", "resume"])
+def test_after_a_failed_first_step_the_same_command_and_a_resume_both_start(how, begun, tmp_path, monkeypatch, capsys):
+    failing_first_step(override(SMALL, lr=9.0), tmp_path, monkeypatch)
+    (tmp_path / "config.yaml").write_bytes((begun / "config.yaml").read_bytes())  # as if begun with the right numbers
+    flags = ["--resume"] if how == "resume" else ["--config", str(begun / "config.yaml")]
+    assert cli.main(["train", *flags, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert "already" not in said
+    assert ("a new one takes its place" if how == "anew" else "starting from scratch") in said
+    assert_same_run_files(begun, tmp_path)
+
+
+def assert_same_run_files(first, second):
+    assert metrics_rows(first) == metrics_rows(second)
+    for name in ("best", "last"):
+        assert exported(first, name) == exported(second, name)
+
+
+def test_a_new_run_in_the_folder_of_a_failed_one_has_its_own_config(tmp_path, monkeypatch):
+    failing_first_step(override(SMALL, lr=9.0), tmp_path, monkeypatch)
+    (tmp_path / "tracker_id").write_text("of the failed run")
+    train(override(SMALL, epochs=1), tmp_path)
+    assert RunFolder(tmp_path).read_config().optim.lr == SMALL.optim.lr
+    assert [row["step"] for row in metrics_rows(tmp_path)] == ["4"] and not (tmp_path / "tracker_id").exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(run):
+    for path in checkpoint.list_checkpoints(run / "checkpoints"):
+        path.unlink()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match="has no checkpoint, but the run has been trained.*another --out"):
+        train(SMALL, run, resume=True)
+    assert cli.main(["train", "--out", str(run)]) == 2
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

@@ -9,10 +9,12 @@ import torch
 from builders import exported, train, train_stopped
 from PIL import Image
 
-from dlb_fast.data import SampleError
+from dlb_fast.cli import _base_config
+from dlb_fast.data import SampleError, ViewPairSampler
+from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.presets import load_preset
 from dlb_fast.train.checkpoint import load_weights
-from dlb_fast.train.config import override
+from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
 from dlb_fast.train.models import create_model
 from dlb_fast.train.run import evaluate_run
@@ -76,6 +78,20 @@ def test_a_missing_or_damaged_image_is_named(folder, tmp_path):
     config = override(BASE, source=f"imagefolder:{copy}", image_size=16)
     with pytest.raises(SampleError, match=r"class1.4\.png"):
         train(config, tmp_path / "run")
+
+
+def test_max_pixels_reaches_the_decoder_of_every_loader(folder):
+    config = override(BASE, source=f"imagefolder:{folder}", image_size=16, max_pixels=24 * 20)
+    opened, device = open_data(config.data), torch.device("cpu")
+    pairs = ViewPairSampler(opened.train, 8)
+    for make in (
+        lambda: opened.train_loader(overlap=True, seed=0, device=device),
+        lambda: opened.train_loader(overlap=False, seed=0, device=device, sampler=pairs),
+        lambda: opened.test_batches(device),
+    ):
+        with pytest.raises(SampleError, match="more than max_pixels=480"):
+            list(make())
+    assert override(BASE).data.max_pixels == MAX_PIXELS
 
 
 def write_cifar10(root):
@@ -148,3 +164,87 @@ def test_plain_batches_hold_no_sample_twice():
     for batches in epochs:
         assert sorted(torch.cat(batches).tolist()) == list(range(40)) and {len(b) for b in batches} == {8}
     assert not torch.equal(epochs[0][0], epochs[1][0])
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    """Eight training and two test images of 32 x 32 pixels without loss, as a folder made from CIFAR."""
+    root, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(2)
+    for split, count in (("train", 4), ("val", 1)):
+        for label in ("a", "b"):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{number}.png")
+    return root
+
+
+def pixels_of(opened, dataset):
+    """(N, 3, 32, 32): the files of a folder, normalised as the loaders do it."""
+    names = sorted(p for p in dataset.rglob("*.png"))
+    images = torch.stack([torch.from_numpy(np.asarray(Image.open(name)).copy()).permute(2, 0, 1) for name in names])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (opened.mean, opened.std))
+    return (images / 255 - mean) / std
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_padding_crops_a_folder_of_small_images_as_the_recipe_says(padding, small_folder):
+    """Every training view is a window of the zero-padded file, no part of it is enlarged; the test images are whole."""
+    preset = load_preset("cifar10-resnet32-dlb")
+    config = override(preset, source=f"imagefolder:{small_folder}", padding=padding, flip=False, batch_size=8)
+    opened, device = open_data(config.data), torch.device("cpu")
+    files = pixels_of(opened, small_folder / "train")
+    black = -torch.tensor(opened.mean).view(3, 1, 1) / torch.tensor(opened.std).view(3, 1, 1)
+    padded = black.expand(3, 32 + 2 * padding, 32 + 2 * padding).repeat(len(files), 1, 1, 1)
+    padded[..., padding : padding + 32, padding : padding + 32] = files
+    places = set()
+    for batch in opened.train_loader(overlap=False, seed=0, device=device):
+        for image, index in zip(batch.images, batch.ids.tolist(), strict=True):
+            windows = padded[index].unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
+            found = (windows - image).abs().amax((2, 3, 4)) < 1e-4
+            assert found.sum() == 1
+            places.add(tuple(found.nonzero()[0].tolist()))
+    assert len(places) > 1 if padding else places == {(0, 0)}
+    (batch,) = opened.test_batches(device)
+    torch.testing.assert_close(batch.images, pixels_of(opened, small_folder / "val"), rtol=0, atol=1e-5)
+
+
+def test_a_preset_of_small_images_keeps_its_padding_on_a_folder(small_folder):
+    config = override(load_preset("cifar10-resnet32-dlb"), source=f"imagefolder:{small_folder}", batch_size=8)
+    steps = repr(open_data(config.data)._train_transform(config.augment))
+    assert "PadCrop" in steps and "RandomResizedCrop" not in steps
+    photographs = override(config, padding=None)
+    assert "RandomResizedCrop" in repr(open_data(photographs.data)._train_transform(config.augment))
+
+
+def test_a_run_says_first_what_was_done_to_the_data(small_folder, tmp_path, capsys):
+    """Classes, images, where the test images come from, subset and noise: of a folder with and without `val`."""
+    held = tmp_path / "held"
+    for label in ("a", "b"):
+        for split in ("train", "val"):
+            for path in (small_folder / split / label).iterdir():
+                target = held / label / f"{split}{path.name}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    options = {"image_size": 16, "batch_size": 4, "max_steps": 1, "epochs": 1}
+    config = override(RunConfig(), source=f"imagefolder:{small_folder}", model="small_cnn", **options)
+    train(config, tmp_path / "run", quiet=False)
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"data imagefolder:{small_folder}: 2 classes, 8 training images, 2 test images (from val/); subset: none; "
+        "label noise: none; normalised by the mean and std of imagenet"
+    )
+    other = override(config, source=f"imagefolder:{held}", data_seed=3, per_class=2, label_noise=0.5)
+    assert open_data(other.data).about == (
+        f"data imagefolder:{held}: 2 classes, 4 training images, 2 test images (a tenth of each class held out, "
+        "data_seed 3); subset: 2 images per class of 8; label noise: symmetric, 2 of 4 labels wrong; normalised by the "
+        "mean and std of imagenet"
+    )
+    digits = open_data(load_preset("digits").data).about
+    assert "10 classes, 200 training images, " in digits and "(half of each class held out, data_seed 0)" in digits
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "list", "tar"])
+def test_a_run_without_a_preset_starts_from_neutral_numbers(kind):
+    config, _ = _base_config(None, None, f"{kind}:mine")
+    assert (config.data.per_class, config.data.label_noise, config.data.padding) == (None, 0.0, None)
+    assert config.loss.label_smoothing == 0 and config.augment == RunConfig().augment

@@ -1,14 +1,18 @@
 """Config, schedules, optimiser groups, averaged weights, evaluation: each against a formula written out here."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import nn
 
+from dlb_fast.presets import load_preset
 from dlb_fast.train.checkpoint import CheckpointError, load_weights, save_weights
 from dlb_fast.train.config import (
+    EFFECTS,
     DataConfig,
     LossConfig,
     OptimConfig,
@@ -21,8 +25,10 @@ from dlb_fast.train.config import (
     override,
     parse_flags,
     to_dict,
+    without_effect,
 )
 from dlb_fast.train.evaluate import calibration_error, evaluate
+from dlb_fast.train.methods import resolve
 from dlb_fast.train.optim import Ema, make_optimizer, make_scheduler
 
 torch.set_num_threads(1)
@@ -37,6 +43,14 @@ def test_config_survives_yaml(tmp_path):
     config = override(config, schedule=ScheduleConfig(schedule="multistep", milestones=(1.5, 3.0)))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_numbers_of_numpy_in_a_config_are_saved_as_numbers(tmp_path):
+    given = {"alpha": np.float32(0.5), "lr": np.float64(1), "batch_size": np.int64(64), "betas": (np.float64(0.8), 0.9)}
+    config = override(RunConfig(), **given)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert load_config(tmp_path / "c.yaml") == config
+    json.dumps(to_dict(config))
 
 
 def test_a_file_overrides_only_what_it_names(tmp_path):
@@ -249,3 +263,51 @@ def test_weights_of_another_shape_or_a_broken_file(tmp_path):
         load_weights(path, copy)
 
 
+FILES = {"source": "imagefolder:data"}
+MULTISTEP = {"schedule": ScheduleConfig(schedule="multistep", milestones=(1.0,))}
+BOTH = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+# option -> (a value, fields with which it has no effect, fields with which it has one)
+OPTIONS = {
+    "image_size": (64, {}, FILES),
+    "eval_size": (64, {"source": "cifar10:data"}, {"source": "tar:data"}),
+    "eval_resize": (64, {"source": "synthetic:40,2,8"}, {"source": "list:data"}),
+    "num_threads": (4, {}, {"source": "tinyimagenet:data"}),
+    "max_pixels": (1000, {}, FILES),
+    "noise_kind": ("asymmetric", {}, {"label_noise": 0.1}),
+    "data_seed": (3, {"source": "cifar100:data"}, {"source": "cifar100:data", "per_class": 5}),
+    "erase_area": ((0.1, 0.2), {}, {"erase_prob": 0.5}),
+    "erase_mode": ("rand", {}, {"erase_prob": 0.5}),
+    "mix_prob": (0.5, {}, {"mixup_alpha": 0.2}),
+    "mix_mode": ("elem", {}, {"cutmix_alpha": 1.0}),
+    "mix_switch_prob": (0.3, {"mixup_alpha": 0.2}, BOTH),
+    "mixup_alpha": (0.2, {**BOTH, "mix_switch_prob": 1.0}, {**BOTH, "mix_switch_prob": 0.9}),
+    "cutmix_alpha": (1.0, {**BOTH, "mix_switch_prob": 0.0}, {}),
+    "momentum": (0.5, {"optimizer": "adamw"}, {}),
+    "nesterov": (False, {"optimizer": "adamw"}, {}),
+    "betas": ((0.8, 0.9), {}, {"optimizer": "adamw"}),
+    "decay_norm_and_bias": (False, {"weight_decay": 0.0}, {}),
+    "gamma": (0.5, {}, MULTISTEP),
+    "min_lr": (0.001, MULTISTEP, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_without_effect_is_refused(name):
+    value, without, having = OPTIONS[name]
+    config = override(RunConfig(), **{**without, name: value})
+    assert list(without_effect(config)) == [name]
+    with pytest.raises(ValueError, match=rf"config: {name}=.* has no effect with .*, only with .*; leave it out"):
+        resolve(config)
+    assert resolve(override(RunConfig(), **{**having, name: value}))
+    assert name not in without_effect(override(config, **without_effect(config)))  # the default is accepted
+
+
+def test_options_without_effect_for_one_reason_are_named_together():
+    config = override(load_preset("imagenet-resnet50-dlb"), source="digits")
+    with pytest.raises(ValueError, match="image_size=176, eval_size=224, eval_resize=232, num_threads=16 have no"):
+        resolve(config)
+    assert resolve(override(config, **without_effect(config))).data.image_size == 32
+
+
+def test_every_option_of_the_table_is_tried():
+    assert OPTIONS.keys() == EFFECTS.keys()

@@ -1,10 +1,12 @@
 """Nothing is lost: an interrupted run continues to bit-identical weights and logs; broken files are named."""
 
 import errno
+import json
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 import torch
 import yaml
 from builders import (
+    assert_same,
     assert_same_run,
     environment,
     exported,
@@ -27,10 +30,10 @@ from builders import (
 from torch import nn
 
 from dlb_fast import cli
-from dlb_fast.buffer import unpack_state
+from dlb_fast.buffer import LogitBuffer, unpack_state
 from dlb_fast.data import Batch
 from dlb_fast.presets import load_preset
-from dlb_fast.train import checkpoint
+from dlb_fast.train import checkpoint, run
 from dlb_fast.train.checkpoint import CheckpointError
 from dlb_fast.train.config import override, to_dict
 from dlb_fast.train.log import RunLog
@@ -99,6 +102,18 @@ def test_the_teacher_is_part_of_the_state(whole):
     assert saved["logits"].shape == (10, 10) and saved["logits"].abs().sum() > 0 and len(saved["ids"]) == 10
 
 
+def test_the_buffers_of_two_ranks_as_one():
+    """The rows are joined in rank order and their counters summed; batches in a row are counted anew."""
+    buffers = [LogitBuffer(3, 2), LogitBuffer(3, 2)]
+    for rank, buffer in enumerate(buffers):
+        for batch in range(3):
+            buffer.update(torch.full((4 if batch else 2, 3), float(rank)), torch.arange(4 if batch else 2) + 10 * batch)
+    joined = checkpoint._divide_buffer([buffer.state_dict() for buffer in buffers], 0, 1)
+    loaded = LogitBuffer(3, 4)
+    assert loaded.load_state_dict(joined) and loaded.logits[:, 0].tolist() == [0, 0, 1, 1]
+    assert (loaded.mismatched, loaded.untaught) == (8, 0) and buffers[0].untaught == 2
+
+
 def test_kill_minus_nine_and_resume(tmp_path, monkeypatch, capsys):
     """A real process, killed without warning, continued by the bare command."""
     config = override(SMALL, checkpoint_every=3, epochs=20)
@@ -165,7 +180,106 @@ def newer(path):
 def other_model(path):
     saved = checkpoint.read_checkpoint(path)
     saved["model"] = {name: value[:1] if value.dim() else value for name, value in saved["model"].items()}
-    torch.save(saved, path)
+    checkpoint.save_checkpoint(path.parent, without_marks(saved))
+
+
+def without_marks(saved):
+    return {name: value for name, value in saved.items() if name not in ("format", "version")}
+
+
+def changed(name, change):
+    """A checkpoint with the right mark, one part of which `change(state)` has changed behind the writer's back."""
+
+    def damage(path):
+        saved = torch.load(path, weights_only=True)
+        change(saved)
+        torch.save(saved, path)
+
+    damage.__name__ = name
+    return damage
+
+
+def written(name, change):
+    """The same, as if it had been written like this."""
+
+    def damage(path):
+        saved = without_marks(checkpoint.read_checkpoint(path))
+        change(saved)
+        checkpoint.save_checkpoint(path.parent, {"step": 11, **saved})
+
+    damage.__name__ = name
+    return damage
+
+
+def with_nan(state):
+    next(iter(state["model"].values())).view(-1)[0] = float("nan")
+
+
+def with_infinity(state):
+    list(state["model"].values())[-1].fill_(float("inf"))
+
+
+BROKEN = [
+    (changed("marks alone", lambda s: [s.pop(k) for k in list(s) if k not in ("format", "version")]), "incomplete"),
+    (changed("no model", lambda s: s.pop("model")), "incomplete or changed: state"),
+    (changed("empty optimiser", lambda s: s["optimizer"]["state"].clear()), r"state.optimizer.state is not what"),
+    (changed("half an optimiser", lambda s: s["optimizer"]["state"].pop(1)), r"state.optimizer.state is not what"),
+    (changed("cut momentum", lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.ones(1))), "state.0"),
+    (changed("text for a number", lambda s: s.update(epoch="2")), "state.epoch is not what"),
+    (changed("no rows", lambda s: s["criterion"].clear()), "state.criterion is not what"),
+    (changed("no list of contents", lambda s: s.pop("contents")), "its list of contents"),
+    (written("no scaler", lambda s: s.pop("scaler")), "cannot be loaded .KeyError"),
+    (written("a list for a model", lambda s: s.update(model=[1])), "cannot be loaded .AttributeError"),
+    (written("cut generator", lambda s: s["rng"].update(torch=torch.zeros(3, dtype=torch.uint8))), "cannot be loaded"),
+    (written("NaN", with_nan), "NaN or infinite values in "),
+    (written("infinity", with_infinity), "NaN or infinite values in "),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), BROKEN, ids=[damage.__name__ for damage, _ in BROKEN])
+def test_broken_content_is_skipped_for_the_older_checkpoint(damage, reason, begun, tmp_path, capsys):
+    folder = shutil.copytree(begun, tmp_path / "run")
+    damage(folder / "checkpoints/step-000000011.pt")
+    trainer = run.build_trainer(SMALL, folder=folder, log=RunLog(folder, quiet=True))
+    try:
+        assert trainer.resume().name == "step-000000008.pt" and trainer.step == 8
+    finally:
+        trainer.loader.close()
+    said = capsys.readouterr().err
+    assert re.search(f"skipped a checkpoint: .*step-000000011.*{reason}", said), said
+    saved = last_checkpoint_of(folder, 8)
+    assert_same(trainer.model.state_dict(), saved["model"])
+    assert_same(trainer.optimizer.state_dict()["state"], saved["optimizer"]["state"])
+
+
+def last_checkpoint_of(folder, step):
+    return checkpoint.read_checkpoint(folder / f"checkpoints/step-{step:09d}.pt")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    path = tmp_path_factory.mktemp("begun")
+    interrupted(path)
+    return path
+
+
+def test_weights_that_turn_nan_are_not_saved(tmp_path, monkeypatch):
+    """The loss of the last step before a checkpoint is finite, its gradient is not."""
+    original = Trainer.optimizer_step
+
+    def poisoned(self):
+        if self.step == 7:
+            next(self.model.parameters()).grad.fill_(float("nan"))
+        original(self)
+
+    monkeypatch.setattr(Trainer, "optimizer_step", poisoned)
+    config = override(SMALL, eval_every=100)
+    with pytest.raises(TrainingDiverged, match=r"became NaN or infinite by step 8 .*step-000000004"):
+        train(override(config, checkpoint_every=4), tmp_path)
+    assert last_checkpoint(tmp_path)["step"] == 4 and exported_step(tmp_path, "last") == 4
+    with pytest.raises(TrainingDiverged, match="became NaN or infinite by step 8"):  # evaluated before it is saved
+        train(override(config, eval_every=8), tmp_path / "evaluated")
+    assert not list((tmp_path / "evaluated/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -352,3 +466,103 @@ def test_a_used_up_loader_is_an_error_not_an_endless_loop():
         trainer.fit()
     with pytest.raises(ValueError, match="give max_steps"):
         Trainer(model, nn.CrossEntropyLoss(), sgd, iter([]))
+
+
+class Killed(BaseException):
+    """The end of the process in the middle of a write."""
+
+
+def killed_in_a_write(config, path, name, number, *, after=False, resume=False):
+    """Train until write `number` (from 1) of the file `name`; it happens only `after`."""
+    original, seen = checkpoint.write_atomically, []
+
+    def write(target, writer):
+        seen.append(target.name)
+        ends = target.name == name and seen.count(name) == number
+        if not ends or after:
+            original(target, writer)
+        if ends:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", write)
+        patch.setattr(run, "write_atomically", write)
+        with pytest.raises(Killed):
+            train(config, path, resume=resume)
+
+
+def exported_step(path, name):
+    return checkpoint.step_of_weights(path / "checkpoints" / f"{name}.safetensors")
+
+
+# 3 checkpoints, each followed by the export of `last`
+WRITES = [("last.safetensors", 1), ("best.safetensors", 1), ("result.json", 1)]
+WRITES += [("step-000000012.pt", 1)]
+WRITES = [pytest.param(*write, after, marks=pytest.mark.slow) for write in WRITES for after in (False, True)]
+
+
+@pytest.mark.parametrize(("name", "number", "after"), [("last.safetensors", 3, False), *WRITES])
+def test_a_run_killed_in_a_write_is_whole_after_a_resume(name, number, after, whole, tmp_path):
+    killed_in_a_write(SMALL, tmp_path, name, number, after=after)
+    train(SMALL, tmp_path, resume=True)
+    assert_same_run(whole("dlb"), tmp_path)
+    for weights in ("last", "best"):
+        assert exported(whole("dlb"), weights) == exported(tmp_path, weights)
+    results = [json.loads((path / "result.json").read_text()) for path in (whole("dlb"), tmp_path)]
+    assert results[0].keys() == results[1].keys() and all(
+        results[0][key] == results[1][key] for key in ("step", "loss", "test_top1", "best_top1", "best_step")
+    )
+
+
+def test_the_weights_of_the_ema_are_exported_again(whole, tmp_path):
+    config = override(SMALL, **VARIANTS["everything"])
+    killed_in_a_write(config, tmp_path, "last.safetensors", 3)
+    assert exported_step(tmp_path, "last") == 8
+    train(config, tmp_path, resume=True)
+    assert exported(whole("everything")) == exported(tmp_path)
+
+
+def test_a_full_disk_at_the_repeated_export_is_an_error(tmp_path, monkeypatch):
+    killed_in_a_write(SMALL, tmp_path, "last.safetensors", 3)
+
+    def refuse(*args):
+        raise CheckpointError("cannot write last.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_weights", refuse)
+        with pytest.raises(CheckpointError, match="cannot write last"):
+            train(SMALL, tmp_path, resume=True)
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "writes", "rest", "said", "best"),
+    [
+        ({4: 0.5, 8: 0.4, 12: 0.9}, 2, {12: 0.2}, "has the weights of step 12, not those of step 4", (12, 0.2)),
+        ({4: 0.5, 8: 0.9}, 2, {8: 0.3, 12: 0.2}, "", (4, 0.5)),
+    ],
+    ids=["lost", "made again"],
+)
+def test_best_weights_of_steps_that_are_undone_do_not_stay(first, writes, rest, said, best, tmp_path, capsys):
+    """Killed after the export of a better network, before its checkpoint; the continuation is a worse one."""
+    scores, at, original = {}, [], Trainer._evaluate
+
+    def noting(self):
+        at.append(self.step)
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", noting)
+        patch.setattr(run, "evaluate", lambda *_, **__: {"top1": scores[at[-1]]})
+        scores.update(first)
+        killed_in_a_write(SMALL, tmp_path, "best.safetensors", writes, after=True)
+        scores.update(rest)
+        result = train(override(SMALL, lr=0.01), tmp_path, resume=True)
+    assert said in capsys.readouterr().err
+    assert (result["best_step"], result["best_top1"]) == best and exported_step(tmp_path, "best") == best[0]
+
+
+def test_a_longer_run_has_no_result_of_the_shorter_one(tmp_path):
+    train(override(SMALL, epochs=1), tmp_path)
+    killed_in_a_write(SMALL, tmp_path, "step-000000012.pt", 1, resume=True)
+    assert not (tmp_path / "result.json").exists()

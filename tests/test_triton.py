@@ -253,8 +253,8 @@ def test_infinite_and_nan_logits():
     t[5, 1] = -INF
     up = torch.ones(6, device=DEVICE)
     loss, _, grad = check(z, y, up, teacher=t, reduction="none")
-    assert loss.isnan().tolist() == [False, False, False, True, True, False] and loss[5] == INF
-    assert grad[3].isnan().all() and grad[4].isnan().all() and grad[0].isfinite().all()
+    assert loss.isnan().tolist() == [False, False, False, True, False, False] and loss[5] == INF
+    assert grad[3].isnan().all() and grad[[0, 4]].isfinite().all()  # a teacher row that holds NaN does not teach
 
 
 def test_large_common_offset():
@@ -371,4 +371,4 @@ def test_a_failed_launch_leaves_no_used_ticket(monkeypatch):
         with pytest.raises(RuntimeError, match="launch failed"):
             row_loss("test", "triton", z, y, teacher=t)
     assert torch.equal(row_loss("test", "triton", z, y, teacher=t)[0], wanted)
-    assert all(space.ticket.item() == 0 for space in launch._workspaces.values())
+    assert not any(space.ticket.any() for space in launch._workspaces.values())

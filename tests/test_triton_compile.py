@@ -45,7 +45,7 @@ KERNELS: dict[str, tuple[int, str, tuple[str, ...], dict[str, Any]]] = {
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64}
 
 
-def _main_source(classes: int, dtype: str, warp: int, o: dict[str, Any]) -> tuple[Any, int]:
+def _main_source(classes: int, dtype: str, warp: int, o: dict[str, Any]) -> tuple[Any, dict[str, int]]:
     """What the launcher would hand to the compiler, from the same tiling."""
     import triton.language as tl
     from triton.compiler import ASTSource
@@ -89,7 +89,8 @@ def _main_source(classes: int, dtype: str, warp: int, o: dict[str, Any]) -> tupl
             constants[(i,)] = fixed.get(name)
         else:
             signature[name] = parameter.annotation_type or "i32"
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), tiles.warps
+    options = {"num_warps": tiles.warps, **launch.register_limit(tiles, pair, size, warp == 32)}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
 
 
 def _small_sources() -> dict[str, Any]:
@@ -155,10 +156,10 @@ def compile_all() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    def report(name: str, target: str, source: Any, warps: int) -> None:
-        line: dict[str, Any] = {"name": name, "target": target, "warps": warps}
+    def report(name: str, target: str, source: Any, options: dict[str, int]) -> None:
+        line: dict[str, Any] = {"name": name, "target": target, "warps": options["num_warps"]}
         try:
-            compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps})
+            compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
             line.update(_machine_code(compiled, target == "sm_90"))
         except Exception as error:
             line["error"] = f"{type(error).__name__}: {error}"[-1500:]
@@ -168,10 +169,9 @@ def compile_all() -> None:
         for target in targets:
             if target == "gfx942" and "amd" not in triton.backends.backends:
                 continue
-            source, warps = _main_source(classes, dtype, TARGETS[target][2], options)
-            report(name, target, source, warps)
+            report(name, target, *_main_source(classes, dtype, TARGETS[target][2], options))
     for name, source in _small_sources().items():
-        report(name, "sm_90", source, 4)
+        report(name, "sm_90", source, {"num_warps": 4})
 
 
 def _complaints(line: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import write_images
 from PIL import Image
 
 from dlb_fast.data import ImageFolder
@@ -168,3 +169,13 @@ def test_main(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             main(bad)
         assert caught.value.code == 2
     assert not [t for t in threading.enumerate() if t.name.startswith("dlb-verify")]
+
+
+def test_max_pixels_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path, ["a.png", "b.png"])  # 30 pixels each
+    assert main([str(tmp_path), "--max-pixels", "30"]) == 0
+    assert main([str(tmp_path), "--max-pixels", "29"]) == 1
+    assert "6 x 5 pixels, more than max_pixels=29" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--max-pixels", "0"])
+    assert "--max-pixels: expected at least 1, got 0" in capsys.readouterr().err

@@ -62,13 +62,39 @@ void count_labels(const LastBatchArgs& args, BatchPlan& plan) {
   }
 }
 
-void mark_valid_rows(const LastBatchArgs& args, BatchPlan& plan) {
+int64_t stored_count(const LastBatchArgs& args, int64_t generation) {
+  return std::clamp<int64_t>(args.slots[slots_base(generation, args.capacity)], 0, args.capacity);
+}
+
+// Whether this is the batch that was stored last: its last rows have the stored ids, and its first rows have not (those
+// would be the repeated rows of the next batch) or are all it has.
+bool is_stored_batch(const LastBatchArgs& args, int64_t latest) {
+  const int64_t count = stored_count(args, latest);
+  if (args.again >= 0 || !args.ids) return args.again == 1;
+  if (count == 0 || count > args.batch || (args.num_old >= 0 && args.batch - args.num_old != count)) return false;
+  const int64_t* stored = args.slots + slots_base(latest, args.capacity) + 1;
+  return std::equal(stored, stored + count, args.ids + args.batch - count) &&
+         (count == args.batch || !std::equal(stored, stored + count, args.ids));
+}
+
+// The generations, and how many rows are stored and face a slot.
+int64_t place_in_buffer(const LastBatchArgs& args, BatchPlan& plan) {
+  const int64_t latest = args.slots[slots_latest] & 1, batch = args.batch;
+  const bool again = is_stored_batch(args, latest);
+  plan.teaching = again ? 1 - latest : latest;
+  const int64_t count = stored_count(args, latest);
+  const int64_t old = args.num_old >= 0 ? std::min(args.num_old, batch)
+                      : again           ? std::max<int64_t>(batch - count, 0)
+                                        : std::min(count, batch);
+  plan.stored = std::clamp<int64_t>(batch - old, 0, args.capacity);
+  plan.split = batch - plan.stored;
+  return std::min({stored_count(args, plan.teaching), old, plan.split});
+}
+
+void mark_valid_rows(const LastBatchArgs& args, const std::vector<uint8_t>* unusable, BatchPlan& plan) {
   int64_t rows = args.batch;
-  if (args.buffer) {
-    const int64_t count = args.slots[slots_count], old = args.num_old >= 0 ? args.num_old : count;
-    plan.stored = std::clamp<int64_t>(args.batch - old, 0, args.capacity);
-    plan.split = args.batch - plan.stored;
-    rows = std::min({count, old, plan.split, args.capacity});
+  if (args.rows) {
+    rows = plan.facing = place_in_buffer(args, plan);
   } else if (args.kind != TeacherKind::virtual_teacher) {
     rows = plan.split = args.kind == TeacherKind::none ? args.batch : args.teacher_rows;
     if (args.kind == TeacherKind::none) rows = 0;
@@ -78,12 +104,14 @@ void mark_valid_rows(const LastBatchArgs& args, BatchPlan& plan) {
   plan.valid.assign(rows, 1);
   for (int64_t row = 0; row < rows; ++row) {
     bool valid = !args.kd_mask || (row < args.kd_mask_rows && args.kd_mask[row]);
-    if (args.buffer && args.ids) {
-      const int64_t stored_id = args.slots[slots_header + row];
-      if (stored_id != unknown_id && stored_id != args.ids[row]) {
-        ++plan.mismatched;
-        valid = false;
-      }
+    if (unusable) valid = valid && !(*unusable)[row];
+    if (args.rows) {
+      const int64_t of_row = slots_base(plan.teaching, args.capacity) + 1 + row, id = args.slots[of_row];
+      const bool unknown = args.ids && id == unknown_id, mismatched = args.ids && !unknown && id != args.ids[row];
+      const bool not_finite = !unknown && !mismatched && args.slots[of_row + args.capacity] == 0;
+      const bool repeats = !unknown && !mismatched && !not_finite;
+      plan.unknown += unknown, plan.mismatched += mismatched, plan.not_finite += not_finite, plan.repeating += repeats;
+      valid = valid && repeats;
     }
     if (args.kind == TeacherKind::virtual_teacher && args.correct_share >= 0)
       valid = valid && args.target[row * args.target_stride] != args.ignore_index;
@@ -94,7 +122,7 @@ void mark_valid_rows(const LastBatchArgs& args, BatchPlan& plan) {
 
 }  // namespace
 
-BatchPlan plan_batch(const LastBatchArgs& args) {
+BatchPlan plan_batch(const LastBatchArgs& args, const std::vector<uint8_t>* unusable) {
   BatchPlan plan;
   plan.alpha = scalar(args, args.alpha_ptr, args.alpha);
   plan.temperature = scalar(args, args.temperature_ptr, args.temperature);
@@ -105,7 +133,7 @@ BatchPlan plan_batch(const LastBatchArgs& args) {
   } else if (args.dense) {
     plan.counted_weight = static_cast<double>(args.batch);
   }
-  mark_valid_rows(args, plan);
+  mark_valid_rows(args, unusable, plan);
 
   double largest_weight = 1.0;
   plan.weight_sum = static_cast<double>(args.classes);
@@ -155,9 +183,17 @@ PairJob pair_job(const LastBatchArgs& args, const BatchPlan& plan, RowLosses& lo
   losses.ce.assign(args.batch, 0);
   losses.kl.assign(args.batch, 0);
   losses.correct.assign(args.batch, 0);
+  losses.unusable.assign(args.batch, 0);
+  losses.finite.assign(plan.stored, 0);
+  const int64_t element = args.teacher_dtype == DType::f64 ? 8 : args.teacher_dtype == DType::f32 ? 4 : 2;
+  const auto generation = [&](int64_t which) {
+    return args.rows ? static_cast<char*>(args.rows) + which * args.rows_stride * element : nullptr;
+  };
   return {&args, plan.scales, plan.split, plan.stored, static_cast<int64_t>(plan.valid.size()), plan.valid.data(),
           plan.temperature, plan.weight_sum, plan.grad_scale,
-          losses.ce.data(), losses.kl.data(), losses.correct.data()};
+          losses.ce.data(), losses.kl.data(), losses.correct.data(), losses.unusable.data(), losses.finite.data(),
+          args.rows ? generation(plan.teaching) : args.teacher, args.rows ? args.classes : args.teacher_stride,
+          generation(1 - plan.teaching)};
 }
 
 void* thread_scratch(int64_t bytes) {
@@ -216,11 +252,21 @@ void finish_batch(const LastBatchArgs& args, const BatchPlan& plan, const RowLos
     write_outputs<double>(args, plan, losses);
   else
     write_outputs<float>(args, plan, losses);
-  if (args.buffer) {
-    for (int64_t j = 0; j < plan.stored; ++j)
-      args.slots[slots_header + j] = args.ids ? args.ids[plan.split + j] : unknown_id;
-    args.slots[slots_count] = plan.stored;
-    args.slots[slots_mismatched] += plan.mismatched;
+  if (args.rows) {
+    int64_t* slots = args.slots;
+    const int64_t written = 1 - plan.teaching;
+    int64_t *ids = slots + slots_base(written, args.capacity) + 1, *finite = ids + args.capacity;
+    for (int64_t j = 0; j < plan.stored; ++j) {
+      ids[j] = args.ids ? args.ids[plan.split + j] : unknown_id;
+      finite[j] = losses.finite[j];
+    }
+    slots[slots_base(written, args.capacity)] = plan.stored;
+    slots[slots_latest] = written;
+    slots[slots_taught] += static_cast<int64_t>(plan.valid_rows);
+    slots[slots_mismatched] += plan.mismatched;
+    slots[slots_unknown] += plan.unknown;
+    slots[slots_not_finite] += plan.not_finite;
+    if (plan.facing > 0) slots[slots_untaught] = plan.repeating > 0 ? 0 : slots[slots_untaught] + 1;
   }
 }
 

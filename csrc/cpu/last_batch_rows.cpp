@@ -181,9 +181,19 @@ struct RowKernel {
     g.et = t;
   }
 
-  const TT* teacher(int64_t row) const {
-    return args.buffer ? static_cast<const TT*>(args.buffer) + row * args.classes
-                       : static_cast<const TT*>(args.teacher) + row * args.teacher_stride;
+  const TT* teacher(int64_t row) const { return static_cast<const TT*>(job.teacher) + row * job.teacher_stride; }
+
+  // Whether the log-sum-exp of a row is finite: nothing in it is NaN or +inf, and not all of it is -inf.
+  bool finite(const TT* values) const {
+    constexpr A infinity = std::numeric_limits<A>::infinity();
+    int above = 0, wrong = 0;
+#pragma omp simd reduction(| : above, wrong)
+    for (int64_t c = 0; c < args.classes; ++c) {
+      const A v = to_acc(values[c]);
+      above |= v > -infinity;
+      wrong |= !(v < infinity);
+    }
+    return above && !wrong;
   }
 
   // The KL to a teacher's logits; with a power also the sum that the CE needs.
@@ -246,19 +256,23 @@ struct RowKernel {
       cross_entropy(row, z, m, d1, w, g);
     }
     if (valid && !by_logits) distillation(row, of_row, g);
+    // A buffer knows which of its rows are finite. Of a given teacher it shows here; the batch is then done once more.
+    if (valid && job.teacher && !args.rows && !(std::fabs(job.kl[row]) <= std::numeric_limits<double>::max()))
+      job.unusable[row] = !finite(teacher(row));
     if (args.grad) write_gradient(g, n, static_cast<T*>(args.grad) + row * n);
   }
 
   // Slot j takes row `row`, in the buffer's dtype.
   void keep(int64_t row, int64_t slot) const {
     const T* from = logits(row);
-    TT* to = static_cast<TT*>(args.buffer) + slot * args.classes;
+    TT* to = static_cast<TT*>(job.store) + slot * args.classes;
     if constexpr (std::is_same_v<T, TT>) {
       std::memcpy(to, from, args.classes * sizeof(T));
     } else {
 #pragma omp simd
       for (int64_t c = 0; c < args.classes; ++c) store(to_acc(from[c]), to + c);
     }
+    job.finite[slot] = finite(to);
   }
 };
 

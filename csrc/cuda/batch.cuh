@@ -2,7 +2,12 @@
 // counts that the means divide by.
 //
 // Up to `self_count_rows` rows every block counts for itself (the labels are in L2, one launch); above, count_kernel
-// leaves the counts in the workspace. Until the last block of the launch has taken its ticket no block writes slots.
+// leaves the counts in the workspace.
+//
+// The buffer has two generations of rows. One teaches and is not written in the launch; the other one takes the new
+// rows, with their ids and finite flags, from whoever owns them, at any time. Where the ids decide which is which, a
+// block may still compare those that another block is overwriting: the batch is then the one stored last, and they are
+// the same. The header and the count of the generation written, which every block reads first, wait for the last block.
 #pragma once
 #include "../last_batch.h"
 #include "groups.cuh"
@@ -12,30 +17,33 @@ namespace cuda {
 
 struct Counts {
   float weight = 0;                    // class weights of the rows that count for the CE, summed
-  float valid = 0, mismatched = 0;    // rows with a valid teacher; rows facing the slot of another sample
+  float valid = 0;                     // rows with a valid teacher
+  // Rows whose slot has no id, another one, or a row that is not finite.
+  float unknown = 0, mismatched = 0, not_finite = 0;
 };
-constexpr int count_fields = 3;
+constexpr int count_fields = 5;
 
 // Device memory kept between launches, zero at rest except where written before read.
 constexpr int max_grid = 4096, max_count_grid = 64;
 struct Workspace {
   uint32_t ticket, count_ticket;
+  int again;
   Counts counts;
   float count_partial[count_fields][max_count_grid];
   float partial[3][max_grid];
 };
 
 // LastBatchArgs as the kernels want it: compute dtype float, rows and columns counted in int (products are int64),
-// buffer and given teacher in one place.
+// the buffer's first generation and a given teacher in one place.
 struct DeviceArgs {
   int64_t logits_stride, target_stride, target_b_stride, lam_stride, dense_stride;
   const void* logits;
   const int64_t *target, *target_b;
   const float *lam, *dense, *weight;
-  const void* teacher;
+  void* teacher;                        // (H, C), only read, or generation 0 of the buffer
   int64_t teacher_stride;
-  void* buffer;
-  int64_t* slots;
+  int64_t generation_bytes;            // from there to generation 1
+  int64_t* slots;                      // null: no buffer
   const int64_t* ids;
   int64_t num_old;
   const bool* kd_mask;
@@ -50,15 +58,20 @@ struct DeviceArgs {
   DLB_INTEGER_OPTIONS(DLB_INTEGER)
 #undef DLB_NUMBER
 #undef DLB_INTEGER
-  int batch, classes, teacher_rows, capacity;
+  int batch, classes, teacher_rows, capacity, again;
   DType dtype, teacher_dtype;
   TeacherKind kind;
   bool precounted;
 };
 
-// Computed once per block; all threads read it from shared memory.
-struct BatchState {
+// Which rows are pairs, which generation of the buffer teaches them and which one takes the new rows.
+struct Layout {
   int start, stored, teacher_limit;  // pair j: rows j < start and start + j; slot j < stored takes row start + j
+  int taught, written;               // numbers of the generation that teaches and of the one written
+};
+
+// Computed once per block; all threads read it from shared memory.
+struct BatchState : Layout {
   TermScales<float> scales;
   float temperature, inverse, log2e_over_t;  // tau, 1 / tau, log2(e) / tau
   float alpha, ce_weight, grad_scale, weight_sum;
@@ -74,27 +87,93 @@ DLB_DEVICE int pair_count(const DeviceArgs& a, const BatchState& s) {
 DLB_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 DLB_DEVICE int clamped(int64_t v, int high) { return v < 0 ? 0 : v > high ? high : static_cast<int>(v); }
 
-// Rows of pairs, from the device's own count. A wrong count in slots can misplace teachers; it cannot leave the arrays.
-DLB_DEVICE void lay_out_pairs(const DeviceArgs& a, int& start, int& stored, int& teacher_limit) {
-  stored = 0;
-  start = (a.batch + 1) / 2;
-  if (a.buffer != nullptr) {
-    const int count = clamped(load(a.slots + slots_count), a.capacity);
-    const int old = clamped(a.num_old >= 0 ? a.num_old : count, a.batch);
-    stored = smaller(a.batch - old, a.capacity);
-    start = a.batch - stored;
-    teacher_limit = smaller(smaller(count, old), start);
+// Sums N values over the block, the same bits for every thread; `partial` is free again after the next block barrier.
+template <typename Op, int N>
+DLB_DEVICE void reduce_block(float (&v)[N], float (*partial)[max_block_warps]) {
+  reduce_lanes<Op>(v, warp_lanes);
+  const int lane = thread_index() % warp_lanes, warp = thread_index() / warp_lanes;
+  if (lane == 0) {
+    DLB_UNROLL for (int i = 0; i < N; ++i) shared_store(&partial[i][warp], v[i]);
+  }
+  sync_block();
+  const int other = lane % max_block_warps;
+  const bool used = other < block_threads() / warp_lanes;
+  DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = used ? shared_load(&partial[i][other]) : Op::identity();
+  reduce_lanes<Op>(v, max_block_warps);
+}
+
+// Rows of a generation, or the teacher given. Computed from the kernel's arguments, where the compiler sees that it is
+// global memory: an address kept in shared memory would give generic loads and stores.
+template <typename X>
+DLB_DEVICE X* rows_of(const DeviceArgs& a, int generation) {
+  return reinterpret_cast<X*>(static_cast<char*>(a.teacher) + generation * a.generation_bytes);
+}
+// [count, ids, finite] of a generation.
+DLB_DEVICE int64_t* slots_of(const DeviceArgs& a, int generation) {
+  return a.slots + slots_base(generation, a.capacity);
+}
+
+// As loaded: the counts of both generations, so that no load waits for another one. A wrong generation or count can
+// misplace teachers; it cannot leave the arrays.
+struct Header {
+  int64_t stored_last = 0, first = 0, second = 0;
+  DLB_DEVICE int latest() const { return static_cast<int>(stored_last & 1); }
+  DLB_DEVICE int count(const DeviceArgs& a, int generation) const {
+    return clamped(generation == 0 ? first : second, a.capacity);
+  }
+};
+DLB_DEVICE Header read_header(const DeviceArgs& a) {
+  if (a.slots == nullptr) return Header();
+  return {load(a.slots + slots_latest), load(slots_of(a, 0)), load(slots_of(a, 1))};
+}
+
+// Whether the ids say that this is the batch of the last call once more: its last rows are those that it stored, and
+// its first rows are not (as they are in the batch after it), or are all it has. Every thread of the block gets the
+// same answer.
+DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float (*partial)[max_block_warps]) {
+  const int count = header.count(a, header.latest()), first = a.batch - count;
+  if (count == 0 || first < 0 || (a.num_old >= 0 && a.num_old != first)) return false;
+  const int64_t* const stored = slots_of(a, header.latest()) + 1;
+  float differs[1] = {0.0f};  // 1: among the first rows, 2: among the last, which settles it
+  DLB_NO_UNROLL for (int row = thread_index(); row < count && differs[0] < 2.0f; row += block_threads()) {
+    const int64_t id = load(stored + row), old = load(a.ids + row), last = load(a.ids + first + row);
+    differs[0] = id != last ? 2.0f : first == 0 || id != old ? 1.0f : differs[0];
+  }
+  reduce_block<Max>(differs, partial);
+  return differs[0] == 1.0f;
+}
+
+DLB_DEVICE void lay_out(const DeviceArgs& a, const Header& header, bool again, Layout& s) {
+  const int latest = header.latest();
+  s.taught = again ? 1 - latest : latest;
+  s.written = 1 - s.taught;
+  s.stored = 0;
+  s.start = (a.batch + 1) / 2;
+  if (a.slots != nullptr) {
+    const int count = header.count(a, latest), by_count = again ? a.batch - count : count;
+    const int old = clamped(a.num_old >= 0 ? a.num_old : by_count, a.batch);
+    s.stored = smaller(a.batch - old, a.capacity);
+    s.start = a.batch - s.stored;
+    s.teacher_limit = smaller(smaller(header.count(a, s.taught), old), s.start);
   } else if (a.kind == TeacherKind::virtual_teacher) {
-    teacher_limit = a.batch;
+    s.teacher_limit = a.batch;
   } else {
-    teacher_limit = a.kind == TeacherKind::none ? 0 : smaller(a.teacher_rows, a.batch);
+    s.teacher_limit = a.kind == TeacherKind::none ? 0 : smaller(a.teacher_rows, a.batch);
   }
 }
 
-DLB_DEVICE bool id_differs(const DeviceArgs& a, int row) {
-  if (a.buffer == nullptr || a.ids == nullptr) return false;
-  const int64_t stored = load(a.slots + slots_header + row);
-  return stored != unknown_id && stored != load(a.ids + row);
+// Of a row and its slot, for row < teacher_limit.
+enum class Match { repeats, unknown, mismatched, not_finite };
+DLB_DEVICE Match match_of(const DeviceArgs& a, const Layout& s, int row) {
+  if (a.slots == nullptr) return Match::repeats;
+  const int64_t* const ids = slots_of(a, s.taught) + 1;
+  const int64_t finite = load(ids + a.capacity + row);
+  if (a.ids != nullptr) {
+    const int64_t stored = load(ids + row), id = load(a.ids + row);
+    if (stored == unknown_id) return Match::unknown;
+    if (stored != id) return Match::mismatched;
+  }
+  return finite != 0 ? Match::repeats : Match::not_finite;
 }
 
 DLB_DEVICE bool label_counts(const DeviceArgs& a, int row) {
@@ -108,16 +187,15 @@ DLB_DEVICE bool by_label(const DeviceArgs& a) {
 }
 
 // For row < teacher_limit.
-DLB_DEVICE bool has_valid_teacher(const DeviceArgs& a, int row, bool other_sample) {
-  if (other_sample) return false;
+DLB_DEVICE bool has_valid_teacher(const DeviceArgs& a, int row, Match match) {
+  if (match != Match::repeats) return false;
   if (a.kd_mask != nullptr && (row >= a.kd_mask_rows || !load(a.kd_mask + row))) return false;
   // No right class, no correction. The second label of a pair has no say in it.
   return !by_label(a) || load(a.target + row * a.target_stride) != a.ignore_index;
 }
 
 // This thread's share of the counts when `threads` of them divide the rows.
-DLB_DEVICE Counts count_rows(const DeviceArgs& a, int teacher_limit, int thread, int threads) {
-  Counts n;
+DLB_DEVICE void count_labels(const DeviceArgs& a, int thread, int threads, Counts& n) {
   if (a.target != nullptr) {
     // Several labels on their way at a time: with one, this loop would be most of a small launch.
     constexpr int at_once = 8;
@@ -142,39 +220,27 @@ DLB_DEVICE Counts count_rows(const DeviceArgs& a, int teacher_limit, int thread,
   } else if (a.dense != nullptr && thread == 0) {
     n.weight = static_cast<float>(a.batch);
   }
-  const bool by_row = a.kd_mask != nullptr || a.ids != nullptr || a.kind == TeacherKind::virtual_teacher;
+}
+DLB_DEVICE void count_teachers(const DeviceArgs& a, const Layout& s, int thread, int threads, Counts& n) {
+  const bool by_row = a.kd_mask != nullptr || a.slots != nullptr || a.kind == TeacherKind::virtual_teacher;
   if (by_row) {
-    for (int row = thread; row < teacher_limit; row += threads) {
-      const bool differs = id_differs(a, row);
-      n.mismatched += differs ? 1.0f : 0.0f;
-      n.valid += has_valid_teacher(a, row, differs) ? 1.0f : 0.0f;
+    for (int row = thread; row < s.teacher_limit; row += threads) {
+      const Match match = match_of(a, s, row);
+      n.unknown += match == Match::unknown ? 1.0f : 0.0f;
+      n.mismatched += match == Match::mismatched ? 1.0f : 0.0f;
+      n.not_finite += match == Match::not_finite ? 1.0f : 0.0f;
+      n.valid += has_valid_teacher(a, row, match) ? 1.0f : 0.0f;
     }
   } else if (thread == 0) {
-    n.valid = static_cast<float>(teacher_limit);
+    n.valid = static_cast<float>(s.teacher_limit);
   }
-  return n;
 }
 
 struct StateShared {
-  float partial[count_fields][max_block_warps];
+  float again[1][max_block_warps], partial[count_fields][max_block_warps];
   float largest[max_block_warps], weight_sum[max_block_warps];
   BatchState state;
 };
-
-// Sums N values over the block, the same bits for every thread; `partial` is free again after the next block barrier.
-template <typename Op, int N>
-DLB_DEVICE void reduce_block(float (&v)[N], float (*partial)[max_block_warps]) {
-  reduce_lanes<Op>(v, warp_lanes);
-  const int lane = thread_index() % warp_lanes, warp = thread_index() / warp_lanes;
-  if (lane == 0) {
-    DLB_UNROLL for (int i = 0; i < N; ++i) shared_store(&partial[i][warp], v[i]);
-  }
-  sync_block();
-  const int other = lane % max_block_warps;
-  const bool used = other < block_threads() / warp_lanes;
-  DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = used ? shared_load(&partial[i][other]) : Op::identity();
-  reduce_lanes<Op>(v, max_block_warps);
-}
 
 DLB_DEVICE float scalar(const float* on_device, float number) {
   return on_device != nullptr ? load(on_device) : number;
@@ -185,16 +251,19 @@ DLB_DEVICE float over(float a, float norm) { return norm == 0.0f ? 0.0f : a / no
 // Fills shared.state; ends with a block barrier.
 DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
   BatchState s;
-  lay_out_pairs(a, s.start, s.stored, s.teacher_limit);
+  const Header header = read_header(a);
   if (a.precounted) {
+    lay_out(a, header, load(&a.workspace->again) != 0, s);
     const Counts& n = a.workspace->counts;
-    s.counts.weight = load(&n.weight);
-    s.counts.valid = load(&n.valid), s.counts.mismatched = load(&n.mismatched);
+    s.counts = {load(&n.weight), load(&n.valid), load(&n.unknown), load(&n.mismatched), load(&n.not_finite)};
   } else {
-    const Counts n = count_rows(a, s.teacher_limit, thread_index(), block_threads());
-    float v[count_fields] = {n.weight, n.valid, n.mismatched};
+    Counts n;
+    count_labels(a, thread_index(), block_threads(), n);  // the header is on its way meanwhile
+    lay_out(a, header, a.again < 0 ? again_by_ids(a, header, shared.again) : a.again != 0, s);
+    count_teachers(a, s, thread_index(), block_threads(), n);
+    float v[count_fields] = {n.weight, n.valid, n.unknown, n.mismatched, n.not_finite};
     reduce_block<Sum>(v, shared.partial);
-    s.counts.weight = v[0], s.counts.valid = v[1], s.counts.mismatched = v[2];
+    s.counts = {v[0], v[1], v[2], v[3], v[4]};
   }
   float largest[1] = {1.0f}, weight_sum[1] = {static_cast<float>(a.classes)};
   if (a.weight != nullptr && (a.label_smoothing > 0.0f || a.dtype == DType::f16)) {

@@ -1,17 +1,26 @@
 // Counting for batches of more than plan.h's self_count_rows rows: a few blocks count, the last of them adds up.
 #pragma once
-#include "finish.cuh"
+#include "batch.cuh"
 
 namespace dlb_fast {
 namespace cuda {
 
+struct CountShared {
+  float again[1][max_block_warps], partial[2][count_fields][max_block_warps];
+  bool last;
+};
+
 static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
-  DLB_SHARED(FinishShared, shared);
-  int start, stored, teacher_limit;
-  lay_out_pairs(a, start, stored, teacher_limit);
-  const Counts n =
-      count_rows(a, teacher_limit, block_index() * block_threads() + thread_index(), grid_blocks() * block_threads());
-  float v[count_fields] = {n.weight, n.valid, n.mismatched};
+  DLB_SHARED(CountShared, shared);
+  const Header header = read_header(a);
+  const int thread = block_index() * block_threads() + thread_index(), threads = grid_blocks() * block_threads();
+  Counts n;
+  count_labels(a, thread, threads, n);
+  const bool again = a.again < 0 ? again_by_ids(a, header, shared.again) : a.again != 0;
+  Layout s;
+  lay_out(a, header, again, s);
+  count_teachers(a, s, thread, threads, n);
+  float v[count_fields] = {n.weight, n.valid, n.unknown, n.mismatched, n.not_finite};
   reduce_block<Sum>(v, shared.partial[0]);
   Workspace& w = *a.workspace;
   if (thread_index() == 0) {
@@ -28,9 +37,12 @@ static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
     v[i] = block < grid_blocks() ? load_other_block(&w.count_partial[i][block]) : 0.0f;
   reduce_block<Sum>(v, shared.partial[1]);
   if (thread_index() != 0) return;
+  store(&w.again, again ? 1 : 0);
   store(&w.counts.weight, v[0]);
   store(&w.counts.valid, v[1]);
-  store(&w.counts.mismatched, v[2]);
+  store(&w.counts.unknown, v[2]);
+  store(&w.counts.mismatched, v[3]);
+  store(&w.counts.not_finite, v[4]);
   store(&w.count_ticket, 0u);
 }
 

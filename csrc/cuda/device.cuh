@@ -44,7 +44,6 @@ DLB_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
 constexpr unsigned all_lanes = 0xffffffffu;
 DLB_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(all_lanes, value, mask); }
 DLB_DEVICE bool warp_any(bool value) { return __any_sync(all_lanes, value); }
-DLB_DEVICE void sync_warp() { __syncwarp(); }
 DLB_DEVICE void sync_block() { __syncthreads(); }
 DLB_DEVICE void fence() { __threadfence(); }
 DLB_DEVICE uint32_t atomic_add(uint32_t* counter, uint32_t value) { return atomicAdd(counter, value); }

@@ -16,11 +16,13 @@ inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, vo
   d.dense = static_cast<const float*>(a.dense), d.dense_stride = a.dense_stride;
   d.weight = static_cast<const float*>(a.weight);
   d.kind = a.kind, d.teacher_dtype = a.teacher_dtype;
-  d.buffer = a.buffer, d.capacity = static_cast<int>(a.capacity), d.slots = a.slots, d.ids = a.ids,
-  d.num_old = a.num_old;
-  d.teacher = a.buffer != nullptr ? a.buffer : a.teacher;
-  d.teacher_stride = a.buffer != nullptr ? a.classes : a.teacher_stride;
-  d.teacher_rows = static_cast<int>(a.buffer != nullptr ? a.capacity : a.teacher_rows);
+  const bool buffer = a.rows != nullptr;
+  d.capacity = static_cast<int>(a.capacity), d.slots = a.slots, d.ids = a.ids, d.num_old = a.num_old;
+  d.again = a.again < 0 && a.ids == nullptr ? 0 : a.again;
+  d.teacher = buffer ? a.rows : const_cast<void*>(a.teacher);
+  d.generation_bytes = a.rows_stride * element_size(a.teacher_dtype);
+  d.teacher_stride = buffer ? a.classes : a.teacher_stride;
+  d.teacher_rows = static_cast<int>(buffer ? a.capacity : a.teacher_rows);
   d.kd_mask = a.kd_mask, d.kd_mask_rows = a.kd_mask_rows;
   d.alpha_ptr = static_cast<const float*>(a.alpha_ptr),
   d.temperature_ptr = static_cast<const float*>(a.temperature_ptr);

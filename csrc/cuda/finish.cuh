@@ -29,10 +29,22 @@ DLB_DEVICE void write_outputs(const DeviceArgs& a, const BatchState& s, const fl
   store(a.parts + part_valid, s.counts.valid);
 }
 
-// Stores the sample id of slot j. The pair's owner writes it if count_kernel did the counting; otherwise other blocks
-// may still be comparing ids, so the last block writes all of them.
-DLB_DEVICE void write_id(const DeviceArgs& a, const BatchState& s, int slot) {
-  store(a.slots + slots_header + slot, a.ids != nullptr ? load(a.ids + s.start + slot) : unknown_id);
+// By one thread of the last block: every block has read the header and the counts by now.
+DLB_DEVICE void write_header(const DeviceArgs& a, const BatchState& s) {
+  const Counts& n = s.counts;
+  const auto add = [&](int64_t field, float rows) {
+    store(a.slots + field, load(a.slots + field) + static_cast<int64_t>(rows));
+  };
+  add(slots_taught, n.valid);
+  add(slots_unknown, n.unknown);
+  add(slots_mismatched, n.mismatched);
+  add(slots_not_finite, n.not_finite);
+  if (s.teacher_limit > 0) {
+    const bool repeats = n.unknown + n.mismatched + n.not_finite < static_cast<float>(s.teacher_limit);
+    store(a.slots + slots_untaught, repeats ? int64_t(0) : load(a.slots + slots_untaught) + 1);
+  }
+  store(slots_of(a, s.written), static_cast<int64_t>(s.stored));
+  store(a.slots + slots_latest, static_cast<int64_t>(s.written));
 }
 
 // `totals` is read by leaders only.
@@ -57,16 +69,9 @@ DLB_DEVICE void finish_launch(const DeviceArgs& a, const BatchState& s, const To
     DLB_UNROLL for (int i = 0; i < total_fields; ++i) sum[i] += load_other_block(&w.partial[i][block]);
   }
   reduce_block<Sum>(sum, shared.partial[1]);
-  if (a.buffer != nullptr && !a.precounted) {
-    for (int slot = thread_index(); slot < s.stored; slot += block_threads()) write_id(a, s, slot);
-  }
   if (thread_index() == 0) {
     write_outputs(a, s, sum);
-    if (a.buffer != nullptr) {
-      store(a.slots + slots_count, static_cast<int64_t>(s.stored));
-      const int64_t mismatched = load(a.slots + slots_mismatched);
-      store(a.slots + slots_mismatched, mismatched + static_cast<int64_t>(s.counts.mismatched));
-    }
+    if (a.slots != nullptr) write_header(a, s);
     store(&w.ticket, 0u);
   }
 }

@@ -30,7 +30,7 @@ DLB_DEVICE void reduce_lanes(float (&v)[N], int lanes) {
 // `lanes` neighbours in a warp: several rows per warp, no shared memory and no block barrier.
 template <int lanes>
 struct LaneGroup {
-  static constexpr int launch_threads = 128, min_blocks = 4, fixed_size = lanes;
+  static constexpr int launch_threads = 128, min_blocks = 4;
   struct Shared {};
   int rank, index;
   DLB_DEVICE explicit LaneGroup(Shared&) : rank(thread_index() % lanes), index(thread_index() / lanes) {}
@@ -46,14 +46,13 @@ struct LaneGroup {
   DLB_DEVICE void reduce(float (&v)[N]) {
     reduce_lanes<Op>(v, lanes);
   }
-  DLB_DEVICE static void sync() { sync_warp(); }
 };
 
 // The block. A row's reductions go through one scratch buffer each: a buffer is written again only after the barrier of
 // another one, which every reader of it has passed; so one barrier per reduction suffices.
 template <int threads_at_most, int blocks_at_least>
 struct BlockGroup {
-  static constexpr int launch_threads = threads_at_most, min_blocks = blocks_at_least, fixed_size = 0;
+  static constexpr int launch_threads = threads_at_most, min_blocks = blocks_at_least;
   struct Shared {
     float partial[3][max_sums][max_block_warps];
   };
@@ -83,14 +82,13 @@ struct BlockGroup {
         used ? shared_load(&shared.partial[buffer][i][other]) : Op::identity();
     reduce_lanes<Op>(v, max_block_warps);
   }
-  DLB_DEVICE static void sync() { sync_block(); }
 };
 
 // A thread-block cluster. Each warp writes its partial into every block's shared memory; one cluster barrier later
 // every block holds all of them. Nothing is read remotely and nothing is written after the last barrier, so a block may
 // leave.
 struct ClusterGroup {
-  static constexpr int launch_threads = max_block_threads, min_blocks = 1, fixed_size = 0;
+  static constexpr int launch_threads = max_block_threads, min_blocks = 1;
   struct Shared {
     float partial[2][max_cluster * max_block_warps][max_resident_sums];  // an odd stride: no bank conflicts
   };
@@ -121,7 +119,6 @@ struct ClusterGroup {
     }
     reduce_lanes<Op>(v, warp_lanes);
   }
-  DLB_DEVICE static void sync() { sync_cluster(); }
 };
 
 }  // namespace cuda

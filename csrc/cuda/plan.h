@@ -49,9 +49,10 @@ inline bool shifted_alike(const LastBatchArgs& a, int64_t per_packet) {
   if (a.grad != nullptr && (offset(a.grad, a.dtype) != shift || (a.logits_stride % per_packet != c && a.batch > 1)))
     return false;
   if (a.kind != TeacherKind::logits) return true;
-  const void* teacher = a.buffer != nullptr ? a.buffer : a.teacher;
-  const int64_t stride = (a.buffer != nullptr ? a.classes : a.teacher_stride) % per_packet;
-  return offset(teacher, a.teacher_dtype) == shift && (stride == a.logits_stride % per_packet || a.batch < 2);
+  const void* teacher = a.rows != nullptr ? a.rows : a.teacher;
+  const int64_t stride = (a.rows != nullptr ? a.classes : a.teacher_stride) % per_packet;
+  return offset(teacher, a.teacher_dtype) == shift && a.rows_stride % per_packet == 0 &&
+         (stride == a.logits_stride % per_packet || a.batch < 2);
 }
 
 inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {

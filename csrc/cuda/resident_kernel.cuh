@@ -46,9 +46,9 @@ struct ResidentColumns {
   DLB_DEVICE bool whole(int p) const { return column(p) >= 0 && column(p) + V <= classes; }
 };
 
-// Not through the read-only path unless `once`: teacher rows may be overwritten by this launch. Columns outside: -inf.
+// `once`: as in load_packet. Columns outside: -inf.
 template <typename T, typename X, int E>
-DLB_DEVICE void load_resident(const ResidentColumns<T, E>& columns, const X* row, float* out, bool once = false) {
+DLB_DEVICE void load_resident(const ResidentColumns<T, E>& columns, const X* row, float* out, bool once) {
   constexpr int V = ResidentColumns<T, E>::V;
   constexpr int packets = ResidentColumns<T, E>::packets;
   if constexpr (V * sizeof(X) == 16) {
@@ -102,16 +102,17 @@ DLB_DEVICE void store_resident(const ResidentColumns<T, E>& columns, X* row, Val
 
 // Teacher and buffer of another dtype than the logits: float32 logits may keep 16-bit rows, the rest takes two passes.
 template <typename T, int E>
-DLB_DEVICE void load_teacher(const DeviceArgs& a, const ResidentColumns<T, E>& columns, int row, float* out) {
+DLB_DEVICE void load_teacher(const DeviceArgs& a, const BatchState& s, const ResidentColumns<T, E>& columns, int row,
+                             float* out) {
   const int64_t offset = row * a.teacher_stride;
   if constexpr (sizeof(T) == 2) {
-    load_resident(columns, static_cast<const T*>(a.teacher) + offset, out);
+    load_resident(columns, rows_of<const T>(a, s.taught) + offset, out, true);
   } else if (a.teacher_dtype == DType::f32) {
-    load_resident(columns, static_cast<const float*>(a.teacher) + offset, out);
+    load_resident(columns, rows_of<const float>(a, s.taught) + offset, out, true);
   } else if (a.teacher_dtype == DType::bf16) {
-    load_resident(columns, static_cast<const Bf16*>(a.teacher) + offset, out);
+    load_resident(columns, rows_of<const Bf16>(a, s.taught) + offset, out, true);
   } else {
-    load_resident(columns, static_cast<const F16*>(a.teacher) + offset, out);
+    load_resident(columns, rows_of<const F16>(a, s.taught) + offset, out, true);
   }
 }
 
@@ -133,17 +134,17 @@ DLB_DEVICE void store_slot_as(const DeviceArgs& a, const ResidentColumns<T, E>& 
 }
 
 template <typename T, int E, typename Group>
-DLB_DEVICE void store_slot(const DeviceArgs& a, const ResidentColumns<T, E>& columns, const Group& group,
-                           const T* z_row, int shift, int slot, const float* z) {
+DLB_DEVICE void store_slot(const DeviceArgs& a, const BatchState& s, const ResidentColumns<T, E>& columns,
+                           const Group& group, const T* z_row, int shift, int slot, const float* z) {
   const int64_t offset = static_cast<int64_t>(slot) * a.classes;
   if constexpr (sizeof(T) == 2) {
-    store_slot_as(a, columns, group, z_row, shift, static_cast<T*>(a.buffer) + offset, z);
+    store_slot_as(a, columns, group, z_row, shift, rows_of<T>(a, s.written) + offset, z);
   } else if (a.teacher_dtype == DType::f32) {
-    store_slot_as(a, columns, group, z_row, shift, static_cast<float*>(a.buffer) + offset, z);
+    store_slot_as(a, columns, group, z_row, shift, rows_of<float>(a, s.written) + offset, z);
   } else if (a.teacher_dtype == DType::bf16) {
-    store_slot_as(a, columns, group, z_row, shift, static_cast<Bf16*>(a.buffer) + offset, z);
+    store_slot_as(a, columns, group, z_row, shift, rows_of<Bf16>(a, s.written) + offset, z);
   } else {
-    store_slot_as(a, columns, group, z_row, shift, static_cast<F16*>(a.buffer) + offset, z);
+    store_slot_as(a, columns, group, z_row, shift, rows_of<F16>(a, s.written) + offset, z);
   }
 }
 
@@ -166,18 +167,18 @@ DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& gr
     load_resident(columns, z_row, z, slot < 0);
     // A stored row is a new row, and new rows have no teacher (teacher_limit <= start).
     if constexpr (!with_teacher) {
-      if (slot >= 0) store_slot(a, columns, group, z_row, shift, slot, z);
+      if (slot >= 0) store_slot(a, s, columns, group, z_row, shift, slot, z);
     }
   }
   RowGradient g;
   float et[with_teacher ? E : 1];  // the teacher's logits, then exp(y / tau)
   float m = 0;
-  if (Group::any(exists && role.active())) {
+  if (Group::any(read)) {
     float top[2] = {-infinity(), -infinity()};
     DLB_UNROLL for (int e = 0; e < E; ++e) top[0] = maximum(top[0], z[e]);
     if constexpr (with_teacher) {
       if (exists && role.valid) {
-        load_teacher(a, columns, row, et);
+        load_teacher(a, s, columns, row, et);
       } else {
         DLB_UNROLL for (int e = 0; e < E; ++e) et[e] = -infinity();
       }
@@ -230,6 +231,9 @@ DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& gr
     n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2], n.gap = sum[3] * s.inverse, n.x_sum = sum[4];
     constexpr Teach by = with_teacher ? teach : Teach::none;
     if (exists && role.active()) g = finish_row<by, false>(a, s, role, n, z_row, row, group.rank == 0, totals);
+    if constexpr (!with_teacher) {
+      if (slot >= 0 && group.rank == 0) write_slot(a, s, slot, is_finite(a, n));
+    }
   }
   // Keeps the compiler from moving the stores' addresses up, across the sums, where they would spill.
   asm volatile("" ::: "memory");
@@ -260,17 +264,24 @@ DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& gr
   });
 }
 
-// Asks for row `row` of the logits, and of the teacher where it has one, before anybody waits for them.
-template <typename T, Teach teach, typename Group>
-DLB_DEVICE void prefetch_row(const DeviceArgs& a, const Group& group, int row, bool valid) {
+// Asks for row `row` of an array before anybody waits for it.
+template <typename Group>
+DLB_DEVICE void prefetch_row(const DeviceArgs& a, const Group& group, const void* rows, int64_t stride, int64_t size,
+                             int row) {
   if (!group.prefetches()) return;
   const int share = (a.classes + Group::parts() - 1) / Group::parts(), first = share * Group::part();
   const int columns = smaller(share, a.classes - first);
-  if (columns * static_cast<int>(sizeof(T)) < 128) return;  // less than a cache line
-  prefetch(static_cast<const T*>(a.logits) + row * a.logits_stride + first, columns * static_cast<int64_t>(sizeof(T)));
-  if (teach == Teach::none || !valid) return;
+  if (columns * size < 128) return;  // less than a cache line
+  prefetch(static_cast<const char*>(rows) + (row * stride + first) * size, columns * size);
+}
+template <typename T, typename Group>
+DLB_DEVICE void prefetch_logits(const DeviceArgs& a, const Group& group, int row) {
+  prefetch_row(a, group, a.logits, a.logits_stride, sizeof(T), row);
+}
+template <typename Group>
+DLB_DEVICE void prefetch_teacher(const DeviceArgs& a, const Group& group, int generation, int row) {
   const int64_t size = a.teacher_dtype == DType::f32 ? 4 : 2;
-  prefetch(static_cast<const char*>(a.teacher) + (row * a.teacher_stride + first) * size, columns * size);
+  prefetch_row(a, group, rows_of<const char>(a, generation), a.teacher_stride, size, row);
 }
 
 template <typename T, Teach teach, int E, typename Group>
@@ -280,8 +291,14 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
   // The first pair is on its way while the batch is counted: the first half for certain, the second where it usually
   // begins.
   if (const int pair = group.first() + group.index; pair < a.batch / 2) {
-    prefetch_row<T, teach>(a, group, pair, pair < a.teacher_rows);
-    prefetch_row<T, Teach::none>(a, group, (a.batch + 1) / 2 + pair, false);
+    prefetch_logits<T>(a, group, pair);
+    prefetch_logits<T>(a, group, (a.batch + 1) / 2 + pair);
+    if (teach != Teach::none && pair < a.teacher_rows && group.prefetches()) {
+      // Of a batch whose ids are still to be compared: a new one. `prepare` would wait for this load, too.
+      const int taught =
+          a.slots != nullptr ? static_cast<int>(load(a.slots + slots_latest) & 1) ^ (a.again > 0 ? 1 : 0) : 0;
+      prefetch_teacher(a, group, taught, pair);
+    }
   }
   prepare(a, shared.state);
   const BatchState& s = shared.state.state;
@@ -300,12 +317,11 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
     if (half == 1) {
       // The next pair while this row is worked on; its second row was asked for together with the first.
       const int next = pair + group.groups_in_grid();
-      if (next < s.start) prefetch_row<T, teach>(a, group, next, next < s.teacher_limit);
-      if (s.start + next < a.batch) prefetch_row<T, Teach::none>(a, group, s.start + next, false);
-      // Everybody has read slot `pair` and its id before they are overwritten. (Reading a teacher ends in a reduction,
-      // which is a barrier; the id alone does not.)
-      if (a.buffer != nullptr && (Group::fixed_size > 0 || a.precounted)) Group::sync();
-      if (a.precounted && slot >= 0 && leader) write_id(a, s, slot);
+      if (next < s.start) {
+        prefetch_logits<T>(a, group, next);
+        if (teach != Teach::none && next < s.teacher_limit) prefetch_teacher(a, group, s.taught, next);
+      }
+      if (s.start + next < a.batch) prefetch_logits<T>(a, group, s.start + next);
     }
     if (teach != Teach::none && Group::any(role.valid))
       resident_row<T, teach, teach != Teach::none, E>(a, s, group, role, exists, row, slot, totals);

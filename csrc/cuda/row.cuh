@@ -31,7 +31,7 @@ DLB_DEVICE float label_share(const DeviceArgs& a, int64_t label, float share, in
 template <bool general>
 DLB_DEVICE RowRole row_role(const DeviceArgs& a, const BatchState& s, int row) {
   RowRole r;
-  r.valid = row < s.teacher_limit && has_valid_teacher(a, row, id_differs(a, row));
+  r.valid = row < s.teacher_limit && has_valid_teacher(a, row, match_of(a, s, row));
   if (a.target != nullptr) {
     r.counts = label_counts(a, row);
     const int64_t label = load(a.target + row * a.target_stride);
@@ -155,6 +155,29 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
   g.a *= f, g.b *= f, g.k *= f, g.constant *= f, g.per_weight *= f, g.per_share *= f, g.at_label *= f,
       g.at_label_b *= f;
   return g;
+}
+
+// Whether a row with these sums can teach, as it is stored: its largest entry is finite after rounding, and no entry is
+// NaN. d1 is NaN where an entry is NaN or +inf, and 0 where all are -inf.
+DLB_DEVICE bool is_finite(const DeviceArgs& a, const RowSums& n) {
+  float top = n.top;
+  if (a.teacher_dtype == DType::bf16) {
+    Bf16 rounded;
+    from_float(top, rounded);
+    top = to_float(rounded);
+  } else if (a.teacher_dtype == DType::f16) {
+    F16 rounded;
+    from_float(top, rounded);
+    top = to_float(rounded);
+  }
+  return n.d1 > 0.0f && top - top == 0.0f;
+}
+
+// What belongs to a stored row beside its logits.
+DLB_DEVICE void write_slot(const DeviceArgs& a, const BatchState& s, int slot, bool finite) {
+  int64_t* const id = slots_of(a, s.written) + 1 + slot;
+  store(id, a.ids != nullptr ? load(a.ids + s.start + slot) : unknown_id);
+  store(id + a.capacity, int64_t(finite));
 }
 
 // For a row that takes no part: zeros, whatever it holds.

@@ -13,31 +13,33 @@ namespace dlb_fast {
 namespace cuda {
 
 template <int V>
-DLB_DEVICE void load_teacher_columns(const DeviceArgs& a, int row, int first, int shift, float fill, float* out) {
+DLB_DEVICE void load_teacher_columns(const DeviceArgs& a, const BatchState& s, int row, int first, int shift,
+                                     float fill, float* out) {
   const int64_t offset = row * a.teacher_stride;
   if (a.teacher_dtype == DType::f32) {
-    const float* p = static_cast<const float*>(a.teacher) + offset;
+    const float* p = rows_of<const float>(a, s.taught) + offset;
     load_columns<float, V>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
   } else if (a.teacher_dtype == DType::bf16) {
-    const Bf16* p = static_cast<const Bf16*>(a.teacher) + offset;
+    const Bf16* p = rows_of<const Bf16>(a, s.taught) + offset;
     load_columns<Bf16, V>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
   } else {
-    const F16* p = static_cast<const F16*>(a.teacher) + offset;
+    const F16* p = rows_of<const F16>(a, s.taught) + offset;
     load_columns<F16, V>(p, first, a.classes, shift_of<V>(p) == shift, fill, out);
   }
 }
 
 template <int V>
-DLB_DEVICE void store_slot_columns(const DeviceArgs& a, int slot, int first, int shift, const float* in) {
+DLB_DEVICE void store_slot_columns(const DeviceArgs& a, const BatchState& s, int slot, int first, int shift,
+                                   const float* in) {
   const int64_t offset = static_cast<int64_t>(slot) * a.classes;
   if (a.teacher_dtype == DType::f32) {
-    float* p = static_cast<float*>(a.buffer) + offset;
+    float* p = rows_of<float>(a, s.written) + offset;
     store_columns<float, V>(p, first, a.classes, shift_of<V>(p) == shift, in);
   } else if (a.teacher_dtype == DType::bf16) {
-    Bf16* p = static_cast<Bf16*>(a.buffer) + offset;
+    Bf16* p = rows_of<Bf16>(a, s.written) + offset;
     store_columns<Bf16, V>(p, first, a.classes, shift_of<V>(p) == shift, in);
   } else {
-    F16* p = static_cast<F16*>(a.buffer) + offset;
+    F16* p = rows_of<F16>(a, s.written) + offset;
     store_columns<F16, V>(p, first, a.classes, shift_of<V>(p) == shift, in);
   }
 }
@@ -106,8 +108,7 @@ DLB_DEVICE void two_pass_row(const DeviceArgs& a, const BatchState& s, Group& gr
     const int first = p * V - shift;
     float z[V];
     load_columns<T, V>(z_row, first, a.classes, true, -infinity(), z);
-    if (slot >= 0) store_slot_columns<V>(a, slot, first, shift, z);
-    if (!active) continue;
+    if (slot >= 0) store_slot_columns<V>(a, s, slot, first, shift, z);
     float packet_top = z[0];
     DLB_UNROLL for (int e = 1; e < V; ++e) packet_top = maximum(packet_top, z[e]);
     const float before = top.top;
@@ -122,7 +123,7 @@ DLB_DEVICE void two_pass_row(const DeviceArgs& a, const BatchState& s, Group& gr
     }
     if (use.logits) {
       float t[V];
-      load_teacher_columns<V>(a, row, first, shift, -infinity(), t);
+      load_teacher_columns<V>(a, s, row, first, shift, -infinity(), t);
       float t_top = t[0];
       DLB_UNROLL for (int e = 1; e < V; ++e) t_top = maximum(t_top, t[e]);
       const float t_before = teacher_top.top;
@@ -137,7 +138,7 @@ DLB_DEVICE void two_pass_row(const DeviceArgs& a, const BatchState& s, Group& gr
     }
     if (general && use.probabilities) {
       float t[V];
-      load_teacher_columns<V>(a, row, first, shift, 0.0f, t);
+      load_teacher_columns<V>(a, s, row, first, shift, 0.0f, t);
       sum[3] -= sum[2] * moved * s.inverse;  // in this order: no mass costs nothing, however far the maximum moved
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         sum[2] += t[e];
@@ -161,37 +162,36 @@ DLB_DEVICE void two_pass_row(const DeviceArgs& a, const BatchState& s, Group& gr
       }
     }
   }
-  RowGradient g;
-  float m = 0, mt = 0;
-  if (active) {
-    float tops[3] = {top.top, teacher_top.top, best_share};
-    group.template reduce<Max, 0>(tops);
-    m = shift_base(tops[0]), mt = shift_base(tops[1]);
-    if (dense) {  // the right class of a dense target: the first of its largest shares
-      float column[1] = {best_share == tops[2] ? -static_cast<float>(best_column) : -infinity()};
-      group.template reduce<Max, 1>(column);
-      role.label = column[0] > -infinity() ? -static_cast<int>(column[0]) : 0;
-    }
-    const float own = top.top, own_teacher = teacher_top.top, moved = distance(own, m);
-    sum[0] *= exp2_fast((own - m) * log2e);
-    sum[1] *= exp2_fast((own - m) * s.log2e_over_t);
-    if (use.logits) {
-      const float factor = exp2_fast((own_teacher - mt) * s.log2e_over_t);
-      sum[3] = shrink_gap(sum[3] + sum[2] * (distance(own_teacher, mt) - moved), factor) * s.inverse;
-      sum[2] *= factor;
-    } else {
-      sum[3] -= sum[2] * moved * s.inverse;  // in this order: no mass costs nothing, however far the maximum moved
-    }
-    move_x(moved);
-    group.template reduce<Sum, 2>(sum);
-    RowSums n;
-    n.top = m;
-    n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2], n.gap = sum[3];
-    n.x_sum = sum[4], n.weighted_x = sum[5], n.share_sum = sum[6], n.share_x = sum[7];
-    g = finish_row<teach, general>(a, s, role, n, z_row, row, leader, totals);
-  } else {
-    finish_idle_row(a, row, leader);
+  float tops[3] = {top.top, teacher_top.top, best_share};
+  group.template reduce<Max, 0>(tops);
+  const float m = shift_base(tops[0]), mt = shift_base(tops[1]);
+  if (dense) {  // the right class of a dense target: the first of its largest shares
+    float column[1] = {best_share == tops[2] ? -static_cast<float>(best_column) : -infinity()};
+    group.template reduce<Max, 1>(column);
+    role.label = column[0] > -infinity() ? -static_cast<int>(column[0]) : 0;
   }
+  const float own = top.top, own_teacher = teacher_top.top, moved = distance(own, m);
+  sum[0] *= exp2_fast((own - m) * log2e);
+  sum[1] *= exp2_fast((own - m) * s.log2e_over_t);
+  if (use.logits) {
+    const float factor = exp2_fast((own_teacher - mt) * s.log2e_over_t);
+    sum[3] = shrink_gap(sum[3] + sum[2] * (distance(own_teacher, mt) - moved), factor) * s.inverse;
+    sum[2] *= factor;
+  } else {
+    sum[3] -= sum[2] * moved * s.inverse;  // in this order: no mass costs nothing, however far the maximum moved
+  }
+  move_x(moved);
+  group.template reduce<Sum, 2>(sum);
+  RowSums n;
+  n.top = m;
+  n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2], n.gap = sum[3];
+  n.x_sum = sum[4], n.weighted_x = sum[5], n.share_sum = sum[6], n.share_x = sum[7];
+  RowGradient g;
+  if (active)
+    g = finish_row<teach, general>(a, s, role, n, z_row, row, leader, totals);
+  else
+    finish_idle_row(a, row, leader);
+  if (slot >= 0 && leader) write_slot(a, s, slot, is_finite(a, n));
   if (grad_row == nullptr) return;
   const bool aligned = shift_of<V>(grad_row) == shift;
   const int last = (packets - 1 - group.rank) / group.size() * group.size() + group.rank;
@@ -200,7 +200,7 @@ DLB_DEVICE void two_pass_row(const DeviceArgs& a, const BatchState& s, Group& gr
     float value[V], t[V];
     if (role.counts || role.valid) {  // what a row that is only shown holds, even NaN, has no gradient
       load_columns<T, V>(z_row, first, a.classes, true, 0.0f, value, true);
-      if (use.logits || use.probabilities) load_teacher_columns<V>(a, row, first, shift, 0.0f, t);
+      if (use.logits || use.probabilities) load_teacher_columns<V>(a, s, row, first, shift, 0.0f, t);
       DLB_UNROLL for (int e = 0; e < V; ++e) {
         const float x = value[e] - m;
         float v = g.a * exp2_fast(x * log2e) - g.constant;
@@ -248,10 +248,6 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) two_pass_kernel(
       if (row >= end) continue;
       const RowRole role = row_role<general>(a, s, row);
       const int slot = half == 1 && pair < s.stored ? pair : -1;
-      if (slot >= 0) {
-        Group::sync();  // the whole group has read slot `pair`, twice, and its id, before they are overwritten
-        if (a.precounted && leader) write_id(a, s, slot);
-      }
       two_pass_row<T, teach, general>(a, s, group, role, row, slot, totals);
     }
   }

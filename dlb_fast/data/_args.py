@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import operator
+import os
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+PART = "pass the dataset, or torch.utils.data.Subset(dataset, indices) for a part of it"
 
 
 def as_bool(value: object, operation: str, name: str) -> bool:
@@ -34,14 +39,51 @@ def device_of(operation: str, device: torch.device | str | None) -> torch.device
 
 
 def length_of(operation: str, dataset: Any) -> int:
-    """`len(dataset)`; TypeError if it has no length."""
-    try:
-        return len(dataset)
-    except TypeError as error:
+    """`len(dataset)`, the number of its samples; TypeError for anything else that has a length, or has none."""
+    kind = type(dataset).__name__
+    if isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"{operation}: dataset must have a length, {type(dataset).__name__} has none ({error}); give it `__len__`, "
-            "or put an iterable into a list first"
+            f"{operation}: dataset must be read by index, {kind} is an IterableDataset, which has no order to repeat; "
+            "put its items into a list, or pass a map-style dataset (`__len__` and `__getitem__`)"
+        )
+    if isinstance(dataset, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"{operation}: expected a dataset, got the {kind} {dataset!r}; open it first, such as ImageFolder(path) or "
+            "open_dataset(...)"
+        )
+    own = any(hasattr(dataset, name) for name in ("__getitem__", "read", "images"))
+    if isinstance(dataset, (Sampler, DataLoader, Set)) or (hasattr(dataset, "__iter__") and not own):
+        raise TypeError(
+            f"{operation}: expected a dataset, got a {kind}, whose length is not the number of samples; {PART}"
+        )
+    try:
+        length = len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        raise TypeError(
+            f"{operation}: dataset must have a length, {kind} has none ({error}); give it `__len__`, or put an "
+            "iterable into a list first"
         ) from error
+    if isinstance(dataset, Mapping) and set(dataset) != set(range(length)):
+        raise TypeError(
+            f"{operation}: expected a dataset, got a {kind} with the keys {', '.join(map(repr, list(dataset)[:5]))}; "
+            "pass one of its values, such as the training split"
+        )
+    return length
+
+
+def are_indices(source: Any, length: int) -> bool:
+    """Whether `source` holds indices into a larger dataset: distinct whole numbers, one of them beyond its length."""
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        whole = source.dtype.kind in "iu" if isinstance(source, np.ndarray) else not source.dtype.is_floating_point
+        if source.ndim != 1 or not whole:
+            return False
+        source = source.tolist()
+    elif isinstance(source, (list, tuple)):
+        if not all(type(value) is int or isinstance(value, np.integer) for value in source):
+            return False
+    elif not isinstance(source, range):
+        return False
+    return length > 0 and max(source) >= length and min(source) >= 0 and len(set(source)) == length
 
 
 def check_callable(operation: str, **arguments: Any) -> None:

@@ -1,10 +1,12 @@
-"""The position in a stream of batches. The samplers and all loaders follow these rules:
+"""The position in a stream of batches. The samplers and all loaders follow these rules, which are torchdata's:
 
-- `(epoch, step)` is the next batch to deliver. After an epoch's last batch it is `(epoch + 1, 0)`, so a state saved at
-  the end of an epoch resumes with the next epoch.
-- A position is absolute: two counters, independent of how often the run was resumed.
+- A position is `(epoch, step)`: step batches of the epoch were delivered. It is absolute, independent of how often the
+  run was resumed.
+- A state saved after an epoch's last batch, before the iteration has ended, is `(epoch, steps_per_epoch)`: the
+  iteration that continues it has no batch left, and the one after it is the next epoch. Once the iteration has ended
+  the state is `(epoch + 1, 0)`.
 - One iteration delivers the rest of one epoch. After an iteration that was left early, the next one starts where that
-  one began, as with any DataLoader; `state_dict` still counts the delivered batches.
+  one began; the second time in a row it warns. `state_dict` still counts the delivered batches.
 - An iteration is not active after its batch raised an error, so a state can be loaded in the handler.
 - A newer iteration, `set_epoch` to another epoch and a loaded state make older iterations stale: they raise.
 - After a loaded state, `set_epoch` to an earlier epoch raises until the first batch: it would undo the resume.
@@ -12,6 +14,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -33,8 +36,9 @@ class StreamPosition:
     def __init__(self, plan: OverlapPlan, owner: str) -> None:
         self.plan = plan
         self._owner = owner
-        self._next = (0, 0)  # the next batch to deliver
+        self._next = (0, 0)  # the next batch to deliver; (epoch, steps_per_epoch) between the last batch and the end
         self._begin = (0, 0)  # where the current iteration began
+        self._restarts = 0  # iterations that began there again
         self._current: weakref.ref[Iteration] | None = None
         self._loaded = False  # a state was loaded and no batch was requested since
 
@@ -43,28 +47,44 @@ class StreamPosition:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch to deliver."""
+        """Epoch of the position."""
         return self._next[0]
 
     @property
     def step(self) -> int:
-        """Step within the epoch of the next batch to deliver."""
+        """Batches of that epoch that were delivered."""
         return self._next[1]
 
+    @property
+    def _at_end(self) -> bool:
+        return self._next[1] == self.plan.steps_per_epoch
+
+    @property
+    def _coming(self) -> tuple[int, int]:
+        """(epoch, step) of the next batch to deliver."""
+        return (self._next[0] + 1, 0) if self._at_end else self._next
+
     def iterate(self) -> Iteration:
-        """A new iteration; it becomes the current one at its first batch."""
-        return Iteration(self)
+        """A new iteration; it becomes the current one at its first batch.
+
+        Right after a state of an epoch's end was loaded it is the rest of that epoch, hence empty.
+        """
+        empty = self._loaded and self._at_end
+        if empty:
+            self._next = self._begin = self._coming
+        return Iteration(self, empty=empty)
 
     def set_epoch(self, epoch: int) -> None:
         """Start `epoch` from its first batch; the current epoch is not restarted."""
         epoch = as_int(epoch, f"{self._owner}.set_epoch", "epoch", 0)
-        if self._loaded and epoch < self.epoch:
+        current = (self._next if self._loaded else self._coming)[0]  # a state of an epoch's end continues that epoch
+        if self._loaded and epoch < current:
             raise ValueError(
                 f"{self._owner}.set_epoch: epoch {epoch} would undo the state that was just loaded (epoch "
-                f"{self.epoch}, step {self.step}); pass an epoch from {self.epoch} on, and do not give this loader to "
+                f"{current}, step {self.step}); pass an epoch from {current} on, and do not give this loader to "
                 "Accelerate's prepare, which counts epochs from 0 in every process: see docs/integrations.md"
             )
-        if epoch != self.epoch:
+        if epoch != current:
             self._move_to(epoch, 0)
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
@@ -119,7 +139,7 @@ class StreamPosition:
                 "the new rows of a step: keep the batch size of all ranks together, or start a new run"
             )
         epoch, step = as_int(state["epoch"], name, "epoch", 0), as_int(state["step"], name, "step", 0)
-        if step >= self.plan.steps_per_epoch:
+        if step > self.plan.steps_per_epoch:
             raise ValueError(f"{name}: step {step} is beyond the {self.plan.steps_per_epoch} steps of an epoch")
         return epoch, step
 
@@ -132,23 +152,40 @@ class StreamPosition:
                 f"{self._owner}.state_dict: delivered must be at most {reached}, the batches sampled since the "
                 f"iteration began at epoch {epoch}, step {first}, got {delivered}"
             )
-        extra, step = divmod(first + delivered, steps)
-        return epoch + extra, step
+        reached_step = first + delivered
+        if reached_step == steps and self._next != (epoch, steps):  # the iteration has ended
+            return epoch + 1, 0
+        return epoch, reached_step
 
     def _move_to(self, epoch: int, step: int) -> None:
         self._next = self._begin = (epoch, step)
+        self._restarts = 0
         self._current = None
         self._loaded = False
 
     def _start(self, iteration: Iteration) -> tuple[int, int]:
         """Make `iteration` the current one and return its start."""
-        if self._next[0] == self._begin[0]:
-            self._next = self._begin  # the iteration before was left early, so repeat it
+        if self._coming[0] == self._begin[0]:  # the iteration before was left early, so repeat it
+            left, self._next = self._next, self._begin
+            self._restarts += left != self._begin
+            if self._restarts == 2 and left != self._begin:
+                warnings.warn(
+                    f"{self._owner}: epoch {left[0]} starts over at step {self._begin[1]} for the second time, because "
+                    f"the loop was left after step {left[1]} of {self.plan.steps_per_epoch}: every pass shows the same "
+                    "batches. Call set_epoch(epoch) before each pass to go on to the next epoch",
+                    stacklevel=5,
+                )
         else:
-            self._begin = self._next
+            self._begin = self._next = self._coming
+            self._restarts = 0
         self._loaded = False
         self._current = weakref.ref(iteration)
         return self._begin
+
+    def _end(self, iteration: Iteration) -> None:
+        """Note that the current iteration has ended: the next batch is the first of the next epoch."""
+        if self._current is not None and self._current() is iteration and self._at_end:
+            self._next = self._coming
 
 
 class Iteration:
@@ -159,10 +196,10 @@ class Iteration:
 
     __slots__ = ("__weakref__", "_epoch", "_next", "_pending", "_steps", "_stream")
 
-    def __init__(self, stream: StreamPosition) -> None:
+    def __init__(self, stream: StreamPosition, *, empty: bool = False) -> None:
         self._stream = stream
         self._steps = stream.plan.steps_per_epoch
-        self._epoch = self._next = -1
+        self._epoch, self._next = -1, self._steps if empty else -1
         self._pending = False  # a batch was requested and not delivered
 
     def peek(self) -> tuple[int, int] | None:
@@ -170,6 +207,7 @@ class Iteration:
         if self._next < 0:
             self._epoch, self._next = self._stream._start(self)
         if self._next == self._steps:
+            self._stream._end(self)
             return None
         current = self._stream._current
         if current is None or current() is not self:
@@ -184,8 +222,7 @@ class Iteration:
         """Count the batch at the position of the last `peek` as delivered."""
         self._pending = False
         self._next += 1
-        last = self._next == self._steps
-        self._stream._next = (self._epoch + 1, 0) if last else (self._epoch, self._next)
+        self._stream._next = (self._epoch, self._next)
 
     @property
     def left_early(self) -> bool:

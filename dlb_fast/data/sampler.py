@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from dlb_fast._args import as_int
-from dlb_fast.data._args import as_bool, check_callable, class_indices
+from dlb_fast.data._args import PART, are_indices, as_bool, class_indices, length_of
 from dlb_fast.data.batch import Batch
+from dlb_fast.data.datasets.source import as_image
+from dlb_fast.data.decode.decode import is_pillow
 from dlb_fast.data.plan import Ids, OverlapPlan, half_of, make_plan
-from dlb_fast.data.position import StreamPosition
+from dlb_fast.data.position import Iteration, StreamPosition
 from dlb_fast.data.rng import COMPANION, GOLDEN, MASK, ViewRng, key_of, mix
+from dlb_fast.data.transforms.single import Single, as_transform
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -90,7 +93,9 @@ class PlanSampler(Sampler[list[int]], abc.ABC):
         return self.plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        iteration = self._position.iterate()
+        return self._batches(self._position.iterate())  # not a generator, so that the order of the iterations counts
+
+    def _batches(self, iteration: Iteration) -> Iterator[list[int]]:
         while (position := iteration.peek()) is not None:
             batch = self.indices(*position)
             iteration.advance()
@@ -98,7 +103,7 @@ class PlanSampler(Sampler[list[int]], abc.ABC):
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch."""
+        """Epoch of the position, as in `state_dict()`."""
         return self._position.epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -274,6 +279,11 @@ class ClassBatchSampler(PlanSampler):
                 f"{name}: batch_size must be a multiple of companions + 1 = {self.companions + 1} "
                 f"(anchors and their companions), got {batch_size}"
             )
+        if not (hasattr(targets, "__array__") or isinstance(targets, Sequence)) or isinstance(targets, str):
+            raise TypeError(
+                f"{name}: targets must be (N,) class indices, got a {type(targets).__name__}; pass dataset.targets, or "
+                "those of the indices of a torch.utils.data.Subset"
+            )
         classes = np.asarray(targets)
         if classes.ndim != 1 or not np.issubdtype(classes.dtype, np.integer):
             raise ValueError(f"{name}: targets must be (N,) integers, got {classes.dtype} {classes.shape}")
@@ -381,44 +391,50 @@ class ViewPairSampler(PlanSampler):
 
 def _length(operation: str, source: int | Sized) -> int:
     """The number of samples of a dataset, or that number itself."""
-    if isinstance(source, (Sampler, DataLoader)):
+    if isinstance(source, float) or (hasattr(source, "__index__") and not getattr(source, "ndim", 0)):
+        return as_int(source, operation, "data_source_or_len", 0)
+    length = length_of(operation, source)
+    if are_indices(source, length):
         raise TypeError(
-            f"{operation}: expected a dataset or its length, got a {type(source).__name__}, whose length is not the "
-            "number of samples; pass the dataset, or torch.utils.data.Subset(dataset, indices) for a part of it"
+            f"{operation}: expected a dataset or its length, got a {type(source).__name__} of {length} sample indices; "
+            f"{PART}"
         )
-    return as_int(len(source) if isinstance(source, Sized) else source, operation, "data_source_or_len", 0)
+    return length
 
 
 class IndexedDataset(Dataset[tuple[Any, Any, int]]):
-    """A map-style dataset whose items are `(image, target, index)`.
+    """A map-style dataset whose items are `(image, target, index)`, so that every batch has the ids of its samples.
 
     Args:
-        dataset: any map-style dataset of `(image, target)`.
+        dataset: any map-style dataset of `(image, target)`, such as torchvision's; a transform of its own is applied.
         transform: called as `transform(image, rng)` with the view's `ViewRng`, so that every view is reproducible. It
-            needs the indices of a sampler of this package. None uses the dataset's own transforms only.
+            needs the indices of a sampler of this package, and gets PIL images as uint8 tensors (c, h, w). A transform
+            of one argument, such as torchvision's, gets what the dataset gives. None leaves the images as they are.
 
     Example:
         >>> IndexedDataset([("image", 1)])[0]
         ('image', 1, 0)
     """
 
-    def __init__(self, dataset: Any, transform: Callable[[Any, ViewRng], Any] | None = None) -> None:
-        check_callable("IndexedDataset", transform=transform)
+    def __init__(self, dataset: Any, transform: Callable[..., Any] | None = None) -> None:
         self.dataset = dataset
-        self.transform = transform
+        self.transform = as_transform("IndexedDataset", transform, pillow=False)
+        length_of("IndexedDataset", dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any, int]:
         image, target = self.dataset[index][:2]
-        if self.transform is not None:
+        if isinstance(self.transform, Single):
+            image = self.transform(image)
+        elif self.transform is not None:
             if not isinstance(index, SampleIndex):
                 raise TypeError(
-                    f"IndexedDataset: a transform needs the indices of an OverlapBatchSampler to know which view it "
-                    f"makes, got a plain {type(index).__name__}; pass DataLoader(..., batch_sampler=...)"
+                    "IndexedDataset: a transform(image, rng) needs the indices of an OverlapBatchSampler to know which "
+                    f"view it makes, got a plain {type(index).__name__}; pass DataLoader(..., batch_sampler=...)"
                 )
-            image = self.transform(image, index.rng())
+            image = self.transform(as_image(image) if is_pillow(image) else image, index.rng())
         return image, target, index
 
 
@@ -457,6 +473,11 @@ def _collated(
         raise TypeError(
             f"{operation}: expected items (image, target, SampleIndex), got {_described(items)}; wrap the dataset in "
             f"IndexedDataset and pass {sampler} as batch_sampler"
+        )
+    if is_pillow(items[0][0]):
+        raise TypeError(
+            f"{operation}: expected tensors as images, got PIL images; end the dataset's transform with ToTensor(), or "
+            "pass IndexedDataset a transform"
         )
     images = default_collate([item[0] for item in items])
     return images, torch.from_numpy(class_indices(operation, [item[1] for item in items])), tagged

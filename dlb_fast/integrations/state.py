@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dlb_fast.buffer import rank_and_size
+
 VERSION = 1
 
 
@@ -71,12 +73,6 @@ class LastBatchState:
             stacklevel=2,
         )
         reset(self.criterion)
-
-
-def rank_and_size() -> tuple[int, int]:
-    """The rank of this process and the number of ranks; (0, 1) without a process group."""
-    grouped = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
 
 
 def gather_states(criterion: nn.Module) -> list[dict[str, Any]]:

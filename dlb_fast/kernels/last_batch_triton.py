@@ -21,7 +21,7 @@ from torch import Tensor
 from .._options import FLOATS, OPTIONS, PARTS, REDUCTION, TEACHER_KIND
 from ..reference import compute_dtype
 from . import launch
-from .counting import count_kernel
+from .counting import HEADER, count_kernel
 from .last_batch_kernel import CONSTANT, COUNT_HERE, COUNTED, MAX_PROGRAMS, last_batch_kernel
 from .scale_kernel import scale_kernel
 
@@ -50,16 +50,19 @@ def last_batch(
     """Loss, parts and gradient (see ``SCHEMAS``); the teacher (H, C) is only read."""
     if teacher_kind != _VIRTUAL and (teacher is None or teacher.shape[0] == 0):
         teacher_kind = _NONE
-    return _run(logits, teacher, None, None, -1, teacher_kind, Options(*options))
+    return _run(logits, teacher, None, None, -1, 0, teacher_kind, Options(*options))
 
 
 def last_batch_update(
-    logits: Tensor, buffer: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, *options: Any
+    logits: Tensor, rows: Tensor, slots: Tensor, ids: Tensor | None, num_old: int, again: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, parts and gradient; the rows of ``buffer`` (S, C) teach, then the new rows of the batch replace them."""
-    if not (buffer.is_contiguous() and slots.is_contiguous()):
-        raise ValueError("last_batch_update (triton): buffer and slots must be contiguous; make a new LogitBuffer")
-    return _run(logits, buffer, slots, ids, num_old, _LOGITS, Options(*options))
+    """Loss, parts and gradient; one generation of ``rows`` (2, R, C) teaches, the other takes the batch's new rows.
+
+    ``again``: 1 the batch of the last call once more, 0 a new batch, -1 the ids decide.
+    """
+    if not (rows.is_contiguous() and slots.is_contiguous()):
+        raise ValueError("last_batch_update (triton): rows and slots must be contiguous; make a new LogitBuffer")
+    return _run(logits, rows.flatten(0, 1), slots, ids, num_old, again, _LOGITS, Options(*options))
 
 
 def _run(
@@ -68,6 +71,7 @@ def _run(
     slots: Tensor | None,
     ids: Tensor | None,
     num_old: int,
+    again: int,
     kind: int,
     options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,14 +82,18 @@ def _run(
     logits = _rows("logits", logits)
     batch, classes = logits.shape
     compute, device, update = compute_dtype(logits.dtype), logits.device, slots is not None
+    capacity = 0 if slots is None else (slots.numel() - HEADER.value - 2) // 4
     by_row = options.reduction == _ROWS
     loss = torch.empty((batch,) if by_row else (), dtype=compute, device=device)
     parts = torch.empty(len(PARTS), dtype=compute, device=device)
     grad = torch.empty((batch if need_grad else 0, classes), dtype=logits.dtype, device=device)
     if batch == 0:
         parts.zero_()[4:5].fill_(1.0)
-        if slots is not None:
-            slots[:1].zero_()  # nothing is stored from an empty batch
+        if slots is not None:  # nothing is stored from an empty batch
+            latest = slots[:1] & 1
+            written = latest if again == 1 else 1 - latest
+            slots.index_fill_(0, HEADER.value + written * (1 + 2 * capacity), 0)
+            slots[:1] = written
         return loss.zero_(), parts, grad
 
     dense = target is not None and target.dim() == 2
@@ -97,15 +105,10 @@ def _run(
     if by_label and (target is None or dense):
         raise ValueError("last_batch (triton): correct_share needs target labels (B,); pass them, or a uniform teacher")
 
-    capacity, given = 0, 0
-    if update:
-        assert teacher is not None
-        capacity = teacher.shape[0]
-        if num_old >= 0:
-            stored = min(max(batch - num_old, 0), capacity)
-            pairs = max(stored, batch - stored)
-        else:  # the count is on the device: enough pairs for whatever it is
-            pairs = max(min(capacity, batch), batch - capacity)
+    given = 0
+    if update:  # one program per tile of a steady batch; where the device finds more pairs, a program takes several
+        stored = min(max(batch - num_old, 0) if num_old >= 0 else batch, capacity)
+        pairs = max(stored, batch - stored)
     else:
         if kind == _VIRTUAL:
             given = batch
@@ -119,21 +122,25 @@ def _run(
     if teacher is not None and kind != _VIRTUAL:
         aligned = aligned and launch.aligned_rows(teacher)
     tiles = launch.tiling(classes, logits.element_size(), aligned, launch.warp_size(device))
-    pair_tiles = -(-pairs // tiles.rows)
-    programs = min(pair_tiles, MAX_PROGRAMS.value)
+    programs = min(-(-pairs // tiles.rows), MAX_PROGRAMS.value)
     has_ce, has_weight, mean = target is not None, weight is not None, options.reduction == _MEAN
     labels, pair = has_ce and not dense, target_b is not None
-    per_row = 8 * labels + 8 * pair + 4 * (labels and has_weight) + 16 * (ids is not None) + (mask is not None)
+    per_row = 8 * labels + 8 * pair + 4 * (labels and has_weight) + (mask is not None)
+    if update:
+        per_row += 4 if ids is None else 16  # the finite flags of half the rows; ids and stored ids
+    decide = again < 0 and ids is not None
     counting, chunk, count_parts = CONSTANT.value, 0, 0
-    if mean and (per_row or by_label):
+    if decide or (mean and (per_row or by_label)):
         counting = COUNT_HERE.value
         if batch > launch.COUNT_HERE_ROWS or programs * batch * per_row > launch.COUNT_HERE_BYTES:
             counting = COUNTED.value
             count_parts = min(-(-batch // launch.COUNT_CHUNK), 256)
             chunk = -(-batch // count_parts)
     dtype = launch.triton_dtype(compute)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    limit = launch.register_limit(tiles, pair, logits.element_size(), nvidia)
     numbers = [getattr(options, name) for name in FLOATS]
-    sizes = (batch, given, capacity, num_old, 0 if mask is None else mask.shape[0], ignore_index)
+    sizes = (batch, given, capacity, num_old, again, 0 if mask is None else mask.shape[0], ignore_index)
     with launch.device_guard(device):
         key, space = launch.workspace(device, compute)
         try:
@@ -146,13 +153,13 @@ def _run(
             last_batch_kernel[(programs,)](
                 logits, teacher, slots, ids, target, target_b, lam, weight, mask, options.alpha_t,
                 options.temperature_t, loss, parts, grad, space.ticket, space.partials, space.counts,
-                *sizes, pair_tiles, count_parts, *numbers,
+                *sizes, count_parts, *numbers,
                 dtype, classes, tiles.rows, tiles.block, tiles.tiles, tiles.vector, tiles.axis,
                 logits.stride(0), 0 if teacher is None else teacher.stride(0), target.stride(0) if dense else 0,
                 kind, update, has_ce, dense, pair, lam is not None and lam.dim() == 1, has_weight,
                 options.label_smoothing > 0.0, ids is not None, mask is not None, by_label, mean, by_row, need_grad,
                 counting,
-                num_warps=tiles.warps,
+                num_warps=tiles.warps, **limit,
             )  # fmt: skip
         except BaseException:
             launch.drop_workspace(key)

@@ -74,7 +74,7 @@ def aligned_rows(value: Tensor) -> bool:
 
 
 class Workspace(NamedTuple):
-    """Ticket (1,) int32 that every launch leaves at 0, partial sums and partial counts in the compute dtype."""
+    """Ticket, and whether a row repeats, (2,) int32 that every launch leaves at 0; partial sums and counts."""
 
     ticket: Tensor
     partials: Tensor
@@ -87,8 +87,8 @@ _spares: dict[tuple[Any, ...], list[Workspace]] = {}
 
 def _new_workspace(device: torch.device, dtype: torch.dtype) -> Workspace:
     partials = torch.empty(PARTIALS.value * MAX_PROGRAMS.value, dtype=dtype, device=device)
-    counts = torch.empty(2 * COUNT_PROGRAMS.value, dtype=dtype, device=device)
-    return Workspace(torch.zeros(1, dtype=torch.int32, device=device), partials, counts)
+    counts = torch.empty(2 * COUNT_PROGRAMS.value + 1, dtype=dtype, device=device)
+    return Workspace(torch.zeros(2, dtype=torch.int32, device=device), partials, counts)
 
 
 def workspace(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Workspace]:
@@ -136,6 +136,16 @@ def warp_size(device: torch.device) -> int:
     if device.type == "cuda" and torch.version.hip is not None:
         return int(torch.cuda.get_device_properties(device).warp_size)
     return 32
+
+
+def register_limit(tiles: Tiling, pair: bool, itemsize: int, nvidia: bool) -> dict[str, int]:
+    """The launch option that limits registers (NVIDIA): 128 for a held row of the pair form, so that four programs run
+    at a time; 168 for a long unaligned row, for which the compiler would rather spill. Elsewhere it does well alone."""
+    if not nvidia or itemsize == 8:
+        return {}
+    if tiles.tiles > 1:
+        return {} if tiles.axis else {"maxnreg": 168}
+    return {"maxnreg": 128} if pair and tiles.rows == 1 else {}
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

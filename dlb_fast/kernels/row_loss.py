@@ -36,19 +36,18 @@ def load_columns(row_ptr, cols, inside, OTHER: tl.constexpr, EVICT: tl.constexpr
 
 @triton.jit
 def load_tile(
-    z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
+    z_row, t_row, dense_row, store_row, cols, cols_ok, active, valid,
     COMPUTE: tl.constexpr, KIND: tl.constexpr, DENSE: tl.constexpr, STORE: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """Student, teacher and dense target of one tile (the student again where there is none); stores the student."""
     inside = active[:, None] & cols_ok
-    if STORE:  # every row is stored as it is, counted or not
-        every = row_ok[:, None] & cols_ok
-        raw = tl.load(z_row + cols, mask=every, other=float("-inf"), eviction_policy=EVICT)
+    if STORE:
+        raw = tl.load(z_row + cols, mask=inside, other=float("-inf"), eviction_policy=EVICT)
         kept = raw
         if raw.dtype != store_row.dtype.element_ty:
             kept = round_to(raw, store_row.dtype.element_ty)
-        tl.store(store_row + cols, kept, mask=every, eviction_policy="evict_first")
-        z = tl.where(inside, raw.to(COMPUTE), float("-inf"))
+        tl.store(store_row + cols, kept, mask=inside, eviction_policy="evict_first")
+        z = raw.to(COMPUTE)
     else:
         z = load_columns(z_row, cols, inside, float("-inf"), EVICT, COMPUTE)
     t = z
@@ -96,8 +95,8 @@ def tile_grad(
 
 @triton.jit
 def rows_loss(
-    logits_ptr, grad_ptr, teacher_ptr, store_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
-    rows, row_ok, slots, valid,
+    logits_ptr, grad_ptr, teacher_ptr, store_ptr, finite_ptr, target_ptr, target_b_ptr, lam_ptr, weight_ptr, loss_ptr,
+    rows, row_ok, slots, finite_slots, valid,
     ce_factor, alpha, tau, keep_share, even_share, share_here, share_rest, ignore_index,
     ce_mult, kl_mult,
     COMPUTE: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
@@ -107,7 +106,10 @@ def rows_loss(
     LAM_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ROW_LOSS: tl.constexpr,
     NEED_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``rows`` (ROWS,), valid by ``slots`` where ``valid``; returns per row the CE, KL and hit."""
+    """Rows ``rows`` (ROWS,), valid by ``slots`` where ``valid``; returns per row the CE, KL and hit.
+
+    STORE: the rows go to ``slots``, and whether their log-sum-exp is finite to ``finite_slots``.
+    """
     SPREAD: tl.constexpr = HAS_CE and (DENSE or SMOOTH)
     # The second pass of a long row has to find it in L2: keep what is read twice, let the rest go.
     FIRST: tl.constexpr = "evict_last" if TILES > 1 and NEED_GRAD else "evict_first"
@@ -157,6 +159,8 @@ def rows_loss(
             labelled = labelled & known
     # A row that nothing counts is not read: what it holds, even NaN, cannot reach a sum.
     active = counted | valid | labelled
+    if STORE:  # but every row is stored as it is
+        active = row_ok
 
     if TILES == 1:
         peak, mt, best, best_col = lowest, lowest, lowest, label
@@ -164,12 +168,12 @@ def rows_loss(
         cols = tl.arange(0, BLOCK)[None, :]
         cols_ok = cols < CLASSES
         z, t, dense = load_tile(
-            z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
+            z_row, t_row, dense_row, store_row, cols, cols_ok, active, valid,
             COMPUTE, KIND, DENSE, STORE, "evict_first",
         )  # fmt: skip
         peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
             z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here, share_rest,
-            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE, DENSE, HAS_WEIGHT, SPREAD, 1,
+            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE or STORE, DENSE, HAS_WEIGHT, SPREAD, 1,
         )  # fmt: skip
     else:
         tl.static_assert(ROWS == 1)
@@ -185,16 +189,16 @@ def rows_loss(
             cols = k * BLOCK + span
             cols_ok = cols < CLASSES
             z, t, dense = load_tile(
-                z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
+                z_row, t_row, dense_row, store_row, cols, cols_ok, active, valid,
                 COMPUTE, KIND, DENSE, STORE, FIRST,
             )  # fmt: skip
             peak, d1, qs, qx, best, best_col, d2, a, mt, dt = tile_sums(
                 z, t, dense, cols, cols_ok, valid, label, weight_ptr, soft, keep_share, even_share, share_here,
-                share_rest, peak, d1, qs, qx, best, best_col, d2, a, mt, dt, KIND, HAS_CE, DENSE, HAS_WEIGHT, SPREAD,
-                AXIS,
+                share_rest, peak, d1, qs, qx, best, best_col, d2, a, mt, dt,
+                KIND, HAS_CE or STORE, DENSE, HAS_WEIGHT, SPREAD, AXIS,
             )  # fmt: skip
         peak, d1, qs, qx, best, best_col, d2, a, mt, dt = join_lanes(
-            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, soft, KIND, HAS_CE, DENSE, SPREAD
+            peak, d1, qs, qx, best, best_col, d2, a, mt, dt, soft, KIND, HAS_CE or STORE, DENSE, SPREAD
         )
         if not SPREAD:
             qs, qx = 0.0, 0.0
@@ -204,6 +208,11 @@ def rows_loss(
         if KIND != NONE:
             d2, a, dt = zero + d2, zero + a, zero + dt
         mt = zero + mt if KIND == LOGITS else lowest
+
+    if STORE:  # d1 is NaN where the row holds a NaN or +inf; rounding may make the largest value infinite
+        top = round_to(peak, store_ptr.dtype.element_ty).to(COMPUTE)
+        finite = (d1 == d1) & (tl.abs(top) < float("inf"))
+        tl.store(finite_ptr + finite_slots, finite.to(tl.int64), mask=row_ok)
 
     shift, shift_t = shift_of(peak), shift_of(mt)
     row_ce, row_lb, hit = zero, zero, zero
@@ -220,8 +229,8 @@ def rows_loss(
         if DENSE:
             z_a = tl.sum(tl.load(z_row + best_col[:, None], mask=row_ok[:, None], other=0.0).to(COMPUTE), axis=1)
             labelled = row_ok
-        # d1 is NaN where the row holds a NaN, which a maximum drops.
-        hit = tl.where(labelled & (z_a >= peak) & (d1 == d1), 1.0 + zero, 0.0)
+        # d1 is NaN where the row holds a NaN, which a maximum drops, or +inf, and 0 where it holds nothing but -inf.
+        hit = tl.where(labelled & (z_a >= peak) & (d1 > 0.0), 1.0 + zero, 0.0)
     if KIND != NONE:
         if KIND == LOGITS:
             kl = LN2 * (a / dt + tl.log2(d2) - tl.log2(dt))
@@ -244,7 +253,7 @@ def rows_loss(
                 share_here, share_rest, shift, shift_t, from_ce, from_student, from_teacher, from_spread, at_a, at_b,
                 KIND, HAS_CE, DENSE, PAIR, HAS_WEIGHT, SPREAD,
             )  # fmt: skip
-            if PAIR:  # a row with one label only was read for its top-1, but does not count
+            if PAIR or STORE:  # a row may be read for its top-1 or to be stored, and not count
                 g = tl.where((counted | valid)[:, None], g, 0.0)
             g = round_to(g, grad_ptr.dtype.element_ty)
             tl.store(grad_row + cols, g, mask=row_ok[:, None] & cols_ok)
@@ -253,7 +262,7 @@ def rows_loss(
                 cols = (TILES - 1 - k) * BLOCK + span
                 cols_ok = cols < CLASSES
                 z, t, dense = load_tile(
-                    z_row, t_row, dense_row, store_row, cols, cols_ok, row_ok, active, valid,
+                    z_row, t_row, dense_row, store_row, cols, cols_ok, active, valid,
                     COMPUTE, KIND, DENSE, False, "evict_first",
                 )  # fmt: skip
                 g = tile_grad(
@@ -261,7 +270,7 @@ def rows_loss(
                     share_here, share_rest, shift, shift_t, from_ce, from_student, from_teacher, from_spread,
                     at_a, at_b, KIND, HAS_CE, DENSE, PAIR, HAS_WEIGHT, SPREAD,
                 )  # fmt: skip
-                if PAIR:
+                if PAIR or STORE:
                     g = tl.where((counted | valid)[:, None], g, 0.0)
                 g = round_to(g, grad_ptr.dtype.element_ty)
                 out = row_ok[:, None] & cols_ok

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .._args import check_tensor
 
 
 @torch.no_grad()
@@ -20,6 +25,19 @@ def gather_rows(value: Tensor) -> tuple[Tensor, int]:
     return torch.cat(parts), dist.get_rank() * value.shape[0]
 
 
+def chosen(again: bool | Tensor, before: Tensor, now: Tensor) -> Tensor:
+    """``before`` where the batch is evaluated again (`Inputs.again`), else ``now``; a tensor decides on the device."""
+    if isinstance(again, Tensor):
+        return torch.where(again, before, now)
+    return before if again else now
+
+
+def autocast(near: Tensor, **options: Any) -> AbstractContextManager[Any]:
+    """torch.autocast on the device of a tensor; nothing where that device has none (meta)."""
+    device = near.device.type
+    return torch.autocast(device, **options) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def format_bytes(count: int) -> str:
     """A number of bytes with a unit.
 
@@ -33,11 +51,13 @@ def format_bytes(count: int) -> str:
 
 
 def labels(op: str, target: Tensor | None, target_b: Tensor | None, why: str) -> Tensor:
-    """The labels (B,) of a method that needs one class per row; ValueError for none, dense or mixed ones."""
+    """The int64 labels (B,) of a method that needs one class per row; ValueError for none, dense or mixed ones."""
+    if target is not None:
+        check_tensor(op, "target", target)
     if target is None or target.dim() != 1 or target_b is not None:
         got = "no target" if target is None else f"a target of shape {tuple(target.shape)}"
         raise ValueError(
             f"{op}: needs one class per row, target (B,): {why}; got {got}"
             f"{' and target_b of mixed images; turn mixup and CutMix off' if target_b is not None else ''}"
         )
-    return target
+    return target.long()  # a narrow integer cannot be compared with every ignore_index

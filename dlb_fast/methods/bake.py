@@ -4,24 +4,26 @@
     L = CE + alpha * T^2 * mean KL(Q_i || softmax(z_i / T))
 
 ``F`` are the L2-normalised features that go into the classifier, ``w`` is ``omega``. The batch should hold companions
-of the same class (`ClassBatchSampler`). The linear system is solved instead of inverting the matrix.
+of the same class (`ClassBatchSampler`). The linear system is solved instead of inverting the matrix. A row whose
+features or logits are not finite is left out: it neither teaches nor is taught.
 
 Source: **official** code yxgeee/BAKE, `knowledge_ensemble` and `small_scale/train.py` (Ge et al., arXiv 2104.13298).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._args import check_logits, check_tensor
+from .._args import as_number, check_logits, check_temperature, check_tensor
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype, teacher_kl
-from ._common import gather_rows
+from ._common import autocast, gather_rows
 from .registry import Method, Option, register
 
 __all__ = ["BakeLoss", "FeatureHook", "bake_loss", "reference"]
@@ -35,8 +37,8 @@ COMPANIONS = 1  # official code, ImageNet, TinyImageNet, Dogs and MIT67; 3 on CI
 def ensemble(
     features: Tensor, logits: Tensor, temperature: Scalar, omega: float = OMEGA, cross_rank: bool = False
 ) -> Tensor:
-    """The teacher ``Q`` (B, C), in float32 also under autocast."""
-    with torch.autocast(logits.device.type, enabled=False):
+    """The teacher ``Q`` (B, C), in float32 also under autocast; NaN in rows that are not finite."""
+    with autocast(logits, enabled=False):
         dtype = compute_dtype(logits.dtype)
         rows = logits.shape[0]
         features = F.normalize(features.detach().to(dtype).flatten(1), p=2, dim=1)
@@ -45,17 +47,24 @@ def ensemble(
         if cross_rank:  # one collective for both
             joined, start = gather_rows(torch.cat([features, softened], 1))
             features, softened = joined.split([features.shape[1], softened.shape[1]], dim=1)
-        affinity = torch.softmax((features @ features.T).fill_diagonal_(-1e9), dim=1)
+        finite = features.sum(1).isfinite() & softened.sum(1).isfinite()
+        features = features.masked_fill(~finite[:, None], 0.0)
+        known = softened.masked_fill(~finite[:, None], 0.0)
+        likeness = (features @ features.T).masked_fill(~finite, -1e9).fill_diagonal_(-1e9)
+        affinity = torch.softmax(likeness, dim=1)
         system = torch.eye(len(softened), dtype=dtype, device=logits.device) - omega * affinity
         # Diagonally dominant for omega < 1, so the solve cannot fail, and unchecked it does not wait for a GPU.
-        solved, _ = torch.linalg.solve_ex(system, softened)
+        solved, _ = torch.linalg.solve_ex(system, known)
+        solved = solved.masked_fill(~finite[:, None], math.nan)
         return (1.0 - omega) * solved[start : start + rows]
 
 
-def _check_omega(op: str, omega: float) -> None:
+def _check_omega(op: str, omega: float) -> float:
     """In [0, 1): at 1 the system is singular."""
-    if isinstance(omega, bool) or not isinstance(omega, (int, float)) or not 0 <= omega < 1:
+    number = as_number(op, "omega", omega)
+    if not 0 <= number < 1:
         raise ValueError(f"{op}: omega must be a number in [0, 1), got {omega!r}")
+    return number
 
 
 def _check_features(op: str, features: Tensor, logits: Tensor) -> None:
@@ -93,7 +102,7 @@ def bake_loss(
         features: ``(B, D...)`` what goes into the classifier, any floating dtype; detached and flattened here.
         target: ``(B,)`` labels or ``(B, C)`` probabilities.
         alpha: weight of the KL.
-        temperature: T > 0 of both distributions.
+        temperature: T > 0 of both distributions; a gradient of T is that of the student's part.
         omega: how far the predictions spread over the batch, in ``[0, 1)``.
         cross_rank: ensemble over all ranks' batches (of equal sizes); the loss is that of this rank's rows.
 
@@ -105,8 +114,8 @@ def bake_loss(
     True
     """
     op = "bake_loss"
-    check_logits(op, logits)
-    _check_omega(op, omega)
+    check_logits(op, logits, target)
+    temperature, omega = check_temperature(op, temperature), _check_omega(op, omega)
     _check_features(op, features, logits)
     teacher = Teacher("probabilities", ensemble(features, logits, temperature, omega, cross_rank))
     loss, parts = distill(
@@ -118,7 +127,7 @@ def bake_loss(
 
 
 class FeatureHook:
-    """Keeps the input of a layer at every training forward, so that no model has to be rewritten.
+    """Keeps the input of a layer at every forward, so that no model has to be rewritten.
 
     Args:
         model: any module.
@@ -149,23 +158,33 @@ class FeatureHook:
                 f"FeatureHook: {type(model).__name__} has no {'nn.Linear' if layer is None else f'layer {layer!r}'}; "
                 "pass the layer whose input is the feature, or its name (dict(model.named_modules()) lists them)"
             )
-        self._features: Tensor | None = None
+        self.latest: Tensor | None = None  # (B, D) of the last forward in any mode
+        self._features: Tensor | None = None  # of the last training forward, until they are taken
         self._handle = found.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.latest = inputs[0].detach().flatten(1)
         if module.training:
-            self._features = inputs[0].detach().flatten(1)
+            self._features = self.latest
 
     def take(self) -> Tensor:
         """The features (B, D) of the last training forward, detached; each forward can be taken once."""
         if self._features is None:
-            raise RuntimeError("FeatureHook: no forward in training mode since the last take(); run the model first")
+            raise RuntimeError(
+                "FeatureHook: no forward in training mode reached the layer since the last take(); run the model "
+                "first, or call setup(model) again where the layer was replaced"
+            )
         features, self._features = self._features, None
         return features
 
     def clear(self) -> None:
-        """Drop features that were not taken."""
-        self._features = None
+        """Drop the features."""
+        self.latest = self._features = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether there is nothing to take."""
+        return self._features is None
 
     def remove(self) -> None:
         """Take the hook off the model."""
@@ -176,7 +195,7 @@ class BakeLoss(DistillationLoss):
     """BAKE as a criterion: the loss of :func:`bake_loss`.
 
     ``setup(model)`` hooks the layer whose input is the feature; without a model pass ``features=`` with every batch.
-    The model's forward must be one call per batch.
+    The model's forward must be one call per batch. The teacher, features and temperature in it, has no gradient.
 
     Args:
         alpha: weight of the KL.
@@ -210,7 +229,7 @@ class BakeLoss(DistillationLoss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
-        _check_omega("BakeLoss", omega)
+        omega = _check_omega("BakeLoss", omega)
         super().__init__(
             alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,
@@ -219,6 +238,12 @@ class BakeLoss(DistillationLoss):
         self._layer = (layer,)  # in a tuple: a layer of the model is no submodule of the criterion
         self.hook: FeatureHook | None = None
         self._features: Tensor | None = None  # passed with this batch
+        self._taken: tuple[Tensor, Tensor | None] | None = None  # features and ids of the last batch, to be met again
+
+    @property
+    def layer(self) -> nn.Module | str | None:
+        """The layer whose input is the feature, as it was given."""
+        return self._layer[0]
 
     def setup(self, model: nn.Module) -> None:
         if self.hook is not None:
@@ -228,13 +253,28 @@ class BakeLoss(DistillationLoss):
     def teacher(self, inputs: Inputs) -> Teacher:
         features, self._features = self._features, None
         if features is None:
-            if self.hook is None:
-                raise RuntimeError("BakeLoss: needs features: call criterion.setup(model) once, or pass features=")
-            features = self.hook.take()
+            features = self._hooked(inputs.ids)
         _check_features("BakeLoss", features, inputs.logits)
         return Teacher(
             "probabilities", ensemble(features, inputs.logits, inputs.temperature, self.omega, self.cross_rank)
         )
+
+    def _hooked(self, ids: Tensor | None) -> Tensor:
+        """The features of the model's last forward, or of the last batch where it is evaluated again without one."""
+        hook = self.hook
+        if hook is None:
+            raise RuntimeError("BakeLoss: needs features: call criterion.setup(model) once, or pass features=")
+        if not torch.is_grad_enabled() and hook.latest is not None:
+            return hook.latest  # no training: the features stay for the training call, if there is one
+        if hook.is_taken and self._taken is not None:
+            features, last_ids = self._taken
+            again = self._again(ids)
+            # Otherwise an error, so that the ids may be read here.
+            if again == 1 or (again == -1 and ids is not None and last_ids is not None and torch.equal(ids, last_ids)):
+                return features
+        features = hook.take()
+        self._taken = features, None if ids is None else ids.clone()
+        return features
 
     def forward(
         self,
@@ -255,8 +295,13 @@ class BakeLoss(DistillationLoss):
             logits, target, ids, images=images, epoch=epoch, target_b=target_b, lam=lam, kd_mask=kd_mask
         )
 
+    def step(self) -> None:
+        super().step()
+        self._taken = None
+
     def reset(self) -> None:
-        self._features = None
+        super().reset()
+        self._features = self._taken = None
         if self.hook is not None:
             self.hook.clear()
 

@@ -61,7 +61,7 @@ def cs_kd_loss(
     True
     """
     op = "cs_kd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     teacher = Teacher("logits", check_rows(op, "partner_logits", partner_logits, logits).detach())
     loss, parts = distill(
         op, logits, target, teacher, alpha=alpha, temperature=temperature,
@@ -74,7 +74,8 @@ def cs_kd_loss(
 class CsKDLoss(DistillationLoss):
     """CS-KD as a criterion over rows ``[anchors | partners of the same classes]``: the loss of :func:`cs_kd_loss`.
 
-    The partners' rows come from a forward without gradient; the cross entropy counts the anchors only.
+    The partners' rows come from a forward without gradient (here they are detached in any case); the cross entropy
+    counts the anchors only.
 
     Args:
         alpha: weight of the KL.

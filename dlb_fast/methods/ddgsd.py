@@ -55,6 +55,8 @@ def ddgsd_loss(
 ) -> Any:
     """DDGSD: ``ce_weight CE(all rows) + alpha T^2 [KL(p2 || p1) + KL(p1 || p2)]``, each KL a mean over its half.
 
+    A view is detached where it teaches.
+
     Args:
         logits: ``(2n, C)``, rows ``[n first views | the same n samples, second views]``.
         target: ``(2n,)`` labels or ``(2n, C)`` probabilities.
@@ -70,7 +72,7 @@ def ddgsd_loss(
     True
     """
     op = "ddgsd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     loss, parts = distill(
         op, logits, target, _other_view(op, logits), alpha=alpha, temperature=temperature, ce_weight=ce_weight,
         label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, kd_mask=kd_mask, target_b=target_b,

@@ -68,7 +68,7 @@ def lsr_kd_loss(
     True
     """
     op = "lsr_kd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     teacher = Teacher("uniform", correct_share=correct_share)
     loss, parts = distill(
         op, logits, target, teacher, alpha=alpha, temperature=temperature, ce_alpha=-1.0,
@@ -106,7 +106,7 @@ class LsrKDLoss(DistillationLoss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
-        check_correct_share("LsrKDLoss", correct_share)
+        correct_share = check_correct_share("LsrKDLoss", correct_share)
         super().__init__(
             alpha=alpha, temperature=temperature, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,

@@ -3,7 +3,8 @@
     L = CE(z, (1 - a) y + a p),    a = alpha * (epoch + 1) / epochs
 
 ``p`` is the stored prediction (of another augmentation, not softened); a sample that was not seen yet has its label as
-teacher. The loss is computed as ``(1 - a) CE + a [KL(p || softmax(z)) + H(p)]``, which is the same value and gradient.
+teacher, and so has one whose last logits were not finite. The loss is computed as
+``(1 - a) CE + a [KL(p || softmax(z)) + H(p)]``, which is the same value and gradient.
 
 Source: **official** code lgcnsai/PS-KD-Pytorch, `loss/pskd_loss.py` and `main.py` (Kim et al., ICCV 2021).
 """
@@ -16,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._args import as_int, check_device, check_logits, check_rows
+from .._args import as_int, check_device, check_dtype, check_ignore_index, check_logits, check_rows, check_target
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
-from ..reference import Scalar, compute_dtype
-from ._common import format_bytes, gather_rows, labels
+from ..reference import Scalar, compute_dtype, finite_rows
+from ._common import chosen, format_bytes, gather_rows, labels
 from .registry import Method, register
 
 __all__ = ["LogitBank", "PsKDLoss", "ps_kd_loss", "reference"]
@@ -54,7 +55,7 @@ def ps_kd_loss(
     Args:
         logits: ``(B, C)``.
         target: ``(B,)`` labels or ``(B, C)`` probabilities; a row with an ignored label has no loss.
-        past: ``(B, C)`` **probabilities** (not logits), detached here.
+        past: ``(B, C)`` **probabilities** (not logits), detached here; a row that is not finite teaches nothing.
         alpha: in ``[0, 1]``; the official code has ``0.8 (epoch + 1) / epochs``.
 
     The other options, the result and the errors are those of :func:`~dlb_fast.distillation_loss`.
@@ -65,11 +66,12 @@ def ps_kd_loss(
     True
     """
     op = "ps_kd_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     teacher = _past_predictions(check_rows(op, "past", past, logits))
-    for given in (target, target_b):
-        if isinstance(given, Tensor) and given.shape == logits.shape[:1]:
-            known = given != ignore_index
+    ignore_index = check_ignore_index(op, ignore_index)
+    for name, given in (("target", target), ("target_b", target_b)):
+        if given is not None and (checked := check_target(op, logits, given, name)).dim() == 1:
+            known = checked != ignore_index
             teacher = teacher._replace(mask=known if teacher.mask is None else teacher.mask & known)
     loss, parts = distill(
         op, logits, target, teacher, alpha=alpha, temperature=1.0, ce_alpha=-1.0,
@@ -93,8 +95,8 @@ class LogitBank:
             else on the host (rows then travel every step).
 
     Raises:
-        ValueError: sizes below 1, an unknown device. An id outside the bank is an IndexError on a CPU and an error of
-            the device on a GPU.
+        ValueError: sizes below 1, an unknown device. An id outside the bank is an IndexError on a CPU (a ValueError of
+            :class:`PsKDLoss`) and an error of the device on a GPU.
 
     Source of the idea: ``all_predictions`` of the official code.
 
@@ -141,13 +143,21 @@ class LogitBank:
 
     def rows(self, ids: Tensor, near: torch.device | str) -> tuple[Tensor, Tensor]:
         """Stored log-probabilities (n, C) of these samples and which (n,) have any, on device ``near``."""
-        rows, seen = self._storage(near)
-        index = ids.to(rows.device, torch.int64)  # uint8 would select as a mask
-        return rows[index].to(near), seen[index].to(near)
+        index = ids.to(torch.int64)  # uint8 would select as a mask
+        # A negative id, or that of the row for what is not stored, must be refused as any other outside the bank.
+        index = torch.where((index < 0) | (index == self.num_samples), self.num_samples + 1, index)
+        if self._rows is None or self._seen is None:  # asking allocates nothing
+            nothing = torch.zeros((), dtype=torch.bool, device=near).expand(self.num_samples + 1)
+            seen = nothing[index.to(near)]
+            return torch.zeros(len(seen), self.num_classes, dtype=self.dtype, device=near), seen
+        index = index.to(self._rows.device)
+        return self._rows[index].to(near), self._seen[index].to(near)
 
     @torch.no_grad()
     def store(self, ids: Tensor, logits: Tensor, keep: Tensor | None = None) -> None:
         """Replace the rows of these samples by ``log_softmax(logits)``; of repeated ids the last one counts.
+
+        A row that is not finite (NaN, infinite, or -inf for every class) leaves the bank as it is.
 
         Args:
             ids: ``(n,)`` integer sample ids.
@@ -155,10 +165,10 @@ class LogitBank:
             keep: ``(n,)`` bool, False leaves the bank as it is; decided on the device, without a synchronisation.
         """
         rows, seen = self._storage(logits.device)
-        values = torch.log_softmax(logits.detach().float(), 1).to(rows.device, self.dtype)
-        index = ids.to(torch.int64)
-        if keep is not None:
-            index = torch.where(keep, index, self.num_samples)
+        logits = logits.detach().to(compute_dtype(logits.dtype))
+        finite = finite_rows(logits)
+        values = torch.log_softmax(logits, 1).to(rows.device, self.dtype)
+        index = torch.where(finite if keep is None else finite & keep, ids.to(torch.int64), self.num_samples)
         index = index.to(rows.device)
         rows.index_copy_(0, index, values)
         seen.index_fill_(0, index, True)
@@ -182,13 +192,15 @@ class LogitBank:
         if got != wanted:
             raise ValueError(f"LogitBank: expected {wanted} (samples, classes), the saved bank holds {got}")
         rows, seen = self._storage(self.device or "cpu")
-        rows[:-1], seen[:-1] = state["rows"], state["seen"]
+        rows[:-1], seen[:-1] = state["rows"], state["seen"] & finite_rows(state["rows"])
 
 
 class PsKDLoss(DistillationLoss):
     """PS-KD as a criterion: the loss of :func:`ps_kd_loss`, with a :class:`LogitBank` of past predictions.
 
     Every training batch needs ``ids``, and ``epoch`` unless ``epochs`` is None. ``cost()`` tells the size of the bank.
+    A batch with the ids of the one before it is that batch once more (:class:`~dlb_fast.DistillationLoss`): a loop
+    whose batches all have the same ids passes ``epoch`` or calls ``step()`` after every optimiser step.
 
     Args:
         num_samples: samples of the training set.
@@ -207,6 +219,13 @@ class PsKDLoss(DistillationLoss):
     torch.Size([])
     """
 
+    _kept_as = {  # noqa: RUF012
+        "num_samples": "bank.num_samples",
+        "num_classes": "bank.num_classes",
+        "memory_dtype": "bank.dtype",
+        "memory_device": "bank.device",
+    }
+
     def __init__(
         self,
         num_samples: int,
@@ -223,14 +242,21 @@ class PsKDLoss(DistillationLoss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
+        op = "PsKDLoss"
+        num_samples, num_classes = as_int(num_samples, op, "num_samples", 1), as_int(num_classes, op, "num_classes", 1)
+        memory_device = check_device(op, "memory_device", memory_device)
+        check_dtype(op, "memory_dtype", memory_dtype)
         if epochs is not None:
-            as_int(epochs, "PsKDLoss", "epochs", 1)
+            epochs = as_int(epochs, op, "epochs", 1)
         super().__init__(
             alpha=alpha, temperature=1.0, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,
         )  # fmt: skip
         self.bank = LogitBank(num_samples, num_classes, memory_dtype, memory_device)
         self.epochs, self.cross_rank = epochs, cross_rank
+        # What this batch met, and what the batch recorded last had met: its rows (B, C), and which were seen (B,).
+        self._met: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
         self.needs = frozenset({"ids"} if epochs is None else {"ids", "epoch"})
 
     def teacher(self, inputs: Inputs) -> Teacher:
@@ -241,8 +267,18 @@ class PsKDLoss(DistillationLoss):
                 f"{inputs.logits.shape[1]}"
             )
         assert inputs.ids is not None
-        rows, seen = self.bank.rows(inputs.ids, inputs.logits.device)
-        past = torch.softmax(rows.float(), 1)  # float16 rows sum to 1 only nearly
+        try:
+            rows, seen = self.bank.rows(inputs.ids, inputs.logits.device)
+        except IndexError:
+            raise ValueError(
+                f"PsKDLoss: ids must be in [0, {self.bank.num_samples}), num_samples of the criterion, got "
+                f"{int(inputs.ids.min())} to {int(inputs.ids.max())}; num_samples counts the whole training set"
+            ) from None
+        if inputs.again is not False:  # the bank has this batch's own predictions by now
+            assert self._last is not None
+            rows, seen = (chosen(inputs.again, *pair) for pair in zip(self._last, (rows, seen), strict=True))
+        self._met = (rows, seen) if torch.is_grad_enabled() else None
+        past = torch.softmax(rows.to(compute_dtype(rows.dtype)), 1)  # float16 rows sum to 1 only nearly
         label = torch.zeros_like(past).scatter(1, target.long().clamp(0, past.shape[1] - 1)[:, None], 1.0)
         scale = 1.0
         if self.epochs is not None:
@@ -259,22 +295,42 @@ class PsKDLoss(DistillationLoss):
             columns, _ = gather_rows(torch.stack([ids, keep.long()], 1))
             ids, keep, logits = columns[:, 0], columns[:, 1] > 0, gather_rows(logits)[0]
         self.bank.store(ids, logits, keep)
+        met, self._met = self._met, None
+        assert met is not None
+        if self._last is None or self._last[0].shape != met[0].shape or self._last[0].device != met[0].device:
+            self._last = met
+        else:  # at the same address, for a captured graph
+            for last, now in zip(self._last, met, strict=True):
+                last.copy_(now)
 
     def reset(self) -> None:
+        super().reset()
         self.bank.reset()
+        self._met = self._last = None
 
     def cost(self) -> str:
         bank = self.bank
         dtype = str(bank.dtype).removeprefix("torch.")
         return f"a bank of {bank.num_samples} x {bank.num_classes} {dtype} rows, {format_bytes(bank.nbytes)}"
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The bank, for ``state_dict()``."""
-        return self.bank.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """The bank (num_samples, C) for ``state_dict()``; +inf, which no log-probability is, for samples never seen."""
+        bank, saved = self.bank, self.bank.state_dict()
+        if not saved:
+            return torch.full((bank.num_samples, bank.num_classes), torch.inf, dtype=bank.dtype, device="cpu")
+        return saved["rows"].masked_fill_(~saved["seen"][:, None], torch.inf)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Take over a saved bank."""
-        self.bank.load_state_dict(state)
+        bank = self.bank
+        wanted = (bank.num_samples, bank.num_classes)
+        if not isinstance(state, Tensor) or state.shape != wanted or not state.is_floating_point():
+            got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"PsKDLoss: expected a saved bank of shape {wanted} (samples, classes), got {got}")
+        self.reset()
+        seen = state[:, 0] < torch.inf
+        if seen.any():
+            bank.load_state_dict({"rows": state, "seen": seen})
 
 
 def reference(logits: Tensor, target: Tensor, past: Tensor, *, alpha: float = ALPHA) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from ..losses import DistillationLoss
+from ..losses import DistillationLoss, arguments_of
 
 __all__ = ["METHODS", "Method", "Option", "find", "register"]
 
@@ -77,12 +77,8 @@ class Method:
 
     @functools.cached_property
     def arguments(self) -> dict[str, inspect.Parameter]:
-        """Parameters of the criterion; `**options` stand for those of `DistillationLoss`."""
-        own = inspect.signature(self.criterion).parameters
-        passed_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values())
-        base = inspect.signature(DistillationLoss).parameters if passed_on else {}
-        named = {name: p for name, p in own.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
-        return {**base, **named}
+        """Parameters of the criterion; `**options` stand for those of the class below it."""
+        return arguments_of(self.criterion)
 
     @functools.cached_property
     def options(self) -> dict[str, Option]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._args import as_int, check_correct_share, check_logits, check_scalar
+from .._args import as_int, check_logits, check_number, check_share, check_temperature
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar
@@ -44,10 +44,13 @@ def softened_share(num_classes: int, temperature: float, correct_share: float) -
     return right / (right + (num_classes - 1) * other)
 
 
-def _check_numbers(op: str, temperature: float, multiplier: float, correct_share: float) -> None:
-    check_scalar(op, "temperature", temperature, positive=True)
-    check_scalar(op, "multiplier", multiplier, positive=True)
-    check_correct_share(op, correct_share)
+def _checked(op: str, temperature: Scalar, multiplier: float, correct_share: float) -> tuple[float, float, float]:
+    check_temperature(op, temperature)
+    return (
+        check_number(op, "temperature", temperature, positive=True),
+        check_number(op, "multiplier", multiplier, positive=True),
+        check_share(op, "correct_share", correct_share),
+    )
 
 
 def _virtual_teacher(op: str, inputs: Inputs, temperature: float, multiplier: float, correct_share: float) -> Teacher:
@@ -91,8 +94,8 @@ def tf_kd_reg_loss(
     torch.Size([])
     """
     op = "tf_kd_reg_loss"
-    check_logits(op, logits)
-    _check_numbers(op, temperature, multiplier, correct_share)
+    check_logits(op, logits, target)
+    temperature, multiplier, correct_share = _checked(op, temperature, multiplier, correct_share)
     teacher = _virtual_teacher(op, Inputs(logits, target, temperature), temperature, multiplier, correct_share)
     loss, parts = distill(
         op, logits, target, teacher, alpha=alpha, temperature=1.0, ce_alpha=-1.0,
@@ -118,6 +121,8 @@ class TfKDRegLoss(DistillationLoss):
     torch.Size([])
     """
 
+    softens_student = False
+
     def __init__(
         self,
         num_classes: int,
@@ -133,21 +138,22 @@ class TfKDRegLoss(DistillationLoss):
         impl: str = "auto",
     ) -> None:
         op = "TfKDRegLoss"
-        as_int(num_classes, op, "num_classes", 1)
-        _check_numbers(op, temperature, multiplier, correct_share)
+        num_classes = as_int(num_classes, op, "num_classes", 1)
+        temperature, multiplier, correct_share = _checked(op, temperature, multiplier, correct_share)
         super().__init__(
-            alpha=alpha, temperature=1.0, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
+            alpha=alpha, temperature=temperature, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,
         )  # fmt: skip
         self.num_classes = num_classes
-        self.teacher_temperature, self.multiplier, self.correct_share = temperature, multiplier, correct_share
+        self.multiplier, self.correct_share = multiplier, correct_share
 
     def teacher(self, inputs: Inputs) -> Teacher:
         if inputs.logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"TfKDRegLoss: logits must have C = {self.num_classes} classes, got {inputs.logits.shape[1]}"
+                f"TfKDRegLoss: logits must have C = {self.num_classes} classes, got {inputs.logits.shape[1]}; "
+                f"make the criterion with num_classes={inputs.logits.shape[1]}"
             )
-        numbers = self.teacher_temperature, self.multiplier, self.correct_share
+        numbers = _checked("TfKDRegLoss", self.temperature, self.multiplier, self.correct_share)  # may be reassigned
         return _virtual_teacher("TfKDRegLoss", inputs, *numbers)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._args import check_logits, check_scalar, check_target, check_tensor
+from .._args import check_ignore_index, check_logits, check_number, check_target, check_tensor
 from ..functional import LossParts, Teacher, distill
 from ..losses import DistillationLoss, Inputs
 from ..reference import Scalar, compute_dtype
@@ -37,7 +37,7 @@ def _ranks(op: str, inputs: Inputs, power: float) -> Teacher:
     classes = logits.shape[1]
     if classes < 2:
         raise ValueError(f"{op}: needs at least 2 classes, got C = {classes}")
-    label = target.long().clamp(0, classes - 1)[:, None]
+    label = target.clamp(0, classes - 1)[:, None]
     with torch.no_grad():
         z = logits.detach().to(compute_dtype(logits.dtype)).contiguous()
         larger = classes - torch.searchsorted(z.sort(1).values, z, right=True)  # ties share the smallest rank
@@ -65,6 +65,8 @@ def zipf_loss(
 ) -> Any:
     """Zipf's label smoothing: ``CE + alpha KL(q || softmax of the non-target logits)``, ``q_k ~ rank_k^-power``.
 
+    Ranks have no gradient.
+
     Args:
         logits: ``(B, C)``, C >= 2.
         target: ``(B,)`` labels; a row with an ignored label has no loss.
@@ -79,9 +81,9 @@ def zipf_loss(
     tensor(True)
     """
     op = "zipf_loss"
-    check_logits(op, logits)
+    check_logits(op, logits, target)
     check_target(op, logits, check_tensor(op, "target", target))
-    check_scalar(op, "power", power, positive=False)
+    power, ignore_index = check_number(op, "power", power, positive=False), check_ignore_index(op, ignore_index)
     teacher = _ranks(op, Inputs(logits, target, 1.0, ignore_index=ignore_index), power)
     loss, parts = distill(
         op, logits, target, teacher, alpha=alpha, temperature=1.0,
@@ -115,7 +117,7 @@ class ZipfLoss(DistillationLoss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
-        check_scalar("ZipfLoss", "power", power, positive=False)
+        power = check_number("ZipfLoss", "power", power, positive=False)
         super().__init__(
             alpha=alpha, temperature=1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from dlb_fast import LastBatchLoss
+from dlb_fast.buffer import COUNTERS as ROW_COUNTERS
 from dlb_fast.buffer import unpack_state
 
-from .distributed import Ranks, distribute_like, distribute_optimizer_state, full_state
+from .distributed import RankError, Ranks, distribute_like, distribute_optimizer_state, full_state
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -40,10 +41,12 @@ __all__ = [
     "load_newest",
     "load_trainer_state",
     "load_weights",
+    "not_finite",
     "read_checkpoint",
     "save_checkpoint",
     "save_weights",
     "set_rng_state",
+    "step_of_weights",
     "trainer_state",
     "write_atomically",
 ]
@@ -115,8 +118,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Pa
     for file in folder.glob(".step-*.tmp"):
         if LEFTOVER.fullmatch(file.name):
             file.unlink(missing_ok=True)
+    whole = {"format": FORMAT, "version": VERSION, **state, "contents": _contents(state)}
     try:
-        write_atomically(path, lambda file: torch.save({"format": FORMAT, "version": VERSION, **state}, file))
+        write_atomically(path, lambda file: torch.save(whole, file))
     except CheckpointError as error:
         kept = list_checkpoints(folder)
         last = f"the last good checkpoint is {kept[0]}" if kept else "there is no earlier checkpoint"
@@ -130,7 +134,8 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     """The state in a checkpoint file.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, of another program or of a newer version.
+        CheckpointError: missing, truncated, damaged, of another program or of a newer version, or a part of the state
+            is missing or of another type or shape than `save_checkpoint` wrote.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -147,7 +152,36 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path} was not written by dlb_fast (it has no format mark)")
     if state["version"] > VERSION:
         raise CheckpointError(f"{path} has format version {state['version']}, this dlb_fast reads up to {VERSION}")
+    written = state.pop("contents", None)
+    found = _contents({name: value for name, value in state.items() if name not in ("format", "version")})
+    if written != found:
+        names = sorted(written.keys() | found.keys()) if isinstance(written, dict) else []
+        different = next((name for name in names if written.get(name) != found.get(name)), "its list of contents")
+        raise CheckpointError(f"{path} is incomplete or changed: {different} is not what was written")
     return state
+
+
+def _contents(value: Any, name: str = "state") -> dict[str, str]:
+    """The name of every part of a nested state with its type, and its shape or length: what a reader must find."""
+    if isinstance(value, Tensor):
+        return {name: f"{value.dtype} {tuple(value.shape)}"}
+    if not isinstance(value, (dict, list, tuple)):
+        return {name: type(value).__name__}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    found = {name: f"{type(value).__name__} {len(value)}"}
+    for key, part in parts:
+        if isinstance(value, dict) or isinstance(part, (Tensor, dict, list, tuple)):  # not each number of a list
+            found |= _contents(part, f"{name}.{key}")
+    return found
+
+
+def not_finite(state: Mapping[str, Any]) -> str | None:
+    """The name of a weight or buffer of the network or of its EMA that is NaN or infinite, or None."""
+    for group in (state["model"], (state["ema"] or {}).get("model", {})):
+        for name, value in group.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                return str(name)
+    return None
 
 
 def load_newest(
@@ -204,6 +238,17 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], metadata: 
     # one entry, because safetensors writes several in random order, and equal weights should give equal files
     note = {"dlb_fast": json.dumps(metadata)}
     write_atomically(path, lambda file: file.write(save(tensors, metadata=note)))
+
+
+def step_of_weights(path: Path) -> int | None:
+    """The step after which a run exported the weights in a file; None if it is missing, damaged or does not say."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return int(json.loads(file.metadata()["dlb_fast"])["step"])
+    except Exception:  # safetensors, json and a missing entry raise their own types
+        return None
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -295,6 +340,18 @@ def _rank_state(trainer: Trainer) -> dict[str, Any]:
 
 def load_trainer_state(trainer: Trainer, state: dict[str, Any], origin: str) -> None:
     """Continue where `trainer_state` was called; every rank passes the same state. See `Trainer.load_state_dict`."""
+    try:
+        _load_trainer_state(trainer, state, origin)
+    except (CheckpointError, RankError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())  # torch, the loader and the criterion raise their own types for a wrong part
+        raise CheckpointError(f"{origin} cannot be loaded ({type(error).__name__}: {why})") from error
+
+
+def _load_trainer_state(trainer: Trainer, state: dict[str, Any], origin: str) -> None:
+    if trainer.config.nan_check and (name := not_finite(state)) is not None:
+        raise CheckpointError(f"{origin} has NaN or infinite values in {name}; --no-nan-check would accept them")
     load_matching(trainer.model, state["model"], origin)
     if (state["ema"] is None) != (trainer.ema is None):
         made = "without" if trainer.ema else "with"
@@ -380,9 +437,14 @@ def _divide_buffer(buffers: list[dict[str, Any]], rank: int, world_size: int) ->
         return {}
     share = rows // world_size
     own = slice(rank * share, (rank + 1) * share)
-    joined = {name: torch.cat([buffer[name] for buffer in buffers])[own].clone() for name in ("logits", "ids")}
-    mismatched = sum(buffer["mismatched"] for buffer in buffers) if rank == 0 else 0
-    return {**buffers[0], **joined, "count": share, "capacity": share, "mismatched": mismatched}
+    joined = {
+        name: torch.cat([buffer[name][: buffer["count"]] for buffer in buffers])[own].clone()
+        for name in ("logits", "ids")
+    }
+    counters = {name: sum(buffer[name] for buffer in buffers) if rank == 0 else 0 for name in ROW_COUNTERS[1:]}
+    counters["untaught"] = 0  # batches in a row on one rank: a sum over ranks says nothing
+    place = {"rank": rank, "world_size": world_size, "count": share, "capacity": share}
+    return {**buffers[0], **joined, **counters, **place}
 
 
 def _merge_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -35,6 +35,7 @@ else:
     _DATA_FLAG, _NO_OPPOSITE = tyro.conf.arg(name="data"), tyro.conf.FlagCreatePairsOff
 
 __all__ = [
+    "EFFECTS",
     "METHOD_FIELDS",
     "AugmentConfig",
     "DataConfig",
@@ -45,11 +46,13 @@ __all__ = [
     "ScheduleConfig",
     "TrainArgs",
     "TrainConfig",
+    "check_effects",
     "from_dict",
     "load_config",
     "override",
     "parse_flags",
     "to_dict",
+    "without_effect",
 ]
 
 
@@ -74,27 +77,30 @@ class DataConfig:
     """symmetric: any other class, uniformly; asymmetric: a fixed class per class, such as cat for dog."""
     data_seed: int = 0
     """Seed of splits, subset and label noise; separate from `seed`, so that runs with other seeds share the data."""
-    padding: int = 4
-    """Random crop after zero padding by this many pixels; 0 turns it off."""
+    padding: int | None = None
+    """Random crop after zero padding by this many pixels, 0: no crop. Image files are first resized to image_size.
+    None: 4 for datasets of a fixed size, and for image files a random resized crop (8 to 100 % of the area)."""
     flip: bool = True
     """Random horizontal flip."""
     image_size: int = 32
-    """Height and width of the crops of image files (ignored by datasets of a fixed size)."""
+    """Height and width of the crops of image files."""
     eval_size: int | None = None
     """Height and width in the evaluation; None: image_size. Smaller crops in training than in evaluation cost less and
     are no worse (Touvron et al., NeurIPS 2019)."""
     eval_resize: int | None = None
-    """Shorter side before the centre crop of the evaluation; None: the crop's side / 0.875."""
+    """Shorter side before the centre crop of the evaluation; None: the crop's side, or without padding that / 0.875."""
     eval_batch_size: int = 512
     """Rows per forward in the evaluation."""
     num_threads: int = 2
     """Decoding threads for image folders."""
+    max_pixels: int = 178_956_970
+    """Image files with more pixels are refused before they are decoded."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "even and >= 2", self.batch_size)
         _require(self.per_class is None or self.per_class >= 1, "per_class", "at least 1", self.per_class)
         _require(0 <= self.label_noise <= 1, "label_noise", "in [0, 1]", self.label_noise)
-        _require(self.padding >= 0, "padding", "at least 0", self.padding)
+        _require(self.padding is None or self.padding >= 0, "padding", "at least 0 or null", self.padding)
         _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
         _require(self.eval_size is None or self.eval_size >= 1, "eval_size", "at least 1 or null", self.eval_size)
         crop = self.image_size if self.eval_size is None else self.eval_size
@@ -102,6 +108,12 @@ class DataConfig:
         _require(ok, "eval_resize", f"at least the crop of the evaluation ({crop}) or null", self.eval_resize)
         _require(self.eval_batch_size >= 1, "eval_batch_size", "at least 1", self.eval_batch_size)
         _require(self.num_threads >= 1, "num_threads", "at least 1", self.num_threads)
+        _require(self.max_pixels >= 1, "max_pixels", "at least 1", self.max_pixels)
+
+    @property
+    def kind(self) -> str:
+        """The dataset's kind: `source` without its path."""
+        return self.source.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -362,6 +374,89 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+_FILES = ("imagefolder", "list", "tar", "tinyimagenet")  # kinds whose images are files; the others have one size
+_SPLIT = ("cifar10", "cifar100", "tinyimagenet")  # kinds that come with their test set
+
+# option -> (options that decide, whether it has an effect, what it needs). Options that are not here always have one;
+# those of methods are checked by `dlb_fast.train.methods`.
+_IMAGE_FILES = (("data",), lambda c: c.data.kind in _FILES, f"image files (data={', '.join(_FILES)})")
+_ERASING = (("erase_prob",), lambda c: c.augment.erase_prob > 0, "erase_prob above 0")
+_MIXING = (
+    ("mixup_alpha", "cutmix_alpha"),
+    lambda c: c.augment.mixup_alpha > 0 or c.augment.cutmix_alpha > 0,
+    "mixup_alpha or cutmix_alpha above 0",
+)
+_SGD = (("optimizer",), lambda c: c.optim.optimizer == "sgd", "optimizer=sgd")
+EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
+    **dict.fromkeys(("image_size", "eval_size", "eval_resize", "num_threads", "max_pixels"), _IMAGE_FILES),
+    "noise_kind": (("label_noise",), lambda c: c.data.label_noise > 0, "label_noise above 0"),
+    "data_seed": (
+        ("data", "per_class", "label_noise"),
+        lambda c: c.data.kind not in _SPLIT or c.data.per_class is not None or c.data.label_noise > 0,
+        "per_class, label_noise, or data without a test set of their own",
+    ),
+    **dict.fromkeys(("erase_area", "erase_mode"), _ERASING),
+    **dict.fromkeys(("mix_prob", "mix_mode"), _MIXING),
+    "mix_switch_prob": (
+        ("mixup_alpha", "cutmix_alpha"),
+        lambda c: c.augment.mixup_alpha > 0 and c.augment.cutmix_alpha > 0,
+        "mixup_alpha and cutmix_alpha above 0",
+    ),
+    "mixup_alpha": (
+        ("mix_prob", "mix_switch_prob"),
+        lambda c: c.augment.mix_prob > 0 and not (c.augment.cutmix_alpha > 0 and c.augment.mix_switch_prob == 1),
+        "mix_prob above 0, and beside cutmix_alpha mix_switch_prob below 1",
+    ),
+    "cutmix_alpha": (
+        ("mix_prob", "mix_switch_prob"),
+        lambda c: c.augment.mix_prob > 0 and not (c.augment.mixup_alpha > 0 and c.augment.mix_switch_prob == 0),
+        "mix_prob above 0, and beside mixup_alpha mix_switch_prob above 0",
+    ),
+    **dict.fromkeys(("momentum", "nesterov"), _SGD),
+    "betas": (("optimizer",), lambda c: c.optim.optimizer == "adamw", "optimizer=adamw"),
+    "decay_norm_and_bias": (("weight_decay",), lambda c: c.optim.weight_decay > 0, "weight_decay above 0"),
+    "gamma": (("schedule",), lambda c: c.schedule.schedule == "multistep", "schedule=multistep"),
+    "min_lr": (("schedule",), lambda c: c.schedule.schedule == "cosine", "schedule=cosine"),
+}
+
+
+def without_effect(config: RunConfig) -> dict[str, Any]:
+    """Options that differ from their default and have no effect with the config's others, with their defaults.
+
+    Example:
+        >>> without_effect(override(RunConfig(), gamma=0.5))  # the schedule is cosine
+        {'gamma': 0.1}
+    """
+    defaults, values = _flat(RunConfig()), _flat(config)
+    return {n: defaults[n] for n, (_, has, _) in EFFECTS.items() if values[n] != defaults[n] and not has(config)}
+
+
+def check_effects(config: RunConfig) -> None:
+    """Refuse an option that differs from its default and has no effect with the config's others.
+
+    Raises:
+        ValueError: such an option; the message says what it needs.
+    """
+    values = _flat(config)
+    values["data"] = values["source"]
+    found = without_effect(config)
+    if not found:
+        return
+    deciding, _, needs = reason = EFFECTS[next(iter(found))]
+    alike = [name for name in found if EFFECTS[name] is reason]
+    given, here = (", ".join(f"{name}={values[name]}" for name in names) for names in (alike, deciding))
+    defaults = ", ".join(f"{name}={found[name]}" for name in alike)
+    raise ValueError(
+        f"config: {given} {'has' if len(alike) == 1 else 'have'} no effect with {here}, only with {needs}; leave it "
+        f"out, or after a preset or file that sets it, set the default ({defaults})"
+    )
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """The fields of all groups; their names are unique."""
+    return {n: getattr(getattr(config, group), n) for group, names in _fields().items() for n in names}
+
+
 @dataclass(frozen=True)
 class TrainArgs:
     """Train a network. Flags override --config, which overrides --preset; the run folder gets the resolved config,
@@ -412,9 +507,14 @@ def override(config: RunConfig, **values: Any) -> RunConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as a nested dict with lists in place of tuples, as saved in config.yaml."""
-    plain = dataclasses.asdict(config)
-    return {g: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()} for g, part in plain.items()}
+    """The config as a nested dict with lists in place of tuples and Python's numbers, as saved in config.yaml."""
+    return {g: {k: _plain_value(v) for k, v in part.items()} for g, part in dataclasses.asdict(config).items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain_value(item) for item in value]
+    return value.item() if hasattr(value, "item") else value  # a number of NumPy
 
 
 def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:
@@ -461,7 +561,8 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config: cannot read {path}: {error}") from error
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"config: cannot read {path}: {why}") from error
     try:
         return from_dict({} if values is None else values, base)
     except (ValueError, TypeError) as error:

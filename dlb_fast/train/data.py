@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,19 +11,23 @@ from torch import Tensor
 
 from dlb_fast.data import (
     NORMALISATION,
+    CenterCrop,
     Compose,
     EvalLoader,
     Flip,
+    ImageDecoder,
     OverlapLoader,
     PadCrop,
     RandomResizedCrop,
     ResidentLoader,
+    Resize,
     SampledLoader,
     eval_transform,
     open_dataset,
     subset,
     with_label_noise,
 )
+from dlb_fast.data.datasets.open import find_splits
 
 from .config import AugmentConfig, DataConfig
 from .distributed import Ranks
@@ -40,6 +45,7 @@ class RunData:
         config: batch size, crop, sizes.
         mean: per channel, of the training set's pixels in [0, 1].
         std: per channel, of the training set's pixels in [0, 1].
+        about: what the data are and what was done to them, in one line.
     """
 
     train: Any
@@ -47,6 +53,7 @@ class RunData:
     config: DataConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    about: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -97,7 +104,7 @@ class RunData:
         }
         threads = self.config.num_threads
         if sampler is not None:
-            return SampledLoader(self.train, sampler, num_threads=threads, **options)
+            return SampledLoader(self.train, sampler, num_threads=threads, decoder=self._decoder(), **options)
         rows = self.config.batch_size
         sampled = rows // 2 if overlap else rows
         if len(self.train) < sampled:
@@ -107,14 +114,21 @@ class RunData:
         options |= {"seed": seed, "overlap": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
         if self.in_memory:
             return ResidentLoader(self.train, rows // ranks.world_size, **options)
-        return OverlapLoader(self.train, rows // ranks.world_size, num_threads=threads, **options)
+        options |= {"num_threads": threads, "decoder": self._decoder()}
+        return OverlapLoader(self.train, rows // ranks.world_size, **options)
+
+    def _decoder(self) -> ImageDecoder:
+        return ImageDecoder(max_pixels=self.config.max_pixels)
 
     def _train_transform(self, augment: AugmentConfig) -> Compose | None:
         steps: list[Any] = []
+        size, padding = self.config.image_size, self.config.padding
         if not self.in_memory:
-            steps.append(RandomResizedCrop(self.config.image_size))
-        elif self.config.padding:
-            steps.append(PadCrop(self.config.padding))
+            steps += [RandomResizedCrop(size)] if padding is None else [Resize(size), CenterCrop(size)]
+        elif padding is None:
+            padding = 4
+        if padding:
+            steps.append(PadCrop(padding))
         if self.config.flip:
             steps.append(Flip())
         steps += augment.transforms()
@@ -127,14 +141,17 @@ class RunData:
         """
         config, ranks = self.config, ranks or Ranks()
         in_memory = hasattr(self.test, "images")
+        size = config.eval_size or config.image_size
+        shorter = config.eval_resize or (None if config.padding is None else size)
         return EvalLoader(
             self.test,
             config.eval_batch_size,
-            transform=None if in_memory else eval_transform(config.eval_size or config.image_size, config.eval_resize),
+            transform=None if in_memory else eval_transform(size, shorter),
             device=device,
             mean=self.mean,
             std=self.std,
             num_threads=config.num_threads,
+            decoder=self._decoder(),
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
@@ -152,14 +169,37 @@ def open_data(config: DataConfig) -> RunData:
         raise ValueError(
             f"{config.source}: the training set has {train.num_classes} classes, the test set {test.num_classes}"
         )
-    kind = config.source.split(":")[0]
-    known = NORMALISATION.get(kind if hasattr(train, "images") else "imagenet")
+    statistics = config.kind if hasattr(train, "images") else "imagenet"
+    known = NORMALISATION.get(statistics)
     mean, std = known if known is not None else _mean_and_std(torch.as_tensor(train.images))
+    kept, noise = "none", "none"
     if config.per_class is not None:
+        found = len(train)
         train = subset(train, config.per_class, config.data_seed)
+        kept = f"{config.per_class} images per class of {found}"
     if config.label_noise:
         train = with_label_noise(train, config.label_noise, config.noise_kind, config.data_seed)
-    return RunData(train, test, config, mean, std)
+        wrong = int((torch.as_tensor(train.targets) != torch.as_tensor(train.clean_targets)).sum())
+        noise = f"{config.noise_kind}, {wrong} of {len(train)} labels wrong"
+    about = (
+        f"data {config.source}: {train.num_classes} classes, {len(train)} training images, {len(test)} test images "
+        f"({_split(config)}); subset: {kept}; label noise: {noise}; normalised by the mean and std of "
+        f"{'the training images' if known is None else statistics}"
+    )
+    return RunData(train, test, config, mean, std, about)
+
+
+def _split(config: DataConfig) -> str:
+    """Where the test images come from."""
+    path = config.source.partition(":")[2]
+    if config.kind in ("cifar10", "cifar100", "tinyimagenet"):
+        return "its validation set" if config.kind == "tinyimagenet" else "its test set"
+    if config.kind == "synthetic":
+        return f"drawn separately, data_seed {config.data_seed}"
+    validation = find_splits(Path(path))[1] if config.kind == "imagefolder" else None
+    if validation is not None:
+        return f"from {validation.name}/"
+    return f"{'half' if config.kind == 'digits' else 'a tenth'} of each class held out, data_seed {config.data_seed}"
 
 
 def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from dlb_fast import DistillationLoss
 from dlb_fast.data import Batch
 
 from . import checkpoint
@@ -130,8 +129,6 @@ class Trainer:
         if hasattr(criterion, "setup"):
             criterion.setup(model)  # type: ignore[operator]
         self.criterion_step: Callable[[], None] | None = getattr(criterion, "step", None)
-        if getattr(type(criterion), "step", None) is DistillationLoss.step:  # the base's `step` does nothing
-            self.criterion_step = None
 
         self.step = 0  # optimiser steps done
         self.epoch = 0  # passes of the loader finished
@@ -151,7 +148,7 @@ class Trainer:
             The last row of metrics, with `best_top1`, `best_step` and `stopped_by` (None, "SIGTERM" or "SIGINT").
 
         Raises:
-            TrainingDiverged: the loss of any rank is not finite at a log point.
+            TrainingDiverged: the loss of any rank is not finite at a log point, or a weight at a checkpoint.
             CheckpointError: the disk is full or not writable; the last good checkpoint is kept.
             RankError: another rank ended; its own message says why.
         """
@@ -252,20 +249,29 @@ class Trainer:
         """
         if not self.config.nan_check or self.metrics.reduced(self.ranks).is_finite():
             return
+        self._diverged("the loss became NaN or infinite")
+
+    def _diverged(self, what: str) -> NoReturn:
         kept = "there is no checkpoint yet"
         if self.folder is not None and (found := checkpoint.list_checkpoints(self.folder / "checkpoints")):
             kept = f"the last good checkpoint is {found[0]}"
         raise TrainingDiverged(
-            f"the loss became NaN or infinite by step {self.step} (epoch {self.epoch}); {kept}. "
+            f"{what} by step {self.step} (epoch {self.epoch}); {kept}. "
             f"Lower the learning rate, clip the gradient (--clip-grad) or look for broken inputs; "
             f"--no-nan-check turns this check off"
         )
+
+    def _check_weights(self, state: dict[str, Any]) -> None:
+        """Raise TrainingDiverged if a weight is not finite: the gradient may be NaN where the loss is finite."""
+        if self.config.nan_check and (name := checkpoint.not_finite(state)) is not None:
+            self._diverged(f"{name} became NaN or infinite")
 
     def save(self) -> Path | None:
         """Write a checkpoint of all ranks and the weights; returns the path of the checkpoint."""
         if self.folder is None:
             return None
         folder, state = self.folder / "checkpoints", self.state_dict()
+        self.ranks.run_on_main(lambda: self._check_weights(state))
         path = self.ranks.run_on_main(lambda: checkpoint.save_checkpoint(folder, state, keep=self.config.keep))
         self._export("last")
         return path
@@ -283,7 +289,10 @@ class Trainer:
         checkpoint.load_trainer_state(self, state, origin)
 
     def resume(self) -> Path | None:
-        """Continue from the newest valid checkpoint of the folder; without one return None and clear the logs."""
+        """Continue from the newest valid checkpoint of the folder; without one return None and clear the logs.
+
+        Writes the exported weights of that state, because the process may have ended between checkpoint and export.
+        """
         if self.folder is None:
             raise ValueError("Trainer.resume: needs a run folder")
 
@@ -294,7 +303,28 @@ class Trainer:
         found = checkpoint.load_newest(self.folder / "checkpoints", self.load_state_dict, warn, self.ranks)
         if found is None:
             self.log.rewind({})
+        else:
+            self._export_again(warn)
         return found
+
+    def _export_again(self, warn: Callable[[str], None]) -> None:
+        """Write `last`, and `best` if this state is the best; forget a best whose weights are not in the folder."""
+        assert self.folder is not None
+        self._export("last")
+        if not self.best:
+            return
+        if self.best["step"] == self.step:
+            self._export("best")
+            return
+        path = self.folder / "checkpoints" / "best.safetensors"
+        step = self.ranks.run_on_main(lambda: checkpoint.step_of_weights(path))
+        if step != self.best["step"]:
+            why = "is missing or damaged" if step is None else f"has the weights of step {step}"
+            warn(
+                f"{path} {why}, not those of step {self.best['step']}, the best at step {self.step}; the next "
+                f"evaluation writes it"
+            )
+            self.best = {}
 
     def _batches(self) -> Iterator[Batch]:
         """Yields batches epoch after epoch, without end, and measures the waiting time."""
@@ -355,6 +385,7 @@ class Trainer:
         path = self.folder / "checkpoints" / f"{name}.safetensors"
         weights = self.model if self.ema is None else self.ema.model
         tensors, metadata = full_state(weights.state_dict()), {**self.metadata, "step": str(self.step)}
+        self.ranks.run_on_main(lambda: self._check_weights({"model": tensors, "ema": None}))
         self.ranks.run_on_main(lambda: checkpoint.save_weights(path, tensors, metadata))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from dlb_fast.data import ClassBatchSampler, ViewPairSampler
 from dlb_fast.methods import METHODS, Method, Option, find
 
-from .config import METHOD_FIELDS, LossConfig, RunConfig, override
+from .config import METHOD_FIELDS, LossConfig, RunConfig, check_effects, override
 
 __all__ = [
     "LABELS", "METHODS", "VARIANTS", "find", "make_criterion", "make_sampler", "method_options", "resolve",
@@ -68,8 +68,9 @@ def resolve(config: RunConfig) -> RunConfig:
     """The config with all options of its method and the method's forward filled in, as saved in a run folder.
 
     Raises:
-        ValueError: an option, a forward or mixed images that the method cannot use.
+        ValueError: an option, a forward or mixed images that the method cannot use, or an option without effect.
     """
+    check_effects(config)
     method, options = find(config.loss.method), method_options(config.loss)
     _check_mixing(config, method, options)
     known = {name: value for name, value in {**method.fixed, **options}.items() if name in METHOD_FIELDS}

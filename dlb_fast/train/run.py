@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 
 from dlb_fast import _backends
+from dlb_fast.buffer import rank_and_size
 
-from .checkpoint import CheckpointError, load_weights, write_atomically
-from .config import RunConfig, load_config, override, to_dict
+from .checkpoint import CheckpointError, list_checkpoints, load_weights, write_atomically
+from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, open_data
 from .distributed import Ranks
 from .evaluate import evaluate
@@ -59,7 +59,7 @@ RUNS = Path("runs")
 
 
 class RunFolder:
-    """The files of one run. Nothing is written before `lock()` or `create()`.
+    """The files of one run. Nothing is written before `named()`, `lock()` or `create()`.
 
     Example:
         >>> RunFolder("runs/a").checkpoints.as_posix()
@@ -71,6 +71,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self._lock: int | None = None
+        self._reserved = False
 
     def lock(self) -> None:
         """Make the folder and lock it against other processes until `unlock()` or the end of this process.
@@ -106,16 +107,48 @@ class RunFolder:
 
     @classmethod
     def named(cls, label: str) -> RunFolder:
-        """A new folder `runs/<date>-<time>-<label>`, with a number if it exists."""
+        """Make a new folder `runs/<date>-<time>-<label>`, with a number if it exists; no other process gets the same.
+
+        Raises:
+            ValueError: the folder cannot be made.
+        """
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}"
         path, number = RUNS / name, 2
-        while path.exists():
-            path, number = RUNS / f"{name}-{number}", number + 1
-        return cls(path)
+        while True:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir()  # fails if another process was faster
+            except FileExistsError:
+                if RUNS.is_dir():
+                    path, number = RUNS / f"{name}-{number}", number + 1
+                    continue
+                raise ValueError(f"run folder: {RUNS} is not a folder; name another one with --out") from None
+            except OSError as error:
+                raise ValueError(f"run folder: cannot make {path} ({error}); name one with --out") from error
+            folder = cls(path)
+            folder._reserved = True
+            return folder
+
+    def release(self) -> None:
+        """Remove the folder if `named()` made it and it is still empty."""
+        if self._reserved:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
 
     def exists(self) -> bool:
         """Whether the folder has a run."""
         return self.config.exists()
+
+    def has_work(self) -> bool:
+        """Whether the run has got as far as a checkpoint; before that, a new run may take its folder."""
+        kept = (self.checkpoints / "last.safetensors", self.path / "result.json")
+        return self.exists() and (bool(list_checkpoints(self.checkpoints)) or any(file.exists() for file in kept))
+
+    def clear(self) -> None:
+        """Delete what a run without a checkpoint has left, so that none of it is taken for that of a new run."""
+        left = ("metrics.csv", "metrics.jsonl", "tracker_id", "checkpoints/best.safetensors")
+        for name in ("config.yaml", *left):  # the config, which marks a run, first
+            (self.path / name).unlink(missing_ok=True)
 
     def create(self, config: RunConfig, impl: str) -> None:
         """Write versions.json, then config.yaml, which marks the folder as a run."""
@@ -155,7 +188,7 @@ def versions() -> dict[str, Any]:
         "commit": _commit(Path(dlb_fast.__file__).parent),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "ranks": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        "ranks": rank_and_size()[1],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
@@ -301,23 +334,46 @@ def train_run(
     resume: bool = False,
     quiet: bool = False,
     ranks: Ranks | None = None,
+    note: str = "",
 ) -> dict[str, Any]:
     """Train in a run folder, from the start or from its newest valid checkpoint; returns the result of `Trainer.fit`.
 
-    Errors in the config, the data or the model are raised before the folder is made. A finished run writes result.json.
+    The first line printed is `RunData.about`, what was done to the data; `note` is printed after it.
+
+    Errors in the config, the data or the model leave no folder behind. A finished run writes result.json.
     All ranks call this; only rank 0 prints and writes.
     """
-    config, ranks = resolve(config), ranks or Ranks.current()
-    log = RunLog(quiet=True)
-    if ranks.is_main:
-        log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
-    _reset_peak_memory(resolve_device(config.train.device, ranks))
-    trainer = build_trainer(config, folder=folder.path, log=log, ranks=ranks)
+    ranks = ranks or Ranks.current()
+    try:
+        config = resolve(config)
+        log = RunLog(quiet=True)
+        if ranks.is_main:
+            log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
+        _reset_peak_memory(resolve_device(config.train.device, ranks))
+        data = open_data(config.data)
+        log.say(data.about + (f"\n{note}" if note else ""))
+        trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks)
+    except BaseException:
+        if ranks.is_main:
+            folder.release()
+        raise
     loader: Any = trainer.loader
-    impl = _backends.pick(config.loss.impl, trainer.device.type)
-    started = ranks.run_on_main(folder.exists)
+    impl = _backends.pick(config.loss.impl, trainer.device.type, "train")
+    checkpoints = folder.checkpoints
     ranks.run_on_main(folder.lock)
     try:
+        # after lock(), because another process may have started and ended a run here in the meantime
+        started = ranks.run_on_main(folder.exists)
+        if started and not resume:
+            if ranks.run_on_main(folder.has_work):
+                raise ValueError(f"run folder: {folder.path} already holds a run; resume it, or choose another folder")
+            log.say(f"the run in {folder.path} had no checkpoint yet: a new one takes its place")
+            ranks.run_on_main(folder.clear)
+        if started and resume and ranks.run_on_main(lambda: folder.has_work() and not list_checkpoints(checkpoints)):
+            raise CheckpointError(
+                f"{checkpoints} has no checkpoint, but the run has been trained; a resume would start it over. "
+                "Put a checkpoint back, or start a new run with another --out"
+            )
         if resume and started and ranks.is_main:
             _compare_versions(folder, log)
         if not (resume and started):
@@ -339,6 +395,8 @@ def train_run(
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
             if trainer.step >= trainer.total_steps:
                 log.say(f"the run is already complete ({trainer.step} steps)")
+            else:
+                ranks.run_on_main(lambda: (folder.path / "result.json").unlink(missing_ok=True))
         try:
             result = trainer.fit()
         finally:
@@ -352,8 +410,8 @@ def train_run(
         )
         return result
     result["peak_mib"] = _peak_memory_mib(trainer.device)
-    data = json.dumps(result, indent=1).encode()
-    ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(data)))
+    encoded = json.dumps(result, indent=1).encode()
+    ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(encoded)))
     if result["best_top1"] is not None:
         log.say(
             f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
@@ -450,12 +508,14 @@ def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
         >>> shortened(load_preset("cifar100-resnet32-dlb")).data.source
         'synthetic:160,10,32'
     """
+    check_effects(config)
     if not real_data:
         kind = config.data.source.split(":")[0]
         size = 8 if kind in ("digits", "synthetic") else min(SMOKE_PIXELS, config.data.image_size)
         source = f"synthetic:{SMOKE_ROWS * SMOKE_CLASSES},{SMOKE_CLASSES},{size}"
         # asymmetric noise is defined for the classes of the config's own data
         config = override(config, source=source, per_class=None, noise_kind="symmetric")
+        config = override(config, **without_effect(config))  # such as the size of image files
     rows = min(SMOKE_ROWS, config.data.batch_size)
     every: dict[str, Any] = {"eval_every": SMOKE_STEPS // 2, "checkpoint_every": SMOKE_STEPS // 2, "log_every": 1}
     return override(config, batch_size=rows, max_steps=SMOKE_STEPS, trackers=(), **every)

@@ -34,7 +34,6 @@ inline int block_index() { return emulator::here().block; }
 inline int grid_blocks() { return emulator::here().blocks; }
 inline float shuffle_xor(float value, int mask) { return emulator::warp_exchange(mask, value); }
 inline bool warp_any(bool value) { return emulator::warp_any(value); }
-inline void sync_warp() { emulator::warp_sync(); }
 inline void sync_block() { emulator::sync_block(); }
 inline void fence() { emulator::maybe_yield(); }
 inline int cluster_rank() { return emulator::here().cluster_rank; }

@@ -257,7 +257,6 @@ bool warp_any(bool value) {
   const Warp& warp = my_warp();
   return std::any_of(warp.value[set], warp.value[set] + warp.barrier.expected, [](float v) { return v != 0.0f; });
 }
-void warp_sync() { collective(3, 0, 0.0f); }
 
 float* address_in_cluster(float* own, int rank) {
   check_shared(own, sizeof(float));

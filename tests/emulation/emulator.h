@@ -47,7 +47,6 @@ void sync_cluster();
 // All 32 lanes call the same collective with the same argument; returns the lane's result.
 float warp_exchange(int mask, float value);
 bool warp_any(bool value);
-void warp_sync();
 float* address_in_cluster(float* own, int rank);
 
 }  // namespace emulator

@@ -16,9 +16,7 @@ if __name__ == "__main__":
 
 import torch
 from emulation import harness
-from emulation.oracle import compare
-
-from dlb_fast.buffer import LogitBuffer
+from emulation.oracle import Stream, compare
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CLASSES = (1, 2, 7, 10, 16, 31, 33, 100, 127, 129, 250, 500, 999, 1000, 1024, 1025, 1500, 4097, 16390)
@@ -59,25 +57,34 @@ def one_case(module: Any, seed: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -
         target = torch.softmax(torch.randn(rows, classes, generator=g), 1)
     if kind == "virtual" and form == "labels" and pick.random() < 0.5:
         options["correct_share"] = 0.9
-    teacher, original = None, logits.clone()
     if kind == "roll":
         capacity = pick.randint(max(1, rows - 2), rows + 1)
-        buffer = LogitBuffer(classes, capacity, pick.choice([dtype, dtype, *FLOATS]))
-        previous = pick.randint(0, min(capacity, rows))
-        if previous:
-            buffer.update(torch.randn(previous, classes, generator=g).to(dtype), torch.arange(previous) // 2 * 2)
-        old = pick.randint(max(0, rows - capacity), rows)
-        stored, slots = buffer.logits.clone(), buffer.slots.clone()
-        ids = torch.arange(rows)
-        result = emulator.last_batch(
-            logits, target, buffer=stored, slots=slots, ids=ids, num_old=old, **options
-        )
-        teacher, valid = buffer.teacher(original, ids, old)
-        teacher = teacher.clone()
-        compare(result, original, target, teacher, kd_mask=valid, **options)
-        buffer.update(original, ids, old)
-        assert torch.equal(stored, buffer.logits) and torch.equal(slots, buffer.slots)
-        return " ".join([kind, form, *options])
+        stream = Stream(emulator, classes, capacity, pick.choice([dtype, dtype, *FLOATS]))
+        words, ids, counted = [kind, form], torch.arange(rows), target
+        for _ in range(pick.randint(2, 4)):
+            again = pick.choice([-1, -1, 0, 1])
+            moved = pick.choice(["same", "next", "next", "some"])
+            if moved != "same":  # what was stored last becomes the first rows, or all but one in three of them
+                count, *kept = stream.slots[6:].chunk(2)[int(stream.slots[0])].tolist()
+                fresh = ids.max() + 1 + torch.arange(rows)
+                fresh[: min(count, rows)] = torch.tensor(kept[: min(count, rows)], dtype=torch.int64)
+                ids = torch.where(torch.arange(rows) % 3 == 1, -fresh, fresh) if moved == "some" else fresh
+            spoil = pick.choice([None, None, torch.nan, torch.inf, -torch.inf, 7e4])
+            if spoil is not None:
+                # Rows that count for nothing: what a loss makes of them is compared elsewhere.
+                counted = target if target.dim() == 2 else target.clone()
+                logits[rows // 2 :: 2, pick.randrange(classes)] = spoil
+                if target.dim() == 1:
+                    counted[rows // 2 :: 2] = -100
+            stream.step(
+                logits, counted, pick.choice([ids, ids, None]), pick.choice([None, pick.randint(0, rows)]), again,
+                torch.rand(rows, generator=g) < 0.7 if pick.random() < 0.3 else None,
+                losses=spoil is None or target.dim() == 1, **options,
+            )  # fmt: skip
+            words += [moved, f"again {again}"]
+            logits, counted = strided(rows, classes, dtype, pick, g, 2.0), target
+        return " ".join([*words, *options])
+    teacher, original = None, logits.clone()
     if kind in ("logits", "probabilities"):
         taught = pick.randint(0, rows)
         teacher = strided(max(taught, 1), classes, pick.choice([dtype, *FLOATS]), pick, g, 2.0)[:taught]

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlb_fast.buffer import HEADER
+
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "csrc" / "cuda"
 OPTIONS = HERE.parent.parent / "dlb_fast" / "options.h"
@@ -140,6 +142,18 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+def teaching_generation(slots: Tensor, capacity: int, batch: int, ids: Tensor | None, num_old: int, again: int) -> int:
+    """Which generation of a buffer must teach a batch, row by row in Python: no byte of it may be written."""
+    latest = int(slots[0]) & 1
+    count, *kept = slots[HEADER:].chunk(2)[latest].tolist()
+    count = min(max(count, 0), capacity)
+    if again < 0 and ids is not None:
+        given, stored = ids.tolist(), kept[:count]
+        fits = 0 < count <= batch and (num_old < 0 or batch - num_old == count)
+        again = int(fits and given[batch - count :] == stored and (batch == count or given[:count] != stored))
+    return 1 - latest if again > 0 else latest
+
+
 @dataclass
 class Result:
     loss: Tensor
@@ -183,14 +197,15 @@ class Emulator:
 
     def last_batch(
         self, logits: Tensor, target: Tensor | None = None, *, teacher: Tensor | None = None, kind: str | None = None,
-        buffer: Tensor | None = None, slots: Tensor | None = None, ids: Tensor | None = None, num_old: int = -1,
+        rows: Tensor | None = None, slots: Tensor | None = None, ids: Tensor | None = None, num_old: int = -1,
+        again: int = 0,
         target_b: Tensor | None = None, lam: Tensor | None = None, weight: Tensor | None = None,
         kd_mask: Tensor | None = None, alpha: float | Tensor = 1.0, temperature: float | Tensor = 3.0,
         reduction: str = "mean", need_grad: bool = True, grad_offset: int = 0,
         plan_only: bool = False, **scalars: Any,
     ) -> Result:  # fmt: skip
         batch, classes = logits.shape
-        kind = kind or ("logits" if teacher is not None or buffer is not None else "none")
+        kind = kind or ("logits" if teacher is not None or rows is not None else "none")
         dense = target.float() if target is not None and target.dim() == 2 else None
         label = target if dense is None else None
         loss = torch.full((batch,) if reduction == "none" else (), 777.0)
@@ -210,15 +225,16 @@ class Emulator:
             "loss": loss,
             "parts": parts,
             "grad": grad,
-            "buffer": buffer,
+            "rows": rows,
             "slots": slots,
         }
-        held = teacher if teacher is not None else buffer
+        held = teacher if teacher is not None else rows
+        capacity = (slots.numel() - HEADER) // 4 if slots is not None else 0
         scalars |= {
-            "kind": KINDS[kind], "num_old": num_old, "reduction": REDUCTIONS[reduction],
+            "kind": KINDS[kind], "num_old": num_old, "again": again, "reduction": REDUCTIONS[reduction],
             "teacher_dtype": DTYPES[held.dtype if held is not None else logits.dtype],
             "teacher_rows": teacher.shape[0] if teacher is not None else 0,
-            "capacity": buffer.shape[0] if buffer is not None else 0,
+            "capacity": capacity, "rows_stride": rows[0].numel() if rows is not None else 0,
             "kd_mask_rows": kd_mask.shape[0] if kd_mask is not None else 0,
         }  # fmt: skip
         scalars |= {} if isinstance(alpha, Tensor) else {"alpha": alpha}
@@ -228,6 +244,14 @@ class Emulator:
             return Result(loss, parts, grad, self.module.plan(given, self.multiprocessors, self.largest_cluster))
         ranges = [(*_extent(logits), False, "logits")]
         ranges += [(*_extent(t), False, name) for name, t in inputs.items() if t is not None]
+        if rows is not None and slots is not None:
+            del outputs["rows"], outputs["slots"]
+            taught = teaching_generation(slots, capacity, batch, ids, num_old, again)
+            ranges += [(*_extent(slots[:HEADER]), True, "header")]
+            for generation, kept in enumerate(slots[HEADER:].chunk(2)):
+                named = "generation that teaches" if generation == taught else "generation written"
+                ranges += [(*_extent(rows[generation, :capacity]), generation != taught, f"rows of the {named}")]
+                ranges += [(*_extent(kept), generation != taught, f"slots of the {named}")]
         ranges += [(*_extent(t), True, name) for name, t in outputs.items() if t is not None]
         ranges += [(self.workspace.data_ptr(), self.module.workspace_bytes, True, "workspace")]
         # An array must not be longer than it says: ranges that touch would hide a step over the end.

@@ -37,8 +37,9 @@ LastBatchArgs arguments(const py::dict& d) {
   number(d, "kind", a.kind), number(d, "teacher_dtype", a.teacher_dtype);
   a.teacher = pointer<const void*>(d, "teacher"), number(d, "teacher_stride", a.teacher_stride);
   number(d, "teacher_rows", a.teacher_rows);
-  a.buffer = pointer<void*>(d, "buffer"), number(d, "capacity", a.capacity);
+  a.rows = pointer<void*>(d, "rows"), number(d, "rows_stride", a.rows_stride), number(d, "capacity", a.capacity);
   a.slots = pointer<int64_t*>(d, "slots"), a.ids = pointer<const int64_t*>(d, "ids"), number(d, "num_old", a.num_old);
+  number(d, "again", a.again);
   a.kd_mask = pointer<const bool*>(d, "kd_mask"), number(d, "kd_mask_rows", a.kd_mask_rows);
   a.alpha_ptr = pointer<const void*>(d, "alpha_ptr"), a.temperature_ptr = pointer<const void*>(d, "temperature_ptr");
 #define DLB_NUMBER(name, initial) number(d, #name, a.name);

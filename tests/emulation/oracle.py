@@ -9,10 +9,11 @@ from emulation.harness import Emulator, Result
 from torch import Tensor
 
 from dlb_fast import reference
+from dlb_fast.buffer import LogitBuffer
 
 # Half a unit in the last place of the stored gradient, relative, with 2 % for the float32 behind it.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8 * 1.02, torch.float16: 2.0**-11 * 1.02}
-KERNEL_ONLY = ("seed", "num_old", "grad_offset", "need_grad")
+KERNEL_ONLY = ("seed", "grad_offset", "need_grad")
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
@@ -88,6 +89,47 @@ def run(
     result = emulator.last_batch(logits, target, teacher=teacher, **options)
     compare(result, logits, target, teacher, **options)
     return result
+
+
+class Buffer(LogitBuffer):
+    """The definition of the buffer without the checks of the host: what the device has to do with any call."""
+
+    def recognise(self, batch: int, ids: Tensor | None, num_old: int | None, again: int = -1, op: str = "") -> int:
+        return again
+
+    def stored_rows(self, batch: int, num_old: int | None, again: int = 0, op: str = "") -> int:
+        return self.count
+
+
+class Stream:
+    """A buffer in the hands of the kernels, and the same one as the definition keeps it."""
+
+    def __init__(self, emulator: Emulator, classes: int, capacity: int, dtype: torch.dtype = torch.float32) -> None:
+        self.emulator, self.buffer = emulator, Buffer(classes, capacity, dtype)
+        self.rows, self.slots = self.buffer.rows.clone(), self.buffer.slots.clone()
+
+    def step(
+        self, logits: Tensor, target: Tensor | None, ids: Tensor | None = None, num_old: int | None = None,
+        again: int = -1, kd_mask: Tensor | None = None, losses: bool = True, **options: Any,
+    ) -> Result:  # fmt: skip
+        """One batch through a kernel, held against the definition: losses, gradient, rows, ids, flags and counters."""
+        match = self.buffer.match(len(logits), ids, num_old, again)
+        teacher, valid = self.buffer.teacher(match), match.repeats
+        mask = valid.new_zeros(max(len(valid), 0)) if kd_mask is not None else None
+        if mask is not None and kd_mask is not None:  # rows behind its end are not taught
+            mask[: len(kd_mask)] = kd_mask[: len(mask)]
+            valid = valid & mask
+        result = self.emulator.last_batch(
+            logits, target, rows=self.rows, slots=self.slots, ids=ids, num_old=-1 if num_old is None else num_old,
+            again=again, kd_mask=kd_mask, **options,
+        )  # fmt: skip
+        if losses:
+            compare(result, logits, target, teacher, kd_mask=valid, **options)
+        assert float(result.parts[5]) == int(valid.sum())
+        self.buffer.update(logits, ids, num_old, again, mask)
+        assert self.slots.tolist() == self.buffer.slots.tolist(), "counters, count, ids or finite flags"
+        torch.testing.assert_close(self.rows, self.buffer.rows, rtol=0, atol=0, equal_nan=True, msg="stored rows")
+        return result
 
 
 def batch(

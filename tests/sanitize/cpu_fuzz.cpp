@@ -78,13 +78,25 @@ void one(uint64_t seed) {
   const int64_t taught = draw(a.batch + 1);
   Block teacher = numbers(taught * a.classes, a.teacher_dtype);
   a.capacity = 1 + draw(6);
-  Block buffer = numbers(a.capacity * a.classes, a.teacher_dtype), slots((2 + a.capacity) * 8), ids(a.batch * 8), mask(a.batch);
+  a.rows_stride = (a.capacity + draw(3)) * a.classes;
+  Block stored = numbers(2 * a.rows_stride, a.teacher_dtype), slots(slots_base(2, a.capacity) * 8);
+  Block ids(a.batch * 8), mask(a.batch);
   for (int64_t i = 0; i < a.batch; ++i) {
     ids.as<int64_t>()[i] = draw(4);
     mask.as<bool>()[i] = draw(2);
   }
-  for (int64_t j = 0; j < a.capacity; ++j) slots.as<int64_t>()[2 + j] = draw(3) ? draw(4) : unknown_id;
-  slots.as<int64_t>()[0] = draw(a.capacity + 1);
+  slots.as<int64_t>()[slots_latest] = draw(2);
+  for (int64_t generation = 0; generation < 2; ++generation) {
+    int64_t* of = slots.as<int64_t>() + slots_base(generation, a.capacity);
+    of[0] = draw(a.capacity + 1);
+    for (int64_t j = 1; j <= a.capacity; ++j) {
+      of[j] = draw(3) ? draw(4) : unknown_id;
+      of[a.capacity + j] = draw(5) ? 1 : 0;
+    }
+    // Now and then the last rows of the batch are the stored ones.
+    for (int64_t j = 0; draw(2) && j < of[0] && of[0] <= a.batch; ++j)
+      of[1 + j] = ids.as<int64_t>()[a.batch - of[0] + j];
+  }
   switch (draw(5)) {
     case 0: break;
     case 1: a.kind = TeacherKind::logits; break;
@@ -95,12 +107,13 @@ void one(uint64_t seed) {
       break;
     default:
       a.kind = TeacherKind::logits;
-      a.buffer = buffer.bytes.get();
+      a.rows = stored.bytes.get();
       a.slots = slots.as<int64_t>();
       if (draw(2)) a.ids = ids.as<int64_t>();
       a.num_old = draw(2) ? -1 : draw(a.batch + 1);
+      a.again = static_cast<int>(draw(3)) - 1;
   }
-  if (!a.buffer && (a.kind == TeacherKind::logits || a.kind == TeacherKind::probabilities)) {
+  if (!a.rows && (a.kind == TeacherKind::logits || a.kind == TeacherKind::probabilities)) {
     a.teacher = teacher.bytes.get();
     a.teacher_stride = a.classes;
     a.teacher_rows = taught;
@@ -118,13 +131,16 @@ void one(uint64_t seed) {
   a.parts = parts.bytes.get();
   a.grad = draw(4) ? grad.bytes.get() : nullptr;
 
-  const BatchPlan plan = plan_batch(a);
+  BatchPlan plan = plan_batch(a);
   if (!plan.error.empty()) return;
   RowLosses rows;
-  const PairJob job = pair_job(a, plan, rows);
-  const int64_t pairs = std::max(plan.split, a.batch - plan.split), middle = pairs ? draw(pairs + 1) : 0;
-  pair_kernel(a)(job, 0, middle);
-  pair_kernel(a)(job, middle, pairs);
+  for (int again = 0; again < 2; ++again) {  // the second time without the teachers that were found not to be finite
+    const PairJob job = pair_job(a, plan, rows);
+    const int64_t pairs = std::max(plan.split, a.batch - plan.split), middle = pairs ? draw(pairs + 1) : 0;
+    pair_kernel(a)(job, 0, middle);
+    pair_kernel(a)(job, middle, pairs);
+    if (again == 0) plan = plan_batch(a, &rows.unusable);
+  }
   finish_batch(a, plan, rows);
   if (a.grad) {
     std::vector<double> factors(a.batch, 1.0);

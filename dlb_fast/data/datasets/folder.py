@@ -10,7 +10,9 @@ import copy
 import functools
 import logging
 import os
+import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,31 +30,71 @@ __all__ = ["FileDataset", "ImageFolder", "ListFile", "TinyImageNet"]
 
 _LOG = logging.getLogger("dlb_fast.data")
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
-_MOST_CLASSES = 1_000_000
+_OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".jxl", ".svg", ".eps", ".npy")
+_SYSTEM_FOLDERS = {
+    "@eadir", "__macosx", "__pycache__", "lost+found", "$recycle.bin", "#recycle", "system volume information",
+}  # fmt: skip
+_SMALL = {"thumbnail", "thumbnails", "thumb", "thumbs"}
 
 
-def numbered(labels: Sequence[str], operation: str, *, names: bool = False) -> tuple[list[str], list[int]]:
+def numbered(
+    labels: Sequence[str], operation: str, where: Callable[[int], str], *, names: bool = False
+) -> tuple[list[str], list[int]]:
     """(class names, class index of each label): numeric labels are indices, other labels are numbered in sorted order.
 
     Args:
         labels: one label per sample.
         operation: name for messages.
+        where: where the label of a sample stands, for messages.
         names: True treats numeric labels as names too.
 
     Raises:
-        ValueError: numbers too large for class indices, such as dates.
+        ValueError: labels of which only some are numbers, numbers that are no class indices, a single class.
     """
-    if names or not all(label.isascii() and label.isdigit() for label in labels):
+    whole = [not names and label.isascii() and label.isdigit() for label in labels]
+    if any(whole) and not all(whole):
+        one, other = whole.index(True), whole.index(False)
+        raise ValueError(
+            f"{operation}: {where(other)} has the label {labels[other]!r}, {where(one)} the number {labels[one]!r}, so "
+            "it is not certain whether labels are class indices or names; delete a header, and label all samples alike"
+        )
+    if len(set(labels)) == 1:
+        raise ValueError(
+            f"{operation}: all {len(labels)} samples have the label {labels[0]!r}, so every answer would be right; "
+            "training needs two classes"
+        )
+    if not any(whole):
+        odd = -1 if names else next((k for k, label in enumerate(labels) if _is_number(label)), -1)
+        if odd >= 0:
+            raise ValueError(
+                f"{operation}: {where(odd)}: the label {labels[odd]!r} is a number but no class index; number the "
+                "classes 0, 1, 2, ..., or put a letter in front of it to make it a name"
+            )
         classes = sorted(set(labels))
+        say_similar(operation, classes)
         index = {name: k for k, name in enumerate(classes)}
         return classes, [index[label] for label in labels]
     targets = [int(label) for label in labels]
-    if max(targets) >= _MOST_CLASSES:
+    count, present = max(targets) + 1, set(targets)
+    if count > 1000 and 10 * len(present) < count:
         raise ValueError(
-            f"{operation}: label {max(targets)}: numbers are class indices, expected below {_MOST_CLASSES}; number the "
-            "classes from 0, pass a ListFile the labels as classes=[...], or put a letter in front of them"
+            f"{operation}: {where(targets.index(count - 1))}: label {count - 1}: numbers are class indices, and of the "
+            f"{count} classes from 0 on only {len(present)} occur; number the classes from 0, put a letter in front of "
+            "each label to make it a name, or pass a ListFile the labels as classes=[...]"
         )
-    return [str(c) for c in range(max(targets) + 1)], targets
+    if len(present) < count:
+        missing = [str(label) for label in range(count) if label not in present]
+        hint = " (do the labels count from 1?)" if missing == ["0"] else ""
+        say(f"{operation}: {len(missing)} of the {count} classes have no image: {some(missing)}{hint}")
+    return [str(label) for label in range(count)], targets
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
@@ -131,17 +173,22 @@ def _decoder() -> ImageDecoder:
 class ImageFolder(FileDataset):
     """`root/CLASS/**/image.jpg`: one folder per class, as in torchvision.
 
+    Names that begin with a dot and the folders that systems make (`@eaDir`, `__MACOSX`, ...) are left out. Links are
+    followed, and every folder is read once. What is left out is logged in one line.
+
     Args:
-        root: folder with the class folders. Names that begin with a dot are ignored. Links are followed, except to a
-            parent folder of the link.
-        classes: class names in the order of their indices; None means all folders, sorted. Pass the classes of the
-            training set for its validation folder, so that the indices agree even if one folder lacks a class.
+        root: folder with the class folders.
+        classes: class names in the order of their indices; None means all folders, sorted as text. Pass the classes of
+            the training set for its validation folder, so that the indices agree even if one folder lacks a class.
+            With classes the level of the class folders is certain, and their content is not questioned.
         extensions: file extensions, such as (".jpg", ".png"), in any case.
         allow_empty: keep classes without an image instead of raising.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: no class folders, a class without images, or a class folder that is not in `classes`.
+        ValueError: no class folders, a class without images, a class folder that is not in `classes`, or one file in
+            two classes. Without `classes` also: a single class, a class folder that holds only folders (the folder
+            above or below `root` may be meant), or one that holds a folder named like another class.
         TypeError: `extensions` is one string.
         OSError: a folder cannot be read.
     """
@@ -156,29 +203,42 @@ class ImageFolder(FileDataset):
     ) -> None:
         root = Path(root)
         endings = check_extensions("ImageFolder", extensions)
-        found = class_folders(root)
+        left_out = LeftOut()
+        found = class_folders(root, endings, left_out)
         names = found if classes is None else list(classes)
         present = set(found)
         unknown = sorted(present - set(names))
         if unknown:
-            raise ValueError(f"ImageFolder: {root} has class folders that the given classes lack: {some(unknown)}")
-        paths: list[str] = []
-        counts = []
-        for name in names:
-            before = len(paths)
-            paths += image_files(root, name, endings) if name in present else []
-            counts.append(len(paths) - before)
-        empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
+            raise ValueError(
+                f"ImageFolder: {root} has class folders that the given classes lack: {some(unknown)}; the classes are "
+                f"{some(names)}. Rename or remove these folders"
+            )
+        files = {name: image_files(root, name, endings, left_out) if name in present else [] for name in names}
+        paths = [path for name in names for path, _ in files[name]]
+        empty = [name for name in names if not files[name]]
         if not paths or (empty and classes is None and not allow_empty):
             raise ValueError(
                 f"ImageFolder: no images in {some(empty)} of {root} (extensions {', '.join(endings)}); "
                 "remove the empty folders, or pass allow_empty=True or other extensions"
             )
-        super().__init__(paths, np.repeat(np.arange(len(names)), counts), names, root, "imagefolder")
+        targets = np.repeat(np.arange(len(names)), [len(files[name]) for name in names])
+        if classes is None:
+            check_levels(root, {name: [path for path, _ in found] for name, found in files.items()})
+        check_twice(root, paths, [identity for name in names for _, identity in files[name]], targets)
+        left_out.say(f"ImageFolder: {root}")
+        say_similar(f"ImageFolder: {root}", names)
+        if classes is None and all(name.isascii() and name.isdigit() for name in names):
+            fall = np.flatnonzero(np.diff([float(name) for name in names]) < 0)
+            if len(fall):
+                at = int(fall[0])
+                say(f"ImageFolder: {root}: the classes are sorted as text, as in torchvision: {names[at]!r} is {at}")
+        super().__init__(paths, targets, names, root, "imagefolder")
 
 
 class ListFile(FileDataset):
     """Images listed in a text file, one `path<TAB>label` per line; without a tab the last word is the label.
+
+    Every line is used or is an error, so headers, quotes and commas between path and label are refused.
 
     Args:
         file: the list, in UTF-8. Empty lines and lines that begin with # are skipped.
@@ -187,9 +247,10 @@ class ListFile(FileDataset):
             numbered in sorted order.
 
     Raises:
-        FileNotFoundError: the list does not exist.
-        ValueError: a line without a label or with an unknown one (the message names file and line), or numbers too
-            large for class indices.
+        FileNotFoundError: the list does not exist, or none of its first images does.
+        ValueError: a line without a label or with an unknown one, a path that is no image, one image with two labels
+            (the message names file and line), labels that are partly numbers, numbers that are no class indices, or a
+            single class.
     """
 
     def __init__(
@@ -202,22 +263,22 @@ class ListFile(FileDataset):
         file = Path(file)
         if not file.is_file():
             raise FileNotFoundError(f"ListFile: no file {file}; expected lines of `path<TAB>label`")
+        root = file.parent if root is None else Path(root)
         paths, labels, numbers = [], [], []
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # some editors write a byte order mark
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             line = line.strip()
             if not line or line.startswith("#"):
                 continue
-            fields = line.rsplit("\t", 1) if "\t" in line else line.rsplit(maxsplit=1)
-            if len(fields) != 2:
-                raise ValueError(f"ListFile: {file} line {number}: expected `path<TAB>label`, got {line!r}")
-            paths.append(fields[0].strip())
-            labels.append(fields[1].strip())
+            path, label = _fields(f"ListFile: {file} line {number}", line, root)
+            paths.append(path)
+            labels.append(label)
             numbers.append(number)
         if not paths:
             raise ValueError(f"ListFile: {file} lists no images")
+        self._check_twice(file, paths, labels, numbers)
         if classes is None:
-            classes, targets = numbered(labels, f"ListFile: {file}")
+            classes, targets = numbered(labels, f"ListFile: {file}", lambda k: f"line {numbers[k]}")
         else:
             index = {name: k for k, name in enumerate(classes)}
             for label, number in zip(labels, numbers, strict=True):
@@ -226,7 +287,54 @@ class ListFile(FileDataset):
                         f"ListFile: {file} line {number}: label {label!r} is not one of the given classes"
                     )
             targets = [index[label] for label in labels]
-        super().__init__(paths, targets, classes, file.parent if root is None else root, "list")
+        if not any(os.path.exists(os.path.join(root, path)) for path in paths[:20]):
+            raise FileNotFoundError(
+                f"ListFile: {file} line {numbers[0]}: no file {os.path.join(root, paths[0])}; relative paths begin at "
+                f"{root}, pass root=... for another folder"
+            )
+        super().__init__(paths, targets, classes, root, "list")
+
+    @staticmethod
+    def _check_twice(file: Path, paths: list[str], labels: list[str], numbers: list[int]) -> None:
+        """ValueError for one path with two labels; a log line for equal lines."""
+        known: dict[str, int] = {}
+        again = 0
+        for k, path in enumerate(paths):
+            first = known.setdefault(os.path.normpath(path), k)
+            if labels[first] != labels[k]:
+                raise ValueError(
+                    f"ListFile: {file} line {numbers[k]}: {path} has the label {labels[k]!r}, but {labels[first]!r} in "
+                    f"line {numbers[first]}; delete one of the lines"
+                )
+            again += first != k
+        if again:
+            say(f"ListFile: {file}: {again} lines repeat an image, which is trained on as often")
+
+
+_IMAGE_IN_LINE = re.compile(rf"({'|'.join(map(re.escape, IMAGE_EXTENSIONS))})[\"']?\s*[\s,;|]", re.I)
+
+
+def _fields(where: str, line: str, root: Path) -> tuple[str, str]:
+    """(path, label) of one line of a list; ValueError if they are not certain."""
+    fields = [field.strip() for field in (line.rsplit("\t", 1) if "\t" in line else line.rsplit(maxsplit=1))]
+    if len(fields) == 2 and all(fields):
+        path, label = fields
+        quoted = any(len(field) > 1 and field[0] == field[-1] and field[0] in "\"'" for field in fields)
+        if quoted:
+            raise ValueError(f"{where}: quotes are part of a path or label here, got {line!r}; remove them")
+        one = path.lower().endswith(IMAGE_EXTENSIONS) and "\t" not in path and not _IMAGE_IN_LINE.search(path)
+        if one or os.path.isfile(os.path.join(root, path)):
+            return path, label
+        if label.lower().endswith(IMAGE_EXTENSIONS):
+            raise ValueError(f"{where}: expected `path<TAB>label`, got {line!r}; the path comes first, then the label")
+    if _IMAGE_IN_LINE.search(line):
+        raise ValueError(
+            f"{where}: expected `path<TAB>label`, got {line!r}; put a tab between path and label, and nothing else"
+        )
+    raise ValueError(
+        f"{where}: expected `path<TAB>label`, got {line!r}, which names no image; if it is a header, delete it or put "
+        "# in front"
+    )
 
 
 class TinyImageNet(FileDataset):
@@ -257,7 +365,7 @@ class TinyImageNet(FileDataset):
                 found = image_files(root, os.path.join("train", name), IMAGE_EXTENSIONS) if folder.is_dir() else []
                 if not found:
                     raise ValueError(f"TinyImageNet: no images in {folder}")
-                paths += found
+                paths += [path for path, _ in found]
                 targets += [index[name]] * len(found)
         else:
             for number, line in enumerate(needed[1].read_text().splitlines(), start=1):
@@ -269,35 +377,42 @@ class TinyImageNet(FileDataset):
         super().__init__(paths, targets, classes, root, "tinyimagenet")
 
 
-def has_folders(root: Path) -> bool:
-    """Whether `root` contains folders that are not hidden."""
-    return bool(_folders(root))
-
-
-def class_folders(root: Path) -> list[str]:
+def class_folders(
+    root: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS, left_out: LeftOut | None = None
+) -> list[str]:
     """Names of the class folders in `root`, sorted."""
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise FileNotFoundError(f"ImageFolder: {root} {what}; expected a folder with one subfolder per class")
-    names = _folders(root)
+    names = []
+    for path, is_folder, _ in tree(str(root), "", unreadable, deep=False):
+        if is_folder and not is_hidden(path):
+            names.append(path)
+        elif left_out is not None:
+            left_out.add(path, is_folder, endings, beside=True)
     if not names:
         raise ValueError(f"ImageFolder: {root} has no class folders; expected {root}/CLASS/image.jpg")
     return names
 
 
-def _folders(root: Path) -> list[str]:
-    found = tree(str(root), "", _unreadable, deep=False)
-    return [path for path, is_folder in found if is_folder and not path.startswith(".")]
+Identity = tuple[int, int]  # device and inode
 
 
-def image_files(root: Path, folder: str, endings: tuple[str, ...]) -> list[str]:
-    """Image files below `root/folder`, relative to `root`, sorted.
+def image_files(
+    root: Path, folder: str, endings: tuple[str, ...], left_out: LeftOut | None = None
+) -> list[tuple[str, Identity]]:
+    """(path relative to `root`, identity) of the image files below `root/folder`, sorted.
 
     Raises:
         OSError: a folder cannot be read; skipping it would silently drop its images.
     """
-    found = tree(str(root), folder, _unreadable)
-    return sorted(path for path, is_folder in found if not is_folder and is_image(path, endings))
+    images = []
+    for path, is_folder, identity in tree(str(root), folder, unreadable):
+        if not is_folder and is_image(path, endings):
+            images.append((path, identity))
+        elif left_out is not None:
+            left_out.add(path, is_folder, endings)
+    return sorted(images)
 
 
 def is_image(path: str, endings: tuple[str, ...]) -> bool:
@@ -306,12 +421,19 @@ def is_image(path: str, endings: tuple[str, ...]) -> bool:
     return name.lower().endswith(endings) and not name.startswith(".")
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a folder is not for images: its name begins with a dot, or a system makes it."""
+    name = os.path.basename(path)
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
 def tree(
     root: str, folder: str, failed: Callable[[str, OSError], None], *, deep: bool = True
-) -> Iterator[tuple[str, bool]]:
-    """Yields (path relative to `root`, whether it is a folder) of everything below `root/folder`, sorted per folder.
+) -> Iterator[tuple[str, bool, Identity]]:
+    """Yields (path relative to `root`, whether it is a folder, identity) of everything below `root/folder`.
 
-    Hidden folders are yielded but not entered. Links are followed, except to a parent folder of the link.
+    Sorted within each folder. Hidden folders are yielded but not entered. Links are followed, but every folder is
+    entered once, however many links lead to it; a folder is entered by its own path if it is below `root/folder`.
 
     Args:
         root: base of the paths.
@@ -319,17 +441,25 @@ def tree(
         failed: called with a folder that cannot be read and the error; it raises, or returns to skip the folder.
         deep: False does not descend into subfolders.
     """
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
-    if folder:
-        waiting = [(folder, frozenset([_identity(root)]))]
-    while waiting:
-        inside, above = waiting.pop()
+    waiting, links = [folder], list[str]()
+    entered: dict[Identity, str] = {}
+    above: set[Identity] | None = None  # of `root/folder`, asked for when there are links
+    while waiting or links:
+        followed = not waiting
+        inside = links.pop() if followed else waiting.pop()
         current = os.path.join(root, inside) if inside else root
         try:
             here = _identity(current)
-            if here in above:
-                _LOG.warning("%s links to one of its parent folders and is not followed", current)
+            if followed and above is None:
+                start = Path(os.path.realpath(os.path.join(root, folder)))
+                above = {_identity(str(parent)) for parent in (*start.parents, os.path.realpath(root))} - set(entered)
+            if above and here in above:
+                say(f"{current} links to one of its parent folders and is not followed")
                 continue
+            if here in entered:
+                say(f"{current} links to {entered[here]}, which is read already, and is not followed")
+                continue
+            entered[here] = current
             with os.scandir(current) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
@@ -338,27 +468,170 @@ def tree(
         for entry in found:
             path = os.path.join(inside, entry.name)
             try:
-                is_folder = entry.is_dir()
+                is_folder, is_link = entry.is_dir(), entry.is_symlink()
+                identity = _identity(entry.path) if is_link else (here[0], entry.inode())
             except PermissionError as error:  # a link to a folder without permission
                 failed(entry.path, error)
                 continue
-            except OSError:  # a link to itself; like a broken link it counts as a file, and `read` raises
-                is_folder = False
-            yield path, is_folder
-            if is_folder and deep and not entry.name.startswith("."):
-                waiting.append((path, above | {here}))
+            except OSError:  # a link to nothing or to itself; it counts as a file, and `read` raises
+                is_folder, is_link, identity = False, True, (here[0], entry.inode())
+            yield path, is_folder, identity
+            if is_folder and deep and not is_hidden(entry.name):
+                (links if is_link else waiting).append(path)
 
 
-def _identity(folder: str) -> tuple[int, int]:
-    found = os.stat(folder)
+def _identity(path: str) -> Identity:
+    found = os.stat(path)
     return found.st_dev, found.st_ino
 
 
-def _unreadable(folder: str, error: OSError) -> NoReturn:
+def unreadable(folder: str, error: OSError) -> NoReturn:
     raise type(error)(
         f"ImageFolder: cannot read the folder {folder} ({error.strerror}), so its images would be missing; allow it "
         "(chmod u+rx), or remove the folder from the dataset"
     ) from error
+
+
+_SPLITS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "tests", "testing", "tst"), "test"),
+}
+
+
+def split_of(name: str) -> str:
+    """ "train", "val" or "test" for the usual names of these splits, else ""."""
+    word = re.sub(r"[^a-z]", "", name.lower())
+    word = re.sub(r"(set|split|data|images|imgs|folder|dir)$", "", word)
+    return _SPLITS.get(word, "")
+
+
+class LeftOut:
+    """What a folder of images contains and the dataset does not use; `say` logs it in one line."""
+
+    def __init__(self) -> None:
+        self._folders: set[str] = set()
+        self._beside: list[str] = []
+        self._formats: Counter[str] = Counter()
+        self._hidden = 0
+
+    def add(self, path: str, is_folder: bool, endings: tuple[str, ...], *, beside: bool = False) -> None:
+        """Note one entry that is no image of a class; `beside`: it lies beside the class folders."""
+        name = os.path.basename(path)
+        ending = os.path.splitext(name)[1].lower()
+        if is_folder:
+            if is_hidden(path):
+                self._folders.add(name)
+        elif name.startswith("."):
+            self._hidden += ending in endings
+        elif beside and ending in endings:
+            self._beside.append(name)
+        elif ending in _OTHER_IMAGES or ending in IMAGE_EXTENSIONS:
+            self._formats[ending] += 1
+
+    def say(self, where: str) -> None:
+        """Log what was left out, if anything."""
+        parts = []
+        if self._folders:
+            parts.append(f"the folders {some(sorted(self._folders))}")
+        if self._beside:
+            parts.append(f"images beside the class folders ({len(self._beside)}: {some(sorted(self._beside))})")
+        if self._formats:
+            kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(self._formats.items()))
+            parts.append(f"files of other extensions ({kinds})")
+        if self._hidden:
+            parts.append(f"images whose names begin with a dot ({self._hidden})")
+        if parts:
+            say(f"{where}: not used: {'; '.join(parts)}")
+
+
+def check_levels(root: Path, classes: dict[str, list[str]]) -> None:
+    """ValueError if it is not certain that the folders in `root` are the classes, judged by the folders below them.
+
+    Args:
+        root: folder with the class folders.
+        classes: class name -> its images, as paths relative to `root`.
+    """
+    for name, paths in classes.items():
+        if not paths:
+            continue
+        folders = {path[len(name) + 1 :].rpartition(os.sep)[0] for path in paths}
+        inner = sorted({folder.partition(os.sep)[0] for folder in folders} - {""})
+        small = [one for one in {name}.union(*(f.split(os.sep) for f in folders)) if one.lower().strip("._") in _SMALL]
+        if small:
+            raise ValueError(
+                f"ImageFolder: {root}/{name}: the folder {small[0]!r} is named like a store of thumbnails; remove it, "
+                "or, if it is a class, pass classes=[...]"
+            )
+        twins = [one for one in inner if one in classes and one != name]
+        if twins:
+            raise ValueError(
+                f"ImageFolder: {root}/{name} holds folders named like classes beside it ({some(twins)}): is it another "
+                f"split or a second copy? Move it out of {root}, or pass classes=[...] if {name!r} is a class"
+            )
+        deeper = "" if len(classes) > 1 else os.path.commonpath([os.path.dirname(path) for path in paths])
+        if len(classes) == 1:
+            nested = deeper not in {os.path.dirname(path) for path in paths}
+        else:
+            nested = "" not in folders and (len(folders) > 1 or os.sep in next(iter(folders)))
+        if nested:
+            way = f"Pass {root}/{deeper}" if deeper else "Make it CLASS/image.jpg"
+            raise ValueError(
+                f"ImageFolder: {root}: the class folder {name!r} holds no images but the folders {some(inner)}: is the "
+                f"class {name!r}, or are the classes below it? {way}, or classes={some_list(classes)} to take these "
+                "folders as classes (on the command line list the images: list:FILE)"
+            )
+    if len(classes) == 1:
+        (name,) = classes
+        raise ValueError(
+            f"ImageFolder: {root} has a single class folder, {name!r}, so every answer would be right; pass the folder "
+            f"above the classes, or classes=[{name!r}] if one class is meant"
+        )
+
+
+def check_twice(root: Path, paths: list[str], identities: list[Identity], targets: NDArray[np.int64]) -> None:
+    """ValueError for one file (or a link to it) in two classes; a log line for one that a class has twice."""
+    keys = np.array(identities, dtype=np.uint64).reshape(-1, 2)
+    order = np.lexsort((targets, keys[:, 1], keys[:, 0]))
+    same = np.flatnonzero((keys[order[1:]] == keys[order[:-1]]).all(1))
+    if not len(same):
+        return
+    for at in same[np.argsort(targets[order[same]] == targets[order[same + 1]], kind="stable")][:1]:
+        one, other = int(order[at]), int(order[at + 1])
+        first, second = os.path.join(root, paths[one]), os.path.join(root, paths[other])
+        if not (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)):
+            return  # some file systems report no inodes in a listing
+        if targets[one] != targets[other]:
+            raise ValueError(
+                f"ImageFolder: {first} and {second} are the same file in two classes; remove one of the links"
+            )
+        say(f"ImageFolder: {root}: {len(same)} images are there twice, by links, such as {first} and {second}")
+
+
+def say(text: str) -> None:
+    """Log a line once per process, at a level that is shown without any set-up."""
+    if text not in _SAID:
+        _SAID.add(text)
+        _LOG.warning("%s", text)
+
+
+_SAID: set[str] = set()
+
+
+def say_similar(where: str, classes: Sequence[str]) -> None:
+    """Log class names that differ in case or spaces only."""
+    groups: dict[str, list[str]] = {}
+    for name in classes:
+        groups.setdefault("".join(name.split()).casefold(), []).append(name)
+    twins = [names for names in groups.values() if len(names) > 1]
+    if twins:
+        say(f"{where}: {len(twins)} classes differ in case or spaces only, such as {some(twins[0])}")
+
+
+def some_list(names: Iterable[str]) -> str:
+    """A Python list of the first few names, for messages."""
+    shown = list(names)
+    return "[" + ", ".join(map(repr, shown[:3])) + (", ...]" if len(shown) > 3 else "]")
 
 
 def check_extensions(operation: str, extensions: Sequence[str]) -> tuple[str, ...]:

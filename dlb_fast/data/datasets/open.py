@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import Subset
 
 from dlb_fast._args import as_int
-from dlb_fast.data._args import class_index, class_indices
+from dlb_fast.data._args import class_index, class_indices, length_of
 from dlb_fast.data.datasets.arrays import ArrayDataset, check_split, cifar, digits, stratified_split, synthetic
-from dlb_fast.data.datasets.folder import ImageFolder, ListFile, TinyImageNet, has_folders
+from dlb_fast.data.datasets.folder import (
+    ImageFolder,
+    ListFile,
+    TinyImageNet,
+    class_folders,
+    is_hidden,
+    say,
+    some,
+    split_of,
+    tree,
+    unreadable,
+)
 from dlb_fast.data.datasets.source import as_image, as_pair
 from dlb_fast.data.datasets.tar import TarShards
 from dlb_fast.data.rng import ViewRng
 from dlb_fast.data.transforms.crops import Transform
+from dlb_fast.data.transforms.single import as_transform
 
 __all__ = ["MapDataset", "load_into_memory", "open_dataset"]
 
-_LOG = logging.getLogger("dlb_fast.data")
 _KINDS = (
     "digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, tinyimagenet:PATH, list:FILE, tar:PATH, "
     "synthetic[:N,C,SIZE]"
@@ -39,8 +52,9 @@ def open_dataset(kind: str, split: str = "train", *, seed: int = 0) -> Any:
         kind: digits | cifar10:PATH | cifar100:PATH | imagefolder:PATH | tinyimagenet:PATH | list:FILE | tar:PATH |
             synthetic[:N,C,SIZE] (N training images of C classes, SIZE pixels square).
         split: "train" or "test". An imagefolder may contain `train` and one of val, valid, validation, test (`train`
-            alone is a split if it contains class folders, else a class). For any other imagefolder, list or tar a tenth
-            of every class, chosen by `seed`, is held out as the test set, with a log line.
+            alone is a split if it contains class folders, else a class; another usual spelling, such as Val, is taken
+            with a log line). For any other imagefolder, list or tar a tenth of every class, chosen by `seed`, is held
+            out as the test set, with a log line.
         seed: seed of the random splits and of synthetic images.
 
     Returns:
@@ -48,7 +62,7 @@ def open_dataset(kind: str, split: str = "train", *, seed: int = 0) -> Any:
         `read(i)`.
 
     Raises:
-        ValueError: an unknown kind, or a path that is missing or superfluous.
+        ValueError: an unknown kind, a path that is missing or superfluous, or folders whose meaning is not certain.
         FileNotFoundError: the path does not exist.
 
     Example:
@@ -95,27 +109,85 @@ def _synthetic_sizes(kind: str, path: str) -> dict[str, int]:
 
 
 def _folder(root: Path, split: str, seed: int) -> Any:
-    train = root / "train"
-    validation = [name for name in _VALIDATION if (root / name).is_dir()]
-    # `train` may be a class, beside `bus` and `car`; it is a split if it has class folders or a validation folder
-    if not train.is_dir() or not (validation or has_folders(train)):
+    """The split of a folder of images: of its `train` and validation folders, or a tenth of each class is held out."""
+    train, validation, said = find_splits(root)
+    if train is None:
         return _held_out(ImageFolder(root), split, seed)
-    if not validation:
-        return _held_out(ImageFolder(train), split, seed)
+    if said:
+        say(f"{root}: {said}")
     found = ImageFolder(train)
-    return found if split == "train" else ImageFolder(root / validation[0], classes=found.classes)
+    if validation is None:
+        return _held_out(found, split, seed)
+    if split == "train":
+        return found
+    test = ImageFolder(validation, classes=found.classes)
+    counts = np.bincount(test.targets, minlength=len(found.classes))
+    lacking = [found.classes[label] for label in np.flatnonzero(counts == 0)]
+    if lacking:
+        say(f"{validation} lacks {len(lacking)} of the {len(found.classes)} classes of {train}: {some(lacking)}")
+    return test
+
+
+def find_splits(root: Path) -> tuple[Path | None, Path | None, str]:
+    """(training folder, validation folder, what to say) of a folder of images; (None, None, "") if it has no splits.
+
+    `train` is a split if it has class folders, or a validation folder lies beside it; else it may be a class, beside
+    `bus` and `car`. Split names are known in any case and in the usual spellings.
+
+    Raises:
+        ValueError: it is not certain which folders are the splits.
+    """
+    folders = class_folders(root)
+    if (root / "wnids.txt").is_file():
+        raise ValueError(f"open_dataset: {root} is TinyImageNet as published; use tinyimagenet:{root}")
+    named: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
+    for name in folders:
+        named[split_of(name)].append(name)
+    trains = [name for name in named["train"] if class_names(root / name)]
+    if not trains and not (named["train"] and (named["val"] or named["test"] or not named[""])):
+        return None, None, ""
+    for names in (named["train"], named["val"], named["test"]):
+        if len(names) > 1:
+            raise ValueError(
+                f"open_dataset: {root} has several folders for one split: {some(names)}; rename or remove all but one"
+            )
+    (train,) = named["train"]
+    classes = set(class_names(root / train))
+    labelled = [name for name in named["val"] + named["test"] if class_names(root / name)]
+    validation = (named["val"] + labelled)[:1]
+    unused = [name for name in folders if name not in (train, *validation)]
+    for name in named[""]:
+        twins = sorted(classes & set(class_names(root / name)))
+        if twins or not (validation or class_names(root / name)):
+            has = f"has folders like the classes of {train!r} ({some(twins)})" if twins else "holds images or nothing"
+            raise ValueError(
+                f"open_dataset: {root}: {name!r} beside {train!r} {has}: is it a split or a class? Name a validation "
+                f"folder val, valid, validation or test, and move anything else out of {root}"
+            )
+    if validation and os.path.samefile(root / train, root / validation[0]):
+        raise ValueError(
+            f"open_dataset: {root}/{validation[0]} is {root}/{train}, so the test images would be those of the "
+            "training; remove it, and a tenth of each class is held out"
+        )
+    said = f"trains on {train}" + (f", tests on {validation[0]}" if validation else "")
+    said += f"; not used: {some(unused)}" if unused else ""
+    usual = train == "train" and (not validation or validation[0] in _VALIDATION)
+    return root / train, root / validation[0] if validation else None, "" if usual and not unused else said
+
+
+def class_names(folder: Path) -> list[str]:
+    """Names of the class folders in `folder`; [] if it has none."""
+    found = tree(str(folder), "", unreadable, deep=False)
+    return [name for name, is_folder, _ in found if is_folder and not is_hidden(name)]
 
 
 def _held_out(dataset: Any, split: str, seed: int) -> Any:
     train, test = stratified_split(dataset.targets, _HELD_OUT, seed)
     if len(test) == 0:
         raise ValueError(f"open_dataset: {dataset!r} has no class with two images, so there is nothing to hold out")
-    _LOG.info(
-        "%s has no test set: a stratified tenth (%d of %d) is held out",
-        dataset.root,
-        len(test),
-        len(dataset),
-    )
+    lone = int((np.bincount(dataset.targets) == 1).sum())
+    without = f", without the {lone} classes of a single image" if lone else ""
+    say(f"{dataset.root} has no test set: a stratified tenth ({len(test)} of {len(dataset)}) is held out{without}")
     return dataset.select(train if split == "train" else test)
 
 
@@ -140,10 +212,11 @@ class MapDataset:
         targets: Any = None,
         classes: list[str] | None = None,
     ) -> None:
+        length_of("MapDataset", dataset)
         self.dataset = dataset
         self.load = load if load is not None else lambda data, index: data[index]
         self._targets = targets if targets is not None else getattr(dataset, "targets", None)
-        self._classes = classes if classes is not None else getattr(dataset, "classes", None)
+        self._classes = classes if classes is not None else _classes_of(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -174,6 +247,12 @@ class MapDataset:
         return len(self.classes)
 
 
+def _classes_of(dataset: Any) -> list[str] | None:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "classes", None)
+
+
 def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_threads: int = 2) -> ArrayDataset:
     """Load a dataset into memory as uint8, for `ResidentLoader`.
 
@@ -185,19 +264,28 @@ def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_th
     Raises:
         ValueError: no samples, or images of different sizes.
     """
-    data = dataset if hasattr(dataset, "targets") else MapDataset(dataset)
+    length_of("load_into_memory", dataset)
     name = getattr(dataset, "name", "array")
-    if hasattr(dataset, "images") and transform is None:
-        return ArrayDataset(dataset.images, data.targets, data.classes, name)
-    if len(data) == 0:
+    if hasattr(dataset, "images") and hasattr(dataset, "targets") and transform is None:
+        return ArrayDataset(dataset.images, dataset.targets, MapDataset(dataset).classes, name)
+    if len(dataset) == 0:
         raise ValueError(f"load_into_memory: {dataset!r} has no samples")
+    view = as_transform("load_into_memory", transform)
+    targets = np.empty(len(dataset), dtype=np.int64)
 
     def one(index: int) -> torch.Tensor:
-        image = as_image(data[index][0])
-        return image if transform is None else transform(image, ViewRng(0, 0, index, 0))
+        item, target = as_pair(dataset[index])
+        targets[index] = class_index("load_into_memory", target)
+        image = as_image(item)
+        return image if view is None else view(image, ViewRng(0, 0, index, 0))
 
     first = one(0)
-    images = torch.empty((len(data), *first.shape), dtype=first.dtype, device="cpu")
+    if first.dtype != torch.uint8:
+        raise TypeError(
+            f"load_into_memory: uint8 images are needed, sample 0 is {first.dtype} {tuple(first.shape)}; leave "
+            "conversions such as ToTensor to the loader, and pass a dataset without a transform of its own"
+        )
+    images = torch.empty((len(dataset), *first.shape), dtype=first.dtype, device="cpu")
 
     def fill(index: int) -> None:
         image = one(index)
@@ -209,6 +297,8 @@ def load_into_memory(dataset: Any, transform: Transform | None = None, *, num_th
         images[index] = image
 
     with ThreadPoolExecutor(as_int(num_threads, "load_into_memory", "num_threads", 1)) as pool:
-        for _ in pool.map(fill, range(len(data))):
+        for _ in pool.map(fill, range(len(dataset))):
             pass
-    return ArrayDataset(images, data.targets, data.classes, name)
+    known = hasattr(dataset, "targets") and getattr(dataset, "target_transform", None) is None
+    labels = dataset.targets if known else targets
+    return ArrayDataset(images, labels, MapDataset(dataset, targets=labels).classes, name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import math
+import operator
 import os
 import threading
 from collections.abc import Callable
@@ -12,13 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import ConcatDataset, Subset
 
 from dlb_fast.data._args import class_index, class_indices, length_of
 from dlb_fast.data.datasets.folder import read_file
-from dlb_fast.data.decode.decode import is_pillow, plain_pixels
+from dlb_fast.data.decode.decode import is_pillow, loaded, plain_pixels
 from dlb_fast.data.rng import SUBSTITUTE, key_of
 
-__all__ = ["FailurePolicy", "SampleError", "SampleSource", "as_image", "as_pair"]
+__all__ = [
+    "Again",
+    "FailurePolicy",
+    "SampleError",
+    "SampleSource",
+    "as_image",
+    "as_pair",
+    "is_torchvisions",
+    "with_decoder",
+    "without_transform",
+]
 
 _LOG = logging.getLogger("dlb_fast.data")
 _LISTED = 100  # number of errors that are kept
@@ -131,16 +145,121 @@ def as_pair(item: Any) -> tuple[Any, Any]:
     return image, target
 
 
+def is_torchvisions(value: Any) -> bool:
+    """Whether the class of `value`, or one above it, is torchvision's; does not import torchvision."""
+    return any(kind.__module__.partition(".")[0] == "torchvision" for kind in type(value).__mro__)
+
+
+def without_transform(dataset: Any) -> tuple[Any, Callable[[Any], Any] | None]:
+    """(a torchvision dataset without the transform of its images, that transform or None); any other as it is.
+
+    Looks into `torch.utils.data.Subset` and `ConcatDataset`. So a loader reads an image once and transforms it for each
+    of its views.
+
+    Raises:
+        ValueError: a ConcatDataset whose datasets have different transforms.
+    """
+    if isinstance(dataset, ConcatDataset):
+        parts = [without_transform(part) for part in dataset.datasets]
+        transforms = [transform for _, transform in parts]
+        if any(transform is not transforms[0] for transform in transforms):
+            raise ValueError(
+                "the datasets of the ConcatDataset have different transforms; give them none, and pass transform= to "
+                "the loader"
+            )
+        return _changed(dataset, datasets=[part for part, _ in parts]), transforms[0]
+    if isinstance(dataset, Subset):
+        inner, transform = without_transform(dataset.dataset)
+        return _changed(dataset, dataset=inner), transform
+    transform = getattr(dataset, "transform", None)
+    if transform is None or not is_torchvisions(dataset):
+        return dataset, None
+    both = getattr(dataset, "transforms", None)  # torchvision's pair of the transforms of image and target
+    raw = _changed(dataset, transform=_unchanged)
+    if both is not None:
+        raw.transforms = _changed(both, transform=_unchanged)
+    return raw, transform
+
+
+def _unchanged(image: Any) -> Any:
+    return image
+
+
+def with_decoder(dataset: Any, decoder: Callable[[bytes], Any]) -> Any:
+    """A torchvision folder whose files `decoder` reads, in place of torchvision's own loader; any other as it is.
+
+    That one opens whatever Pillow knows, and some formats start a program.
+    """
+    if isinstance(dataset, ConcatDataset):
+        return _changed(dataset, datasets=[with_decoder(part, decoder) for part in dataset.datasets])
+    if isinstance(dataset, Subset):
+        return _changed(dataset, dataset=with_decoder(dataset.dataset, decoder))
+    loader = getattr(dataset, "loader", None)
+    name = f"{getattr(loader, '__module__', '')}.{getattr(loader, '__name__', '')}"
+    if name not in ("torchvision.datasets.folder.default_loader", "torchvision.datasets.folder.pil_loader"):
+        return dataset
+    return _changed(dataset, loader=functools.partial(_decoded, decoder))
+
+
+def _decoded(decoder: Callable[[bytes], Any], path: str) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(decoder(read_file(path)))
+
+
+def _changed(value: Any, **attributes: Any) -> Any:
+    changed = copy.copy(value)
+    for name, attribute in attributes.items():
+        setattr(changed, name, attribute)
+    return changed
+
+
+def _augments(dataset: Any) -> bool:
+    """Whether the items of a dataset may differ from call to call, by a transform of its own."""
+    if isinstance(dataset, Subset):
+        return _augments(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return any(_augments(part) for part in dataset.datasets)
+    own, both = getattr(dataset, "transform", None), getattr(dataset, "transforms", None)
+    if is_torchvisions(both):
+        both = getattr(both, "transform", None)
+    return any(transform not in (None, _unchanged) for transform in (own, both))
+
+
+class Again:
+    """The views of a dataset that transforms its items itself: each is an item of its own, so the second one is read
+    again.
+
+    Args:
+        source: source of the items.
+        transform: transform of the loader, applied after that of the dataset, or None.
+    """
+
+    def __init__(self, source: SampleSource, transform: Callable[..., Any] | None) -> None:
+        self._source, self._transform = source, transform
+
+    def __call__(self, image: Any, rng: Any) -> Any:
+        if rng.view:
+            image, _ = self._source.get(rng.sample)
+        return image if self._transform is None else self._transform(image, rng)
+
+
 class SampleSource:
     """Images and targets of a dataset of one of three kinds.
 
     Args:
         dataset: has a length, and either (a) ``targets`` and ``read(i)``, which returns the file's bytes or its path;
-            or (b) ``targets`` and ``images`` (N, c, h, w); or (c) anything, if `load` is given.
+            or (b) ``targets`` and ``images`` (N, c, h, w); or (c) ``dataset[i]`` is (image, target).
         decoder: maps bytes to uint8 (h, w, 3).
         load: ``load(dataset, i)`` returns (image, target) and is called once per sample of an epoch; the image is any
-            that `as_image` accepts.
+            that `as_image` accepts. None means ``dataset[i]`` for datasets of kind (c).
         operation: name of the loader, for messages.
+
+    Attributes:
+        items: whether the images are those of items, of any type, and not decoded or stored ones.
+        own: transform of a torchvision dataset, which `dataset[i]` here leaves out, or None.
+        augments: whether the dataset transforms its items itself, so that two items of one sample differ.
+        keep: True returns the images of items as they are, for transforms that take such images.
 
     Raises:
         TypeError: a dataset of another kind.
@@ -154,6 +273,7 @@ class SampleSource:
         load: Callable[[Any, int], tuple[Any, Any]] | None = None,
         operation: str = "OverlapLoader",
     ) -> None:
+        length = length_of(operation, dataset)
         self._operation = operation
         self._dataset = dataset
         self._decoder = decoder
@@ -162,16 +282,24 @@ class SampleSource:
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._targets: NDArray[np.int64] | None = None
-        if load is not None:
+        self.own: Callable[[Any], Any] | None = None
+        self.augments = self.keep = False
+        stored = hasattr(dataset, "targets") and (hasattr(dataset, "read") or hasattr(dataset, "images"))
+        self.items = load is not None or not stored
+        if load is None and not stored:
+            if not hasattr(dataset, "__getitem__"):
+                more = "; pass load=lambda dataset, i: (image, target)" if operation == "OverlapLoader" else ""
+                raise TypeError(
+                    f"{operation}: dataset: expected `dataset[i]` to be (image, target), or `targets` with `read(i)` "
+                    f"or `images`, {type(dataset).__name__} has neither{more}"
+                )
+            raw, self.own = without_transform(dataset)
+            self._dataset = with_decoder(raw, decoder)
+            self._load = operator.getitem
+            self.augments = _augments(self._dataset)
+        if self.items:
             return
-        if not hasattr(dataset, "targets") or not (hasattr(dataset, "read") or hasattr(dataset, "images")):
-            remedies = {"OverlapLoader": "pass load=lambda dataset, i: (image, target)"}
-            raise TypeError(
-                f"{operation}: dataset: expected `targets` and `read(i)` or `images`, {type(dataset).__name__} lacks "
-                f"them; {remedies.get(operation, 'use load_into_memory(dataset)')} for any other map-style dataset"
-            )
         self._targets = class_indices(operation, dataset.targets)
-        length = length_of(operation, dataset)
         if self._targets.shape != (length,):
             raise ValueError(
                 f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}"
@@ -189,15 +317,20 @@ class SampleSource:
 
     def path(self, sample: int) -> str:
         """The path of a sample if the dataset has paths, else `sample 17`."""
-        path_of = getattr(self._dataset, "path", None)
-        if callable(path_of):
-            try:
-                return str(path_of(sample))
-            except Exception:
-                _LOG.debug("dataset.path(%d) failed", sample, exc_info=True)
+        dataset: Any = self._dataset
+        index = sample
+        try:
+            while isinstance(dataset, Subset):
+                dataset, index = dataset.dataset, dataset.indices[index]
+            if callable(getattr(dataset, "path", None)):
+                return str(dataset.path(index))
+            if is_torchvisions(dataset) and hasattr(dataset, "samples"):
+                return str(dataset.samples[index][0])
+        except Exception:
+            _LOG.debug("the path of sample %d is not known", sample, exc_info=True)
         return f"sample {sample}"
 
-    def get(self, sample: int) -> tuple[torch.Tensor, int]:
+    def get(self, sample: int) -> tuple[Any, int]:
         """(uint8 or float image (c, h, w), target) of one sample; passes on errors of the reader and the decoder."""
         if self._load is not None:
             image, target = as_pair(self._load(self._dataset, sample))
@@ -216,6 +349,8 @@ class SampleSource:
         with self._lock:
             self.reads += 1
             self.bytes_read += size
+        if self.keep:
+            return loaded(image) if is_pillow(image) else image, target
         return as_image(image), target
 
     def load(self, sample: int, epoch: int) -> tuple[torch.Tensor, int]:

@@ -4,37 +4,50 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import tarfile
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, FileDataset, numbered, some
+from dlb_fast.data.datasets.folder import (
+    IMAGE_EXTENSIONS,
+    FileDataset,
+    is_hidden,
+    numbered,
+    some,
+    split_of,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["TarShards"]
 
+_LONGEST_LABEL = 1000  # bytes
+
 
 class TarShards(FileDataset):
     """Images in uncompressed tar files, read by index: the constructor indexes the headers, `read` is one `pread`.
 
-    The label of an image is the number in the `.cls` member of the same key (WebDataset's convention), else the name of
-    its folder. Names that begin with a dot are ignored, as in `ImageFolder`. Links to members of the same tar are
-    followed.
+    The label of an image is the text of its `.cls` member: the one with the longest name that agrees with the image's
+    up to a dot (for `img.01.jpg` `img.01.cls` before `img.cls`; WebDataset's key is the name up to the first dot).
+    Without any `.cls` it is the name of the image's folder. Every `.cls` labels one image. Names that begin with a dot
+    are ignored, as in `ImageFolder`. Links to members of the same tar are followed.
 
     Args:
         shards: a tar file, a folder of tar files, or a list of files; read in sorted order.
 
     Raises:
         FileNotFoundError: no shards.
-        ValueError: a compressed or damaged tar, an image without a label, a link out of the tar, or numbers too large
-            for class indices.
+        ValueError: a compressed or damaged tar, shards of several splits in one folder, an image without a label, a
+            `.cls` without an image or for several, several images of one key, a member that is there twice, class
+            folders in different folders, a link out of the tar, and labels as in `ListFile`.
     """
 
     def __init__(self, shards: str | Path | Sequence[str | Path]) -> None:
@@ -42,38 +55,63 @@ class TarShards(FileDataset):
         self._open: dict[int, int] = {}  # shard -> descriptor
         self._lock = threading.Lock()
         names: list[str] = []
-        labels: list[str] = []
+        labels: list[str | None] = []
         extents: list[tuple[int, int, int]] = []
-        named = False  # a folder name is a class name, even if it is a number
         for number, shard in enumerate(self.shards):
-            images, classes = _walk(shard)
-            for name, extent in images:
-                key = name.split("/")[-1].split(".")[0]
-                key = name[: len(name) - len(name.split("/")[-1])] + key
-                folder = os.path.basename(os.path.dirname(name))
-                if key in classes:
-                    labels.append(classes[key])
-                elif folder not in ("", "."):
-                    labels.append(folder)
-                    named = True
-                else:
-                    raise ValueError(f"TarShards: {shard}: {name} has neither a {key}.cls beside it nor a class folder")
-                names.append(name)
-                extents.append((number, *extent))
+            members = _walk(shard)
+            labels += _labels(shard, members)
+            names += [name for name, _ in members.images]
+            extents += [(number, *extent) for _, extent in members.images]
         if not names:
             raise ValueError(f"TarShards: no images in {some(self.shards)}")
-        all_classes, targets = numbered(labels, f"TarShards: {some(self.shards)}", names=named)
         self._extents = np.array(extents, dtype=np.int64)  # (N, 3): shard, offset, size
-        super().__init__(names, targets, all_classes, os.path.dirname(self.shards[0]), "tar")
+        found, by_folder = self._certain(names, labels)
+        operation = f"TarShards: {some(self.shards)}"
+        classes, targets = numbered(found, operation, lambda k: f"{self._shard(k)}: {names[k]}", names=by_folder)
+        super().__init__(names, targets, classes, os.path.dirname(self.shards[0]), "tar")
+
+    def _shard(self, index: int) -> str:
+        return self.shards[self._extents[index, 0]]
+
+    def _certain(self, names: list[str], labels: list[str | None]) -> tuple[list[str], bool]:
+        """(label of every image, whether these are the names of folders)."""
+        given = [label for label in labels if label is not None]
+        if len(given) == len(names):
+            return given, False
+        if given:
+            lost = labels.index(None)
+            raise ValueError(
+                f"TarShards: {self._shard(lost)}: {names[lost]} has no .cls, {len(given)} of {len(names)} images have "
+                "one; add it, or remove the image"
+            )
+        folders = [posixpath.dirname(posixpath.normpath(name)) for name in names]
+        first = posixpath.dirname(folders[0])
+        for k, folder in enumerate(folders):
+            if not folder:
+                stem = posixpath.splitext(names[k])[0]
+                raise ValueError(
+                    f"TarShards: {self._shard(k)}: {names[k]} has neither a {stem}.cls beside it nor a class folder"
+                )
+            if posixpath.dirname(folder) != first:
+                raise ValueError(
+                    f"TarShards: {self._shard(k)}: {names[k]} and {names[0]} lie in class folders of different folders "
+                    f"({posixpath.dirname(folder) or '.'!r} and {first or '.'!r}), so it is not certain what the "
+                    "classes are (or they are two splits); make tar files of CLASS/image.jpg, one split in each"
+                )
+        return [posixpath.basename(folder) for folder in folders], True
 
     def path(self, index: int) -> str:
-        return f"{self.shards[self._extents[index, 0]]}!{os.fsdecode(self._paths[index])}"
+        return f"{self._shard(index)}!{os.fsdecode(self._paths[index])}"
 
     def read(self, index: int) -> bytes:
         shard, offset, size = (int(v) for v in self._extents[index])
-        data = os.pread(self._descriptor(shard), size, offset)  # pread is safe to share between threads and forks
-        if len(data) != size:
-            raise OSError(f"{self.path(index)}: expected {size} bytes, got {len(data)}: the tar file is cut off")
+        descriptor = self._descriptor(shard)
+        data = os.pread(descriptor, size, offset)  # pread is safe to share between threads and forks
+        while len(data) < size:  # one call reads at most 2 GiB
+            more = os.pread(descriptor, size - len(data), offset + len(data))
+            if not more:
+                raise OSError(f"{self.path(index)}: expected {size} bytes, got {len(data)}: the tar file is cut off")
+            data += more
         return data
 
     def _descriptor(self, shard: int) -> int:
@@ -108,45 +146,141 @@ class TarShards(FileDataset):
 def _shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
     if isinstance(shards, (str, Path)):
         path = Path(shards)
-        files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+        files = _folder_of_shards(path) if path.is_dir() else [path]
     else:
         files = sorted(Path(shard) for shard in shards)
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
-        raise FileNotFoundError(f"TarShards: no tar files at {some(missing) if missing else shards}")
+        inner = [] if missing else sorted({str(file.parent) for file in Path(str(shards)).glob("*/*.tar")})
+        hint = f"; pass one of {some(inner)}" if inner else ""
+        raise FileNotFoundError(f"TarShards: no tar files at {some(missing) if missing else shards}{hint}")
+    twice = sorted({str(file) for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
+    if twice:
+        raise ValueError(f"TarShards: {some(twice)} is listed twice, so its images would be trained on twice")
     return [str(file) for file in files]
 
 
-def _walk(shard: str) -> tuple[list[tuple[str, tuple[int, int]]], dict[str, str]]:
-    """(images with their (offset, size), key -> label) of one shard."""
+def _folder_of_shards(folder: Path) -> list[Path]:
+    """The tar files of a folder, sorted; ValueError if some are compressed, or belong to another split."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    compressed = [name for name in names if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", name.lower())]
+    files = [name for name in names if name.lower().endswith(".tar")]
+    if compressed and files:
+        raise ValueError(
+            f"TarShards: {folder} also holds compressed tar files ({some(compressed)}), which cannot be read by index; "
+            "unpack or remove them"
+        )
+    splits: dict[str, str] = {}
+    for name in files:
+        for word in re.split(r"[^A-Za-z]+", name[: -len(".tar")]):
+            if split_of(word):
+                splits.setdefault(split_of(word), name)
+    if len(splits) > 1:
+        raise ValueError(
+            f"TarShards: {folder} holds shards of several splits ({some(sorted(splits.values()))}), which would be one "
+            "training set; put each split into a folder of its own, or pass the list of files"
+        )
+    return [folder / name for name in files]
+
+
+@dataclass
+class _Members:
+    """What one shard contains: images with (offset, size), the text of each `.cls` by its stem, all stems."""
+
+    images: list[tuple[str, tuple[int, int]]]
+    texts: dict[str, str]
+    stems: set[str]
+
+
+def _walk(shard: str) -> _Members:
     images: list[tuple[str, tuple[int, int] | None]] = []  # None: a link
-    classes: dict[str, str] = {}
+    found = _Members([], {}, set())
     files: dict[str, tuple[int, int]] = {}
     links: dict[str, str] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 name = posixpath.normpath(member.name)
-                if member.isfile():
-                    files[name] = (member.offset_data, member.size)
+                is_file = member.isfile()
+                if is_file:
+                    extent = (member.offset_data, member.size)
                 elif member.islnk():
                     links[name] = posixpath.normpath(member.linkname)
                 elif member.issym():
                     links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
                 else:
                     continue
-                if any(part.startswith(".") for part in name.split("/") if part != ".."):
-                    continue
-                if name.lower().endswith(IMAGE_EXTENSIONS):
-                    images.append((member.name, files[name] if member.isfile() else None))
-                elif member.isfile() and member.name.endswith(".cls"):
-                    content = tar.extractfile(member)
-                    classes[member.name[: -len(".cls")]] = content.read().decode().strip() if content else ""
+                if not any(is_hidden(part) for part in name.split("/") if part != ".."):
+                    stem, ending = posixpath.splitext(name)
+                    if name in files:
+                        raise ValueError(
+                            f"TarShards: {shard}: {member.name} is there twice (added again by `tar -r`?); make the "
+                            "tar anew, with one of them"
+                        )
+                    if ending.lower() in IMAGE_EXTENSIONS:
+                        if member.issparse():
+                            raise ValueError(
+                                f"TarShards: {shard}: {member.name} is stored as a sparse file, whose bytes are not in "
+                                "one place; make the tar without --sparse"
+                            )
+                        images.append((member.name, extent if is_file else None))
+                    elif is_file and ending.lower() == ".cls":
+                        found.texts[stem] = _text_of(shard, tar, member)
+                    found.stems.add(stem)
+                if is_file:
+                    files[name] = extent
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
             f"TarShards: {shard}: {error}; expected an uncompressed tar (a compressed one cannot be read by index)"
         ) from error
-    return [(name, extent or _link_target(shard, name, files, links)) for name, extent in images], classes
+    found.images = [(name, extent or _link_target(shard, name, files, links)) for name, extent in images]
+    return found
+
+
+def _text_of(shard: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    """The label in a `.cls` member."""
+    content = tar.extractfile(member) if member.size <= _LONGEST_LABEL else None
+    data = b"" if content is None else content.read()
+    try:
+        text = data.decode().strip()
+    except UnicodeDecodeError:
+        text = ""
+    if not text or len(text.splitlines()) > 1:
+        raise ValueError(
+            f"TarShards: {shard}: {member.name}: expected one label as text, a class index or a name, got "
+            f"{member.size} bytes that begin with {data[:16]!r}"
+        )
+    return text
+
+
+def _labels(shard: str, members: _Members) -> list[str | None]:
+    """The text of every image's `.cls`, or None; ValueError if it is not certain which text belongs to which image."""
+    labels: list[str | None] = []
+    owners: dict[str, str] = {}  # stem of the `.cls`, or shortest stem of the key -> image
+    used = set()
+    for name, _ in members.images:
+        stem = posixpath.splitext(posixpath.normpath(name))[0]
+        cut = len(stem) - len(posixpath.basename(stem))
+        parts = stem[cut:].split(".")
+        stems = [stem[:cut] + ".".join(parts[:count]) for count in range(len(parts), 0, -1)]  # the longest first
+        label = next((one for one in stems if one in members.texts), None)
+        key = next(one for one in reversed(stems) if one in members.stems)
+        for owned in {key, label or key}:
+            other = owners.setdefault(owned, name)
+            if other != name:
+                raise ValueError(
+                    f"TarShards: {shard}: {other} and {name} are two images of the key {owned!r}, and it is not "
+                    "certain which of them is the sample; keep one image for each key"
+                )
+        labels.append(None if label is None else members.texts[label])
+        used.add(label)
+    lost = sorted(set(members.texts) - used)
+    if lost:
+        raise ValueError(
+            f"TarShards: {shard}: {lost[0]}.cls has no image (read are {', '.join(IMAGE_EXTENSIONS)}); add the image, "
+            "or remove the label"
+        )
+    return labels
 
 
 def _link_target(shard: str, name: str, files: dict[str, tuple[int, int]], links: dict[str, str]) -> tuple[int, int]:

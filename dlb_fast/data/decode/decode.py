@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 import sys
 import threading
 from collections import Counter
@@ -20,10 +21,14 @@ import numpy as np
 
 from dlb_fast.data.decode.jpeg import JpegHeader, parse_header, zero_run
 
-__all__ = ["BACKENDS", "DecodeError", "ImageDecoder", "available_backends", "is_pillow", "plain_pixels"]
+__all__ = ["BACKENDS", "MAX_PIXELS", "DecodeError", "ImageDecoder", "available_backends", "is_pillow", "plain_pixels"]
 
 BACKENDS = ("simplejpeg", "torchvision", "pillow")
-_MAX_PIXELS = 178_956_970  # the limit above which Pillow raises: 512 MiB of RGB
+# What Pillow may read. It chooses by the bytes, not by the name, and some of its other formats start a program (EPS:
+# Ghostscript) or read further files.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF")
+MAX_PIXELS = 178_956_970  # the limit above which Pillow raises: 512 MiB of RGB
+_PILLOWS_LIMIT = threading.Lock()  # held while Pillow's limit is off
 _DAMAGE = ("corrupt jpeg data", "premature end", "unsupported marker type")
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
@@ -56,10 +61,53 @@ def _torchvision() -> Callable[[bytes], Array]:
     return decode
 
 
+def _open(data: bytes) -> Any:
+    """The Pillow image of a file in one of `FORMATS`, its header read; the pixels are read on demand.
+
+    Not `Image.open`, whose limit of pixels holds for the whole process and lies below `ImageDecoder`'s.
+
+    Raises:
+        DecodeError: none of these formats.
+    """
+    from PIL import Image
+
+    Image.init()  # registers the formats, once
+    file, unread = io.BytesIO(data), ""
+    for kind in FORMATS:
+        factory, accept = Image.OPEN.get(kind, (None, None))
+        if factory is None:
+            continue  # a Pillow without this format
+        accepted = accept is None or accept(bytes(data[:16]))
+        if isinstance(accepted, str):
+            unread = f" ({accepted})"
+        elif accepted:
+            try:
+                file.seek(0)
+                return factory(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error) as error:  # what Pillow takes for another format
+                unread = f" ({kind}: {error})"
+    raise DecodeError(
+        f"not an image of a format that is read ({', '.join(FORMATS)}): the file begins with "
+        f"{bytes(data[:16])!r}{unread}"
+    )
+
+
+def loaded(image: Any) -> Any:
+    """A Pillow image with its pixels read; ValueError for an EPS file, which Pillow reads by starting a program."""
+    if image.format == "EPS" and image.tile:  # not loaded yet
+        raise ValueError(
+            "an EPS file, which Pillow draws by the program Ghostscript; convert the file to PNG, or call image.load() "
+            "yourself if you trust it"
+        )
+    image.load()
+    return image
+
+
 def _plain(image: Any) -> Any:
     """Convert a Pillow image of any mode to 8-bit grey or RGB."""
     from PIL import Image
 
+    loaded(image)
     if image.mode == "P" and "transparency" in image.info:  # avoids a warning of Pillow
         image = image.convert("RGBA")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -68,7 +116,6 @@ def _plain(image: Any) -> Any:
     if image.mode in ("I", "F"):
         kind = image.format or f"an image of mode {image.mode}"
         raise ValueError(f"{kind} with 32-bit pixels, whose range is not known; save 8 or 16 bits")
-    image.load()
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     return image if image.mode == mode else image.convert(mode)
 
@@ -94,15 +141,15 @@ def plain_pixels(image: Any) -> Array:
 
 
 def _pillow() -> Callable[[bytes], Array]:
-    from PIL import Image
+    import PIL.Image  # noqa: F401
 
-    def decode(data: bytes) -> Array:
-        with Image.open(io.BytesIO(data)) as image:
-            plain = _plain(image)
-            # np.array copies, because np.asarray of a Pillow image is read-only
-            return np.array(plain if plain.mode == "RGB" else plain.convert("RGB"))
+    return lambda data: _rgb(_open(data))
 
-    return decode
+
+def _rgb(image: Any) -> Array:
+    """(height, width, 3) uint8 of a Pillow image; a copy, because `np.asarray` of one is read-only."""
+    plain = _plain(image)
+    return np.array(plain if plain.mode == "RGB" else plain.convert("RGB"))
 
 
 _MAKERS = {"simplejpeg": _simplejpeg, "torchvision": _torchvision, "pillow": _pillow}
@@ -134,13 +181,15 @@ class ImageDecoder:
         backend: ``"auto"`` (the first of ``BACKENDS`` that imports) or one of them, which must then be installed.
         strict: True raises for a damaged JPEG. False passes it to Pillow, which fills the damaged region (but
             refuses truncated files), and counts it in ``fallbacks``.
-        max_pixels: refuse larger images before decoding (decompression bombs).
+        max_pixels: refuse larger images before decoding (decompression bombs). Pillow's own limit,
+            `Image.MAX_IMAGE_PIXELS`, does not count.
 
     Attributes:
         name: name of the JPEG decoder.
         fallbacks: Counter of the reasons why Pillow decoded a file.
 
-    EXIF orientation is ignored, as in torchvision's ImageFolder.
+    Reads JPEG, PNG, BMP, GIF (the first image), PPM and PGM, WebP and TIFF, whatever the file is called, and nothing
+    else. EXIF orientation is ignored, as in torchvision's ImageFolder.
 
     Raises:
         DecodeError: the bytes are not a valid image.
@@ -154,7 +203,7 @@ class ImageDecoder:
         (6, 8, 3)
     """
 
-    def __init__(self, backend: str = "auto", *, strict: bool = True, max_pixels: int = _MAX_PIXELS) -> None:
+    def __init__(self, backend: str = "auto", *, strict: bool = True, max_pixels: int = MAX_PIXELS) -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(
                 f"ImageDecoder: backend: expected one of {('auto', *BACKENDS)}, got {backend!r}."
@@ -165,7 +214,6 @@ class ImageDecoder:
         self.max_pixels = max_pixels
         self.fallbacks: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._pillow = _pillow()
         self.name, self._jpeg = self._choose(backend)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -225,29 +273,41 @@ class ImageDecoder:
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
             raise DecodeError(
-                f"decompression bomb: {width} x {height} pixels, more than max_pixels={self.max_pixels}"
+                f"decompression bomb: {width} x {height} pixels, more than max_pixels={self.max_pixels}; raise that of "
+                "the ImageDecoder if the image is meant"
             )
         if width * height == 0:
             raise DecodeError(f"image of {width} x {height} pixels")
 
     def _with_pillow(self, data: bytes, reason: str | None) -> Array:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         try:
-            with Image.open(io.BytesIO(data)) as image:  # reads the header only
-                reason = reason or f"{image.format} file"
-                self._check_size(*image.size)
-            pixels = self._pillow(data)
+            try:
+                pixels, kind = self._read(data)
+            except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # of TIFF and WebP: a second limit
+                with _PILLOWS_LIMIT:
+                    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                    try:
+                        pixels, kind = self._read(data)
+                    finally:
+                        Image.MAX_IMAGE_PIXELS = limit
+            reason = reason or f"{kind} file"
         except DecodeError:
             raise
-        except UnidentifiedImageError as error:
-            raise DecodeError(f"not an image: the file begins with {bytes(data[:16])!r}") from error
         except Exception as error:
             before = f"{reason}; then " if reason else ""
             raise DecodeError(f"{before}Pillow: {type(error).__name__}: {error}") from error
         if self.name != "pillow":
             self._count(reason)
         return pixels
+
+
+    def _read(self, data: bytes) -> tuple[Array, str]:
+        """(pixels, format) of a file by Pillow; DecodeError for more than `max_pixels`."""
+        with _open(data) as image:
+            self._check_size(*image.size)
+            return _rgb(image), image.format
 
 
 def _why_odd(header: JpegHeader) -> str | None:

@@ -25,6 +25,7 @@ from dlb_fast.data.transforms.crops import Transform
 from dlb_fast.data.transforms.erasing import Eraser
 from dlb_fast.data.transforms.mixing import Mix, check_mix
 from dlb_fast.data.transforms.normalise import Normalise
+from dlb_fast.data.transforms.single import source_transform
 
 __all__ = ["OverlapLoader"]
 
@@ -43,11 +44,14 @@ class OverlapLoader:
     transforms of `dlb_fast.data` run in compiled code.
 
     Args:
-        dataset: has `targets` and either `read(i)` (bytes or a path) or `images`; any dataset when `load` is given.
+        dataset: has `targets` and either `read(i)` (bytes or a path) or `images`; or `dataset[i]` is (image, target),
+            as in torchvision. A torchvision dataset's own `transform` is applied to each view; an item of any other
+            dataset with a transform of its own is read again for the second view.
         batch_size: rows of a batch on this rank, an even number; half of them are new.
         transform: called as `transform(image, rng)` with a uint8 (c, h, w) image and the view's `ViewRng`; returns a
             (c, h', w') tensor, the same size for every image. It runs in worker threads and must not modify its input.
-            None leaves the images unchanged.
+            None leaves the images unchanged. A transform of one argument, such as torchvision's, is called as
+            `transform(image)`, with a PIL image or what `dataset[i]` gives; its views are not reproducible.
         device: device of the batches, cpu or cuda; None means cpu.
         overlap: False turns repetition off: `batch_size` new samples per batch, one view of each.
         num_threads: number of worker threads; None means the cores of this process, at most 8.
@@ -70,7 +74,7 @@ class OverlapLoader:
             dataset.
         timeout: seconds that `next` may wait before it raises `LoaderTimeout`; None waits for ever.
         decoder: maps bytes to uint8 (h, w, 3); None means `ImageDecoder()`.
-        load: `load(dataset, i)` returns (image, target), for datasets of another kind.
+        load: `load(dataset, i)` returns (image, target), for datasets whose items are anything else.
 
     Raises:
         ValueError: an argument out of range.
@@ -129,7 +133,7 @@ class OverlapLoader:
         )
         self.half = self.plan.rows  # new rows of a batch
         self.batch_size = 2 * self.half if overlap else self.half
-        check_callable(name, transform=transform, decoder=decoder, load=load)
+        check_callable(name, decoder=decoder, load=load)
         self.timeout = _seconds(name, timeout)
         self.decoder = decoder if decoder is not None else ImageDecoder()
         source = SampleSource(dataset, self.decoder, load, name)
@@ -138,7 +142,7 @@ class OverlapLoader:
             rank=self.rank,
             source=source,
             policy=FailurePolicy(source, self.plan.seed, on_error, max_failures),
-            transform=transform,
+            transform=source_transform(name, source, transform),
             num_threads=_threads(name, num_threads),
             depth=as_int(depth, name, "depth", 1),
             device=_device(device),
@@ -167,7 +171,7 @@ class OverlapLoader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch to deliver."""
+        """Epoch of the position, as in `state_dict()`."""
         return self._position.epoch
 
     @property
@@ -210,8 +214,14 @@ class OverlapLoader:
 
     def close(self) -> None:
         """End the threads and free the buffers; the loader may be iterated again."""
+        self._stop(None)
+
+    def _stop(self, user: Iteration | None) -> None:
+        """End the threads; with `user` only if that iteration is the one that uses them."""
         with self._lock:
-            finaliser, self._finaliser, self._pipeline = self._finaliser, None, None
+            if user is not None and (self._user is None or self._user() is not user):
+                return
+            finaliser, self._finaliser, self._pipeline, self._user = self._finaliser, None, None, None
         if finaliser is not None:
             finaliser()
 
@@ -231,11 +241,13 @@ class OverlapLoader:
             if pipeline is None or not pipeline.is_at(position):
                 self.close()
                 pipeline = Pipeline(self._settings, position)
-                with self._lock:
-                    self._pipeline = pipeline
+                with self._lock:  # the user too: an older iteration freed from now on must not end these threads
+                    self._pipeline, self._user = pipeline, weakref.ref(user)
                     self._finaliser = weakref.finalize(self, pipeline.stop)
                 pipeline.start()  # inside the `try`, so that Ctrl-C during the start closes the pipeline
-            self._user = weakref.ref(user)
+            elif self._user is None or self._user() is not user:
+                with self._lock:
+                    self._user = weakref.ref(user)  # the next epoch of a running pipeline
             return pipeline.next(self.timeout)
         except LoaderTimeout:
             raise  # the pipeline keeps running; another call waits again
@@ -267,9 +279,8 @@ class _Epoch:
 
     def close(self) -> None:
         """End the threads, unless the epoch is complete or a newer iteration uses the pipeline."""
-        user = self._loader._user
-        if self._iteration.left_early and user is not None and user() is self._iteration:
-            self._loader.close()
+        if self._iteration.left_early:
+            self._loader._stop(self._iteration)
 
     def __del__(self) -> None:
         self.close()

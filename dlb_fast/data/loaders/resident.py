@@ -8,16 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset, Subset
 
-from dlb_fast.data._args import check_callable, class_indices, device_of
+from dlb_fast.data._args import class_indices, device_of, length_of
 from dlb_fast.data.batch import Batch, stack_views, tensor_of, to_device
+from dlb_fast.data.datasets.open import load_into_memory
+from dlb_fast.data.datasets.source import is_torchvisions, with_decoder, without_transform
+from dlb_fast.data.decode.decode import ImageDecoder
 from dlb_fast.data.plan import make_plan
-from dlb_fast.data.position import StreamPosition
+from dlb_fast.data.position import Iteration, StreamPosition
 from dlb_fast.data.rng import ViewRng, ViewRngs
 from dlb_fast.data.transforms.crops import Compose, PadCrop, Transform, has_batch, windows
 from dlb_fast.data.transforms.erasing import Eraser
 from dlb_fast.data.transforms.mixing import Mix, check_mix
 from dlb_fast.data.transforms.normalise import Normalise
+from dlb_fast.data.transforms.single import as_transform
 
 __all__ = ["ResidentLoader", "ResidentViews", "resident_tensors"]
 
@@ -29,11 +34,13 @@ class ResidentLoader:
     transform the batches equal those of `OverlapBatchSampler` and `OverlapLoader` bit for bit.
 
     Args:
-        dataset: has `images` (N, c, h, w) uint8 and `targets` (N,), tensors or arrays.
+        dataset: has `images` (N, c, h, w) uint8 and `targets` (N,), tensors or arrays; or a torchvision dataset of
+            images of one size, which is loaded into memory and whose own `transform` is applied to each view.
         batch_size: rows of a batch on this rank, an even number; half of them are new.
         transform: called as `transform(image, rng)`, or None. The transforms of `dlb_fast.data` run on the whole batch
             at once (a leading `PadCrop` is part of the gather, from a dataset that was padded once). Any other callable
-            is called per image.
+            is called per image; one of a single argument, such as torchvision's, as `transform(image)` with a PIL
+            image.
         device: device of the dataset and of the batches; None means the CPU.
         overlap: False turns repetition off: `batch_size` new samples per batch (odd sizes too), one view of each.
         seed: non-negative integer, the same on all ranks.
@@ -80,7 +87,7 @@ class ResidentLoader:
         mix: Mix | None = None,
     ) -> None:
         name = "ResidentLoader"
-        images, targets = resident_tensors(dataset, name)
+        images, targets, own = resident_tensors(dataset, name)
         self.plan, self.rank = make_plan(
             name,
             len(images),
@@ -97,7 +104,7 @@ class ResidentLoader:
         self.device = device_of(name, device)
         normalise = Normalise(mean, std, dtype, channels_last=channels_last, erase=erase)
         self.mix = check_mix(name, mix, dtype)
-        self._views = ResidentViews(images.to(self.device), transform, normalise, name)
+        self._views = ResidentViews(images.to(self.device), [own, transform], normalise, name)
         self._targets = targets.to(self.device)
         self._position = StreamPosition(self.plan, name)
 
@@ -106,7 +113,9 @@ class ResidentLoader:
         return self.plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        iteration = self._position.iterate()
+        return self._batches(self._position.iterate())
+
+    def _batches(self, iteration: Iteration) -> Iterator[Batch]:
         while (position := iteration.peek()) is not None:
             batch = self.make(*position)
             iteration.advance()
@@ -121,7 +130,7 @@ class ResidentLoader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch to deliver."""
+        """Epoch of the position, as in `state_dict()`."""
         return self._position.epoch
 
     @property
@@ -161,19 +170,23 @@ class ResidentViews:
 
     Args:
         images: (N, c, h, w) uint8 on the device.
-        transform: None, transforms of `dlb_fast.data`, or any callable `transform(image, rng)`.
+        transforms: one after the other: None, transforms of `dlb_fast.data`, or any callable `transform(image, rng)`
+            or `transform(image)`.
         normalise: cast and normalisation.
         operation: name of the loader, for messages.
     """
 
     def __init__(
-        self, images: torch.Tensor, transform: Transform | None, normalise: Normalise, operation: str
+        self, images: torch.Tensor, transforms: Sequence[Any], normalise: Normalise, operation: str
     ) -> None:
-        check_callable(operation, transform=transform)
         self._normalise, self._operation = normalise, operation
-        steps: list[Any] = list(transform.transforms) if isinstance(transform, Compose) else [transform]
+        steps: list[Any] = []
+        for transform in transforms:
+            given = as_transform(operation, transform)
+            steps += given.transforms if isinstance(given, Compose) else [given]
+        steps = [step for step in steps if step is not None]
         crop = steps.pop(0) if steps and type(steps[0]) is PadCrop else None
-        self._rest = Compose([step for step in steps if step is not None])
+        self._rest = Compose(steps)
         self._batched = has_batch(self._rest)
         self._cropped = crop is not None
         pad = PadCrop(0) if crop is None else crop
@@ -206,16 +219,24 @@ class ResidentViews:
             rng = ViewRng(rngs.seed, int(epoch), int(sample), int(view))
             rng.skip(counter)
             singles.append(self._rest(image, rng))
-        return stack_views(self._operation, singles, rngs.samples.tolist())
+        return stack_views(self._operation, singles, rngs.samples.tolist()).to(self._windows.device)
 
 
-def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(images uint8 (N, c, h, w), targets int64 (N,)) of a dataset, checked."""
+def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(images uint8 (N, c, h, w), targets int64 (N,), own transform or None) of a dataset, checked.
+
+    The items of a torchvision dataset are loaded into memory, without its own transform.
+    """
+    own = None
     if not (hasattr(dataset, "images") and hasattr(dataset, "targets")):
-        raise TypeError(
-            f"{operation}: dataset needs `images` (N, c, h, w) uint8 and `targets` (N,), {type(dataset).__name__} has "
-            "not both; use OverlapLoader for files, or load_into_memory(dataset) first"
-        )
+        length_of(operation, dataset)  # what is no dataset at all has an error of its own
+        raw, own = without_transform(dataset)
+        if not _is_torchvisions_set(raw):
+            raise TypeError(
+                f"{operation}: dataset needs `images` (N, c, h, w) uint8 and `targets` (N,), {type(dataset).__name__} "
+                "has not both; use OverlapLoader for files, or load_into_memory(dataset) first"
+            )
+        dataset = load_into_memory(with_decoder(raw, ImageDecoder()))
     images, targets = tensor_of(dataset.images), torch.from_numpy(class_indices(operation, dataset.targets))
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise TypeError(
@@ -226,4 +247,10 @@ def resident_tensors(dataset: Any, operation: str) -> tuple[torch.Tensor, torch.
         raise ValueError(
             f"{operation}: dataset.targets must have shape ({len(images)},) like the images, got {tuple(targets.shape)}"
         )
-    return images, targets
+    return images, targets, own
+
+
+def _is_torchvisions_set(dataset: Any) -> bool:
+    if isinstance(dataset, ConcatDataset):
+        return all(_is_torchvisions_set(part) for part in dataset.datasets)
+    return _is_torchvisions_set(dataset.dataset) if isinstance(dataset, Subset) else is_torchvisions(dataset)

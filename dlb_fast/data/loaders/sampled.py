@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,12 +18,14 @@ from dlb_fast.data.datasets.source import SampleSource
 from dlb_fast.data.decode.decode import ImageDecoder
 from dlb_fast.data.loaders.resident import ResidentViews, resident_tensors
 from dlb_fast.data.plan import resolve_ranks
+from dlb_fast.data.position import Iteration
 from dlb_fast.data.rng import ViewRng, ViewRngs
-from dlb_fast.data.sampler import ViewPairSampler
+from dlb_fast.data.sampler import PlanSampler, ViewPairSampler
 from dlb_fast.data.transforms.crops import Transform
 from dlb_fast.data.transforms.erasing import Eraser
 from dlb_fast.data.transforms.mixing import Mix, check_mix
 from dlb_fast.data.transforms.normalise import Normalise
+from dlb_fast.data.transforms.single import source_transform
 
 __all__ = ["EvalLoader", "SampledLoader"]
 
@@ -55,7 +56,7 @@ class SampledLoader:
     threads, one step ahead. Two rows of the same sample read and decode it twice.
 
     Args:
-        dataset: has `targets`, and either `images` (N, c, h, w) uint8 or `read(i)`.
+        dataset: as in `OverlapLoader`.
         sampler: decides the rows of every batch and keeps the position.
         transform: as in `ResidentLoader`.
         device: as in `ResidentLoader`.
@@ -66,6 +67,7 @@ class SampledLoader:
         num_threads: number of loading threads, for datasets not in memory.
         erase: as in `ResidentLoader`.
         mix: mixup and CutMix, both views of a sample mixed alike; only with a `ViewPairSampler`.
+        decoder: maps bytes to uint8 (h, w, 3); None means `ImageDecoder()`.
 
     Raises:
         SampleError: a file cannot be read; the message names path and index. Other errors as in `ResidentLoader`.
@@ -73,7 +75,7 @@ class SampledLoader:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> from dlb_fast.data import ViewPairSampler
+        >>> from dlb_fast.data import PlanSampler, ViewPairSampler
         >>> digits = SimpleNamespace(images=torch.zeros(4, 1, 8, 8, dtype=torch.uint8), targets=torch.arange(4))
         >>> [batch.ids.tolist() for batch in SampledLoader(digits, ViewPairSampler(4, 4, shuffle=False))]
         [[0, 1, 0, 1], [2, 3, 2, 3]]
@@ -93,11 +95,17 @@ class SampledLoader:
         num_threads: int = 2,
         erase: Eraser | None = None,
         mix: Mix | None = None,
+        decoder: Callable[[bytes], Any] | None = None,
     ) -> None:
+        if not isinstance(sampler, PlanSampler):
+            raise TypeError(
+                f"SampledLoader: sampler must be a ClassBatchSampler or a ViewPairSampler, got a "
+                f"{type(sampler).__name__}; torch's samplers belong into a DataLoader"
+            )
         self.sampler = sampler
         self.batch_size = sampler.batch_size
         self.device = device_of("SampledLoader", device)
-        check_callable("SampledLoader", transform=transform)
+        check_callable("SampledLoader", decoder=decoder)
         self._normalise = Normalise(mean, std, dtype, channels_last=channels_last, erase=erase)
         self.mix = check_mix("SampledLoader", mix, dtype)
         if mix is not None and not isinstance(sampler, ViewPairSampler):
@@ -106,21 +114,23 @@ class SampledLoader:
                 "class; mixed images have no single class, so turn mix off"
             )
         self._threads = as_int(num_threads, "SampledLoader", "num_threads", 1)
-        self._transform = transform
         self._views: ResidentViews | None = None
         if hasattr(dataset, "images"):
-            images, targets = resident_tensors(dataset, "SampledLoader")
-            self._views = ResidentViews(images.to(self.device), transform, self._normalise, "SampledLoader")
+            images, targets, _ = resident_tensors(dataset, "SampledLoader")
+            self._views = ResidentViews(images.to(self.device), [transform], self._normalise, "SampledLoader")
             self._targets = targets.to(self.device)
         else:
-            self._source = SampleSource(dataset, ImageDecoder(), operation="SampledLoader")
+            self._source = SampleSource(dataset, decoder or ImageDecoder(), operation="SampledLoader")
+            self._transform = source_transform("SampledLoader", self._source, transform)
 
     def __len__(self) -> int:
         """Steps per epoch, equal on all ranks."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        iteration = self.sampler._position.iterate()
+        return self._batches(self.sampler._position.iterate())
+
+    def _batches(self, iteration: Iteration) -> Iterator[Batch]:
         loaded: Iterator[Rows] | None = None
         while (position := iteration.peek()) is not None:
             if self._views is not None:
@@ -164,7 +174,7 @@ class SampledLoader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch to deliver."""
+        """Epoch of the position, as in `state_dict()`."""
         return self.sampler.epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -199,7 +209,7 @@ class EvalLoader:
     The last batch may be short.
 
     Args:
-        dataset: has `targets` and either `images` or `read(i)`; or `dataset[i]` returns (image, target).
+        dataset: as in `OverlapLoader`.
         batch_size: rows per batch.
         transform: a deterministic transform that gives all images one size, such as `eval_transform(224)`.
         device: device of the batches; None means the CPU.
@@ -210,6 +220,7 @@ class EvalLoader:
         std: as in `ResidentLoader`.
         dtype: as in `ResidentLoader`.
         channels_last: as in `ResidentLoader`.
+        decoder: maps bytes to uint8 (h, w, 3); None means `ImageDecoder()`.
 
     Yields:
         `Batch` with num_old 0, epoch 0 and its step.
@@ -238,6 +249,7 @@ class EvalLoader:
         std: Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
+        decoder: Callable[[bytes], Any] | None = None,
     ) -> None:
         name = "EvalLoader"
         self.batch_size = as_int(batch_size, name, "batch_size", 1)
@@ -245,14 +257,14 @@ class EvalLoader:
         rank, world_size = resolve_ranks(name, rank, world_size)
         self.device = device_of(name, device)
         self._normalise = Normalise(mean, std, dtype, channels_last=channels_last)
-        check_callable(name, transform=transform)
-        self._transform = transform
-        own = hasattr(dataset, "targets") and (hasattr(dataset, "images") or hasattr(dataset, "read"))
-        self._source = SampleSource(dataset, ImageDecoder(), None if own else operator.getitem, name)
+        check_callable(name, decoder=decoder)
+        self._source = SampleSource(dataset, decoder or ImageDecoder(), operation=name)
+        self._transform = source_transform(name, self._source, transform)
         size = length_of(name, dataset)
         self._ids = np.arange(rank * size // world_size, (rank + 1) * size // world_size)
         # A dataset in memory is sliced and moved to the device batch by batch.
-        self._images = tensor_of(dataset.images) if own and hasattr(dataset, "images") else None
+        in_memory = not self._source.items and hasattr(dataset, "images")
+        self._images = tensor_of(dataset.images) if in_memory else None
         self._targets = torch.from_numpy(class_indices(name, dataset.targets)) if self._images is not None else None
 
     def __len__(self) -> int:

@@ -14,17 +14,22 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from dlb_fast.data._args import length_of
 from dlb_fast.data.batch import Batch, tensor_of
+from dlb_fast.data.datasets.source import as_image, without_transform
+from dlb_fast.data.decode.decode import is_pillow
 from dlb_fast.data.rng import ViewRng
 from dlb_fast.data.sampler import SampleIndex
 from dlb_fast.data.transforms.normalise import Normalise
+from dlb_fast.data.transforms.single import takes_rng
 
 
 class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
     """Items `(first view, second view, target, id)` of a map-style dataset whose items are `(image, target)`.
 
     Args:
-        dataset: map-style dataset; each item is loaded once.
+        dataset: map-style dataset; each item is loaded once. A torchvision dataset's own `transform` is applied to each
+            view, before `transform`.
         transform: called twice per item, as `transform(image)` like torchvision's, or with a `seed` as
             `transform(image, rng)` with the view's `ViewRng`; a view then depends on (seed, epoch, id, view) only.
         seed: None, or the seed of the views.
@@ -41,7 +46,14 @@ class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
     def __init__(self, dataset: Any, transform: Callable[..., Any], *, seed: int | None = None) -> None:
         if not callable(transform):
             raise TypeError(f"TwoViews: transform must be callable, got {transform!r} ({type(transform).__name__})")
-        self.dataset = dataset
+        if takes_rng(transform) != (seed is not None):
+            needs, takes = ("no seed", "transform(image)") if seed is not None else ("a seed", "transform(image, rng)")
+            raise TypeError(
+                f"TwoViews: seed must fit the transform: {takes} takes {needs}, got seed={seed!r}; pass a seed with "
+                "transform(image, rng) for views that are the same in every run, and none with transform(image)"
+            )
+        length_of("TwoViews", dataset)
+        self.dataset, self._own = without_transform(dataset)
         self.transform = transform
         self.seed = seed
         self.epoch = 0
@@ -55,11 +67,13 @@ class TwoViews(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, Any, int, int]:
         image, target = self.dataset[index][:2]
+        views = [image if self._own is None else self._own(image) for _ in range(2)]
         if self.seed is None:
-            return self.transform(image), self.transform(image), target, index
+            return self.transform(views[0]), self.transform(views[1]), target, index
         epoch = index.epoch if isinstance(index, SampleIndex) else self.epoch
-        first, second = (self.transform(image, ViewRng(self.seed, epoch, int(index), view)) for view in (0, 1))
-        return first, second, target, index
+        views = [as_image(view) if is_pillow(view) else view for view in views]
+        rngs = [ViewRng(self.seed, epoch, int(index), view) for view in (0, 1)]
+        return self.transform(views[0], rngs[0]), self.transform(views[1], rngs[1]), target, index
 
 
 class PairHalves:

@@ -5,8 +5,8 @@ A transform is called as `transform(image, rng)` with a uint8 image (c, h, w) an
 (n, c, h, w) on any device and a `ViewRngs`; row i equals `transform(images[i], rng of view i)` bit for bit. `batch` may
 modify `images`, which the loader has just gathered.
 
-Every loader accepts any callable `transform(image, rng)`; `ResidentLoader` is faster if it also has `batch`. The loader
-casts and normalises after the transform.
+Every loader accepts any callable `transform(image, rng)`, and `transform(image)` as in torchvision; `ResidentLoader` is
+faster if it also has `batch`. The loader casts and normalises after the transform.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dlb_fast import _backends
 from dlb_fast._args import as_int
 from dlb_fast.data.batch import to_device
 from dlb_fast.data.rng import FLIP, ViewRng, ViewRngs, fold, fold_array, key_of
+from dlb_fast.data.transforms.single import as_transform
 
 __all__ = [
     "NORMALISATION",
@@ -75,13 +76,16 @@ def windows(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 class Compose:
-    """Applies transforms in order; they share the random numbers of the view."""
+    """Applies transforms in order; they share the random numbers of the view.
+
+    A transform of one argument, such as torchvision's, is called as `transform(image)` with a PIL image.
+    """
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         for transform in transforms:
             if not callable(transform):
                 raise TypeError(f"Compose: expected callables transform(image, rng), got {transform!r}")
-        self.transforms = list(transforms)
+        self.transforms = [as_transform("Compose", transform) for transform in transforms]
 
     def __call__(self, image: torch.Tensor, rng: ViewRng) -> torch.Tensor:
         for transform in self.transforms:
@@ -96,7 +100,7 @@ class Compose:
     def batch(self, images: torch.Tensor, rngs: ViewRngs) -> torch.Tensor:
         """Apply the transforms in order to a batch."""
         for transform in self.transforms:
-            images = transform.batch(images, rngs)  # type: ignore[attr-defined]
+            images = transform.batch(images, rngs)
         return images
 
     def __repr__(self) -> str:
@@ -298,7 +302,6 @@ def resized_crops() -> Any:
     """
     if platform.machine().lower() not in ("x86_64", "amd64") or _backends.load_library():
         return None
-    torch.library.register_fake("dlb_fast::resized_crops_", lambda *args: None)
     return torch.ops.dlb_fast.resized_crops_.default
 
 

@@ -125,6 +125,11 @@ class Normalise:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised result (n, h, w, c) for views of this shape and dtype; on a CPU from the buffer pool."""
+        if dtype != torch.uint8 and self.mean is not None:
+            raise ValueError(
+                f"Normalise: mean and std: expected uint8 views, got {dtype}, which the transform has scaled already; "
+                "leave the normalisation to one of the two"
+            )
         out_dtype = self.dtype if dtype == torch.uint8 else dtype
         n, h, w, c = shape
         order = (n, h, w, c) if self.channels_last else (n, c, h, w)
