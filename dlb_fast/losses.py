@@ -464,7 +464,7 @@ class LastBatchLoss(DistillationLoss):
     """
 
     mixes = True
-    _kept_as = {"capacity": "buffer.capacity"}  # noqa: RUF012
+    _kept_as: ClassVar[Mapping[str, str]] = {"capacity": "buffer.capacity"}
     _loads_without_memory = True
     _starts_empty = "the buffer starts empty, so the next batch has no last-batch term"
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -322,7 +322,7 @@ class MrKDLoss(DistillationLoss):
     needs = frozenset({"images"})
     mixes = True
     copies_model = True
-    _kept_as = {  # noqa: RUF012
+    _kept_as: ClassVar[Mapping[str, str]] = {
         "copies": "snapshots.copies",
         "copy_every": "snapshots.copy_every",
         "memory_dtype": "snapshots.dtype",

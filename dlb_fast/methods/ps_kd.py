@@ -11,7 +11,8 @@ Source: **official** code lgcnsai/PS-KD-Pytorch, `loss/pskd_loss.py` and `main.p
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +220,7 @@ class PsKDLoss(DistillationLoss):
     torch.Size([])
     """
 
-    _kept_as = {  # noqa: RUF012
+    _kept_as: ClassVar[Mapping[str, str]] = {
         "num_samples": "bank.num_samples",
         "num_classes": "bank.num_classes",
         "memory_dtype": "bank.dtype",
