@@ -593,6 +593,23 @@ def test_other_label_names_are_counted(tmp_path):
 
 # The end frees the model that DistributedDataParallel wraps and then destroys the process group: gloo's threads abort a
 # process that exits while they run.
+def on_two_ranks(script, folder, *arguments):
+    """Run a script that makes `trainer` on two ranks, with ``folder`` and what follows as its arguments."""
+    path = folder / "ranked.py"
+    path.write_text(textwrap.dedent(script) + textwrap.dedent(LEAVE))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", path, folder, *arguments]
+    python(*launch, cwd=folder, PYTHONPATH=f"{environment()['PYTHONPATH']}:{ROOT / 'tests'}")
+
+
+LEAVE = """
+    torch.distributed.barrier()
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    torch.distributed.destroy_process_group()
+"""
+
+
 SCRIPT = """
     import gc, sys, torch
     import test_integrations_hf as case
@@ -603,22 +620,13 @@ SCRIPT = """
     assert trainer.criterion.buffer.mismatched == 0
     if trainer.args.process_index == 0:
         torch.save(case.weights(trainer), f"{folder}/{'resumed' if resume else 'whole'}.pt")
-    torch.distributed.barrier()
-    trainer.accelerator.free_memory()
-    del trainer
-    gc.collect()
-    torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_two_ranks_resume_bit_for_bit(tmp_path):
-    script = tmp_path / "ranked.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    path = f"{environment()['PYTHONPATH']}:{ROOT / 'tests'}"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
     for checkpoint in ([], [tmp_path / "whole" / "checkpoint-3"]):
-        python(*launch, *checkpoint, cwd=tmp_path, PYTHONPATH=path)
+        on_two_ranks(SCRIPT, tmp_path, *checkpoint)
     assert len(list((tmp_path / "whole" / "checkpoint-3").glob("dlb_fast_*.pt"))) == 2
     whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
     assert torch.equal(whole, resumed)
@@ -633,22 +641,13 @@ RANKED = """
     )
     rank = trainer.args.process_index
     torch.save((trainer.kept, case.weights(trainer), trainer.state.log_history), f"{sys.argv[1]}/{rank}.pt")
-    torch.distributed.barrier()
-    trainer.accelerator.free_memory()
-    del trainer
-    gc.collect()
-    torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_two_ranks_train_and_log_as_a_plain_loop_over_the_rows_of_both(tmp_path):
     """Most labels of one rank are ignored: the cross entropy divides by those of both."""
-    script = tmp_path / "ranked.py"
-    script.write_text(textwrap.dedent(RANKED))
-    path = f"{environment()['PYTHONPATH']}:{ROOT / 'tests'}"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
-    python(*launch, cwd=tmp_path, PYTHONPATH=path)
+    on_two_ranks(RANKED, tmp_path)
     saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     set_seed(0)
     want, terms = by_hand([kept for kept, _, _ in saved], Net(dropout=0.0).double(), 2)
