@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -338,3 +339,38 @@ def test_how_a_transform_is_called_follows_from_its_arguments() -> None:
     two += [train_transform("small", 8), train_transform("imagenet", 8), SimpleNamespace, lambda image, other: image]
     assert [takes_rng(transform) for transform in one] == [False] * 4
     assert [takes_rng(transform) for transform in two] == [True] * len(two)
+
+
+def drawn(image: Any) -> torch.Tensor:
+    """A transform as people write it: its random numbers are torch's, NumPy's and Python's."""
+    numbers = [torch.rand(()).item(), float(np.random.rand()), random.random()]
+    return torch.tensor(numbers, dtype=torch.float32).reshape(3, 1, 1)
+
+
+@pytest.mark.parametrize("where", ["dataset", "wrapper", "resident", "workers"])
+def test_views_of_global_random_numbers_are_the_same_in_every_run(tmp_path: Path, where: str) -> None:
+    """In the DataLoader and in ResidentLoader; what the training itself draws is as if no image had been loaded."""
+    data = Folder(write_images(tmp_path, NAMES))
+
+    def loader() -> Any:
+        if where == "resident":
+            return ResidentLoader(data, 8, transform=drawn)
+        own, given = (drawn, None) if where == "dataset" else (None, drawn)
+        options: Any = {"num_workers": 2 if where == "workers" else 0, "generator": torch.Generator()}
+        dataset = IndexedDataset(Folder(tmp_path, transform=own), given)
+        return DataLoader(dataset, batch_sampler=OverlapBatchSampler(data, 8), collate_fn=collate_overlap, **options)
+
+    def seed() -> None:
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+
+    seed()
+    undisturbed = [torch.rand(()).item(), np.random.rand(), random.random()]
+    seed()
+    whole = list(loader())
+    assert [torch.rand(()).item(), np.random.rand(), random.random()] == undisturbed
+    again = list(loader())
+    assert all(torch.equal(a.images, b.images) for a, b in zip(whole, again, strict=True))
+    views = torch.cat([batch.images.flatten(1) for batch in whole])
+    assert all(len(views[:, k].unique()) == len(views) for k in range(3))  # each view draws its own

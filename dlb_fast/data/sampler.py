@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from dlb_fast._args import as_int
 from dlb_fast.data._args import PART, are_indices, as_bool, class_indices, length_of
 from dlb_fast.data.batch import Batch
-from dlb_fast.data.datasets.source import as_image
+from dlb_fast.data.datasets.source import as_image, pair_of
 from dlb_fast.data.decode.decode import is_pillow
 from dlb_fast.data.plan import Ids, OverlapPlan, half_of, make_plan
 from dlb_fast.data.position import Iteration, StreamPosition
@@ -405,11 +405,17 @@ def _length(operation: str, source: int | Sized) -> int:
 class IndexedDataset(Dataset[tuple[Any, Any, int]]):
     """A map-style dataset whose items are `(image, target, index)`, so that every batch has the ids of its samples.
 
+    With the indices of a sampler of this package every view is reproducible, also that of a transform which draws from
+    torch's, NumPy's or Python's global random numbers, as torchvision's do: they are seeded for each item.
+
     Args:
         dataset: any map-style dataset of `(image, target)`, such as torchvision's; a transform of its own is applied.
-        transform: called as `transform(image, rng)` with the view's `ViewRng`, so that every view is reproducible. It
-            needs the indices of a sampler of this package, and gets PIL images as uint8 tensors (c, h, w). A transform
-            of one argument, such as torchvision's, gets what the dataset gives. None leaves the images as they are.
+        transform: a transform of one argument, such as torchvision's, gets what the dataset gives. One of two is called
+            as `transform(image, rng)` with the view's `ViewRng`; it needs the indices of a sampler of this package, and
+            gets PIL images as uint8 tensors (c, h, w). None leaves the images as they are.
+
+    Raises:
+        TypeError: from `dataset[i]`, for items that are no pair.
 
     Example:
         >>> IndexedDataset([("image", 1)])[0]
@@ -425,7 +431,13 @@ class IndexedDataset(Dataset[tuple[Any, Any, int]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any, int]:
-        image, target = self.dataset[index][:2]
+        if not isinstance(index, SampleIndex):
+            return self._item(index)
+        with index.rng().seeded():
+            return self._item(index)
+
+    def _item(self, index: int) -> tuple[Any, Any, int]:
+        image, target = pair_of("IndexedDataset", self.dataset[index])
         if isinstance(self.transform, Single):
             image = self.transform(image)
         elif self.transform is not None:

@@ -127,14 +127,7 @@ def as_pair(item: Any) -> tuple[Any, Any]:
         ('image', 3)
     """
     wanted = "expected a pair (image, class index) from load or dataset[i]"
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        got = type(item).__name__
-        if isinstance(item, (tuple, list)):
-            got += f" of {len(item)}"
-        elif isinstance(item, dict):
-            got += f" with the keys {', '.join(map(repr, list(item)[:5]))}"
-        raise TypeError(f"{wanted}, got {got}; pass load=lambda dataset, i: (image, target) that picks them")
-    image, target = item
+    image, target = pair_of("", item)
     size = target.numel() if isinstance(target, torch.Tensor) else np.size(target)
     if size != 1 or target is None or isinstance(target, str):
         got = f"{type(target).__name__} of shape {tuple(np.shape(target))}" if size != 1 else repr(target)
@@ -143,6 +136,21 @@ def as_pair(item: Any) -> tuple[Any, Any]:
             "loaders mix whole batches: docs/augmentation.md)"
         )
     return image, target
+
+
+def pair_of(operation: str, item: Any) -> tuple[Any, Any]:
+    """(image, target) of an item, whatever the target is; TypeError for anything but a pair."""
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    got = type(item).__name__
+    if isinstance(item, (tuple, list)):
+        got += f" of {len(item)}"
+    elif isinstance(item, dict):
+        got += f" with the keys {', '.join(map(repr, list(item)[:5]))}"
+    raise TypeError(
+        f"{operation}{operation and ': '}expected a pair (image, class index) from load or dataset[i], got {got}; pass "
+        "load=lambda dataset, i: (image, target) that picks them, to OverlapLoader or to MapDataset(dataset, load)"
+    )
 
 
 def is_torchvisions(value: Any) -> bool:
@@ -214,12 +222,19 @@ def _changed(value: Any, **attributes: Any) -> Any:
     return changed
 
 
+def _only_torchvisions(dataset: Any) -> bool:
+    """Whether a dataset is torchvision's, or `Subset` and `ConcatDataset` of such."""
+    if isinstance(dataset, ConcatDataset):
+        return all(_only_torchvisions(part) for part in dataset.datasets)
+    return _only_torchvisions(dataset.dataset) if isinstance(dataset, Subset) else is_torchvisions(dataset)
+
+
 def _augments(dataset: Any) -> bool:
-    """Whether the items of a dataset may differ from call to call, by a transform of its own."""
-    if isinstance(dataset, Subset):
-        return _augments(dataset.dataset)
+    """Whether the items of a dataset, or of one that it wraps, may differ from call to call, by a transform."""
     if isinstance(dataset, ConcatDataset):
         return any(_augments(part) for part in dataset.datasets)
+    if hasattr(dataset, "dataset") and _augments(dataset.dataset):
+        return True
     own, both = getattr(dataset, "transform", None), getattr(dataset, "transforms", None)
     if is_torchvisions(both):
         both = getattr(both, "transform", None)
@@ -259,6 +274,7 @@ class SampleSource:
         items: whether the images are those of items, of any type, and not decoded or stored ones.
         own: transform of a torchvision dataset, which `dataset[i]` here leaves out, or None.
         augments: whether the dataset transforms its items itself, so that two items of one sample differ.
+        unknown: whether it may do so under another name than `transform`.
         keep: True returns the images of items as they are, for transforms that take such images.
 
     Raises:
@@ -283,8 +299,8 @@ class SampleSource:
         self._lock = threading.Lock()
         self._targets: NDArray[np.int64] | None = None
         self.own: Callable[[Any], Any] | None = None
-        self.augments = self.keep = False
-        stored = hasattr(dataset, "targets") and (hasattr(dataset, "read") or hasattr(dataset, "images"))
+        self.augments = self.unknown = self.keep = False
+        stored = (hasattr(dataset, "read") or hasattr(dataset, "images")) and hasattr(dataset, "targets")
         self.items = load is not None or not stored
         if load is None and not stored:
             if not hasattr(dataset, "__getitem__"):
@@ -296,8 +312,9 @@ class SampleSource:
             raw, self.own = without_transform(dataset)
             self._dataset = with_decoder(raw, decoder)
             self._load = operator.getitem
-            self.augments = _augments(self._dataset)
         if self.items:
+            self.augments = _augments(self._dataset)
+            self.unknown = self.own is None and not _only_torchvisions(self._dataset)
             return
         self._targets = class_indices(operation, dataset.targets)
         if self._targets.shape != (length,):
