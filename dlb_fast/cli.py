@@ -141,7 +141,7 @@ def train(argv: list[str]) -> int:
     from dlb_fast.train.run import train_run
 
     train_run(args.run, folder, resume=args.resume, quiet=args.quiet, ranks=ranks, note=note)
-    if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may stop before its first evaluation
+    if ranks.is_main:
         _write_page(folder.path, args.quiet)
     ranks.leave()
     return 0
@@ -235,24 +235,27 @@ def report(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="dlb-fast report",
         description="Write report.html into every run's folder: one page that needs nothing else. Over all runs named: "
-        "a table (report.md) and curves with calibration (curves.png).",
+        "a table and curves with calibration (report.html, report.md, curves.png).",
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or the folder of a comparison")
-    parser.add_argument("--out", type=Path, help="where to write report.md and curves.png (default: the first folder)")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, comparisons, or folders of these")
+    parser.add_argument(
+        "--out", type=Path, help="where to write what is over all runs (default: the folder named, or that of all runs)"
+    )
     args = parser.parse_args(argv)
     from dlb_fast import report as pages
-    from dlb_fast.train.compare import read_comparison
 
-    read: list[Run] = []
-    for path in args.runs:
-        compared = read_comparison(path)
-        read += [pages.read_run(run, label) for run, label in compared] if compared else [pages.read_run(path)]
-    folder = args.out or args.runs[0]
-    folder.mkdir(parents=True, exist_ok=True)
+    found = {path.resolve(): (path, label) for folder in args.runs for path, label in pages.find_runs(folder)}
+    read = [pages.read_run(path, label) for path, label in found.values()]
+    homes = {path.resolve().parent for path in args.runs} if len(args.runs) > 1 else set(args.runs)
+    if args.out is None and len(homes) > 1:
+        raise ValueError("report: the runs are in several folders; name one for the report over all of them with --out")
+    folder = args.out or homes.pop()
     command = "dlb-fast report " + shlex.join(argv)
     page = pages.write_report(folder, read, title="Report", command=command)
-    print(f"{pages.compare_table(read)}\n\nwrote {page}, {folder / 'curves.png'} and")
-    print("\n".join(f"  {pages.write_page(run)}" for run in read))
+    alone = folder if len(read) == 1 else None  # the page of one run goes where --out says
+    written = [page, folder / "curves.png", *(pages.write_page(run, alone) for run in read)]
+    written += [folder / "report.html"] * (len(read) > 1)
+    print("\n".join([f"{pages.compare_table(read)}\n", "wrote", *(f"  {path}" for path in written)]))
     return 0
 
 
@@ -307,15 +310,15 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
         each = {s: override(config, label_noise=s) for s in shares}
         each = {s: override(c, **without_effect(c)) for s, c in each.items()}  # the kind of noise, where there is none
         found = {s: one(c, root / f"noise-{s:g}")[1] for s, c in each.items()}
-        page = pages.write_noise_report(root, found, title=title, command=command)
-        print(f"\n{pages.noise_table(found)}\n\nwrote {page}, {root / 'noise.png'} and a report.md per share")
+        pages.write_noise_report(root, found, title=title, command=command)
+        print(f"\n{pages.noise_table(found)}\n\nwrote {root / 'report.html'}, report.md and noise.png")
         return 0
     folder, runs = one(config, args.out)
     print(f"\n{pages.compare_table(runs)}\n")
     if paired := pages.paired_table(runs, "DLB"):
         print(f"{paired}\n")
     used = ", ".join(sorted({str(r.versions.get("implementation")) for r in runs}))
-    print(f"loss implementation that ran: {used}\nwrote {folder / 'report.md'} and {folder / 'curves.png'}")
+    print(f"loss implementation that ran: {used}\nwrote {folder / 'report.html'}, report.md and curves.png")
     print(f"`dlb-fast report {shlex.quote(str(folder))}` writes a page per run")
     return 0
 

@@ -77,6 +77,7 @@ def evaluate(
         ece: expected calibration error over 15 equal bins of confidence.
         count: number of images.
         calibration: those bins as lists: `share` of the images, `accuracy`, mean `confidence` (0 in an empty bin).
+        confusion: `[target, predicted, images]` of every pair of classes that occurs, right answers included.
 
     Example:
         >>> evaluate(nn.Identity(), [(torch.eye(3), torch.arange(3))])["top1"]
@@ -89,7 +90,9 @@ def evaluate(
             f"evaluate: labels reach {int(targets.max())} but the model has {classes} logits; "
             f"was it made with another num_classes?"
         )
-    top = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
+    predicted = logits.topk(min(5, classes), dim=1).indices
+    top = predicted == targets[:, None]
+    pairs, images = torch.unique(targets * classes + predicted[:, 0], return_counts=True)  # at most one per image
     bins = reliability(logits, targets)[1:]
     return {
         "top1": top[:, 0].sum().item() / count,
@@ -98,6 +101,7 @@ def evaluate(
         "ece": calibration_error(logits, targets),
         "count": count,
         "calibration": dict(zip(("share", "accuracy", "confidence"), (b.tolist() for b in bins), strict=True)),
+        "confusion": torch.stack((pairs // classes, pairs % classes, images), dim=1).tolist(),
     }
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, write_atomically
 
 __all__ = ["COLUMNS", "TRACKERS", "RunLog"]
 
@@ -207,6 +207,12 @@ class RunLog:
             self._append(self.csv, ",".join(COLUMNS))
         self._append(self.csv, ",".join("" if finite.get(c) is None else repr(finite[c]) for c in COLUMNS))
         self.say(f"epoch {row['epoch']:g}  step {row['step']}  {_phrases(row)}")
+
+    def confusion(self, counts: Mapping[str, Any]) -> None:
+        """Replace confusion.json, which has a file of its own: only the last one is of use, and it may be long."""
+        if self.folder is not None:
+            text = json.dumps(counts, separators=(",", ":"))
+            write_atomically(self.folder / "confusion.json", lambda file: file.write(text.encode()))
 
     def positions(self) -> dict[str, int]:
         """Lengths of the files in bytes, flushed to the disk, for a checkpoint."""

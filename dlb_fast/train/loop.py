@@ -361,6 +361,8 @@ class Trainer:
             broadcast_buffers(weights, self.ranks)
             scores = self.ranks.broadcast(dict(self.evaluate(weights)))
             reshard(weights)
+            if (confusion := scores.pop("confusion", None)) is not None and self.ranks.is_main:
+                self.log.confusion({"step": self.step, "classes": self.metadata.get("classes"), "pairs": confusion})
             row |= {f"test_{name}": value for name, value in scores.items()}
             self.model.train()
             if scores.get("top1", -1.0) > self.best.get("top1", -1.0):

@@ -146,13 +146,14 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what a run without a checkpoint has left, so that none of it is taken for that of a new run."""
-        left = ("metrics.csv", "metrics.jsonl", "tracker_id", "checkpoints/best.safetensors")
+        left = ("metrics.csv", "metrics.jsonl", "confusion.json", "tracker_id", "checkpoints/best.safetensors")
         for name in ("config.yaml", *left):  # the config, which marks a run, first
             (self.path / name).unlink(missing_ok=True)
 
     def create(self, config: RunConfig, impl: str) -> None:
         """Write versions.json, then config.yaml, which marks the folder as a run."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (self.path / "report.html").unlink(missing_ok=True)  # it shows an earlier state
         report = json.dumps({**versions(), "implementation": impl}, indent=1).encode()
         write_atomically(self.path / "versions.json", lambda file: file.write(report))
         text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
