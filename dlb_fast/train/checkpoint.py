@@ -28,6 +28,7 @@ from dlb_fast import LastBatchLoss
 from dlb_fast.buffer import COUNTERS as ROW_COUNTERS
 from dlb_fast.buffer import unpack_state
 
+from .data import check_same_data
 from .distributed import RankError, Ranks, distribute_like, distribute_optimizer_state, full_state
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ __all__ = [
     "load_trainer_state",
     "load_weights",
     "not_finite",
+    "decoded_metadata",
     "read_checkpoint",
+    "read_weights",
     "save_checkpoint",
     "save_weights",
     "set_rng_state",
@@ -251,6 +254,28 @@ def step_of_weights(path: Path) -> int | None:
         return None
 
 
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file, and the metadata that a run wrote into it ({} in another's file).
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            texts = json.loads((file.metadata() or {}).get("dlb_fast", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, decoded_metadata(texts)
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def decoded_metadata(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Metadata of weights as values; all entries but the name of the model are JSON."""
+    return {name: text if name == "model" else json.loads(text) for name, text in texts.items()}
+
+
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load safetensors weights into a model.
 
@@ -258,13 +283,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
         CheckpointError: the file is missing or damaged, or belongs to another architecture or class count (all
             mismatched names with both shapes are in the message).
     """
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    load_matching(model, tensors, str(path))
+    load_matching(model, read_weights(path)[0], str(path))
 
 
 def load_matching(model: nn.Module, tensors: dict[str, Any], origin: str) -> None:
@@ -339,7 +358,13 @@ def _rank_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def load_trainer_state(trainer: Trainer, state: dict[str, Any], origin: str) -> None:
-    """Continue where `trainer_state` was called; every rank passes the same state. See `Trainer.load_state_dict`."""
+    """Continue where `trainer_state` was called; every rank passes the same state. See `Trainer.load_state_dict`.
+
+    Raises:
+        ValueError: the state was made with other data.
+        CheckpointError: it does not fit this trainer.
+    """
+    check_same_data(state["metadata"], trainer.metadata, origin)
     try:
         _load_trainer_state(trainer, state, origin)
     except (CheckpointError, RankError):
@@ -364,6 +389,7 @@ def _load_trainer_state(trainer: Trainer, state: dict[str, Any], origin: str) ->
     trainer.scaler.load_state_dict(state["scaler"])
     for name in COUNTERS:
         setattr(trainer, name, state[name])
+    trainer.metadata |= {name: state["metadata"][name] for name in ("initial_weights",) if name in state["metadata"]}
     _load_rank_state(trainer, _rank_state_of(trainer, state), origin)
     trainer.log.rewind(state["logs"])  # last, so that a refused state does not change the logs
 

@@ -182,7 +182,11 @@ class ModelConfig:
     """The network."""
 
     model: str = "small_cnn"
-    """A built-in name (resnet32, resnet110, wrn20_8, vgg16, ...), or timm:NAME."""
+    """A built-in name (resnet32, resnet110, wrn20_8, vgg16, ...), or timm:NAME; with pretrained also timm:NAME.TAG."""
+    pretrained: bool = False
+    """Start from published weights: timm's, or for resnet18_imagenet and resnet50 torchvision's."""
+    init_from: str | None = None
+    """Start from the weights of a run folder or a file (.safetensors, .pt); the head is new if the classes differ."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .checkpoint import CheckpointError, load_weights
+from .checkpoint import CheckpointError, load_matching, read_weights
 from .models import create_model
 from .run import RunFolder
 
@@ -24,7 +23,8 @@ def load_model(run: Path | str, *, weights: str = "best") -> tuple[nn.Module, di
 
     Returns:
         The network; its input is `(pixel / 255 - mean) / std`, float32 of shape (B, channels, *size).
-        A dict with `model`, `num_classes`, `channels`, `size`, `mean`, `std`, `classes` and `step`.
+        A dict with `model`, `num_classes`, `channels`, `size`, `mean`, `std`, `classes`, `files` (fingerprints of the
+        training and test images), `initial_weights` (what it started from) and `step`.
 
     Raises:
         ValueError: there is no run.
@@ -32,21 +32,14 @@ def load_model(run: Path | str, *, weights: str = "best") -> tuple[nn.Module, di
 
     Example: `model, about = load_model("runs/first")`
     """
-    from safetensors import safe_open
-
     folder = RunFolder(run)
     folder.read_config()  # raises where there is no run
     file = folder.checkpoints / f"{weights}.safetensors"
     if not file.exists():
         raise CheckpointError(f"load_model: {file} is missing; has the run finished an evaluation?")
-    try:
-        with safe_open(file, "pt") as handle:
-            texts = json.loads((handle.metadata() or {}).get("dlb_fast", "{}"))
-    except Exception as error:
-        raise CheckpointError(f"load_model: {file} is not a readable safetensors file: {error}") from error
-    if "num_classes" not in texts:
+    tensors, about = read_weights(file)
+    if "num_classes" not in about:
         raise CheckpointError(f"load_model: {file} says nothing about its network; expected weights of a dlb_fast run")
-    about = {name: text if name == "model" else json.loads(text) for name, text in texts.items()}
     model = create_model(about["model"], about["num_classes"], about["channels"])
-    load_weights(file, model)
+    load_matching(model, tensors, str(file))
     return model.eval(), about

@@ -27,16 +27,17 @@ import yaml
 from dlb_fast import _backends
 from dlb_fast.buffer import rank_and_size
 
-from .checkpoint import CheckpointError, list_checkpoints, load_weights, write_atomically
+from .checkpoint import CheckpointError, list_checkpoints, write_atomically
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
-from .data import RunData, open_data
+from .data import RunData, eval_loader, evaluation_config, identity, open_data, open_test
 from .distributed import Ranks
 from .evaluate import evaluate
 from .log import RunLog
 from .loop import Trainer, total_steps
 from .methods import find, make_criterion, make_sampler, resolve
-from .models import create_model
+from .models import architecture, create_model
 from .optim import make_optimizer, make_scheduler
+from .weights import load_initial_weights
 
 try:
     import fcntl
@@ -150,11 +151,12 @@ class RunFolder:
         for name in ("config.yaml", *left):  # the config, which marks a run, first
             (self.path / name).unlink(missing_ok=True)
 
-    def create(self, config: RunConfig, impl: str) -> None:
-        """Write versions.json, then config.yaml, which marks the folder as a run."""
+    def create(self, config: RunConfig, impl: str, initial: str = "") -> None:
+        """Write versions.json, then config.yaml, which marks the folder as a run; `initial`: the first weights."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "report.html").unlink(missing_ok=True)  # it shows an earlier state
-        report = json.dumps({**versions(), "implementation": impl}, indent=1).encode()
+        known = {**versions(), "implementation": impl, **({"initial_weights": initial} if initial else {})}
+        report = json.dumps(known, indent=1).encode()
         write_atomically(self.path / "versions.json", lambda file: file.write(report))
         text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
         write_atomically(self.config, lambda file: file.write(text))
@@ -247,6 +249,7 @@ def build_trainer(
     folder: Path | None = None,
     log: RunLog | None = None,
     ranks: Ranks | None = None,
+    initial: bool = True,
 ) -> Trainer:
     """The trainer of a config; the same config gives the same initial weights and the same batches.
 
@@ -259,6 +262,7 @@ def build_trainer(
         folder: run folder; None writes nothing.
         log: console and metric files.
         ranks: this process and its group; by default those of the torch.distributed group, if there is one.
+        initial: load the initial weights that the config names; False where a checkpoint follows.
     """
     config, ranks = resolve(config), ranks or Ranks.current()
     device = resolve_device(config.train.device, ranks)
@@ -271,7 +275,14 @@ def build_trainer(
         )
     data = data or open_data(config.data)
     seed_everything(config.train.seed)
-    model = create_model(config.model.model, data.num_classes, data.channels).to(device)
+    name = config.model.model if initial and not config.model.pretrained else architecture(config.model.model)
+    model = create_model(name, data.num_classes, data.channels)
+    loaded = ""
+    if initial and (config.model.pretrained or config.model.init_from is not None):  # before all copies of the model
+        loaded = ranks.run_on_main(lambda: load_initial_weights(model, config.model, data))
+        if log is not None:
+            log.say(f"initial weights: {loaded}")
+    model = model.to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if ranks.rank:  # the weights are equal on all ranks, but dropout must differ
@@ -308,7 +319,7 @@ def build_trainer(
         folder=folder,
         config=config.train,
         log=log,
-        metadata=weights_metadata(config, data),
+        metadata={**weights_metadata(config, data), "initial_weights": json.dumps(loaded or "random")},
         ranks=ranks,
     )
 
@@ -318,13 +329,13 @@ def weights_metadata(config: RunConfig, data: RunData) -> dict[str, str]:
     side = config.data.eval_size or config.data.image_size
     size = list(data.train.images.shape[2:]) if data.in_memory else [side, side]
     return {
-        "model": config.model.model,
+        "model": architecture(config.model.model),
         "num_classes": str(data.num_classes),
         "channels": str(data.channels),
         "size": json.dumps(size),
         "mean": json.dumps(list(data.mean)),
         "std": json.dumps(list(data.std)),
-        "classes": json.dumps([str(name) for name in data.train.classes]),
+        **identity(data),
     }
 
 
@@ -353,7 +364,8 @@ def train_run(
         _reset_peak_memory(resolve_device(config.train.device, ranks))
         data = open_data(config.data)
         log.say(data.about + (f"\n{note}" if note else ""))
-        trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks)
+        begun = resume and ranks.run_on_main(lambda: _same_start(folder, config))
+        trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks, initial=not begun)
     except BaseException:
         if ranks.is_main:
             folder.release()
@@ -377,8 +389,9 @@ def train_run(
             )
         if resume and started and ranks.is_main:
             _compare_versions(folder, log)
+        initial = json.loads(trainer.metadata["initial_weights"])
         if not (resume and started):
-            ranks.run_on_main(lambda: folder.create(config, impl))
+            ranks.run_on_main(lambda: folder.create(config, impl, initial))
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
             f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
@@ -392,7 +405,8 @@ def train_run(
         if resume and started:
             found = trainer.resume()
             # after resume(), so that a refused resume does not change the config of the run
-            ranks.run_on_main(lambda: folder.create(config, impl))
+            initial = json.loads(trainer.metadata["initial_weights"])
+            ranks.run_on_main(lambda: folder.create(config, impl, initial))
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
             if trainer.step >= trainer.total_steps:
                 log.say(f"the run is already complete ({trainer.step} steps)")
@@ -419,6 +433,23 @@ def train_run(
             f"at step {result['best_step']}"
         )
     return result
+
+
+def _same_start(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether the run has a checkpoint, whose weights it continues with.
+
+    Raises:
+        ValueError: the config names other initial weights than those that the run has started from.
+    """
+    if not (folder.exists() and list_checkpoints(folder.checkpoints)):
+        return False
+    before, now = folder.read_config().model, config.model
+    if (before.pretrained, before.init_from) != (now.pretrained, now.init_from):
+        raise ValueError(
+            f"--resume: the run in {folder.path} has begun and continues with its own weights; leave --pretrained and "
+            "--init-from as they were, or start a new run with another --out"
+        )
+    return True
 
 
 def _rows(config: RunConfig, trainer: Trainer) -> str:
@@ -468,32 +499,22 @@ def _peak_memory_mib(device: torch.device) -> float | None:
 def evaluate_run(
     path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Scores of a run's weights (`best` or `last`) on its own test set or on another dataset with the same classes.
+    """Scores of a run's weights (`best` or `last`) on its own test set or on another dataset of its classes.
 
     Raises:
-        ValueError: there is no run, or the dataset has another number of classes.
+        ValueError: there is no run, the dataset has other classes or images of another shape, or the images that the
+            run held out are not the same any more.
         CheckpointError: the weights are missing or damaged.
     """
-    folder = RunFolder(path)
-    config = folder.read_config()
-    if source is not None:
-        # normalisation is part of the model, so another dataset uses the statistics of the training set
-        trained = open_data(config.data)
-        other = open_data(override(config, source=source, per_class=None, label_noise=0.0).data)
-        if other.num_classes != trained.num_classes:
-            raise ValueError(
-                f"eval: {source} has {other.num_classes} classes, the run in {path} has {trained.num_classes}"
-            )
-        data = RunData(other.train, other.test, config.data, trained.mean, trained.std)
-    else:
-        data = open_data(config.data)
+    from .export import load_model  # which imports this file
+
+    model, about = load_model(path, weights=weights)
+    config = RunFolder(path).read_config().data
+    test = open_test(config, about, source)
     where = resolve_device(device)
-    model = create_model(config.model.model, data.num_classes, data.channels)
-    file = folder.checkpoints / f"{weights}.safetensors"
-    if not file.exists():
-        raise CheckpointError(f"eval: {file} is missing; has the run finished an evaluation?")
-    load_weights(file, model)
-    return evaluate(model.to(where), data.test_batches(where))
+    # normalisation is part of the network, so any data use the statistics of the training set
+    batches = eval_loader(test, evaluation_config(config, about), about["mean"], about["std"], where)
+    return evaluate(model.to(where), batches)
 
 
 SMOKE_STEPS, SMOKE_ROWS, SMOKE_CLASSES, SMOKE_PIXELS = 4, 16, 10, 64

@@ -134,6 +134,11 @@ class FileDataset:
         """Number of classes."""
         return len(self.classes)
 
+    @property
+    def files(self) -> NDArray[np.bytes_]:
+        """(N,) paths relative to `root`, as the system encodes them."""
+        return self._paths
+
     def __len__(self) -> int:
         return len(self.targets)
 

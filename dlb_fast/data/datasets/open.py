@@ -181,8 +181,13 @@ def class_names(folder: Path) -> list[str]:
     return [name for name, is_folder, _ in found if is_folder and not is_hidden(name)]
 
 
+def held_out(dataset: Any, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(training indices, test indices) of a dataset without a test set of its own."""
+    return stratified_split(dataset.targets, _HELD_OUT, seed)
+
+
 def _held_out(dataset: Any, split: str, seed: int) -> Any:
-    train, test = stratified_split(dataset.targets, _HELD_OUT, seed)
+    train, test = held_out(dataset, seed)
     if len(test) == 0:
         raise ValueError(f"open_dataset: {dataset!r} has no class with two images, so there is nothing to hold out")
     lone = int((np.bincount(dataset.targets) == 1).sum())
