@@ -272,7 +272,7 @@ def test_presets_list_and_show(here, capsys):
         ("optm: {lr: 0.1}", "unknown group 'optm'; did you mean optim?"),
         ("lr: 0.1", "unknown group 'lr'; did you mean optim.lr?"),
         ("optim: {epochs: 3}", "unknown field optim.epochs; did you mean train.epochs?"),
-        ("optim: {lr: fast}", "optim.lr must be FLOAT, got 'fast'"),
+        ("optim: {lr: fast}", "optim.lr must be None or FLOAT, got 'fast'"),
         ("data: {flip: 'no'}", "data.flip must be one of 'True', 'False', got 'no'"),
         ("train: {amp: fp8}", "train.amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
         ("loss: {method: dbl}", "got 'dbl'; did you mean 'dlb'?"),
@@ -290,7 +290,7 @@ def test_a_wrong_config_file_is_told_with_what_was_meant(text, message, here, ca
 
 def test_a_wrong_flag_is_told_with_what_was_meant(here, capsys):
     assert "did you mean --lr?" in failing(["train", "--lrr", "0.1"], capsys)
-    assert "--lr must be FLOAT, got 'fast'" in failing(["train", "--lr", "fast"], capsys)
+    assert "--lr must be None or FLOAT, got 'fast'" in failing(["train", "--lr", "fast"], capsys)
 
 
 def test_data_without_a_preset_start_from_the_defaults(here, capsys):

@@ -7,6 +7,7 @@ no prefix.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -263,25 +264,40 @@ METHOD_FIELDS = tuple(
 class OptimConfig:
     """The optimiser."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.05
-    """Peak learning rate."""
-    momentum: float = 0.9
-    """SGD only."""
-    nesterov: bool = True
-    """SGD only."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW only."""
-    weight_decay: float = 5e-4
+    optimizer: str = "sgd"
+    """A class of torch.optim (sgd, adamw, nadam, rmsprop, ...) or a name of timm's (lion, lamb, ...; timm:adamw is
+    timm's own). A change of the optimiser sets the numbers below to the new one's defaults unless they are given."""
+    lr: float | None = None
+    """Peak learning rate. None: the optimiser's default; sgd: 0.05."""
+    momentum: float | None = None
+    """None: the optimiser's default; sgd: 0.9."""
+    nesterov: bool | None = None
+    """Nesterov momentum. None: the optimiser's default; sgd: True."""
+    betas: tuple[float, ...] | None = None
+    """Decay of the moments of Adam and its kin. None: the optimiser's default."""
+    weight_decay: float | None = None
+    """None: the optimiser's default; sgd: 0.0005."""
+    optimizer_options: tuple[str, ...] = ()
+    """Further options of the optimiser as NAME=VALUE, such as eps=1e-6 amsgrad=True."""
     decay_norm_and_bias: bool = True
     """False: no weight decay for parameters with at most one dimension (norms, biases)."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.lr) and self.lr > 0, "lr", "finite and > 0", self.lr)
-        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
-        _require(all(0 <= b < 1 for b in self.betas), "betas", "in [0, 1)", self.betas)
-        _require(self.momentum > 0 or not self.nesterov, "nesterov", "False when momentum is 0", self.nesterov)
+        _require(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "lr", "finite and > 0", self.lr)
+        _require(self.momentum is None or 0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        decay = self.weight_decay
+        _require(decay is None or 0 <= decay < math.inf, "weight_decay", "finite and at least 0", decay)
+        _require(self.betas is None or all(0 <= b < 1 for b in self.betas), "betas", "in [0, 1)", self.betas)
+        _require(self.momentum != 0 or not self.nesterov, "nesterov", "False when momentum is 0", self.nesterov)
+        names = [text.partition("=")[0] for text in self.optimizer_options]
+        ok = all("=" in text for text in self.optimizer_options) and len(set(names)) == len(names)
+        _require(ok, "optimizer_options", "distinct options NAME=VALUE", self.optimizer_options)
+
+    def switched(self, optimizer: str) -> OptimConfig:
+        """This config for an optimiser: another one gets its own numbers, because a rate of SGD is none of AdamW."""
+        if optimizer == self.optimizer:
+            return self
+        return OptimConfig(optimizer, decay_norm_and_bias=self.decay_norm_and_bias)
 
 
 @dataclass(frozen=True)
@@ -390,7 +406,23 @@ _MIXING = (
     lambda c: c.augment.mixup_alpha > 0 or c.augment.cutmix_alpha > 0,
     "mixup_alpha or cutmix_alpha above 0",
 )
-_SGD = (("optimizer",), lambda c: c.optim.optimizer == "sgd", "optimizer=sgd")
+
+
+def _optimizer_has(name: str) -> tuple[tuple[str, ...], Callable[[RunConfig], bool], str]:
+    def has(config: RunConfig) -> bool:
+        from .optim import find_optimizer  # which imports this file
+
+        return name in find_optimizer(config.optim.optimizer)[1]
+
+    return ("optimizer",), has, f"an optimizer that has {name}"
+
+
+def _decays(config: RunConfig) -> bool:
+    from .optim import resolve_optimizer
+
+    return bool(resolve_optimizer(config.optim).weight_decay)
+
+
 EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
     **dict.fromkeys(("image_size", "eval_size", "eval_resize", "num_threads", "max_pixels"), _IMAGE_FILES),
     "noise_kind": (("label_noise",), lambda c: c.data.label_noise > 0, "label_noise above 0"),
@@ -416,9 +448,8 @@ EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
         lambda c: c.augment.mix_prob > 0 and not (c.augment.mixup_alpha > 0 and c.augment.mix_switch_prob == 0),
         "mix_prob above 0, and beside mixup_alpha mix_switch_prob above 0",
     ),
-    **dict.fromkeys(("momentum", "nesterov"), _SGD),
-    "betas": (("optimizer",), lambda c: c.optim.optimizer == "adamw", "optimizer=adamw"),
-    "decay_norm_and_bias": (("weight_decay",), lambda c: c.optim.weight_decay > 0, "weight_decay above 0"),
+    **{name: _optimizer_has(name) for name in ("momentum", "nesterov", "betas", "weight_decay")},
+    "decay_norm_and_bias": (("optimizer", "weight_decay"), _decays, "weight_decay above 0"),
     "gamma": (("schedule",), lambda c: c.schedule.schedule == "multistep", "schedule=multistep"),
     "min_lr": (("schedule",), lambda c: c.schedule.schedule == "cosine", "schedule=cosine"),
 }
@@ -488,6 +519,14 @@ def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) 
     Raises:
         SystemExit: with 2 after one sentence on stderr for a wrong flag, with 0 after `--help`.
     """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--optimizer", nargs="?")
+    chosen = early.parse_known_args(flags)[0].optimizer
+    if chosen is not None:  # it decides what the other numbers of the optimiser are
+        if isinstance(default, RunConfig):
+            default = override(default, optimizer=chosen)
+        else:
+            default = dataclasses.replace(default, run=override(default.run, optimizer=chosen))
     try:
         return _parse(form, default, flags, prog, "OmitArgPrefixes")
     except ValueError as error:
@@ -499,6 +538,8 @@ def override(config: RunConfig, **values: Any) -> RunConfig:
     """The config with fields replaced by name (in any group), or whole groups."""
     groups = _fields()
     homes = {name: group for group, names in groups.items() for name in names}
+    if "optimizer" in values:
+        config = dataclasses.replace(config, optim=config.optim.switched(values["optimizer"]))
     for name, value in values.items():
         if name in groups and dataclasses.is_dataclass(value):
             config = dataclasses.replace(config, **{name: value})  # type: ignore[arg-type]
@@ -547,6 +588,8 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
                 raise ValueError(f"config: unknown field {group}.{name}{_suggestion(f'{group}.{name}', known)}")
             flags += _as_flag(f"{group}.{name}", "data" if name == "source" else name, value)
         current = getattr(config, group)
+        if isinstance(current, OptimConfig) and isinstance(part.get("optimizer"), str):
+            current = current.switched(part["optimizer"])
         try:
             made = _parse(type(current), current, flags, "config", "FlagConversionOff")
         except ValueError as error:
@@ -623,8 +666,9 @@ def _sentence(box: str) -> str:
     if wrong := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", said):
         return f"{wrong[2]} must be one of {wrong[3]}, got {wrong[1]}"
     explained = {block[0]: block[1:] for block in blocks[1:]}
-    if (wrong := re.match(r"Error parsing (\S+): .*?('.*'|\[.*?\])", said)) and "Argument helptext:" in explained:
+    if (wrong := re.match(r"Error parsing (\S+): .*?('.*'|\[\])\]?\.?$", said)) and "Argument helptext:" in explained:
         expected = explained["Argument helptext:"][0].removeprefix(wrong[1]).strip().replace("{None}|", "None or ")
+        expected = re.sub(r"\{?\[(\w+) \[\1 \.\.\.\]\]\}?", r"\1 \1 ...", expected)
         return f"{wrong[1]} must be {expected}, got {wrong[2].strip('[]')}"
     if near := explained.get("Perhaps you meant:"):
         return f"{said}; did you mean {near[0].split()[0]}?"
