@@ -25,6 +25,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": ("dlb_fast.cli:train", "train a network: --preset NAME, --data KIND[:PATH], --out FOLDER, --resume"),
     "eval": ("dlb_fast.cli:evaluate", "evaluate a run's weights: accuracy, likelihood, calibration"),
+    "predict": ("dlb_fast.train.predict:main", "class and probability of image files, by the network of a run"),
     "compare": ("dlb_fast.cli:compare", "methods x seeds at equal images seen: table, curves, report"),
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
     "report": ("dlb_fast.cli:report", "a page per run; tables, curves and calibration over several"),
@@ -33,7 +34,7 @@ COMMANDS = {
     "bench": ("dlb_fast.cli:bench", "measure on this machine: bench [last_batch | loader | methods | step] [options]"),
     "doctor": ("dlb_fast.doctor:main", "which implementations of the loss work here, and why the others do not"),
 }
-ONE_PROCESS = ("compare", "demo", "eval")
+ONE_PROCESS = ("compare", "demo", "eval", "predict")
 TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
 
 

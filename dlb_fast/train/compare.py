@@ -20,7 +20,7 @@ import torch
 
 from .checkpoint import write_atomically
 from .config import RunConfig, from_dict, override, to_dict
-from .data import open_data
+from .data import check_same_data, identity, open_data
 from .methods import LABELS, VARIANTS, sampled_rows, variant
 from .run import RunFolder, resolve_device, train_run
 
@@ -95,8 +95,9 @@ def run(
     if jobs < 1:
         raise ValueError(f"compare: jobs must be at least 1, got {jobs}")
     configs = equal_budget(config, methods)
+    data = identity(open_data(config.data))
     path = folder or RunFolder.named(label).path
-    _claim(path, config, methods, seeds, command)
+    _claim(path, config, methods, seeds, command, data)
     work = [
         (name, seed, to_dict(override(configs[name], seed=seed)), str(path / f"{name}-seed{seed}"))
         for seed in range(seeds)  # seed by seed: an interrupted comparison is balanced
@@ -111,17 +112,20 @@ def run(
     return path
 
 
-def _claim(path: Path, config: RunConfig, methods: Sequence[str], seeds: int, command: str) -> None:
+def _claim(
+    path: Path, config: RunConfig, methods: Sequence[str], seeds: int, command: str, data: dict[str, str]
+) -> None:
     mark = path / MARK
-    asked = {"config": to_dict(config), "methods": list(methods), "seeds": seeds, "command": command}
+    asked = {"config": to_dict(config), "methods": list(methods), "seeds": seeds, "command": command, "data": data}
     if mark.exists():
         before = json.loads(mark.read_text(encoding="utf-8"))
         if from_dict(before["config"]) != config:
             raise ValueError(f"compare: {path} holds a comparison with another config; choose another --out")
+        check_same_data(before["data"], data, f"compare: the comparison in {path}")
     elif path.exists() and any(path.iterdir()):
         raise ValueError(f"compare: {path} is not empty and holds no comparison; choose another --out")
-    data = json.dumps(asked, indent=1).encode()
-    write_atomically(mark, lambda file: file.write(data))
+    text = json.dumps(asked, indent=1).encode()
+    write_atomically(mark, lambda file: file.write(text))
 
 
 def _train_one(item: tuple[str, int, dict[str, Any], str], threads: int | None) -> dict[str, Any]:

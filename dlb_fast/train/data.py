@@ -326,7 +326,8 @@ def check_classes(before: Sequence[str], now: Sequence[str], who: str) -> None:
     if difference := classes_differ(before, now):
         raise ValueError(
             f"{who} was trained with other classes: {difference}. Its outputs would be taken for the wrong classes: "
-            "rename the folders or labels back, or start a new run (--init-from takes over the weights)"
+            "rename the folders or labels back, or start anew with another --out, where --init-from takes over the "
+            "weights"
         )
 
 
@@ -349,8 +350,9 @@ def check_same_data(before: Mapping[str, str], now: Mapping[str, str], origin: s
     for split, what in (("train", "training"), ("test", "test")):
         if difference := _files_differ(found[split], here[split], json.loads(now["classes"])):
             raise ValueError(
-                f"{origin} was made with other {what} images: {difference}. A resume continues with the same images in "
-                "the same order: bring them back, or start a new run with these (--init-from takes over the weights)"
+                f"{origin} was made with other {what} images: {difference}. It continues with the same images in the "
+                "same order only: bring them back, or start anew with another --out, where --init-from takes over the "
+                "weights"
             )
 
 

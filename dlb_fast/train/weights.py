@@ -54,8 +54,8 @@ def load_initial_weights(model: nn.Module, config: ModelConfig, data: RunData) -
 def _from_torchvision(model: nn.Module, name: str, data: RunData) -> str:
     if name not in TORCHVISION:
         raise ValueError(
-            f"config: there are no published weights of {name}; pretrained works with {', '.join(TORCHVISION)} and with "
-            "timm:NAME, and init_from takes weights of your own"
+            f"config: there are no published weights of {name}; pretrained works with {', '.join(TORCHVISION)} and "
+            "with timm:NAME, and init_from takes weights of your own"
         )
     try:
         from torchvision.models import get_model_weights
@@ -96,8 +96,8 @@ def _from_timm(model: nn.Module, name: str, data: RunData) -> str:
 
 def _not_loaded(what: str, error: Exception, home: str) -> CheckpointError:
     return CheckpointError(
-        f"--pretrained: {what} could not be loaded ({_why(error)}); without a network run it once on a machine that has "
-        f"one, with the same {home}, or copy the file and name it with --init-from"
+        f"--pretrained: {what} could not be loaded ({_why(error)}); where there is no network, bring the {home} of a "
+        "machine that has loaded them, or name a file with --init-from"
     )
 
 
@@ -130,7 +130,7 @@ def read_state(source: str | Path) -> tuple[State, dict[str, Any], str]:
     if path.suffix == ".safetensors" or start[8:] == b"{":
         return (*read_weights(path), str(path))
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that trainers save beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options that trainers save beside the weights
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
@@ -227,7 +227,7 @@ def _other_normalisation(mean: Any, std: Any, data: RunData) -> str:
     if mean is None or std is None:
         return ""
     before, now = (*mean, *std), (*data.mean, *data.std)
-    if len(before) == len(now) and max(abs(a - b) for a, b in zip(before, now, strict=True)) < 1e-3:
+    if len(before) == len(now) and max(abs(a - b) for a, b in zip(before, now, strict=True)) < 0.02:
         return ""
     old, new = ([round(float(value), 3) for value in values] for values in (before, now))
     return f"; they were trained with mean and std {old}, the data of this run have {new}"
