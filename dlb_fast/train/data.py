@@ -102,9 +102,10 @@ class RunData:
             "mix": augment.mix(),
             "erase": augment.erase(),
         }
+        on_error = self.config.on_error
         threads = self.config.num_threads
         if sampler is not None:
-            return SampledLoader(self.train, sampler, num_threads=threads, decoder=self._decoder(), **options)
+            return SampledLoader(self.train, sampler, num_threads=threads, decoder=self._decoder(), on_error=on_error, **options)
         rows = self.config.batch_size
         sampled = rows // 2 if overlap else rows
         if len(self.train) < sampled:
@@ -114,7 +115,7 @@ class RunData:
         options |= {"seed": seed, "overlap": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
         if self.in_memory:
             return ResidentLoader(self.train, rows // ranks.world_size, **options)
-        options |= {"num_threads": threads, "decoder": self._decoder()}
+        options |= {"num_threads": threads, "decoder": self._decoder(), "on_error": on_error}
         return OverlapLoader(self.train, rows // ranks.world_size, **options)
 
     def _decoder(self) -> ImageDecoder:
@@ -152,6 +153,7 @@ class RunData:
             std=self.std,
             num_threads=config.num_threads,
             decoder=self._decoder(),
+            on_error=config.on_error,
             rank=ranks.rank,
             world_size=ranks.world_size,
         )

@@ -297,13 +297,14 @@ def build_trainer(
         total_steps=steps,
         steps_per_epoch=len(loader) / config.train.accumulate,
     )
+    tested = data.test_batches(device, ranks)  # one loader, which names an unreadable image once
     return Trainer(
         model,
         criterion.to(device),
         optimizer,
         loader,
         scheduler=scheduler,
-        evaluate=lambda network: evaluate(network, data.test_batches(device, ranks), ranks=ranks),
+        evaluate=lambda network: evaluate(network, tested, ranks=ranks),
         folder=folder,
         config=config.train,
         log=log,
@@ -395,6 +396,8 @@ def train_run(
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
             if trainer.step >= trainer.total_steps:
                 log.say(f"the run is already complete ({trainer.step} steps)")
+            elif trainer.out_of_patience:
+                log.say(f"the run has ended early at step {trainer.step}; a larger --patience, or None, continues it")
             else:
                 ranks.run_on_main(lambda: (folder.path / "result.json").unlink(missing_ok=True))
         try:
@@ -403,7 +406,8 @@ def train_run(
             loader.close()
     finally:
         folder.unlock()
-    if result["stopped_by"] is not None and trainer.step < trainer.total_steps:
+    early = result["stopped_by"] == "patience"
+    if result["stopped_by"] is not None and not early and trainer.step < trainer.total_steps:
         log.say(
             f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "
             f"continue with: dlb-fast train --resume --out {folder.path}"
@@ -412,10 +416,16 @@ def train_run(
     result["peak_mib"] = _peak_memory_mib(trainer.device)
     encoded = json.dumps(result, indent=1).encode()
     ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(encoded)))
+    if early:
+        log.say(
+            f"stopped early at step {trainer.step} of {trainer.total_steps}: {trainer.stale} evaluations without a "
+            f"better test top-1 (patience {config.train.patience})"
+        )
     if result["best_top1"] is not None:
         log.say(
             f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
-            f"at step {result['best_step']}"
+            f"at step {result['best_step']}; `dlb-fast eval` takes the best weights, with --weights last those of the "
+            "end"
         )
     return result
 
@@ -465,16 +475,18 @@ def _peak_memory_mib(device: torch.device) -> float | None:
 
 
 def evaluate_run(
-    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
+    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto", **changed: Any
 ) -> dict[str, Any]:
     """Scores of a run's weights (`best` or `last`) on its own test set or on another dataset with the same classes.
+
+    `changed`: fields of `DataConfig` in place of the run's, such as `on_error`.
 
     Raises:
         ValueError: there is no run, or the dataset has another number of classes.
         CheckpointError: the weights are missing or damaged.
     """
     folder = RunFolder(path)
-    config = folder.read_config()
+    config = override(folder.read_config(), **changed)
     if source is not None:
         # normalisation is part of the model, so another dataset uses the statistics of the training set
         trained = open_data(config.data)
