@@ -194,12 +194,17 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--weights", default="best", choices=("best", "last"), help="which weights (default: best)")
     parser.add_argument("--data", help="KIND[:PATH] of another set with the same classes")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--on-error", choices=("raise", "replace"), help="replace: leave out what cannot be read (default: the run's)"
+    )
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: the run's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     from dlb_fast.train.run import evaluate_run
 
-    scores = evaluate_run(args.run, weights=args.weights, source=args.data, device=args.device)
+    given = {name: getattr(args, name) for name in ("on_error", "max_pixels") if getattr(args, name) is not None}
+    scores = evaluate_run(args.run, weights=args.weights, source=args.data, device=args.device, **given)
     if args.json:
         import json
 

@@ -58,7 +58,7 @@ FORMAT = "dlb_fast.checkpoint"
 VERSION = 1
 NAME = re.compile(r"step-\d{9}\.pt")
 LEFTOVER = re.compile(r"\.step-\d{9}\.pt\.\d+\.tmp")  # left by a process that was killed while writing
-COUNTERS = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "last")
+COUNTERS = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "stale", "last")
 
 
 class CheckpointError(RuntimeError):

@@ -96,6 +96,9 @@ class DataConfig:
     """Decoding threads for image folders."""
     max_pixels: int = 178_956_970
     """Image files with more pixels are refused before they are decoded."""
+    on_error: Literal["raise", "replace"] = "raise"
+    """raise: an image that cannot be read ends the run. replace: in the training another one stands in, in both views
+    and named; in the evaluation it is left out. More than 1 % of a set end the run."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "even and >= 2", self.batch_size)
@@ -349,6 +352,8 @@ class TrainConfig:
     """Train with torch.compile; the evaluation stays eager."""
     eval_every: int | None = None
     """Steps between evaluations, each a row of metrics; None: every epoch."""
+    patience: int | None = None
+    """End the training after this many evaluations in a row without a better test accuracy; None: never."""
     log_every: int = 50
     """Steps between progress lines in metrics.jsonl and checks for a loss that is not finite."""
     checkpoint_every: int | None = None
@@ -365,7 +370,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "log_every", "keep"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("max_steps", "eval_every", "checkpoint_every"):
+        for name in ("max_steps", "eval_every", "patience", "checkpoint_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1 or null", value)
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "above 0 or null", self.clip_grad)
@@ -424,7 +429,7 @@ def _decays(config: RunConfig) -> bool:
 
 
 EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
-    **dict.fromkeys(("image_size", "eval_size", "eval_resize", "num_threads", "max_pixels"), _IMAGE_FILES),
+    **dict.fromkeys(("image_size", "eval_size", "eval_resize", "num_threads", "max_pixels", "on_error"), _IMAGE_FILES),
     "noise_kind": (("label_noise",), lambda c: c.data.label_noise > 0, "label_noise above 0"),
     "data_seed": (
         ("data", "per_class", "label_noise"),

@@ -309,13 +309,14 @@ def build_trainer(
         total_steps=steps,
         steps_per_epoch=len(loader) / config.train.accumulate,
     )
+    tested = data.test_batches(device, ranks)  # one loader, which names an unreadable image once
     return Trainer(
         model,
         criterion.to(device),
         optimizer,
         loader,
         scheduler=scheduler,
-        evaluate=lambda network: evaluate(network, data.test_batches(device, ranks), ranks=ranks),
+        evaluate=lambda network: evaluate(network, tested, ranks=ranks),
         folder=folder,
         config=config.train,
         log=log,
@@ -410,6 +411,8 @@ def train_run(
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
             if trainer.step >= trainer.total_steps:
                 log.say(f"the run is already complete ({trainer.step} steps)")
+            elif trainer.out_of_patience:
+                log.say(f"the run has ended early at step {trainer.step}; a larger --patience, or None, continues it")
             else:
                 ranks.run_on_main(lambda: (folder.path / "result.json").unlink(missing_ok=True))
         try:
@@ -418,7 +421,8 @@ def train_run(
             loader.close()
     finally:
         folder.unlock()
-    if result["stopped_by"] is not None and trainer.step < trainer.total_steps:
+    early = result["stopped_by"] == "patience"
+    if result["stopped_by"] is not None and not early and trainer.step < trainer.total_steps:
         log.say(
             f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "
             f"continue with: dlb-fast train --resume --out {folder.path}"
@@ -427,10 +431,16 @@ def train_run(
     result["peak_mib"] = _peak_memory_mib(trainer.device)
     encoded = json.dumps(result, indent=1).encode()
     ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(encoded)))
+    if early:
+        log.say(
+            f"stopped early at step {trainer.step} of {trainer.total_steps}: {trainer.stale} evaluations without a "
+            f"better test top-1 (patience {config.train.patience})"
+        )
     if result["best_top1"] is not None:
         log.say(
             f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
-            f"at step {result['best_step']}"
+            f"at step {result['best_step']}; `dlb-fast eval` takes the best weights, with --weights last those of the "
+            "end"
         )
     return result
 
@@ -497,9 +507,11 @@ def _peak_memory_mib(device: torch.device) -> float | None:
 
 
 def evaluate_run(
-    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
+    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto", **changed: Any
 ) -> dict[str, Any]:
     """Scores of a run's weights (`best` or `last`) on its own test set or on another dataset of its classes.
+
+    `changed`: fields of `DataConfig` in place of the run's, such as `on_error`.
 
     Raises:
         ValueError: there is no run, the dataset has other classes or images of another shape, or the images that the
@@ -509,7 +521,7 @@ def evaluate_run(
     from .export import load_model  # which imports this file
 
     model, about = load_model(path, weights=weights)
-    config = RunFolder(path).read_config().data
+    config = override(RunFolder(path).read_config(), **changed).data
     test = open_test(config, about, source)
     where = resolve_device(device)
     # normalisation is part of the network, so any data use the statistics of the training set
