@@ -251,7 +251,14 @@ def report(argv: list[str]) -> int:
     from dlb_fast import report as pages
 
     found = {path.resolve(): (path, label) for folder in args.runs for path, label in pages.find_runs(folder)}
-    read = [pages.read_run(path, label) for path, label in found.values()]
+    read: list[Run] = []
+    for path, label in found.values():
+        try:
+            read.append(pages.read_run(path, label))
+        except ValueError as error:
+            if path in args.runs:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
     homes = {path.resolve().parent for path in args.runs} if len(args.runs) > 1 else set(args.runs)
     if args.out is None and len(homes) > 1:
         raise ValueError("report: the runs are in several folders; name one for the report over all of them with --out")

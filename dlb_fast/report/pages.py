@@ -58,10 +58,12 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
 
 EXPLANATION = """\
 Mean ± sample standard deviation over seeds. Last is the end of training; best picks the evaluation by the test set
-itself and is therefore optimistic, as in the official code. All methods make the same number of optimiser steps on the
-same number of rows; DLB and its alpha=0 control start with one half batch less. Forwards of teachers (MrKD's copies)
-are not counted as images; their time is. Seconds are the training time of one run, on a machine that may have run
-others beside it; peak is the memory of the process (CPU) or of the device (GPU)."""
+itself and is therefore optimistic, as in the official code. Forwards of teachers (MrKD's copies) are not counted as
+images; their time is. Seconds are the training time of one run, on a machine that may have run others beside it; peak
+is the memory of the process (CPU) or of the device (GPU)."""
+EQUAL = """\
+All methods make the same number of optimiser steps on the same number of rows; DLB and its alpha=0 control start with
+one half batch less."""
 BANDS = (
     f"Curves are means over seeds. A band is one standard deviation; with more than {MOST_BANDS} methods there is none."
 )
@@ -120,8 +122,10 @@ def write_report(folder: Path, runs: Sequence[Run], *, title: str, command: str,
     if len(runs) > 1 and (folder / "config.yaml").exists():
         raise ValueError(f"report: {folder} is the folder of a run; name another one for a report over several: --out")
     config, one_setting = runs[0].config, len({run.config.data.source for run in runs}) == 1
+    equal = len(runs) > 1 and len({(run.last("step"), run.config.data.batch_size) for run in runs}) == 1
     sections: list[Section] = [
         ("", [("list", [*_setting(runs), *_numbers(runs)]), ("table", compare_table(runs)), ("note", EXPLANATION)]),
+        ("", [("note", EQUAL)] * equal),
         ("", _differences(runs, against)),
         ("", [("note", f"One data set, one network: {_caveat(config)}")] * one_setting),
         ("Curves", [("picture", _curves(runs, folder)), ("note", BANDS)]),
@@ -249,10 +253,11 @@ def _classes(confusion: Confusion | None) -> list[Part]:
         precision = confusion.pairs.get((i, i), 0) / confusion.predicted[i] if confusion.predicted[i] else math.nan
         figures = [number(confusion.correct(i), ".1f", 100), number(precision, ".1f", 100)]
         rows.append([names[i], f"{images[i]:,}", *figures, "" if other is None else names[other], f"{count:,}"])
-    head = ["class", "images", "recognised %", "right when predicted %", "most often taken for", "images so"]
-    missing = sum(not images[i] for i in range(len(names)))
+    head = ["class", "images", "recognised %", "right when predicted %", "most often taken for", "times"]
+    missing = [names[i] for i in range(len(names)) if not images[i]]
     note = f"{len(names):,} classes, {sum(images.values()):,} test images."
-    note += f" {missing:,} classes have none." * bool(missing)
+    if missing:
+        note += f" Without a test image: {', '.join(missing[:WORST])}{', ...' * (len(missing) > WORST)}."
     note += f" The {len(shown)} recognised least:" * many
     parts: list[Part] = [("note", note), ("table", Table(head, rows, text=(0, 4)))]
     if len(names) <= MATRIX_CLASSES:

@@ -215,19 +215,20 @@ def panel(run: Run, title: str) -> Any | None:
     curves = []
     for name in PANELS[title]:
         heading, _, factor = COLUMNS[name]
-        points = {s: by_step[s].get(name) for s in sorted(by_step)}
-        finite = {s: factor * v for s, v in points.items() if v is not None and math.isfinite(v)}
-        if finite:
-            curves.append((heading.removesuffix(" %"), list(finite), list(finite.values())))
+        points = {s: by_step[s][name] for s in sorted(by_step) if name in by_step[s]}
+        y = [math.nan if v is None or not math.isfinite(v) else factor * v for v in points.values()]
+        if not all(map(math.isnan, y)):
+            curves.append((heading.removesuffix(" %"), list(points), y))
     if not curves:
         return None
     figure, axis = _figure(5.4, 2.7)
     for number, (heading, x, y) in enumerate(curves):
-        axis.plot(x, y, label=heading, markevery=_marks(len(x), number))
-    if len(curves) > 1:
+        axis.plot(x, y, label=heading, markevery=_marks(len(x), number), linewidth=1.6 if len(x) < 300 else 1)
+    if len(PANELS[title]) > 1:
         axis.legend(loc="lower right", bbox_to_anchor=(1.02, 0.97), ncols=len(curves), fontsize=8, handlelength=3)
     axis.set_title(title)
     _count_axis(axis, "step")
+    axis.set_xlim(0, 1.03 * max(by_step))  # the same in all panels
     return figure
 
 

@@ -190,10 +190,9 @@ def find_runs(path: Path) -> list[tuple[Path, str | None]]:
         return [(path, None)]
     if found := read_comparison(path):
         return list(found)
-    inside = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
-    runs = [
-        run for p in inside for run in (read_comparison(p) or [(p, None)] * (p / "config.yaml").exists())
-    ]  # fmt: skip
+    runs: list[tuple[Path, str | None]] = []
+    for inside in sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []:
+        runs += read_comparison(inside) or [(inside, None)] * (inside / "config.yaml").exists()
     if not runs:
         raise ValueError(f"report: there is no run in {path}; a run folder has a config.yaml")
     return runs
@@ -214,7 +213,8 @@ def groups_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
         varies = [n for n in mine if n != "seed" and any(other[n] != mine[n] for other in values)]
         named = ", ".join([label, *(f"{n} {plain(mine[n])}" for n in varies)])
         if len(named) > 60 or named in groups:
-            named = f"{label} ({group[0].path.name})"
+            name = group[0].path.resolve().name
+            named = f"{label} ({name if len(name) < 48 else name[:45] + '...'})"
         if len({run.seed for run in group}) == len(group) and named not in groups:
             groups[named] = group
             continue
