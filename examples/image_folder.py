@@ -85,6 +85,8 @@ def main():
     torch.manual_seed(rank)
 
     train, val = open_data(args.data, args.size)
+    if val.classes != train.classes:  # torchvision numbers the folders of each split on its own
+        raise SystemExit(f"the classes of train and val differ: {set(train.classes) ^ set(val.classes)}")
     loader = make_loader(train, args.batch_size, args.workers)
     model = models.get_model(args.model, num_classes=len(train.classes)).to(device)
     net = DistributedDataParallel(model) if ranks > 1 else model

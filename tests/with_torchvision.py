@@ -5,6 +5,7 @@ them; naming them is enough to import it, since no script here calls one. With `
 after its N-th file was renamed into place.
 """
 
+import importlib
 import os
 import runpy
 import signal
@@ -15,15 +16,14 @@ def import_torchvision():
     import torch
 
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except RuntimeError:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
+        importlib.import_module("torchvision")
         return library  # the operators live as long as it
     return None
 

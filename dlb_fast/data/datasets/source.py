@@ -150,7 +150,7 @@ def pair_of(operation: str, item: Any) -> tuple[Any, Any]:
         raise TypeError(f"{where}, got the target {target!r}; number the class names")
     if not isinstance(target, (torch.Tensor, np.ndarray)) and not isinstance(target, (numbers.Real, np.number)):
         raise TypeError(
-            f"{where}, got the target {_described(target)}; one class of the whole image is needed, not boxes, masks or "
+            f"{where}, got the target {_described(target)}; one class of the whole image is needed, no boxes, masks or "
             "captions: pass MapDataset(dataset, load), whose load(dataset, i) returns (image, class index)"
         )
     return image, target
