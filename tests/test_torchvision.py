@@ -24,6 +24,7 @@ from dlb_fast.data import (
     Flip,
     ImageDecoder,
     IndexedDataset,
+    MapDataset,
     OverlapBatchSampler,
     OverlapLoader,
     PadCrop,
@@ -339,6 +340,76 @@ def test_how_a_transform_is_called_follows_from_its_arguments() -> None:
     two += [train_transform("small", 8), train_transform("imagenet", 8), SimpleNamespace, lambda image, other: image]
     assert [takes_rng(transform) for transform in one] == [False] * 4
     assert [takes_rng(transform) for transform in two] == [True] * len(two)
+
+
+class Items(Dataset[Any]):
+    """A dataset whose transform has a name of its own, and whose items are what `shape(image, label, index)` makes."""
+
+    def __init__(self, shape: Callable[[Any, int, int], Any]) -> None:
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Any:
+        return self.shape(torch.rand(3, 4, 4), index % 2, index)
+
+
+def keyed(image: Any, label: int, index: int) -> Any:
+    return {"image": image, "label": label}
+
+
+def picked(dataset: Any, index: int) -> Any:
+    item = dataset[index]
+    return item["image"], item["label"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OverlapLoader(Items(lambda *parts: parts[:2]), 8),
+        lambda: OverlapLoader(Items(keyed), 8, load=picked),
+        lambda: OverlapLoader(MapDataset(Items(keyed), picked), 8),
+        lambda: OverlapLoader(Subset(Items(lambda *parts: parts[:2]), range(8)), 8),
+    ],
+    ids=["items", "load", "MapDataset", "Subset"],
+)
+def test_a_dataset_of_ones_own_never_gives_one_picture_twice(make: Callable[[], Any]) -> None:
+    with make() as loader:
+        for before, batch in pairwise(list(loader)):
+            assert batch.ids[: batch.num_old].tolist() == before.ids[before.num_old :].tolist()
+            assert not torch.equal(batch.old, before.new)
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        (keyed, "got dict with the keys 'image', 'label'; pass load=.* to OverlapLoader or to MapDataset"),
+        (lambda *parts: parts, "got tuple of 3; pass load="),
+        (lambda image, label, index: (image, {"boxes": [1] * index}), "the target dict with the keys 'boxes'; one cla"),
+        (lambda image, label, index: (image, Image.new("L", (4, 4))), "the target Image; one class of the whole image"),
+        (lambda image, label, index: (image, [(0, 0, 1, 1)]), "the target list of 1; one class of the whole image"),
+        (lambda image, label, index: (image, "cat"), "the target 'cat'; number the class names"),
+    ],
+)
+def test_items_that_cannot_be_trained_on_say_what_to_change(shape: Any, match: str) -> None:
+    data = Items(shape)
+    with pytest.raises(TypeError, match=f"IndexedDataset: expected a pair .*{match}"):
+        next(iter(DataLoader(IndexedDataset(data), batch_sampler=OverlapBatchSampler(data, 8))))
+    with OverlapLoader(data, 8) as loader, pytest.raises(SampleError, match=match):
+        next(iter(loader))
+    with pytest.raises(TypeError, match=match):
+        load_into_memory(data)
+
+
+def test_a_sampler_belongs_to_its_dataset() -> None:
+    data = Items(lambda *parts: parts[:2])
+    for other in (Subset(data, range(8)), ConcatDataset([data, data])):
+        loader = DataLoader(IndexedDataset(other), batch_sampler=OverlapBatchSampler(data, 8))
+        with pytest.raises(ValueError, match=f"sampler was made for 16 samples, this dataset has {len(other)}; make"):
+            next(iter(loader))
+    with pytest.raises(TypeError, match=r"got a list of them; pass .*batch_sampler=\.\.\.\), not as sampler="):
+        next(iter(DataLoader(IndexedDataset(data), batch_size=4, sampler=OverlapBatchSampler(data, 8))))
 
 
 def drawn(image: Any) -> torch.Tensor:

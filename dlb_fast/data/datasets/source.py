@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import math
+import numbers
 import operator
 import os
 import threading
@@ -126,31 +127,46 @@ def as_pair(item: Any) -> tuple[Any, Any]:
         >>> as_pair(("image", 3))
         ('image', 3)
     """
-    wanted = "expected a pair (image, class index) from load or dataset[i]"
     image, target = pair_of("", item)
     size = target.numel() if isinstance(target, torch.Tensor) else np.size(target)
-    if size != 1 or target is None or isinstance(target, str):
-        got = f"{type(target).__name__} of shape {tuple(np.shape(target))}" if size != 1 else repr(target)
+    if size != 1:
         raise TypeError(
-            f"{wanted}, got the target {got}; number the class names, and pass the class instead of soft targets (the "
-            "loaders mix whole batches: docs/augmentation.md)"
+            f"{_PAIR}, got the target {type(target).__name__} of shape {tuple(np.shape(target))}; pass the class in "
+            "place of soft targets (the loaders mix whole batches: docs/augmentation.md)"
         )
     return image, target
 
 
 def pair_of(operation: str, item: Any) -> tuple[Any, Any]:
-    """(image, target) of an item, whatever the target is; TypeError for anything but a pair."""
-    if isinstance(item, (tuple, list)) and len(item) == 2:
-        return item[0], item[1]
-    got = type(item).__name__
-    if isinstance(item, (tuple, list)):
-        got += f" of {len(item)}"
-    elif isinstance(item, dict):
-        got += f" with the keys {', '.join(map(repr, list(item)[:5]))}"
-    raise TypeError(
-        f"{operation}{operation and ': '}expected a pair (image, class index) from load or dataset[i], got {got}; pass "
-        "load=lambda dataset, i: (image, target) that picks them, to OverlapLoader or to MapDataset(dataset, load)"
-    )
+    """(image, target) of an item; TypeError for anything but a pair whose target is a number or an array of numbers."""
+    where = f"{operation}{operation and ': '}{_PAIR}"
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise TypeError(
+            f"{where}, got {_described(item)}; pass load=lambda dataset, i: (image, target) that picks them, to "
+            "OverlapLoader or to MapDataset(dataset, load)"
+        )
+    image, target = item
+    if isinstance(target, str):
+        raise TypeError(f"{where}, got the target {target!r}; number the class names")
+    if not isinstance(target, (torch.Tensor, np.ndarray)) and not isinstance(target, (numbers.Real, np.number)):
+        raise TypeError(
+            f"{where}, got the target {_described(target)}; one class of the whole image is needed, no boxes, masks or "
+            "captions: pass MapDataset(dataset, load), whose load(dataset, i) returns (image, class index)"
+        )
+    return image, target
+
+
+_PAIR = "expected a pair (image, class index) from load or dataset[i]"
+
+
+def _described(value: Any) -> str:
+    """The type of a value, with its length or keys, for messages."""
+    got = type(value).__name__
+    if isinstance(value, (tuple, list)):
+        got += f" of {len(value)}"
+    elif isinstance(value, dict):
+        got += f" with the keys {', '.join(map(repr, list(value)[:5]))}"
+    return got
 
 
 def is_torchvisions(value: Any) -> bool:
