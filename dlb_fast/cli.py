@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simp
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code.
 
-    0: done, or stopped by a signal with everything saved. 2: refused, because a flag, a config, data or a folder is not
+    0: done, or stopped by a signal with everything saved; under torchrun, which takes 0 for the end of the work, a
+    stopped run returns 128 + the signal's number. 2: refused, because a flag, a config, data or a folder is not
     as expected (ValueError, a missing file). 1: anything else failed. 130: Ctrl-C where nothing is saved.
     """
     args = list(sys.argv[1:] if argv is None else argv)
@@ -101,19 +103,26 @@ def train(argv: list[str]) -> int:
     early.add_argument("--resume", action="store_true")
     first, _ = early.parse_known_args(argv)
     from dlb_fast.train.config import TrainArgs, parse_flags
-    from dlb_fast.train.distributed import Ranks
+    from dlb_fast.train.distributed import Ranks, may_restart, started_by_torchrun
     from dlb_fast.train.run import RunFolder, newest_run
 
     ranks = Ranks.join()
+    resume = first.resume
+    if may_restart() and "--smoke" not in argv:
+        if first.out is None:
+            raise ValueError("--out: torchrun --max-restarts starts this command again; name its run folder with --out")
+        resume = True
 
     def find() -> tuple[RunFolder | None, RunConfig | None]:
         folder = None if first.out is None else RunFolder(first.out)
-        if first.resume:
+        if resume:
             folder = folder or newest_run()
             if folder.exists():
                 return folder, folder.read_config()
-            if first.preset is None and first.config is None:
-                raise ValueError(f"--resume: there is no run in {folder.path}; --preset or --config would start one")
+            if first.resume and first.preset is None and first.config is None and first.data is None:
+                raise ValueError(
+                    f"--resume: there is no run in {folder.path}; --preset, --config or --data would start one"
+                )
         elif folder is not None and folder.has_work():
             raise ValueError(f"--out: {folder.path} already holds a run; --resume continues it, or choose another")
         return folder, None
@@ -141,11 +150,13 @@ def train(argv: list[str]) -> int:
     folder = folder or ranks.run_on_main(lambda: RunFolder.named(label))
     from dlb_fast.train.run import train_run
 
-    train_run(args.run, folder, resume=args.resume, quiet=args.quiet, ranks=ranks, note=note)
-    if ranks.is_main:
+    result = train_run(args.run, folder, resume=resume, quiet=args.quiet, ranks=ranks, note=note)
+    if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may stop before its first evaluation
         _write_page(folder.path, args.quiet)
     ranks.leave()
-    return 0
+    if result["finished"] or not started_by_torchrun():
+        return 0
+    return 128 + signal.Signals[result["stopped_by"]]
 
 
 def _base_config(preset: str | None, file: Path | None, data: str | None) -> tuple[RunConfig, str]:

@@ -3,6 +3,9 @@
 `torchrun --nproc-per-node N -m dlb_fast train ...` starts N ranks and describes the group in their environment. Only
 rank 0 accesses the run folder. It broadcasts its results and errors, so that all ranks continue or stop together. These
 messages use gloo on the hosts, not the GPUs.
+
+Restarts are torchrun's: it notices that a rank ended, ends the others, waits for the machines and starts the command
+again, on the machines that are there. The command then continues the run in its folder.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ import gc
 import inspect
 import os
 import pickle
+import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +36,7 @@ __all__ = [
     "Ranks",
     "broadcast_buffers",
     "broadcast_weights",
+    "check_shared",
     "distribute_like",
     "distribute_optimizer_state",
     "distributed_mode",
@@ -37,6 +44,7 @@ __all__ = [
     "gradient_sync",
     "is_sharded",
     "local_shard",
+    "may_restart",
     "reshard",
     "started_by_torchrun",
     "wrap",
@@ -48,6 +56,10 @@ ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CONNECTION_LOST = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "Timed out", "remote process")
 
 
+# How long a rank waits for another one whose machine vanished without closing its connections: NCCL's own default.
+TIMEOUT = timedelta(minutes=10)
+
+
 class RankError(RuntimeError):
     """Another rank failed or was lost; its own message says why."""
 
@@ -55,6 +67,14 @@ class RankError(RuntimeError):
 def started_by_torchrun() -> bool:
     """Whether the environment describes a rank of a process group, as torchrun sets it."""
     return all(name in os.environ for name in ENVIRONMENT)
+
+
+def may_restart() -> bool:
+    """Whether torchrun may start this command again (`--max-restarts N`); the command then continues its run.
+
+    TORCHELASTIC_RESTART_COUNT does not tell: it counts the restarts of one machine, and a machine that joins has none.
+    """
+    return _environment_number("TORCHELASTIC_MAX_RESTARTS") > 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +112,7 @@ class Ranks:
             local = _environment_number("LOCAL_RANK", "RANK")
             if local < torch.cuda.device_count():  # otherwise resolve_device raises, unless the device is cpu
                 torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
         return cls.current()
 
     @classmethod
@@ -197,6 +217,20 @@ class Ranks:
                 f"rank {self.rank} of {self.world_size} lost the others ({reason}): another rank ended, its own "
                 f"message says why; continue from the last checkpoint with --resume"
             ) from error
+
+
+def check_shared(ranks: Ranks, file: Path) -> None:
+    """Raise on every rank if torchrun may restart the run and a machine does not see a file that rank 0 has written.
+
+    Rank 0 is another machine's after a restart; without the run folder it would start the run over.
+    """
+    if may_restart() and ranks.world_size > ranks.local_size:
+        missing = ranks.first_failure(None if file.exists() else f"{file} does not exist on {platform.node()}")
+        if missing is not None:
+            raise ValueError(
+                f"run folder: with --max-restarts every machine has to see it, because any of them may be rank 0 after "
+                f"a restart, but {missing}; name a folder on a shared file system with --out"
+            )
 
 
 def _host_group() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import os
 import signal
 import threading
 import time
@@ -145,11 +146,11 @@ class Trainer:
         self.metrics = MetricAverager(self.device)  # since the last evaluation
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, until patience ends, or until SIGTERM or SIGINT; then save a checkpoint and return.
+        """Train to the end, until patience ends, or until SIGTERM, SIGINT or SIGUSR1; then save a checkpoint and return.
 
         Returns:
-            The last row of metrics, with `best_top1`, `best_step` and `stopped_by` (None, "patience", "SIGTERM" or
-            "SIGINT").
+            The last row of metrics, with `best_top1`, `best_step`, `stopped_by` (None, "patience" or the name of the
+            signal) and `finished` (whether all steps are done, or patience has ended).
 
         Raises:
             TrainingDiverged: the loss of any rank is not finite at a log point, or a weight at a checkpoint.
@@ -202,7 +203,7 @@ class Trainer:
                     self.check_finite()
                     self.save()
 
-            if self.stopped_by and self.step % self.checkpoint_every and self.step < self.total_steps:
+            if self.stopped_by and self.step % self.checkpoint_every and not last:
                 self.check_finite()
                 self.save()
         return {
@@ -210,6 +211,7 @@ class Trainer:
             "best_top1": self.best.get("top1"),
             "best_step": self.best.get("step"),
             "stopped_by": self.stopped_by,
+            "finished": self.step >= self.total_steps or self.out_of_patience,
         }
 
     @property
@@ -576,12 +578,17 @@ class MetricAverager:
         self.sums = state["sums"].to(self.sums.device)
 
 
+# SLURM sends SIGUSR1 (`--signal=USR1@120`), which Windows does not have.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 VOTE_SECONDS = 0.5  # aimed time between two votes on stopping
 VOTE_STEPS = 256  # most steps between two votes
 
 
 class StopSignals:
-    """SIGTERM and SIGINT end the run after the current step; a second signal ends it at once.
+    """SIGTERM, SIGINT and SIGUSR1 end the run after the current step; a second SIGINT ends it at once.
+
+    A second SIGTERM or SIGUSR1 changes nothing: schedulers send them twice (to every process, and again by the launcher).
+    Forked workers of a loader ignore all three, because the process that trains needs their batches to end its step.
 
     A single process checks `signal`. Several ranks vote about twice a second: they reduce the signal numbers and the
     seconds per step, so that all stop at the same step and agree on the step of the next vote.
@@ -617,12 +624,16 @@ class StopSignals:
             yield  # Python delivers signals to the main thread only
             return
         before: dict[int, Any] = {}
+        process = os.getpid()
 
         def record(number: int, frame: Any) -> None:
+            if os.getpid() != process:
+                return
             self.signal = number
-            signal.signal(number, before[number])
+            if number == signal.SIGINT:
+                signal.signal(number, before[number])
 
-        for wanted in (signal.SIGTERM, signal.SIGINT):
+        for wanted in STOP_SIGNALS:
             before[wanted] = signal.signal(wanted, record)
         try:
             yield

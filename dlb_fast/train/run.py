@@ -30,7 +30,7 @@ from dlb_fast.buffer import rank_and_size
 from .checkpoint import CheckpointError, list_checkpoints, write_atomically
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, eval_loader, evaluation_config, identity, open_data, open_test
-from .distributed import Ranks
+from .distributed import Ranks, check_shared
 from .evaluate import evaluate
 from .log import RunLog
 from .loop import Trainer, total_steps
@@ -393,6 +393,7 @@ def train_run(
         initial = json.loads(trainer.metadata["initial_weights"])
         if not (resume and started):
             ranks.run_on_main(lambda: folder.create(config, impl, initial))
+        check_shared(ranks, folder.config)
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
             f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
@@ -422,7 +423,7 @@ def train_run(
     finally:
         folder.unlock()
     early = result["stopped_by"] == "patience"
-    if result["stopped_by"] is not None and not early and trainer.step < trainer.total_steps:
+    if not result["finished"]:
         log.say(
             f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "
             f"continue with: dlb-fast train --resume --out {folder.path}"
