@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
+CUDA_LARGEST = 1 << 24  # rows or classes of the CUDA kernels, as in csrc/cuda/plan.h
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -6,6 +6,7 @@ device. A kernel that has not yet passed ``make gpu-check`` on a GPU is never ch
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import logging
@@ -20,9 +21,10 @@ from ._args import IMPLEMENTATIONS
 log = logging.getLogger("dlb_fast")
 
 LIBRARY = Path(__file__).parent / "lib" / "libdlb_fast_ops.so"
+KERNELS = LIBRARY.with_name("libdlb_fast_kernels.so")  # the CUDA kernels, without torch
 UNPROVEN = "not yet run on a GPU"
 ABOUT = {
-    "cuda": "CUDA C++, sm_80, sm_90, sm_100 and PTX",
+    "cuda": "CUDA C++, sm_75 to sm_120 and PTX",
     "triton": "Triton, for NVIDIA, AMD and Intel GPUs",
     "cpu": "C++ for AVX-512, AVX2 or any CPU, one file for torch 2.10 and newer",
     "torch": "plain PyTorch on any device: the definition",
@@ -65,6 +67,73 @@ def compiled_for(device: str) -> str:
     return ""
 
 
+class Card(NamedTuple):
+    """What is asked about a GPU: its name, compute capability and size, and the CUDA version of its driver (13000)."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    processors: int
+    uuid: str
+    driver: int
+
+
+def card(index: int) -> Card:
+    """The GPU that torch calls ``cuda:index``. Legal while a graph is captured."""
+    found = torch.cuda.get_device_properties(index)
+    driver = 0 if torch.version.hip else torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined, unused-ignore]
+    capability = (found.major, found.minor)
+    return Card(
+        found.name, capability, found.total_memory, found.multi_processor_count, str(getattr(found, "uuid", "")), driver
+    )
+
+
+@functools.cache
+def cuda_build() -> tuple[tuple[str, ...], int]:
+    """The compute capabilities the CUDA kernels are compiled for ("90", "100+ptx"), and their runtime's version."""
+    told = ctypes.CDLL(str(KERNELS)).dlb_fast_cuda_build
+    told.restype = ctypes.c_char_p
+    archs, version = told().decode().split()
+    return tuple(archs.split(",")), int(version)
+
+
+def cuda_missing(index: int | None = None) -> str:
+    """Why the CUDA kernels cannot start on ``cuda:index`` (None: the current device), or an empty string."""
+    missing = compiled_for("cuda")
+    if missing:
+        return missing
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, where CUDA kernels do not run; use impl='triton'"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    found = card(torch.cuda.current_device() if index is None else index)
+    archs, runtime = cuda_build()
+    if found.driver // 1000 < runtime // 1000:
+        return (
+            f"the kernels are built with CUDA {runtime // 1000}, the driver supports CUDA {_version(found.driver)}; "
+            f"update the driver, or rebuild with CUDA_HOME at a toolkit of CUDA {found.driver // 1000}"
+        )
+    major, minor = found.capability
+    code = [divmod(int(arch.removesuffix("+ptx")), 10) for arch in archs]
+    if any(built[0] == major and built[1] <= minor for built in code):
+        return ""
+    wanted = f"rebuild with DLB_FAST_CUDA_ARCHS={major}{minor}"
+    ptx = [built for built, arch in zip(code, archs, strict=True) if arch.endswith("+ptx")]
+    if not any(built <= (major, minor) for built in ptx):
+        return f"{found.name} has compute capability {major}.{minor}, the kernels have {','.join(archs)}; {wanted}"
+    if found.driver < runtime:
+        return (
+            f"{found.name} has compute capability {major}.{minor} and needs the kernels' PTX of CUDA "
+            f"{_version(runtime)}, the driver compiles that of CUDA {_version(found.driver)}; update it, or {wanted}"
+        )
+    return ""
+
+
+def _version(number: int) -> str:
+    """12040 as "12.4"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run through its interpreter (TRITON_INTERPRET=1), and so on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -89,16 +158,20 @@ def gpu_proof() -> dict[str, str]:
     return {name.strip(): where.strip() for name, where in lines}
 
 
+def triton_missing(device_type: str) -> str:
+    """Why Triton's kernels cannot run on tensors of this device type, or an empty string."""
+    missing = _triton_missing()
+    if not missing and device_type == "cpu" and not triton_interpreted():
+        missing = "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before importing triton"
+    return missing
+
+
 def implementations() -> dict[str, Implementation]:
     """Every implementation by name, with its availability on this machine, the reason and its state."""
     proof = gpu_proof()
-    no_cuda = compiled_for("cuda")
-    if not no_cuda and not torch.cuda.is_available():
-        no_cuda = "no CUDA device is visible to torch"
-    no_triton = _triton_missing()
+    no_cuda, no_cpu, no_triton = cuda_missing(), compiled_for("cpu"), _triton_missing()
     if not no_triton and not torch.cuda.is_available() and not triton_interpreted():
         no_triton = "no GPU is visible to torch (on a CPU it runs only in the interpreter: TRITON_INTERPRET=1)"
-    no_cpu = compiled_for("cpu")
     return {
         "cuda": Implementation("cuda", not no_cuda, no_cuda, proof.get("cuda", UNPROVEN)),
         "triton": Implementation("triton", not no_triton, no_triton, proof.get("triton", UNPROVEN)),
@@ -120,30 +193,33 @@ def state_table() -> str:
     return "\n".join(["| `impl=` | what it is | state |", "| --- | --- | --- |", *rows])
 
 
-def require(impl: str, device_type: str, op: str) -> None:
-    """Raise unless the named implementation runs on tensors of this device type."""
+def require(impl: str, device: torch.device, op: str) -> None:
+    """Raise unless the named implementation runs on tensors of this device."""
     if impl == "torch":
         return
     hint = "; run `dlb-fast doctor` for the state of every implementation"
     if impl in ("cpu", "cuda"):
-        if device_type != impl:
-            raise ValueError(f"{op}: impl={impl!r} needs tensors on a {impl} device, got {device_type}{hint}")
-        missing = compiled_for(impl)
+        if device.type != impl:
+            raise ValueError(f"{op}: impl={impl!r} needs tensors on a {impl} device, got {device.type}{hint}")
+        missing = compiled_for("cpu") if impl == "cpu" else cuda_missing(device.index)
     else:
-        missing = _triton_missing()
-        if not missing and device_type == "cpu" and not triton_interpreted():
-            missing = "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before importing triton"
+        missing = triton_missing(device.type)
     if missing:
         raise RuntimeError(f"{op}: impl={impl!r} is not available: {missing}{hint}")
 
 
 # Kept by `pick`, which is asked once per loss: torch's own look-up takes longer than a small kernel.
-_PICKED: dict[tuple[str, str], str] = {}
+_PICKED: dict[tuple[str, torch.device, bool], str] = {}
 
 
-def pick(impl: str, device_type: str, op: str = "dlb_fast") -> str:
-    """The implementation to run for ``impl`` on this device type; raises where a named one cannot run."""
-    choice = _PICKED.get((impl, device_type))
+def pick(impl: str, device: torch.device, beyond_cuda: bool = False, op: str = "dlb_fast") -> str:
+    """The implementation to run for ``impl`` on this device; raises where a named one cannot run.
+
+    ``beyond_cuda`` says that the CUDA kernels refuse such a call (float64, sizes): "auto" then takes the next. A choice
+    once made stays for the rest of the process.
+    """
+    key = (impl, device, beyond_cuda)
+    choice = _PICKED.get(key)
     if choice is not None:
         return choice
     wished = os.environ.get("DLB_FAST_BACKEND", "auto") if impl == "auto" else impl
@@ -151,24 +227,32 @@ def pick(impl: str, device_type: str, op: str = "dlb_fast") -> str:
         name = "DLB_FAST_BACKEND" if impl == "auto" else "impl"
         raise ValueError(f"{op}: {name} must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {wished!r}")
     if wished != "auto":
-        require(wished, device_type, op)
+        require(wished, device, op)
         choice, why = wished, "named"
-    elif device_type == "cpu":
+    elif device.type == "cpu":
         missing = compiled_for("cpu")
         choice, why = ("torch", missing) if missing else ("cpu", "compiled C++")
+    elif device.type == "cuda":
+        choice, why = _proven(device, beyond_cuda)
     else:
-        known = implementations() if device_type == "cuda" else {}
-        usable = [name for name in ("cuda", "triton") if known and known[name].available]
-        proven = [name for name in usable if known[name].state != UNPROVEN]
-        if proven:
-            choice, why = proven[0], f"proven on {known[proven[0]].state}"
-        else:
-            why = f"{' and '.join(usable)} can be named but are {UNPROVEN}" if usable else "no other works here"
-            choice = "torch"
-    if impl == "auto":
-        log.info('dlb_fast: impl="auto" runs %r on %s (%s)', choice, device_type, why)
-    _PICKED[impl, device_type] = choice
+        choice, why = "torch", "no other works here"
+    if impl == "auto" and (impl, device, not beyond_cuda) not in _PICKED:
+        log.info('dlb_fast: impl="auto" runs %r on %s (%s)', choice, device, why)
+    _PICKED[key] = choice
     return choice
+
+
+def _proven(device: torch.device, beyond_cuda: bool) -> tuple[str, str]:
+    """The fastest implementation that is proven on a GPU, and why it is the one."""
+    missing = {"cuda": cuda_missing(device.index), "triton": triton_missing(device.type)}
+    if beyond_cuda:
+        missing["cuda"] = "the CUDA kernels refuse such a call"
+    known = gpu_proof()
+    usable = [name for name, reason in missing.items() if not reason]
+    for name in usable:
+        if name in known:
+            return name, f"proven on {known[name]}"
+    return "torch", f"{' and '.join(usable)} can be named but are {UNPROVEN}" if usable else "no other works here"
 
 
 def forget_picks() -> None:

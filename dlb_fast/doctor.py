@@ -30,9 +30,9 @@ def implementations() -> dict[str, Any]:
 
     from dlb_fast import _backends
 
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     known = {name: found._asdict() for name, found in _backends.implementations().items()}
-    return {"known": known, "auto": {device: _backends.pick("auto", device) for device in devices}}
+    return {"known": known, "auto": {device: _backends.pick("auto", torch.device(device)) for device in devices}}
 
 
 def self_test(impl: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +133,7 @@ def row_loss(
     try:
         if buffer is not None and torch._C._are_functorch_transforms_active():
             ops.refuse_memory(options.op)
-        impl = _backends.pick(options.impl, logits.device.type, options.op)
+        impl = _implementation(options, logits, teacher if buffer is None else buffer.rows)
         if options.float64_only and logits.dtype is not torch.float64:
             _args.check_temperature(options.op, options.temperature, logits.dtype)
         if impl != "torch" and (
@@ -182,11 +183,25 @@ def row_loss(
                 _examine(options, logits, target, target_b, teacher, buffer, ids)
             except (TypeError, ValueError) as reason:
                 raise reason from None
-        said = str(error).partition("\n")[0]
-        if said.startswith("last_batch"):  # a limit of one implementation
-            raise RuntimeError(f"{options.op}: impl={impl!r}: {said.partition(': ')[2]}") from None
+        # A limit of one implementation; torch's check puts function and file before it.
+        said = re.match(r"(?:.*, )?last_batch[^:,]*: (.*)", str(error))
+        if said:
+            raise RuntimeError(f"{options.op}: impl={impl!r}: {said[1]}") from None
         raise
     return result
+
+
+def _implementation(options: Options, logits: Tensor, stored: Tensor | None) -> str:
+    """Which implementation runs; ``stored`` are the teacher's rows. "auto" takes the next for what CUDA refuses."""
+    beyond_cuda = False
+    if logits.is_cuda and (
+        logits.dtype is torch.float64
+        or (isinstance(stored, Tensor) and stored.dtype is torch.float64)
+        or logits.shape[0] > _args.CUDA_LARGEST
+        or logits.shape[1] > _args.CUDA_LARGEST
+    ):
+        beyond_cuda = True
+    return _backends.pick(options.impl, logits.device, beyond_cuda, options.op)
 
 
 def _op_tensors(
@@ -458,7 +473,7 @@ def dlb_step(
         same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again), op)
         stored = buffer.stored_rows(logits.shape[0], num_old, same, op)
         where = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
-    if _backends.pick(impl, logits.device.type, op) != "torch":
+    if _implementation(options, logits, buffer.rows) != "torch":
         loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
     else:
         with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in

@@ -372,7 +372,7 @@ def train_run(
             folder.release()
         raise
     loader: Any = trainer.loader
-    impl = _backends.pick(config.loss.impl, trainer.device.type, "train")
+    impl = _backends.pick(config.loss.impl, trainer.device, op="train")
     checkpoints = folder.checkpoints
     ranks.run_on_main(folder.lock)
     try:
