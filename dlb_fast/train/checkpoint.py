@@ -291,8 +291,8 @@ def load_matching(model: nn.Module, tensors: dict[str, Any], origin: str) -> Non
     own = model.state_dict()
     wrong = [
         f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own.keys() & tensors.keys()
-        if tensors[name].shape != own[name].shape
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
     ]
     wrong += [f"{name}: missing in the file" for name in sorted(own.keys() - tensors.keys())]
     wrong += [f"{name}: unknown to the model" for name in sorted(tensors.keys() - own.keys())]

@@ -283,7 +283,8 @@ def _common_folder(files: Any) -> int:
     first, last = (os.fsdecode(name) for name in (min(files.tolist(), default=b""), max(files.tolist(), default=b"")))
     if not (os.path.isabs(first) and os.path.isabs(last)):
         return 0
-    return len(os.fsencode(os.path.commonpath([os.path.dirname(first), os.path.dirname(last)])))
+    folder = os.path.commonpath([os.path.dirname(first), os.path.dirname(last)])
+    return len(os.fsencode(os.path.join(folder, "")))
 
 
 def _same_names(names: list[bytes]) -> str:
