@@ -1,6 +1,7 @@
 """The command as a user types it (in this process, except where a process is the point)."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PATIENCE, environment, wait_for
+from builders import PATIENCE, environment, wait_for, write_images
 
 from dlb_fast import cli
 from dlb_fast.presets import PRESETS, load_preset, preset_file
@@ -83,21 +84,62 @@ def test_smoke_goes_through_everything_and_leaves_nothing(here, capsys, monkeypa
     flags = ["--preset", "cifar100-resnet32-dlb", "--model", "small_cnn", "--trackers", "wandb"]  # never started
     assert cli.main(["train", "--smoke", *flags]) == 0
     out, err = capsys.readouterr()
-    assert "training, evaluation, checkpoint and resume work" in out
+    assert "training, evaluation, checkpoint, resume and export work: 4 steps of 16 rows with 160 training and 40" in out
     assert "synthetic:160,10,32: 2 steps of 16 rows" in err and "continuing from" in err
     assert [path for path in here.iterdir() if "inductor" not in path.name] == []  # that one is torch's
 
 
 def test_smoke_on_real_data_in_a_named_folder(here, capsys):
-    assert cli.main(["train", "--smoke", "--preset", "digits", "--data", "digits", "--out", "r", "--quiet"]) == 0
-    config = RunFolder("r").read_config()
-    assert (config.data.source, config.train.max_steps, config.data.per_class) == ("digits", 4, 20)
-    assert json.loads(Path("r/result.json").read_text())["step"] == 4
+    """Nothing is written there, so that the same command without --smoke starts the run."""
+    command = ["train", "--preset", "digits", "--data", "digits", "--out", "r", "--quiet"]
+    assert cli.main([*command, "--smoke"]) == 0
+    said = capsys.readouterr().out
+    assert "4 steps of 16 rows with 200 training and 64 test images of digits, in " in said and "nothing is kept" in said
+    assert not Path("r").exists()
+    assert cli.main([*command, "--max-steps", "2"]) == 0
+    assert "already holds a run" in failing([*command, "--smoke"], capsys)
     assert "leave --resume out" in failing(["train", "--smoke", "--resume", "--out", "r"], capsys)
 
 
+def test_smoke_of_a_large_folder_lists_few_files(here, capsys, monkeypatch):
+    """300 images per class, of which a few are listed: a folder is not read to its end."""
+    names = [f"data/{s}/{c}/{k // 100}/{k}.png" for s in ("train", "val") for c in "abcde" for k in range(300)]
+    for start in range(0, len(names), 250):
+        write_images(here, names[start : start + 250])
+    seen, original = [], os.scandir
+
+    class Counted:
+        def __init__(self, path):
+            self.entries = original(path)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.entries.close()
+
+        def __iter__(self):
+            for entry in self.entries:
+                seen.append(entry.path)
+                yield entry
+
+        def close(self):
+            self.entries.close()
+
+    monkeypatch.setattr(os, "scandir", Counted)
+    flags = ["--data", "imagefolder:data", "--image-size", "8", "--per-class", "250"]
+    assert cli.main(["train", "--smoke", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "4 steps of 16 rows with 65 training and 64 test images of imagefolder:data" in out
+    assert "data imagefolder:data: 5 classes, 65 training images" in err
+    assert len([path for path in seen if path.startswith(str(here)) and path.endswith(".png")]) < 300
+    Path("data/val/f").mkdir()
+    said = failing(["train", "--smoke", *flags], capsys)
+    assert "data/val" in said and "smoke-" not in said
+
+
 def test_smoke_finds_what_would_fail_later(here, capsys, monkeypatch):
-    monkeypatch.setattr("dlb_fast.train.run.evaluate_run", lambda *a, **k: {"top1": 2.0})
+    monkeypatch.setattr("dlb_fast.train.run._scores_of_export", lambda *a, **k: {"top1": 2.0})
     assert "top-1 of the written weights is 2.0" in failing(["train", "--smoke", "--preset", "digits"], capsys, 1)
 
 

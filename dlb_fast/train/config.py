@@ -8,13 +8,17 @@ no prefix.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import math
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,18 +88,18 @@ class DataConfig:
     flip: bool = True
     """Random horizontal flip."""
     image_size: int = 32
-    """Height and width of the crops of image files."""
+    """Height and width of the crops of image files, in pixels."""
     eval_size: int | None = None
-    """Height and width in the evaluation; None: image_size. Smaller crops in training than in evaluation cost less and
+    """Height and width in the evaluation, in pixels; None: image_size. Smaller crops in training than in evaluation cost less and
     are no worse (Touvron et al., NeurIPS 2019)."""
     eval_resize: int | None = None
-    """Shorter side before the centre crop of the evaluation; None: the crop's side, or without padding that / 0.875."""
+    """Shorter side before the centre crop of the evaluation, in pixels; None: the crop's side, or without padding that / 0.875."""
     eval_batch_size: int = 512
     """Rows per forward in the evaluation."""
     num_threads: int = 2
     """Decoding threads for image folders."""
     max_pixels: int = 178_956_970
-    """Image files with more pixels are refused before they are decoded."""
+    """Image files with more pixels (height x width) are refused before they are decoded."""
     on_error: Literal["raise", "replace"] = "raise"
     """raise: an image that cannot be read ends the run. replace: in the training another one stands in, in both views
     and named; in the evaluation it is left out. More than 1 % of a set end the run."""
@@ -127,7 +131,7 @@ class AugmentConfig:
     rand_augment: str | None = None
     """N,M: RandAugment with N operations of magnitude M (0 to 30); 2,9 is usual."""
     cutout: int = 0
-    """Side of Cutout's black square; 0 turns it off."""
+    """Side of Cutout's black square, in pixels; 0 turns it off."""
     erase_prob: float = 0.0
     """Probability that a rectangle of a view is erased after the normalisation (random erasing); 0.25 is usual."""
     erase_area: tuple[float, float] = (0.02, 1 / 3)
@@ -198,6 +202,7 @@ class _LossConfig:
     """The method and its options."""
 
     method: str = "dlb"
+    """What teaches:"""
     alpha: float | None = None
     """Weight of the teacher's term; None: the method's own default (dlb: 1, of the community, not of the paper)."""
     temperature: float | None = None
@@ -232,29 +237,20 @@ def _field_type(method: str, name: str, option: Any) -> Any:
 
 
 def _options_as_fields() -> list[tuple[str, Any, Any]]:
-    """One field per option of any method; its help lists the methods' descriptions and defaults."""
+    """One field per option of any method."""
     kinds: dict[str, Any] = {}
-    texts: dict[str, list[str]] = {}
     for method in METHODS.values():
         for name, option in method.options.items():
             kinds.setdefault(name, _field_type(method.name, name, option.type))
-            default = str(option.default).removeprefix("torch.")
-            texts.setdefault(name, []).append(f"{method.name}: {option.help} [{default}]")
     own = {field.name for field in dataclasses.fields(_LossConfig)}
-    return [(name, _with_help(kind, " ".join(texts[name])), None) for name, kind in kinds.items() if name not in own]
+    return [(name, kind, None) for name, kind in kinds.items() if name not in own]
 
 
-def _with_help(kind: Any, text: str) -> Any:
-    return kind if tyro is None else Annotated[kind, tyro.conf.arg(help=text)]
-
-
-_NAMES = f"{'; '.join(f'{m.name}: {m.about}' for m in METHODS.values())}; module:Class: a DistillationLoss of your own."
 if TYPE_CHECKING:
     LossConfig = _LossConfig
 else:
     # Built from the signatures of the methods, so that an option is declared in one place.
-    fields_of_methods = [("method", _with_help(str, _NAMES), "dlb"), *_options_as_fields()]
-    LossConfig = dataclasses.make_dataclass("LossConfig", fields_of_methods, bases=(_LossConfig,), frozen=True)
+    LossConfig = dataclasses.make_dataclass("LossConfig", _options_as_fields(), bases=(_LossConfig,), frozen=True)
     LossConfig.__doc__, LossConfig.__module__ = _LossConfig.__doc__, __name__
 
 METHOD_FIELDS = tuple(
@@ -273,13 +269,13 @@ class OptimConfig:
     lr: float | None = None
     """Peak learning rate. None: the optimiser's default; sgd: 0.05."""
     momentum: float | None = None
-    """None: the optimiser's default; sgd: 0.9."""
+    """Momentum. None: the optimiser's default; sgd: 0.9."""
     nesterov: bool | None = None
     """Nesterov momentum. None: the optimiser's default; sgd: True."""
     betas: tuple[float, ...] | None = None
     """Decay of the moments of Adam and its kin. None: the optimiser's default."""
     weight_decay: float | None = None
-    """None: the optimiser's default; sgd: 0.0005."""
+    """Weight decay. None: the optimiser's default; sgd: 0.0005."""
     optimizer_options: tuple[str, ...] = ()
     """Further options of the optimiser as NAME=VALUE, such as eps=1e-6 amsgrad=True."""
     decay_norm_and_bias: bool = True
@@ -308,11 +304,13 @@ class ScheduleConfig:
     """The learning rate schedule; it is updated every step."""
 
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    """Shape of the rate after the warm-up."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from lr / warm-up steps to lr."""
+    """Linear warm-up from lr / warm-up steps to lr, in epochs."""
     milestones: tuple[float, ...] = ()
     """multistep: epochs at which the rate is multiplied by gamma."""
     gamma: float = 0.1
+    """multistep: factor on the rate at a milestone."""
     min_lr: float = 0.0
     """cosine: final learning rate."""
 
@@ -337,6 +335,7 @@ class TrainConfig:
     """joint: one forward over all rows (the paper). two_pass: two forwards (the official code). partners: the second
     half without gradient (always used by cs_kd)."""
     amp: Literal["none", "bf16", "fp16"] = "none"
+    """Autocast of the network; the loss computes in float32. fp16 scales the loss."""
     accumulate: int = 1
     """Batches per optimiser step. The teacher is then the previous batch, not the previous step."""
     clip_grad: float | None = None
@@ -344,6 +343,7 @@ class TrainConfig:
     ema: float | None = None
     """Decay of averaged weights, which are then evaluated and exported."""
     channels_last: bool = False
+    """Memory format of the network and the images; faster for convolutions on a GPU."""
     distributed: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """auto: ddp under torchrun. ddp: a copy of the model on every rank. fsdp: a shard on every rank (FSDP2)."""
     sync_bn: bool = False
@@ -365,7 +365,9 @@ class TrainConfig:
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Experiment trackers beside metrics.csv and metrics.jsonl."""
     seed: int = 0
+    """Seed of the weights, the order of the samples and the augmentation."""
     device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "log_every", "keep"):
@@ -499,22 +501,22 @@ def _flat(config: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """Train a network. Flags override --config, which overrides --preset; the run folder gets the resolved config,
-    metrics, versions and checkpoints."""
+    """Train a network. Flags override --config, which overrides --preset; without both it is the recipe digits, or with
+    --data the trainer's defaults. The run folder gets the resolved config, metrics, versions and checkpoints."""
 
     preset: str | None = None
-    """Recipe by name (dlb-fast presets list). Without it and --config: digits."""
+    """Recipe by name; `dlb-fast presets` lists them."""
     config: Path | None = None
     """YAML config, on top of the preset if both are given."""
     out: Path | None = None
-    """Run folder (default: a new one under runs/)."""
+    """Run folder. None: a new one under runs/."""
     resume: Annotated[bool, _NO_OPPOSITE] = False
     """Continue the run in --out, or without it the newest run under runs/."""
     smoke: Annotated[bool, _NO_OPPOSITE] = False
-    """Test the config in seconds: four short steps, evaluation, checkpoint and resume, on synthetic images unless
-    --data is given."""
+    """Try the config in seconds: four small steps, evaluation, checkpoint and resume, on synthetic images, or with
+    --data on a few images of these. Keeps nothing."""
     quiet: Annotated[bool, _NO_OPPOSITE] = False
-    """No progress on the console."""
+    """No progress on the console; warnings remain."""
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -524,6 +526,7 @@ def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) 
     Raises:
         SystemExit: with 2 after one sentence on stderr for a wrong flag, with 0 after `--help`.
     """
+    flags = _as_written(flags)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--optimizer", nargs="?")
     chosen = early.parse_known_args(flags)[0].optimizer
@@ -532,11 +535,149 @@ def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) 
             default = override(default, optimizer=chosen)
         else:
             default = dataclasses.replace(default, run=override(default.run, optimizer=chosen))
+    asked = [flag for flag in flags if flag not in ("-h", "--help")]
     try:
-        return _parse(form, default, flags, prog, "OmitArgPrefixes")
+        _check_names(asked)
+        made = _parse(form, default, asked, prog, "OmitArgPrefixes")
+        if len(asked) == len(flags):
+            return made
+        print(_help_page(made, prog))
+        raise SystemExit(0)
     except ValueError as error:
         print(f"{prog}: {error} (--help lists all flags)", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _groups() -> list[tuple[str, type[Any]]]:
+    """(name, class) of the groups of a config."""
+    hints = typing.get_type_hints(RunConfig)
+    return [(field.name, hints[field.name]) for field in dataclasses.fields(RunConfig)]
+
+
+def _flag_types() -> dict[str, Any]:
+    """Flag without its dashes -> the type of its field."""
+    found = {"preset": str, "config": Path, "out": Path, "resume": bool, "smoke": bool, "quiet": bool}
+    for _, part in _groups():
+        hints = typing.get_type_hints(part)
+        found |= {"data" if f.name == "source" else f.name: hints[f.name] for f in dataclasses.fields(part)}
+    return {name.replace("_", "-"): kind for name, kind in found.items()}
+
+
+def _is_optional_bool(kind: Any) -> bool:
+    return set(typing.get_args(kind)) == {bool, type(None)}
+
+
+def _as_written(flags: Sequence[str]) -> list[str]:
+    """`--swap` and `--no-swap` as `--swap=True` and `--swap=False`, where tyro expects a value."""
+    optional = {name for name, kind in _flag_types().items() if _is_optional_bool(kind)}
+    found = []
+    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+        name = flag[2:].replace("_", "-") if flag.startswith("--") else ""
+        if name.removeprefix("no-") in optional and name.startswith("no-"):
+            flag = f"--{name[3:]}=False"
+        elif name in optional and following not in ("True", "False", "None"):
+            flag = f"--{name}=True"
+        found.append(flag)
+    return found
+
+
+def _check_names(flags: Sequence[str]) -> None:
+    """Refuse an unknown flag, with the nearest known one."""
+    types_of = _flag_types()
+    known = [*types_of, *(f"no-{name}" for name, kind in types_of.items() if kind is bool or _is_optional_bool(kind))]
+    for flag in flags:
+        name = flag[2:].partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and name and name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or [k for k in known if name in k or k in name][:1]
+            raise ValueError(f"unknown option {flag.partition('=')[0]}{f'; did you mean --{near[0]}?' if near else ''}")
+
+
+def _help_page(made: Any, prog: str) -> str:
+    """The options of `TrainArgs` or `RunConfig` by group; in brackets the values that a config has, resolved."""
+    from .methods import resolve
+
+    config = made if isinstance(made, RunConfig) else made.run
+    with contextlib.suppress(ValueError):
+        config = resolve(config)
+    width = min(100, shutil.get_terminal_size().columns)
+    page = [f"usage: {prog} [--preset NAME] [--data KIND[:PATH]] [--out FOLDER] [options]"]
+    if config is not made:
+        page += textwrap.wrap(" ".join((type(made).__doc__ or "").split()), width)
+    page += ["", "In brackets: the value that this command line would use (--preset NAME --help: that recipe's)."]
+    if config is not made:
+        page += ["", "run", *_lines_of(made, width)]
+    own = find(config.loss.method).options
+    others = [name for name in METHOD_FIELDS if name not in own]
+    for name, _ in _groups():
+        part = getattr(config, name)
+        about = " ".join((type(part).__doc__ or "").split())
+        page += ["", *textwrap.wrap(f"{name}: {about}", width)]
+        page += _lines_of(part, width, others)
+        if name == "loss":
+            theirs = {m.name: [n for n in m.options if n in others] for m in METHODS.values()}
+            listed = "; ".join(f"{m}: {', '.join(_flag(n) for n in names)}" for m, names in theirs.items() if names)
+            text = f"Options of other methods (--method NAME --help explains them): {listed}."
+            page += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(page)
+
+
+def _flag(name: str) -> str:
+    return f"--{'data' if name == 'source' else name.replace('_', '-')}"
+
+
+def _lines_of(part: Any, width: int, leave_out: Sequence[str] = ()) -> list[str]:
+    """One entry per field: the flag with what it takes, what it is, and its value."""
+    hints, texts, lines = typing.get_type_hints(type(part)), _field_texts(type(part)), []
+    for field in dataclasses.fields(part):
+        if field.name in leave_out or field.name == "run":
+            continue
+        kind, value, text = hints[field.name], getattr(part, field.name), texts.get(field.name, "")
+        option = find(part.method).options.get(field.name) if isinstance(part, _LossConfig) else None
+        text = option.help if option is not None and not text else text
+        switch = not isinstance(part, TrainArgs) and (kind is bool or _is_optional_bool(kind))
+        flag = f"{_flag(field.name)}, --no-{field.name.replace('_', '-')}" if switch else _flag(field.name)
+        taken = _taken(kind)
+        shown = "" if kind is bool and not switch else f" [{_shown(value)}]"
+        head = f"  {flag}{' ' if taken else ''}{taken}"
+        body = textwrap.wrap(text + shown, width - 28, break_on_hyphens=False)
+        if len(head) > 26:
+            lines.append(head)
+            head = ""
+        lines += [f"{start:<28}{line}" for start, line in zip([head] + [""] * len(body), body, strict=False)]
+        if field.name == "method":
+            lines += [f"{'':<28}  {m.name:<10} {m.about}" for m in METHODS.values()]
+            lines.append(f"{'':<28}  MODULE:CLASS a DistillationLoss of your own")
+    return lines
+
+
+def _taken(kind: Any) -> str:
+    """What a flag takes, such as INT, {a,b} or FLOAT ..."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return f"{{{','.join(map(str, arguments))}}}"
+    if typing.get_origin(kind) is tuple:
+        return f"{_taken(arguments[0])} ..." if arguments[-1] is Ellipsis else " ".join(map(_taken, arguments))
+    if arguments:  # a union with None
+        return _taken(next(a for a in arguments if a is not type(None)))
+    return {bool: "", int: "INT", float: "FLOAT", str: "TEXT"}.get(kind, "PATH")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _field_texts(form: type[Any]) -> dict[str, str]:
+    """Field -> the string below it in the source of a dataclass or its bases."""
+    found: dict[str, str] = {}
+    for one in reversed(form.__mro__[:-1]):
+        with contextlib.suppress(OSError, TypeError):  # made at run time: no source
+            body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body  # type: ignore[attr-defined]
+            for entry, following in zip(body, [*body[1:], None], strict=True):
+                if isinstance(entry, ast.AnnAssign) and isinstance(following, ast.Expr):
+                    found[entry.target.id] = " ".join(following.value.value.split())  # type: ignore
+    return found
 
 
 def override(config: RunConfig, **values: Any) -> RunConfig:

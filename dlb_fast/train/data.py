@@ -127,7 +127,8 @@ class RunData:
         on_error = self.config.on_error
         threads = self.config.num_threads
         if sampler is not None:
-            return SampledLoader(self.train, sampler, num_threads=threads, decoder=self._decoder(), on_error=on_error, **options)
+            options |= {"num_threads": threads, "decoder": self._decoder(), "on_error": on_error}
+            return SampledLoader(self.train, sampler, **options)
         rows = self.config.batch_size
         sampled = rows // 2 if overlap else rows
         if len(self.train) < sampled:
