@@ -245,20 +245,20 @@ def _classes(confusion: Confusion | None) -> list[Part]:
     shown = list(range(len(names)))
     if many := len(names) > LISTED_CLASSES:
         tested = [i for i in shown if images[i]]
-        shown = sorted(tested, key=lambda i: (confusion.correct(i), i))[:WORST]
+        shown = sorted(tested, key=lambda i: (confusion.accuracy(i), i))[:WORST]
     first_mistake = {target: (predicted, count) for target, predicted, count in reversed(mistakes)}
     rows = []
     for i in shown:
         other, count = first_mistake.get(i, (None, 0))
         precision = confusion.pairs.get((i, i), 0) / confusion.predicted[i] if confusion.predicted[i] else math.nan
-        figures = [number(confusion.correct(i), ".1f", 100), number(precision, ".1f", 100)]
+        figures = [number(confusion.accuracy(i), ".1f", 100), number(precision, ".1f", 100)]
         rows.append([names[i], f"{images[i]:,}", *figures, "" if other is None else names[other], f"{count:,}"])
-    head = ["class", "images", "recognised %", "right when predicted %", "most often taken for", "times"]
+    head = ["class", "images", "accuracy %", "precision %", "most often taken for", "times"]
     missing = [names[i] for i in range(len(names)) if not images[i]]
     note = f"{len(names):,} classes, {sum(images.values()):,} test images."
     if missing:
         note += f" Without a test image: {', '.join(missing[:WORST])}{', ...' * (len(missing) > WORST)}."
-    note += f" The {len(shown)} recognised least:" * many
+    note += f" The {len(shown)} of least accuracy:" * many
     parts: list[Part] = [("note", note), ("table", Table(head, rows, text=(0, 4)))]
     if len(names) <= MATRIX_CLASSES:
         return [*parts, ("matrix", _matrix(confusion))]

@@ -145,7 +145,8 @@ def curves_figure(runs: Sequence[Run]) -> Any:
     if handles:
         names = [textwrap.fill(f" {label} (n={len(groups[label])})", 60) for label in handles]
         longest = max(len(line) for name in names for line in name.split("\n"))
-        columns = max(1, min(4, len(names), 130 // (longest + 10)))
+        lines = math.ceil(len(names) / max(1, min(4, 130 // (longest + 10))))
+        columns = math.ceil(len(names) / lines)
         figure.legend(handles.values(), names, loc="outside lower center", ncols=columns, handlelength=3.5)
     return figure
 
@@ -183,7 +184,7 @@ def noise_figure(found: Mapping[float, Sequence[Run]]) -> Any:
     axis = figure.subplots()
     shares = list(found)
     labels = list(groups_of(found[shares[0]]))
-    step = 0.5 * min([b - a for a, b in itertools.pairwise(sorted(shares))], default=0.1) * 100 / max(8, len(labels))
+    step = 0.3 * min([b - a for a, b in itertools.pairwise(sorted(shares))], default=0.1) * 100 / max(8, len(labels))
     ends: dict[str, Any] = {}
     for number, label in enumerate(labels):
         scores = [[100 * r.last("test_top1") for r in groups_of(found[s]).get(label, [])] or [math.nan] for s in shares]

@@ -86,8 +86,8 @@ class Confusion:
         """Test images per predicted class."""
         return _sums((predicted, count) for (_, predicted), count in self.pairs.items())
 
-    def correct(self, index: int) -> float:
-        """Share of the class's images that were recognised; nan without an image."""
+    def accuracy(self, index: int) -> float:
+        """Share of the class's images that were classified right; nan without an image."""
         images = self.images[index]
         return self.pairs.get((index, index), 0) / images if images else math.nan
 
