@@ -36,7 +36,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 OWN = [name for name in TEXTS if not name.startswith("docs/methods/")]  # test_methods.py runs those
 _BLOCK = re.compile(r"(?:<!-- (?P<kind>not run|file): (?P<what>.*?) -->\n)?```python\n(?P<code>.*?)```", re.S)
-BLOCKS = [(page, k, *m.group("code", "kind", "what")) for page in OWN for k, m in enumerate(_BLOCK.finditer(TEXTS[page]))]
+BLOCKS = [(p, k, *m.group("code", "kind", "what")) for p in OWN for k, m in enumerate(_BLOCK.finditer(TEXTS[p]))]
 PYTHON = [(p, k, code, what if kind else None) for p, k, code, kind, what in BLOCKS if kind != "file"]
 FILES = [(page, code, what) for page, _, code, kind, what in BLOCKS if kind == "file"]
 TORCHVISION = [(page, code) for page, _, code, kind, _ in BLOCKS if kind is None and "torchvision" in code]
