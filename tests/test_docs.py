@@ -234,9 +234,10 @@ def test_the_reference_names_what_exists():
         assert thing.__doc__, name
         if isinstance(thing, types.ModuleType) and not options:
             shown.update(vars(thing))
-    import dlb_fast
+    import dlb_fast.data
 
     assert {*dlb_fast.__all__} - {"__version__"} <= shown
+    assert {*dlb_fast.data.__all__} <= shown
 
 
 def resolve(name: str):
