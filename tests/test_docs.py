@@ -180,6 +180,20 @@ def own_modules_as_dlb(arguments: list[str]) -> list[str]:
     return ["dlb" if re.fullmatch(r"my_\w+:\w+", word) else word for word in arguments]
 
 
+def test_the_installation_is_the_same_on_both_first_pages():
+    blocks = [
+        re.search(r"```sh\n(python3 -m venv .*?)```", TEXTS[page], re.S) for page in ("README.md", "docs/index.md")
+    ]
+    assert blocks[0] and blocks[1] and blocks[0].group(1) == blocks[1].group(1)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_demo_installs_no_tools_of_tests(tmp_path):
+    done = subprocess.run(["make", "-n", "demo", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert re.findall(r"^\.ci/run (\S+)$", done.stdout, re.M) == ["setup-train"], done.stdout
+    assert "setup-train) setup train ;;" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_the_check_of_commands_has_teeth(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for wrong in (["train", "--no-such-flag", "1"], ["eval"], ["bench", "nonsense"], ["presets", "show", "nonsense"]):
