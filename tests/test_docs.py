@@ -36,7 +36,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 OWN = [name for name in TEXTS if not name.startswith("docs/methods/")]  # test_methods.py runs those
 _BLOCK = re.compile(r"(?:<!-- (?P<kind>not run|file): (?P<what>.*?) -->\n)?```python\n(?P<code>.*?)```", re.S)
-BLOCKS = [(page, k, *m.group("code", "kind", "what")) for page in OWN for k, m in enumerate(_BLOCK.finditer(TEXTS[page]))]
+BLOCKS = [(p, k, *m.group("code", "kind", "what")) for p in OWN for k, m in enumerate(_BLOCK.finditer(TEXTS[p]))]
 PYTHON = [(p, k, code, what if kind else None) for p, k, code, kind, what in BLOCKS if kind != "file"]
 FILES = [(page, code, what) for page, _, code, kind, what in BLOCKS if kind == "file"]
 TORCHVISION = [(page, code) for page, _, code, kind, _ in BLOCKS if kind is None and "torchvision" in code]
@@ -180,6 +180,20 @@ def own_modules_as_dlb(arguments: list[str]) -> list[str]:
     return ["dlb" if re.fullmatch(r"my_\w+:\w+", word) else word for word in arguments]
 
 
+def test_the_installation_is_the_same_on_both_first_pages():
+    blocks = [
+        re.search(r"```sh\n(python3 -m venv .*?)```", TEXTS[page], re.S) for page in ("README.md", "docs/index.md")
+    ]
+    assert blocks[0] and blocks[1] and blocks[0].group(1) == blocks[1].group(1)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_demo_installs_no_tools_of_tests(tmp_path):
+    done = subprocess.run(["make", "-n", "demo", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert re.findall(r"^\.ci/run (\S+)$", done.stdout, re.M) == ["setup-train"], done.stdout
+    assert "setup-train) setup train ;;" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_the_check_of_commands_has_teeth(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for wrong in (["train", "--no-such-flag", "1"], ["eval"], ["bench", "nonsense"], ["presets", "show", "nonsense"]):
@@ -234,9 +248,10 @@ def test_the_reference_names_what_exists():
         assert thing.__doc__, name
         if isinstance(thing, types.ModuleType) and not options:
             shown.update(vars(thing))
-    import dlb_fast
+    import dlb_fast.data
 
     assert {*dlb_fast.__all__} - {"__version__"} <= shown
+    assert {*dlb_fast.data.__all__} <= shown
 
 
 def resolve(name: str):

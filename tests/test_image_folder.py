@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import shlex
 import signal
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from builders import ROOT, assert_same, python, write_jpegs
+
+from dlb_fast import cli
 
 pytestmark = pytest.mark.slow
 EXAMPLE = ROOT / "examples" / "image_folder.py"
@@ -27,6 +31,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path / "weights.pt", weights_only=True)
+
+
+def test_every_command_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the page's order, on 40 images per class and with smaller numbers; what the page quotes is what is said."""
+    page = (ROOT / "docs" / "image-folder.md").read_text(encoding="utf-8")
+    write_jpegs(tmp_path, [f"photos/{label}/{k}.jpg" for label in ("cat", "dog", "horse") for k in range(40)])
+    write_jpegs(tmp_path, [f"other-photos/{label}/{k}.jpg" for label in ("cat", "dog", "horse") for k in range(20)])
+    write_jpegs(tmp_path, ["new/a.jpg", "new/b.jpg"])
+    monkeypatch.chdir(tmp_path)
+    smaller = {"resnet18_imagenet": "small_cnn", "224": "24", "64": "16", "45": "2", "90": "2", "60": "3"}
+    commands = [
+        shlex.split(line)
+        for block in re.findall(r"```sh\n(.*?)```", page, re.S)
+        for line in block.replace("\\\n", "").splitlines()
+    ]
+    said = ""
+    for words in commands:
+        assert words[0] == "dlb-fast"
+        assert cli.main([smaller.get(word, word) for word in words[1:]]) == 0, words
+        captured = capsys.readouterr()
+        said += captured.out + captured.err
+    assert {words[1] for words in commands} == {"verify-data", "train", "eval", "predict", "report"}
+    quoted = re.findall(r"```text\n(.*?)```", page, re.S)[-1].splitlines()
+    assert len(quoted) == 2
+    for line in quoted:
+        assert line in said
+    assert (tmp_path / "runs/photos/report.html").exists() and (tmp_path / "predictions.csv").exists()
 
 
 @needs_torchvision
