@@ -242,7 +242,7 @@ def _host_group() -> Any:
         return None
     default = dist.group.WORLD
     if _host_groups.get("for") is not default:
-        _host_groups.update({"for": default, "group": dist.new_group(backend="gloo")})
+        _host_groups.update({"for": default, "group": dist.new_group(timeout=TIMEOUT, backend="gloo")})
     return _host_groups["group"]
 
 
