@@ -9,7 +9,6 @@ import argparse
 import importlib
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,8 +40,7 @@ TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simp
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code.
 
-    0: done, or stopped by a signal with everything saved; under torchrun, which takes 0 for the end of the work, a
-    stopped run returns 128 + the signal's number. 2: refused, because a flag, a config, data or a folder is not
+    0: done, or stopped by a signal with everything saved. 2: refused, because a flag, a config, data or a folder is not
     as expected (ValueError, a missing file). 1: anything else failed. 130: Ctrl-C where nothing is saved.
     """
     args = list(sys.argv[1:] if argv is None else argv)
@@ -102,12 +100,12 @@ def train(argv: list[str]) -> int:
     early.add_argument("--resume", action="store_true")
     first, _ = early.parse_known_args(argv)
     from dlb_fast.train.config import TrainArgs, parse_flags
-    from dlb_fast.train.distributed import Ranks, may_restart, started_by_torchrun
+    from dlb_fast.train.distributed import Ranks
     from dlb_fast.train.run import RunFolder, newest_run
 
     ranks = Ranks.join()
     resume = first.resume
-    if may_restart() and "--smoke" not in argv:
+    if ranks.may_restart and "--smoke" not in argv:
         if first.out is None:
             raise ValueError("--out: torchrun --max-restarts starts this command again; name its run folder with --out")
         resume = True
@@ -152,10 +150,9 @@ def train(argv: list[str]) -> int:
     result = train_run(args.run, folder, resume=resume, quiet=args.quiet, ranks=ranks, note=note)
     if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may stop before its first evaluation
         _write_page(folder.path, args.quiet)
+    finished = ranks.run_on_main((folder.path / "result.json").exists)
     ranks.leave()
-    if result["finished"] or not started_by_torchrun():
-        return 0
-    return 128 + signal.Signals[result["stopped_by"]]
+    return 0 if finished else ranks.exit_status(result["stopped_by"])
 
 
 def _base_config(preset: str | None, file: Path | None, data: str | None) -> tuple[RunConfig, str]:

@@ -17,7 +17,7 @@ from dlb_fast.data import EvalLoader
 from dlb_fast.methods import bake
 from dlb_fast.train import checkpoint
 from dlb_fast.train.config import RunConfig, TrainConfig, override
-from dlb_fast.train.distributed import Ranks, check_shared, distributed_mode
+from dlb_fast.train.distributed import Ranks, distributed_mode
 from dlb_fast.train.evaluate import evaluate
 from dlb_fast.train.loop import TrainingDiverged
 from dlb_fast.train.run import build_trainer, resolve_device
@@ -258,7 +258,7 @@ def seen_by(folder, restarts, local_size):
     os.environ["TORCHELASTIC_MAX_RESTARTS"] = restarts
     ranks = dataclasses.replace(Ranks.current(), local_size=local_size)
     try:
-        check_shared(ranks, folder / f"config-{ranks.rank}.yaml")
+        ranks.check_shared(folder / f"config-{ranks.rank}.yaml")
     except ValueError as error:
         return str(error)
     finally:

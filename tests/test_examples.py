@@ -19,7 +19,8 @@ NEEDS = {
 
 
 def test_every_example_is_known():
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(NEEDS)
+    others = {"ray_train"}  # tests/test_distributed_ray.py
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(NEEDS) | others
 
 
 @pytest.mark.parametrize("name", NEEDS)

@@ -228,7 +228,7 @@ def test_the_real_torchrun_and_trainer(tmp_path):
     job = slurm.submit(*RUN.split(), "--max-steps", str(steps), NPROC="2", SRUN_SIGNALS="everything")
     assert slurm.ended(job) == 0 and slurm.requeues == ["requeue 4711"], slurm.log.read_text()
     assert f"continuing from {OUT}/checkpoints/step-{saved['step']:09d}.pt" in slurm.log.read_text()
-    assert json.loads((tmp_path / OUT / "result.json").read_text())["finished"]
+    assert json.loads((tmp_path / OUT / "result.json").read_text())["step"] == steps
     rows = [json.loads(line) for line in slurm.lines(f"{OUT}/metrics.jsonl")]
     logged = [row["step"] for row in rows if row["kind"] == "step"]
     assert logged == sorted({*range(50, steps + 1, 50), steps})

@@ -143,11 +143,10 @@ class Trainer:
         self.metrics = MetricAverager(self.device)  # since the last evaluation
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, or until SIGTERM, SIGINT or SIGUSR1; then save a checkpoint and return.
+        """Train to the end, or until SIGTERM or SIGINT; then save a checkpoint and return.
 
         Returns:
-            The last row of metrics, with `best_top1`, `best_step`, `stopped_by` (the name of the signal, or None) and
-            `finished` (whether all steps are done).
+            The last row of metrics, with `best_top1`, `best_step` and `stopped_by` (None, "SIGTERM" or "SIGINT").
 
         Raises:
             TrainingDiverged: the loss of any rank is not finite at a log point, or a weight at a checkpoint.
@@ -199,7 +198,7 @@ class Trainer:
                     self.check_finite()
                     self.save()
 
-            if self.stopped_by and self.step % self.checkpoint_every and not last:
+            if self.stopped_by and self.step % self.checkpoint_every and self.step < self.total_steps:
                 self.check_finite()
                 self.save()
         return {
@@ -207,7 +206,6 @@ class Trainer:
             "best_top1": self.best.get("top1"),
             "best_step": self.best.get("step"),
             "stopped_by": self.stopped_by,
-            "finished": self.step >= self.total_steps,
         }
 
     def forward_backward(self, batch: Batch) -> None:

@@ -30,7 +30,7 @@ from dlb_fast.buffer import rank_and_size
 from .checkpoint import CheckpointError, list_checkpoints, load_weights, write_atomically
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, open_data
-from .distributed import Ranks, check_shared
+from .distributed import Ranks
 from .evaluate import evaluate
 from .log import RunLog
 from .loop import Trainer, total_steps
@@ -378,7 +378,7 @@ def train_run(
             _compare_versions(folder, log)
         if not (resume and started):
             ranks.run_on_main(lambda: folder.create(config, impl))
-        check_shared(ranks, folder.config)
+        ranks.check_shared(folder.config)
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
             f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
@@ -404,7 +404,7 @@ def train_run(
             loader.close()
     finally:
         folder.unlock()
-    if not result["finished"]:
+    if result["stopped_by"] is not None and trainer.step < trainer.total_steps:
         log.say(
             f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "
             f"continue with: dlb-fast train --resume --out {folder.path}"
