@@ -10,7 +10,6 @@ import difflib
 import importlib
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import traceback
@@ -144,12 +143,12 @@ def train(argv: list[str]) -> int:
         recipe = first.preset or first.config
         base = _base_config(first.preset, first.config, first.data)[0] if recipe else RunConfig()
         parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
-    from dlb_fast.train.distributed import Ranks, may_restart, started_by_torchrun
+    from dlb_fast.train.distributed import Ranks
     from dlb_fast.train.run import RunFolder, newest_run
 
     ranks = Ranks.join()
     resume = first.resume
-    if may_restart() and "--smoke" not in argv:
+    if ranks.may_restart and "--smoke" not in argv:
         if first.out is None:
             raise ValueError("--out: torchrun --max-restarts starts this command again; name its run folder with --out")
         resume = True
@@ -198,9 +197,7 @@ def train(argv: list[str]) -> int:
     if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may stop before its first evaluation
         _write_page(folder.path, args.quiet)
     ranks.leave()
-    if result["finished"] or not started_by_torchrun():
-        return 0
-    return 128 + signal.Signals[result["stopped_by"]]
+    return 0 if result["finished"] else ranks.exit_status(result["stopped_by"])
 
 
 def _base_config(preset: str | None, file: Path | None, data: str | None) -> tuple[RunConfig, str]:

@@ -1,9 +1,11 @@
-"""Two machines for the tests of torchrun: network namespaces where the tests are root, otherwise two names for this one."""
+"""Two machines for the tests of torchrun: network namespaces where the tests are root, otherwise twice this one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from builders import PATIENCE, environment, wait_for
+from builders import PATIENCE, ROOT, environment, wait_for
+from torch.distributed import TCPStore
 
 
 def descendants(pid: int) -> list[int]:
@@ -52,7 +55,8 @@ class Node:
             changes["GLOO_SOCKET_IFNAME"] = "eth0"
         file: IO[bytes]
         with open(log, "wb") as file:
-            process = subprocess.Popen([*inside, *command], cwd=cwd, env=environment(**changes), stdout=file, stderr=file)
+            env = environment(**changes)
+            process = subprocess.Popen([*inside, *command], cwd=cwd, env=env, stdout=file, stderr=file)
         self.processes.append(process)
         return process
 
@@ -108,16 +112,30 @@ def _connect(names: Sequence[str]) -> bool:
     return made
 
 
-def torchrun(node: Node, host: Node, port: int, *options: str) -> list[str]:
-    """`torchrun` on `node` with the rendezvous on `host`, which notices within seconds that a machine is gone."""
+def documented(text: str) -> list[str]:
+    """The words of the command in docs/distributed.md that has a text, with one process per machine instead of GPUs."""
+    page = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
+    (command,) = (line for block in blocks for line in block.replace("\\\n", " ").splitlines() if text in line)
+    words = ["1" if word == "gpu" else word for word in shlex.split(command)]
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    return [*(launcher if words[0] == "torchrun" else [sys.executable, "-m", "dlb_fast"]), *words[1:]]
+
+
+def with_data(words: Sequence[str], data: str, *flags: str) -> list[str]:
+    """A documented command with other data and a small network."""
+    words = list(words)
+    preset = words.index("--preset")
+    words[preset : preset + 4] = ["--data", data, "--model", "small_cnn", "--batch-size", "20", *flags]
+    return words
+
+
+def on(node: Node, host: Node, port: int, words: Sequence[str], **changes: str) -> list[str]:
+    """A documented torchrun command on `node`, with the rendezvous on `host`; it notices within seconds who is gone."""
+    words = [f"{host.address}:{port}" if word == "HOST:29400" else changes.get(word, word) for word in words]
     quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120"
-    serves = "true" if node is host else "false"
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-id=job", *options),
-        f"--rdzv-endpoint={host.address}:{port}",
-        f"--rdzv-conf=is_host={serves},{quick}",
-        f"--local-addr={node.address}",
-    ]
+    ours = [f"--rdzv-conf=is_host={str(node is host).lower()},{quick}", f"--local-addr={node.address}"]
+    return [*words[:3], *ours, *words[3:]]
 
 
 def wait_for_text(log: Path, text: str, process: subprocess.Popen[Any], count: int = 1) -> str:
@@ -139,3 +157,8 @@ def ended(process: subprocess.Popen[Any], log: Path) -> int:
         return process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         raise AssertionError(f"{log.name} does not end:\n{log.read_text(errors='replace')[-6000:]}") from None
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port

@@ -40,7 +40,7 @@ STEPS = 240 // ROWS  # of an epoch of one rank
 
 
 def test_every_example_is_known():
-    known = {"plain_loop", "digits_folder", *(f"{name}_images" for name in IMAGES)}
+    known = {"plain_loop", "digits_folder", "ray_train", *(f"{name}_images" for name in IMAGES)}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == known
 
 

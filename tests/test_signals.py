@@ -12,6 +12,7 @@ from dlb_fast import cli
 from dlb_fast.presets import load_preset
 from dlb_fast.train import checkpoint, loop, run
 from dlb_fast.train.config import override
+from dlb_fast.train.distributed import ENVIRONMENT, Ranks
 from dlb_fast.train.loop import STOP_SIGNALS, Trainer
 from dlb_fast.train.run import RunFolder
 
@@ -73,10 +74,10 @@ def test_the_signals_of_a_scheduler_lose_nothing(place, whole, outer, tmp_path, 
     with monkeypatch.context() as patch:
         before(patch, owner, name, lambda: send(*SCHEDULER), call)
         result = train(SMALL, tmp_path)
-    assert outer == [] and result["stopped_by"] in ("SIGUSR1", "SIGTERM") and not result["finished"]
+    assert outer == [] and result["stopped_by"] in ("SIGUSR1", "SIGTERM")
     saved = last_checkpoint(tmp_path)["step"]
     assert 0 < saved < 12 and not (tmp_path / "result.json").exists()
-    assert train(SMALL, tmp_path, resume=True)["finished"]
+    assert train(SMALL, tmp_path, resume=True)["step"] == 12
     assert_same_run(whole, tmp_path)
 
 
@@ -88,7 +89,8 @@ def test_a_second_ctrl_c_ends_at_once(outer, tmp_path, monkeypatch):
 
 def test_a_signal_in_the_last_step_stops_nothing(whole, outer, tmp_path, monkeypatch):
     before(monkeypatch, Trainer, "optimizer_step", lambda: send(signal.SIGTERM), 12)
-    assert train(SMALL, tmp_path)["finished"] and (tmp_path / "result.json").exists()
+    train(SMALL, tmp_path)
+    assert (tmp_path / "result.json").exists() and last_checkpoint(tmp_path)["step"] == 12
 
 
 def test_a_signal_before_the_first_step_leaves_a_run_that_starts(whole, outer, tmp_path, monkeypatch):
@@ -102,7 +104,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_that_starts(whole, outer, t
         patch.setattr(Trainer, "fit", fit)
         result = train(SMALL, tmp_path)
     assert result["stopped_by"] == "SIGUSR1" and not list((tmp_path / "checkpoints").glob("step-*"))
-    assert train(SMALL, tmp_path, resume=True)["finished"]
+    assert train(SMALL, tmp_path, resume=True)["step"] == 12
     assert_same_run(whole, tmp_path)
 
 
@@ -121,7 +123,7 @@ def test_a_forked_worker_ignores_the_signals(outer, tmp_path, monkeypatch):
         status.append(os.waitpid(child, 0)[1])
 
     before(monkeypatch, Trainer, "optimizer_step", fork, 2)
-    assert train(SMALL, tmp_path)["finished"]
+    assert train(SMALL, tmp_path)["stopped_by"] is None
     assert status == [0]
 
 
@@ -156,3 +158,11 @@ def test_resume_with_data_starts_the_run(tmp_path, monkeypatch):
     for _ in range(2):
         assert cli.main([*RUN, "--max-steps", "2", "--resume", "--out", "run"]) == 0
     assert RunFolder("run").has_work()
+
+
+def test_a_stopped_run_is_no_success_for_torchrun(monkeypatch):
+    """torchrun would end the machines that could go on."""
+    assert Ranks().exit_status("SIGTERM") == Ranks().exit_status(None) == 0
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, "0")
+    assert (Ranks().exit_status("SIGTERM"), Ranks().exit_status(None)) == (143, 0)

@@ -1,7 +1,7 @@
 """examples/slurm.sbatch, against stand-ins for srun and scontrol that do what SLURM's do with signals.
 
-srun(1): SIGUSR1 is passed on to the tasks, SIGTERM ends them by SIGKILL ("forcing job termination"). Which processes of a
-task get a signal depends on the cluster (ProctrackType): the task alone or everything it has started.
+srun passes SIGUSR1 on to its tasks; SIGTERM makes it end them by SIGKILL ("forcing job termination"). Which processes
+of a task get a signal depends on the cluster (ProctrackType): the task alone or everything it has started.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import PATIENCE, assert_same_run, environment, last_checkpoint, train, wait_for
+from builders import PATIENCE, environment, last_checkpoint, wait_for
 from nodes import children
-
-from dlb_fast.train.config import from_dict, override, to_dict
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not Path("/proc").exists() or not Path("/bin/bash").exists(), reason="needs Linux")
@@ -88,20 +86,21 @@ class Slurm:
     def __init__(self, folder: Path, *, torchrun: str = TORCHRUN) -> None:
         self.folder, self.starts = folder, 0
         (folder / "bin").mkdir()
-        for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL), ("torchrun", torchrun)):
+        scripts = {"srun": SRUN.format(python=sys.executable), "scontrol": SCONTROL, "torchrun": torchrun}
+        for name, text in scripts.items():
             path = folder / "bin" / name
             path.write_text(text)
             path.chmod(0o755)
 
-    def submit(self, *arguments: str, nodes: int = 1, **changes: str) -> subprocess.Popen[str]:
-        env = {"SLURM_JOB_ID": "4711", "SLURM_NNODES": str(nodes), "SLURM_JOB_NODELIST": f"n[1-{nodes}]", "NPROC": "1"}
+    def submit(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
+        env = {"SLURM_JOB_ID": "4711", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "n1", "NPROC": "1", **changes}
         env |= {"SLURM_RESTART_COUNT": str(self.starts)} if self.starts else {}
         path = f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         command = ["bash", "-c", 'echo $$ > script.pid; exec bash "$@"', "bash", str(ROOT / "examples/slurm.sbatch")]
         self.log = self.folder / f"slurm-{self.starts}.out"
         with open(self.log, "w") as log:
             job = subprocess.Popen(
-                [*command, *arguments], cwd=self.folder, env=environment(PATH=path, **env, **changes), stdout=log, stderr=log
+                [*command, *arguments], cwd=self.folder, env=environment(PATH=path, **env), stdout=log, stderr=log
             )
         self.starts += 1
         return job
@@ -206,3 +205,30 @@ def test_the_script_s_own_folder(slurm):
     (slurm.folder / "finish").touch()
     assert slurm.ended(slurm.submit(OUT="elsewhere/b")) == 0
     assert (slurm.folder / "elsewhere/b/result.json").exists() and not (slurm.folder / "runs").exists()
+
+
+REAL = f"""#!/bin/sh
+exec {sys.executable} -m torch.distributed.run "$@"
+"""
+RUN = "--data synthetic:200,4,8 --model small_cnn --batch-size 20 --eval-every 200 --checkpoint-every 50 --log-every 50"
+
+
+@pytest.mark.slow
+def test_the_real_torchrun_and_trainer(tmp_path):
+    """Two ranks; the signal reaches all processes, and the ranks once more by torchrun. The next start finishes."""
+    slurm = Slurm(tmp_path, torchrun=REAL)
+    job = slurm.submit(*RUN.split(), "--max-steps", "1000000", NPROC="2", SRUN_SIGNALS="everything")
+    wait_for(lambda: list(tmp_path.glob(f"{OUT}/checkpoints/step-*.pt")), "a checkpoint", job)
+    job.send_signal(signal.SIGUSR1)
+    assert slurm.ended(job) == 0 and slurm.requeues == ["requeue 4711"], slurm.log.read_text()
+    saved = last_checkpoint(tmp_path / OUT)
+    assert f"stopped by SIGUSR1 at step {saved['step']} of" in slurm.log.read_text() and len(saved["others"]) == 1
+
+    steps = saved["step"] + 100
+    job = slurm.submit(*RUN.split(), "--max-steps", str(steps), NPROC="2", SRUN_SIGNALS="everything")
+    assert slurm.ended(job) == 0 and slurm.requeues == ["requeue 4711"], slurm.log.read_text()
+    assert f"continuing from {OUT}/checkpoints/step-{saved['step']:09d}.pt" in slurm.log.read_text()
+    assert json.loads((tmp_path / OUT / "result.json").read_text())["step"] == steps
+    rows = [json.loads(line) for line in slurm.lines(f"{OUT}/metrics.jsonl")]
+    logged = [row["step"] for row in rows if row["kind"] == "step"]
+    assert logged == sorted({*range(50, steps + 1, 50), steps})

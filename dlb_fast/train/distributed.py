@@ -16,6 +16,7 @@ import inspect
 import os
 import pickle
 import platform
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -36,7 +37,6 @@ __all__ = [
     "Ranks",
     "broadcast_buffers",
     "broadcast_weights",
-    "check_shared",
     "distribute_like",
     "distribute_optimizer_state",
     "distributed_mode",
@@ -44,7 +44,6 @@ __all__ = [
     "gradient_sync",
     "is_sharded",
     "local_shard",
-    "may_restart",
     "reshard",
     "started_by_torchrun",
     "wrap",
@@ -67,14 +66,6 @@ class RankError(RuntimeError):
 def started_by_torchrun() -> bool:
     """Whether the environment describes a rank of a process group, as torchrun sets it."""
     return all(name in os.environ for name in ENVIRONMENT)
-
-
-def may_restart() -> bool:
-    """Whether torchrun may start this command again (`--max-restarts N`); the command then continues its run.
-
-    TORCHELASTIC_RESTART_COUNT does not tell: it counts the restarts of one machine, and a machine that joins has none.
-    """
-    return _environment_number("TORCHELASTIC_MAX_RESTARTS") > 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +120,35 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is rank 0, the only one that prints and writes."""
         return self.rank == 0
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether torchrun may start this command again (`--max-restarts N`); the command then continues its run.
+
+        TORCHELASTIC_RESTART_COUNT does not tell: it counts the restarts of one machine; one that joins has none.
+        """
+        return _environment_number("TORCHELASTIC_MAX_RESTARTS") > 0
+
+    def check_shared(self, file: Path) -> None:
+        """Raise on every rank if the command may be restarted and a machine does not see a file of rank 0.
+
+        After a restart rank 0 may be on any machine; on one without the run folder it would start the run over.
+        """
+        if not self.may_restart or self.world_size == self.local_size:
+            return
+        missing = self.first_failure(None if file.exists() else f"{file} does not exist on {platform.node()}")
+        if missing is not None:
+            raise ValueError(
+                f"run folder: with --max-restarts every machine has to see it, because any of them may be rank 0 after "
+                f"a restart, but {missing}; name a folder on a shared file system with --out"
+            )
+
+    def exit_status(self, stopped_by: str | None) -> int:
+        """The exit status of a run that a signal has stopped: 0, or 128 + the signal's number under torchrun.
+
+        torchrun takes 0 for the end of the work, and would end the machines that could go on.
+        """
+        return 128 + signal.Signals[stopped_by] if stopped_by and started_by_torchrun() else 0
 
     def leave(self) -> None:
         """Destroy the process group after a successful run. (A failing process just exits; the others notice.)"""
@@ -219,20 +239,6 @@ class Ranks:
             ) from error
 
 
-def check_shared(ranks: Ranks, file: Path) -> None:
-    """Raise on every rank if torchrun may restart the run and a machine does not see a file that rank 0 has written.
-
-    Rank 0 is another machine's after a restart; without the run folder it would start the run over.
-    """
-    if may_restart() and ranks.world_size > ranks.local_size:
-        missing = ranks.first_failure(None if file.exists() else f"{file} does not exist on {platform.node()}")
-        if missing is not None:
-            raise ValueError(
-                f"run folder: with --max-restarts every machine has to see it, because any of them may be rank 0 after "
-                f"a restart, but {missing}; name a folder on a shared file system with --out"
-            )
-
-
 def _host_group() -> Any:
     """None if the default group can use gloo, else a gloo group, created once per default group.
 
@@ -242,7 +248,7 @@ def _host_group() -> Any:
         return None
     default = dist.group.WORLD
     if _host_groups.get("for") is not default:
-        _host_groups.update({"for": default, "group": dist.new_group(backend="gloo")})
+        _host_groups.update({"for": default, "group": dist.new_group(timeout=TIMEOUT, backend="gloo")})
     return _host_groups["group"]
 
 

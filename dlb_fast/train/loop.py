@@ -203,7 +203,7 @@ class Trainer:
                     self.check_finite()
                     self.save()
 
-            if self.stopped_by and self.step % self.checkpoint_every and not last:
+            if self.stopped_by and self.step % self.checkpoint_every and self.step < self.total_steps:
                 self.check_finite()
                 self.save()
         return {
@@ -587,8 +587,8 @@ VOTE_STEPS = 256  # most steps between two votes
 class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 end the run after the current step; a second SIGINT ends it at once.
 
-    A second SIGTERM or SIGUSR1 changes nothing: schedulers send them twice (to every process, and again by the launcher).
-    Forked workers of a loader ignore all three, because the process that trains needs their batches to end its step.
+    A second SIGTERM or SIGUSR1 changes nothing, because a scheduler sends one to every process and the launcher sends
+    it to the ranks again. Forked workers of a loader ignore all three: the step that is to end needs their batches.
 
     A single process checks `signal`. Several ranks vote about twice a second: they reduce the signal numbers and the
     seconds per step, so that all stop at the same step and agree on the step of the next vote.

@@ -35,7 +35,7 @@ from dlb_fast.data.datasets.tar import shard_files
 from .checkpoint import CheckpointError, list_checkpoints, write_atomically
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, eval_loader, evaluation_config, identity, open_data, open_test
-from .distributed import Ranks, check_shared
+from .distributed import Ranks
 from .evaluate import evaluate
 from .log import RunLog
 from .loop import Trainer, total_steps
@@ -420,7 +420,7 @@ def train_run(
         initial = json.loads(trainer.metadata["initial_weights"])
         if not (resume and started):
             ranks.run_on_main(lambda: folder.create(config, impl, initial))
-        check_shared(ranks, folder.config)
+        ranks.check_shared(folder.config)
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
             f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
