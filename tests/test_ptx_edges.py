@@ -1,13 +1,18 @@
-"""The CUDA kernels on the host at the edges of their options, against the reference: what no ordinary batch meets."""
+"""The PTX of the CUDA kernels at the edges of their options, against the reference: what no ordinary batch meets."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from emulation import harness
-from emulation.oracle import batch, compare, reference_of, run
+from ptx import harness
+from ptx.oracle import batch, compare, reference_of, run
+from test_last_batch_edges import not_finite
 
-pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(harness.missing()), reason=f"PTX: {harness.missing()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.mark.parametrize("classes", [10, 300, 2000])
@@ -75,3 +80,11 @@ def test_a_teacher_by_rule_asks_the_first_label_of_a_pair_only(classes: int) -> 
     result = harness.emulator().last_batch(logits, target, reduction="none", **options)
     assert result.grad is not None
     assert result.loss.isnan().tolist() == result.grad.isnan().all(1).tolist() == [i == 4 for i in range(8)]
+
+
+def test_a_row_without_a_finite_loss_is_not_right() -> None:
+    for classes in (5, 300):
+        logits, target, right = not_finite(classes)
+        for teacher in (None, torch.zeros(8, classes)):
+            found = harness.emulator().last_batch(logits, target, teacher=teacher)
+            assert int(found.parts[3]) == right

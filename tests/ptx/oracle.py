@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from emulation.harness import Emulator, Result
+from ptx.harness import Emulator, Result
 from torch import Tensor
 
 from dlb_fast import reference

@@ -1,4 +1,4 @@
-"""The emulated CUDA kernels with a logit buffer: what teaches, what is stored, over many steps, against LogitBuffer."""
+"""nvcc's PTX of the CUDA kernels with a logit buffer: what teaches, what is stored, over many steps, against LogitBuffer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from emulation import harness
-from emulation.oracle import Stream, batch
+from ptx import harness
+from ptx.oracle import Stream, batch
 from torch import Tensor
 
 from dlb_fast.buffer import HEADER, UNKNOWN_ID
 from dlb_fast.reference import top1_correct
 
 pytestmark = [
-    pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}"),
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(harness.missing()), reason=f"PTX: {harness.missing()}"),
     pytest.mark.usefixtures("one_thread"),
 ]
 

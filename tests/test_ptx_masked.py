@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from emulation import harness
-from emulation.oracle import batch, reference_of
+from ptx import harness
+from ptx.oracle import batch, reference_of
 
 pytestmark = [
-    pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}"),
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(harness.missing()), reason=f"PTX: {harness.missing()}"),
     pytest.mark.usefixtures("one_thread"),
 ]
 

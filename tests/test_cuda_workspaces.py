@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from emulation import harness
+from ptx import harness
 
-pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=f"emulator: {harness.missing()}")
+pytestmark = [
+    pytest.mark.slow,  # the host code is compiled
+    pytest.mark.skipif(bool(harness.no_host()), reason=harness.no_host()),
+]
 
 SLAB = 2 << 20
 STREAMS = (0, 0x1000, 0x2000)
@@ -41,7 +44,7 @@ def memory() -> Memory:
 
 @pytest.fixture
 def spaces() -> Any:
-    return harness.module().Workspaces(harness.module().workspace_bytes)
+    return harness.host().Workspaces(harness.host().workspace_bytes)
 
 
 def test_a_stream_keeps_its_workspace_and_no_two_users_share_one(spaces: Any, memory: Memory) -> None:
@@ -50,7 +53,7 @@ def test_a_stream_keeps_its_workspace_and_no_two_users_share_one(spaces: Any, me
     taken = {user: spaces.take(*user, memory) for user in users}
     assert all(fresh for _, fresh in taken.values())
     addresses = sorted(address for address, _ in taken.values())
-    size = harness.module().workspace_bytes
+    size = harness.host().workspace_bytes
     assert all(second - first >= size for first, second in itertools.pairwise(addresses))
     for user, (address, _) in taken.items():
         assert memory.holds(user[0], address) and memory.holds(user[0], address + size - 1)
@@ -60,7 +63,7 @@ def test_a_stream_keeps_its_workspace_and_no_two_users_share_one(spaces: Any, me
 
 
 def per_slab() -> int:
-    return SLAB // harness.module().workspace_bytes
+    return SLAB // harness.host().workspace_bytes
 
 
 def test_a_slab_is_used_up_before_the_next_is_allocated(spaces: Any, memory: Memory) -> None:

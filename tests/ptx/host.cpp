@@ -1,11 +1,10 @@
-// Python's way to the emulated kernels: pointers as integers, tensors as registered memory ranges.
+// Host code of csrc/cuda for Python: which kernel a call gets and what is handed to it, pointers as integers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <unordered_map>
 
-#include "emulator.h"
-#include "entry.h"
+#include "device_args.cuh"
 #include "workspaces.h"
 
 namespace py = pybind11;
@@ -68,35 +67,13 @@ py::object plan_of(const py::dict& d, int multiprocessors, int largest_cluster) 
   return described(plan_launch(a, {multiprocessors, largest_cluster}));
 }
 
-void add_ranges(const py::list& ranges) {
-  emulator::clear_memory();
-  for (const auto& item : ranges) {
-    const auto range = item.cast<std::tuple<uintptr_t, size_t, bool, std::string>>();
-    emulator::add_memory(reinterpret_cast<const void*>(std::get<0>(range)), std::get<1>(range), std::get<2>(range), std::get<3>(range));
-  }
-}
-
-py::dict last_batch(const py::dict& d, const py::list& ranges, uintptr_t workspace, int multiprocessors, int largest_cluster,
-                    uint64_t seed) {
+// The plan, and the bytes of the kernel's parameter.
+py::tuple launch_of(const py::dict& d, uintptr_t workspace, int multiprocessors, int largest_cluster) {
   const LastBatchArgs a = arguments(d);
   if (const char* reason = refusal(a)) throw py::value_error(reason);
-  add_ranges(ranges);
-  py::dict result = described(
-      emulated::last_batch(a, reinterpret_cast<void*>(workspace), {multiprocessors, largest_cluster}, seed));
-  const emulator::Counters& n = emulator::counters;
-  result["bytes_loaded"] = n.bytes_loaded, result["bytes_stored"] = n.bytes_stored;
-  result["loads16"] = n.loads16, result["stores16"] = n.stores16, result["loads"] = n.loads, result["stores"] = n.stores;
-  result["prefetched"] = n.prefetched;
-  return result;
-}
-
-uint64_t scale_grad(uintptr_t grad, int dtype, int64_t elements, int64_t classes, uintptr_t upstream, int64_t stride,
-                    uintptr_t grad_scale, const py::list& ranges, int blocks, uint64_t seed) {
-  add_ranges(ranges);
-  emulated::scale_grad({reinterpret_cast<void*>(grad), static_cast<DType>(dtype), elements, classes,
-                        reinterpret_cast<const float*>(upstream), reinterpret_cast<const float*>(grad_scale), stride},
-                       blocks, seed);
-  return emulator::counters.bytes_stored;
+  const LaunchPlan plan = plan_launch(a, {multiprocessors, largest_cluster});
+  const DeviceArgs on_device = device_args(a, plan, reinterpret_cast<void*>(workspace));
+  return py::make_tuple(described(plan), py::bytes(reinterpret_cast<const char*>(&on_device), sizeof on_device));
 }
 
 // The launcher's bookkeeping of workspaces with an allocator of Python's; memory as an integer.
@@ -122,13 +99,12 @@ class PyWorkspaces {
 
 }  // namespace
 
-PYBIND11_MODULE(dlb_fast_emulator, m) {
+PYBIND11_MODULE(dlb_fast_host, m) {
   m.def("plan", &plan_of);
-  m.def("last_batch", &last_batch);
-  m.def("scale_grad", &scale_grad);
+  m.def("launch", &launch_of);
   py::class_<PyWorkspaces>(m, "Workspaces")
       .def(py::init<size_t>())
       .def("take", &PyWorkspaces::take)
       .def("give_back", &PyWorkspaces::give_back);
-  m.attr("workspace_bytes") = emulated::workspace_bytes();
+  m.attr("workspace_bytes") = sizeof(Workspace);
 }
