@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from builders import last_checkpoint, train, train_stopped
+from frameworks import reason_against
 from torch import nn
 
 from dlb_fast import cli
@@ -357,6 +358,38 @@ def test_a_network_that_cannot_be_downloaded_is_one_sentence(timm, monkeypatch, 
 def test_the_name_without_a_tag():
     names = {"timm:a.b": "timm:a", "a.b": "timm:a", "timm:a": "timm:a", **{name: name for name in MODELS}}
     assert {name: architecture(name) for name in names} == names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # timm's and the hub's own
+def test_timm_itself_loads_what_lies_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    if reason := reason_against("timm"):
+        pytest.skip(reason)
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = override(SMALL, source="synthetic:24,3,32", model="timm:test_resnet.r160_in1k", pretrained=True)
+    with pytest.raises(CheckpointError, match="test_resnet.r160_in1k of timm could not be loaded .LocalEntryNotFound"):
+        build_trainer(config)
+    published = timm.create_model("test_resnet").state_dict()
+    commit = tmp_path / "models--timm--test_resnet.r160_in1k" / "snapshots" / ("a" * 40)
+    commit.mkdir(parents=True)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs/main").write_text(commit.name)
+    save_file(published, commit / "model.safetensors", metadata={"format": "pt"})
+    for name in ("timm:test_resnet.r160_in1k", "timm:test_resnet"):
+        trainer = build_trainer(override(config, model=name))
+        state = trainer.model.state_dict()
+        assert not loaded(state, {**published, **{name: state[name] for name in HEAD}})
+        assert json.loads(trainer.metadata["initial_weights"]).startswith(
+            "test_resnet.r160_in1k of timm; the head of their 1000 classes is replaced by a new one of 3"
+        )
+    torch.save({"state_dict": published, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth.tar")
+    state, _ = started(tmp_path / "w.pth.tar", source="synthetic:24,3,32", model="timm:test_resnet")
+    assert not loaded(state, {**published, **{name: state[name] for name in HEAD}})
 
 
 # ---- --pretrained: torchvision
