@@ -90,7 +90,8 @@ class RunFolder:
                 return
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise ValueError(f"run folder: cannot make {self.path} ({error}); name another one with --out") from error
+            why = error.strerror or error
+            raise ValueError(f"run folder: cannot make {self.path} ({why}); name another one with --out") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -129,7 +130,7 @@ class RunFolder:
                     continue
                 raise ValueError(f"run folder: {RUNS} is not a folder; name another one with --out") from None
             except OSError as error:
-                raise ValueError(f"run folder: cannot make {path} ({error}); name one with --out") from error
+                raise ValueError(f"run folder: cannot make {path} ({error.strerror}); name one with --out") from error
             folder = cls(path)
             folder._reserved = True
             return folder
