@@ -6,14 +6,16 @@ A subcommand imports what it needs when it runs, so that `dlb-fast --help` does 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import shlex
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from dlb_fast.report import Run
@@ -34,15 +36,20 @@ COMMANDS = {
     "bench": ("dlb_fast.cli:bench", "measure on this machine: bench [last_batch | loader | methods | step] [options]"),
     "doctor": ("dlb_fast.doctor:main", "which implementations of the loss work here, and why the others do not"),
 }
+EXIT_CODES = """\
+exit codes: 0    done, or stopped by a signal with everything saved
+            1    the work failed, or damage was found
+            2    wrong use: a command, an option, a config, data or a folder is not as expected
+            130  Ctrl-C where nothing is saved"""
 ONE_PROCESS = ("compare", "demo", "eval", "predict")
 TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code.
+    """Run a subcommand; returns the exit code, one of `EXIT_CODES`.
 
-    0: done, or stopped by a signal with everything saved. 2: refused, because a flag, a config, data or a folder is not
-    as expected (ValueError, a missing file). 1: anything else failed. 130: Ctrl-C where nothing is saved.
+    What a user can mend is one sentence: wrong use (ValueError, a missing file) with 2; the package's own errors, the
+    system's and a missing library with 1. Anything else is a fault of the code and keeps its traceback.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] == "--version":
@@ -53,10 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print("usage: dlb-fast COMMAND [options]        (COMMAND --help for its options)\n")
         print("\n".join(f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()))
+        print(f"\n{EXIT_CODES}")
         return 0 if args else 2
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
-        print(f"dlb-fast: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
+        print(f"dlb-fast: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
     world_size = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
     if name in ONE_PROCESS and world_size != "1":
@@ -73,34 +83,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DLB_FAST_DEBUG") == "1":
             raise
+        wrong_use = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError))
+        if not wrong_use and not _is_expected(error):
+            traceback.print_exc()
+            return 1
         rank = f" (rank {os.environ.get('RANK')})" if world_size != "1" else ""
-        print(f"dlb-fast {name}{rank}: {_said(error)}", file=sys.stderr)
+        print(f"dlb-fast {name}{rank}: {_said(error).removeprefix(f'{name}: ')}", file=sys.stderr)
         if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
             print('the trainer needs further libraries: pip install "dlb_fast[train]"', file=sys.stderr)
+        if wrong_use:
+            return 2
         print("(DLB_FAST_DEBUG=1 shows where it happened)", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+        return 1
 
 
 def _said(error: Exception) -> str:
     """An error in words: its own sentence, the system's with the file, or with the type where that says more."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and str(error):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    return str(error) or type(error).__name__
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error's words suffice: it is of this package, or of the system, a library or the memory."""
+    if isinstance(error, (OSError, ImportError, MemoryError)) or type(error).__module__.startswith("dlb_fast"):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, named without importing torch
+        return True
+    raised = traceback.extract_tb(error.__traceback__)[-1].filename  # an error of torch comes from torch's files or C++
+    return Path(raised).is_relative_to(Path(__file__).parent) and "torch" not in type(error).__module__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, which names the option that was probably meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message with the nearest option; exit with 2."""
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        near = (
+            difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1) if unknown else []
+        )
+        self.exit(2, f"{self.prog}: {message}{f'; did you mean {near[0]}?' if near else ''} (--help lists all)\n")
 
 
 def train(argv: list[str]) -> int:
     """`dlb-fast train`: 0 when the run is finished, or was stopped by a signal with everything saved."""
     # These flags decide the defaults of all others, so they are read first.
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = Parser(prog="dlb-fast train", add_help=False)
     early.add_argument("--preset")
     early.add_argument("--config", type=Path)
     early.add_argument("--data")
     early.add_argument("--out", type=Path)
     early.add_argument("--resume", action="store_true")
     first, _ = early.parse_known_args(argv)
-    from dlb_fast.train.config import TrainArgs, parse_flags
+    from dlb_fast.train.config import RunConfig, TrainArgs, parse_flags
+
+    if {"-h", "--help"} & set(argv):
+        recipe = first.preset or first.config
+        base = _base_config(first.preset, first.config, first.data)[0] if recipe else RunConfig()
+        parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
     from dlb_fast.train.distributed import Ranks
     from dlb_fast.train.run import RunFolder, newest_run
 
@@ -132,9 +178,12 @@ def train(argv: list[str]) -> int:
             raise ValueError("--smoke starts a rehearsal of its own; leave --resume out")
         from dlb_fast.train.run import rehearse
 
-        found = rehearse(args.run, first.out, real_data=first.data is not None, quiet=args.quiet, ranks=ranks)
+        found = rehearse(args.run, real_data=first.data is not None, quiet=args.quiet, ranks=ranks)
         if ranks.is_main:
-            print(f"smoke: training, evaluation, checkpoint and resume work ({found['seconds']} seconds)")
+            print(
+                f"smoke: training, evaluation, checkpoint, resume and export work: {found['about']}, in "
+                f"{found['seconds']} seconds; nothing is kept"
+            )
         ranks.leave()
         return 0
     label = f"{args.run.data.source.split(':')[0]}-{args.run.loss.method}"
@@ -190,16 +239,21 @@ def _write_page(folder: Path, quiet: bool) -> None:
 
 def evaluate(argv: list[str]) -> int:
     """`dlb-fast eval RUN [--weights best|last] [--data KIND[:PATH]] [--json]`."""
-    parser = argparse.ArgumentParser(prog="dlb-fast eval", description="Evaluate a run's weights on its test set.")
+    parser = Parser(prog="dlb-fast eval", description="Evaluate a run's weights on its test set.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--weights", default="best", choices=("best", "last"), help="which weights (default: best)")
     parser.add_argument("--data", help="KIND[:PATH] of another set with the same classes")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--on-error", choices=("raise", "replace"), help="replace: leave out what cannot be read (default: the run's)"
+    )
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: the run's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     from dlb_fast.train.run import evaluate_run
 
-    scores = evaluate_run(args.run, weights=args.weights, source=args.data, device=args.device)
+    given = {name: getattr(args, name) for name in ("on_error", "max_pixels") if getattr(args, name) is not None}
+    scores = evaluate_run(args.run, weights=args.weights, source=args.data, device=args.device, **given)
     if args.json:
         import json
 
@@ -214,7 +268,7 @@ def evaluate(argv: list[str]) -> int:
 
 def presets(argv: list[str]) -> int:
     """`dlb-fast presets [list] | show NAME`."""
-    parser = argparse.ArgumentParser(prog="dlb-fast presets")
+    parser = Parser(prog="dlb-fast presets")
     verbs = parser.add_subparsers(dest="verb")
     verbs.add_parser("list", help="names and what they are")
     show = verbs.add_parser("show", help="print a recipe, a config file whose comments name the sources of its numbers")
@@ -233,7 +287,7 @@ def presets(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     """`dlb-fast report RUN... [--out FOLDER]`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dlb-fast report",
         description="Write report.html into every run's folder: one page that needs nothing else. Over all runs named: "
         "a table (report.md) and curves with calibration (curves.png).",
@@ -264,9 +318,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     from dlb_fast.train.config import RunConfig, check_effects, override, parse_flags, without_effect
     from dlb_fast.train.run import RunFolder
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"dlb-fast {prog}",
-        allow_abbrev=False,
         description="Train methods x seeds at equal optimiser steps and rows per step; the same command continues a "
         "comparison that was interrupted. Further flags are those of `dlb-fast train` (--data, --epochs, --lr, ...).",
     )
@@ -286,7 +339,10 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     data.add_argument("--data")
     base, _ = _base_config(args.preset, args.config, data.parse_known_args(rest)[0].data)
-    config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}")
+    own = {name: "" for name in ("methods", "seeds", "jobs", "out", "noises", "preset", "config")}
+    own |= {"seed": "the seeds are 0 .. SEEDS-1; use --seeds", "method": "use --methods"}
+    own |= {"resume": "the same command continues a comparison", "smoke": "use dlb-fast train --smoke"}
+    config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}", also=own)
     if preset is not None and config.data.source != base.data.source:
         raise ValueError(f"{prog} is a recipe for {preset}; compare other data with: dlb-fast compare --data KIND:PATH")
     command = f"dlb-fast {prog} {shlex.join(argv)}".strip()
@@ -302,11 +358,14 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
         return folder, runs
 
     if args.noises is not None:
-        root = args.out or RunFolder.named(prog).path
-        shares = [float(share) for share in args.noises.split(",")]
+        try:
+            shares = [float(share) for share in args.noises.split(",")]
+        except ValueError:
+            raise ValueError(f"{prog}: --noises must be shares such as 0,0.2,0.4, got {args.noises!r}") from None
         check_effects(override(config, label_noise=max(shares)))
         each = {s: override(config, label_noise=s) for s in shares}
         each = {s: override(c, **without_effect(c)) for s, c in each.items()}  # the kind of noise, where there is none
+        root = args.out or RunFolder.named(prog).path
         found = {s: one(c, root / f"noise-{s:g}")[1] for s, c in each.items()}
         page = pages.write_noise_report(root, found, title=title, command=command)
         print(f"\n{pages.noise_table(found)}\n\nwrote {page}, {root / 'noise.png'} and a report.md per share")
@@ -333,13 +392,21 @@ def bench(argv: list[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("last_batch", argv)
     if name not in scripts:
         raise ValueError(f"bench: expected one of {', '.join(scripts)}, got {name!r}")
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / "benchmarks" / "harness.py").exists():
-        raise ValueError("bench: the benchmarks come with the source checkout, not with an installed package; clone it")
+    places = (Path(__file__).resolve().parent.parent, Path.cwd())
+    checkout = next((place for place in places if (place / "benchmarks" / "harness.py").exists()), None)
+    if checkout is None:
+        from dlb_fast import __version__
+
+        raise ValueError(
+            "bench: the benchmarks are part of the source, not of an installed package; run this command in a checkout "
+            f"of version {__version__}, where it measures the installed package"
+        )
     # --out is relative to the caller's folder, so that folder stays and the checkout is made importable.
     script = [str(checkout / part) if part.endswith(".py") else part for part in scripts[name]]
-    path = os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, *script, *rest], env={**os.environ, "PYTHONPATH": path}).returncode
+    # The package that runs now comes first: in a foreign checkout it is the installed one.
+    path = os.pathsep.join([str(places[0]), str(checkout), os.environ.get("PYTHONPATH", "")])
+    code = subprocess.run([sys.executable, *script, *rest], env={**os.environ, "PYTHONPATH": path}).returncode
+    return code if code in (0, 2, 130) else 1  # a benchmark that dies of a signal has a negative one
 
 
 if __name__ == "__main__":

@@ -79,12 +79,12 @@ def test_a_file_overrides_only_what_it_names(tmp_path):
         ({"train": {"eval_every": "often"}}, "train.eval_every must be None or INT, got 'often'"),
         ({"train": {"amp": "fp8"}}, "train.amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
         ({"train": {"trackers": ["mlflow"]}}, "train.trackers must be one of 'tensorboard', .*, got 'mlflow'"),
-        ({"optim": {"betas": [0.1, "x"]}}, "optim.betas must be FLOAT FLOAT, got '0.1', 'x'"),
-        ({"optim": {"betas": [0.1]}}, "Missing value for argument 'optim.betas'. Expected 2 values"),
+        ({"optim": {"betas": [0.1, "x"]}}, "optim.betas must be None or FLOAT FLOAT ..., got '0.1', 'x'"),
+        ({"schedule": {"milestones": ["x"]}}, r"schedule.milestones must be FLOAT FLOAT \.\.\., got 'x'"),
         ({"optim": {"lr": {"peak": 1}}}, "optim.lr must be one value or a list, got {'peak': 1}"),
         ({"schedule": {"milestones": [1]}}, "milestones must be given with schedule=multistep"),
         ({"schedule": {"schedule": "multistep", "milestones": [3, 2]}}, "milestones must be increasing"),
-        ({"optim": {"momentum": 0}}, "nesterov must be False when momentum is 0"),
+        ({"optim": {"momentum": 0, "nesterov": True}}, "nesterov must be False when momentum is 0"),
     ],
 )
 def test_wrong_configs_are_refused(values, message, tmp_path):
@@ -97,7 +97,7 @@ def test_wrong_configs_are_refused(values, message, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lr", "fast"], "--lr must be FLOAT, got 'fast'"),
+        (["--lr", "fast"], "--lr must be None or FLOAT, got 'fast'"),
         (["--lr", "-1"], "config: lr must be finite and > 0, got -1.0"),
         (["--epoch", "1"], "Unrecognized options: --epoch, 1; did you mean --epochs?"),
         (["--amp", "fp8"], "--amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
@@ -285,6 +285,7 @@ OPTIONS = {
     "momentum": (0.5, {"optimizer": "adamw"}, {}),
     "nesterov": (False, {"optimizer": "adamw"}, {}),
     "betas": ((0.8, 0.9), {}, {"optimizer": "adamw"}),
+    "weight_decay": (0.1, {"optimizer": "rprop"}, {"optimizer": "rmsprop"}),
     "decay_norm_and_bias": (False, {"weight_decay": 0.0}, {}),
     "gamma": (0.5, {}, MULTISTEP),
     "min_lr": (0.001, MULTISTEP, {}),

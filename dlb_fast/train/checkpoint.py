@@ -58,7 +58,7 @@ FORMAT = "dlb_fast.checkpoint"
 VERSION = 1
 NAME = re.compile(r"step-\d{9}\.pt")
 LEFTOVER = re.compile(r"\.step-\d{9}\.pt\.\d+\.tmp")  # left by a process that was killed while writing
-COUNTERS = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "last")
+COUNTERS = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "stale", "last")
 
 
 class CheckpointError(RuntimeError):
@@ -335,6 +335,7 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
         "metadata": trainer.metadata,
         "model": full_state(trainer.model.state_dict()),
         "optimizer": full_state(trainer.optimizer.state_dict()),
+        "optimizer_class": _class_name(trainer.optimizer),
         "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "ema": None if ema is None else full_state(ema.state_dict()),
@@ -383,7 +384,7 @@ def _load_trainer_state(trainer: Trainer, state: dict[str, Any], origin: str) ->
         raise CheckpointError(f"{origin} was made {made} EMA; use the same setting")
     if trainer.ema is not None:
         trainer.ema.load_state_dict(state["ema"])
-    _load_optimizer(trainer.optimizer, state["optimizer"], origin)
+    _load_optimizer(trainer.optimizer, state["optimizer"], state["optimizer_class"], origin)
     if trainer.scheduler is not None and state["scheduler"] is not None:
         trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.scaler.load_state_dict(state["scaler"])
@@ -394,15 +395,17 @@ def _load_trainer_state(trainer: Trainer, state: dict[str, Any], origin: str) ->
     trainer.log.rewind(state["logs"])  # last, so that a refused state does not change the logs
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], origin: str) -> None:
-    def describe(groups: list[dict[str, Any]]) -> str:
-        known = [name for name in ("momentum", "betas") if any(name in group for group in groups)]
-        return f"{len(groups)} groups with {' and '.join(known) or 'neither momentum nor betas'}"
+def _class_name(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
-    saved, own = describe(state["param_groups"]), describe(optimizer.param_groups)
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], made_by: str, origin: str) -> None:
+    """Load the state of an optimiser of the same class with as many groups; its hyperparameters stay the run's own."""
+    saved = f"{made_by} with {len(state['param_groups'])} groups"
+    own = f"{_class_name(optimizer)} with {len(optimizer.param_groups)} groups"
     if saved != own:
         raise CheckpointError(
-            f"{origin} was made with another optimiser ({saved}), here are {own}; use the same optimizer and "
+            f"{origin} was made with another optimiser ({saved}), here is {own}; use the same optimizer and "
             "decay_norm_and_bias"
         )
     optimizer.load_state_dict(distribute_optimizer_state(optimizer, state))

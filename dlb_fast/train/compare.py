@@ -87,6 +87,8 @@ def run(
     unknown = [m for m in methods if m not in VARIANTS]
     if unknown or not methods or len(set(methods)) < len(methods):
         raise ValueError(f"compare: methods must be distinct names of {', '.join(VARIANTS)}, got {', '.join(methods)}")
+    if config.train.patience is not None:
+        raise ValueError("compare: patience would end the methods after different numbers of steps; leave it out")
     if seeds < 1:
         raise ValueError(f"compare: seeds must be at least 1, got {seeds}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,13 +7,18 @@ no prefix.
 
 from __future__ import annotations
 
+import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import math
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,18 +88,22 @@ class DataConfig:
     flip: bool = True
     """Random horizontal flip."""
     image_size: int = 32
-    """Height and width of the crops of image files."""
+    """Height and width of the crops of image files, in pixels."""
     eval_size: int | None = None
-    """Height and width in the evaluation; None: image_size. Smaller crops in training than in evaluation cost less and
-    are no worse (Touvron et al., NeurIPS 2019)."""
+    """Height and width in the evaluation, in pixels; None: image_size. Smaller crops in training than in evaluation
+    cost less and are no worse (Touvron et al., NeurIPS 2019)."""
     eval_resize: int | None = None
-    """Shorter side before the centre crop of the evaluation; None: the crop's side, or without padding that / 0.875."""
+    """Shorter side before the centre crop of the evaluation, in pixels; None: the crop's side, or without padding that
+    / 0.875."""
     eval_batch_size: int = 512
     """Rows per forward in the evaluation."""
     num_threads: int = 2
     """Decoding threads for image folders."""
     max_pixels: int = 178_956_970
-    """Image files with more pixels are refused before they are decoded."""
+    """Image files with more pixels (height x width) are refused before they are decoded."""
+    on_error: Literal["raise", "replace"] = "raise"
+    """raise: an image that cannot be read ends the run. replace: in the training another one stands in, in both views
+    and named; in the evaluation it is left out. More than 1 % of a set end the run."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "even and >= 2", self.batch_size)
@@ -123,7 +132,7 @@ class AugmentConfig:
     rand_augment: str | None = None
     """N,M: RandAugment with N operations of magnitude M (0 to 30); 2,9 is usual."""
     cutout: int = 0
-    """Side of Cutout's black square; 0 turns it off."""
+    """Side of Cutout's black square, in pixels; 0 turns it off."""
     erase_prob: float = 0.0
     """Probability that a rectangle of a view is erased after the normalisation (random erasing); 0.25 is usual."""
     erase_area: tuple[float, float] = (0.02, 1 / 3)
@@ -194,6 +203,7 @@ class _LossConfig:
     """The method and its options."""
 
     method: str = "dlb"
+    """What teaches:"""
     alpha: float | None = None
     """Weight of the teacher's term; None: the method's own default (dlb: 1, of the community, not of the paper)."""
     temperature: float | None = None
@@ -228,29 +238,20 @@ def _field_type(method: str, name: str, option: Any) -> Any:
 
 
 def _options_as_fields() -> list[tuple[str, Any, Any]]:
-    """One field per option of any method; its help lists the methods' descriptions and defaults."""
+    """One field per option of any method."""
     kinds: dict[str, Any] = {}
-    texts: dict[str, list[str]] = {}
     for method in METHODS.values():
         for name, option in method.options.items():
             kinds.setdefault(name, _field_type(method.name, name, option.type))
-            default = str(option.default).removeprefix("torch.")
-            texts.setdefault(name, []).append(f"{method.name}: {option.help} [{default}]")
     own = {field.name for field in dataclasses.fields(_LossConfig)}
-    return [(name, _with_help(kind, " ".join(texts[name])), None) for name, kind in kinds.items() if name not in own]
+    return [(name, kind, None) for name, kind in kinds.items() if name not in own]
 
 
-def _with_help(kind: Any, text: str) -> Any:
-    return kind if tyro is None else Annotated[kind, tyro.conf.arg(help=text)]
-
-
-_NAMES = f"{'; '.join(f'{m.name}: {m.about}' for m in METHODS.values())}; module:Class: a DistillationLoss of your own."
 if TYPE_CHECKING:
     LossConfig = _LossConfig
 else:
     # Built from the signatures of the methods, so that an option is declared in one place.
-    fields_of_methods = [("method", _with_help(str, _NAMES), "dlb"), *_options_as_fields()]
-    LossConfig = dataclasses.make_dataclass("LossConfig", fields_of_methods, bases=(_LossConfig,), frozen=True)
+    LossConfig = dataclasses.make_dataclass("LossConfig", _options_as_fields(), bases=(_LossConfig,), frozen=True)
     LossConfig.__doc__, LossConfig.__module__ = _LossConfig.__doc__, __name__
 
 METHOD_FIELDS = tuple(
@@ -263,25 +264,40 @@ METHOD_FIELDS = tuple(
 class OptimConfig:
     """The optimiser."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.05
-    """Peak learning rate."""
-    momentum: float = 0.9
-    """SGD only."""
-    nesterov: bool = True
-    """SGD only."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW only."""
-    weight_decay: float = 5e-4
+    optimizer: str = "sgd"
+    """A class of torch.optim (sgd, adamw, nadam, rmsprop, ...) or a name of timm's (lion, lamb, ...; timm:adamw is
+    timm's own). A change of the optimiser sets the numbers below to the new one's defaults unless they are given."""
+    lr: float | None = None
+    """Peak learning rate. None: the optimiser's default; sgd: 0.05."""
+    momentum: float | None = None
+    """Momentum. None: the optimiser's default; sgd: 0.9."""
+    nesterov: bool | None = None
+    """Nesterov momentum. None: the optimiser's default; sgd: True."""
+    betas: tuple[float, ...] | None = None
+    """Decay of the moments of Adam and its kin. None: the optimiser's default."""
+    weight_decay: float | None = None
+    """Weight decay. None: the optimiser's default; sgd: 0.0005."""
+    optimizer_options: tuple[str, ...] = ()
+    """Further options of the optimiser as NAME=VALUE, such as eps=1e-6 amsgrad=True."""
     decay_norm_and_bias: bool = True
     """False: no weight decay for parameters with at most one dimension (norms, biases)."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.lr) and self.lr > 0, "lr", "finite and > 0", self.lr)
-        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
-        _require(all(0 <= b < 1 for b in self.betas), "betas", "in [0, 1)", self.betas)
-        _require(self.momentum > 0 or not self.nesterov, "nesterov", "False when momentum is 0", self.nesterov)
+        _require(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "lr", "finite and > 0", self.lr)
+        _require(self.momentum is None or 0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        decay = self.weight_decay
+        _require(decay is None or 0 <= decay < math.inf, "weight_decay", "finite and at least 0", decay)
+        _require(self.betas is None or all(0 <= b < 1 for b in self.betas), "betas", "in [0, 1)", self.betas)
+        _require(self.momentum != 0 or not self.nesterov, "nesterov", "False when momentum is 0", self.nesterov)
+        names = [text.partition("=")[0] for text in self.optimizer_options]
+        ok = all("=" in text for text in self.optimizer_options) and len(set(names)) == len(names)
+        _require(ok, "optimizer_options", "distinct options NAME=VALUE", self.optimizer_options)
+
+    def switched(self, optimizer: str) -> OptimConfig:
+        """This config for an optimiser: another one gets its own numbers, because a rate of SGD is none of AdamW."""
+        if optimizer == self.optimizer:
+            return self
+        return OptimConfig(optimizer, decay_norm_and_bias=self.decay_norm_and_bias)
 
 
 @dataclass(frozen=True)
@@ -289,11 +305,13 @@ class ScheduleConfig:
     """The learning rate schedule; it is updated every step."""
 
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    """Shape of the rate after the warm-up."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from lr / warm-up steps to lr."""
+    """Linear warm-up from lr / warm-up steps to lr, in epochs."""
     milestones: tuple[float, ...] = ()
     """multistep: epochs at which the rate is multiplied by gamma."""
     gamma: float = 0.1
+    """multistep: factor on the rate at a milestone."""
     min_lr: float = 0.0
     """cosine: final learning rate."""
 
@@ -318,6 +336,7 @@ class TrainConfig:
     """joint: one forward over all rows (the paper). two_pass: two forwards (the official code). partners: the second
     half without gradient (always used by cs_kd)."""
     amp: Literal["none", "bf16", "fp16"] = "none"
+    """Autocast of the network; the loss computes in float32. fp16 scales the loss."""
     accumulate: int = 1
     """Batches per optimiser step. The teacher is then the previous batch, not the previous step."""
     clip_grad: float | None = None
@@ -325,6 +344,7 @@ class TrainConfig:
     ema: float | None = None
     """Decay of averaged weights, which are then evaluated and exported."""
     channels_last: bool = False
+    """Memory format of the network and the images; faster for convolutions on a GPU."""
     distributed: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """auto: ddp under torchrun. ddp: a copy of the model on every rank. fsdp: a shard on every rank (FSDP2)."""
     sync_bn: bool = False
@@ -333,6 +353,8 @@ class TrainConfig:
     """Train with torch.compile; the evaluation stays eager."""
     eval_every: int | None = None
     """Steps between evaluations, each a row of metrics; None: every epoch."""
+    patience: int | None = None
+    """End the training after this many evaluations in a row without a better test accuracy; None: never."""
     log_every: int = 50
     """Steps between progress lines in metrics.jsonl and checks for a loss that is not finite."""
     checkpoint_every: int | None = None
@@ -344,12 +366,14 @@ class TrainConfig:
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Experiment trackers beside metrics.csv and metrics.jsonl."""
     seed: int = 0
+    """Seed of the weights, the order of the samples and the augmentation."""
     device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "log_every", "keep"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("max_steps", "eval_every", "checkpoint_every"):
+        for name in ("max_steps", "eval_every", "patience", "checkpoint_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1 or null", value)
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "above 0 or null", self.clip_grad)
@@ -390,9 +414,25 @@ _MIXING = (
     lambda c: c.augment.mixup_alpha > 0 or c.augment.cutmix_alpha > 0,
     "mixup_alpha or cutmix_alpha above 0",
 )
-_SGD = (("optimizer",), lambda c: c.optim.optimizer == "sgd", "optimizer=sgd")
+
+
+def _optimizer_has(name: str) -> tuple[tuple[str, ...], Callable[[RunConfig], bool], str]:
+    def has(config: RunConfig) -> bool:
+        from .optim import find_optimizer  # which imports this file
+
+        return name in find_optimizer(config.optim.optimizer)[1]
+
+    return ("optimizer",), has, f"an optimizer that has {name}"
+
+
+def _decays(config: RunConfig) -> bool:
+    from .optim import resolve_optimizer
+
+    return bool(resolve_optimizer(config.optim).weight_decay)
+
+
 EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
-    **dict.fromkeys(("image_size", "eval_size", "eval_resize", "num_threads", "max_pixels"), _IMAGE_FILES),
+    **dict.fromkeys(("image_size", "eval_size", "eval_resize", "num_threads", "max_pixels", "on_error"), _IMAGE_FILES),
     "noise_kind": (("label_noise",), lambda c: c.data.label_noise > 0, "label_noise above 0"),
     "data_seed": (
         ("data", "per_class", "label_noise"),
@@ -416,9 +456,8 @@ EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
         lambda c: c.augment.mix_prob > 0 and not (c.augment.mixup_alpha > 0 and c.augment.mix_switch_prob == 0),
         "mix_prob above 0, and beside mixup_alpha mix_switch_prob above 0",
     ),
-    **dict.fromkeys(("momentum", "nesterov"), _SGD),
-    "betas": (("optimizer",), lambda c: c.optim.optimizer == "adamw", "optimizer=adamw"),
-    "decay_norm_and_bias": (("weight_decay",), lambda c: c.optim.weight_decay > 0, "weight_decay above 0"),
+    **{name: _optimizer_has(name) for name in ("momentum", "nesterov", "betas", "weight_decay")},
+    "decay_norm_and_bias": (("optimizer", "weight_decay"), _decays, "weight_decay above 0"),
     "gamma": (("schedule",), lambda c: c.schedule.schedule == "multistep", "schedule=multistep"),
     "min_lr": (("schedule",), lambda c: c.schedule.schedule == "cosine", "schedule=cosine"),
 }
@@ -463,42 +502,209 @@ def _flat(config: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """Train a network. Flags override --config, which overrides --preset; the run folder gets the resolved config,
-    metrics, versions and checkpoints."""
+    """Train a network. Flags override --config, which overrides --preset; without both it is the recipe digits, or with
+    --data the trainer's defaults. The run folder gets the resolved config, metrics, versions and checkpoints."""
 
     preset: str | None = None
-    """Recipe by name (dlb-fast presets list). Without it and --config: digits."""
+    """Recipe by name; `dlb-fast presets` lists them."""
     config: Path | None = None
     """YAML config, on top of the preset if both are given."""
     out: Path | None = None
-    """Run folder (default: a new one under runs/)."""
+    """Run folder. None: a new one under runs/."""
     resume: Annotated[bool, _NO_OPPOSITE] = False
     """Continue the run in --out, or without it the newest run under runs/."""
     smoke: Annotated[bool, _NO_OPPOSITE] = False
-    """Test the config in seconds: four short steps, evaluation, checkpoint and resume, on synthetic images unless
-    --data is given."""
+    """Try the config in seconds: four small steps, evaluation, checkpoint and resume, on synthetic images, or with
+    --data on a few images of these. Keeps nothing."""
     quiet: Annotated[bool, _NO_OPPOSITE] = False
-    """No progress on the console."""
+    """No progress on the console; warnings remain."""
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) -> Any:
+def parse_flags(
+    form: type[Any], default: Any, flags: Sequence[str], prog: str, *, also: Mapping[str, str] | None = None
+) -> Any:
     """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group.
+
+    `also`: further options of the command, which may be meant by a wrong one -> why one has no effect there, or "".
 
     Raises:
         SystemExit: with 2 after one sentence on stderr for a wrong flag, with 0 after `--help`.
     """
+    flags = _as_written(flags)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--optimizer", nargs="?")
+    chosen = early.parse_known_args(flags)[0].optimizer
+    if chosen is not None:  # it decides what the other numbers of the optimiser are
+        if isinstance(default, RunConfig):
+            default = override(default, optimizer=chosen)
+        else:
+            default = dataclasses.replace(default, run=override(default.run, optimizer=chosen))
+    asked = [flag for flag in flags if flag not in ("-h", "--help")]
     try:
-        return _parse(form, default, flags, prog, "OmitArgPrefixes")
+        _check_names(asked, form, also or {})
+        made = _parse(form, default, asked, prog, "OmitArgPrefixes")
+        if len(asked) == len(flags):
+            return made
+        print(_help_page(made, prog))
+        raise SystemExit(0)
     except ValueError as error:
         print(f"{prog}: {error} (--help lists all flags)", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _groups() -> list[tuple[str, type[Any]]]:
+    """(name, class) of the groups of a config."""
+    hints = typing.get_type_hints(RunConfig)
+    return [(field.name, hints[field.name]) for field in dataclasses.fields(RunConfig)]
+
+
+_TRAIN_ONLY = {"preset": str, "config": Path, "out": Path, "resume": bool, "smoke": bool, "quiet": bool}
+
+
+def _flag_types() -> dict[str, Any]:
+    """Flag without its dashes -> the type of its field."""
+    found: dict[str, Any] = dict(_TRAIN_ONLY)
+    for _, part in _groups():
+        hints = typing.get_type_hints(part)
+        found |= {"data" if f.name == "source" else f.name: hints[f.name] for f in dataclasses.fields(part)}
+    return {name.replace("_", "-"): kind for name, kind in found.items()}
+
+
+def _is_optional_bool(kind: Any) -> bool:
+    return set(typing.get_args(kind)) == {bool, type(None)}
+
+
+def _as_written(flags: Sequence[str]) -> list[str]:
+    """`--swap` and `--no-swap` as `--swap=True` and `--swap=False`, where tyro expects a value."""
+    optional = {name for name, kind in _flag_types().items() if _is_optional_bool(kind)}
+    found = []
+    for flag, following in zip(flags, [*flags[1:], ""], strict=False):
+        name = flag[2:].replace("_", "-") if flag.startswith("--") else ""
+        if name.removeprefix("no-") in optional and name.startswith("no-"):
+            flag = f"--{name[3:]}=False"
+        elif name in optional and following not in ("True", "False", "None"):
+            flag = f"--{name}=True"
+        found.append(flag)
+    return found
+
+
+def _check_names(flags: Sequence[str], form: type[Any], also: Mapping[str, str]) -> None:
+    """Refuse an unknown flag, with the nearest known one or the one whose text has its words."""
+    types_of = _flag_types()
+    if form is RunConfig:
+        types_of = {name: kind for name, kind in types_of.items() if name not in _TRAIN_ONLY}
+    switches = {name for name, kind in types_of.items() if kind is bool or _is_optional_bool(kind)} - set(_TRAIN_ONLY)
+    known = [*types_of, *(f"no-{name}" for name in switches)]
+    meant = [*known, *also]
+    texts = {name: text for _, part in _groups() for name, text in _field_texts(part).items()}
+    for flag in flags:
+        name = flag[2:].partition("=")[0].replace("_", "-")
+        if not flag.startswith("--") or not name:
+            continue
+        if also.get(name):
+            raise ValueError(f"{flag.partition('=')[0]} has no effect here: {also[name]}")
+        if name not in known:
+            words = rf"\b{re.escape(name.replace('-', ' '))}\b"
+            near = difflib.get_close_matches(name, meant, n=1)
+            near = near or [n.replace("_", "-") for n, text in texts.items() if re.search(words, text.lower())][:1]
+            raise ValueError(f"unknown option {flag.partition('=')[0]}{f'; did you mean --{near[0]}?' if near else ''}")
+
+
+def _help_page(made: Any, prog: str) -> str:
+    """The options of `TrainArgs` or `RunConfig` by group; in brackets the values that a config has, resolved."""
+    from .methods import resolve
+
+    config = made if isinstance(made, RunConfig) else made.run
+    with contextlib.suppress(ValueError):
+        config = resolve(config)
+    width = min(100, shutil.get_terminal_size().columns)
+    page = [f"usage: {prog} [--preset NAME] [--data KIND[:PATH]] [--out FOLDER] [options]"]
+    if config is not made:
+        page += textwrap.wrap(" ".join((type(made).__doc__ or "").split()), width)
+    page += ["", "In brackets: the value that this command line would use (--preset NAME --help: that recipe's)."]
+    if config is not made:
+        page += ["", "run", *_lines_of(made, width)]
+    own = find(config.loss.method).options
+    others = [name for name in METHOD_FIELDS if name not in own]
+    for name, _ in _groups():
+        part = getattr(config, name)
+        about = " ".join((type(part).__doc__ or "").split())
+        page += ["", *textwrap.wrap(f"{name}: {about}", width)]
+        page += _lines_of(part, width, others)
+        if name == "loss":
+            theirs = {m.name: [n for n in m.options if n in others] for m in METHODS.values()}
+            listed = "; ".join(f"{m}: {', '.join(_flag(n) for n in names)}" for m, names in theirs.items() if names)
+            text = f"Options of other methods (--method NAME --help explains them): {listed}."
+            page += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(page)
+
+
+def _flag(name: str) -> str:
+    return f"--{'data' if name == 'source' else name.replace('_', '-')}"
+
+
+def _lines_of(part: Any, width: int, leave_out: Sequence[str] = ()) -> list[str]:
+    """One entry per field: the flag with what it takes, what it is, and its value."""
+    hints, texts, lines = typing.get_type_hints(type(part)), _field_texts(type(part)), []
+    for one in dataclasses.fields(part):
+        if one.name in leave_out or one.name == "run":
+            continue
+        kind, value, text = hints[one.name], getattr(part, one.name), texts.get(one.name, "")
+        option = find(part.method).options.get(one.name) if isinstance(part, _LossConfig) else None
+        text = option.help if option is not None and not text else text
+        switch = not isinstance(part, TrainArgs) and (kind is bool or _is_optional_bool(kind))
+        flag = f"{_flag(one.name)}, --no-{one.name.replace('_', '-')}" if switch else _flag(one.name)
+        taken = _taken(kind)
+        shown = "" if kind is bool and not switch else f" [{_shown(value)}]"
+        head = f"  {flag}{' ' if taken else ''}{taken}"
+        body = textwrap.wrap(text + shown, width - 28, break_on_hyphens=False)
+        if len(head) > 26:
+            lines.append(head)
+            head = ""
+        lines += [f"{start:<28}{line}" for start, line in zip([head] + [""] * len(body), body, strict=False)]
+        if one.name == "method":
+            lines += [f"{'':<28}  {m.name:<10} {m.about}" for m in METHODS.values()]
+            lines.append(f"{'':<28}  MODULE:CLASS a DistillationLoss of your own")
+    return lines
+
+
+def _taken(kind: Any) -> str:
+    """What a flag takes, such as INT, {a,b} or FLOAT ..."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return f"{{{','.join(map(str, arguments))}}}"
+    if typing.get_origin(kind) is tuple:
+        return f"{_taken(arguments[0])} ..." if arguments[-1] is Ellipsis else " ".join(map(_taken, arguments))
+    if arguments:  # a union with None
+        return _taken(next(a for a in arguments if a is not type(None)))
+    return {bool: "", int: "INT", float: "FLOAT", str: "TEXT"}.get(kind, "PATH")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _field_texts(form: type[Any]) -> dict[str, str]:
+    """Field -> the string below it in the source of a dataclass or its bases."""
+    found: dict[str, str] = {}
+    for one in reversed(form.__mro__[:-1]):
+        with contextlib.suppress(OSError, TypeError):  # made at run time: no source
+            body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body  # type: ignore[attr-defined]
+            for entry, following in zip(body, [*body[1:], None], strict=True):
+                if isinstance(entry, ast.AnnAssign) and isinstance(following, ast.Expr):
+                    found[entry.target.id] = " ".join(following.value.value.split())  # type: ignore
+    return found
 
 
 def override(config: RunConfig, **values: Any) -> RunConfig:
     """The config with fields replaced by name (in any group), or whole groups."""
     groups = _fields()
     homes = {name: group for group, names in groups.items() for name in names}
+    if "optimizer" in values:
+        config = dataclasses.replace(config, optim=config.optim.switched(values["optimizer"]))
     for name, value in values.items():
         if name in groups and dataclasses.is_dataclass(value):
             config = dataclasses.replace(config, **{name: value})  # type: ignore[arg-type]
@@ -547,6 +753,8 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
                 raise ValueError(f"config: unknown field {group}.{name}{_suggestion(f'{group}.{name}', known)}")
             flags += _as_flag(f"{group}.{name}", "data" if name == "source" else name, value)
         current = getattr(config, group)
+        if isinstance(current, OptimConfig) and isinstance(part.get("optimizer"), str):
+            current = current.switched(part["optimizer"])
         try:
             made = _parse(type(current), current, flags, "config", "FlagConversionOff")
         except ValueError as error:
@@ -623,8 +831,9 @@ def _sentence(box: str) -> str:
     if wrong := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", said):
         return f"{wrong[2]} must be one of {wrong[3]}, got {wrong[1]}"
     explained = {block[0]: block[1:] for block in blocks[1:]}
-    if (wrong := re.match(r"Error parsing (\S+): .*?('.*'|\[.*?\])", said)) and "Argument helptext:" in explained:
+    if (wrong := re.match(r"Error parsing (\S+): .*?('.*'|\[\])\]?\.?$", said)) and "Argument helptext:" in explained:
         expected = explained["Argument helptext:"][0].removeprefix(wrong[1]).strip().replace("{None}|", "None or ")
+        expected = re.sub(r"\{?\[(\w+) \[\1 \.\.\.\]\]\}?", r"\1 \1 ...", expected)
         return f"{wrong[1]} must be {expected}, got {wrong[2].strip('[]')}"
     if near := explained.get("Perhaps you meant:"):
         return f"{said}; did you mean {near[0].split()[0]}?"

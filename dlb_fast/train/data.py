@@ -124,9 +124,11 @@ class RunData:
             "mix": augment.mix(),
             "erase": augment.erase(),
         }
+        on_error = self.config.on_error
         threads = self.config.num_threads
         if sampler is not None:
-            return SampledLoader(self.train, sampler, num_threads=threads, decoder=self._decoder(), **options)
+            options |= {"num_threads": threads, "decoder": self._decoder(), "on_error": on_error}
+            return SampledLoader(self.train, sampler, **options)
         rows = self.config.batch_size
         sampled = rows // 2 if overlap else rows
         if len(self.train) < sampled:
@@ -136,7 +138,7 @@ class RunData:
         options |= {"seed": seed, "overlap": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
         if self.in_memory:
             return ResidentLoader(self.train, rows // ranks.world_size, **options)
-        options |= {"num_threads": threads, "decoder": self._decoder()}
+        options |= {"num_threads": threads, "decoder": self._decoder(), "on_error": on_error}
         return OverlapLoader(self.train, rows // ranks.world_size, **options)
 
     def _decoder(self) -> ImageDecoder:
@@ -185,6 +187,7 @@ def eval_loader(
         std=std,
         num_threads=config.num_threads,
         decoder=ImageDecoder(max_pixels=config.max_pixels),
+        on_error=config.on_error,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )

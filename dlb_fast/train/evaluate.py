@@ -35,6 +35,8 @@ def predictions(
 
     Raises:
         ValueError: no image, or fewer images than ranks.
+
+    A row of a negative target, an image that could not be read, is left out.
     """
     extra, ranks = 0, ranks or Ranks()
     if ranks.world_size > 1:
@@ -59,7 +61,8 @@ def predictions(
         model.train(was_training)
     if not logits:
         raise ValueError("evaluate: there is no image to evaluate on; is the test set empty?")
-    return ranks.cat(torch.cat(logits)), ranks.cat(torch.cat(targets))
+    found, labels = ranks.cat(torch.cat(logits)), ranks.cat(torch.cat(targets))
+    return found[labels >= 0], labels[labels >= 0]
 
 
 def evaluate(

@@ -106,6 +106,8 @@ class Trainer:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.criterion, self.optimizer, self.scheduler = model, criterion, optimizer, scheduler
         self.loader, self.evaluate = loader, evaluate
+        if config.patience is not None and evaluate is None:
+            raise ValueError("Trainer: patience needs an evaluation; give evaluate")
         self.folder = None if folder is None else Path(folder)
         if not ranks.is_main:
             log = RunLog(quiet=True)
@@ -136,16 +138,18 @@ class Trainer:
         self.images_seen = 0  # rows through the network on all ranks, including repeated ones
         self.seconds = 0.0  # training time up to the last evaluation, without evaluations and checkpoints
         self.best: dict[str, float] = {}  # {"step", "top1"} of the best evaluation
+        self.stale = 0  # evaluations since then
         self.last: dict[str, Any] = {}  # the last row of metrics
         self.stop = StopSignals(ranks)
         self.stopped_by: str | None = None
         self.metrics = MetricAverager(self.device)  # since the last evaluation
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, or until SIGTERM or SIGINT; then save a checkpoint and return.
+        """Train to the end, until patience ends, or until SIGTERM or SIGINT; then save a checkpoint and return.
 
         Returns:
-            The last row of metrics, with `best_top1`, `best_step` and `stopped_by` (None, "SIGTERM" or "SIGINT").
+            The last row of metrics, with `best_top1`, `best_step` and `stopped_by` (None, "patience", "SIGTERM" or
+            "SIGINT").
 
         Raises:
             TrainingDiverged: the loss of any rank is not finite at a log point, or a weight at a checkpoint.
@@ -155,7 +159,7 @@ class Trainer:
         config, log, stop = self.config, self.log, self.stop
         if self.folder is not None and self.ranks.is_main:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        log.start(step=self.step, total=self.total_steps)
+        log.start(step=self.step, total=self.total_steps, per_epoch=_length(self.loader) / config.accumulate)
         self.model.train()
         self.criterion.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -166,6 +170,8 @@ class Trainer:
                 last = self.step >= self.total_steps
                 if stop.signal or self.ranks.world_size > 1:
                     self.stopped_by = stop.agreed(now=last)
+                if self.out_of_patience and not (last or self.stopped_by):
+                    self.stopped_by = "patience"  # on all ranks, which have the same scores
                 if last or self.stopped_by:
                     break
 
@@ -187,10 +193,9 @@ class Trainer:
                 if log_due or eval_due:
                     self.check_finite()
                 self.metrics.seconds += time.perf_counter() - started
-                if log.bar is not None:
-                    log.bar.update()
                 if log_due:
                     log.progress(self._row())
+                log.tick(self.step)
                 if eval_due:
                     self._evaluate()
                 if save_due:
@@ -206,6 +211,11 @@ class Trainer:
             "best_step": self.best.get("step"),
             "stopped_by": self.stopped_by,
         }
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations brought no better top-1."""
+        return self.config.patience is not None and self.stale >= self.config.patience
 
     def forward_backward(self, batch: Batch) -> None:
         """Forward and backward of one batch; adds its loss to the metrics."""
@@ -324,7 +334,7 @@ class Trainer:
                 f"{path} {why}, not those of step {self.best['step']}, the best at step {self.step}; the next "
                 f"evaluation writes it"
             )
-            self.best = {}
+            self.best, self.stale = {}, 0
 
     def _batches(self) -> Iterator[Batch]:
         """Yields batches epoch after epoch, without end, and measures the waiting time."""
@@ -363,8 +373,9 @@ class Trainer:
             reshard(weights)
             row |= {f"test_{name}": value for name, value in scores.items()}
             self.model.train()
+            self.stale += 1
             if scores.get("top1", -1.0) > self.best.get("top1", -1.0):
-                self.best = {"top1": scores["top1"], "step": self.step}
+                self.best, self.stale = {"top1": scores["top1"], "step": self.step}, 0
                 self._export("best")
         self.last = row
         self.log.result(row)

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ import yaml
 
 from dlb_fast import _backends
 from dlb_fast.buffer import rank_and_size
+from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, is_image
+from dlb_fast.data.datasets.open import class_names, find_splits
+from dlb_fast.data.datasets.tar import shard_files
 
 from .checkpoint import CheckpointError, list_checkpoints, write_atomically
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
@@ -86,7 +91,8 @@ class RunFolder:
                 return
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise ValueError(f"run folder: cannot make {self.path} ({error}); name another one with --out") from error
+            why = error.strerror or error
+            raise ValueError(f"run folder: cannot make {self.path} ({why}); name another one with --out") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,7 +131,7 @@ class RunFolder:
                     continue
                 raise ValueError(f"run folder: {RUNS} is not a folder; name another one with --out") from None
             except OSError as error:
-                raise ValueError(f"run folder: cannot make {path} ({error}); name one with --out") from error
+                raise ValueError(f"run folder: cannot make {path} ({error.strerror}); name one with --out") from error
             folder = cls(path)
             folder._reserved = True
             return folder
@@ -286,6 +292,7 @@ def build_trainer(
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if ranks.rank:  # the weights are equal on all ranks, but dropout must differ
         seed_everything(config.train.seed + ranks.rank)
+    _check_fit(model, config, data, device)
     rows = config.data.batch_size // ranks.world_size
     loader = data.train_loader(
         overlap=find(config.loss.method).batches == "overlap",
@@ -308,19 +315,39 @@ def build_trainer(
         total_steps=steps,
         steps_per_epoch=len(loader) / config.train.accumulate,
     )
+    tested = data.test_batches(device, ranks)  # one loader, which names an unreadable image once
     return Trainer(
         model,
         criterion.to(device),
         optimizer,
         loader,
         scheduler=scheduler,
-        evaluate=lambda network: evaluate(network, data.test_batches(device, ranks), ranks=ranks),
+        evaluate=lambda network: evaluate(network, tested, ranks=ranks),
         folder=folder,
         config=config.train,
         log=log,
         metadata={**weights_metadata(config, data), "initial_weights": json.dumps(loaded or "random")},
         ranks=ranks,
     )
+
+
+def _check_fit(model: torch.nn.Module, config: RunConfig, data: RunData, device: torch.device) -> None:
+    """Refuse a network that does not take the images: small ones may vanish in its poolings, others need one size."""
+    side, eval_side = config.data.image_size, config.data.eval_size or config.data.image_size
+    sizes = {tuple(data.train.images.shape[2:])} if data.in_memory else {(side, side), (eval_side, eval_side)}
+    training = model.training
+    for height, width in sorted(sizes):
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, data.channels, height, width, device=device))
+        except Exception as error:  # torch raises RuntimeError and ValueError, timm AssertionError
+            raise ValueError(
+                f"config: model {config.model.model} does not take images of {height} x {width} with {data.channels} "
+                f"channels ({' '.join(str(error).split())}); choose another model"
+                + ("" if data.in_memory else " or another image_size")
+            ) from error
+        finally:
+            model.train(training)
 
 
 def weights_metadata(config: RunConfig, data: RunData) -> dict[str, str]:
@@ -346,10 +373,12 @@ def train_run(
     quiet: bool = False,
     ranks: Ranks | None = None,
     note: str = "",
+    data: RunData | None = None,
 ) -> dict[str, Any]:
     """Train in a run folder, from the start or from its newest valid checkpoint; returns the result of `Trainer.fit`.
 
-    The first line printed is `RunData.about`, what was done to the data; `note` is printed after it.
+    The first line printed is `RunData.about`, what was done to the data; `note` is printed after it. `data`: opened
+    data; None opens `config.data`.
 
     Errors in the config, the data or the model leave no folder behind. A finished run writes result.json.
     All ranks call this; only rank 0 prints and writes.
@@ -361,7 +390,7 @@ def train_run(
         if ranks.is_main:
             log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
         _reset_peak_memory(resolve_device(config.train.device, ranks))
-        data = open_data(config.data)
+        data = data or open_data(config.data)
         log.say(data.about + (f"\n{note}" if note else ""))
         begun = resume and ranks.run_on_main(lambda: _same_start(folder, config))
         trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks, initial=not begun)
@@ -409,6 +438,8 @@ def train_run(
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
             if trainer.step >= trainer.total_steps:
                 log.say(f"the run is already complete ({trainer.step} steps)")
+            elif trainer.out_of_patience:
+                log.say(f"the run has ended early at step {trainer.step}; a larger --patience, or None, continues it")
             else:
                 ranks.run_on_main(lambda: (folder.path / "result.json").unlink(missing_ok=True))
         try:
@@ -417,7 +448,8 @@ def train_run(
             loader.close()
     finally:
         folder.unlock()
-    if result["stopped_by"] is not None and trainer.step < trainer.total_steps:
+    early = result["stopped_by"] == "patience"
+    if result["stopped_by"] is not None and not early and trainer.step < trainer.total_steps:
         log.say(
             f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "
             f"continue with: dlb-fast train --resume --out {folder.path}"
@@ -426,10 +458,16 @@ def train_run(
     result["peak_mib"] = _peak_memory_mib(trainer.device)
     encoded = json.dumps(result, indent=1).encode()
     ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(encoded)))
+    if early:
+        log.say(
+            f"stopped early at step {trainer.step} of {trainer.total_steps}: {trainer.stale} evaluations without a "
+            f"better test top-1 (patience {config.train.patience})"
+        )
     if result["best_top1"] is not None:
         log.say(
             f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
-            f"at step {result['best_step']}"
+            f"at step {result['best_step']}; `dlb-fast eval` takes the best weights, with --weights last those of the "
+            "end"
         )
     return result
 
@@ -496,9 +534,11 @@ def _peak_memory_mib(device: torch.device) -> float | None:
 
 
 def evaluate_run(
-    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
+    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto", **changed: Any
 ) -> dict[str, Any]:
     """Scores of a run's weights (`best` or `last`) on its own test set or on another dataset of its classes.
+
+    `changed`: fields of `DataConfig` in place of the run's, such as `on_error`.
 
     Raises:
         ValueError: there is no run, the dataset has other classes or images of another shape, or the images that the
@@ -508,7 +548,7 @@ def evaluate_run(
     from .export import load_model  # which imports this file
 
     model, about = load_model(path, weights=weights)
-    config = RunFolder(path).read_config().data
+    config = override(RunFolder(path).read_config(), **changed).data
     test = open_test(config, about, source)
     where = resolve_device(device)
     # normalisation is part of the network, so any data use the statistics of the training set
@@ -517,6 +557,7 @@ def evaluate_run(
 
 
 SMOKE_STEPS, SMOKE_ROWS, SMOKE_CLASSES, SMOKE_PIXELS = 4, 16, 10, 64
+SMOKE_IMAGES = 64  # of the test set; of the training set of an image folder at least as many
 
 
 def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
@@ -539,41 +580,101 @@ def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
         config = override(config, **without_effect(config))  # such as the size of image files
     rows = min(SMOKE_ROWS, config.data.batch_size)
     every: dict[str, Any] = {"eval_every": SMOKE_STEPS // 2, "checkpoint_every": SMOKE_STEPS // 2, "log_every": 1}
-    return override(config, batch_size=rows, max_steps=SMOKE_STEPS, trackers=(), **every)
+    return override(config, batch_size=rows, max_steps=SMOKE_STEPS, trackers=(), patience=None, **every)
 
 
-def rehearse(
-    config: RunConfig, folder: Path | None = None, *, real_data: bool = False, quiet: bool = False, ranks: Ranks
-) -> dict[str, Any]:
-    """Train two steps, evaluate, save; resume, train to the end, evaluate the exported weights.
+def few_images(source: str, folder: Path) -> str:
+    """A source with a few images of every class of another: a large one takes minutes to list.
+
+    Of an image folder with its splits and classes, links to the first images found are made in `folder`; of several tar
+    shards it is the first one. Any other source is returned as it is.
+
+    Raises:
+        ValueError: as `open_dataset` for the folders.
+    """
+    kind, _, path = source.partition(":")
+    if kind == "tar":
+        return f"tar:{shard_files(path)[0]}"
+    if kind != "imagefolder":
+        return source
+    root = Path(path).resolve()
+    train, validation, _ = find_splits(root)
+    for split, name in ((train or root, "train" if train else ""), (validation, "val")):
+        classes = [] if split is None else class_names(split)
+        count = max(4, math.ceil(SMOKE_IMAGES / max(1, len(classes))))
+        for label in classes:
+            (folder / name / label).mkdir(parents=True)
+            for number, image in enumerate(islice(_images_below(split / label), count)):  # type: ignore[operator]
+                (folder / name / label / f"{number}{image.suffix}").symlink_to(image)
+    return f"imagefolder:{folder}"
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """The images of a folder and its subfolders as the file system lists them, without reading all of a folder."""
+    below = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                below.append(Path(entry.path))
+            elif is_image(entry.name, IMAGE_EXTENSIONS):
+                yield Path(entry.path)
+    for one in below:
+        yield from _images_below(one)
+
+
+def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False, ranks: Ranks) -> dict[str, Any]:
+    """Train two steps, evaluate, save; resume, train to the end, evaluate the exported weights. Keeps nothing.
 
     Args:
         config: config of the run.
-        folder: run folder, which is kept; None uses and removes a temporary folder.
-        real_data: read the config's own data (all of its test set).
+        real_data: use a few images of the config's own data.
         quiet: no console output.
         ranks: this process and its group.
 
     Returns:
-        The scores of the last weights, with `seconds`.
+        The scores of the last weights, with `seconds` and `about`, what was done in words.
 
     Raises:
         RuntimeError: the written weights have another top-1 than the run. Other errors as in `train_run`.
     """
-    short = shortened(config, real_data=real_data)
     started = time.perf_counter()
-    path = folder or Path(ranks.run_on_main(lambda: tempfile.mkdtemp(prefix="dlb-fast-smoke-")))
+    path = Path(ranks.run_on_main(lambda: tempfile.mkdtemp(prefix="dlb-fast-smoke-")))
     try:
-        run = RunFolder(path)
+        short = shortened(config, real_data=real_data)
+        if real_data:
+            source = ranks.run_on_main(lambda: few_images(config.data.source, path / "data"))
+            fewer = source != config.data.source
+            short = override(short, source=source, per_class=None if fewer else config.data.per_class)
+        try:
+            data = open_data(short.data)
+        except ValueError as error:  # name the user's folder in place of the links
+            raise ValueError(str(error).replace(str(path / "data"), config.data.source.partition(":")[2])) from None
+        data.about = data.about.replace(short.data.source, config.data.source)
+        chosen = np.linspace(0, len(data.test) - 1, min(SMOKE_IMAGES, len(data.test))).astype(int)
+        data.test = data.test.select(np.unique(chosen))
+        run = RunFolder(path / "run")
         first = override(short, max_steps=SMOKE_STEPS // 2)
-        train_run(first, run, quiet=quiet, ranks=ranks)
-        result = train_run(short, run, resume=True, quiet=quiet, ranks=ranks)
-        scores = ranks.run_on_main(lambda: evaluate_run(path, weights="last", device=config.train.device))
+        train_run(first, run, data=data, quiet=quiet, ranks=ranks)
+        result = train_run(short, run, data=data, resume=True, quiet=quiet, ranks=ranks)
+        scores = ranks.run_on_main(lambda: _scores_of_export(run.path, data, config.train.device))
         if not ranks.world_size > 1 and abs(scores["top1"] - result["test_top1"]) > 1e-9:
             raise RuntimeError(
                 f"smoke: top-1 of the written weights is {scores['top1']}, of the run {result['test_top1']}"
             )
     finally:
-        if folder is None and ranks.is_main:
+        if ranks.is_main:
             shutil.rmtree(path, ignore_errors=True)
-    return {**scores, "seconds": round(time.perf_counter() - started, 1)}
+    of = config.data.source if real_data else f"synthetic images in place of {config.data.source}"
+    about = (
+        f"{SMOKE_STEPS} steps of {short.data.batch_size} rows with {len(data.train)} training and {len(data.test)} "
+        f"test images of {of}"
+    )
+    return {**scores, "seconds": round(time.perf_counter() - started, 1), "about": about}
+
+
+def _scores_of_export(path: Path, data: RunData, device: str) -> dict[str, Any]:
+    from .export import load_model  # which imports this file
+
+    where = resolve_device(device)
+    model, _ = load_model(path, weights="last")
+    return evaluate(model.to(where), data.test_batches(where))

@@ -301,9 +301,7 @@ class SampleSource:
             return
         self._targets = class_indices(operation, dataset.targets)
         if self._targets.shape != (length,):
-            raise ValueError(
-                f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}"
-            )
+            raise ValueError(f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -375,18 +373,29 @@ class FailurePolicy:
         seed: seed of the run.
         on_error: "raise" or "replace".
         max_failures: an int, or a float fraction of the dataset.
+        operation: the loader's name, for messages.
+        targets: (N,) classes if a substitute must have the class of the failed sample.
 
     Raises:
         ValueError: another `on_error`, or a negative bound.
     """
 
-    def __init__(self, source: SampleSource, seed: int, on_error: str, max_failures: int | float) -> None:
+    def __init__(
+        self,
+        source: SampleSource,
+        seed: int,
+        on_error: str,
+        max_failures: int | float = 0.01,
+        operation: str = "OverlapLoader",
+        targets: NDArray[Any] | None = None,
+    ) -> None:
         if on_error not in ("raise", "replace"):
-            raise ValueError(f'OverlapLoader: on_error: expected "raise" or "replace", got {on_error!r}.')
+            raise ValueError(f'{operation}: on_error: expected "raise" or "replace", got {on_error!r}.')
+        self._targets = targets
         number = isinstance(max_failures, (int, float)) and not isinstance(max_failures, bool)
         if not (number and 0 <= max_failures < math.inf):
             raise ValueError(
-                f"OverlapLoader: max_failures: expected an int or a fraction, at least 0, got {max_failures!r}."
+                f"{operation}: max_failures: expected an int or a fraction, at least 0, got {max_failures!r}."
             )
         self._source, self._seed = source, seed
         self._replace = on_error == "replace"
@@ -405,9 +414,14 @@ class FailurePolicy:
     def substitute(self, epoch: int, sample: int, attempt: int) -> int:
         """The sample that replaces a failed one."""
         key = key_of(self._seed, SUBSTITUTE, epoch, sample, attempt)
-        return (key >> 32) * len(self._source) >> 32
+        if self._targets is None:
+            return (key >> 32) * len(self._source) >> 32
+        alike = np.flatnonzero(self._targets == self._targets[sample])
+        return int(alike[(key >> 32) * len(alike) >> 32])
 
-    def get(self, epoch: int, sample: int, doing: Callable[[str, int], None]) -> tuple[int, torch.Tensor, int]:
+    def get(
+        self, epoch: int, sample: int, doing: Callable[[str, int], None] = lambda what, sample: None
+    ) -> tuple[int, torch.Tensor, int]:
         """(id of the sample or its substitute, image, target); SampleError if neither can be loaded."""
         wanted, attempts = sample, 100 + 20 * self.bound
         for attempt in range(attempts):
@@ -416,12 +430,13 @@ class FailurePolicy:
                 return sample, *self._source.load(sample, epoch)
             except SampleError as error:
                 failure = error
-                self._record(failure)
+                self.record(failure)
             sample = self.substitute(epoch, wanted, attempt)
         failure.reason += f" (and no substitute was readable in {attempts} attempts)"
         raise failure
 
-    def _record(self, failure: SampleError) -> None:
+    def record(self, failure: SampleError, done: str = "replaced") -> None:
+        """Count and log a failure; raise it with on_error="raise", or where there are too many."""
         if not self._replace:
             failure.remedy = 'pass on_error="replace"'
             raise failure
@@ -437,4 +452,4 @@ class FailurePolicy:
             failure.remedy = "pass a larger max_failures"
             raise failure
         if new:
-            _LOG.warning("replaced sample %d: %s: %s", failure.index, failure.path, failure.reason)
+            _LOG.warning(done + " sample %d: %s: %s", failure.index, failure.path, failure.reason)

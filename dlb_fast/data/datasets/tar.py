@@ -51,7 +51,7 @@ class TarShards(FileDataset):
     """
 
     def __init__(self, shards: str | Path | Sequence[str | Path]) -> None:
-        self.shards = _shard_files(shards)
+        self.shards = shard_files(shards)
         self._open: dict[int, int] = {}  # shard -> descriptor
         self._lock = threading.Lock()
         names: list[str] = []
@@ -143,7 +143,7 @@ class TarShards(FileDataset):
         self._open, self._lock = {}, threading.Lock()
 
 
-def _shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
+def shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
     if isinstance(shards, (str, Path)):
         path = Path(shards)
         files = _folder_of_shards(path) if path.is_dir() else [path]

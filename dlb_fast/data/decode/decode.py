@@ -273,8 +273,8 @@ class ImageDecoder:
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
             raise DecodeError(
-                f"decompression bomb: {width} x {height} pixels, more than max_pixels={self.max_pixels}; raise that of "
-                "the ImageDecoder if the image is meant"
+                f"decompression bomb: {width} x {height} pixels, more than max_pixels={self.max_pixels}; raise "
+                "max_pixels if the image is meant"
             )
         if width * height == 0:
             raise DecodeError(f"image of {width} x {height} pixels")
