@@ -638,6 +638,8 @@ def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False,
         RuntimeError: the written weights have another top-1 than the run. Other errors as in `train_run`.
     """
     started = time.perf_counter()
+    if config.data.kind == "digits" and config.model.init_from is not None:
+        real_data = True  # synthetic images have three channels, for which no weights of digits are
     path = Path(ranks.run_on_main(lambda: tempfile.mkdtemp(prefix="dlb-fast-smoke-")))
     try:
         short = shortened(config, real_data=real_data)
