@@ -88,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             return 1
         rank = f" (rank {os.environ.get('RANK')})" if world_size != "1" else ""
-        print(f"dlb-fast {name}{rank}: {_said(error)}", file=sys.stderr)
+        print(f"dlb-fast {name}{rank}: {_said(error).removeprefix(f'{name}: ')}", file=sys.stderr)
         if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
             print('the trainer needs further libraries: pip install "dlb_fast[train]"', file=sys.stderr)
+        if wrong_use:
+            return 2
         print("(DLB_FAST_DEBUG=1 shows where it happened)", file=sys.stderr)
-        return 2 if wrong_use else 1
+        return 1
 
 
 def _said(error: Exception) -> str:
@@ -123,7 +125,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message with the nearest option; exit with 2."""
         unknown = message.partition("unrecognized arguments: ")[2].split()
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1) if unknown else []
+        near = (
+            difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1) if unknown else []
+        )
         self.exit(2, f"{self.prog}: {message}{f'; did you mean {near[0]}?' if near else ''} (--help lists all)\n")
 
 
@@ -352,7 +356,10 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     data.add_argument("--data")
     base, _ = _base_config(args.preset, args.config, data.parse_known_args(rest)[0].data)
-    config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}")
+    own = {name: "" for name in ("methods", "seeds", "jobs", "out", "noises", "preset", "config")}
+    own |= {"seed": "the seeds are 0 .. SEEDS-1; use --seeds", "method": "use --methods"}
+    own |= {"resume": "the same command continues a comparison", "smoke": "use dlb-fast train --smoke"}
+    config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}", also=own)
     if preset is not None and config.data.source != base.data.source:
         raise ValueError(f"{prog} is a recipe for {preset}; compare other data with: dlb-fast compare --data KIND:PATH")
     command = f"dlb-fast {prog} {shlex.join(argv)}".strip()
@@ -368,11 +375,14 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
         return folder, runs
 
     if args.noises is not None:
-        root = args.out or RunFolder.named(prog).path
-        shares = [float(share) for share in args.noises.split(",")]
+        try:
+            shares = [float(share) for share in args.noises.split(",")]
+        except ValueError:
+            raise ValueError(f"{prog}: --noises must be shares such as 0,0.2,0.4, got {args.noises!r}") from None
         check_effects(override(config, label_noise=max(shares)))
         each = {s: override(config, label_noise=s) for s in shares}
         each = {s: override(c, **without_effect(c)) for s, c in each.items()}  # the kind of noise, where there is none
+        root = args.out or RunFolder.named(prog).path
         found = {s: one(c, root / f"noise-{s:g}")[1] for s, c in each.items()}
         pages.write_noise_report(root, found, title=title, command=command)
         print(f"\n{pages.noise_table(found)}\n\nwrote {root / 'report.html'}, report.md and noise.png")
@@ -399,13 +409,21 @@ def bench(argv: list[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("last_batch", argv)
     if name not in scripts:
         raise ValueError(f"bench: expected one of {', '.join(scripts)}, got {name!r}")
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / "benchmarks" / "harness.py").exists():
-        raise ValueError("bench: the benchmarks come with the source checkout, not with an installed package; clone it")
+    places = (Path(__file__).resolve().parent.parent, Path.cwd())
+    checkout = next((place for place in places if (place / "benchmarks" / "harness.py").exists()), None)
+    if checkout is None:
+        from dlb_fast import __version__
+
+        raise ValueError(
+            "bench: the benchmarks are part of the source, not of an installed package; run this command in a checkout "
+            f"of version {__version__}, where it measures the installed package"
+        )
     # --out is relative to the caller's folder, so that folder stays and the checkout is made importable.
     script = [str(checkout / part) if part.endswith(".py") else part for part in scripts[name]]
-    path = os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, *script, *rest], env={**os.environ, "PYTHONPATH": path}).returncode
+    # The package that runs now comes first: in a foreign checkout it is the installed one.
+    path = os.pathsep.join([str(places[0]), str(checkout), os.environ.get("PYTHONPATH", "")])
+    code = subprocess.run([sys.executable, *script, *rest], env={**os.environ, "PYTHONPATH": path}).returncode
+    return code if code in (0, 2, 130) else 1  # a benchmark that dies of a signal has a negative one
 
 
 if __name__ == "__main__":

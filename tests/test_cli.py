@@ -1,5 +1,6 @@
 """The command as a user types it (in this process, except where a process is the point)."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,8 +15,12 @@ import torch
 from builders import PATIENCE, environment, wait_for, write_images
 
 from dlb_fast import cli
+from dlb_fast.data.datasets.source import SampleError
 from dlb_fast.presets import PRESETS, load_preset, preset_file
-from dlb_fast.train.config import load_config
+from dlb_fast.train.checkpoint import CheckpointError
+from dlb_fast.train.config import RunConfig, load_config
+from dlb_fast.train.methods import resolve
+from dlb_fast.train.models import MODELS
 from dlb_fast.train.run import RunFolder
 
 torch.set_num_threads(1)
@@ -84,7 +89,9 @@ def test_smoke_goes_through_everything_and_leaves_nothing(here, capsys, monkeypa
     flags = ["--preset", "cifar100-resnet32-dlb", "--model", "small_cnn", "--trackers", "wandb"]  # never started
     assert cli.main(["train", "--smoke", *flags]) == 0
     out, err = capsys.readouterr()
-    assert "training, evaluation, checkpoint, resume and export work: 4 steps of 16 rows with 160 training and 40" in out
+    assert (
+        "training, evaluation, checkpoint, resume and export work: 4 steps of 16 rows with 160 training and 40" in out
+    )
     assert "synthetic:160,10,32: 2 steps of 16 rows" in err and "continuing from" in err
     assert [path for path in here.iterdir() if "inductor" not in path.name] == []  # that one is torch's
 
@@ -94,7 +101,9 @@ def test_smoke_on_real_data_in_a_named_folder(here, capsys):
     command = ["train", "--preset", "digits", "--data", "digits", "--out", "r", "--quiet"]
     assert cli.main([*command, "--smoke"]) == 0
     said = capsys.readouterr().out
-    assert "4 steps of 16 rows with 200 training and 64 test images of digits, in " in said and "nothing is kept" in said
+    assert (
+        "4 steps of 16 rows with 200 training and 64 test images of digits, in " in said and "nothing is kept" in said
+    )
     assert not Path("r").exists()
     assert cli.main([*command, "--max-steps", "2"]) == 0
     assert "already holds a run" in failing([*command, "--smoke"], capsys)
@@ -213,13 +222,75 @@ def test_wrong_use_is_told_before_anything_is_written(flags, message, here, caps
 
 
 @pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("", 2, ""),
+        ("--help", 0, ""),
+        ("--version", 0, ""),
+        ("trian", 2, "unknown command 'trian'; did you mean train?"),
+        ("fly", 2, "unknown command 'fly'; known: train, eval, "),
+        ("train --lr", 2, "--lr"),
+        ("train --batchsize 4", 2, "unknown option --batchsize; did you mean --batch-size?"),
+        ("train --learning-rate 1", 2, "unknown option --learning-rate; did you mean --lr?"),
+        ("train --no-resume", 2, "unknown option --no-resume; did you mean --resume?"),
+        ("train stray", 2, "stray"),
+        ("train --preset", 2, "--preset: expected one argument"),
+        ("train --milestones 3", 2, "milestones must be given with schedule=multistep"),
+        ("train --optimizer lbfgs", 2, "'lbfgs' evaluates the loss several times per step"),
+        ("train --model picky", 2, "model picky does not take images of 8 x 8 with 1 channels (too small)"),
+        ("train --out file", 2, "file"),
+        ("train --resume --out .", 2, "there is no run in ."),
+        ("eval", 2, "required: run"),
+        ("eval nowhere", 2, "there is no run in nowhere"),
+        ("eval . --weights first", 2, "invalid choice: 'first'"),
+        ("eval . --weigths last", 2, "did you mean --weights?"),
+        ("eval . --on-error ignore", 2, "invalid choice: 'ignore'"),
+        ("compare --methods ce,dbl --seeds 1", 2, "methods must be distinct names of"),
+        ("compare --seeds 0", 2, "seeds must be at least 1, got 0"),
+        ("compare --seeds x", 2, "invalid int value: 'x'"),
+        ("compare --jobs 0", 2, "jobs must be at least 1, got 0"),
+        ("compare --seed 3", 2, "--seed has no effect here: the seeds are 0 .. SEEDS-1; use --seeds"),
+        ("compare --method ce", 2, "--method has no effect here: use --methods"),
+        ("compare --sedes 3", 2, "did you mean --seeds?"),
+        ("compare --noises 0,x", 2, "--noises must be shares such as 0,0.2,0.4, got '0,x'"),
+        ("compare --patience 3", 2, "patience would end the methods after different numbers of steps"),
+        ("demo --data synthetic", 2, "dlb-fast compare --data"),
+        ("report nowhere", 2, "nowhere"),
+        ("report", 2, "required: runs"),
+        ("presets show digit", 2, "did you mean digits"),
+        ("presets shw", 2, "invalid choice: 'shw'"),
+        ("verify-data nowhere", 2, "nowhere does not exist"),
+        ("verify-data empty", 1, ""),
+        ("bench nonsense", 2, "expected one of last_batch"),
+        ("doctor --jsn", 2, "--jsn"),
+    ],
+)
+def test_a_mistake_is_a_sentence_with_the_exit_code_of_its_kind(arguments, code, words, here, capsys, monkeypatch):
+    def picky(classes, channels):
+        network = torch.nn.Linear(1, 1)
+        network.forward = lambda images: (_ for _ in ()).throw(RuntimeError("too small"))
+        return network
+
+    monkeypatch.setitem(MODELS, "picky", picky)
+    Path("empty").mkdir()
+    Path("file").write_text("")
+    assert words in failing(arguments.split(), capsys, code)
+    assert sorted(path.name for path in here.iterdir() if path.name != "runs") == ["empty", "file"]
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize(
     ("error", "code", "words"),
     [
         (ValueError("config: lr must be above 0"), 2, "config: lr must be above 0"),
+        (ValueError("presets: said once"), 2, "said once"),
         (FileNotFoundError(2, "No such file or directory", "a/b.png"), 2, "a/b.png: No such file or directory"),
+        (NotADirectoryError(20, "Not a directory", "a/b.png"), 2, "a/b.png: Not a directory"),
         (PermissionError(13, "Permission denied", "a/b.png"), 1, "a/b.png: Permission denied"),
-        (RuntimeError("sample 3 cannot be read"), 1, "sample 3 cannot be read"),
-        (KeyError("lr"), 1, "KeyError: 'lr'"),
+        (SampleError("a.png", 3, 0, "empty file"), 1, "sample 3 of epoch 0 could not be loaded: a.png: empty file. "),
+        (CheckpointError("the disk is full"), 1, "the disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
+        (ModuleNotFoundError("No module named 'tyro'", name="tyro"), 1, "No module named 'tyro'"),
     ],
 )
 def test_one_rule_of_words_and_exit_codes(error, code, words, monkeypatch, capsys):
@@ -228,7 +299,65 @@ def test_one_rule_of_words_and_exit_codes(error, code, words, monkeypatch, capsy
 
     monkeypatch.setattr(cli, "presets", fail)
     assert cli.main(["presets"]) == code
-    assert capsys.readouterr().err.splitlines()[0] == f"dlb-fast presets: {words}"
+    said = capsys.readouterr().err
+    assert said.splitlines()[0].startswith(f"dlb-fast presets: {words}") and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("lr"), TypeError("no"), RuntimeError("shapes"), AssertionError(), IndexError()]
+)
+def test_a_fault_of_the_code_keeps_its_traceback(error, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "presets", fail)
+    assert cli.main(["presets"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and type(error).__name__ in said.splitlines()[-1]
+
+
+def test_ctrl_c_and_a_closed_pipe(monkeypatch):
+    def fail(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "presets", fail)
+    assert cli.main(["presets"]) == 130
+
+
+def test_help_shows_the_numbers_that_would_be_used(capsys):
+    def shown(*arguments):
+        assert failing(["train", *arguments, "--help"], capsys, 0) == ""
+        return " ".join(helped[-1].split())
+
+    helped = []
+    original = capsys.readouterr
+
+    def reading():
+        found = original()
+        helped.append(found.out)
+        return found
+
+    capsys.readouterr = reading
+    page = shown()
+    defaults = resolve(RunConfig())
+    for part in ("data", "augment", "model", "optim", "schedule", "train"):
+        for field in dataclasses.fields(getattr(defaults, part)):
+            assert f"--{'data' if field.name == 'source' else field.name.replace('_', '-')}" in page
+            text = page.split(f"--{'data' if field.name == 'source' else field.name.replace('_', '-')}", 1)[1]
+            value = getattr(getattr(defaults, part), field.name)
+            if isinstance(value, (int, float, str)):
+                assert f"[{value:g}]" in text if type(value) is float else f"[{value}]" in text
+    assert "[0.05]" in page and "--omega" in page and "bake: how far" not in page
+    assert "--omega FLOAT how far the predictions spread over the batch, in [0, 1). [0.5]" in shown("--method", "bake")
+    page = shown("--preset", "imagenet-resnet50-dlb", "--optimizer", "adamw")
+    assert "--lr FLOAT Peak learning rate. None: the optimiser's default; sgd: 0.05. [0.001]" in page
+    assert "in pixels. [176]" in page
+
+
+def test_help_names_the_exit_codes(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {code}  " in out.replace(":", " ") for code in (0, 1, 2, 130))
 
 
 def test_a_comparison_refuses_a_number_without_effect(here, capsys, monkeypatch):
@@ -260,7 +389,7 @@ def test_a_run_is_not_overwritten(finished, capsys):
 def test_eval_of_wrong_things(finished, here, capsys):
     assert "there is no run in" in failing(["eval", "."], capsys)
     said = failing(["eval", str(finished), "--data", "synthetic:40,3,8"], capsys)
-    assert "synthetic:40,3,8 has 3 classes" in said and "10" in said
+    assert "synthetic:40,3,8 has images of classes that the network does not know: 'class_0', 'class_1'" in said
     (Path("copy") / "checkpoints").mkdir(parents=True)
     Path("copy/config.yaml").write_bytes((finished / "config.yaml").read_bytes())
     assert "best.safetensors is missing" in failing(["eval", "copy"], capsys, 1)

@@ -323,7 +323,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_scratch(whole, tmp
 
 def test_another_number_of_classes_is_refused(tmp_path):
     train(override(SMALL, source="synthetic:40,3,8", per_class=None, epochs=1), tmp_path)
-    with pytest.raises(ValueError, match=r"other classes: class 3 was none and is 'class_3' here; 3 classes were, 5 are"):
+    with pytest.raises(ValueError, match=r"class 3 was none and is 'class_3' here; 3 classes were, 5 are"):
         train(override(SMALL, source="synthetic:40,5,8", per_class=None), tmp_path, resume=True)
 
 

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from builders import last_checkpoint, train, train_stopped
+from frameworks import reason_against
 from torch import nn
 
 from dlb_fast import cli
@@ -255,6 +256,17 @@ def test_a_resume_without_a_checkpoint_starts_from_the_named_weights(begun, tmp_
     assert not loaded(last_checkpoint(tmp_path / "run")["model"], wanted)
 
 
+def test_a_rehearsal_loads_them_too(begun, tmp_path, capsys):
+    """Once, and of digits on digits, whose images have one channel."""
+    save_weights(tmp_path / "grey.safetensors", create_model("small_cnn", 10, 1), {})
+    for flags, path in (
+        (["--preset", "digits"], tmp_path / "grey.safetensors"),
+        (["--data", "synthetic:24,4,8"], begun),
+    ):
+        assert cli.main(["train", "--smoke", "--device", "cpu", *flags, "--init-from", str(path)]) == 0
+        assert capsys.readouterr().err.count("initial weights: ") == 1
+
+
 def test_both_sources_at_once_are_refused(begun):
     with pytest.raises(ValueError, match="pretrained and init_from both name initial weights"):
         started(begun, pretrained=True)
@@ -357,6 +369,38 @@ def test_a_network_that_cannot_be_downloaded_is_one_sentence(timm, monkeypatch, 
 def test_the_name_without_a_tag():
     names = {"timm:a.b": "timm:a", "a.b": "timm:a", "timm:a": "timm:a", **{name: name for name in MODELS}}
     assert {name: architecture(name) for name in names} == names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # timm's and the hub's own
+def test_timm_itself_loads_what_lies_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    if reason := reason_against("timm"):
+        pytest.skip(reason)
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = override(SMALL, source="synthetic:24,3,32", model="timm:test_resnet.r160_in1k", pretrained=True)
+    with pytest.raises(CheckpointError, match="test_resnet.r160_in1k of timm could not be loaded .LocalEntryNotFound"):
+        build_trainer(config)
+    published = timm.create_model("test_resnet").state_dict()
+    commit = tmp_path / "models--timm--test_resnet.r160_in1k" / "snapshots" / ("a" * 40)
+    commit.mkdir(parents=True)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs/main").write_text(commit.name)
+    save_file(published, commit / "model.safetensors", metadata={"format": "pt"})
+    for name in ("timm:test_resnet.r160_in1k", "timm:test_resnet"):
+        trainer = build_trainer(override(config, model=name))
+        state = trainer.model.state_dict()
+        assert not loaded(state, {**published, **{name: state[name] for name in HEAD}})
+        assert json.loads(trainer.metadata["initial_weights"]).startswith(
+            "test_resnet.r160_in1k of timm; the head of their 1000 classes is replaced by a new one of 3"
+        )
+    torch.save({"state_dict": published, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth.tar")
+    state, _ = started(tmp_path / "w.pth.tar", source="synthetic:24,3,32", model="timm:test_resnet")
+    assert not loaded(state, {**published, **{name: state[name] for name in HEAD}})
 
 
 # ---- --pretrained: torchvision

@@ -90,10 +90,11 @@ class DataConfig:
     image_size: int = 32
     """Height and width of the crops of image files, in pixels."""
     eval_size: int | None = None
-    """Height and width in the evaluation, in pixels; None: image_size. Smaller crops in training than in evaluation cost less and
-    are no worse (Touvron et al., NeurIPS 2019)."""
+    """Height and width in the evaluation, in pixels; None: image_size. Smaller crops in training than in evaluation
+    cost less and are no worse (Touvron et al., NeurIPS 2019)."""
     eval_resize: int | None = None
-    """Shorter side before the centre crop of the evaluation, in pixels; None: the crop's side, or without padding that / 0.875."""
+    """Shorter side before the centre crop of the evaluation, in pixels; None: the crop's side, or without padding that
+    / 0.875."""
     eval_batch_size: int = 512
     """Rows per forward in the evaluation."""
     num_threads: int = 2
@@ -520,8 +521,12 @@ class TrainArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) -> Any:
+def parse_flags(
+    form: type[Any], default: Any, flags: Sequence[str], prog: str, *, also: Mapping[str, str] | None = None
+) -> Any:
     """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group.
+
+    `also`: further options of the command, which may be meant by a wrong one -> why one has no effect there, or "".
 
     Raises:
         SystemExit: with 2 after one sentence on stderr for a wrong flag, with 0 after `--help`.
@@ -537,7 +542,7 @@ def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) 
             default = dataclasses.replace(default, run=override(default.run, optimizer=chosen))
     asked = [flag for flag in flags if flag not in ("-h", "--help")]
     try:
-        _check_names(asked)
+        _check_names(asked, form, also or {})
         made = _parse(form, default, asked, prog, "OmitArgPrefixes")
         if len(asked) == len(flags):
             return made
@@ -554,9 +559,12 @@ def _groups() -> list[tuple[str, type[Any]]]:
     return [(field.name, hints[field.name]) for field in dataclasses.fields(RunConfig)]
 
 
+_TRAIN_ONLY = {"preset": str, "config": Path, "out": Path, "resume": bool, "smoke": bool, "quiet": bool}
+
+
 def _flag_types() -> dict[str, Any]:
     """Flag without its dashes -> the type of its field."""
-    found = {"preset": str, "config": Path, "out": Path, "resume": bool, "smoke": bool, "quiet": bool}
+    found: dict[str, Any] = dict(_TRAIN_ONLY)
     for _, part in _groups():
         hints = typing.get_type_hints(part)
         found |= {"data" if f.name == "source" else f.name: hints[f.name] for f in dataclasses.fields(part)}
@@ -571,7 +579,7 @@ def _as_written(flags: Sequence[str]) -> list[str]:
     """`--swap` and `--no-swap` as `--swap=True` and `--swap=False`, where tyro expects a value."""
     optional = {name for name, kind in _flag_types().items() if _is_optional_bool(kind)}
     found = []
-    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, following in zip(flags, [*flags[1:], ""], strict=False):
         name = flag[2:].replace("_", "-") if flag.startswith("--") else ""
         if name.removeprefix("no-") in optional and name.startswith("no-"):
             flag = f"--{name[3:]}=False"
@@ -581,14 +589,25 @@ def _as_written(flags: Sequence[str]) -> list[str]:
     return found
 
 
-def _check_names(flags: Sequence[str]) -> None:
-    """Refuse an unknown flag, with the nearest known one."""
+def _check_names(flags: Sequence[str], form: type[Any], also: Mapping[str, str]) -> None:
+    """Refuse an unknown flag, with the nearest known one or the one whose text has its words."""
     types_of = _flag_types()
-    known = [*types_of, *(f"no-{name}" for name, kind in types_of.items() if kind is bool or _is_optional_bool(kind))]
+    if form is RunConfig:
+        types_of = {name: kind for name, kind in types_of.items() if name not in _TRAIN_ONLY}
+    switches = {name for name, kind in types_of.items() if kind is bool or _is_optional_bool(kind)} - set(_TRAIN_ONLY)
+    known = [*types_of, *(f"no-{name}" for name in switches)]
+    meant = [*known, *also]
+    texts = {name: text for _, part in _groups() for name, text in _field_texts(part).items()}
     for flag in flags:
         name = flag[2:].partition("=")[0].replace("_", "-")
-        if flag.startswith("--") and name and name not in known:
-            near = difflib.get_close_matches(name, known, n=1) or [k for k in known if name in k or k in name][:1]
+        if not flag.startswith("--") or not name:
+            continue
+        if also.get(name):
+            raise ValueError(f"{flag.partition('=')[0]} has no effect here: {also[name]}")
+        if name not in known:
+            words = rf"\b{re.escape(name.replace('-', ' '))}\b"
+            near = difflib.get_close_matches(name, meant, n=1)
+            near = near or [n.replace("_", "-") for n, text in texts.items() if re.search(words, text.lower())][:1]
             raise ValueError(f"unknown option {flag.partition('=')[0]}{f'; did you mean --{near[0]}?' if near else ''}")
 
 
@@ -628,14 +647,14 @@ def _flag(name: str) -> str:
 def _lines_of(part: Any, width: int, leave_out: Sequence[str] = ()) -> list[str]:
     """One entry per field: the flag with what it takes, what it is, and its value."""
     hints, texts, lines = typing.get_type_hints(type(part)), _field_texts(type(part)), []
-    for field in dataclasses.fields(part):
-        if field.name in leave_out or field.name == "run":
+    for one in dataclasses.fields(part):
+        if one.name in leave_out or one.name == "run":
             continue
-        kind, value, text = hints[field.name], getattr(part, field.name), texts.get(field.name, "")
-        option = find(part.method).options.get(field.name) if isinstance(part, _LossConfig) else None
+        kind, value, text = hints[one.name], getattr(part, one.name), texts.get(one.name, "")
+        option = find(part.method).options.get(one.name) if isinstance(part, _LossConfig) else None
         text = option.help if option is not None and not text else text
         switch = not isinstance(part, TrainArgs) and (kind is bool or _is_optional_bool(kind))
-        flag = f"{_flag(field.name)}, --no-{field.name.replace('_', '-')}" if switch else _flag(field.name)
+        flag = f"{_flag(one.name)}, --no-{one.name.replace('_', '-')}" if switch else _flag(one.name)
         taken = _taken(kind)
         shown = "" if kind is bool and not switch else f" [{_shown(value)}]"
         head = f"  {flag}{' ' if taken else ''}{taken}"
@@ -644,7 +663,7 @@ def _lines_of(part: Any, width: int, leave_out: Sequence[str] = ()) -> list[str]
             lines.append(head)
             head = ""
         lines += [f"{start:<28}{line}" for start, line in zip([head] + [""] * len(body), body, strict=False)]
-        if field.name == "method":
+        if one.name == "method":
             lines += [f"{'':<28}  {m.name:<10} {m.about}" for m in METHODS.values()]
             lines.append(f"{'':<28}  MODULE:CLASS a DistillationLoss of your own")
     return lines

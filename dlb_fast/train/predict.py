@@ -165,6 +165,7 @@ def main(argv: list[str]) -> int:
     """`dlb-fast predict RUN PATH... [--top K] [--out FILE.csv|FILE.json]`: 1 when files were skipped."""
     parser = argparse.ArgumentParser(
         prog="dlb-fast predict",
+        allow_abbrev=False,
         description="Print file, class and probability, separated by tabs. A file that cannot be read is named and "
         "skipped, and the exit code is 1.",
     )

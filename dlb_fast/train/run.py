@@ -91,7 +91,8 @@ class RunFolder:
                 return
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise ValueError(f"run folder: cannot make {self.path} ({error}); name another one with --out") from error
+            why = error.strerror or error
+            raise ValueError(f"run folder: cannot make {self.path} ({why}); name another one with --out") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -130,7 +131,7 @@ class RunFolder:
                     continue
                 raise ValueError(f"run folder: {RUNS} is not a folder; name another one with --out") from None
             except OSError as error:
-                raise ValueError(f"run folder: cannot make {path} ({error}); name one with --out") from error
+                raise ValueError(f"run folder: cannot make {path} ({error.strerror}); name one with --out") from error
             folder = cls(path)
             folder._reserved = True
             return folder
@@ -639,6 +640,8 @@ def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False,
         RuntimeError: the written weights have another top-1 than the run. Other errors as in `train_run`.
     """
     started = time.perf_counter()
+    if config.data.kind == "digits" and config.model.init_from is not None:
+        real_data = True  # synthetic images have three channels, for which no weights of digits are
     path = Path(ranks.run_on_main(lambda: tempfile.mkdtemp(prefix="dlb-fast-smoke-")))
     try:
         short = shortened(config, real_data=real_data)

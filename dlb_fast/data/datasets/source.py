@@ -334,9 +334,7 @@ class SampleSource:
             return
         self._targets = class_indices(operation, dataset.targets)
         if self._targets.shape != (length,):
-            raise ValueError(
-                f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}"
-            )
+            raise ValueError(f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
