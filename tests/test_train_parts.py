@@ -239,9 +239,8 @@ def test_evaluate_equals_the_count_by_hand():
 
 def test_confusion_by_hand():
     """Five images of classes 0 0 1 1 3, taken for 0 2 1 1 0; class 2 has no image and 3 is never predicted."""
-    scores = evaluate(nn.Identity(), [(torch.eye(4)[[0, 2, 1]], torch.tensor([0, 0, 1]))] + [
-        (torch.eye(4)[[1, 0]], torch.tensor([1, 3])),
-    ])  # fmt: skip
+    one, other = (torch.eye(4)[[0, 2, 1]], torch.tensor([0, 0, 1])), (torch.eye(4)[[1, 0]], torch.tensor([1, 3]))
+    scores = evaluate(nn.Identity(), [one, other])
     assert scores["confusion"] == [[0, 0, 1], [0, 2, 1], [1, 1, 2], [3, 0, 1]]
     nan = torch.full((2, 3), math.nan)
     assert sum(n for *_, n in evaluate(nn.Identity(), [(nan, torch.tensor([0, 2]))])["confusion"]) == 2
