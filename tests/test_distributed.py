@@ -193,6 +193,7 @@ def test_every_test_image_counts_once(kind, process_group):
         assert (first["count"], first["top1"], first["top5"]) == (23, alone["top1"], alone["top5"])
         assert first["nll"] == pytest.approx(alone["nll"], rel=1e-12)
         assert first["calibration"]["share"] == alone["calibration"]["share"]
+        assert first["confusion"] == alone["confusion"] and sum(n for *_, n in first["confusion"]) == 23
 
 
 def too_few():

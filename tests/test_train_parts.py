@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -229,9 +230,20 @@ def test_evaluate_equals_the_count_by_hand():
     got = evaluate(model, pieces)
     want, bins = brute(logits, targets)
     calibration = got.pop("calibration")
+    counts = Counter(zip(targets.tolist(), logits.argmax(dim=1).tolist(), strict=True))
+    assert {(target, predicted): n for target, predicted, n in got.pop("confusion")} == counts
     assert got == pytest.approx(want, abs=1e-6)
     assert {name: pytest.approx(values, abs=1e-6) for name, values in bins.items()} == calibration
     assert got["count"] == 203 and model.training and model[1].training
+
+
+def test_confusion_by_hand():
+    """Five images of classes 0 0 1 1 3, taken for 0 2 1 1 0; class 2 has no image and 3 is never predicted."""
+    one, other = (torch.eye(4)[[0, 2, 1]], torch.tensor([0, 0, 1])), (torch.eye(4)[[1, 0]], torch.tensor([1, 3]))
+    scores = evaluate(nn.Identity(), [one, other])
+    assert scores["confusion"] == [[0, 0, 1], [0, 2, 1], [1, 1, 2], [3, 0, 1]]
+    nan = torch.full((2, 3), math.nan)
+    assert sum(n for *_, n in evaluate(nn.Identity(), [(nan, torch.tensor([0, 2]))])["confusion"]) == 2
 
 
 def test_evaluate_of_few_classes_and_of_nothing():

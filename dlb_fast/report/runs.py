@@ -212,15 +212,21 @@ def groups_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
         mine = flat(group[0].config)
         varies = [n for n in mine if n != "seed" and any(other[n] != mine[n] for other in values)]
         named = ", ".join([label, *(f"{n} {plain(mine[n])}" for n in varies)])
-        if len(named) > 60 or named in groups:
+        if varies and (len(named) > 60 or _text(named) in groups):
             name = group[0].path.resolve().name
             named = f"{label} ({name if len(name) < 48 else name[:45] + '...'})"
+        named = _text(named)
         if len({run.seed for run in group}) == len(group) and named not in groups:
             groups[named] = group
             continue
         for run in group:
-            groups.setdefault(f"{named} ({run.path})", []).append(run)
+            groups.setdefault(_text(f"{named} ({run.path})"), []).append(run)
     return groups
+
+
+def _text(name: str) -> str:
+    """A name that can be printed: that of a file may hold bytes that are no text."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
