@@ -355,6 +355,12 @@ class Items(Dataset[Any]):
         return self.shape(torch.rand(3, 4, 4), index % 2, index)
 
 
+class Augmented(Items):
+    """One whose transform has the usual name."""
+
+    transform = True
+
+
 def keyed(image: Any, label: int, index: int) -> Any:
     return {"image": image, "label": label}
 
@@ -371,8 +377,10 @@ def picked(dataset: Any, index: int) -> Any:
         lambda: OverlapLoader(Items(keyed), 8, load=picked),
         lambda: OverlapLoader(MapDataset(Items(keyed), picked), 8),
         lambda: OverlapLoader(Subset(Items(lambda *parts: parts[:2]), range(8)), 8),
+        lambda: OverlapLoader(Augmented(keyed), 8, load=picked, transform=torch.nn.Identity()),
+        lambda: OverlapLoader(MapDataset(Augmented(keyed), picked), 8, transform=torch.nn.Identity()),
     ],
-    ids=["items", "load", "MapDataset", "Subset"],
+    ids=["items", "load", "MapDataset", "Subset", "load, two transforms", "MapDataset, two transforms"],
 )
 def test_a_dataset_of_ones_own_never_gives_one_picture_twice(make: Callable[[], Any]) -> None:
     with make() as loader:
