@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import types
-from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +22,7 @@ import pytest
 import torch
 import yaml
 from builders import python, write_jpegs
+from with_torchvision import missing
 
 from benchmarks import tables
 from dlb_fast import _backends, cli
@@ -59,8 +59,8 @@ def test_python_blocks_run(page, number, code, reason, tmp_path, monkeypatch, ca
 
 def run_with_torchvision(code, folder):
     """In a process of its own, on a small folder of JPEGs, with smaller numbers than a reader's."""
-    if find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
+    if reason := missing():
+        pytest.skip(reason)
     for number, smaller in (("224", "32"), ("range(45)", "range(2)"), ("num_workers=4", "num_workers=1")):
         assert number in code
         code = code.replace(number, smaller)

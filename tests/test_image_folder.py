@@ -6,13 +6,13 @@ import pickle
 import re
 import shlex
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from builders import ROOT, assert_same, python, write_jpegs
+from with_torchvision import missing
 
 from dlb_fast import cli
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 EXAMPLE = ROOT / "examples" / "image_folder.py"
 START = ROOT / "tests" / "with_torchvision.py"
 SMALL = ("--model", "shufflenet_v2_x0_5", "--size", 32, "--batch-size", 8, "--save-every", 3, "--workers", 1)
-needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+needs_torchvision = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from builders import write_images
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from with_torchvision import import_torchvision, missing
 
 from dlb_fast import LastBatchLoss
 from dlb_fast.data import (
@@ -117,9 +119,11 @@ def vision(request: pytest.FixtureRequest, tmp_path: Path) -> SimpleNamespace:
     root = write_images(tmp_path, NAMES)
     if request.param == "stand-in":
         return SimpleNamespace(folder=lambda **options: Folder(root, **options), transform=Normed())
-    datasets = pytest.importorskip("torchvision.datasets")
-    modules = SimpleNamespace(v1=pytest.importorskip("torchvision.transforms"))
-    modules.v2 = pytest.importorskip("torchvision.transforms.v2")
+    if reason := missing():
+        pytest.skip(reason)
+    import_torchvision()
+    datasets = import_module("torchvision.datasets")
+    modules = SimpleNamespace(v1=import_module("torchvision.transforms"), v2=import_module("torchvision.transforms.v2"))
     transform = {"v1": v1, "v2": v2}[request.param](modules)
     return SimpleNamespace(folder=lambda **options: datasets.ImageFolder(str(root), **options), transform=transform)
 

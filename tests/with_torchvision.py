@@ -1,5 +1,6 @@
 """Starts scripts as a user does: `with_torchvision.py [--kill N] SCRIPT ARGUMENTS [--then SCRIPT ARGUMENTS]...`.
 
+torchvision is the installed one, or that of `.ci/run` in build/torchvision, where the frameworks do not find it.
 Beside a torch of another build (a CPU one) torchvision's compiled operators do not load and it fails where it describes
 them; naming them is enough to import it, since no script here calls one. With `--kill N` the process kills itself right
 after its N-th file was renamed into place.
@@ -10,22 +11,35 @@ import os
 import runpy
 import signal
 import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "build" / "torchvision"
+OPERATORS = []  # live as long as the library that defines them
+
+
+def missing():
+    """Why torchvision cannot be used here; empty when it can."""
+    return "" if find_spec("torchvision") or FOLDER.exists() else "torchvision is not installed"
 
 
 def import_torchvision():
     import torch
 
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
-        return library  # the operators live as long as it
-    return None
+    if find_spec("torchvision") is None:
+        sys.path.append(str(FOLDER))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own image reader, which does not load either
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+                del sys.modules[name]
+            OPERATORS.append(torch.library.Library("torchvision", "DEF"))
+            for name in ("nms", "qnms"):
+                OPERATORS[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            importlib.import_module("torchvision")
 
 
 def kill_after(count, replace=os.replace):
@@ -41,7 +55,7 @@ def kill_after(count, replace=os.replace):
 
 
 if __name__ == "__main__":
-    operators = import_torchvision()
+    import_torchvision()
     words = sys.argv[1:]
     if words[0] == "--kill":
         kill_after(int(words[1]))
