@@ -1,4 +1,4 @@
-"""A folder of images: the loop of docs/own-loop.md with torchvision, and the commands of docs/image-folder.md."""
+"""A folder of images: the loops of README and docs/own-loop.md, and the commands of docs/image-folder.md."""
 
 from __future__ import annotations
 
@@ -64,6 +64,19 @@ def test_every_command_of_the_page_runs(
     for line in quoted:
         assert line in said
     assert (tmp_path / "runs/photos/report.html").exists() and (tmp_path / "predictions.csv").exists()
+
+
+@needs_torchvision
+def test_the_loop_of_the_readme_runs(tmp_path: Path) -> None:
+    """With smaller numbers than a reader's."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (code,) = (block for block in blocks if "torchvision" in block)
+    for number, smaller in (("224", "32"), ("range(45)", "range(2)"), ("num_workers=4", "num_workers=1")):
+        assert number in code
+        code = code.replace(number, smaller)
+    (tmp_path / "loop.py").write_text(code)
+    write_jpegs(tmp_path / "data", [f"train/{label}/{k}.jpg" for label in ("cat", "dog") for k in range(16)])
+    python(START, "loop.py", cwd=tmp_path)
 
 
 @needs_torchvision

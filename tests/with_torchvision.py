@@ -1,6 +1,5 @@
 """Starts scripts as a user does: `with_torchvision.py [--kill N] SCRIPT ARGUMENTS [--then SCRIPT ARGUMENTS]...`.
 
-torchvision is the installed one, or that of `.ci/run` in build/torchvision, where the frameworks do not find it.
 Beside a torch of another build (a CPU one) torchvision's compiled operators do not load and it fails where it describes
 them; naming them is enough to import it, since no script here calls one. With `--kill N` the process kills itself right
 after its N-th file was renamed into place.
@@ -13,22 +12,18 @@ import signal
 import sys
 import warnings
 from importlib.util import find_spec
-from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "build" / "torchvision"
 OPERATORS = []  # live as long as the library that defines them
 
 
 def missing():
     """Why torchvision cannot be used here; empty when it can."""
-    return "" if find_spec("torchvision") or FOLDER.exists() else "torchvision is not installed"
+    return "" if find_spec("torchvision") else "torchvision is not installed"
 
 
 def import_torchvision():
     import torch
 
-    if find_spec("torchvision") is None:
-        sys.path.append(str(FOLDER))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own image reader, which does not load either
         try:
