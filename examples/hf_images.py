@@ -18,7 +18,9 @@ from dlb_fast.integrations.hf import LastBatchTrainer
 class Arguments:
     data: str
     size: int = 224
-    model: str = field(default="", metadata={"help": "a name of the hub, such as microsoft/resnet-18; else random weights"})
+    model: str = field(
+        default="", metadata={"help": "a name of the hub, such as microsoft/resnet-18; else random weights"}
+    )
     resume: bool = False
 
 

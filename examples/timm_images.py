@@ -58,9 +58,7 @@ def main():
     augment = create_transform(
         **config, is_training=True, scale=(0.5, 1.0), hflip=0.0, auto_augment=args.aa, re_prob=args.reprob
     )
-    val = create_loader(
-        create_dataset("", args.data, split="val"), batch_size=args.batch_size, device=device, **config
-    )
+    val = create_loader(create_dataset("", args.data, split="val"), batch_size=args.batch_size, device=device, **config)
 
     task = LastBatchTask(model, LastBatchLoss(classes), device=device)  # dlb: in place of ClassificationTask
     loader = task.batches(OverlapLoader(train, args.batch_size, transform=augment, device=device))  # dlb

@@ -15,14 +15,12 @@ import shutil
 import subprocess
 import sys
 import types
-from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import yaml
-from builders import python, write_jpegs
 
 from benchmarks import tables
 from dlb_fast import _backends, cli
@@ -39,7 +37,6 @@ _BLOCK = re.compile(r"(?:<!-- (?P<kind>not run|file): (?P<what>.*?) -->\n)?```py
 BLOCKS = [(p, k, *m.group("code", "kind", "what")) for p in OWN for k, m in enumerate(_BLOCK.finditer(TEXTS[p]))]
 PYTHON = [(p, k, code, what if kind else None) for p, k, code, kind, what in BLOCKS if kind != "file"]
 FILES = [(page, code, what) for page, _, code, kind, what in BLOCKS if kind == "file"]
-TORCHVISION = [(page, code) for page, _, code, kind, _ in BLOCKS if kind is None and "torchvision" in code]
 
 
 @pytest.mark.parametrize(("page", "number", "code", "reason"), PYTHON, ids=[f"{p}-{k}" for p, k, _, _ in PYTHON])
@@ -48,29 +45,12 @@ def test_python_blocks_run(page, number, code, reason, tmp_path, monkeypatch, ca
     if reason is not None:
         assert reason.strip()
         pytest.skip(f"{page}: {reason}")
-    if (page, code) in TORCHVISION:
-        run_with_torchvision(code, tmp_path)
-        return
+    if "torchvision" in code:
+        pytest.skip("tests/test_image_folder.py runs it")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     with mock.patch.dict(METHODS):  # CONTRIBUTING registers a method, which later tests must not find
         exec(program, {"__name__": "docs"})
-
-
-def run_with_torchvision(code, folder):
-    """In a process of its own, on a small folder of JPEGs, with smaller numbers than a reader's."""
-    if find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
-    for number, smaller in (("224", "32"), ("range(45)", "range(2)"), ("num_workers=4", "num_workers=1")):
-        assert number in code
-        code = code.replace(number, smaller)
-    write_jpegs(folder / "data", [f"train/{label}/{k}.jpg" for label in ("cat", "dog") for k in range(16)])
-    (folder / "block.py").write_text(code)
-    python(ROOT / "tests" / "with_torchvision.py", "block.py", cwd=folder)
-
-
-def test_a_block_with_torchvision_is_found():
-    assert [page for page, _ in TORCHVISION] == ["README.md"]
 
 
 @pytest.mark.parametrize(("page", "code", "path"), FILES, ids=[f"{p}: {f}" for p, _, f in FILES])

@@ -26,7 +26,7 @@ IMAGES = {
     ),
     "hf": (
         "transformers",
-        "--data DATA --size 16 --per_device_train_batch_size 32 --learning_rate 2e-3 --disable_tqdm True --output_dir OUT",
+        "--data DATA --size 16 --per_device_train_batch_size 32 --learning_rate 2e-3 --disable_tqdm 1 --output_dir OUT",
         "--num_train_epochs",
         (TORCHRUN, "--use_cpu True --bf16 True --gradient_accumulation_steps 2 --dataloader_num_workers 1"),
     ),
@@ -39,18 +39,9 @@ ROWS, EPOCHS = 16, 3  # repeated rows of a batch
 STEPS = 240 // ROWS  # of an epoch of one rank
 
 
-def test_every_example_is_known():
-    known = {"plain_loop", "digits_folder", "ray_train", *(f"{name}_images" for name in IMAGES)}
+def test_every_example_is_known():  # test_image_folder.py and test_distributed_ray.py run theirs
+    known = {"image_folder", "ray_train", "digits_folder", *(f"{name}_images" for name in IMAGES)}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == known
-
-
-def test_plain_loop():
-    if reason := reason_against("sklearn"):  # the digits are scikit-learn's
-        pytest.skip(reason)
-    said = python("examples/plain_loop.py").stdout
-    accuracy = re.search(r"test accuracy (0\.\d+); stopped and resumed: bit-identical", said)
-    assert accuracy is not None, said
-    assert float(accuracy.group(1)) > 0.9, said
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +82,10 @@ def test_an_example_on_two_ranks(name, folder, tmp_path):
     _, rows = run(name, folder, tmp_path, IMAGES[name][2], 1, *options.split(), launch=launch)
     steps = STEPS // 2 if name != "hf" else -(-STEPS // 2)  # the Trainer keeps a short last batch
     assert rows == 2 * (steps - 1) * ROWS
+
+
+def test_the_page_shows_the_files():
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    for name in IMAGES:
+        shown = re.findall(rf"<!-- not run: examples/{name}_images.py; .*? -->\n```python\n(.*?)```\n", page, re.S)
+        assert shown == [(ROOT / "examples" / f"{name}_images.py").read_text(encoding="utf-8")], name

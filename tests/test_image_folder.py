@@ -1,4 +1,4 @@
-"""A folder of images: the loop of docs/own-loop.md with torchvision, and the commands of docs/image-folder.md."""
+"""A folder of images: the loops of README and docs/own-loop.md, and the commands of docs/image-folder.md."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pickle
 import re
 import shlex
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from builders import ROOT, assert_same, python, write_jpegs
+from with_torchvision import missing
 
 from dlb_fast import cli
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 EXAMPLE = ROOT / "examples" / "image_folder.py"
 START = ROOT / "tests" / "with_torchvision.py"
 SMALL = ("--model", "shufflenet_v2_x0_5", "--size", 32, "--batch-size", 8, "--save-every", 3, "--workers", 1)
-needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+needs_torchvision = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,10 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_every_command_of_the_page_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In the page's order, on 40 images per class and with smaller numbers; what the page quotes is what is said."""
     page = (ROOT / "docs" / "image-folder.md").read_text(encoding="utf-8")
@@ -42,7 +45,7 @@ def test_every_command_of_the_page_runs(
     write_jpegs(tmp_path, [f"other-photos/{label}/{k}.jpg" for label in ("cat", "dog", "horse") for k in range(20)])
     write_jpegs(tmp_path, ["new/a.jpg", "new/b.jpg"])
     monkeypatch.chdir(tmp_path)
-    smaller = {"resnet18_imagenet": "small_cnn", "224": "24", "64": "16", "45": "2", "90": "2", "60": "3"}
+    smaller = {"resnet18_imagenet": "small_cnn", "224": "24", "64": "16", "45": "1", "90": "1", "60": "2"}
     commands = [
         shlex.split(line)
         for block in re.findall(r"```sh\n(.*?)```", page, re.S)
@@ -54,12 +57,26 @@ def test_every_command_of_the_page_runs(
         assert cli.main([smaller.get(word, word) for word in words[1:]]) == 0, words
         captured = capsys.readouterr()
         said += captured.out + captured.err
+    said += caplog.text
     assert {words[1] for words in commands} == {"verify-data", "train", "eval", "predict", "report"}
     quoted = re.findall(r"```text\n(.*?)```", page, re.S)[-1].splitlines()
     assert len(quoted) == 2
     for line in quoted:
         assert line in said
     assert (tmp_path / "runs/photos/report.html").exists() and (tmp_path / "predictions.csv").exists()
+
+
+@needs_torchvision
+def test_the_loop_of_the_readme_runs(tmp_path: Path) -> None:
+    """With smaller numbers than a reader's."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (code,) = (block for block in blocks if "torchvision" in block)
+    for number, smaller in (("224", "32"), ("range(45)", "range(2)"), ("num_workers=4", "num_workers=1")):
+        assert number in code
+        code = code.replace(number, smaller)
+    (tmp_path / "loop.py").write_text(code)
+    write_jpegs(tmp_path / "data", [f"train/{label}/{k}.jpg" for label in ("cat", "dog") for k in range(16)])
+    python(START, "loop.py", cwd=tmp_path)
 
 
 @needs_torchvision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from builders import write_images
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from with_torchvision import import_torchvision, missing
 
 from dlb_fast import LastBatchLoss
 from dlb_fast.data import (
@@ -117,9 +119,11 @@ def vision(request: pytest.FixtureRequest, tmp_path: Path) -> SimpleNamespace:
     root = write_images(tmp_path, NAMES)
     if request.param == "stand-in":
         return SimpleNamespace(folder=lambda **options: Folder(root, **options), transform=Normed())
-    datasets = pytest.importorskip("torchvision.datasets")
-    modules = SimpleNamespace(v1=pytest.importorskip("torchvision.transforms"))
-    modules.v2 = pytest.importorskip("torchvision.transforms.v2")
+    if reason := missing():
+        pytest.skip(reason)
+    import_torchvision()
+    datasets = import_module("torchvision.datasets")
+    modules = SimpleNamespace(v1=import_module("torchvision.transforms"), v2=import_module("torchvision.transforms.v2"))
     transform = {"v1": v1, "v2": v2}[request.param](modules)
     return SimpleNamespace(folder=lambda **options: datasets.ImageFolder(str(root), **options), transform=transform)
 
@@ -355,6 +359,12 @@ class Items(Dataset[Any]):
         return self.shape(torch.rand(3, 4, 4), index % 2, index)
 
 
+class Augmented(Items):
+    """One whose transform has the usual name."""
+
+    transform = True
+
+
 def keyed(image: Any, label: int, index: int) -> Any:
     return {"image": image, "label": label}
 
@@ -371,8 +381,10 @@ def picked(dataset: Any, index: int) -> Any:
         lambda: OverlapLoader(Items(keyed), 8, load=picked),
         lambda: OverlapLoader(MapDataset(Items(keyed), picked), 8),
         lambda: OverlapLoader(Subset(Items(lambda *parts: parts[:2]), range(8)), 8),
+        lambda: OverlapLoader(Augmented(keyed), 8, load=picked, transform=torch.nn.Identity()),
+        lambda: OverlapLoader(MapDataset(Augmented(keyed), picked), 8, transform=torch.nn.Identity()),
     ],
-    ids=["items", "load", "MapDataset", "Subset"],
+    ids=["items", "load", "MapDataset", "Subset", "load, two transforms", "MapDataset, two transforms"],
 )
 def test_a_dataset_of_ones_own_never_gives_one_picture_twice(make: Callable[[], Any]) -> None:
     with make() as loader:

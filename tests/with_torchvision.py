@@ -10,22 +10,31 @@ import os
 import runpy
 import signal
 import sys
+import warnings
+from importlib.util import find_spec
+
+OPERATORS = []  # live as long as the library that defines them
+
+
+def missing():
+    """Why torchvision cannot be used here; empty when it can."""
+    return "" if find_spec("torchvision") else "torchvision is not installed"
 
 
 def import_torchvision():
     import torch
 
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
-        return library  # the operators live as long as it
-    return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own image reader, which does not load either
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+                del sys.modules[name]
+            OPERATORS.append(torch.library.Library("torchvision", "DEF"))
+            for name in ("nms", "qnms"):
+                OPERATORS[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            importlib.import_module("torchvision")
 
 
 def kill_after(count, replace=os.replace):
@@ -41,7 +50,7 @@ def kill_after(count, replace=os.replace):
 
 
 if __name__ == "__main__":
-    operators = import_torchvision()
+    import_torchvision()
     words = sys.argv[1:]
     if words[0] == "--kill":
         kill_after(int(words[1]))

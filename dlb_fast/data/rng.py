@@ -150,12 +150,13 @@ class ViewRng:
     @contextmanager
     def seeded(self) -> Iterator[None]:
         """Inside the block the global random numbers of torch, NumPy and Python follow from this view; afterwards they
-        continue as if nothing had been drawn. For transforms that draw from them, in one thread (some 40 us).
+        continue as if nothing had been drawn (without the second normal number that NumPy may have kept). For
+        transforms that draw from them, in one thread; some 40 us.
         """
         key, generator = fold(self.key, GLOBAL), torch.default_generator  # no number of this view's own is used up
-        kept, kept_python, kept_numpy = generator.get_state(), random.getstate(), np.random.get_bit_generator()
+        kept, kept_python, kept_numpy = generator.get_state(), random.getstate(), np.random.mtrand.get_bit_generator()
         try:
-            np.random.set_bit_generator(_NUMPY)  # in place of `get_state`, which takes five times as long
+            np.random.mtrand.set_bit_generator(_NUMPY)  # in place of `get_state`, which takes five times as long
             generator.manual_seed(key >> 1)
             np.random.seed(key & 0xFFFFFFFF)
             random.seed(key)
@@ -163,7 +164,7 @@ class ViewRng:
         finally:
             generator.set_state(kept)
             random.setstate(kept_python)
-            np.random.set_bit_generator(kept_numpy)
+            np.random.mtrand.set_bit_generator(kept_numpy)
 
 
 _NUMPY = np.random.MT19937(0)

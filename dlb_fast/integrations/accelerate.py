@@ -37,7 +37,7 @@ def register_last_batch(accelerator: Any, criterion: nn.Module, loader: Any) -> 
         ValueError: a loader made for other ranks or another device.
         ImportError: Accelerate is missing.
 
-    Example: ``examples/accelerate_digits.py``.
+    Example: ``examples/accelerate_images.py``.
     """
     accelerate = need("accelerate", "pip install 'dlb_fast[hf]'")
     if not isinstance(accelerator, accelerate.Accelerator):

@@ -374,8 +374,8 @@ class _Script:
         name, args = "dlb_fast.integrations.timm", self.args
         if isinstance(dataset, IterableDataset):
             raise TypeError(
-                f"{name}: --dataset {getattr(args, 'dataset', '')} is read in its own order ({type(dataset).__name__}), "
-                "so no row can be repeated; use a folder, a tar file or another dataset with items by index"
+                f"{name}: --dataset {getattr(args, 'dataset', '')} ({type(dataset).__name__}) is read in its own "
+                "order, so no row can be repeated; use a folder, a tar file or another dataset with items by index"
             )
         collate = options.pop("collate_fn", None)
         if collate is not None and not hasattr(collate, "mixup_enabled"):
