@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from builders import assert_same_run, last_checkpoint, train
 
 from dlb_fast import cli
 from dlb_fast.presets import load_preset
-from dlb_fast.train import checkpoint, loop, run
+from dlb_fast.train import checkpoint, distributed, loop, run
 from dlb_fast.train.config import override
 from dlb_fast.train.distributed import ENVIRONMENT, Ranks
 from dlb_fast.train.loop import STOP_SIGNALS, Trainer
@@ -166,3 +169,27 @@ def test_a_stopped_run_is_no_success_for_torchrun(monkeypatch):
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, "0")
     assert (Ranks().exit_status("SIGTERM"), Ranks().exit_status(None)) == (143, 0)
+
+
+def starts(store, size, monkeypatch):
+    """The stores that the ranks of one start get, in rank order."""
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, here.rank, size)]))
+    here = threading.local()
+
+    def rank(number):
+        here.rank = number
+        return distributed._store_of_this_start()[0]
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(rank, range(size)))
+
+
+def test_every_start_of_the_ranks_has_a_store_of_its_own(monkeypatch):
+    """torchrun keeps its store over restarts: nothing of an earlier start, of more ranks or a killed one, is in it."""
+    kept = torch.distributed.HashStore()
+    kept.set("dlb_fast/asks/1", "a rank that was killed after it had asked")
+    for size in (3, 1, 2, 2):
+        stores = starts(kept, size, monkeypatch)
+        assert not stores[0].check(["address"])
+        stores[-1].set("address", str(size))
+        assert {store.get("address") for store in stores} == {str(size).encode()}

@@ -215,9 +215,9 @@ RUN = "--data synthetic:200,4,8 --model small_cnn --batch-size 20 --eval-every 2
 
 @pytest.mark.slow
 def test_the_real_torchrun_and_trainer(tmp_path):
-    """Two ranks; the signal reaches all processes, and the ranks once more by torchrun. The next start finishes."""
+    """Two nodes; the signal reaches all processes, and the ranks once more by torchrun. The next start finishes."""
     slurm = Slurm(tmp_path, torchrun=REAL)
-    job = slurm.submit(*RUN.split(), "--max-steps", "1000000", NPROC="2", SRUN_SIGNALS="everything")
+    job = slurm.submit(*RUN.split(), "--max-steps", "1000000", SLURM_NNODES="2", SRUN_SIGNALS="everything")
     wait_for(lambda: list(tmp_path.glob(f"{OUT}/checkpoints/step-*.pt")), "a checkpoint", job)
     job.send_signal(signal.SIGUSR1)
     assert slurm.ended(job) == 0 and slurm.requeues == ["requeue 4711"], slurm.log.read_text()
@@ -225,7 +225,7 @@ def test_the_real_torchrun_and_trainer(tmp_path):
     assert f"stopped by SIGUSR1 at step {saved['step']} of" in slurm.log.read_text() and len(saved["others"]) == 1
 
     steps = saved["step"] + 100
-    job = slurm.submit(*RUN.split(), "--max-steps", str(steps), NPROC="2", SRUN_SIGNALS="everything")
+    job = slurm.submit(*RUN.split(), "--max-steps", str(steps), SLURM_NNODES="2", SRUN_SIGNALS="everything")
     assert slurm.ended(job) == 0 and slurm.requeues == ["requeue 4711"], slurm.log.read_text()
     assert f"continuing from {OUT}/checkpoints/step-{saved['step']:09d}.pt" in slurm.log.read_text()
     assert json.loads((tmp_path / OUT / "result.json").read_text())["step"] == steps

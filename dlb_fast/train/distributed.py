@@ -18,6 +18,8 @@ import pickle
 import platform
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -103,7 +105,9 @@ class Ranks:
             local = _environment_number("LOCAL_RANK", "RANK")
             if local < torch.cuda.device_count():  # otherwise resolve_device raises, unless the device is cpu
                 torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, rank, size = _store_of_this_start()
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
         return cls.current()
 
     @classmethod
@@ -237,6 +241,31 @@ class Ranks:
                 f"rank {self.rank} of {self.world_size} lost the others ({reason}): another rank ended, its own "
                 f"message says why; continue from the last checkpoint with --resume"
             ) from error
+
+
+def _store_of_this_start() -> tuple[Any, int, int]:
+    """The group's store under a name that no other start of the ranks has, with the rank and the number of ranks.
+
+    torchrun keeps the store over its restarts (torch 2.13), so a rank would find the addresses of dead ranks in it. Its
+    counts of restarts differ between machines. So every rank asks under a name of its own, which cannot be an old one;
+    rank 0 answers whatever is asked with the name of this start, until all ranks have read it.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"dlb_fast/asks/{rank}", name)
+        name = store.get(f"dlb_fast/answer/{name}").decode()
+        store.set(f"dlb_fast/{name}/{rank}", "")
+    waiting, until = set(range(1, size)) if rank == 0 else set(), time.monotonic() + TIMEOUT.total_seconds()
+    while waiting := {other for other in waiting if not store.check([f"dlb_fast/{name}/{other}"])}:
+        if time.monotonic() > until:
+            raise RankError(f"rank 0 of {size}: ranks {sorted(waiting)} did not start within {TIMEOUT}")
+        for other in waiting:
+            if store.check([f"dlb_fast/asks/{other}"]):
+                store.set(f"dlb_fast/answer/{store.get(f'dlb_fast/asks/{other}').decode()}", name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store), rank, size
 
 
 def _host_group() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import os
 import signal
 import threading
 import time
@@ -588,7 +587,7 @@ class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 end the run after the current step; a second SIGINT ends it at once.
 
     A second SIGTERM or SIGUSR1 changes nothing, because a scheduler sends one to every process and the launcher sends
-    it to the ranks again. Forked workers of a loader ignore all three: the step that is to end needs their batches.
+    it to the ranks again. Forked workers of a loader inherit this and work on: the step that is to end needs them.
 
     A single process checks `signal`. Several ranks vote about twice a second: they reduce the signal numbers and the
     seconds per step, so that all stop at the same step and agree on the step of the next vote.
@@ -624,11 +623,8 @@ class StopSignals:
             yield  # Python delivers signals to the main thread only
             return
         before: dict[int, Any] = {}
-        process = os.getpid()
 
         def record(number: int, frame: Any) -> None:
-            if os.getpid() != process:
-                return
             self.signal = number
             if number == signal.SIGINT:
                 signal.signal(number, before[number])
