@@ -45,8 +45,9 @@ ISA_FLAGS = {
 }
 # The resize's weights are rounded as torch's are: a * b + c in two roundings, also where the machine has one for both.
 EXACT = {"cpu/resized_crop_cpu.cpp": ["-ffp-contract=off"]}
-CUDA_SOURCES = ("last_batch_cuda.cu", "kernels_f32.cu", "kernels_bf16.cu", "kernels_f16.cu")
-KERNELS = [Path(source).stem for source in CUDA_SOURCES]  # what libdlb_fast_kernels.so is linked of
+CUDA_SOURCES = ("last_batch_cuda.cu", "kernels_f32.cu", "kernels_bf16.cu", "kernels_f16.cu", "prove.cpp")
+# What libdlb_fast_kernels.so is linked of: these, and the CPU op that they are proven against.
+KERNELS = (*(Path(source).stem for source in CUDA_SOURCES), "last_batch_cpu", "last_batch_rows", "isa")
 CUDART = ("-lcudart_static", "-lpthread", "-ldl", "-lrt")
 EVERY_ARCH = "75,80,90,100+ptx,120"  # Turing to Blackwell, and PTX for what has no machine code
 
@@ -177,13 +178,13 @@ def build_library(destination: Path, scratch: Path) -> None:
     link = ["-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     cuda, built = nvcc(), [target for target, _ in objects]
     if cuda:
-        # The kernels are a library of their own, which loads without torch. The runtime is static: it then loads on
-        # machines without CUDA, and beside any CUDA torch.
+        # The kernels are a library of their own, which loads without torch: the prover runs the very code that the ops
+        # run. The CUDA runtime is static: it then loads on machines without CUDA, and beside any CUDA torch.
         home = Path(cuda).resolve().parent.parent
         where = [f"-L{home / part}" for part in ("lib64", "targets/x86_64-linux/lib", "lib")]
-        ours = [target for target in built if target.stem.partition("_sm")[0] in KERNELS]
+        ours = [target for target in built if target.stem.startswith(KERNELS)]
         kernels = link_library(destination / "libdlb_fast_kernels.so", ours, [*where, *CUDART])
-        built = [target for target in built if target not in ours]
+        built = [target for target in built if "_sm" not in target.stem]
         link = [str(kernels), "-Wl,-rpath,$ORIGIN", *link]
     library = link_library(destination / "libdlb_fast_ops.so", built, link)
     parts = f"C++ and CUDA {cuda_archs()}" if cuda else "C++"

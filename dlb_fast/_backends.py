@@ -1,28 +1,33 @@
 """Which implementations exist here, which do not and why, and which one ``impl="auto"`` takes.
 
-The rule of choice: the fastest implementation that works on the tensor's device *and* has been seen to work on such a
-device. A kernel that has not yet passed ``make gpu-check`` on a GPU is never chosen by ``auto``; it runs when named.
+The rule of choice: the fastest implementation that works on the tensor's device *and* has been seen to be right there.
+For a GPU, ``_proof`` looks at first use. A kernel that is wrong or not checked is never chosen by ``auto``; it runs
+when named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import logging
 import os
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ._args import IMPLEMENTATIONS
+from ._version import __version__
 
 log = logging.getLogger("dlb_fast")
 
 LIBRARY = Path(__file__).parent / "lib" / "libdlb_fast_ops.so"
 KERNELS = LIBRARY.with_name("libdlb_fast_kernels.so")  # the CUDA kernels, without torch
-UNPROVEN = "not yet run on a GPU"
+CHECKED = "checked on your GPU at first use"
 ABOUT = {
     "cuda": "CUDA C++, sm_75 to sm_120 and PTX",
     "triton": "Triton, for NVIDIA, AMD and Intel GPUs",
@@ -32,7 +37,7 @@ ABOUT = {
 
 
 class Implementation(NamedTuple):
-    """One way to compute the losses: ``reason`` says why it is missing, ``state`` what it has been proven on."""
+    """One way to compute the losses: ``reason`` says why it is missing, ``state`` how it is known to be right."""
 
     name: str
     available: bool
@@ -78,8 +83,8 @@ class Card(NamedTuple):
     driver: int
 
 
-def card(index: int) -> Card:
-    """The GPU that torch calls ``cuda:index``. Legal while a graph is captured."""
+def card(index: int | None) -> Card:
+    """The GPU that torch calls ``cuda:index``; None: the current one. Legal while a graph is captured."""
     found = torch.cuda.get_device_properties(index)
     driver = 0 if torch.version.hip else torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined, unused-ignore]
     capability = (found.major, found.minor)
@@ -106,7 +111,7 @@ def cuda_missing(index: int | None = None) -> str:
         return "torch is built for ROCm, where CUDA kernels do not run; use impl='triton'"
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
-    found = card(torch.cuda.current_device() if index is None else index)
+    found = card(index)
     archs, runtime = cuda_build()
     if found.driver // 1000 < runtime // 1000:
         return (
@@ -149,15 +154,6 @@ def _triton_missing() -> str:
     return ""
 
 
-def gpu_proof() -> dict[str, str]:
-    """Implementation -> GPU on which ``make gpu-check`` has passed, as recorded with the package."""
-    record = Path(__file__).parent / "proven_on_gpu.txt"
-    if not record.exists():
-        return {}
-    lines = [line.split(":", 1) for line in record.read_text().splitlines() if ":" in line]
-    return {name.strip(): where.strip() for name, where in lines}
-
-
 def triton_missing(device_type: str) -> str:
     """Why Triton's kernels cannot run on tensors of this device type, or an empty string."""
     missing = _triton_missing()
@@ -168,24 +164,22 @@ def triton_missing(device_type: str) -> str:
 
 def implementations() -> dict[str, Implementation]:
     """Every implementation by name, with its availability on this machine, the reason and its state."""
-    proof = gpu_proof()
     no_cuda, no_cpu, no_triton = cuda_missing(), compiled_for("cpu"), _triton_missing()
     if not no_triton and not torch.cuda.is_available() and not triton_interpreted():
         no_triton = "no GPU is visible to torch (on a CPU it runs only in the interpreter: TRITON_INTERPRET=1)"
     return {
-        "cuda": Implementation("cuda", not no_cuda, no_cuda, proof.get("cuda", UNPROVEN)),
-        "triton": Implementation("triton", not no_triton, no_triton, proof.get("triton", UNPROVEN)),
+        "cuda": Implementation("cuda", not no_cuda, no_cuda, CHECKED),
+        "triton": Implementation("triton", not no_triton, no_triton, CHECKED),
         "cpu": Implementation("cpu", not no_cpu, no_cpu, "tested on CPU"),
         "torch": Implementation("torch", True, "", "tested on CPU; plain PyTorch on any device"),
     }
 
 
 def state_table() -> str:
-    """The README's table of implementations in Markdown: what each is and what it has been proven on."""
-    proof = gpu_proof()
+    """The README's table of implementations in Markdown: what each is and how it is known to be right."""
     states = {
-        "cuda": proof.get("cuda", f"{UNPROVEN}; CI runs it in an emulator"),
-        "triton": proof.get("triton", f"{UNPROVEN}; CI runs it in Triton's interpreter"),
+        "cuda": f"{CHECKED}; CI runs it in an emulator",
+        "triton": f"{CHECKED}; CI runs it in Triton's interpreter",
         "cpu": "tested in CI",
         "torch": "tested in CI",
     }
@@ -216,7 +210,7 @@ def pick(impl: str, device: torch.device, beyond_cuda: bool = False, op: str = "
     """The implementation to run for ``impl`` on this device; raises where a named one cannot run.
 
     ``beyond_cuda`` says that the CUDA kernels refuse such a call (float64, sizes): "auto" then takes the next. A choice
-    once made stays for the rest of the process.
+    once made stays for the rest of the process. Legal while a graph is captured: a check runs in a child process.
     """
     key = (impl, device, beyond_cuda)
     choice = _PICKED.get(key)
@@ -233,7 +227,9 @@ def pick(impl: str, device: torch.device, beyond_cuda: bool = False, op: str = "
         missing = compiled_for("cpu")
         choice, why = ("torch", missing) if missing else ("cpu", "compiled C++")
     elif device.type == "cuda":
-        choice, why = _proven(device, beyond_cuda)
+        choice, why, wrong = proven(device, beyond_cuda)
+        for problem in wrong if (impl, device, not beyond_cuda) not in _PICKED else ():
+            log.warning('dlb_fast: %s; impl="auto" runs %r on %s', problem, choice, device)
     else:
         choice, why = "torch", "no other works here"
     if impl == "auto" and (impl, device, not beyond_cuda) not in _PICKED:
@@ -242,17 +238,78 @@ def pick(impl: str, device: torch.device, beyond_cuda: bool = False, op: str = "
     return choice
 
 
-def _proven(device: torch.device, beyond_cuda: bool) -> tuple[str, str]:
-    """The fastest implementation that is proven on a GPU, and why it is the one."""
-    missing = {"cuda": cuda_missing(device.index), "triton": triton_missing(device.type)}
-    if beyond_cuda:
-        missing["cuda"] = "the CUDA kernels refuse such a call"
-    known = gpu_proof()
-    usable = [name for name, reason in missing.items() if not reason]
-    for name in usable:
-        if name in known:
-            return name, f"proven on {known[name]}"
-    return "torch", f"{' and '.join(usable)} can be named but are {UNPROVEN}" if usable else "no other works here"
+def proven(device: torch.device, beyond_cuda: bool = False, check: bool = True) -> tuple[str, str, list[str]]:
+    """The fastest implementation that is proven on a GPU, why it is the one, and what is wrong with others.
+
+    What has no verdict yet is checked, with ``check``; Triton, which has to compile, only where CUDA cannot run or is
+    wrong.
+    """
+    from . import _proof
+
+    wished = _proof.setting()
+    if wished == "never":
+        return "torch", "DLB_FAST_PROOF=never", []
+    reasons: list[str] = []
+    wrong: list[str] = []
+    for name, missing in (("cuda", cuda_missing(device.index)), ("triton", triton_missing(device.type))):
+        if name == "cuda" and beyond_cuda and not missing:
+            missing, check = "the kernels refuse float64 and more than 2^24 rows or classes", False
+        if missing:
+            reasons.append(f"{name}: {missing}")
+        elif wished == "trust":
+            return name, "not checked: DLB_FAST_PROOF=trust", wrong
+        else:
+            found = verdict(name, device.index, check, again=wished == "again")
+            if found.passed:
+                return name, f"{card(device.index).name}, {found}", wrong
+            reasons.append(f"{name}: {found}")
+            if found.passed is False:
+                wrong.append(f"the {name} kernels are wrong on {card(device.index).name}: {found}")
+            elif check:
+                wrong.append(
+                    f"the {name} kernels could not be checked: {found} (`dlb-fast doctor --prove` tries again)"
+                )
+                break
+    return "torch", "; ".join(reasons), wrong
+
+
+def verdict(name: str, index: int | None, check: bool, again: bool = False) -> Any:
+    """The verdict on "cuda" or "triton" on ``cuda:index``; without ``check`` only one that is known."""
+    from . import _proof
+
+    found = card(index)
+    uuid = found.uuid.removeprefix("GPU-").replace("-", "")
+    versions = (__version__, torch.__version__, torch.version.hip, found.driver, _driver(), found[:4])
+    if name == "cuda":
+        key = _proof.key_of(name, _digest(KERNELS), *versions)
+        command = [sys.executable, "-S", "-I", "-c", _proof.CUDA_CODE, str(KERNELS), uuid]
+    else:
+        kernels = [_digest(path) for path in sorted((Path(__file__).parent / "kernels").glob("*.py"))]
+        settings = sorted(item for item in os.environ.items() if item[0].startswith("TRITON_"))
+        spec = importlib.util.find_spec("triton")
+        compiler = _digest(Path(spec.origin)) if spec is not None and spec.origin else ""  # its version stands there
+        key = _proof.key_of(name, kernels, compiler, settings, *versions)
+        command = [sys.executable, "-c", _proof.TRITON_CODE.format(path=sys.path, uuid=found.uuid)]
+    old = _proof.known(key)
+    if not check or (old is not None and not again):
+        return old or _proof.Verdict(None, "not checked here yet; `dlb-fast doctor --prove` does it")
+    if name == "triton":
+        log.info("dlb_fast: checking Triton's kernels on %s, which compiles them once: about half a minute", found.name)
+    return _proof.verdict(name, key, command, uuid, again)
+
+
+@functools.cache
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.cache
+def _driver() -> str:
+    """The version of the GPU's driver, as the kernel tells it; that of CUDA's API does not change with every one."""
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        with contextlib.suppress(OSError):
+            return Path(path).read_text()
+    return ""
 
 
 def forget_picks() -> None:

@@ -11,6 +11,7 @@ from conftest import op_options
 
 from dlb_fast import LogitBuffer, _backends, dlb_step, functional, fused_lb_loss
 from dlb_fast._backends import Card
+from dlb_fast._proof import Verdict
 
 H200 = Card("NVIDIA H200", (9, 0), 150 << 30, 132, "1234", 13000)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -19,6 +20,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 @pytest.fixture(autouse=True)
 def undecided(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("DLB_FAST_BACKEND", raising=False)
+    monkeypatch.delenv("DLB_FAST_PROOF", raising=False)
     _backends.forget_picks()
     yield
     _backends.forget_picks()
@@ -74,7 +76,7 @@ def test_rocm_has_no_cuda_kernels(gpu, monkeypatch):
 def proven(gpu, monkeypatch) -> set[str]:
     """The names of what is proven on the GPU."""
     names = {"cuda"}
-    monkeypatch.setattr(_backends, "gpu_proof", lambda: dict.fromkeys(names, "here"))
+    monkeypatch.setattr(_backends, "verdict", lambda name, *args, **kwargs: Verdict(name in names, "here"))
     return names
 
 

@@ -32,7 +32,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
   *value = what == cudaDevAttrMultiProcessorCount ? 132 : what == cudaDevAttrComputeCapabilityMajor ? major_ : 1;
   return cudaSuccess;
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* built, const void*) { return built->ptxVersion = ptx, cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* built, const void*) {
+  return built->ptxVersion = ptx, cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
   const int size = static_cast<int>(config->attrs[0].val.clusterDim.x);
@@ -44,7 +46,9 @@ cudaError_t cudaGetLastError() { return pending; }  // as after a fault: it stay
 const char* cudaGetErrorString(cudaError_t) { return "an illegal memory access was encountered"; }
 cudaError_t cudaMalloc(void** p, size_t) { return *p = memory, cudaSuccess; }
 cudaError_t cudaFree(void*) { return cudaSuccess; }
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { return std::memset(p, value, bytes), cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  return std::memset(p, value, bytes), cudaSuccess;
+}
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned) { return cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
@@ -56,14 +60,17 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return
 cudaError_t cudaUserObjectCreate(cudaUserObject_t*, void*, cudaHostFn_t, unsigned, unsigned) { return cudaSuccess; }
 cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) { return cudaSuccess; }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
-  written += "cluster " + std::to_string(config->attrs[0].val.clusterDim.x) + " of " + std::to_string(config->blockDim.x) + "\n";
+  written += "cluster " + std::to_string(config->attrs[0].val.clusterDim.x);
+  written += " of " + std::to_string(config->blockDim.x) + "\n";
   return pending;
 }
 // What nvcc's code calls around <<<>>>; the stub then runs as a host function.
 unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 0; }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaSuccess; }
 cudaError_t __cudaGetKernel(void**, const void*) { return cudaSuccess; }
-cudaError_t __cudaLaunchKernel(void*, dim3, dim3, void**, size_t, cudaStream_t) { return written += "small launch\n", pending; }
+cudaError_t __cudaLaunchKernel(void*, dim3, dim3, void**, size_t, cudaStream_t) {
+  return written += "small launch\n", pending;
+}
 void** __cudaRegisterFatBinary(void*) { return nullptr; }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
@@ -75,7 +82,8 @@ __attribute__((visibility("default"))) const char* pretend(int major, int ptx_ve
   major_ = major, ptx = ptx_version, fitting = fits;
   pending = fault ? cudaErrorIllegalAddress : cudaSuccess;
   dlb_fast::LastBatchArgs args;
-  args.batch = 2, args.classes = args.logits_stride = classes, args.dtype = args.teacher_dtype = static_cast<dlb_fast::DType>(dtype);
+  args.batch = 2, args.classes = args.logits_stride = classes;
+  args.dtype = args.teacher_dtype = static_cast<dlb_fast::DType>(dtype);
   const char* said = dlb_fast::last_batch_cuda(args, nullptr);
   written += said == nullptr ? "fine" : said;
   return written.c_str();
