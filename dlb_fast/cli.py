@@ -347,6 +347,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
         raise ValueError(f"{prog} is a recipe for {preset}; compare other data with: dlb-fast compare --data KIND:PATH")
     command = f"dlb-fast {prog} {shlex.join(argv)}".strip()
     methods = list(comparison.VARIANTS) if args.methods == "all" else args.methods.split(",")
+    if set(methods) <= comparison.VARIANTS.keys():  # otherwise `run` says which are known
+        comparison.check_used(config, base, methods)
     title = "DLB on handwritten digits" if preset else f"Comparison on {config.data.source}"
 
     def one(config: RunConfig, folder: Path | None) -> tuple[Path, list[Run]]:

@@ -254,6 +254,8 @@ def test_wrong_use_is_told_before_anything_is_written(flags, message, here, caps
         ("compare --sedes 3", 2, "did you mean --seeds?"),
         ("compare --noises 0,x", 2, "--noises must be shares such as 0,0.2,0.4, got '0,x'"),
         ("compare --patience 3", 2, "patience would end the methods after different numbers of steps"),
+        ("compare --methods ce,ls --alpha 0.5", 2, "alpha=0.5 has no effect with the methods ce, ls; leave it out"),
+        ("compare --methods ce,dlb --omega 0.2", 2, "omega=0.2 has no effect with the methods ce, dlb"),
         ("demo --data synthetic", 2, "dlb-fast compare --data"),
         ("report nowhere", 2, "nowhere"),
         ("report", 2, "required: runs"),

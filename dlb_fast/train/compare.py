@@ -24,7 +24,7 @@ from .data import check_same_data, identity, open_data
 from .methods import LABELS, VARIANTS, sampled_rows, variant
 from .run import RunFolder, resolve_device, train_run
 
-__all__ = ["equal_budget", "read_comparison", "run"]
+__all__ = ["check_used", "equal_budget", "read_comparison", "run"]
 
 MARK = "comparison.json"
 
@@ -58,6 +58,19 @@ def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig
             one = dataclasses.replace(one, schedule=schedule)
         configs[name] = one
     return configs
+
+
+def check_used(given: RunConfig, base: RunConfig, names: Sequence[str]) -> None:
+    """Refuse options of the loss that differ from `base` and that none of the named methods takes.
+
+    Raises:
+        ValueError: such an option.
+    """
+    configs = [variant(given, name) for name in names]
+    for name, value in vars(given.loss).items():
+        unused = value != getattr(base.loss, name) and all(getattr(one.loss, name) != value for one in configs)
+        if unused:
+            raise ValueError(f"compare: {name}={value} has no effect with the methods {', '.join(names)}; leave it out")
 
 
 def run(

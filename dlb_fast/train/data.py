@@ -199,6 +199,11 @@ def open_data(config: DataConfig) -> RunData:
     Raises:
         ValueError: unknown kind, missing or damaged files, a test set with other classes.
     """
+    if config.data_seed and config.per_class is None and not config.label_noise and _has_own_test_set(config):
+        raise ValueError(
+            f"config: data_seed={config.data_seed} has no effect with {config.source}, which has its own test set, "
+            "only with per_class, label_noise or a held-out part; leave it out"
+        )
     train = open_dataset(config.source, split="train", seed=config.data_seed)
     test = open_dataset(config.source, split="test", seed=config.data_seed)
     if train.num_classes != test.num_classes:
@@ -223,6 +228,10 @@ def open_data(config: DataConfig) -> RunData:
         f"{'the training images' if known is None else statistics}"
     )
     return RunData(train, test, config, mean, std, about)
+
+
+def _has_own_test_set(config: DataConfig) -> bool:
+    return config.kind == "imagefolder" and find_splits(Path(config.source.partition(":")[2]))[1] is not None
 
 
 def _split(config: DataConfig) -> str:

@@ -256,6 +256,8 @@ def distributed_mode(config: TrainConfig, ranks: Ranks, criterion: nn.Module, de
             "config: sync_bn expects GPUs (torch's SyncBatchNorm has no CPU implementation), got device cpu; leave "
             "it out: each rank then normalises with its own rows"
         )
+    if config.sync_bn and ranks.world_size == 1:
+        raise ValueError("config: sync_bn=True has no effect on a single process; leave it out, or start several ranks")
     if mode == "fsdp" and getattr(criterion, "copies_model", False):
         raise ValueError(
             f"config: distributed=fsdp expects a method that does not copy the model, got {type(criterion).__name__}; "

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, write_atomically
 
 __all__ = ["COLUMNS", "TRACKERS", "RunLog"]
 
@@ -106,7 +106,7 @@ def _run_id(folder: Path) -> str:
     """The tracker's id of the run in this folder, created once, so that a resumed run continues it."""
     path = folder / "tracker_id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex, encoding="ascii")
+        write_atomically(path, lambda file: file.write(uuid.uuid4().hex.encode()))
     return path.read_text(encoding="ascii").strip()
 
 

@@ -62,6 +62,9 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
+LEFTOVER = re.compile(
+    r"\.(config\.yaml|(versions|result)\.json|tracker_id|(best|last)\.safetensors)\.\d+\.tmp"
+)  # of a kill
 
 
 class RunFolder:
@@ -105,6 +108,9 @@ class RunFolder:
             os.close(handle)
             return
         self._lock = handle
+        for file in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            if LEFTOVER.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Release the lock."""
@@ -154,7 +160,7 @@ class RunFolder:
     def clear(self) -> None:
         """Delete what a run without a checkpoint has left, so that none of it is taken for that of a new run."""
         left = ("metrics.csv", "metrics.jsonl", "tracker_id", "checkpoints/best.safetensors")
-        for name in ("config.yaml", *left):  # the config, which marks a run, first
+        for name in (*left, "config.yaml"):  # the config, which marks a run, last: cut short, this is done again
             (self.path / name).unlink(missing_ok=True)
 
     def create(self, config: RunConfig, impl: str, initial: str = "") -> None:
