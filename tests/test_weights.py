@@ -256,6 +256,7 @@ def test_a_resume_without_a_checkpoint_starts_from_the_named_weights(begun, tmp_
     assert not loaded(last_checkpoint(tmp_path / "run")["model"], wanted)
 
 
+@pytest.mark.slow  # two runs on digits
 def test_a_rehearsal_loads_them_too(tmp_path, capsys):
     """Once, and of digits on digits, whose images have one channel."""
     save_weights(tmp_path / "grey.safetensors", create_model("small_cnn", 10, 1), {})
