@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,9 +44,7 @@ from dlb_fast.train.run import RunFolder, newest_run
 torch.set_num_threads(1)
 
 # 40 images, 10 drawn per step: 4 steps per epoch, 12 in all; an evaluation and a checkpoint every epoch
-SMALL = override(
-    load_preset("digits"), per_class=4, batch_size=20, epochs=3, eval_every=None, log_every=1, seed=7
-)
+SMALL = override(load_preset("digits"), per_class=4, batch_size=20, epochs=3, eval_every=None, log_every=1, seed=7)
 VARIANTS = {
     "dlb": {},
     "two_pass": {"forward": "two_pass"},
@@ -566,3 +565,38 @@ def test_a_longer_run_has_no_result_of_the_shorter_one(tmp_path):
     train(override(SMALL, epochs=1), tmp_path)
     killed_in_a_write(SMALL, tmp_path, "step-000000012.pt", 1, resume=True)
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_killed_run_leaves_no_temporary_file_behind_for_ever(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    left = [".versions.json.7.tmp", ".config.yaml.71.tmp", "checkpoints/.best.safetensors.7.tmp", ".tracker_id.7.tmp"]
+    foreign = ["checkpoints/.mine.7.tmp", ".config.yaml.tmp", "notes.7.tmp"]
+    for name in left + foreign:
+        (tmp_path / name).write_text("half")
+    folder = RunFolder(tmp_path)
+    folder.lock()
+    folder.unlock()
+    assert [name for name in left + foreign if (tmp_path / name).exists()] == foreign
+
+
+def test_clearing_that_is_cut_short_is_done_again(tmp_path, monkeypatch):
+    """Otherwise a new run would add its rows to those of the old one."""
+    folder = RunFolder(tmp_path)
+    folder.create(load_preset("digits"), "torch")
+    for name in ("metrics.csv", "metrics.jsonl", "tracker_id"):
+        (tmp_path / name).write_text("old")
+    original, deleted = Path.unlink, []
+
+    def killed(self, **options):
+        if len(deleted) == 2:
+            raise KeyboardInterrupt
+        deleted.append(self)
+        original(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.clear()
+    assert folder.exists() and not folder.has_work()
+    folder.clear()
+    assert not any((tmp_path / name).exists() for name in ("config.yaml", "metrics.csv", "metrics.jsonl", "tracker_id"))

@@ -64,6 +64,12 @@ def test_a_run_stops_at_an_image_and_names_the_option(folder, tmp_path, capsys):
     assert "07.png" in said and 'on_error="replace"' in said and "Traceback" not in said
 
 
+def test_a_seed_of_splits_has_no_effect_beside_an_own_test_set(folder, tmp_path, capsys):
+    assert cli.main(flags(folder, "--out", str(tmp_path / "r"), "--data-seed", "3")) == 2
+    assert "data_seed=3 has no effect with imagefolder:" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
 def test_more_than_a_hundredth_ends_the_run(folder, tmp_path, capsys):
     assert cli.main(flags(folder, "--out", str(tmp_path / "r"), "--on-error", "replace", "--max-pixels", "63")) == 1
     assert "more than max_pixels=63; raise max_pixels" in capsys.readouterr().err

@@ -201,8 +201,8 @@ def open_data(config: DataConfig) -> RunData:
     """
     if config.data_seed and config.per_class is None and not config.label_noise and _has_own_test_set(config):
         raise ValueError(
-            f"config: data_seed={config.data_seed} has no effect with {config.source}, which has its own test set, only "
-            "with per_class, label_noise or a held-out part; leave it out"
+            f"config: data_seed={config.data_seed} has no effect with {config.source}, which has its own test set, "
+            "only with per_class, label_noise or a held-out part; leave it out"
         )
     train = open_dataset(config.source, split="train", seed=config.data_seed)
     test = open_dataset(config.source, split="test", seed=config.data_seed)
