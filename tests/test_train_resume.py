@@ -232,6 +232,10 @@ BROKEN = [
     (written("cut generator", lambda s: s["rng"].update(torch=torch.zeros(3, dtype=torch.uint8))), "cannot be loaded"),
     (written("NaN", with_nan), "NaN or infinite values in "),
     (written("infinity", with_infinity), "NaN or infinite values in "),
+    (
+        written("NaN moments", lambda s: s["optimizer"]["state"][0]["momentum_buffer"].fill_(float("nan"))),
+        "NaN or infinite values in momentum_buffer of parameter 0 in the optimiser",
+    ),
 ]
 
 

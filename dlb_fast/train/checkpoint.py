@@ -179,11 +179,15 @@ def _contents(value: Any, name: str = "state") -> dict[str, str]:
 
 
 def not_finite(state: Mapping[str, Any]) -> str | None:
-    """The name of a weight or buffer of the network or of its EMA that is NaN or infinite, or None."""
+    """What is NaN or infinite of the network and its EMA, or NaN in the optimiser, by name; or None."""
     for group in (state["model"], (state["ema"] or {}).get("model", {})):
         for name, value in group.items():
             if value.is_floating_point() and not value.isfinite().all():
                 return str(name)
+    for index, values in state.get("optimizer", {}).get("state", {}).items():
+        for name, value in values.items():  # it would reach the weights in the next step
+            if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
+                return f"{name} of parameter {index} in the optimiser"
     return None
 
 
