@@ -40,9 +40,10 @@ EXIT_CODES = """\
 exit codes: 0    done, or stopped by a signal with everything saved
             1    the work failed, or damage was found
             2    wrong use: a command, an option, a config, data or a folder is not as expected
-            130  Ctrl-C where nothing is saved"""
+            130  Ctrl-C where nothing is saved
+            128+N  stopped by signal N under torchrun, which takes 0 for the end of the work; everything is saved"""
 ONE_PROCESS = ("compare", "demo", "eval", "predict")
-TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
+TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "jinja2", "PIL", "simplejpeg", "sklearn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

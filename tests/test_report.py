@@ -372,6 +372,21 @@ def test_a_column_has_one_alignment_and_numbers_stand_right(folder):
     assert all(len(found) == 1 for found in decimals)
 
 
+def test_numbers_of_a_column_have_as_many_decimals():
+    rows = [
+        {"step": 9.0, "epoch": 0.5, "lr": 0.05},
+        {"step": 1000.0, "epoch": 12.0, "lr": 0.00827},
+        {"step": 1e6, "lr": 0},
+    ]
+    table = report.evaluations_table(rows)
+    assert list(zip(*table.rows, strict=True)) == [
+        ("9", "1,000", "1,000,000"),
+        ("0.50", "12.00", "-"),
+        ("0.05000", "0.00827", "0.00000"),
+    ]
+    assert report.evaluations_table([{"lr": 3e-5, "epoch": 2.0}]).rows == [("2", "0.00003000")]
+
+
 def test_nothing_is_wider_than_the_page(folder):
     """Every table lies in something that scrolls or shrinks, every picture fills the width that there is."""
     names = ["a very long name of a class " * 20, "b" * 300]
@@ -410,7 +425,7 @@ def test_classes_by_hand(folder):
         ["b", "5", "60.0", "50.0", "a", "1"],
         ["c", "0", "-", "0.0", "", "0"],
     ]
-    assert "3 classes, 15 test images. Without a test image: c." in page.text
+    assert "3 classes, 15 test images, last evaluation. Without a test image: c." in page.text
     assert page.table("", "a", "b", "c") == [["a", "7", "3", ""], ["b", "1", "3", "1"], ["c", "", "", ""]]
     shades = [value for name, value in page.attributes if name == "style" and "--shade" in value]
     assert shades[:2] == ["--shade: 84%", "--shade: 55%"]  # roots of 0.7 and 0.3
@@ -431,7 +446,7 @@ def test_of_many_classes_the_worst_are_listed(folder):
     confused = page.table("class", "taken for")
     assert len(confused) == 20 and confused[0] == ["n0999", "n0000", "50", "100.0"]
     assert confused[1] == ["n0980", "n0981", "49", "98.0"]
-    assert "1,000 classes, 49,950 test images. Without a test image: n0003." in page.text
+    assert "1,000 classes, 49,950 test images, last evaluation. Without a test image: n0003." in page.text
     assert "matrix" not in [value for name, value in page.attributes if name == "class"]
 
 
@@ -441,7 +456,7 @@ def test_counts_of_another_evaluation_are_not_shown(folder):
     assert said in page_of(folder).text
     RunLog(folder, quiet=True).confusion({"step": 40, "classes": None, "pairs": [[0, 0, 1]]})
     assert said in page_of(folder).text
-    RunLog(folder, quiet=True).confusion({"step": 30, "classes": None, "pairs": [[0, 1, 2]]})
+    RunLog(folder, quiet=True).confusion({"step": 30, "classes": "no, list", "pairs": [[0, 1, 2]]})
     assert page_of(folder).table("class", "images")[0][:3] == ["class 0", "2", "0.0"]
 
 

@@ -255,7 +255,7 @@ def _classes(confusion: Confusion | None) -> list[Part]:
         rows.append([names[i], f"{images[i]:,}", *figures, "" if other is None else names[other], f"{count:,}"])
     head = ["class", "images", "accuracy %", "precision %", "most often taken for", "times"]
     missing = [names[i] for i in range(len(names)) if not images[i]]
-    note = f"{len(names):,} classes, {sum(images.values()):,} test images."
+    note = f"{len(names):,} classes, {sum(images.values()):,} test images, last evaluation."
     if missing:
         note += f" Without a test image: {', '.join(missing[:WORST])}{', ...' * (len(missing) > WORST)}."
     note += f" The {len(shown)} of least accuracy:" * many

@@ -144,11 +144,14 @@ def _confusion(path: Path, rows: Sequence[Mapping[str, float]]) -> Confusion | N
     if not found or not rows or found.get("step") != rows[-1].get("step"):
         return None
     try:
-        pairs = {(int(target), int(predicted)): int(count) for target, predicted, count in found["pairs"]}
         names = json.loads(found.get("classes") or "[]")
+    except ValueError:  # a loop of one's own has put something else into the weights' metadata
+        names = []
+    try:
+        pairs = {(int(target), int(predicted)): int(count) for target, predicted, count in found["pairs"]}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"report: {path} is damaged: {error}") from error
-    count = max([len(names), *(1 + index for pair in pairs for index in pair)])
+    count = max([len(names), 1, *(1 + index for pair in pairs for index in pair)])
     return Confusion([_name(names, index) for index in range(count)], pairs)
 
 
