@@ -2,7 +2,7 @@
 
 DATA has train/CLASS/IMAGE and val/CLASS/IMAGE. What differs from a plain loop is marked `# dlb`. Two processes:
 `accelerate launch --multi_gpu --num_processes 2 accelerate_images.py DATA` on two GPUs; without a GPU
-`torchrun --nproc-per-node 2 accelerate_images.py DATA` (`accelerate launch --cpu --num_processes 2` starts one).
+`ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 accelerate_images.py DATA`.
 """
 
 import argparse

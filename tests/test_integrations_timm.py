@@ -400,6 +400,8 @@ SCRIPT_REFUSED = {
     "--aug-repeats 3 has no effect here": "--aug-repeats 3",
     "--jsd-loss True has no effect here": "--jsd-loss",
     "batch_size must be even": "-b 31",
+    "need 256 .* samples, got 240": "-b 512",
+    "mode must be one of batch, elem, got 'pair'": "--mixup 0.2 --mixup-mode pair",
     "leave out --no-prefetcher": "--mixup 0.2 --no-prefetcher",
 }
 

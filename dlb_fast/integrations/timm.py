@@ -446,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _Script(given[0]).run(given[1:])
     except (FileNotFoundError, ValueError, TypeError) as error:
-        if str(error).startswith(("dlb_fast.integrations.timm: ", "LastBatchTask", "OverlapBatchSampler: ")):
+        if str(error).startswith(("dlb_fast.", "LastBatch", "OverlapBatchSampler: ", "OverlapPlan: ", "Mix: ")):
             raise SystemExit(f"error: {error}") from error
         raise
 
