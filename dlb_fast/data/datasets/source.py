@@ -282,8 +282,8 @@ class SampleSource:
         dataset: has a length, and either (a) ``targets`` and ``read(i)``, which returns the file's bytes or its path;
             or (b) ``targets`` and ``images`` (N, c, h, w); or (c) ``dataset[i]`` is (image, target).
         decoder: maps bytes to uint8 (h, w, 3).
-        load: ``load(dataset, i)`` returns (image, target) and is called once per sample of an epoch; the image is any
-            that `as_image` accepts. None means ``dataset[i]`` for datasets of kind (c).
+        load: ``load(dataset, i)`` returns (image, target); the image is any that `as_image` accepts. None means
+            ``dataset[i]`` for datasets of kind (c).
         operation: name of the loader, for messages.
 
     Attributes:

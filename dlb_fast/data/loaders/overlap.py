@@ -45,8 +45,8 @@ class OverlapLoader:
 
     Args:
         dataset: has `targets` and either `read(i)` (bytes or a path) or `images`; or `dataset[i]` is (image, target),
-            as in torchvision. A torchvision dataset's own `transform` is applied to each view; an item of any other
-            dataset with a transform of its own is read again for the second view.
+            as in torchvision. A torchvision dataset's own `transform` is applied to each view. An item of any other
+            dataset is read again for the second view if the dataset has a `transform`, or the loader has none.
         batch_size: rows of a batch on this rank, an even number; half of them are new.
         transform: called as `transform(image, rng)` with a uint8 (c, h, w) image and the view's `ViewRng`; returns a
             (c, h', w') tensor, the same size for every image. It runs in worker threads and must not modify its input.
