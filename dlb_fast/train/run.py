@@ -378,7 +378,6 @@ def train_run(
             _compare_versions(folder, log)
         if not (resume and started):
             ranks.run_on_main(lambda: folder.create(config, impl))
-        ranks.check_shared(folder.config)
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
             f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
@@ -389,6 +388,7 @@ def train_run(
         cost: Any = getattr(trainer.criterion, "cost", None)
         if cost is not None:
             log.say(f"{config.loss.method}: {cost()}")
+        ranks.check_shared(folder.config)
         if resume and started:
             found = trainer.resume()
             # after resume(), so that a refused resume does not change the config of the run
