@@ -427,7 +427,6 @@ def train_run(
         initial = json.loads(trainer.metadata["initial_weights"])
         if not (resume and started):
             ranks.run_on_main(lambda: folder.create(config, impl, initial))
-        ranks.check_shared(folder.config)
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
             f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
@@ -438,6 +437,7 @@ def train_run(
         cost: Any = getattr(trainer.criterion, "cost", None)
         if cost is not None:
             log.say(f"{config.loss.method}: {cost()}")
+        ranks.check_shared(folder.config)
         if resume and started:
             found = trainer.resume()
             # after resume(), so that a refused resume does not change the config of the run
