@@ -217,6 +217,7 @@ def pick(impl: str, device: torch.device, beyond_cuda: bool = False, op: str = "
     choice = _PICKED.get(key)
     if choice is not None:
         return choice
+    other = _PICKED.get((impl, device, not beyond_cuda))  # what is told once is not told twice
     wished = os.environ.get("DLB_FAST_BACKEND", "auto") if impl == "auto" else impl
     if wished not in ("auto", *IMPLEMENTATIONS):
         name = "DLB_FAST_BACKEND" if impl == "auto" else "impl"
@@ -229,11 +230,11 @@ def pick(impl: str, device: torch.device, beyond_cuda: bool = False, op: str = "
         choice, why = ("torch", missing) if missing else ("cpu", "compiled C++")
     elif device.type == "cuda":
         choice, why, wrong = proven(device, beyond_cuda)
-        for problem in wrong if (impl, device, not beyond_cuda) not in _PICKED else ():
+        for problem in () if other else wrong:
             log.warning('dlb_fast: %s; impl="auto" runs %r on %s', problem, choice, device)
     else:
         choice, why = "torch", "no other works here"
-    if impl == "auto" and (impl, device, not beyond_cuda) not in _PICKED:
+    if impl == "auto" and choice != other:
         log.info('dlb_fast: impl="auto" runs %r on %s (%s)', choice, device, why)
     _PICKED[key] = choice
     return choice

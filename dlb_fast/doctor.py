@@ -35,7 +35,8 @@ def implementations() -> dict[str, Any]:
     auto, verdicts = {"cpu": _backends.pick("auto", torch.device("cpu"))}, {}
     for index in range(torch.cuda.device_count()):
         device = f"cuda:{index}"
-        auto[device] = _backends.proven(torch.device(device), check=False)[0]
+        wished = os.environ.get("DLB_FAST_BACKEND", "auto")
+        auto[device] = _backends.proven(torch.device(device), check=False)[0] if wished == "auto" else wished
         verdicts[device] = {name: str(found) for name, found in _verdicts(index, check=False).items()}
     numbers = {"kernels": _backends.cuda_build()[1]} if _backends.KERNELS.exists() else {}
     numbers |= {"driver": _backends.card(0).driver} if verdicts else {}

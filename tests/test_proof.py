@@ -185,10 +185,14 @@ def test_a_choice_is_never_changed_in_a_process(child, monkeypatch):
     assert _backends.pick("auto", CUDA) == "torch" and child.started == ["cuda"]
 
 
-def test_what_cuda_refuses_goes_to_triton_only_where_it_is_known_to_be_right(child):
+def test_what_cuda_refuses_goes_to_triton_only_where_it_is_known_to_be_right(child, caplog):
     """A check of Triton compiles for half a minute, and float64 is rare: it starts none."""
     child.says(PASSED)
-    assert _backends.pick("auto", CUDA, True) == "torch" and child.started == []
+    with caplog.at_level("INFO", logger="dlb_fast"):
+        assert _backends.pick("auto", CUDA, True) == "torch" and child.started == []
+        assert _backends.pick("auto", CUDA) == "cuda"
+    assert [record.getMessage().split(" on ")[0][-7:] for record in caplog.records] == ["'torch'", " 'cuda'"]
+    _backends.forget_picks()
     child.says(PASSED, "triton")
     assert _backends.verdict("triton", 0, check=True).passed
     _backends.forget_picks()
