@@ -174,6 +174,7 @@ def build_library(destination: Path, scratch: Path) -> None:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         list(pool.map(run, [command for _, command in objects]))
     destination.mkdir(parents=True, exist_ok=True)
+    (destination / "libdlb_fast_kernels.so").unlink(missing_ok=True)  # of a build with nvcc
     # libtorch has to stay in NEEDED: torch.ops.load_library resolves symbols through it.
     link = ["-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     cuda, built = nvcc(), [target for target, _ in objects]

@@ -110,12 +110,13 @@ def cuda_missing(index: int | None = None) -> str:
     if torch.version.hip is not None:
         return "torch is built for ROCm, where CUDA kernels do not run; use impl='triton'"
     if not torch.cuda.is_available():
-        return "no CUDA device is visible to torch"
+        built = "" if torch.version.cuda else ", which is built without CUDA; install a CUDA build of torch"
+        return f"no CUDA device is visible to torch{built}"
     found = card(index)
     archs, runtime = cuda_build()
     if found.driver // 1000 < runtime // 1000:
         return (
-            f"the kernels are built with CUDA {runtime // 1000}, the driver supports CUDA {_version(found.driver)}; "
+            f"the kernels are built with CUDA {runtime // 1000}, the driver supports CUDA {as_text(found.driver)}; "
             f"update the driver, or rebuild with CUDA_HOME at a toolkit of CUDA {found.driver // 1000}"
         )
     major, minor = found.capability
@@ -129,12 +130,12 @@ def cuda_missing(index: int | None = None) -> str:
     if found.driver < runtime:
         return (
             f"{found.name} has compute capability {major}.{minor} and needs the kernels' PTX of CUDA "
-            f"{_version(runtime)}, the driver compiles that of CUDA {_version(found.driver)}; update it, or {wanted}"
+            f"{as_text(runtime)}, the driver compiles that of CUDA {as_text(found.driver)}; update it, or {wanted}"
         )
     return ""
 
 
-def _version(number: int) -> str:
+def as_text(number: int) -> str:
     """12040 as "12.4"."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
@@ -216,6 +217,7 @@ def pick(impl: str, device: torch.device, beyond_cuda: bool = False, op: str = "
     choice = _PICKED.get(key)
     if choice is not None:
         return choice
+    other = _PICKED.get((impl, device, not beyond_cuda))  # what is told once is not told twice
     wished = os.environ.get("DLB_FAST_BACKEND", "auto") if impl == "auto" else impl
     if wished not in ("auto", *IMPLEMENTATIONS):
         name = "DLB_FAST_BACKEND" if impl == "auto" else "impl"
@@ -228,11 +230,11 @@ def pick(impl: str, device: torch.device, beyond_cuda: bool = False, op: str = "
         choice, why = ("torch", missing) if missing else ("cpu", "compiled C++")
     elif device.type == "cuda":
         choice, why, wrong = proven(device, beyond_cuda)
-        for problem in wrong if (impl, device, not beyond_cuda) not in _PICKED else ():
+        for problem in () if other else wrong:
             log.warning('dlb_fast: %s; impl="auto" runs %r on %s', problem, choice, device)
     else:
         choice, why = "torch", "no other works here"
-    if impl == "auto" and (impl, device, not beyond_cuda) not in _PICKED:
+    if impl == "auto" and choice != other:
         log.info('dlb_fast: impl="auto" runs %r on %s (%s)', choice, device, why)
     _PICKED[key] = choice
     return choice
@@ -259,16 +261,14 @@ def proven(device: torch.device, beyond_cuda: bool = False, check: bool = True) 
         elif wished == "trust":
             return name, "not checked: DLB_FAST_PROOF=trust", wrong
         else:
-            found = verdict(name, device.index, check, again=wished == "again")
+            model, found = card(device.index).name, verdict(name, device.index, check, again=wished == "again")
             if found.passed:
-                return name, f"{card(device.index).name}, {found}", wrong
+                return name, f"{model}, {found}", wrong
             reasons.append(f"{name}: {found}")
             if found.passed is False:
-                wrong.append(f"the {name} kernels are wrong on {card(device.index).name}: {found}")
+                wrong.append(f"the {name} kernels are wrong on {model}: {found} (DLB_FAST_PROOF=again checks anew)")
             elif check:
-                wrong.append(
-                    f"the {name} kernels could not be checked: {found} (`dlb-fast doctor --prove` tries again)"
-                )
+                wrong.append(f"the {name} kernels could not be checked: {found} (`dlb-fast doctor --prove` does it)")
                 break
     return "torch", "; ".join(reasons), wrong
 

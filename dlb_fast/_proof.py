@@ -216,6 +216,6 @@ def _judged(lines: list[str], code: int, error: str) -> tuple[bool | None, str]:
             return None, f"the check ended after {cases} of {report['of']} cases"
         if not 0 <= worst <= 1:
             return False, f"off by {worst:g} times what is allowed"
-        return True, f"{cases} cases, {worst:.2f} of the error allowed"
+        return True, f"{cases} cases, float32 off by {float(report.get('float32', worst)):.2f} of what is allowed"
     except (IndexError, KeyError, TypeError, ValueError):
         return None, f"the check ended with exit code {code} and no verdict: {(error or str(lines[-1:]))[-200:]}"

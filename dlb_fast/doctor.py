@@ -35,9 +35,14 @@ def implementations() -> dict[str, Any]:
     auto, verdicts = {"cpu": _backends.pick("auto", torch.device("cpu"))}, {}
     for index in range(torch.cuda.device_count()):
         device = f"cuda:{index}"
-        auto[device] = _backends.proven(torch.device(device), check=False)[0]
+        wished = os.environ.get("DLB_FAST_BACKEND", "auto")
+        auto[device] = _backends.proven(torch.device(device), check=False)[0] if wished == "auto" else wished
         verdicts[device] = {name: str(found) for name, found in _verdicts(index, check=False).items()}
-    return {"known": known, "auto": auto, "verdicts": verdicts}
+    numbers = {"kernels": _backends.cuda_build()[1]} if _backends.KERNELS.exists() else {}
+    numbers |= {"driver": _backends.card(0).driver} if verdicts else {}
+    versions = {name: _backends.as_text(number) for name, number in numbers.items()}
+    versions |= {"torch": torch.version.cuda} if torch.version.cuda else {}
+    return {"known": known, "auto": auto, "verdicts": verdicts, "cuda": versions}
 
 
 def _verdicts(index: int, check: bool) -> dict[str, Any]:
@@ -230,6 +235,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines += [f'  impl="auto" on {device}: {name}' for device, name in found.get("auto", {}).items()]
     for device, verdicts in found.get("verdicts", {}).items():
         lines += [f"  {name} on {device}: {said}" for name, said in verdicts.items()]
+    if found.get("cuda"):
+        lines.append("CUDA of " + ", of ".join(f"{name} {number}" for name, number in found["cuda"].items()))
     for name, test in report.get("self_test", {}).items():
         errors = "loss off by {loss_error:.1e}, gradient by {gradient_error:.1e}, on {device}"
         verdict = "passed" if test.get("passed") else "FAILED"

@@ -133,7 +133,8 @@ def row_loss(
     try:
         if buffer is not None and torch._C._are_functorch_transforms_active():
             ops.refuse_memory(options.op)
-        impl = _implementation(options, logits, teacher if buffer is None else buffer.rows)
+        beyond_cuda = logits.is_cuda and _beyond_cuda(logits, teacher if buffer is None else buffer.rows)
+        impl = _backends.pick(options.impl, logits.device, beyond_cuda, options.op)
         if options.float64_only and logits.dtype is not torch.float64:
             _args.check_temperature(options.op, options.temperature, logits.dtype)
         if impl != "torch" and (
@@ -191,17 +192,11 @@ def row_loss(
     return result
 
 
-def _implementation(options: Options, logits: Tensor, stored: Tensor | None) -> str:
-    """Which implementation runs; ``stored`` are the teacher's rows. "auto" takes the next for what CUDA refuses."""
-    beyond_cuda = False
-    if logits.is_cuda and (
-        logits.dtype is torch.float64
-        or (isinstance(stored, Tensor) and stored.dtype is torch.float64)
-        or logits.shape[0] > _args.CUDA_LARGEST
-        or logits.shape[1] > _args.CUDA_LARGEST
-    ):
-        beyond_cuda = True
-    return _backends.pick(options.impl, logits.device, beyond_cuda, options.op)
+def _beyond_cuda(logits: Tensor, stored: Tensor | None) -> bool:
+    """Whether the CUDA kernels refuse such a call, for which "auto" takes the next; ``stored``: the teacher's rows."""
+    if logits.dtype is torch.float64 or (isinstance(stored, Tensor) and stored.dtype is torch.float64):
+        return True
+    return bool(logits.shape[0] > _args.CUDA_LARGEST or logits.shape[1] > _args.CUDA_LARGEST)
 
 
 def _op_tensors(
@@ -473,7 +468,8 @@ def dlb_step(
         same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again), op)
         stored = buffer.stored_rows(logits.shape[0], num_old, same, op)
         where = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
-    if _implementation(options, logits, buffer.rows) != "torch":
+    beyond_cuda = logits.is_cuda and _beyond_cuda(logits, buffer.rows if where else None)
+    if _backends.pick(impl, logits.device, beyond_cuda, op) != "torch":
         loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
     else:
         with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in

@@ -94,41 +94,35 @@ def test_two_kinds_of_gpu_are_two_choices(proven, gpu, monkeypatch):
     assert [_backends.pick("auto", torch.device("cuda", index)) for index in (0, 1)] == ["cuda", "torch"]
 
 
-class OnGpu:
-    """What a choice reads of logits."""
-
-    is_cuda, device = True, CUDA
-
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-        self.dtype, self.shape = dtype, shape
-
-
 @pytest.mark.parametrize(
-    ("dtype", "shape", "stored", "name"),
+    ("dtype", "shape", "stored", "beyond"),
     [
-        (torch.float32, (8, 10), None, "cuda"),
-        (torch.bfloat16, (1 << 24, 1 << 24), torch.float32, "cuda"),
-        (torch.float64, (8, 10), None, "torch"),
-        (torch.float32, (8, 10), torch.float64, "torch"),
-        (torch.float32, ((1 << 24) + 1, 10), None, "torch"),
-        (torch.float32, (2, (1 << 24) + 1), None, "torch"),
+        (torch.float32, (8, 10), None, False),
+        (torch.bfloat16, (1 << 24, 1 << 24), torch.float32, False),
+        (torch.float64, (8, 10), None, True),
+        (torch.float32, (8, 10), torch.float64, True),
+        (torch.float32, ((1 << 24) + 1, 10), None, True),
+        (torch.float32, (2, (1 << 24) + 1), None, True),
     ],
 )
-def test_a_call_that_cuda_refuses_is_known_before_it(proven, dtype, shape, stored, name):
-    rows = None if stored is None else torch.empty(0, dtype=stored)
-    choose = functional._implementation
-    assert choose(functional.prepare("test"), OnGpu(dtype, shape), rows) == name
-    assert choose(functional.prepare("test", impl="cuda"), OnGpu(dtype, shape), rows) == "cuda"  # refused by the op
+def test_what_cuda_refuses_is_known_before_the_call(dtype, shape, stored, beyond):
+    logits = torch.empty(shape, dtype=dtype, device="meta")
+    assert functional._beyond_cuda(logits, None if stored is None else torch.empty(0, dtype=stored)) is beyond
 
 
-def test_dlb_step_and_the_loss_choose_alike(monkeypatch):
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_dlb_step_and_the_loss_choose_alike(rows, monkeypatch):
     """dlb_step asks before the loss does: with another answer it would return the parts as the gradient."""
     asked = []
-    answer = lambda options, logits, stored: asked.append(stored.dtype) or "torch"  # noqa: E731
-    monkeypatch.setattr(functional, "_implementation", answer)
+    pick = lambda impl, device, beyond_cuda=False, op="": asked.append(beyond_cuda) or "torch"  # noqa: E731
+    monkeypatch.setattr(_backends, "pick", pick)
     buffer = LogitBuffer(num_classes=3, capacity=2, dtype=torch.float64)
-    _, grad = dlb_step(torch.zeros(2, 3), torch.tensor([0, 1]), buffer)
-    assert grad.shape == (2, 3) and asked == [torch.float64] * 2
+    _, grad = dlb_step(torch.zeros(rows, 3).as_subclass(OnGpu), torch.arange(rows), buffer)
+    assert grad.shape == (rows, 3) and asked == [rows > 0] * 2
 
 
 def test_a_refusal_and_an_error_of_cuda_are_told_apart(monkeypatch):

@@ -88,7 +88,7 @@ def test_a_kernel_is_checked_once_and_runs(child: Child, caplog: pytest.LogCaptu
         assert _backends.pick("auto", CUDA) == "cuda"
     assert child.started == ["cuda"]
     first, second = [record.getMessage() for record in caplog.records]
-    said = r"impl=\"auto\" runs 'cuda' on cuda:0 \(NVIDIA H200, checked \d{4}-\d\d-\d\d in [\d.]+ s: 3 cases, 0.50 of"
+    said = r"\"auto\" runs 'cuda' on cuda:0 \(NVIDIA H200, checked \d{4}-\d\d-\d\d in [\d.]+ s: 3 cases, .* 0.50 of"
     assert re.search(said, first) and first == second
 
 
@@ -185,10 +185,14 @@ def test_a_choice_is_never_changed_in_a_process(child, monkeypatch):
     assert _backends.pick("auto", CUDA) == "torch" and child.started == ["cuda"]
 
 
-def test_what_cuda_refuses_goes_to_triton_only_where_it_is_known_to_be_right(child):
+def test_what_cuda_refuses_goes_to_triton_only_where_it_is_known_to_be_right(child, caplog):
     """A check of Triton compiles for half a minute, and float64 is rare: it starts none."""
     child.says(PASSED)
-    assert _backends.pick("auto", CUDA, True) == "torch" and child.started == []
+    with caplog.at_level("INFO", logger="dlb_fast"):
+        assert _backends.pick("auto", CUDA, True) == "torch" and child.started == []
+        assert _backends.pick("auto", CUDA) == "cuda"
+    assert [record.getMessage().split(" on ")[0][-7:] for record in caplog.records] == ["'torch'", " 'cuda'"]
+    _backends.forget_picks()
     child.says(PASSED, "triton")
     assert _backends.verdict("triton", 0, check=True).passed
     _backends.forget_picks()

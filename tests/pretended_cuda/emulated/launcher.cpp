@@ -52,6 +52,8 @@ const char* last_batch_cuda(const LastBatchArgs& a, void*) {
   known(a.logits, ((a.batch - 1) * a.logits_stride + a.classes) * size_of(a.dtype), false, "logits");
   known(a.target, 8 * a.batch, false, "target"), known(a.target_b, 8 * a.batch, false, "target_b");
   known(a.lam, 4 * a.batch, false, "lam"), known(a.dense, 4 * a.batch * a.classes, false, "dense");
+  known(a.kd_mask, a.kd_mask_rows, false, "kd_mask"), known(a.alpha_ptr, 4, false, "alpha");
+  known(a.temperature_ptr, 4, false, "temperature");
   known(a.weight, 4 * a.classes, false, "weight"), known(a.ids, 8 * a.batch, false, "ids");
   known(a.teacher, a.teacher_rows * a.classes * size_of(a.teacher_dtype), false, "teacher");
   known(a.loss, 4 * (a.reduction == Reduction::none ? a.batch : 1), true, "loss");
