@@ -199,7 +199,7 @@ def train(argv: list[str]) -> int:
     from dlb_fast.train.run import train_run
 
     result = train_run(args.run, folder, resume=resume, quiet=args.quiet, ranks=ranks, note=note)
-    if ranks.is_main and (folder.path / "metrics.csv").exists():  # a run may stop before its first evaluation
+    if ranks.is_main:
         _write_page(folder.path, args.quiet)
     ranks.leave()
     return 0 if result["finished"] else ranks.exit_status(result["stopped_by"])

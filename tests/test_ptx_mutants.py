@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from ptx import compilers, harness, mutants
-from ptx import program as ptx
 from ptx.machine import Kernel
 from ptx.oracle import Stream, batch, compare
 
@@ -125,10 +124,3 @@ def test_most_wrong_indices_and_lost_predicates_are_noticed(name: str, change: A
 def test_the_kernels_of_a_file_are_all_here() -> None:
     for dtype, unit in harness.UNITS.items():
         assert {name_of(name, dtype)[1] for name in KERNELS} == set(compilers.kernels(unit))
-
-
-def test_an_unknown_instruction_is_named() -> None:
-    with pytest.raises(ptx.UnknownPtx, match=r"sin\.approx\.f32 %f1, %f2: no such instruction"):
-        ptx.decode("", "k", ")\n{ .reg .f32 %f<3>; sin.approx.f32 %f1, %f2; ret; }")
-    with pytest.raises(ptx.UnknownPtx, match="a collective under a predicate"):
-        ptx.decode("", "k", ")\n{ .reg .pred %p<2>; @%p1 bar.sync 0; ret; }")

@@ -68,6 +68,14 @@ def module(unit: str, arch: int = 90) -> Path:
 
 
 @functools.cache
+def cubin(unit: str, arch: int) -> Path:
+    """ptxas' machine code of a file of csrc/cuda, from the same PTX."""
+    source = module(unit, arch)
+    command = [str(nvcc()), "-O3", "-cubin", f"-arch=sm_{arch}", str(source), "-o"]
+    return cached(f"{source.stem}.cubin", lambda out: run_compiler([*command, str(out)]))
+
+
+@functools.cache
 def kernels(unit: str) -> tuple[str, ...]:
     """The names of the kernels of a file."""
     return tuple(entries(module(unit).read_text()))

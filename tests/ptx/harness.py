@@ -221,7 +221,11 @@ class Emulator:
             (*extent(upstream), False, "upstream"),
             (*extent(scale), False, "parts"),
         ]
-        name = {torch.float32: "scale_kernelIf", torch.bfloat16: "scale_kernelINS0_4Bf16E", torch.float16: "scale_kernelINS0_3F16E"}
+        name = {
+            torch.float32: "scale_kernelIf",
+            torch.bfloat16: "scale_kernelINS0_4Bf16E",
+            torch.float16: "scale_kernelINS0_3F16E",
+        }
         arguments = struct.pack(
             "<6q", grad.data_ptr(), grad.numel(), grad.shape[1], upstream.data_ptr(), scale.data_ptr(),
             upstream.stride(0) if upstream.dim() else 0,

@@ -78,10 +78,10 @@ struct Cell {
   int32_t other_blocks = -1;  // their reads, a list
   bool atomic = false;        // the last write
 };
-// Loads that race with a store of their own block: instruction and block, and the threads that stored. What the other
-// threads load may be nobody's: a launch is repeated with noise in its place, and must end as it did.
+// Loads that race with a store of their own block: instruction and threads. What they load may be nobody's: a launch is
+// repeated with noise in its place, and must end as it did.
 struct Suspects {
-  std::map<std::pair<int32_t, int>, std::set<int32_t>> stored_by;
+  std::map<int32_t, std::set<int32_t>> threads;
   std::string first;  // in words
 };
 struct Reads {
@@ -176,7 +176,7 @@ float lg2_approximate(float x, uint64_t seed) {
   const double exact = std::log2(static_cast<double>(flushed(x)));
   if (!std::isfinite(exact) || exact == 0.0) return static_cast<float>(exact);
   const double share = static_cast<double>(mixed(bits_of(x) + seed + 2) >> 11) * 0x1p-52 - 1.0;
-  return static_cast<float>(exact + share * 0x1p-22 * (x > 0.5f && x < 2.0f ? 0.9 : 0.9 * std::fabs(exact)));
+  return static_cast<float>(exact + share * 0x1p-22 * 0.7 * (x > 0.5f && x < 2.0f ? 1.0 : std::fabs(exact)));
 }
 float div_full(float a, float b, uint64_t seed) {
   return off_by(static_cast<double>(a) / b, 2.0, uint64_t{bits_of(a)} << 32 | bits_of(b), seed + 3);
@@ -249,7 +249,7 @@ inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_
 #define SPECIAL_OPERATIONS(X) \
   X(nop, ) X(exit_, ) X(bra, ) X(trap, ) X(special, ) X(ld_param, ) X(ld_global, ) X(st_global, ) X(ld_shared, ) \
   X(st_shared, ) X(st_cluster, ) X(atom_add_relaxed, ) X(atom_add_acq_rel, ) X(fence, ) X(prefetch, ) X(bar_sync, ) \
-  X(bar_warp, ) X(cluster_sync, ) X(shfl_bfly, ) X(vote_any, ) X(redux_add, ) X(redux_min, ) X(redux_max, )
+  X(bar_warp, ) X(cluster_sync, ) X(shfl_bfly, ) X(vote_any, ) X(redux_add, ) X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
 #define OPERATIONS_OF_LANES(X) \
   X(mov_pred, UN(bool, bool, x)) X(mov_b16, UN(uint16_t, uint16_t, x)) X(mov_b32, UN(uint32_t, uint32_t, x)) \
   X(mov_b64, UN(uint64_t, uint64_t, x)) \
@@ -276,7 +276,8 @@ inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_
   X(sub_b32, BI(uint32_t, uint32_t, x - y)) X(sub_b64, BI(uint64_t, uint64_t, x - y)) \
   X(mul_b32, BI(uint32_t, uint32_t, x * y)) X(mul_b64, BI(uint64_t, uint64_t, x * y)) \
   X(mul_wide_s32, BI(int32_t, int64_t, int64_t(x) * y)) X(mul_wide_u32, BI(uint32_t, uint64_t, uint64_t(x) * y)) \
-  X(mul_hi_s32, BI(int32_t, int32_t, int64_t(x) * y >> 32)) X(mul_hi_u32, BI(uint32_t, uint32_t, uint64_t(x) * y >> 32)) \
+  X(mul_hi_u64, BI(uint64_t, uint64_t, static_cast<unsigned __int128>(x) * y >> 64)) \
+  X(mul_hi_s64, BI(int64_t, int64_t, static_cast<__int128>(x) * y >> 64)) X(mul_hi_s32, BI(int32_t, int32_t, int64_t(x) * y >> 32)) X(mul_hi_u32, BI(uint32_t, uint32_t, uint64_t(x) * y >> 32)) \
   X(mad_b32, TER(uint32_t, uint32_t, x * y + z)) X(mad_b64, TER(uint64_t, uint64_t, x * y + z)) \
   X(mad_wide_s32, WIDE(int32_t, int64_t)) X(mad_wide_u32, WIDE(uint32_t, uint64_t)) \
   X(div_s32, BI(int32_t, int32_t, quotient(x, y))) X(div_u32, BI(uint32_t, uint32_t, quotient(x, y))) \
@@ -526,7 +527,10 @@ class Machine {
   void suspect(const Stamp& read, const Stamp& write, const std::string& words) {
     if (read.instruction < 0 || block_of(read) != block_of(write)) fault(words);
     if (found_.first.empty()) found_.first = words + " (instruction " + std::to_string(at_) + ")";
-    found_.stored_by[{read.instruction, block_of(read)}].insert(write.thread);
+    const int reach = read.spread == 0 ? 1 : read.spread == 1 ? lanes_per_warp : launch_.threads;
+    const int first = read.thread / reach * reach;
+    for (int thread = first; thread < first + reach; ++thread)
+      if (thread != write.thread) found_.threads[read.instruction].insert(thread);
   }
 
   void note_read(Cell& cell, const Stamp& me, int lane, const std::string& where, size_t byte) {
@@ -552,9 +556,9 @@ class Machine {
       last = me;
     }
   }
-  void note_write(Cell& cell, const Stamp& me, int lane, bool atomic, const std::string& where, size_t byte) {
+  void note_write(Cell& cell, const Stamp& me, int lane, bool atomic, const std::string& where, size_t byte, bool same = false) {
     const auto text = [&] { return where + " at byte " + std::to_string(byte); };
-    if (!(atomic && cell.atomic) && !ordered(cell.write, me, lane)) fault(race("write", "write", cell.write, me, text()));
+    if (!(atomic && cell.atomic) && !same && !ordered(cell.write, me, lane)) fault(race("write", "write", cell.write, me, text()));
     if (!ordered(cell.read, me, lane)) suspect(cell.read, me, race("read", "write", cell.read, me, text()));
     if (cell.other_blocks >= 0)
       for (const Stamp& read : reads_[static_cast<size_t>(cell.other_blocks)].of_block)
@@ -587,8 +591,7 @@ class Machine {
           fault("load through the read-only path from " + other.name + ", which the launch writes");
     unsigned char* const p = reinterpret_cast<unsigned char*>(at);
     if (area.writable) {
-      // Bytes that stay what they are race with nobody: a batch that is shown again writes its ids once more, and threads
-      // that hold the same part of a layout write the same.
+      // Bytes that stay what they are race with nobody: a batch that is shown again writes its ids once more.
       const bool changes = !write || atomic || std::memcmp(p, value, bytes) != 0;
       if (changes) {
         const Stamp me = now(lane);
@@ -608,10 +611,11 @@ class Machine {
     if (at % bytes != 0) fault("misaligned access of shared memory");
     if (at < shared_base || at + bytes > shared_base + block.shared.size()) fault("access outside the block's shared memory, at byte " + std::to_string(static_cast<int64_t>(at) - shared_base) + " of " + std::to_string(block.shared.size()));
     const size_t first = at - shared_base;
-    if (write && block.shadow.cells[first].write.thread >= 0 && std::memcmp(block.shared.data() + first, value, bytes) == 0) return block.shared.data() + first;
+    // Threads that hold the same part of a layout write the same: two such writes need no order.
+    const bool same = write && std::memcmp(block.shared.data() + first, value, bytes) == 0;
     const Stamp me = now(lane);
     for (size_t byte = first; byte < first + bytes; ++byte) {
-      if (write) note_write(block.shadow.cells[byte], me, lane, false, "shared memory", byte);
+      if (write) note_write(block.shadow.cells[byte], me, lane, false, "shared memory", byte, same);
       else if (block.shadow.cells[byte].write.thread < 0) fault("read of shared memory that nobody has written, at byte " + std::to_string(byte));
       else note_read(block.shadow.cells[byte], me, lane, "shared memory", byte);
     }
@@ -682,7 +686,7 @@ class Machine {
 
   // A collective of all lanes. True: the warp goes on; false: it waits.
   bool collective(const Instruction& i) {
-    if (i.op != op_bar_sync && i.op != op_cluster_sync) {
+    if (i.op != op_bar_sync && i.op != op_cluster_sync && i.op < op_st_matrix) {
       const uint32_t* const named = row<uint32_t>(i.r[4]);
       for (int l = 0; l < lanes_per_warp; ++l)
         if (named[l] != everybody) fault("a collective that does not name all lanes");
@@ -716,6 +720,21 @@ class Machine {
         for (int l = 0; l < lanes_per_warp; ++l) d[l] = i.op == op_redux_add ? sum : static_cast<uint32_t>(i.op == op_redux_min ? least : most);
         break;
       }
+      case op_st_matrix:
+      case op_ld_matrix:  // lane 8 m + r names row r of matrix m; lane 4 r + j holds elements 2 j and 2 j + 1 of it
+        for (int m = 0; m < i.count; ++m) {
+          for (int l = 0; l < lanes_per_warp; ++l) {
+            const uint64_t at = lane_value(i.r[4], i.r[5], 8 * m + l / 4) + static_cast<uint64_t>(i.imm);
+            if (at % 16 != 0) fault("misaligned access of shared memory");
+            uint32_t& value = row<uint32_t>(i.r[m])[l];
+            const bool store = i.op == op_st_matrix;
+            const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(&value);
+            unsigned char* const p = shared(*warp_->block, static_cast<uint32_t>(at) + 4 * static_cast<uint32_t>(l % 4), 4, l, store, bytes);
+            if (store) std::memcpy(p, &value, 4);
+            else std::memcpy(&value, noisy(l) ? noise : p, 4);
+          }
+        }
+        break;
       case op_bar_warp:
         ++warp_->epoch;
         share_known({warp_});
@@ -787,7 +806,7 @@ class Machine {
           active &= i.guard_kind == 1 ? holds : ~holds;
         }
         if (active != 0) launch_.executed[pc] = 1;
-        if (i.op >= op_bar_sync && i.op <= op_redux_max) {
+        if (i.op >= op_bar_sync && i.op <= op_ld_matrix) {
           if (mask == w.alive && mask == everybody) {
             if (collective(i)) continue;
             put(mask, pc + 1);
@@ -945,9 +964,9 @@ class Machine {
   // As a float of any size large, and no NaN: a maximum would pass over that.
   static constexpr unsigned char noise[8] = {0x4b, 0x4b, 0x4b, 0x4b, 0x4b, 0x4b, 0x4b, 0x4b};
   bool noisy(int lane) const {
-    if (noisy_.stored_by.empty()) return false;
-    const auto found = noisy_.stored_by.find({static_cast<int32_t>(at_), warp_->block->index});
-    return found != noisy_.stored_by.end() && found->second.count(thread_of(*warp_, lane)) == 0;
+    if (noisy_.threads.empty()) return false;
+    const auto found = noisy_.threads.find(static_cast<int32_t>(at_));
+    return found != noisy_.threads.end() && found->second.count(thread_of(*warp_, lane)) != 0;
   }
 
   template <typename Where>
@@ -1018,12 +1037,12 @@ int ptx_run(const Program* program, const Launch* launch, Counters* counters, ch
     before = kept();
     Suspects noisy, found;
     Machine(*program, *launch, *counters, noisy, found).run();
-    while (!found.stored_by.empty()) {
+    while (!found.threads.empty()) {
       if (after.empty()) after = kept();
       size_t next = 0;
       memory([&](unsigned char* p, size_t bytes) { std::memcpy(p, before[next++].data(), bytes); });
       *counters = Counters();
-      for (const auto& [where, threads] : found.stored_by) noisy.stored_by[where].insert(threads.begin(), threads.end());
+      for (const auto& [where, threads] : found.threads) noisy.threads[where].insert(threads.begin(), threads.end());
       if (noisy.first.empty()) noisy.first = found.first;
       found = Suspects();
       try {
@@ -1033,8 +1052,8 @@ int ptx_run(const Program* program, const Launch* launch, Counters* counters, ch
       }
       if (kept() != after) fault(noisy.first);
       bool more = false;
-      for (const auto& [where, threads] : found.stored_by)
-        for (int32_t thread : threads) more |= noisy.stored_by.count(where) == 0 || noisy.stored_by[where].count(thread) == 0;
+      for (const auto& [where, threads] : found.threads)
+        for (int32_t thread : threads) more |= noisy.threads[where].count(thread) == 0;
       if (!more) break;
     }
   } catch (const std::exception& e) {

@@ -164,7 +164,15 @@ class Kernel:
         memory = (_Range * max(len(ranges), 1))(*[(a, n, w, name.encode()) for a, n, w, name in ranges])
         executed = (ctypes.c_ubyte * len(self.executed)).from_buffer(self.executed)
         launch = _Launch(
-            blocks, threads, cluster, len(ranges), seed, seed if card is None else card, parameters, memory, ctypes.addressof(executed)
+            blocks,
+            threads,
+            cluster,
+            len(ranges),
+            seed,
+            seed if card is None else card,
+            parameters,
+            memory,
+            ctypes.addressof(executed),
         )
         counters, error = _Counters(), ctypes.create_string_buffer(2000)
         failed = self._library.ptx_run(

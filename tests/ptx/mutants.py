@@ -46,9 +46,7 @@ def some(of: Iterator[tuple[int, Instruction]], kernel: Kernel, count: int, seed
     return random.Random(seed).sample(executed, min(count, len(executed)))
 
 
-def survivors(
-    kernel: Kernel, mutants: list[tuple[int, Instruction]], cases: Callable[[Kernel], None]
-) -> list[int]:
+def survivors(kernel: Kernel, mutants: list[tuple[int, Instruction]], cases: Callable[[Kernel], None]) -> list[int]:
     """Where a change was made that the cases did not notice: neither a fault, nor a wrong number."""
     alive = []
     for index, instruction in mutants:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ptx.harness import Emulator, Result
 from torch import Tensor
 
 from dlb_fast import reference
 from dlb_fast.buffer import LogitBuffer
+from ptx.harness import Emulator, Result
 
 # Half a unit in the last place of the stored gradient, relative, with 2 % for the float32 behind it.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8 * 1.02, torch.float16: 2.0**-11 * 1.02}
@@ -63,7 +63,8 @@ def compare(
         tolerance += 2.0**-25 / scale  # half of float16's smallest step, where it is subnormal
     worst = (got - grad).abs() - ROUNDING[logits.dtype] * grad.abs() - tolerance
     assert not (worst > 0).any(), f"gradient off by {worst.max():.3g} too much at {worst.argmax()}"
-    assert (got - grad).norm() <= (eager - grad).norm() * 1.01 + 0.05 * tolerance.norm()
+    # Exponentials that err by up to 2 ulp, most of them by as much: 3e-7 of the shares.
+    assert (got - grad).norm() <= (eager - grad).norm() * 1.01 + 0.15 * tolerance.norm()
 
 
 def _largest(values: Tensor) -> float:

@@ -15,7 +15,7 @@ NO_REGISTER = 2**31 - 1
 SHARED_BASE = 1024
 WIDTH = {"pred": 1, "b8": 2, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2}
 WIDTH |= {f"{kind}{bits}": bits // 8 for kind in "busf" for bits in (32, 64)}
-COMPARE = {name: i for i, name in enumerate("eq ne lt le gt ge equ neu ltu leu gtu geu num nan".split())}
+COMPARE = {name: i for i, name in enumerate(["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"])}
 COMPARE |= {"lo": COMPARE["lt"], "ls": COMPARE["le"], "hi": COMPARE["gt"], "hs": COMPARE["ge"]}
 SPECIAL = {
     "%tid.x": 0, "%ntid.x": 1, "%ctaid.x": 2, "%nctaid.x": 3, "%laneid": 4, "%cluster_ctarank": 5,
@@ -81,6 +81,7 @@ def _table() -> dict[str, tuple[str, tuple[int, ...], int]]:
     for kind in "su":
         known(f"mul.wide.{kind}32", f"mul_wide_{kind}32", 8, 4, 4)
         known(f"mul.hi.{kind}32", f"mul_hi_{kind}32", 4, 4, 4)
+        known(f"mul.hi.{kind}64", f"mul_hi_{kind}64", 8, 8, 8)
         known(f"mad.wide.{kind}32", f"mad_wide_{kind}32", 8, 4, 4, 8)
     known("abs.s32", "abs_s32", 4, 4)
     known("bfe.u32", "bfe_u32", 4, 4, 4, 4)
@@ -95,17 +96,12 @@ def _table() -> dict[str, tuple[str, tuple[int, ...], int]]:
         known(f"setp.{name}.b{bits}", f"setp_u{bits}", 1, bits // 8, bits // 8, number=COMPARE[name])
     for kind, name in itertools.product(("f32", "f64", "bf16", "f16"), list(COMPARE)[:14]):
         known(f"setp.{name}.{kind}", f"setp_{kind}", 1, WIDTH[kind], WIDTH[kind], number=COMPARE[name])
-    for name in (
-        "s64.s32 u64.u32 u64.u16 s64.s16 u32.u64 u16.u64 u32.u16 s32.s16 u16.u32 rzi.s32.f32 rzi.s64.f32 "
-        "rzi.s32.f64 rzi.s64.f64 f64.f32 f32.f16 f32.bf16"
-    ).split():
+    for name in ["s64.s32", "u64.u32", "u64.u16", "s64.s16", "u32.u64", "u16.u64", "u32.u16", "s32.s16", "u16.u32", "rzi.s32.f32", "rzi.s64.f32", "rzi.s32.f64", "rzi.s64.f64", "f64.f32", "f32.f16", "f32.bf16"]:
         to, of = name.split(".")[-2:]
         known(f"cvt.{name}", f"cvt_{name.replace('.', '_')}", WIDTH[to], WIDTH[of])
     known("cvt.s32.s64 cvt.s32.u64 cvt.u32.s64", "cvt_u32_u64", 4, 8)
     known("cvt.s16.s32 cvt.u16.s32 cvt.s16.u32", "cvt_u16_u32", 2, 4)
-    for name in (
-        "f32.s32 f32.u32 f32.s64 f64.s32 f64.u32 f64.s64 f32.f64 bf16.f32 f16.f32"
-    ).split():
+    for name in ["f32.s32", "f32.u32", "f32.s64", "f64.s32", "f64.u32", "f64.s64", "f32.f64", "bf16.f32", "f16.f32"]:
         to, of = name.split(".")
         known(f"cvt.rn.{name}", f"cvt_{name.replace('.', '_')}", WIDTH[to], WIDTH[of])
     known("cvt.rn.bf16x2.f32", "cvt_bf16x2_f32", 4, 4, 4)
@@ -378,6 +374,12 @@ class _Decoder:
         elif opcode == "vote.sync.any.pred":
             made.operation = "vote_any"
             made.r[0], made.r[1], made.r[4] = (self._value(o, w) for o, w in zip(operands, (1, 1, 4), strict=True))
+        elif found := re.fullmatch(r"(st|ld)matrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16", opcode):
+            made.operation, made.count = f"{found[1]}_matrix", int(found[2])
+            values, address = operands if found[1] == "ld" else operands[::-1]
+            parts = _operands(values.strip("{} "))
+            made.r[: made.count] = [self._value(part, 4) for part in parts]
+            made.r[4], made.r[5], made.imm, _ = self._address(address)
         elif opcode in COLLECTIVE:
             made.operation = COLLECTIVE[opcode]
             made.r[0], made.r[1], made.r[4] = (self._value(o, 4) for o in operands)
@@ -467,16 +469,12 @@ def decode(module: str, name: str, text: str) -> Program:
     """One of the ``entries`` of ``module``."""
     d = _Decoder(name, module, text)
     constants = [(bits, width, row) for (bits, width), row in d.constants.items()]
-    return Program(
-        name, d.code, constants, d.register_bytes, d.constant_bytes, d.shared_bytes, d.dynamic, d.parameters
-    )
+    return Program(name, d.code, constants, d.register_bytes, d.constant_bytes, d.shared_bytes, d.dynamic, d.parameters)
 
 
 def packed(code: list[Instruction], operations: dict[str, int]) -> bytes:
     """As the machine reads it."""
     return b"".join(
-        RECORD.pack(
-            operations[i.operation], i.guard_kind, i.guard, *i.r, i.size, i.count, i.width, i.flags, i.imm
-        )
+        RECORD.pack(operations[i.operation], i.guard_kind, i.guard, *i.r, i.size, i.count, i.width, i.flags, i.imm)
         for i in code
     )
