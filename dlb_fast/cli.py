@@ -225,9 +225,16 @@ def _base_config(preset: str | None, file: Path | None, data: str | None) -> tup
 
 def _changes(old: RunConfig, new: RunConfig) -> str:
     """The fields in which two configs differ: `lr 0.05 -> 0.1, epochs 30 -> 2`."""
-    from dlb_fast.train.config import to_dict
+    from dlb_fast.train.config import override, to_dict
+    from dlb_fast.train.optim import resolve_optimizer
 
-    before, after = to_dict(old), to_dict(new)
+    def numbers(config: RunConfig) -> dict[str, Any]:
+        try:
+            return to_dict(override(config, optim=resolve_optimizer(config.optim)))  # its defaults, not None
+        except ValueError:  # refused later, with the rest of the config
+            return to_dict(config)
+
+    before, after = numbers(old), numbers(new)
     names = [(g, n) for g in after for n in after[g] if before[g][n] != after[g][n]]
     return ", ".join(f"{n} {before[g][n]} -> {after[g][n]}" for g, n in names)
 

@@ -477,6 +477,15 @@ def test_data_without_a_preset_start_from_the_defaults(here, capsys):
     assert said.startswith("config from defaults; then flags: source digits -> synthetic:40,2,8, batch_size 128 -> 20")
 
 
+def test_the_numbers_of_another_optimiser_are_said(here, capsys):
+    flags = ["--preset", "digits", "--optimizer", "nadam", "--max-steps", "1", "--out", "r"]
+    assert cli.main(["train", *flags]) == 0
+    said = capsys.readouterr().err
+    assert "then flags: optimizer sgd -> nadam, lr 0.05 -> 0.002, momentum 0.9 -> None, nesterov True -> None, " in said
+    assert "40 rows on cpu, lr 0.002" in said and RunFolder("r").read_config().optim.betas == (0.9, 0.999)
+    assert "another optimiser" in failing(["train", "--resume", "--out", "r", "--optimizer", "radam"], capsys, 1)
+
+
 def test_the_demo_is_for_its_own_data(here, capsys):
     """Its subset and wrong labels would reach other data."""
     assert "dlb-fast compare --data" in failing(["demo", "--data", "synthetic:40,2,8", "--max-steps", "1"], capsys)
