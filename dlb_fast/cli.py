@@ -34,7 +34,7 @@ COMMANDS = {
     "doctor": ("dlb_fast.doctor:main", "which implementations of the loss work here, and why the others do not"),
 }
 ONE_PROCESS = ("compare", "demo", "eval")
-TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "jinja2", "PIL", "simplejpeg", "sklearn")
+TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
