@@ -43,7 +43,7 @@ exit codes: 0    done, or stopped by a signal with everything saved
             130  Ctrl-C where nothing is saved
             128+N  stopped by signal N under torchrun, which takes 0 for the end of the work; everything is saved"""
 ONE_PROCESS = ("compare", "demo", "eval", "predict")
-TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "jinja2", "PIL", "simplejpeg", "sklearn")
+TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
