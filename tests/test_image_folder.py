@@ -66,6 +66,16 @@ def test_every_command_of_the_page_runs(
     assert (tmp_path / "runs/photos/report.html").exists() and (tmp_path / "predictions.csv").exists()
 
 
+def test_every_option_of_the_page_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "image-folder.md").read_text(encoding="utf-8")
+    known = ""
+    for command in ("train", "predict"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        known += capsys.readouterr().out
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= set(re.findall(r"--[a-z][a-z-]+", known))
+
+
 @needs_torchvision
 def test_the_loop_of_the_readme_runs(tmp_path: Path) -> None:
     """With smaller numbers than a reader's."""
