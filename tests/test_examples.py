@@ -22,7 +22,7 @@ IMAGES = {
     ),
     "accelerate": (
         "accelerate", "DATA --size 16 --batch-size 32 --lr 0.02 --threads 1 --output OUT", "--epochs",
-        (TORCHRUN, "--mixed-precision bf16 --accumulate 2"),
+        (TORCHRUN, "--accumulate 2"),
     ),
     "hf": (
         "transformers",
