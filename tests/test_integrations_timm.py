@@ -385,7 +385,7 @@ def test_timms_script_on_two_ranks(script, digits, tmp_path):
     shown = re.search(r"Train: 0 \[   7/7\]  Cross entropy: \S+  Last batch: (\S+)", said.stdout + said.stderr)
     assert shown is not None and shown[1] != "0.00", said.stderr
     state = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)["task_state"]
-    assert state["loader"]["world_size"] == 2 and state["criterion"]["_extra_state"].numel() > 16 * 10 * 4
+    assert state["loader"]["world_size"] == 2 and state["criterion"]["_extra_state"].numel() > 16 * 10 * 2  # bfloat16
 
 
 def test_the_script_has_the_options_of_the_loss(digits, tmp_path, started):
