@@ -84,7 +84,7 @@ def test_an_example_on_two_ranks(name, folder, tmp_path):
     _, rows = run(name, folder, tmp_path, IMAGES[name][2], 1, *options.split(), launch=launch)
     steps = STEPS // 2 if name != "hf" else -(-STEPS // 2)  # the Trainer keeps a short last batch
     expected = 2 * (steps - 1) * ROWS
-    # On the CPU torch 2.14's bfloat16 makes a NaN of the logits now and then, without us too; such rows teach nothing.
+    # In bfloat16 on the CPU logits become NaN now and then, with torch's cross entropy too; such rows teach nothing.
     assert rows == expected if "bf16" not in options else 0 < rows <= expected
 
 
