@@ -399,7 +399,7 @@ class Trainer:
         path = self.folder / "checkpoints" / f"{name}.safetensors"
         weights = self.model if self.ema is None else self.ema.model
         tensors, metadata = full_state(weights.state_dict()), {**self.metadata, "step": str(self.step)}
-        self.ranks.run_on_main(lambda: self._check_weights({"model": tensors, "ema": None}))
+        self.ranks.run_on_main(lambda: self._check_weights({"model": tensors}))
         self.ranks.run_on_main(lambda: checkpoint.save_weights(path, tensors, metadata))
 
 

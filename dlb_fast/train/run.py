@@ -32,7 +32,7 @@ from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, is_image
 from dlb_fast.data.datasets.open import class_names, find_splits
 from dlb_fast.data.datasets.tar import shard_files
 
-from .checkpoint import CheckpointError, list_checkpoints, write_atomically
+from .checkpoint import CheckpointError, list_checkpoints, remove_leftovers, write_atomically
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, eval_loader, evaluation_config, identity, open_data, open_test
 from .distributed import Ranks
@@ -62,9 +62,7 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
-LEFTOVER = re.compile(
-    r"\.(config\.yaml|(versions|result)\.json|tracker_id|(best|last)\.safetensors)\.\d+\.tmp"
-)  # of a kill
+FILES = re.compile(r"config\.yaml|(versions|result|confusion)\.json|tracker_id|report\.html|(best|last)\.safetensors")
 
 
 class RunFolder:
@@ -108,9 +106,8 @@ class RunFolder:
             os.close(handle)
             return
         self._lock = handle
-        for file in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            if LEFTOVER.fullmatch(file.name):
-                file.unlink(missing_ok=True)
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder, FILES)
 
     def unlock(self) -> None:
         """Release the lock."""
