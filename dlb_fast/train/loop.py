@@ -145,7 +145,7 @@ class Trainer:
         self.metrics = MetricAverager(self.device)  # since the last evaluation
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, until patience ends, or until SIGTERM, SIGINT or SIGUSR1; then save a checkpoint and return.
+        """Train to the end, or until patience ends or SIGTERM, SIGINT or SIGUSR1 comes; then save a checkpoint.
 
         Returns:
             The last row of metrics, with `best_top1`, `best_step`, `stopped_by` (None, "patience" or the name of the

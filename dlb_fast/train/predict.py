@@ -18,7 +18,7 @@ from torch.nn.functional import softmax
 from dlb_fast.data import ImageDecoder
 from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, LeftOut, is_image, read_file, tree, unreadable
 
-from .config import _FILES, DataConfig
+from .config import FILE_KINDS, DataConfig
 from .data import eval_loader, evaluation_config
 
 __all__ = ["find_images", "main", "predict"]
@@ -187,7 +187,7 @@ def main(argv: list[str]) -> int:
 
     config = RunFolder(args.run).read_config().data
     paths = find_images(args.paths)
-    if config.kind not in _FILES:
+    if config.kind not in FILE_KINDS:
         print(_stored_images_note(config, load_model(args.run, weights=args.weights)[1]), file=sys.stderr)
     rows, skipped = [], 0
     for path, found in predict(args.run, paths, weights=args.weights, top=args.top, device=args.device):

@@ -655,7 +655,7 @@ def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False,
         try:
             data = open_data(short.data)
         except ValueError as error:  # name the user's folder in place of the links
-            raise ValueError(str(error).replace(str(path / "data"), config.data.source.partition(":")[2])) from None
+            raise ValueError(str(error).replace(str(path / "data"), str(config.data.path))) from None
         data.about = data.about.replace(short.data.source, config.data.source)
         chosen = np.linspace(0, len(data.test) - 1, min(SMOKE_IMAGES, len(data.test))).astype(int)
         data.test = data.test.select(np.unique(chosen))
