@@ -10,9 +10,8 @@ from dlb_fast.presets import load_preset
 from dlb_fast.train.checkpoint import CheckpointError, load_weights, save_weights
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
-from dlb_fast.train.export import load_model
 from dlb_fast.train.models import create_model
-from dlb_fast.train.run import RunFolder, evaluate_run
+from dlb_fast.train.run import RunFolder, evaluate_run, load_model
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_wrong_configs_are_refused(values, message, tmp_path):
     [
         (["--lr", "fast"], "--lr must be None or FLOAT, got 'fast'"),
         (["--lr", "-1"], "config: lr must be finite and > 0, got -1.0"),
-        (["--epoch", "1"], "Unrecognized options: --epoch, 1; did you mean --epochs?"),
+        (["--epoch", "1"], "unknown option --epoch; did you mean --epochs?"),
         (["--amp", "fp8"], "--amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
     ],
 )
@@ -252,6 +252,8 @@ def test_evaluate_of_few_classes_and_of_nothing():
         evaluate(nn.Identity(), [])
     with pytest.raises(ValueError, match="labels reach 7 but the model has 3 logits"):
         evaluate(nn.Identity(), [(torch.eye(3), torch.tensor([0, 7, 0]))])
+    with pytest.raises(ValueError, match="none of 2 images could be read"):
+        evaluate(nn.Identity(), [(torch.eye(2), torch.tensor([-1, -1]))])
 
 
 def test_calibration_error_of_a_perfect_and_of_a_boasting_model():
@@ -285,6 +287,7 @@ OPTIONS = {
     "eval_resize": (64, {"source": "synthetic:40,2,8"}, {"source": "list:data"}),
     "num_threads": (4, {}, {"source": "tinyimagenet:data"}),
     "max_pixels": (1000, {}, FILES),
+    "on_error": ("replace", {}, FILES),
     "noise_kind": ("asymmetric", {}, {"label_noise": 0.1}),
     "data_seed": (3, {"source": "cifar100:data"}, {"source": "cifar100:data", "per_class": 5}),
     "erase_area": ((0.1, 0.2), {}, {"erase_prob": 0.5}),

@@ -46,6 +46,7 @@ __all__ = [
     "decoded_metadata",
     "read_checkpoint",
     "read_weights",
+    "remove_leftovers",
     "save_checkpoint",
     "save_weights",
     "set_rng_state",
@@ -57,7 +58,7 @@ __all__ = [
 FORMAT = "dlb_fast.checkpoint"
 VERSION = 1
 NAME = re.compile(r"step-\d{9}\.pt")
-LEFTOVER = re.compile(r"\.step-\d{9}\.pt\.\d+\.tmp")  # left by a process that was killed while writing
+TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")  # of `write_atomically`
 COUNTERS = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "stale", "last")
 
 
@@ -91,6 +92,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise
 
 
+def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
+    """Delete the temporary files for files of these names that a killed process has left."""
+    for file in folder.glob(".*.tmp"):
+        if (found := TEMPORARY.fullmatch(file.name)) and names.fullmatch(found[1]):
+            file.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt":  # Windows cannot open a folder
         return
@@ -118,9 +126,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Pa
         CheckpointError: the write failed; the message names the last good checkpoint, which is kept.
     """
     path = folder / f"step-{state['step']:09d}.pt"
-    for file in folder.glob(".step-*.tmp"):
-        if LEFTOVER.fullmatch(file.name):
-            file.unlink(missing_ok=True)
+    remove_leftovers(folder, NAME)
     whole = {"format": FORMAT, "version": VERSION, **state, "contents": _contents(state)}
     try:
         write_atomically(path, lambda file: torch.save(whole, file))
@@ -180,7 +186,7 @@ def _contents(value: Any, name: str = "state") -> dict[str, str]:
 
 def not_finite(state: Mapping[str, Any]) -> str | None:
     """What is NaN or infinite of the network and its EMA, or NaN in the optimiser, by name; or None."""
-    for group in (state["model"], (state["ema"] or {}).get("model", {})):
+    for group in (state["model"], (state.get("ema") or {}).get("model", {})):
         for name, value in group.items():
             if value.is_floating_point() and not value.isfinite().all():
                 return str(name)
@@ -249,12 +255,9 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], metadata: 
 
 def step_of_weights(path: Path) -> int | None:
     """The step after which a run exported the weights in a file; None if it is missing, damaged or does not say."""
-    from safetensors import safe_open
-
     try:
-        with safe_open(path, "pt") as file:
-            return int(json.loads(file.metadata()["dlb_fast"])["step"])
-    except Exception:  # safetensors, json and a missing entry raise their own types
+        return read_weights(path)[1].get("step")
+    except CheckpointError:
         return None
 
 

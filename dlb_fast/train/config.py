@@ -124,6 +124,11 @@ class DataConfig:
         """The dataset's kind: `source` without its path."""
         return self.source.partition(":")[0]
 
+    @property
+    def path(self) -> Path:
+        """Where the dataset is: `source` without its kind."""
+        return Path(self.source.partition(":")[2])
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -402,12 +407,12 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-_FILES = ("imagefolder", "list", "tar", "tinyimagenet")  # kinds whose images are files; the others have one size
-_SPLIT = ("cifar10", "cifar100", "tinyimagenet")  # kinds that come with their test set
+FILE_KINDS = ("imagefolder", "list", "tar", "tinyimagenet")  # kinds whose images are files; the others have one size
+SPLIT_KINDS = ("cifar10", "cifar100", "tinyimagenet")  # kinds that come with their test set
 
 # option -> (options that decide, whether it has an effect, what it needs). Options that are not here always have one;
 # those of methods are checked by `dlb_fast.train.methods`.
-_IMAGE_FILES = (("data",), lambda c: c.data.kind in _FILES, f"image files (data={', '.join(_FILES)})")
+_IMAGE_FILES = (("data",), lambda c: c.data.kind in FILE_KINDS, f"image files (data={', '.join(FILE_KINDS)})")
 _ERASING = (("erase_prob",), lambda c: c.augment.erase_prob > 0, "erase_prob above 0")
 _MIXING = (
     ("mixup_alpha", "cutmix_alpha"),
@@ -436,7 +441,7 @@ EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
     "noise_kind": (("label_noise",), lambda c: c.data.label_noise > 0, "label_noise above 0"),
     "data_seed": (
         ("data", "per_class", "label_noise"),
-        lambda c: c.data.kind not in _SPLIT or c.data.per_class is not None or c.data.label_noise > 0,
+        lambda c: c.data.kind not in SPLIT_KINDS or c.data.per_class is not None or c.data.label_noise > 0,
         "per_class, label_noise, or data without a test set of their own",
     ),
     **dict.fromkeys(("erase_area", "erase_mode"), _ERASING),

@@ -145,7 +145,7 @@ class Trainer:
         self.metrics = MetricAverager(self.device)  # since the last evaluation
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, until patience ends, or until a signal asks to stop; then save a checkpoint and return.
+        """Train to the end, or until patience ends or SIGTERM, SIGINT or SIGUSR1 comes; then save a checkpoint.
 
         Returns:
             The last row of metrics, with `best_top1`, `best_step`, `stopped_by` (None, "patience" or the name of the
@@ -399,7 +399,7 @@ class Trainer:
         path = self.folder / "checkpoints" / f"{name}.safetensors"
         weights = self.model if self.ema is None else self.ema.model
         tensors, metadata = full_state(weights.state_dict()), {**self.metadata, "step": str(self.step)}
-        self.ranks.run_on_main(lambda: self._check_weights({"model": tensors, "ema": None}))
+        self.ranks.run_on_main(lambda: self._check_weights({"model": tensors}))
         self.ranks.run_on_main(lambda: checkpoint.save_weights(path, tensors, metadata))
 
 

@@ -176,7 +176,7 @@ def _load(
     else:
         said = _head_said(number, data.num_classes, "" if classes is None else "same")
     load_matching(model, tensors, origin)
-    if (wrong := not_finite({"model": tensors, "ema": None})) is not None:
+    if (wrong := not_finite({"model": tensors})) is not None:
         raise CheckpointError(f"{origin} has NaN or infinite values in {wrong}")
     return said
 
