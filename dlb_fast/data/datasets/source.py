@@ -439,6 +439,13 @@ class FailurePolicy:
         self.errors: dict[int, SampleError] = {}  # sample -> its error, for the first ones
         self.replaced = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
     @property
     def failed(self) -> int:
         """Number of distinct samples that failed."""
