@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import math
 import re
@@ -22,7 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
+from dlb_fast._args import did_you_mean
 from dlb_fast.data import Cutout, Mix, RandAugment, RandomErasing
+from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.methods import METHODS, find
 
 try:  # configs made in Python work without tyro
@@ -92,7 +93,7 @@ class DataConfig:
     """Rows per forward in the evaluation."""
     num_threads: int = 2
     """Decoding threads for image folders."""
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     """Image files with more pixels (height x width) are refused before they are decoded."""
     on_error: Literal["raise", "replace"] = "raise"
     """raise: an image that cannot be read ends the run. replace: in the training another one stands in, in both views
@@ -590,10 +591,9 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` with the nearest of the known names, or the list of those in the same group."""
     group, _, last = name.rpartition(".")
     known = list(known)
-    found = [other for other in known if other.endswith(f".{last}")] or difflib.get_close_matches(name, known, n=1)
-    if found:
-        return f"; did you mean {found[0]}?"
-    return f"; known: {', '.join(other for other in known if other.startswith(group))}"
+    same = [other for other in known if other.endswith(f".{last}")]
+    others = f"; known: {', '.join(other for other in known if other.startswith(group))}"
+    return did_you_mean(same[0] if same else name, known) or others
 
 
 def _as_flag(where: str, name: str, value: Any) -> list[str]:
