@@ -68,8 +68,8 @@ def _timms(name: str, asked: str, of_torch: list[str]) -> tuple[type[Optimizer],
         from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
     except Exception as error:  # a broken torchvision raises RuntimeError inside timm's import
         raise ValueError(
-            f"config: unknown optimizer {asked!r}{did_you_mean(name, of_torch)} (torch.optim has {', '.join(of_torch)}; "
-            f"timm's need timm, whose import failed: {type(error).__name__}: {error})"
+            f"config: unknown optimizer {asked!r}{did_you_mean(name, of_torch)} (torch.optim has "
+            f"{', '.join(of_torch)}; timm's need timm, whose import failed: {type(error).__name__}: {error})"
         ) from error
     if name not in list_optimizers():
         hint = did_you_mean(name, [*of_torch, *list_optimizers()])
