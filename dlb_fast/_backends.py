@@ -179,8 +179,8 @@ def implementations() -> dict[str, Implementation]:
 def state_table() -> str:
     """The README's table of implementations in Markdown: what each is and how it is known to be right."""
     states = {
-        "cuda": f"{CHECKED}; CI runs it in an emulator",
-        "triton": f"{CHECKED}; CI runs it in Triton's interpreter",
+        "cuda": f"{CHECKED}; CI runs its PTX on the CPU",
+        "triton": f"{CHECKED}; CI runs it in Triton's interpreter, and its PTX on the CPU",
         "cpu": "tested in CI",
         "torch": "tested in CI",
     }

@@ -117,7 +117,8 @@ def _table() -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 TABLE = _table()
 MEMORY = re.compile(
-    r"(ld|st)\.(param|global|shared|shared::cluster)((?:\.(?:nc|cg|L1::\w+|L2::cache_hint))*)(?:\.v([24]))?\.([busf])(8|16|32|64)"
+    r"(ld|st)\.(param|global|shared|shared::cluster)((?:\.(?:nc|cg|L1::\w+|L2::cache_hint))*)"
+    r"(?:\.v([24]))?\.([busf])(8|16|32|64)"
 )
 ATOMIC = re.compile(r"atom\.global(\.gpu\.relaxed|\.gpu\.acq_rel|)\.add\.u(32|64)")
 COLLECTIVE = {"redux.sync.add.s32": "redux_add", "redux.sync.min.s32": "redux_min", "redux.sync.max.s32": "redux_max"}
