@@ -142,7 +142,8 @@ def train(argv: list[str]) -> int:
     early.add_argument("--out", type=Path)
     early.add_argument("--resume", action="store_true")
     first, _ = early.parse_known_args(argv)
-    from dlb_fast.train.config import RunConfig, TrainArgs, parse_flags
+    from dlb_fast.train.config import RunConfig
+    from dlb_fast.train.flags import TrainArgs, parse_flags
 
     if {"-h", "--help"} & set(argv):
         recipe = first.preset or first.config
@@ -385,7 +386,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     """`dlb-fast compare --preset NAME --methods ce,ls,two_view,dlb --seeds 5 --out FOLDER --jobs N [config flags]`."""
     from dlb_fast import report as pages
     from dlb_fast.train import compare as comparison
-    from dlb_fast.train.config import RunConfig, check_effects, override, parse_flags, without_effect
+    from dlb_fast.train.config import RunConfig, check_effects, override, without_effect
+    from dlb_fast.train.flags import parse_flags
     from dlb_fast.train.run import RunFolder
 
     parser = Parser(

@@ -448,7 +448,7 @@ def test_presets_list_and_show(here, capsys):
         ("optim: {lr: fast}", "optim.lr must be None or FLOAT, got 'fast'"),
         ("data: {flip: 'no'}", "data.flip must be one of 'True', 'False', got 'no'"),
         ("train: {amp: fp8}", "train.amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
-        ("loss: {method: dbl}", "got 'dbl'; did you mean 'dlb'?"),
+        ("loss: {method: dbl}", "got 'dbl'; did you mean dlb?"),
         ("optim: [lr]", "optim must hold fields, got ['lr']"),
         ("- lr", "expected groups (data, augment, model"),
         ("optim: {lr: [", "cannot read c.yaml"),

@@ -19,16 +19,15 @@ from dlb_fast.train.config import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
-    TrainArgs,
     TrainConfig,
     from_dict,
     load_config,
     override,
-    parse_flags,
     to_dict,
     without_effect,
 )
 from dlb_fast.train.evaluate import calibration_error, evaluate
+from dlb_fast.train.flags import TrainArgs, parse_flags
 from dlb_fast.train.methods import resolve
 from dlb_fast.train.optim import Ema, make_optimizer, make_scheduler
 
