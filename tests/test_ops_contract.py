@@ -309,8 +309,14 @@ def test_compile_from_the_first_batch_on(impl, with_ids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dynamic", "change"), [(None, "number"), (True, "number"), (None, "tensor")])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ce", "two_view")])
+@pytest.mark.parametrize(
+    ("name", "dynamic", "change"),
+    [
+        *((name, None, "number") for name in METHODS if name not in ("ce", "two_view")),
+        *((name, True, "number") for name in ("dlb", "ps_kd", "zipf")),
+        *((name, None, "tensor") for name in ("dlb", "mr_kd")),
+    ],
+)
 def test_compile_every_criterion_from_the_first_batch_on(kernel, name, dynamic, change):
     if (name, dynamic) == ("zipf", True):
         pytest.xfail("an assertion in Dynamo (lift_tracked_freevar_to_input) with dynamic=True; dynamic=None works")

@@ -114,12 +114,12 @@ def test_num_old_given_and_room_to_spare():
     assert stream(Pair(7, 20), layout) == [0, 5, 3, 5, 0, 4]
 
 
-@pytest.mark.parametrize("classes", [5, 600, pytest.param(9001, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("classes", [5, 600])  # long rows: tests/ptx/triton_cases.py
 @pytest.mark.parametrize("ids", [True, False])
 def test_the_same_batch_again_meets_the_same_teacher(classes, ids, counting):
     """Batches that are evaluated several times: each has one teacher, and its latest evaluation is what is stored."""
     pair = Pair(2, classes)
-    times = [1, 3, 2] if classes <= 600 else [1, 2, 1]  # long rows are slow in the interpreter
+    times = [1, 3, 2]
     for step, evaluations in enumerate(times):
         own = [2 * step + i for i in range(4)] if ids else None
         y = pair.labels(4)
@@ -281,10 +281,8 @@ def test_also_where_its_label_is_ignored_or_there_is_no_target(name):
     not_finite_case(name, 5, target=False)
 
 
-@pytest.mark.parametrize(
-    "name", ["NaN", *(pytest.param(n, marks=pytest.mark.slow) for n in ("inf", "only -inf", "one finite"))]
-)
-@pytest.mark.parametrize("counted", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "counted"), [("NaN", False), ("inf", True), ("only -inf", True), ("one finite", False)])
 def test_also_where_a_row_takes_two_passes(name, counted):
     not_finite_case(name, 9001, counted=counted)
 
