@@ -315,11 +315,11 @@ def predict(argv: list[str]) -> int:
         name = images.printable(path)
         if isinstance(found, str):
             skipped += 1
-            print(f"skipped {name}: {found}", file=sys.stderr)
+            print(f"skipped {images.one_field(name)}: {found}", file=sys.stderr)
             continue
         rows.append((name, [(images.printable(label), probability) for label, probability in found]))
         for label, probability in rows[-1][1]:
-            print(f"{name}\t{label}\t{probability:.4f}")
+            print(f"{images.one_field(name)}\t{images.one_field(label)}\t{probability:.4f}")
     if args.out is not None:
         images.write_predictions(args.out, rows)
     if skipped:

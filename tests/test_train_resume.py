@@ -574,7 +574,7 @@ def test_a_longer_run_has_no_result_of_the_shorter_one(tmp_path):
 def test_a_killed_run_leaves_no_temporary_file_behind_for_ever(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     left = [".versions.json.7.tmp", ".config.yaml.71.tmp", "checkpoints/.best.safetensors.7.tmp", ".tracker_id.7.tmp"]
-    left += [".confusion.json.7.tmp", ".report.html.7.tmp"]
+    left += [".confusion.json.7.tmp", ".report.html.7.tmp", ".report.md.7.tmp", ".curves.png.7.tmp"]
     foreign = ["checkpoints/.mine.7.tmp", ".config.yaml.tmp", "notes.7.tmp"]
     for name in left + foreign:
         (tmp_path / name).write_text("half")

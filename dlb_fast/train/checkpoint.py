@@ -66,8 +66,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint or run file could not be written or read; the message names the file and what to do."""
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], Any], remedy: str = "then continue with --resume"
+) -> None:
     """Call `write(file)` on a temporary file in the same folder, flush it to the disk and rename it to `path`.
+
+    `remedy`: end of the message about a write that failed.
 
     Raises:
         CheckpointError: the disk is full or not writable; the previous file at `path` is kept.
@@ -85,7 +89,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path}: {error}; {_free_space(path.parent)}. The previous file is kept; free some space, "
-            f"then continue with --resume"
+            f"{remedy}"
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
