@@ -567,7 +567,7 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
 
 
 def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
-    """Read a YAML config; a missing, unreadable or wrong file raises ValueError naming it."""
+    """Read a YAML config; a missing, unreadable, wrong or (without `base`) empty file raises ValueError naming it."""
     import yaml
 
     try:
@@ -575,6 +575,8 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise ValueError(f"config: cannot read {path}: {why}") from error
+    if values is None and base is None:  # which would be a config of defaults
+        raise ValueError(f"config: {path} is empty; expected the fields of a run")
     try:
         return from_dict({} if values is None else values, base)
     except (ValueError, TypeError) as error:
