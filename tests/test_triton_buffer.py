@@ -282,7 +282,7 @@ def test_also_where_its_label_is_ignored_or_there_is_no_target(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "counted"), [("NaN", False), ("inf", True), ("only -inf", True), ("one finite", False)])
+@pytest.mark.parametrize("name, counted", [("NaN", False), ("inf", True), ("only -inf", True), ("one finite", False)])
 def test_also_where_a_row_takes_two_passes(name, counted):
     not_finite_case(name, 9001, counted=counted)
 

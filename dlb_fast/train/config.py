@@ -636,4 +636,6 @@ def _sentence(box: str) -> str:
         expected = explained["Argument helptext:"][0].removeprefix(wrong[1]).strip().replace("{None}|", "None or ")
         expected = re.sub(r"\{?\[(\w+) \[\1 \.\.\.\]\]\}?", r"\1 \1 ...", expected)
         return f"{wrong[1]} must be {expected}, got {wrong[2].strip('[]')}"
+    if word := re.match(r"Unrecognized options: ([^-]\S*)", said):
+        return f"unexpected {word[1]!r}: a value follows the name of its option, such as --out FOLDER"
     return said
