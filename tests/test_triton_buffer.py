@@ -286,10 +286,12 @@ def test_also_where_its_label_is_ignored_or_there_is_no_target(name):
     not_finite_case(name, 5, target=False)
 
 
+SLOWER = [("inf", False), ("only -inf", False), ("one finite", False), ("NaN", True)]
+
+
 @pytest.mark.parametrize(
-    "name", ["NaN", *(pytest.param(n, marks=pytest.mark.slow) for n in ("inf", "only -inf", "one finite"))]
+    ("name", "counted"), [("NaN", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER)]
 )
-@pytest.mark.parametrize("counted", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_also_where_a_row_takes_two_passes(name, counted):
     not_finite_case(name, 9001, counted=counted)
 
