@@ -150,7 +150,7 @@ def train(argv: list[str]) -> int:
         base = _base_config(first.preset, first.config, first.data)[0] if recipe else RunConfig()
         parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
     from dlb_fast.train.distributed import Ranks
-    from dlb_fast.train.run import RunFolder, newest_run
+    from dlb_fast.train.run import RunFolder, newest_run, rehearse, train_run
 
     ranks = Ranks.join()
     resume = first.resume
@@ -185,8 +185,6 @@ def train(argv: list[str]) -> int:
     if args.smoke:
         if args.resume:
             raise ValueError("--smoke starts a rehearsal of its own; leave --resume out")
-        from dlb_fast.train.run import rehearse
-
         found = rehearse(args.run, real_data=first.data is not None, quiet=args.quiet, ranks=ranks)
         if ranks.is_main:
             print(
@@ -197,8 +195,6 @@ def train(argv: list[str]) -> int:
         return 0
     label = f"{args.run.data.source.split(':')[0]}-{args.run.loss.method}"
     folder = folder or ranks.run_on_main(lambda: RunFolder.named(label))
-    from dlb_fast.train.run import train_run
-
     result = train_run(args.run, folder, resume=resume, quiet=args.quiet, ranks=ranks, note=note)
     if ranks.is_main:
         _write_page(folder.path, args.quiet)
