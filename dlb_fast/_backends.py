@@ -68,6 +68,8 @@ def compiled_for(device: str) -> str:
         return missing
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     if not torch._C._dispatch_has_kernel_for_dispatch_key("dlb_fast::last_batch", key):
+        if torch.version.cuda is None:
+            return f"the library was built without CUDA, because torch {torch.__version__} is"
         return "the library was built without nvcc; install the CUDA toolkit and reinstall"
     return ""
 
@@ -179,8 +181,8 @@ def implementations() -> dict[str, Implementation]:
 def state_table() -> str:
     """The README's table of implementations in Markdown: what each is and how it is known to be right."""
     states = {
-        "cuda": f"{CHECKED}; CI runs it in an emulator",
-        "triton": f"{CHECKED}; CI runs it in Triton's interpreter",
+        "cuda": f"{CHECKED}; CI runs its PTX on the CPU",
+        "triton": f"{CHECKED}; CI runs it in Triton's interpreter, and its PTX on the CPU",
         "cpu": "tested in CI",
         "torch": "tested in CI",
     }

@@ -189,6 +189,9 @@ def _child(command: list[str], environment: dict[str, str], patience: float) -> 
             out, err = child.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired as hanging:
             out, err = hanging.stdout or b"", b""
+    except BaseException:  # Ctrl-C: the child is in a session of its own
+        child.kill()
+        raise
     lines = out.decode(errors="replace").splitlines()
     marks = [line for line in lines if line.startswith(("launch ", "back"))]
     place = marks[-1].removeprefix("launch ") if marks and marks[-1] != "back" else ""

@@ -27,7 +27,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": ("dlb_fast.cli:train", "train a network: --preset NAME, --data KIND[:PATH], --out FOLDER, --resume"),
     "eval": ("dlb_fast.cli:evaluate", "evaluate a run's weights: accuracy, likelihood, calibration"),
-    "predict": ("dlb_fast.train.predict:main", "class and probability of image files, by the network of a run"),
+    "predict": ("dlb_fast.cli:predict", "class and probability of image files, by the network of a run"),
     "compare": ("dlb_fast.cli:compare", "methods x seeds at equal images seen: table, curves, report"),
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
     "report": ("dlb_fast.cli:report", "a page per run; tables, curves and calibration over several"),
@@ -43,7 +43,7 @@ exit codes: 0    done, or stopped by a signal with everything saved
             130  Ctrl-C where nothing is saved
             128+N  stopped by signal N under torchrun, which takes 0 for the end of the work; everything is saved"""
 ONE_PROCESS = ("compare", "demo", "eval", "predict")
-TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "jinja2", "PIL", "simplejpeg", "sklearn")
+TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,14 +142,15 @@ def train(argv: list[str]) -> int:
     early.add_argument("--out", type=Path)
     early.add_argument("--resume", action="store_true")
     first, _ = early.parse_known_args(argv)
-    from dlb_fast.train.config import RunConfig, TrainArgs, parse_flags
+    from dlb_fast.train.config import RunConfig
+    from dlb_fast.train.flags import TrainArgs, parse_flags
 
     if {"-h", "--help"} & set(argv):
         recipe = first.preset or first.config
         base = _base_config(first.preset, first.config, first.data)[0] if recipe else RunConfig()
         parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
     from dlb_fast.train.distributed import Ranks
-    from dlb_fast.train.run import RunFolder, newest_run
+    from dlb_fast.train.run import RunFolder, newest_run, rehearse, train_run
 
     ranks = Ranks.join()
     resume = first.resume
@@ -184,8 +185,6 @@ def train(argv: list[str]) -> int:
     if args.smoke:
         if args.resume:
             raise ValueError("--smoke starts a rehearsal of its own; leave --resume out")
-        from dlb_fast.train.run import rehearse
-
         found = rehearse(args.run, real_data=first.data is not None, quiet=args.quiet, ranks=ranks)
         if ranks.is_main:
             print(
@@ -196,8 +195,6 @@ def train(argv: list[str]) -> int:
         return 0
     label = f"{args.run.data.source.split(':')[0]}-{args.run.loss.method}"
     folder = folder or ranks.run_on_main(lambda: RunFolder.named(label))
-    from dlb_fast.train.run import train_run
-
     result = train_run(args.run, folder, resume=resume, quiet=args.quiet, ranks=ranks, note=note)
     if ranks.is_main:
         _write_page(folder.path, args.quiet)
@@ -225,9 +222,16 @@ def _base_config(preset: str | None, file: Path | None, data: str | None) -> tup
 
 def _changes(old: RunConfig, new: RunConfig) -> str:
     """The fields in which two configs differ: `lr 0.05 -> 0.1, epochs 30 -> 2`."""
-    from dlb_fast.train.config import to_dict
+    from dlb_fast.train.config import override, to_dict
+    from dlb_fast.train.optim import resolve_optimizer
 
-    before, after = to_dict(old), to_dict(new)
+    def numbers(config: RunConfig) -> dict[str, Any]:
+        try:
+            return to_dict(override(config, optim=resolve_optimizer(config.optim)))  # its defaults, not None
+        except ValueError:  # refused later, with the rest of the config
+            return to_dict(config)
+
+    before, after = numbers(old), numbers(new)
     names = [(g, n) for g in after for n in after[g] if before[g][n] != after[g][n]]
     return ", ".join(f"{n} {before[g][n]} -> {after[g][n]}" for g, n in names)
 
@@ -245,13 +249,18 @@ def _write_page(folder: Path, quiet: bool) -> None:
         print(f"page: {page}", file=sys.stderr)
 
 
+def _add_run(parser: Parser) -> None:
+    """What `eval` and `predict` have in common: the run, which of its weights, and where."""
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--weights", default="best", choices=("best", "last"), help="which weights (default: best)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+
 def evaluate(argv: list[str]) -> int:
     """`dlb-fast eval RUN [--weights best|last] [--data KIND[:PATH]] [--json]`."""
     parser = Parser(prog="dlb-fast eval", description="Evaluate a run's weights on its test set.")
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--weights", default="best", choices=("best", "last"), help="which weights (default: best)")
+    _add_run(parser)
     parser.add_argument("--data", help="KIND[:PATH] of another set with the same classes")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument(
         "--on-error", choices=("raise", "replace"), help="replace: leave out what cannot be read (default: the run's)"
     )
@@ -272,6 +281,46 @@ def evaluate(argv: list[str]) -> int:
             f"ece {scores['ece']:.4f}  over {scores['count']} images"
         )
     return 0
+
+
+def predict(argv: list[str]) -> int:
+    """`dlb-fast predict RUN PATH... [--top K] [--out FILE.csv|FILE.json]`: 1 when files were skipped."""
+    parser = Parser(
+        prog="dlb-fast predict",
+        description="Print file, class and probability, separated by tabs. A file that cannot be read is named and "
+        "skipped, and the exit code is 1.",
+    )
+    _add_run(parser)
+    parser.add_argument(
+        "paths", nargs="+", help="image files, folders of images, or lists of files (list:FILE, or .txt, .tsv, .lst)"
+    )
+    parser.add_argument("--top", type=int, default=1, help="number of classes per file (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write FILE.csv or FILE.json")
+    args = parser.parse_args(argv)
+    from dlb_fast.train import predict as images
+
+    if args.top < 1:
+        raise ValueError(f"predict: --top must be at least 1, got {args.top}")
+    if args.out is not None and (args.out.suffix.lower() not in images.ENDINGS or not args.out.parent.is_dir()):
+        raise ValueError(f"predict: --out must be a .csv or .json file in a folder that exists, got {args.out}")
+    if note := images.stored_images_note(args.run, args.weights):
+        print(note, file=sys.stderr)
+    paths = images.find_images(args.paths)
+    rows, skipped = [], 0
+    for path, found in images.predict(args.run, paths, weights=args.weights, top=args.top, device=args.device):
+        name = images.printable(path)
+        if isinstance(found, str):
+            skipped += 1
+            print(f"skipped {images.one_field(name)}: {found}", file=sys.stderr)
+            continue
+        rows.append((name, [(images.printable(label), probability) for label, probability in found]))
+        for label, probability in rows[-1][1]:
+            print(f"{images.one_field(name)}\t{images.one_field(label)}\t{probability:.4f}")
+    if args.out is not None:
+        images.write_predictions(args.out, rows)
+    if skipped:
+        print(f"{skipped} of {len(paths)} files were skipped", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 def presets(argv: list[str]) -> int:
@@ -333,7 +382,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     """`dlb-fast compare --preset NAME --methods ce,ls,two_view,dlb --seeds 5 --out FOLDER --jobs N [config flags]`."""
     from dlb_fast import report as pages
     from dlb_fast.train import compare as comparison
-    from dlb_fast.train.config import RunConfig, check_effects, override, parse_flags, without_effect
+    from dlb_fast.train.config import RunConfig, check_effects, override, without_effect
+    from dlb_fast.train.flags import parse_flags
     from dlb_fast.train.run import RunFolder
 
     parser = Parser(
@@ -354,7 +404,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
         "--noises", help="shares of wrong labels, such as 0,0.2,0.4: a comparison for each, and a table over all"
     )
     args, rest = parser.parse_known_args(argv)
-    data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    data = Parser(add_help=False)
     data.add_argument("--data")
     base, _ = _base_config(args.preset, args.config, data.parse_known_args(rest)[0].data)
     own = {name: "" for name in ("methods", "seeds", "jobs", "out", "noises", "preset", "config")}

@@ -4,15 +4,13 @@ import dataclasses
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from builders import PATIENCE, environment, wait_for, write_images
+from builders import last_checkpoint, stop_at, write_images
 
 from dlb_fast import cli
 from dlb_fast.data.datasets.source import SampleError
@@ -37,7 +35,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -52,6 +50,7 @@ def test_a_run_leaves_its_files(finished):
     names = {p.name for p in (finished / "checkpoints").iterdir()}
     assert {"best.safetensors", "last.safetensors", "step-000000008.pt"} <= names
     assert json.loads((finished / "result.json").read_text())["stopped_by"] is None
+    assert "<svg" in (finished / "report.html").read_text()
 
 
 def test_flags_override_the_file_and_the_file_the_preset(here):
@@ -233,7 +232,7 @@ def test_wrong_use_is_told_before_anything_is_written(flags, message, here, caps
         ("train --batchsize 4", 2, "unknown option --batchsize; did you mean --batch-size?"),
         ("train --learning-rate 1", 2, "unknown option --learning-rate; did you mean --lr?"),
         ("train --no-resume", 2, "unknown option --no-resume; did you mean --resume?"),
-        ("train stray", 2, "stray"),
+        ("train stray", 2, "unexpected 'stray': a value follows the name of its option, such as --out FOLDER"),
         ("train --preset", 2, "--preset: expected one argument"),
         ("train --milestones 3", 2, "milestones must be given with schedule=multistep"),
         ("train --optimizer lbfgs", 2, "'lbfgs' evaluates the loss several times per step"),
@@ -448,7 +447,7 @@ def test_presets_list_and_show(here, capsys):
         ("optim: {lr: fast}", "optim.lr must be None or FLOAT, got 'fast'"),
         ("data: {flip: 'no'}", "data.flip must be one of 'True', 'False', got 'no'"),
         ("train: {amp: fp8}", "train.amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
-        ("loss: {method: dbl}", "got 'dbl'; did you mean 'dlb'?"),
+        ("loss: {method: dbl}", "got 'dbl'; did you mean dlb?"),
         ("optim: [lr]", "optim must hold fields, got ['lr']"),
         ("- lr", "expected groups (data, augment, model"),
         ("optim: {lr: [", "cannot read c.yaml"),
@@ -477,20 +476,26 @@ def test_data_without_a_preset_start_from_the_defaults(here, capsys):
     assert said.startswith("config from defaults; then flags: source digits -> synthetic:40,2,8, batch_size 128 -> 20")
 
 
+def test_the_numbers_of_another_optimiser_are_said(here, capsys):
+    flags = ["--preset", "digits", "--optimizer", "nadam", "--max-steps", "1", "--out", "r"]
+    assert cli.main(["train", *flags]) == 0
+    said = capsys.readouterr().err
+    assert "then flags: optimizer sgd -> nadam, lr 0.05 -> 0.002, momentum 0.9 -> None, nesterov True -> None, " in said
+    assert "40 rows on cpu, lr 0.002" in said and RunFolder("r").read_config().optim.betas == (0.9, 0.999)
+    assert "another optimiser" in failing(["train", "--resume", "--out", "r", "--optimizer", "radam"], capsys, 1)
+
+
 def test_the_demo_is_for_its_own_data(here, capsys):
     """Its subset and wrong labels would reach other data."""
     assert "dlb-fast compare --data" in failing(["demo", "--data", "synthetic:40,2,8", "--max-steps", "1"], capsys)
 
 
-def test_a_signal_saves_and_exits_cleanly(tmp_path):
-    """A real process and a real SIGINT."""
-    command = [sys.executable, "-m", "dlb_fast", "train", *SMALL[:-1], "--epochs", "2000", "--out", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), "a checkpoint", process)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said
-    assert "stopped by SIGINT at step" in said and "--resume --out run" in said and "Traceback" not in said
+def test_a_signal_saves_and_exits_cleanly(here, capsys, monkeypatch):
+    stop_at(monkeypatch, 3)
+    assert cli.main(["train", *SMALL[:-1], "--out", "run"]) == 0
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM at step 3 of 8, everything is saved; continue with: dlb-fast train --resume" in said
+    assert last_checkpoint(Path("run"))["step"] == 3
 
 
 def test_verify_data_names_the_bad_file(here, capsys):

@@ -66,6 +66,16 @@ def test_every_command_of_the_page_runs(
     assert (tmp_path / "runs/photos/report.html").exists() and (tmp_path / "predictions.csv").exists()
 
 
+def test_every_option_of_the_page_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "image-folder.md").read_text(encoding="utf-8")
+    known = ""
+    for command in ("train", "predict"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        known += capsys.readouterr().out
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= set(re.findall(r"--[a-z][a-z-]+", known))
+
+
 @needs_torchvision
 def test_the_loop_of_the_readme_runs(tmp_path: Path) -> None:
     """With smaller numbers than a reader's."""
@@ -96,8 +106,8 @@ def test_a_killed_run_ends_with_the_same_weights(folder: Path, tmp_path: Path) -
 @needs_torchvision
 def test_two_ranks_accumulate_and_continue(folder: Path, tmp_path: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", START)
-    first = (EXAMPLE, folder, *SMALL, "--accumulate", 2, "--save-every", 1, "--epochs", 1, "--out", tmp_path, "--amp")
-    assert "batch 4: cross entropy" in python(*launch, *first).stdout  # of the 4 batches of an epoch
+    first = (EXAMPLE, folder, *SMALL, "--accumulate", 3, "--save-every", 1, "--epochs", 1, "--out", tmp_path, "--amp")
+    assert "batch 3: cross entropy" in python(*launch, *first).stdout  # of the 4 batches of an epoch
     whole = weights(tmp_path)
     python(*launch, *first, "--resume")
     assert_same(weights(tmp_path), whole)

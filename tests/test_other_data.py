@@ -18,8 +18,7 @@ from dlb_fast.data.datasets.folder import FileDataset
 from dlb_fast.train import compare
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import _by_name, check_same_data, classes_differ, fingerprint, identity, open_data
-from dlb_fast.train.export import load_model
-from dlb_fast.train.run import evaluate_run
+from dlb_fast.train.run import evaluate_run, load_model
 
 torch.set_num_threads(1)
 CLASSES = ("ant", "bee", "café")

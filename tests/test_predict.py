@@ -15,9 +15,8 @@ from PIL import Image
 from dlb_fast import cli
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
-from dlb_fast.train.export import load_model
 from dlb_fast.train.predict import find_images, predict
-from dlb_fast.train.run import evaluate_run
+from dlb_fast.train.run import evaluate_run, load_model
 
 torch.set_num_threads(1)
 CLASSES = ("ant", "bee", "wasp, red")

@@ -1,4 +1,4 @@
-"""nvcc's PTX of the CUDA kernels with a logit buffer: what teaches, what is stored, over many steps, against LogitBuffer."""
+"""nvcc's PTX of the CUDA kernels with a logit buffer over many steps, against LogitBuffer."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from dlb_fast.presets import load_preset
-from dlb_fast.train.checkpoint import CheckpointError, load_weights, save_weights
+from dlb_fast.train.checkpoint import CheckpointError, load_matching, read_weights, save_weights
 from dlb_fast.train.config import (
     EFFECTS,
     DataConfig,
@@ -19,16 +19,15 @@ from dlb_fast.train.config import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
-    TrainArgs,
     TrainConfig,
     from_dict,
     load_config,
     override,
-    parse_flags,
     to_dict,
     without_effect,
 )
 from dlb_fast.train.evaluate import calibration_error, evaluate
+from dlb_fast.train.flags import TrainArgs, parse_flags
 from dlb_fast.train.methods import resolve
 from dlb_fast.train.optim import Ema, make_optimizer, make_scheduler
 
@@ -100,7 +99,7 @@ def test_wrong_configs_are_refused(values, message, tmp_path):
     [
         (["--lr", "fast"], "--lr must be None or FLOAT, got 'fast'"),
         (["--lr", "-1"], "config: lr must be finite and > 0, got -1.0"),
-        (["--epoch", "1"], "Unrecognized options: --epoch, 1; did you mean --epochs?"),
+        (["--epoch", "1"], "unknown option --epoch; did you mean --epochs?"),
         (["--amp", "fp8"], "--amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
     ],
 )
@@ -252,6 +251,8 @@ def test_evaluate_of_few_classes_and_of_nothing():
         evaluate(nn.Identity(), [])
     with pytest.raises(ValueError, match="labels reach 7 but the model has 3 logits"):
         evaluate(nn.Identity(), [(torch.eye(3), torch.tensor([0, 7, 0]))])
+    with pytest.raises(ValueError, match="none of 2 images could be read"):
+        evaluate(nn.Identity(), [(torch.eye(2), torch.tensor([-1, -1]))])
 
 
 def test_calibration_error_of_a_perfect_and_of_a_boasting_model():
@@ -267,12 +268,12 @@ def test_weights_of_another_shape_or_a_broken_file(tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights(path, nn.Linear(3, 2), {"model": "linear"})
     copy = nn.Linear(3, 2)
-    load_weights(path, copy)
+    load_matching(copy, read_weights(path)[0], str(path))
     with pytest.raises(CheckpointError, match=r"weight: \(2, 3\) in the file, \(4, 3\) in the model"):
-        load_weights(path, nn.Linear(3, 4))
+        load_matching(nn.Linear(3, 4), read_weights(path)[0], str(path))
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load_weights(path, copy)
+        read_weights(path)
 
 
 FILES = {"source": "imagefolder:data"}
@@ -285,6 +286,7 @@ OPTIONS = {
     "eval_resize": (64, {"source": "synthetic:40,2,8"}, {"source": "list:data"}),
     "num_threads": (4, {}, {"source": "tinyimagenet:data"}),
     "max_pixels": (1000, {}, FILES),
+    "on_error": ("replace", {}, FILES),
     "noise_kind": ("asymmetric", {}, {"label_noise": 0.1}),
     "data_seed": (3, {"source": "cifar100:data"}, {"source": "cifar100:data", "per_class": 5}),
     "erase_area": ((0.1, 0.2), {}, {"erase_prob": 0.5}),

@@ -20,9 +20,8 @@ from dlb_fast.train import weights
 from dlb_fast.train.checkpoint import CheckpointError, list_checkpoints, save_weights
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
-from dlb_fast.train.export import load_model
 from dlb_fast.train.models import MODELS, architecture, create_model
-from dlb_fast.train.run import build_trainer
+from dlb_fast.train.run import build_trainer, load_model
 
 torch.set_num_threads(1)
 SMALL = override(

@@ -47,8 +47,8 @@ def register_last_batch(accelerator: Any, criterion: nn.Module, loader: Any) -> 
         raise _prepared_error()
     if accelerator.num_processes < (ranks := rank_and_size()[1]):
         raise ValueError(
-            f"register_last_batch: torch.distributed has {ranks} ranks, but this Accelerator trains each of them alone, "
-            "as it does under torchrun without a GPU; set ACCELERATE_USE_CPU=true, or make it with Accelerator(cpu=True)"
+            f"register_last_batch: torch.distributed has {ranks} ranks, but this Accelerator trains each alone, as "
+            "it does under torchrun without a GPU; set ACCELERATE_USE_CPU=true, or make it with Accelerator(cpu=True)"
         )
     check_ranks(loader, accelerator.process_index, accelerator.num_processes)
     device = getattr(loader, "device", None)

@@ -327,8 +327,13 @@ def _recipe(config: RunConfig) -> tuple[str, RunConfig]:
         return sum(plain(values.get(name)) != plain(value) for name, value in mine.items())
 
     name = min(PRESETS, key=lambda preset: apart(_preset_values(preset)))
-    found = {f"the preset {name}": resolve(load_preset(name)), "the trainer's defaults": resolve(RunConfig())}
+    found = {f"the preset {name}": _resolved(name), "the trainer's defaults": _resolved(None)}
     return min(found.items(), key=lambda item: apart(flat(item[1])))
+
+
+@functools.cache
+def _resolved(preset: str | None) -> RunConfig:
+    return resolve(RunConfig() if preset is None else load_preset(preset))
 
 
 @functools.cache

@@ -41,11 +41,11 @@ __all__ = [
     "load_matching",
     "load_newest",
     "load_trainer_state",
-    "load_weights",
     "not_finite",
     "decoded_metadata",
     "read_checkpoint",
     "read_weights",
+    "remove_leftovers",
     "save_checkpoint",
     "save_weights",
     "set_rng_state",
@@ -57,7 +57,7 @@ __all__ = [
 FORMAT = "dlb_fast.checkpoint"
 VERSION = 1
 NAME = re.compile(r"step-\d{9}\.pt")
-LEFTOVER = re.compile(r"\.step-\d{9}\.pt\.\d+\.tmp")  # left by a process that was killed while writing
+TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")  # of `write_atomically`
 COUNTERS = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "stale", "last")
 
 
@@ -95,6 +95,13 @@ def write_atomically(
         raise
 
 
+def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
+    """Delete the temporary files for files of these names that a killed process has left."""
+    for file in folder.glob(".*.tmp"):
+        if (found := TEMPORARY.fullmatch(file.name)) and names.fullmatch(found[1]):
+            file.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt":  # Windows cannot open a folder
         return
@@ -122,9 +129,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Pa
         CheckpointError: the write failed; the message names the last good checkpoint, which is kept.
     """
     path = folder / f"step-{state['step']:09d}.pt"
-    for file in folder.glob(".step-*.tmp"):
-        if LEFTOVER.fullmatch(file.name):
-            file.unlink(missing_ok=True)
+    remove_leftovers(folder, NAME)
     whole = {"format": FORMAT, "version": VERSION, **state, "contents": _contents(state)}
     try:
         write_atomically(path, lambda file: torch.save(whole, file))
@@ -184,7 +189,7 @@ def _contents(value: Any, name: str = "state") -> dict[str, str]:
 
 def not_finite(state: Mapping[str, Any]) -> str | None:
     """What is NaN or infinite of the network and its EMA, or NaN in the optimiser, by name; or None."""
-    for group in (state["model"], (state["ema"] or {}).get("model", {})):
+    for group in (state["model"], (state.get("ema") or {}).get("model", {})):
         for name, value in group.items():
             if value.is_floating_point() and not value.isfinite().all():
                 return str(name)
@@ -253,12 +258,9 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], metadata: 
 
 def step_of_weights(path: Path) -> int | None:
     """The step after which a run exported the weights in a file; None if it is missing, damaged or does not say."""
-    from safetensors import safe_open
-
     try:
-        with safe_open(path, "pt") as file:
-            return int(json.loads(file.metadata()["dlb_fast"])["step"])
-    except Exception:  # safetensors, json and a missing entry raise their own types
+        return read_weights(path)[1].get("step")
+    except CheckpointError:
         return None
 
 
@@ -284,18 +286,12 @@ def decoded_metadata(texts: Mapping[str, str]) -> dict[str, Any]:
     return {name: text if name == "model" else json.loads(text) for name, text in texts.items()}
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load safetensors weights into a model.
+def load_matching(model: nn.Module, tensors: dict[str, Any], origin: str) -> None:
+    """`model.load_state_dict(tensors)`.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or belongs to another architecture or class count (all
-            mismatched names with both shapes are in the message).
+        CheckpointError: they are of another architecture or number of classes; the message has names and both shapes.
     """
-    load_matching(model, read_weights(path)[0], str(path))
-
-
-def load_matching(model: nn.Module, tensors: dict[str, Any], origin: str) -> None:
-    """`model.load_state_dict(tensors)` with an error that says what differs and what to do."""
     own = model.state_dict()
     wrong = [
         f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"

@@ -40,7 +40,7 @@ from dlb_fast.data import (
 from dlb_fast.data.datasets.folder import say, some
 from dlb_fast.data.datasets.open import find_splits, held_out
 
-from .config import _FILES, AugmentConfig, DataConfig
+from .config import FILE_KINDS, SPLIT_KINDS, AugmentConfig, DataConfig
 from .distributed import Ranks
 
 __all__ = [
@@ -199,7 +199,7 @@ def open_data(config: DataConfig) -> RunData:
     Raises:
         ValueError: unknown kind, missing or damaged files, a test set with other classes.
     """
-    if config.data_seed and config.per_class is None and not config.label_noise and _has_own_test_set(config):
+    if config.data_seed and config.per_class is None and not config.label_noise and _validation(config) is not None:
         raise ValueError(
             f"config: data_seed={config.data_seed} has no effect with {config.source}, which has its own test set, "
             "only with per_class, label_noise or a held-out part; leave it out"
@@ -230,19 +230,23 @@ def open_data(config: DataConfig) -> RunData:
     return RunData(train, test, config, mean, std, about)
 
 
-def _has_own_test_set(config: DataConfig) -> bool:
-    return config.kind == "imagefolder" and find_splits(Path(config.source.partition(":")[2]))[1] is not None
+def _validation(config: DataConfig) -> Path | None:
+    """The validation folder of an image folder, or None."""
+    return find_splits(config.path)[1] if config.kind == "imagefolder" else None
+
+
+def _is_held_out(config: DataConfig) -> bool:
+    """Whether the test images are a part of the training images that is held out."""
+    return config.kind in ("imagefolder", "list", "tar") and _validation(config) is None
 
 
 def _split(config: DataConfig) -> str:
     """Where the test images come from."""
-    path = config.source.partition(":")[2]
-    if config.kind in ("cifar10", "cifar100", "tinyimagenet"):
+    if config.kind in SPLIT_KINDS:
         return "its validation set" if config.kind == "tinyimagenet" else "its test set"
     if config.kind == "synthetic":
         return f"drawn separately, data_seed {config.data_seed}"
-    validation = find_splits(Path(path))[1] if config.kind == "imagefolder" else None
-    if validation is not None:
+    if (validation := _validation(config)) is not None:
         return f"from {validation.name}/"
     return f"{'half' if config.kind == 'digits' else 'a tenth'} of each class held out, data_seed {config.data_seed}"
 
@@ -385,7 +389,7 @@ def _files_differ(before: dict[str, Any], now: dict[str, Any], classes: Sequence
 
 def evaluation_config(config: DataConfig, about: Mapping[str, Any]) -> DataConfig:
     """The config for image files that a network evaluates: without a crop, if it was trained on stored images."""
-    if config.kind in _FILES:
+    if config.kind in FILE_KINDS:
         return config
     side = about["size"][0]
     return replace(config, image_size=side, eval_size=None, eval_resize=side)
@@ -423,15 +427,8 @@ def open_test(config: DataConfig, about: Mapping[str, Any], source: str | None =
     return test
 
 
-def _is_held_out(config: DataConfig) -> bool:
-    """Whether the test images are a part of the training images that is held out."""
-    if config.kind == "imagefolder":
-        return find_splits(Path(config.source.partition(":")[2]))[1] is None
-    return config.kind in ("list", "tar")
-
-
 def _other_test(config: DataConfig, about: Mapping[str, Any]) -> Any:
-    source, path = config.source, Path(config.source.partition(":")[2])
+    source, path = config.source, config.path
     classes, which = list(about["classes"]), "its test set"
     if config.kind == "imagefolder" and path.is_dir():
         train, validation, _ = find_splits(path)

@@ -62,7 +62,9 @@ def predictions(
     if not logits:
         raise ValueError("evaluate: there is no image to evaluate on; is the test set empty?")
     found, labels = ranks.cat(torch.cat(logits)), ranks.cat(torch.cat(targets))
-    return found[labels >= 0], labels[labels >= 0]
+    if not (readable := labels >= 0).any():
+        raise ValueError(f"evaluate: none of {len(labels)} images could be read; see the log for the reasons")
+    return found[readable], labels[readable]
 
 
 def evaluate(
@@ -88,7 +90,7 @@ def evaluate(
     """
     logits, targets = predictions(model, batches, autocast, ranks)
     count, classes = logits.shape
-    if int(targets.max()) >= classes or int(targets.min()) < 0:
+    if int(targets.max()) >= classes:
         raise ValueError(
             f"evaluate: labels reach {int(targets.max())} but the model has {classes} logits; "
             f"was it made with another num_classes?"

@@ -145,7 +145,7 @@ class Trainer:
         self.metrics = MetricAverager(self.device)  # since the last evaluation
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, until patience ends, or until SIGTERM, SIGINT or SIGUSR1; then save a checkpoint and return.
+        """Train to the end, or until patience ends or SIGTERM, SIGINT or SIGUSR1 comes; then save a checkpoint.
 
         Returns:
             The last row of metrics, with `best_top1`, `best_step`, `stopped_by` (None, "patience" or the name of the
@@ -195,7 +195,8 @@ class Trainer:
                 self.metrics.seconds += time.perf_counter() - started
                 if log_due:
                     log.progress(self._row())
-                log.tick(self.step)
+                if log_due or log.bar is not None:
+                    log.tick(self.step)
                 if eval_due:
                     self._evaluate()
                 if save_due:
@@ -399,7 +400,7 @@ class Trainer:
         path = self.folder / "checkpoints" / f"{name}.safetensors"
         weights = self.model if self.ema is None else self.ema.model
         tensors, metadata = full_state(weights.state_dict()), {**self.metadata, "step": str(self.step)}
-        self.ranks.run_on_main(lambda: self._check_weights({"model": tensors, "ema": None}))
+        self.ranks.run_on_main(lambda: self._check_weights({"model": tensors}))
         self.ranks.run_on_main(lambda: checkpoint.save_weights(path, tensors, metadata))
 
 

@@ -1,14 +1,12 @@
-"""`dlb-fast predict`: the classes of image files, by the network of a run."""
+"""The classes of image files, by the network of a run."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,14 @@ from dlb_fast.data import ImageDecoder
 from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, LeftOut, is_image, read_file, tree, unreadable
 
 from .checkpoint import write_atomically
-from .config import _FILES, DataConfig
+from .config import FILE_KINDS
 from .data import eval_loader, evaluation_config
+from .run import RunFolder, load_model, resolve_device
 
-__all__ = ["find_images", "main", "predict"]
+__all__ = ["ENDINGS", "find_images", "predict", "one_field", "printable", "stored_images_note", "write_predictions"]
 
 LISTS = (".txt", ".tsv", ".lst")  # endings of files that list images
-ENDINGS = (".csv", ".json")
+ENDINGS = (".csv", ".json")  # of what `write_predictions` writes
 
 
 class ImageFiles:
@@ -137,9 +136,6 @@ def predict(
 
     Example: `for path, found in predict("runs/first", ["a.jpg"]): print(path, found)`
     """
-    from .export import load_model
-    from .run import RunFolder, resolve_device
-
     where = resolve_device(device)
     model, about = load_model(run, weights=weights)
     model, config = model.to(where), RunFolder(run).read_config().data
@@ -156,8 +152,12 @@ def predict(
                 yield paths[index], [(about["classes"][k], value) for k, value in zip(names, row, strict=True)]
 
 
-def _stored_images_note(config: DataConfig, about: dict[str, Any]) -> str:
-    """How a network that was trained on stored images sees files."""
+def stored_images_note(run: Path, weights: str) -> str:
+    """How a network that was trained on stored images sees files; "" for one that was trained on files."""
+    config = RunFolder(run).read_config().data
+    if config.kind in FILE_KINDS:
+        return ""
+    about = load_model(run, weights=weights)[1]
     height, width = about["size"]
     kind = "grey" if about["channels"] == 1 else "RGB"
     return (
@@ -166,62 +166,17 @@ def _stored_images_note(config: DataConfig, about: dict[str, Any]) -> str:
     )
 
 
-def main(argv: list[str]) -> int:
-    """`dlb-fast predict RUN PATH... [--top K] [--out FILE.csv|FILE.json]`: 1 when files were skipped."""
-    parser = argparse.ArgumentParser(
-        prog="dlb-fast predict",
-        allow_abbrev=False,
-        description="Print file, class and probability, separated by tabs. A file that cannot be read is named and "
-        "skipped, and the exit code is 1.",
-    )
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument(
-        "paths", nargs="+", help="image files, folders of images, or lists of files (list:FILE, or .txt, .tsv, .lst)"
-    )
-    parser.add_argument("--top", type=int, default=1, help="number of classes per file (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write FILE.csv or FILE.json")
-    parser.add_argument("--weights", default="best", choices=("best", "last"), help="which weights (default: best)")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args(argv)
-    if args.top < 1:
-        raise ValueError(f"predict: --top must be at least 1, got {args.top}")
-    if args.out is not None and (args.out.suffix.lower() not in ENDINGS or not args.out.parent.is_dir()):
-        raise ValueError(f"predict: --out must be a .csv or .json file in a folder that exists, got {args.out}")
-    from .export import load_model
-    from .run import RunFolder
-
-    config = RunFolder(args.run).read_config().data
-    paths = find_images(args.paths)
-    if config.kind not in _FILES:
-        print(_stored_images_note(config, load_model(args.run, weights=args.weights)[1]), file=sys.stderr)
-    rows, skipped = [], 0
-    for path, found in predict(args.run, paths, weights=args.weights, top=args.top, device=args.device):
-        name = _printable(path)
-        if isinstance(found, str):
-            skipped += 1
-            print(f"skipped {_one_field(name)}: {found}", file=sys.stderr)
-            continue
-        rows.append((name, [(_printable(label), probability) for label, probability in found]))
-        for label, probability in rows[-1][1]:
-            print(f"{_one_field(name)}\t{_one_field(label)}\t{probability:.4f}")
-    if args.out is not None:
-        _write(args.out, rows)
-    if skipped:
-        print(f"{skipped} of {len(paths)} files were skipped", file=sys.stderr)
-    return 1 if skipped else 0
-
-
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names that are no UTF-8 have surrogates, which cannot be printed."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _one_field(text: str) -> str:
+def one_field(text: str) -> str:
     """A name as one field of one printed line: names may have tabs and line ends."""
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: ascii(found[0])[1:-1], text)
 
 
-def _write(file: Path, rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
+def write_predictions(file: Path, rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
     """Write a row per file and class (CSV), or a list of `{"file", "classes": [{"class", "probability"}]}` (JSON)."""
     out = io.StringIO(newline="")
     if file.suffix.lower() == ".csv":

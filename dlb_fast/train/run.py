@@ -1,4 +1,4 @@
-"""Train a run in its folder, from a config; evaluate a run from its folder.
+"""Train a run in its folder, from a config; load or evaluate a run from its folder.
 
 A run folder holds config.yaml, versions.json, metrics.csv, metrics.jsonl, checkpoints/ and, once finished, result.json.
 """
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 from dlb_fast import _backends
 from dlb_fast.buffer import rank_and_size
@@ -32,7 +33,14 @@ from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, is_hidden, is_image
 from dlb_fast.data.datasets.open import class_names, find_splits
 from dlb_fast.data.datasets.tar import shard_files
 
-from .checkpoint import CheckpointError, list_checkpoints, write_atomically
+from .checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    load_matching,
+    read_weights,
+    remove_leftovers,
+    write_atomically,
+)
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, eval_loader, evaluation_config, identity, open_data, open_test
 from .distributed import Ranks
@@ -53,6 +61,7 @@ __all__ = [
     "RunFolder",
     "build_trainer",
     "evaluate_run",
+    "load_model",
     "newest_run",
     "rehearse",
     "resolve_device",
@@ -62,10 +71,9 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
-LEFTOVER = re.compile(
-    r"\.(config\.yaml|(versions|result|confusion)\.json|tracker_id|(best|last)\.safetensors"
-    r"|report\.(html|md)|curves\.png)\.\d+\.tmp"
-)  # of a kill
+FILES = re.compile(
+    r"config\.yaml|(versions|result|confusion)\.json|tracker_id|report\.(html|md)|curves\.png|(best|last)\.safetensors"
+)
 
 
 class RunFolder:
@@ -109,9 +117,8 @@ class RunFolder:
             os.close(handle)
             return
         self._lock = handle
-        for file in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            if LEFTOVER.fullmatch(file.name):
-                file.unlink(missing_ok=True)
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder, FILES)
 
     def unlock(self) -> None:
         """Release the lock."""
@@ -339,7 +346,7 @@ def build_trainer(
     )
 
 
-def _check_fit(model: torch.nn.Module, config: RunConfig, data: RunData, device: torch.device) -> None:
+def _check_fit(model: nn.Module, config: RunConfig, data: RunData, device: torch.device) -> None:
     """Refuse a network that does not take the images: small ones may vanish in its poolings, others need one size."""
     side, eval_side = config.data.image_size, config.data.eval_size or config.data.image_size
     sizes = {tuple(data.train.images.shape[2:])} if data.in_memory else {(side, side), (eval_side, eval_side)}
@@ -542,6 +549,37 @@ def _peak_memory_mib(device: torch.device) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
+def load_model(run: Path | str, *, weights: str = "best") -> tuple[nn.Module, dict[str, Any]]:
+    """Load the network of a run, in eval mode on the CPU, and the metadata of its weights; does not need the data.
+
+    Args:
+        run: run folder.
+        weights: `best` or `last`.
+
+    Returns:
+        The network; its input is `(pixel / 255 - mean) / std`, float32 of shape (B, channels, *size).
+        A dict with `model`, `num_classes`, `channels`, `size`, `mean`, `std`, `classes`, `files` (fingerprints of the
+        training and test images), `initial_weights` (what it started from) and `step`.
+
+    Raises:
+        ValueError: there is no run.
+        CheckpointError: the weights are missing or damaged.
+
+    Example: `model, about = load_model("runs/first")`
+    """
+    folder = RunFolder(run)
+    folder.read_config()  # raises where there is no run
+    file = folder.checkpoints / f"{weights}.safetensors"
+    if not file.exists():
+        raise CheckpointError(f"load_model: {file} is missing; has the run finished an evaluation?")
+    tensors, about = read_weights(file)
+    if "num_classes" not in about:
+        raise CheckpointError(f"load_model: {file} says nothing about its network; expected weights of a dlb_fast run")
+    model = create_model(about["model"], about["num_classes"], about["channels"])
+    load_matching(model, tensors, str(file))
+    return model.eval(), about
+
+
 def evaluate_run(
     path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto", **changed: Any
 ) -> dict[str, Any]:
@@ -554,8 +592,6 @@ def evaluate_run(
             run held out are not the same any more.
         CheckpointError: the weights are missing or damaged.
     """
-    from .export import load_model  # which imports this file
-
     model, about = load_model(path, weights=weights)
     config = override(RunFolder(path).read_config(), **changed).data
     test = open_test(config, about, source)
@@ -666,7 +702,7 @@ def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False,
         try:
             data = open_data(short.data)
         except ValueError as error:  # name the user's folder in place of the links
-            raise ValueError(str(error).replace(str(path / "data"), config.data.source.partition(":")[2])) from None
+            raise ValueError(str(error).replace(str(path / "data"), str(config.data.path))) from None
         data.about = data.about.replace(short.data.source, config.data.source)
         chosen = np.linspace(0, len(data.test) - 1, min(SMOKE_IMAGES, len(data.test))).astype(int)
         data.test = data.test.select(np.unique(chosen))
@@ -691,8 +727,6 @@ def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False,
 
 
 def _scores_of_export(path: Path, data: RunData, device: str) -> dict[str, Any]:
-    from .export import load_model  # which imports this file
-
     where = resolve_device(device)
     model, _ = load_model(path, weights="last")
     return evaluate(model.to(where), data.test_batches(where))

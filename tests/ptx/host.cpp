@@ -56,7 +56,8 @@ const char* name_of(Regime regime) {
 
 py::dict described(const LaunchPlan& plan) {
   py::dict d;
-  d["regime"] = name_of(plan.regime), d["general"] = plan.general, d["threads"] = plan.threads, d["blocks"] = plan.blocks;
+  d["regime"] = name_of(plan.regime), d["general"] = plan.general;
+  d["threads"] = plan.threads, d["blocks"] = plan.blocks;
   d["cluster"] = plan.cluster, d["count_blocks"] = plan.count_blocks;
   return d;
 }

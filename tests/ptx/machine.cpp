@@ -1,11 +1,11 @@
 // Executes PTX on the CPU: a warp at a time, 32 lanes in a vector, every memory access checked.
 //
-// Programs come decoded from program.py. A launch faults on: an access outside the registered arrays, the block's shared
-// memory or its alignment; a write into an input; a read-only load of what the launch writes; a remote store into a block
-// that has left; lanes that meet in different collectives; a deadlock; and a data race: two accesses to the same bytes by
-// different threads, one of them a write, that no barrier and no release-acquire chain orders. Because races are found by
-// order and not by luck, a launch without a fault gives the same result under every schedule of its threads, up to
-// the order of its atomics, which is drawn at random.
+// Programs come decoded from program.py. A launch faults on: an access outside the registered arrays, the block's
+// shared memory or its alignment; a write into an input; a read-only load of what the launch writes; a remote store
+// into a block that has left; lanes that meet in different collectives; a deadlock; and a data race: two accesses to
+// the same bytes by different threads, one of them a write, that no barrier and no release-acquire chain orders.
+// Because races are found by order and not by luck, a launch without a fault gives the same result under every schedule
+// of its threads, up to the order of its atomics, which is drawn at random.
 //
 // Not modelled: time, caches, the hardware's memory model beyond happens-before. ex2, rcp, lg2 and full-range division
 // are off by what the PTX manual allows them to be, by a seeded function of their operands.
@@ -202,7 +202,8 @@ inline X larger(X a, X b) {
 template <typename X>
 X quotient(X a, X b) {  // undefined by zero, as the manual has it
   if (b == 0) return static_cast<X>(-1);
-  return std::is_signed_v<X> && b == static_cast<X>(-1) ? static_cast<X>(0 - static_cast<std::make_unsigned_t<X>>(a)) : static_cast<X>(a / b);
+  return std::is_signed_v<X> && b == static_cast<X>(-1) ? static_cast<X>(0 - static_cast<std::make_unsigned_t<X>>(a))
+                                                        : static_cast<X>(a / b);
 }
 template <typename X>
 X remainder_of(X a, X b) {
@@ -249,11 +250,13 @@ inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_
 #define SPECIAL_OPERATIONS(X) \
   X(nop, ) X(exit_, ) X(bra, ) X(trap, ) X(special, ) X(ld_param, ) X(ld_global, ) X(st_global, ) X(ld_shared, ) \
   X(st_shared, ) X(st_cluster, ) X(atom_add_relaxed, ) X(atom_add_acq_rel, ) X(fence, ) X(prefetch, ) X(bar_sync, ) \
-  X(bar_warp, ) X(cluster_sync, ) X(shfl_bfly, ) X(vote_any, ) X(redux_add, ) X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
+  X(bar_warp, ) X(cluster_sync, ) X(shfl_bfly, ) X(vote_any, ) X(redux_add, ) \
+  X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
 #define OPERATIONS_OF_LANES(X) \
   X(mov_pred, UN(bool, bool, x)) X(mov_b16, UN(uint16_t, uint16_t, x)) X(mov_b32, UN(uint32_t, uint32_t, x)) \
   X(mov_b64, UN(uint64_t, uint64_t, x)) \
-  X(pack_b32, BI(uint16_t, uint32_t, x | uint32_t(y) << 16)) X(pack_b64, BI(uint32_t, uint64_t, x | uint64_t(y) << 32)) \
+  X(pack_b32, BI(uint16_t, uint32_t, x | uint32_t(y) << 16)) \
+  X(pack_b64, BI(uint32_t, uint64_t, x | uint64_t(y) << 32)) \
   X(low_b32, UN(uint32_t, uint16_t, x)) X(high_b32, UN(uint32_t, uint16_t, x >> 16)) \
   X(low_b64, UN(uint64_t, uint32_t, x)) X(high_b64, UN(uint64_t, uint32_t, x >> 32)) \
   X(add_f32, BI(float, float, x + y)) X(sub_f32, BI(float, float, x - y)) X(mul_f32, BI(float, float, x * y)) \
@@ -277,7 +280,9 @@ inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_
   X(mul_b32, BI(uint32_t, uint32_t, x * y)) X(mul_b64, BI(uint64_t, uint64_t, x * y)) \
   X(mul_wide_s32, BI(int32_t, int64_t, int64_t(x) * y)) X(mul_wide_u32, BI(uint32_t, uint64_t, uint64_t(x) * y)) \
   X(mul_hi_u64, BI(uint64_t, uint64_t, static_cast<unsigned __int128>(x) * y >> 64)) \
-  X(mul_hi_s64, BI(int64_t, int64_t, static_cast<__int128>(x) * y >> 64)) X(mul_hi_s32, BI(int32_t, int32_t, int64_t(x) * y >> 32)) X(mul_hi_u32, BI(uint32_t, uint32_t, uint64_t(x) * y >> 32)) \
+  X(mul_hi_s64, BI(int64_t, int64_t, static_cast<__int128>(x) * y >> 64)) \
+  X(mul_hi_s32, BI(int32_t, int32_t, int64_t(x) * y >> 32)) \
+  X(mul_hi_u32, BI(uint32_t, uint32_t, uint64_t(x) * y >> 32)) \
   X(mad_b32, TER(uint32_t, uint32_t, x * y + z)) X(mad_b64, TER(uint64_t, uint64_t, x * y + z)) \
   X(mad_wide_s32, WIDE(int32_t, int64_t)) X(mad_wide_u32, WIDE(uint32_t, uint64_t)) \
   X(div_s32, BI(int32_t, int32_t, quotient(x, y))) X(div_u32, BI(uint32_t, uint32_t, quotient(x, y))) \
@@ -342,7 +347,22 @@ const char* const op_names[] = {
     OPERATIONS(NAME)
 #undef NAME
 };
-enum Comparison { cmp_eq, cmp_ne, cmp_lt, cmp_le, cmp_gt, cmp_ge, cmp_equ, cmp_neu, cmp_ltu, cmp_leu, cmp_gtu, cmp_geu, cmp_num, cmp_nan };
+enum Comparison {
+  cmp_eq,
+  cmp_ne,
+  cmp_lt,
+  cmp_le,
+  cmp_gt,
+  cmp_ge,
+  cmp_equ,
+  cmp_neu,
+  cmp_ltu,
+  cmp_leu,
+  cmp_gtu,
+  cmp_geu,
+  cmp_num,
+  cmp_nan
+};
 enum Special { tid, ntid, ctaid, nctaid, laneid, cluster_rank, cluster_size, cluster_index, cluster_total };
 
 template <typename F>
@@ -398,7 +418,8 @@ class Machine {
     constants_.resize(static_cast<size_t>(program.constant_bytes) + 64);
     for (int i = 0; i < program.constants; ++i) {
       const Constant& c = program.constant[i];
-      for (int l = 0; l < lanes_per_warp; ++l) std::memcpy(&constants_[static_cast<size_t>(c.row + l * c.width)], &c.value, static_cast<size_t>(c.width));
+      for (int l = 0; l < lanes_per_warp; ++l)
+        std::memcpy(&constants_[static_cast<size_t>(c.row + l * c.width)], &c.value, static_cast<size_t>(c.width));
     }
   }
 
@@ -421,11 +442,13 @@ class Machine {
         try {
           step();
         } catch (const std::runtime_error& error) {
-          throw std::runtime_error(std::string(error.what()) + " (block " + std::to_string(warp_->block->index) + ", warp " +
-                                   std::to_string(warp_->index) + ", instruction " + std::to_string(at_) + ")");
+          throw std::runtime_error(std::string(error.what()) + " (block " + std::to_string(warp_->block->index) +
+                                   ", warp " + std::to_string(warp_->index) + ", instruction " + std::to_string(at_) +
+                                   ")");
         }
       }
-      if (unfinished_ > 0) fault("deadlock: " + std::to_string(unfinished_) + " warps wait for others that have left or wait elsewhere");
+      if (unfinished_ > 0)
+        fault("deadlock: " + std::to_string(unfinished_) + " warps wait for others that have left or wait elsewhere");
     }
   }
 
@@ -479,7 +502,9 @@ class Machine {
     }
   }
 
-  int thread_of(const Warp& warp, int lane) const { return warp.block->index * launch_.threads + warp.index * lanes_per_warp + lane; }
+  int thread_of(const Warp& warp, int lane) const {
+    return warp.block->index * launch_.threads + warp.index * lanes_per_warp + lane;
+  }
   int block_of(const Stamp& s) const { return s.thread / launch_.threads; }
   Stamp now(int lane) const {
     Stamp s;
@@ -496,7 +521,9 @@ class Machine {
     const int block = block_of(before), mine = block_of(me);
     if (block == mine) {
       if (before.in_block < me.in_block) return true;
-      if (before.spread < 2 && before.thread / lanes_per_warp == me.thread / lanes_per_warp && before.in_warp < me.in_warp) return true;
+      if (before.spread < 2 && before.thread / lanes_per_warp == me.thread / lanes_per_warp &&
+          before.in_warp < me.in_warp)
+        return true;
     }
     if (block / launch_.cluster == mine / launch_.cluster && before.in_cluster < me.in_cluster) return true;
     return knows(warp_->known[lane], before);
@@ -519,9 +546,10 @@ class Machine {
   std::string who(const Stamp& s) const {
     return "block " + std::to_string(block_of(s)) + " thread " + std::to_string(s.thread % launch_.threads);
   }
-  std::string race(const char* first, const char* second, const Stamp& before, const Stamp& me, const std::string& where) const {
-    return std::string("race: ") + second + " of " + where + " by " + who(me) + " is not ordered after the " + first + " by " +
-           who(before) + " (instruction " + std::to_string(before.instruction) + ")";
+  std::string race(const char* first, const char* second, const Stamp& before, const Stamp& me,
+                   const std::string& where) const {
+    return std::string("race: ") + second + " of " + where + " by " + who(me) + " is not ordered after the " + first +
+           " by " + who(before) + " (instruction " + std::to_string(before.instruction) + ")";
   }
   // `read` by one thread and `write` by another of its block, unordered.
   void suspect(const Stamp& read, const Stamp& write, const std::string& words) {
@@ -534,7 +562,8 @@ class Machine {
   }
 
   void note_read(Cell& cell, const Stamp& me, int lane, const std::string& where, size_t byte) {
-    if (!ordered(cell.write, me, lane)) suspect(me, cell.write, race("write", "read", cell.write, me, where + " at byte " + std::to_string(byte)));
+    if (!ordered(cell.write, me, lane))
+      suspect(me, cell.write, race("write", "read", cell.write, me, where + " at byte " + std::to_string(byte)));
     Stamp& last = cell.read;
     if (last.thread < 0 || (last.spread == 0 && last.thread == me.thread)) {
       last = me;
@@ -550,15 +579,18 @@ class Machine {
     } else {
       if (cell.other_blocks < 0) cell.other_blocks = static_cast<int32_t>(reads_.size()), reads_.emplace_back();
       std::vector<Stamp>& others = reads_[static_cast<size_t>(cell.other_blocks)].of_block;
-      const auto found = std::find_if(others.begin(), others.end(), [&](const Stamp& s) { return block_of(s) == block_of(last); });
+      const auto found =
+          std::find_if(others.begin(), others.end(), [&](const Stamp& s) { return block_of(s) == block_of(last); });
       if (found == others.end()) others.push_back(last);
       else *found = last;
       last = me;
     }
   }
-  void note_write(Cell& cell, const Stamp& me, int lane, bool atomic, const std::string& where, size_t byte, bool same = false) {
+  void note_write(Cell& cell, const Stamp& me, int lane, bool atomic, const std::string& where, size_t byte,
+                  bool same = false) {
     const auto text = [&] { return where + " at byte " + std::to_string(byte); };
-    if (!(atomic && cell.atomic) && !same && !ordered(cell.write, me, lane)) fault(race("write", "write", cell.write, me, text()));
+    if (!(atomic && cell.atomic) && !same && !ordered(cell.write, me, lane))
+      fault(race("write", "write", cell.write, me, text()));
     if (!ordered(cell.read, me, lane)) suspect(cell.read, me, race("read", "write", cell.read, me, text()));
     if (cell.other_blocks >= 0)
       for (const Stamp& read : reads_[static_cast<size_t>(cell.other_blocks)].of_block)
@@ -569,21 +601,25 @@ class Machine {
   Area& area_of(uintptr_t at, size_t bytes, bool write) {
     const char* verb = write ? "write" : "read";
     if (at % bytes != 0) fault(std::string("misaligned ") + verb + " of " + std::to_string(bytes) + " bytes");
-    const auto holds = [&](const Area& area) { return at >= area.begin && at + bytes <= area.end && (!write || area.writable); };
+    const auto holds = [&](const Area& area) {
+      return at >= area.begin && at + bytes <= area.end && (!write || area.writable);
+    };
     if (last_area_ < areas_.size() && holds(areas_[last_area_])) return areas_[last_area_];
     for (size_t i = 0; i < areas_.size(); ++i)
       if (holds(areas_[i])) return areas_[last_area_ = i];
     for (const Area& area : areas_) {
       if (write && at >= area.begin && at + bytes <= area.end) fault("write into the input " + area.name);
       if (at + 4096 >= area.begin && at < area.end + 4096)
-        fault(std::string("out of bounds ") + verb + " at byte " + std::to_string(static_cast<int64_t>(at - area.begin)) + " of " + area.name +
-              " (" + std::to_string(area.end - area.begin) + " bytes)");
+        fault(std::string("out of bounds ") + verb + " at byte " +
+              std::to_string(static_cast<int64_t>(at - area.begin)) + " of " + area.name + " (" +
+              std::to_string(area.end - area.begin) + " bytes)");
     }
     fault(std::string("out of bounds ") + verb + ", far from every array");
   }
 
   // The bytes behind a global address, after all checks. `value`: what will be written.
-  unsigned char* global(uintptr_t at, size_t bytes, int lane, bool write, bool once, const unsigned char* value, bool atomic = false) {
+  unsigned char* global(uintptr_t at, size_t bytes, int lane, bool write, bool once, const unsigned char* value,
+                        bool atomic = false) {
     Area& area = area_of(at, bytes, write);
     if (once)
       for (const Area& other : areas_)
@@ -602,21 +638,25 @@ class Machine {
         }
       }
     }
-    (write ? (bytes == 16 ? counters_.stores16 : counters_.stores) : (bytes == 16 ? counters_.loads16 : counters_.loads)) += 1;
+    (write ? (bytes == 16 ? counters_.stores16 : counters_.stores)
+           : (bytes == 16 ? counters_.loads16 : counters_.loads)) += 1;
     (write ? counters_.bytes_stored : counters_.bytes_loaded) += bytes;
     return p;
   }
 
   unsigned char* shared(Block& block, uint32_t at, size_t bytes, int lane, bool write, const unsigned char* value) {
     if (at % bytes != 0) fault("misaligned access of shared memory");
-    if (at < shared_base || at + bytes > shared_base + block.shared.size()) fault("access outside the block's shared memory, at byte " + std::to_string(static_cast<int64_t>(at) - shared_base) + " of " + std::to_string(block.shared.size()));
+    if (at < shared_base || at + bytes > shared_base + block.shared.size())
+      fault("access outside the block's shared memory, at byte " +
+            std::to_string(static_cast<int64_t>(at) - shared_base) + " of " + std::to_string(block.shared.size()));
     const size_t first = at - shared_base;
     // Threads that hold the same part of a layout write the same: two such writes need no order.
     const bool same = write && std::memcmp(block.shared.data() + first, value, bytes) == 0;
     const Stamp me = now(lane);
     for (size_t byte = first; byte < first + bytes; ++byte) {
       if (write) note_write(block.shadow.cells[byte], me, lane, false, "shared memory", byte, same);
-      else if (block.shadow.cells[byte].write.thread < 0) fault("read of shared memory that nobody has written, at byte " + std::to_string(byte));
+      else if (block.shadow.cells[byte].write.thread < 0)
+        fault("read of shared memory that nobody has written, at byte " + std::to_string(byte));
       else note_read(block.shadow.cells[byte], me, lane, "shared memory", byte);
     }
     return block.shared.data() + first;
@@ -715,9 +755,11 @@ class Machine {
         const int32_t* const v = row<int32_t>(i.r[1]);
         uint32_t sum = 0;
         int32_t least = v[0], most = v[0];
-        for (int l = 0; l < lanes_per_warp; ++l) sum += static_cast<uint32_t>(v[l]), least = std::min(least, v[l]), most = std::max(most, v[l]);
+        for (int l = 0; l < lanes_per_warp; ++l)
+          sum += static_cast<uint32_t>(v[l]), least = std::min(least, v[l]), most = std::max(most, v[l]);
         uint32_t* const d = row<uint32_t>(i.r[0]);
-        for (int l = 0; l < lanes_per_warp; ++l) d[l] = i.op == op_redux_add ? sum : static_cast<uint32_t>(i.op == op_redux_min ? least : most);
+        for (int l = 0; l < lanes_per_warp; ++l)
+          d[l] = i.op == op_redux_add ? sum : static_cast<uint32_t>(i.op == op_redux_min ? least : most);
         break;
       }
       case op_st_matrix:
@@ -729,7 +771,8 @@ class Machine {
             uint32_t& value = row<uint32_t>(i.r[m])[l];
             const bool store = i.op == op_st_matrix;
             const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(&value);
-            unsigned char* const p = shared(*warp_->block, static_cast<uint32_t>(at) + 4 * static_cast<uint32_t>(l % 4), 4, l, store, bytes);
+            unsigned char* const p =
+                shared(*warp_->block, static_cast<uint32_t>(at) + 4 * static_cast<uint32_t>(l % 4), 4, l, store, bytes);
             if (store) std::memcpy(p, &value, 4);
             else std::memcpy(&value, noisy(l) ? noise : p, 4);
           }
@@ -921,21 +964,46 @@ class Machine {
         lanes(mask, [&](int l) {
           const int64_t at = (i.r[4] == no_register ? 0 : static_cast<int64_t>(lane_value(i.r[4], 8, l))) + i.imm;
           if (at < 0 || at + i.size * i.count > program_.parameter_bytes) fault("read outside the kernel's parameters");
-          for (int k = 0; k < i.count; ++k) set_lane(i.r[k], i.width, l, launch_.parameters + at + k * i.size, i.size, (i.flags & with_sign) != 0);
+          for (int k = 0; k < i.count; ++k)
+            set_lane(i.r[k], i.width, l, launch_.parameters + at + k * i.size, i.size, (i.flags & with_sign) != 0);
         });
         return;
-      case op_ld_global: return move(i, mask, [&](int l, uint64_t at, size_t n, bool, const unsigned char*) { return global(at, n, l, false, (i.flags & read_only) != 0, nullptr); }, false);
-      case op_st_global: return move(i, mask, [&](int l, uint64_t at, size_t n, bool, const unsigned char* v) { return global(at, n, l, true, false, v); }, true);
+      case op_ld_global:
+        return move(
+            i, mask,
+            [&](int l, uint64_t at, size_t n, bool, const unsigned char*) {
+              return global(at, n, l, false, (i.flags & read_only) != 0, nullptr);
+            },
+            false);
+      case op_st_global:
+        return move(
+            i, mask,
+            [&](int l, uint64_t at, size_t n, bool, const unsigned char* v) {
+              return global(at, n, l, true, false, v);
+            },
+            true);
       case op_ld_shared:
         if (i.flags & (where_true | where_false)) return load_where_taken(i, mask);
-        return move(i, mask, [&](int l, uint64_t at, size_t n, bool, const unsigned char*) { return shared(*warp_->block, static_cast<uint32_t>(at), n, l, false, nullptr); }, false);
-      case op_st_shared: return move(i, mask, [&](int l, uint64_t at, size_t n, bool, const unsigned char* v) { return shared(*warp_->block, static_cast<uint32_t>(at), n, l, true, v); }, true);
+        return move(
+            i, mask,
+            [&](int l, uint64_t at, size_t n, bool, const unsigned char*) {
+              return shared(*warp_->block, static_cast<uint32_t>(at), n, l, false, nullptr);
+            },
+            false);
+      case op_st_shared:
+        return move(
+            i, mask,
+            [&](int l, uint64_t at, size_t n, bool, const unsigned char* v) {
+              return shared(*warp_->block, static_cast<uint32_t>(at), n, l, true, v);
+            },
+            true);
       case op_st_cluster:
         return move(i, mask, [&](int l, uint64_t at, size_t n, bool, const unsigned char* v) {
           const uint32_t a = static_cast<uint32_t>(at), rank = (a >> 24) - 1;
           auto& blocks = warp_->block->cluster->blocks;
           if (rank >= blocks.size()) fault("no such block in the cluster");
-          if (warp_->block->cluster->epoch == 0) fault("write into the shared memory of a block that may not have begun");
+          if (warp_->block->cluster->epoch == 0)
+            fault("write into the shared memory of a block that may not have begun");
           Block& other = *blocks[rank];
           if (other.running < other.warps.size()) fault("write into the shared memory of a block that is leaving");
           return shared(other, a & (window - 1), n, l, true, v);
@@ -945,7 +1013,8 @@ class Machine {
           const uintptr_t at = lane_value(i.r[4], 8, l) + static_cast<uint64_t>(i.imm);
           const size_t bytes = lane_value(i.r[1], 4, l);
           if (at % 16 != 0 || bytes % 16 != 0 || bytes == 0) fault("a bulk prefetch moves whole packets of 16 bytes");
-          const bool inside = std::any_of(areas_.begin(), areas_.end(), [&](const Area& a) { return at + 16 > a.begin && at + bytes <= a.end; });
+          const bool inside = std::any_of(areas_.begin(), areas_.end(),
+                                          [&](const Area& a) { return at + 16 > a.begin && at + bytes <= a.end; });
           if (!inside) fault("out of bounds prefetch");
           counters_.prefetched += bytes;
         });
@@ -977,11 +1046,13 @@ class Machine {
       const uint64_t at = (i.r[4] == no_register ? 0 : lane_value(i.r[4], i.r[5], l)) + static_cast<uint64_t>(i.imm);
       unsigned char value[32];
       if (write)
-        for (int k = 0; k < i.count; ++k) std::memcpy(value + k * i.size, row<unsigned char>(i.r[k]) + l * i.width, static_cast<size_t>(i.size));
+        for (int k = 0; k < i.count; ++k)
+          std::memcpy(value + k * i.size, row<unsigned char>(i.r[k]) + l * i.width, static_cast<size_t>(i.size));
       unsigned char* const p = where(l, at, bytes, write, value);
       if (write) std::memcpy(p, value, bytes);
       else
-        for (int k = 0; k < i.count; ++k) set_lane(i.r[k], i.width, l, noisy(l) ? noise : p + k * i.size, i.size, (i.flags & with_sign) != 0);
+        for (int k = 0; k < i.count; ++k)
+          set_lane(i.r[k], i.width, l, noisy(l) ? noise : p + k * i.size, i.size, (i.flags & with_sign) != 0);
     }
   }
 
@@ -1026,7 +1097,8 @@ int ptx_run(const Program* program, const Launch* launch, Counters* counters, ch
   std::vector<std::vector<unsigned char>> before, after;
   const auto memory = [&](const auto& each) {
     for (int i = 0; i < launch->ranges; ++i)
-      if (launch->range[i].writable) each(reinterpret_cast<unsigned char*>(launch->range[i].begin), launch->range[i].bytes);
+      if (launch->range[i].writable)
+        each(reinterpret_cast<unsigned char*>(launch->range[i].begin), launch->range[i].bytes);
   };
   const auto kept = [&] {
     std::vector<std::vector<unsigned char>> copies;

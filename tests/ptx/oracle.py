@@ -12,7 +12,7 @@ from dlb_fast.buffer import LogitBuffer
 from ptx.harness import Emulator, Result
 
 # Half a unit in the last place of the stored gradient, relative, with 2 % for the float32 behind it.
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8 * 1.02, torch.float16: 2.0**-11 * 1.02}
+ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-8 * 1.02, torch.float16: 2.0**-11 * 1.02}
 KERNEL_ONLY = ("seed", "grad_offset", "need_grad")
 
 

@@ -15,7 +15,8 @@ NO_REGISTER = 2**31 - 1
 SHARED_BASE = 1024
 WIDTH = {"pred": 1, "b8": 2, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2}
 WIDTH |= {f"{kind}{bits}": bits // 8 for kind in "busf" for bits in (32, 64)}
-COMPARE = {name: i for i, name in enumerate(["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"])}
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
+COMPARE = {name: i for i, name in enumerate(COMPARISONS)}
 COMPARE |= {"lo": COMPARE["lt"], "ls": COMPARE["le"], "hi": COMPARE["gt"], "hs": COMPARE["ge"]}
 SPECIAL = {
     "%tid.x": 0, "%ntid.x": 1, "%ctaid.x": 2, "%nctaid.x": 3, "%laneid": 4, "%cluster_ctarank": 5,
@@ -94,9 +95,11 @@ def _table() -> dict[str, tuple[str, tuple[int, ...], int]]:
             known(f"setp.{name}.{kind}{bits}", f"setp_{kind}{bits}", 1, bits // 8, bits // 8, number=COMPARE[name])
     for bits, name in itertools.product((16, 32, 64), ("eq", "ne")):
         known(f"setp.{name}.b{bits}", f"setp_u{bits}", 1, bits // 8, bits // 8, number=COMPARE[name])
-    for kind, name in itertools.product(("f32", "f64", "bf16", "f16"), list(COMPARE)[:14]):
+    for kind, name in itertools.product(("f32", "f64", "bf16", "f16"), COMPARISONS):
         known(f"setp.{name}.{kind}", f"setp_{kind}", 1, WIDTH[kind], WIDTH[kind], number=COMPARE[name])
-    for name in ["s64.s32", "u64.u32", "u64.u16", "s64.s16", "u32.u64", "u16.u64", "u32.u16", "s32.s16", "u16.u32", "rzi.s32.f32", "rzi.s64.f32", "rzi.s32.f64", "rzi.s64.f64", "f64.f32", "f32.f16", "f32.bf16"]:
+    plain = ("s64.s32", "u64.u32", "u64.u16", "s64.s16", "u32.u64", "u16.u64", "u32.u16", "s32.s16", "u16.u32")
+    rounded = ("rzi.s32.f32", "rzi.s64.f32", "rzi.s32.f64", "rzi.s64.f64")
+    for name in (*plain, *rounded, "f64.f32", "f32.f16", "f32.bf16"):
         to, of = name.split(".")[-2:]
         known(f"cvt.{name}", f"cvt_{name.replace('.', '_')}", WIDTH[to], WIDTH[of])
     known("cvt.s32.s64 cvt.s32.u64 cvt.u32.s64", "cvt_u32_u64", 4, 8)
@@ -114,7 +117,8 @@ def _table() -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 TABLE = _table()
 MEMORY = re.compile(
-    r"(ld|st)\.(param|global|shared|shared::cluster)((?:\.(?:nc|cg|L1::\w+|L2::cache_hint))*)(?:\.v([24]))?\.([busf])(8|16|32|64)"
+    r"(ld|st)\.(param|global|shared|shared::cluster)((?:\.(?:nc|cg|L1::\w+|L2::cache_hint))*)"
+    r"(?:\.v([24]))?\.([busf])(8|16|32|64)"
 )
 ATOMIC = re.compile(r"atom\.global(\.gpu\.relaxed|\.gpu\.acq_rel|)\.add\.u(32|64)")
 COLLECTIVE = {"redux.sync.add.s32": "redux_add", "redux.sync.min.s32": "redux_min", "redux.sync.max.s32": "redux_max"}
