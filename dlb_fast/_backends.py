@@ -68,6 +68,8 @@ def compiled_for(device: str) -> str:
         return missing
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     if not torch._C._dispatch_has_kernel_for_dispatch_key("dlb_fast::last_batch", key):
+        if torch.version.cuda is None:
+            return f"the library was built without CUDA, because torch {torch.__version__} is"
         return "the library was built without nvcc; install the CUDA toolkit and reinstall"
     return ""
 

@@ -148,3 +148,13 @@ def test_a_refusal_of_the_real_op_names_the_operation(monkeypatch):
     monkeypatch.setattr("dlb_fast.ops.op_for", lambda impl, name: lambda *args: (_ for _ in ()).throw(caught.value))
     with pytest.raises(RuntimeError, match="^fused_lb_loss: impl='cpu': this teacher_kind needs a teacher"):
         fused_lb_loss(z, torch.tensor([0, 1]), impl="cpu")
+
+
+def test_a_library_without_cuda_says_what_is_missing(monkeypatch):
+    """nvcc, or a torch with CUDA: the build looks for nvcc only beside such a torch."""
+    monkeypatch.setattr(_backends, "load_library", lambda: "")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _backends.compiled_for("cuda") == f"the library was built without CUDA, because torch {torch.__version__} is"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "install the CUDA toolkit" in _backends.compiled_for("cuda")

@@ -232,7 +232,7 @@ def test_wrong_use_is_told_before_anything_is_written(flags, message, here, caps
         ("train --batchsize 4", 2, "unknown option --batchsize; did you mean --batch-size?"),
         ("train --learning-rate 1", 2, "unknown option --learning-rate; did you mean --lr?"),
         ("train --no-resume", 2, "unknown option --no-resume; did you mean --resume?"),
-        ("train stray", 2, "stray"),
+        ("train stray", 2, "unexpected 'stray': a value follows the name of its option, such as --out FOLDER"),
         ("train --preset", 2, "--preset: expected one argument"),
         ("train --milestones 3", 2, "milestones must be given with schedule=multistep"),
         ("train --optimizer lbfgs", 2, "'lbfgs' evaluates the loss several times per step"),

@@ -584,6 +584,15 @@ def test_a_killed_run_leaves_no_temporary_file_behind_for_ever(tmp_path):
     assert [name for name in left + foreign if (tmp_path / name).exists()] == foreign
 
 
+def test_an_emptied_config_is_not_one_of_defaults(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create(load_preset("digits"), "torch")
+    assert folder.read_config() == load_preset("digits")
+    folder.config.write_text("\n")
+    with pytest.raises(ValueError, match="config.yaml is empty; expected the fields of a run"):
+        folder.read_config()
+
+
 def test_clearing_that_is_cut_short_is_done_again(tmp_path, monkeypatch):
     """Otherwise a new run would add its rows to those of the old one."""
     folder = RunFolder(tmp_path)

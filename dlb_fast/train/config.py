@@ -567,7 +567,7 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
 
 
 def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
-    """Read a YAML config; a missing, unreadable or wrong file raises ValueError naming it."""
+    """Read a YAML config; a missing, unreadable, wrong or (without `base`) empty file raises ValueError naming it."""
     import yaml
 
     try:
@@ -575,6 +575,8 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise ValueError(f"config: cannot read {path}: {why}") from error
+    if values is None and base is None:  # which would be a config of defaults
+        raise ValueError(f"config: {path} is empty; expected the fields of a run")
     try:
         return from_dict({} if values is None else values, base)
     except (ValueError, TypeError) as error:
@@ -634,4 +636,6 @@ def _sentence(box: str) -> str:
         expected = explained["Argument helptext:"][0].removeprefix(wrong[1]).strip().replace("{None}|", "None or ")
         expected = re.sub(r"\{?\[(\w+) \[\1 \.\.\.\]\]\}?", r"\1 \1 ...", expected)
         return f"{wrong[1]} must be {expected}, got {wrong[2].strip('[]')}"
+    if word := re.match(r"Unrecognized options: ([^-]\S*)", said):
+        return f"unexpected {word[1]!r}: a value follows the name of its option, such as --out FOLDER"
     return said

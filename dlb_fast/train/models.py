@@ -327,6 +327,11 @@ def import_timm(name: str) -> Any:
     try:
         import timm  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except Exception as error:  # a broken torchvision raises RuntimeError inside timm's import
+        if name.startswith("timm:"):
+            raise ValueError(
+                f"create_model: {name} needs timm, whose import failed: {type(error).__name__}: {error}; install it "
+                f"with pip install 'dlb_fast[timm]', or take a built-in network: {', '.join(list_models())}"
+            ) from error
         near = difflib.get_close_matches(name, MODELS, n=1)
         raise ValueError(
             f"create_model: unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else ''} "
