@@ -144,14 +144,15 @@ def train(argv: list[str]) -> int:
     early.add_argument("--out", type=Path)
     early.add_argument("--resume", action="store_true")
     first, _ = early.parse_known_args(argv)
-    from dlb_fast.train.config import RunConfig, TrainArgs, parse_flags
+    from dlb_fast.train.config import RunConfig
+    from dlb_fast.train.flags import TrainArgs, parse_flags
 
     if {"-h", "--help"} & set(argv):
         recipe = first.preset or first.config
         base = _base_config(first.preset, first.config, first.data)[0] if recipe else RunConfig()
         parse_flags(TrainArgs, TrainArgs(run=base), argv, "dlb-fast train")
     from dlb_fast.train.distributed import Ranks
-    from dlb_fast.train.run import RunFolder, newest_run
+    from dlb_fast.train.run import RunFolder, newest_run, rehearse, train_run
 
     ranks = Ranks.join()
     resume = first.resume
@@ -186,8 +187,6 @@ def train(argv: list[str]) -> int:
     if args.smoke:
         if args.resume:
             raise ValueError("--smoke starts a rehearsal of its own; leave --resume out")
-        from dlb_fast.train.run import rehearse
-
         found = rehearse(args.run, real_data=first.data is not None, quiet=args.quiet, ranks=ranks)
         if ranks.is_main:
             print(
@@ -198,8 +197,6 @@ def train(argv: list[str]) -> int:
         return 0
     label = f"{args.run.data.source.split(':')[0]}-{args.run.loss.method}"
     folder = folder or ranks.run_on_main(lambda: RunFolder.named(label))
-    from dlb_fast.train.run import train_run
-
     result = train_run(args.run, folder, resume=resume, quiet=args.quiet, ranks=ranks, note=note)
     if ranks.is_main:
         _write_page(folder.path, args.quiet)
@@ -316,11 +313,11 @@ def predict(argv: list[str]) -> int:
         name = images.printable(path)
         if isinstance(found, str):
             skipped += 1
-            print(f"skipped {name}: {found}", file=sys.stderr)
+            print(f"skipped {images.one_field(name)}: {found}", file=sys.stderr)
             continue
         rows.append((name, [(images.printable(label), probability) for label, probability in found]))
         for label, probability in rows[-1][1]:
-            print(f"{name}\t{label}\t{probability:.4f}")
+            print(f"{images.one_field(name)}\t{images.one_field(label)}\t{probability:.4f}")
     if args.out is not None:
         images.write_predictions(args.out, rows)
     if skipped:
@@ -387,7 +384,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     """`dlb-fast compare --preset NAME --methods ce,ls,two_view,dlb --seeds 5 --out FOLDER --jobs N [config flags]`."""
     from dlb_fast import report as pages
     from dlb_fast.train import compare as comparison
-    from dlb_fast.train.config import RunConfig, check_effects, override, parse_flags, without_effect
+    from dlb_fast.train.config import RunConfig, check_effects, override, without_effect
+    from dlb_fast.train.flags import parse_flags
     from dlb_fast.train.run import RunFolder
 
     parser = Parser(

@@ -142,6 +142,12 @@ def process_group():
 
 
 @pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dlb-fast train` without the page of the run, whose pictures take longer than a small run."""
+    monkeypatch.setattr("dlb_fast.cli._write_page", lambda folder, quiet: None)
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """For small tensors: more threads would only wait for each other."""
     threads = torch.get_num_threads()

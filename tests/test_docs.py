@@ -131,7 +131,7 @@ def parse(arguments, monkeypatch):
     name, rest = arguments[0], arguments[1:]
     if name == "train":
         from dlb_fast.presets import load_preset
-        from dlb_fast.train.config import TrainArgs, parse_flags
+        from dlb_fast.train.flags import TrainArgs, parse_flags
 
         preset = rest[rest.index("--preset") + 1] if "--preset" in rest else "digits"
         parse_flags(TrainArgs, TrainArgs(run=load_preset(preset)), own_modules_as_dlb(rest), "dlb-fast train")

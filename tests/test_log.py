@@ -13,7 +13,8 @@ from builders import train, wait_for
 from dlb_fast import cli
 from dlb_fast.presets import load_preset
 from dlb_fast.train import log as logs
-from dlb_fast.train.config import TrainConfig, from_dict, override, parse_flags
+from dlb_fast.train.config import TrainConfig, from_dict, override
+from dlb_fast.train.flags import parse_flags
 from dlb_fast.train.log import COLUMNS, RunLog
 
 ROW = {"step": 3, "epoch": 1.0, "images_seen": 12, "lr": 0.1, "loss": 0.5, "ce": math.nan, "test_top1": 0.25}

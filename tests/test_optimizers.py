@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dlb_fast.train.config import OptimConfig, RunConfig, ScheduleConfig, from_dict, override, parse_flags
+from dlb_fast.train.config import OptimConfig, RunConfig, ScheduleConfig, from_dict, override
+from dlb_fast.train.flags import parse_flags
 from dlb_fast.train.methods import resolve
 from dlb_fast.train.optim import find_optimizer, make_optimizer, make_scheduler, resolve_optimizer
 

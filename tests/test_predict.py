@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import shutil
 
 import numpy as np
@@ -100,6 +102,25 @@ def test_csv_and_json(begun, tmp_path, capsys):
     )[1]
 
 
+def test_an_output_that_cannot_be_written_keeps_the_old_one(begun, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.csv").write_text("old")
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code = cli.main(["predict", str(begun / "run"), str(begun / "images/val"), "--out", str(tmp_path / "p.csv")])
+    said = capsys.readouterr().err
+    assert code and re.search(r"cannot write .*p.csv: .*No space left .*free some space, then repeat the command", said)
+    assert (tmp_path / "p.csv").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_name_is_one_field_of_one_line(begun, tmp_path, capsys):
+    shutil.copy(begun / "images/val/ant/0.png", tmp_path / "a\tb\nc.png")
+    _, rows, _ = call(capsys, begun / "run", tmp_path)
+    assert [row[0] for row in rows] == [rf"{tmp_path}/a\tb\nc.png"]
+
+
 def test_damaged_and_missing_files_are_named_and_the_exit_code_says_so(begun, tmp_path, capsys):
     folder = shutil.copytree(begun / "images/val/ant", tmp_path / "some")
     (folder / "1.png").write_bytes(b"not an image")
@@ -130,6 +151,13 @@ def test_refusals(arguments, said, begun, tmp_path, monkeypatch, capsys):
     code, _, err = call(capsys, begun / "run", *arguments)
     assert code == 2 and said in err
     assert call(capsys, tmp_path / "none", "x.png")[0] == 2
+
+
+def test_a_pipe_is_no_list(tmp_path):
+    os.mkfifo(tmp_path / "list.txt")
+    for source in (f"{tmp_path}/list.txt", f"list:{tmp_path}/list.txt"):
+        with pytest.raises(ValueError, match="list.txt is a pipe, socket or device; expected a file that lists"):
+            find_images([source])
 
 
 def test_a_run_on_stored_images_says_what_it_takes(tmp_path, capsys):

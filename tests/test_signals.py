@@ -19,6 +19,7 @@ from dlb_fast.train.distributed import ENVIRONMENT, Ranks
 from dlb_fast.train.loop import STOP_SIGNALS, Trainer
 from dlb_fast.train.run import RunFolder
 
+pytestmark = pytest.mark.usefixtures("no_page")
 SMALL = override(load_preset("digits"), source="synthetic:40,2,8", per_class=None, label_noise=0.0, batch_size=20)
 SMALL = override(SMALL, max_steps=12, eval_every=4, checkpoint_every=3, log_every=1)
 

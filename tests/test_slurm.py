@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import PATIENCE, environment, last_checkpoint, wait_for
+from builders import PATIENCE, ROOT, environment, last_checkpoint, wait_for
 from nodes import children
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not Path("/proc").exists() or not Path("/bin/bash").exists(), reason="needs Linux")
 
 SRUN = """#!{python} -S

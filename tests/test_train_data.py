@@ -13,7 +13,8 @@ from dlb_fast.cli import _base_config
 from dlb_fast.data import SampleError, ViewPairSampler
 from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.presets import load_preset
-from dlb_fast.train.checkpoint import load_weights
+from dlb_fast.train import run
+from dlb_fast.train.checkpoint import read_weights
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
 from dlb_fast.train.models import create_model
@@ -154,7 +155,7 @@ def test_exported_weights_say_what_they_are(tmp_path):
     assert len(json.loads(note["mean"])) == len(json.loads(note["std"])) == 3
     assert json.loads(note["classes"]) == open_data(config.data).train.classes
     model = create_model("small_cnn", 4, 3)
-    load_weights(path, model)
+    model.load_state_dict(read_weights(path)[0])
 
 
 def test_plain_batches_hold_no_sample_twice():
@@ -248,3 +249,19 @@ def test_a_run_without_a_preset_starts_from_neutral_numbers(kind):
     config, _ = _base_config(None, None, f"{kind}:mine")
     assert (config.data.per_class, config.data.label_noise, config.data.padding) == (None, 0.0, None)
     assert config.loss.label_smoothing == 0 and config.augment == RunConfig().augment
+
+
+def test_a_rehearsal_takes_the_images_that_a_run_would_take(tmp_path):
+    """Links that fan out and back are followed once, and hidden folders are left out."""
+    folder = tmp_path / "set" / "train" / "cat"
+    for path in (folder / "a.png", folder / "@eaDir" / "b.png", tmp_path / "level16" / "c.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    for level in range(16):
+        (tmp_path / f"level{level}").mkdir()
+        for name in ("x", "y"):
+            (tmp_path / f"level{level}" / name).symlink_to(tmp_path / f"level{level + 1}")
+    (folder / "fan").symlink_to(tmp_path / "level0")
+    (folder / "up").symlink_to(folder)
+    (folder / "self").symlink_to("self")
+    assert sorted(path.name for path in run._images_below(folder)) == ["a.png", "c.png"]

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from dlb_fast.presets import load_preset
-from dlb_fast.train.checkpoint import CheckpointError, load_weights, save_weights
+from dlb_fast.train.checkpoint import CheckpointError, load_matching, read_weights, save_weights
 from dlb_fast.train.config import (
     EFFECTS,
     DataConfig,
@@ -19,16 +19,15 @@ from dlb_fast.train.config import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
-    TrainArgs,
     TrainConfig,
     from_dict,
     load_config,
     override,
-    parse_flags,
     to_dict,
     without_effect,
 )
 from dlb_fast.train.evaluate import calibration_error, evaluate
+from dlb_fast.train.flags import TrainArgs, parse_flags
 from dlb_fast.train.methods import resolve
 from dlb_fast.train.optim import Ema, make_optimizer, make_scheduler
 
@@ -269,12 +268,12 @@ def test_weights_of_another_shape_or_a_broken_file(tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights(path, nn.Linear(3, 2), {"model": "linear"})
     copy = nn.Linear(3, 2)
-    load_weights(path, copy)
+    load_matching(copy, read_weights(path)[0], str(path))
     with pytest.raises(CheckpointError, match=r"weight: \(2, 3\) in the file, \(4, 3\) in the model"):
-        load_weights(path, nn.Linear(3, 4))
+        load_matching(nn.Linear(3, 4), read_weights(path)[0], str(path))
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load_weights(path, copy)
+        read_weights(path)
 
 
 FILES = {"source": "imagefolder:data"}

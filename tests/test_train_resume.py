@@ -574,7 +574,7 @@ def test_a_longer_run_has_no_result_of_the_shorter_one(tmp_path):
 def test_a_killed_run_leaves_no_temporary_file_behind_for_ever(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     left = [".versions.json.7.tmp", ".config.yaml.71.tmp", "checkpoints/.best.safetensors.7.tmp", ".tracker_id.7.tmp"]
-    left += [".confusion.json.7.tmp", ".report.html.7.tmp"]
+    left += [".confusion.json.7.tmp", ".report.html.7.tmp", ".report.md.7.tmp", ".curves.png.7.tmp"]
     foreign = ["checkpoints/.mine.7.tmp", ".config.yaml.tmp", "notes.7.tmp"]
     for name in left + foreign:
         (tmp_path / name).write_text("half")
@@ -582,6 +582,15 @@ def test_a_killed_run_leaves_no_temporary_file_behind_for_ever(tmp_path):
     folder.lock()
     folder.unlock()
     assert [name for name in left + foreign if (tmp_path / name).exists()] == foreign
+
+
+def test_an_emptied_config_is_not_one_of_defaults(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create(load_preset("digits"), "torch")
+    assert folder.read_config() == load_preset("digits")
+    folder.config.write_text("\n")
+    with pytest.raises(ValueError, match="config.yaml is empty; expected the fields of a run"):
+        folder.read_config()
 
 
 def test_clearing_that_is_cut_short_is_done_again(tmp_path, monkeypatch):

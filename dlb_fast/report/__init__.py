@@ -9,13 +9,7 @@ from .pictures import PANELS, draw_curves, pooled_reliability
 from .runs import Run, find_runs, read_run
 from .tables import Table, compare_table, evaluations_table, noise_table, paired_table
 
-__all__ = ["PANELS", "Run", "Table", "compare_table", "draw_curves", "evaluations_table", "find_runs", "noise_table"]
-__all__ += [
-    "paired_table",
-    "pooled_reliability",
-    "read_run",
-    "render",
-    "write_noise_report",
-    "write_page",
-    "write_report",
-]
+__all__ = [
+    "PANELS", "Run", "Table", "compare_table", "draw_curves", "evaluations_table", "find_runs", "noise_table",
+    "paired_table", "pooled_reliability", "read_run", "render", "write_noise_report", "write_page", "write_report",
+]  # fmt: skip

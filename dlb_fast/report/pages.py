@@ -37,7 +37,7 @@ def _template() -> Any:
 
 def _write(path: Path, text: str) -> Path:
     data = text.encode(errors="backslashreplace")  # a file name may hold bytes that are no text
-    write_atomically(path, lambda file: file.write(data))
+    write_atomically(path, lambda file: file.write(data), "then make it with dlb-fast report")
     return path
 
 

@@ -86,7 +86,8 @@ def _marks(count: int, number: int) -> tuple[int, int]:
 
 
 def save_png(figure: Any, path: Path) -> Path:
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    remedy = "then make it with dlb-fast report"
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130), remedy)
     return path
 
 

@@ -41,7 +41,6 @@ __all__ = [
     "load_matching",
     "load_newest",
     "load_trainer_state",
-    "load_weights",
     "not_finite",
     "decoded_metadata",
     "read_checkpoint",
@@ -66,8 +65,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint or run file could not be written or read; the message names the file and what to do."""
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], Any], remedy: str = "then continue with --resume"
+) -> None:
     """Call `write(file)` on a temporary file in the same folder, flush it to the disk and rename it to `path`.
+
+    `remedy`: end of the message about a write that failed.
 
     Raises:
         CheckpointError: the disk is full or not writable; the previous file at `path` is kept.
@@ -85,7 +88,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path}: {error}; {_free_space(path.parent)}. The previous file is kept; free some space, "
-            f"then continue with --resume"
+            f"{remedy}"
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -283,18 +286,12 @@ def decoded_metadata(texts: Mapping[str, str]) -> dict[str, Any]:
     return {name: text if name == "model" else json.loads(text) for name, text in texts.items()}
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load safetensors weights into a model.
+def load_matching(model: nn.Module, tensors: dict[str, Any], origin: str) -> None:
+    """`model.load_state_dict(tensors)`.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or belongs to another architecture or class count (all
-            mismatched names with both shapes are in the message).
+        CheckpointError: they are of another architecture or number of classes; the message has names and both shapes.
     """
-    load_matching(model, read_weights(path)[0], str(path))
-
-
-def load_matching(model: nn.Module, tensors: dict[str, Any], origin: str) -> None:
-    """`model.load_state_dict(tensors)` with an error that says what differs and what to do."""
     own = model.state_dict()
     wrong = [
         f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"

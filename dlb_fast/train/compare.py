@@ -9,7 +9,6 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dlb_fast._args import cores
 
 from .checkpoint import write_atomically
 from .config import RunConfig, from_dict, override, to_dict
@@ -104,9 +105,8 @@ def run(
         raise ValueError("compare: patience would end the methods after different numbers of steps; leave it out")
     if seeds < 1:
         raise ValueError(f"compare: seeds must be at least 1, got {seeds}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
-        jobs = cores if resolve_device(config.train.device).type == "cpu" else 1
+        jobs = cores() if resolve_device(config.train.device).type == "cpu" else 1
     if jobs < 1:
         raise ValueError(f"compare: jobs must be at least 1, got {jobs}")
     configs = equal_budget(config, methods)
@@ -123,7 +123,7 @@ def run(
         results = (_train_one(item, None) for item in work)
         _report_progress(work, results)
     else:
-        _run_pool(work, jobs, max(1, cores // jobs))
+        _run_pool(work, jobs, max(1, cores() // jobs))
     return path
 
 

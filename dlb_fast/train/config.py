@@ -7,18 +7,11 @@ no prefix.
 
 from __future__ import annotations
 
-import argparse
-import ast
 import contextlib
 import dataclasses
-import difflib
-import inspect
 import io
 import math
 import re
-import shutil
-import sys
-import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,16 +21,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
+from dlb_fast._args import did_you_mean
 from dlb_fast.data import Cutout, Mix, RandAugment, RandomErasing
+from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.methods import METHODS, find
 
 try:  # configs made in Python work without tyro
     import tyro
 except ImportError:
     tyro = None  # type: ignore[assignment]
-    _DATA_FLAG = _NO_OPPOSITE = None
+    _DATA_FLAG = None
 else:
-    _DATA_FLAG, _NO_OPPOSITE = tyro.conf.arg(name="data"), tyro.conf.FlagCreatePairsOff
+    _DATA_FLAG = tyro.conf.arg(name="data")
 
 __all__ = [
     "EFFECTS",
@@ -49,13 +44,12 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "ScheduleConfig",
-    "TrainArgs",
     "TrainConfig",
     "check_effects",
     "from_dict",
     "load_config",
     "override",
-    "parse_flags",
+    "parse",
     "to_dict",
     "without_effect",
 ]
@@ -99,7 +93,7 @@ class DataConfig:
     """Rows per forward in the evaluation."""
     num_threads: int = 2
     """Decoding threads for image folders."""
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     """Image files with more pixels (height x width) are refused before they are decoded."""
     on_error: Literal["raise", "replace"] = "raise"
     """raise: an image that cannot be read ends the run. replace: in the training another one stands in, in both views
@@ -505,205 +499,6 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     return {n: getattr(getattr(config, group), n) for group, names in _fields().items() for n in names}
 
 
-@dataclass(frozen=True)
-class TrainArgs:
-    """Train a network. Flags override --config, which overrides --preset; without both it is the recipe digits, or with
-    --data the trainer's defaults. The run folder gets the resolved config, metrics, versions and checkpoints."""
-
-    preset: str | None = None
-    """Recipe by name; `dlb-fast presets` lists them."""
-    config: Path | None = None
-    """YAML config, on top of the preset if both are given."""
-    out: Path | None = None
-    """Run folder. None: a new one under runs/."""
-    resume: Annotated[bool, _NO_OPPOSITE] = False
-    """Continue the run in --out, or without it the newest run under runs/."""
-    smoke: Annotated[bool, _NO_OPPOSITE] = False
-    """Try the config in seconds: four small steps, evaluation, checkpoint and resume, on synthetic images, or with
-    --data on a few images of these. Keeps nothing."""
-    quiet: Annotated[bool, _NO_OPPOSITE] = False
-    """No progress on the console; warnings remain."""
-    run: RunConfig = field(default_factory=RunConfig)
-
-
-def parse_flags(
-    form: type[Any], default: Any, flags: Sequence[str], prog: str, *, also: Mapping[str, str] | None = None
-) -> Any:
-    """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group.
-
-    `also`: further options of the command, which may be meant by a wrong one -> why one has no effect there, or "".
-
-    Raises:
-        SystemExit: with 2 after one sentence on stderr for a wrong flag, with 0 after `--help`.
-    """
-    flags = _as_written(flags)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--optimizer", nargs="?")
-    chosen = early.parse_known_args(flags)[0].optimizer
-    if chosen is not None:  # it decides what the other numbers of the optimiser are
-        if isinstance(default, RunConfig):
-            default = override(default, optimizer=chosen)
-        else:
-            default = dataclasses.replace(default, run=override(default.run, optimizer=chosen))
-    asked = [flag for flag in flags if flag not in ("-h", "--help")]
-    try:
-        _check_names(asked, form, also or {})
-        made = _parse(form, default, asked, prog, "OmitArgPrefixes")
-        if len(asked) == len(flags):
-            return made
-        print(_help_page(made, prog))
-        raise SystemExit(0)
-    except ValueError as error:
-        print(f"{prog}: {error} (--help lists all flags)", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _groups() -> list[tuple[str, type[Any]]]:
-    """(name, class) of the groups of a config."""
-    hints = typing.get_type_hints(RunConfig)
-    return [(field.name, hints[field.name]) for field in dataclasses.fields(RunConfig)]
-
-
-_TRAIN_ONLY = {"preset": str, "config": Path, "out": Path, "resume": bool, "smoke": bool, "quiet": bool}
-
-
-def _flag_types() -> dict[str, Any]:
-    """Flag without its dashes -> the type of its field."""
-    found: dict[str, Any] = dict(_TRAIN_ONLY)
-    for _, part in _groups():
-        hints = typing.get_type_hints(part)
-        found |= {"data" if f.name == "source" else f.name: hints[f.name] for f in dataclasses.fields(part)}
-    return {name.replace("_", "-"): kind for name, kind in found.items()}
-
-
-def _is_optional_bool(kind: Any) -> bool:
-    return set(typing.get_args(kind)) == {bool, type(None)}
-
-
-def _as_written(flags: Sequence[str]) -> list[str]:
-    """`--swap` and `--no-swap` as `--swap=True` and `--swap=False`, where tyro expects a value."""
-    optional = {name for name, kind in _flag_types().items() if _is_optional_bool(kind)}
-    found = []
-    for flag, following in zip(flags, [*flags[1:], ""], strict=False):
-        name = flag[2:].replace("_", "-") if flag.startswith("--") else ""
-        if name.removeprefix("no-") in optional and name.startswith("no-"):
-            flag = f"--{name[3:]}=False"
-        elif name in optional and following not in ("True", "False", "None"):
-            flag = f"--{name}=True"
-        found.append(flag)
-    return found
-
-
-def _check_names(flags: Sequence[str], form: type[Any], also: Mapping[str, str]) -> None:
-    """Refuse an unknown flag, with the nearest known one or the one whose text has its words."""
-    types_of = _flag_types()
-    if form is RunConfig:
-        types_of = {name: kind for name, kind in types_of.items() if name not in _TRAIN_ONLY}
-    switches = {name for name, kind in types_of.items() if kind is bool or _is_optional_bool(kind)} - set(_TRAIN_ONLY)
-    known = [*types_of, *(f"no-{name}" for name in switches)]
-    meant = [*known, *also]
-    texts = {name: text for _, part in _groups() for name, text in _field_texts(part).items()}
-    for flag in flags:
-        name = flag[2:].partition("=")[0].replace("_", "-")
-        if not flag.startswith("--") or not name:
-            continue
-        if also.get(name):
-            raise ValueError(f"{flag.partition('=')[0]} has no effect here: {also[name]}")
-        if name not in known:
-            words = rf"\b{re.escape(name.replace('-', ' '))}\b"
-            near = difflib.get_close_matches(name, meant, n=1)
-            near = near or [n.replace("_", "-") for n, text in texts.items() if re.search(words, text.lower())][:1]
-            raise ValueError(f"unknown option {flag.partition('=')[0]}{f'; did you mean --{near[0]}?' if near else ''}")
-
-
-def _help_page(made: Any, prog: str) -> str:
-    """The options of `TrainArgs` or `RunConfig` by group; in brackets the values that a config has, resolved."""
-    from .methods import resolve
-
-    config = made if isinstance(made, RunConfig) else made.run
-    with contextlib.suppress(ValueError):
-        config = resolve(config)
-    width = min(100, shutil.get_terminal_size().columns)
-    page = [f"usage: {prog} [--preset NAME] [--data KIND[:PATH]] [--out FOLDER] [options]"]
-    if config is not made:
-        page += textwrap.wrap(" ".join((type(made).__doc__ or "").split()), width)
-    page += ["", "In brackets: the value that this command line would use (--preset NAME --help: that recipe's)."]
-    if config is not made:
-        page += ["", "run", *_lines_of(made, width)]
-    own = find(config.loss.method).options
-    others = [name for name in METHOD_FIELDS if name not in own]
-    for name, _ in _groups():
-        part = getattr(config, name)
-        about = " ".join((type(part).__doc__ or "").split())
-        page += ["", *textwrap.wrap(f"{name}: {about}", width)]
-        page += _lines_of(part, width, others)
-        if name == "loss":
-            theirs = {m.name: [n for n in m.options if n in others] for m in METHODS.values()}
-            listed = "; ".join(f"{m}: {', '.join(_flag(n) for n in names)}" for m, names in theirs.items() if names)
-            text = f"Options of other methods (--method NAME --help explains them): {listed}."
-            page += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join(page)
-
-
-def _flag(name: str) -> str:
-    return f"--{'data' if name == 'source' else name.replace('_', '-')}"
-
-
-def _lines_of(part: Any, width: int, leave_out: Sequence[str] = ()) -> list[str]:
-    """One entry per field: the flag with what it takes, what it is, and its value."""
-    hints, texts, lines = typing.get_type_hints(type(part)), _field_texts(type(part)), []
-    for one in dataclasses.fields(part):
-        if one.name in leave_out or one.name == "run":
-            continue
-        kind, value, text = hints[one.name], getattr(part, one.name), texts.get(one.name, "")
-        option = find(part.method).options.get(one.name) if isinstance(part, _LossConfig) else None
-        text = option.help if option is not None and not text else text
-        switch = not isinstance(part, TrainArgs) and (kind is bool or _is_optional_bool(kind))
-        flag = f"{_flag(one.name)}, --no-{one.name.replace('_', '-')}" if switch else _flag(one.name)
-        taken = _taken(kind)
-        shown = "" if kind is bool and not switch else f" [{_shown(value)}]"
-        head = f"  {flag}{' ' if taken else ''}{taken}"
-        body = textwrap.wrap(text + shown, width - 28, break_on_hyphens=False)
-        if len(head) > 26:
-            lines.append(head)
-            head = ""
-        lines += [f"{start:<28}{line}" for start, line in zip([head] + [""] * len(body), body, strict=False)]
-        if one.name == "method":
-            lines += [f"{'':<28}  {m.name:<10} {m.about}" for m in METHODS.values()]
-            lines.append(f"{'':<28}  MODULE:CLASS a DistillationLoss of your own")
-    return lines
-
-
-def _taken(kind: Any) -> str:
-    """What a flag takes, such as INT, {a,b} or FLOAT ..."""
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return f"{{{','.join(map(str, arguments))}}}"
-    if typing.get_origin(kind) is tuple:
-        return f"{_taken(arguments[0])} ..." if arguments[-1] is Ellipsis else " ".join(map(_taken, arguments))
-    if arguments:  # a union with None
-        return _taken(next(a for a in arguments if a is not type(None)))
-    return {bool: "", int: "INT", float: "FLOAT", str: "TEXT"}.get(kind, "PATH")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return " ".join(map(_shown, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _field_texts(form: type[Any]) -> dict[str, str]:
-    """Field -> the string below it in the source of a dataclass or its bases."""
-    found: dict[str, str] = {}
-    for one in reversed(form.__mro__[:-1]):
-        with contextlib.suppress(OSError, TypeError):  # made at run time: no source
-            body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body  # type: ignore[attr-defined]
-            for entry, following in zip(body, [*body[1:], None], strict=True):
-                if isinstance(entry, ast.AnnAssign) and isinstance(following, ast.Expr):
-                    found[entry.target.id] = " ".join(following.value.value.split())  # type: ignore
-    return found
-
-
 def override(config: RunConfig, **values: Any) -> RunConfig:
     """The config with fields replaced by name (in any group), or whole groups."""
     groups = _fields()
@@ -761,7 +556,7 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
         if isinstance(current, OptimConfig) and isinstance(part.get("optimizer"), str):
             current = current.switched(part["optimizer"])
         try:
-            made = _parse(type(current), current, flags, "config", "FlagConversionOff")
+            made = parse(type(current), current, flags, "config", "FlagConversionOff")
         except ValueError as error:
             text = str(error).removeprefix("config: ")
             for flag in re.findall(r"--[\w-]+", text):
@@ -772,7 +567,7 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
 
 
 def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
-    """Read a YAML config; a missing, unreadable or wrong file raises ValueError naming it."""
+    """Read a YAML config; a missing, unreadable, wrong or (without `base`) empty file raises ValueError naming it."""
     import yaml
 
     try:
@@ -780,6 +575,8 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise ValueError(f"config: cannot read {path}: {why}") from error
+    if values is None and base is None:  # which would be a config of defaults
+        raise ValueError(f"config: {path} is empty; expected the fields of a run")
     try:
         return from_dict({} if values is None else values, base)
     except (ValueError, TypeError) as error:
@@ -796,10 +593,9 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` with the nearest of the known names, or the list of those in the same group."""
     group, _, last = name.rpartition(".")
     known = list(known)
-    found = [other for other in known if other.endswith(f".{last}")] or difflib.get_close_matches(name, known, n=1)
-    if found:
-        return f"; did you mean {found[0]}?"
-    return f"; known: {', '.join(other for other in known if other.startswith(group))}"
+    same = [other for other in known if other.endswith(f".{last}")]
+    others = f"; known: {', '.join(other for other in known if other.startswith(group))}"
+    return did_you_mean(same[0] if same else name, known) or others
 
 
 def _as_flag(where: str, name: str, value: Any) -> list[str]:
@@ -811,7 +607,7 @@ def _as_flag(where: str, name: str, value: Any) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def _parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: str) -> Any:
+def parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: str) -> Any:
     """`tyro.cli`, with its message about a wrong flag as a ValueError of one sentence."""
     if tyro is None:
         raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
@@ -842,6 +638,4 @@ def _sentence(box: str) -> str:
         return f"{wrong[1]} must be {expected}, got {wrong[2].strip('[]')}"
     if word := re.match(r"Unrecognized options: ([^-]\S*)", said):
         return f"unexpected {word[1]!r}: a value follows the name of its option, such as --out FOLDER"
-    if near := explained.get("Perhaps you meant:"):
-        return f"{said}; did you mean {near[0].split()[0]}?"
     return said

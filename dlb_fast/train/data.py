@@ -37,7 +37,7 @@ from dlb_fast.data import (
     subset,
     with_label_noise,
 )
-from dlb_fast.data.datasets.folder import class_folders, say, some
+from dlb_fast.data.datasets.folder import say, some
 from dlb_fast.data.datasets.open import find_splits, held_out
 
 from .config import FILE_KINDS, SPLIT_KINDS, AugmentConfig, DataConfig
@@ -433,10 +433,7 @@ def _other_test(config: DataConfig, about: Mapping[str, Any]) -> Any:
     if config.kind == "imagefolder" and path.is_dir():
         train, validation, _ = find_splits(path)
         folder = validation or train or path
-        found = class_folders(folder)
-        spelled = {**dict(zip(_normal(found), found, strict=True)), **{name: name for name in found}}
-        names = [spelled.get(name, spelled.get(_normal([name])[0], name)) for name in classes]
-        dataset: Any = ImageFolder(folder, classes=names)
+        dataset: Any = ImageFolder(folder, classes=classes)
         which = f"all of {folder}"
     elif config.kind == "list" and path.is_file():
         dataset, which = ListFile(path, classes=classes), "all of it"

@@ -197,10 +197,11 @@ class RunLog:
             self.bar.set_postfix_str("  ".join(filter(None, (self._left(row["step"])[0], self.latest))))
 
     def tick(self, step: int) -> None:
-        """Step `step` is done: move the bar, or print a line every ten seconds. Reads the host's clock only.
+        """Step `step` is done: move the bar, or print a line unless the last one is younger than ten seconds.
 
-        The time left is that of the steps left at the mean pace since the first one, evaluations included; the first
-        step, which compiles and fills the loader, does not count.
+        Called for every step with a bar, otherwise at log points. The time left is that of the steps left at the mean
+        pace since the first call, evaluations included; the first step, which compiles and fills the loader, does not
+        count. Reads the host's clock only.
         """
         now = time.monotonic()
         self.began = self.began or (now, step)

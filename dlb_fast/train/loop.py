@@ -195,7 +195,8 @@ class Trainer:
                 self.metrics.seconds += time.perf_counter() - started
                 if log_due:
                     log.progress(self._row())
-                log.tick(self.step)
+                if log_due or log.bar is not None:
+                    log.tick(self.step)
                 if eval_due:
                     self._evaluate()
                 if save_due:

@@ -6,7 +6,6 @@ import ast
 import bisect
 import copy
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -16,6 +15,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from dlb_fast._args import did_you_mean
 
 from .config import OptimConfig, ScheduleConfig
 from .distributed import distribute_like, local_shard
@@ -66,17 +67,15 @@ def _timms(name: str, asked: str, of_torch: list[str]) -> tuple[type[Optimizer],
     try:
         from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
     except Exception as error:  # a broken torchvision raises RuntimeError inside timm's import
-        near = difflib.get_close_matches(name, of_torch, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"config: unknown optimizer {asked!r}{hint} (torch.optim has {', '.join(of_torch)}; timm's need timm, "
-            f"whose import failed: {type(error).__name__}: {error})"
+            f"config: unknown optimizer {asked!r}{did_you_mean(name, of_torch)} (torch.optim has "
+            f"{', '.join(of_torch)}; timm's need timm, whose import failed: {type(error).__name__}: {error})"
         ) from error
     if name not in list_optimizers():
-        near = difflib.get_close_matches(name, [*of_torch, *list_optimizers()], n=1)
+        hint = did_you_mean(name, [*of_torch, *list_optimizers()])
         raise ValueError(
-            f"config: unknown optimizer {asked!r}{f'; did you mean {near[0]}?' if near else ''} (torch.optim has "
-            f"{', '.join(of_torch)}; timm has {', '.join(list_optimizers())})"
+            f"config: unknown optimizer {asked!r}{hint} (torch.optim has {', '.join(of_torch)}; timm has "
+            f"{', '.join(list_optimizers())})"
         )
     try:
         chosen: Any = get_optimizer_class(name, bind_defaults=False)
@@ -154,12 +153,9 @@ def _arguments(config: OptimConfig) -> dict[str, Any]:
         if name in FIELDS:
             raise ValueError(f"config: optimizer_options: {name} has a field of its own; use {name}, not {text!r}")
         if name not in options:
-            near = difflib.get_close_matches(name, options, n=1)
-            others = ", ".join(sorted(options.keys() - set(FIELDS)))
-            raise ValueError(
-                f"config: optimizer_options: {config.optimizer} has no {name!r}; "
-                + (f"did you mean {near[0]}?" if near else f"it has {others}")
-            )
+            has = f"; it has {', '.join(sorted(options.keys() - set(FIELDS)))}"
+            hint = did_you_mean(name, options) or has
+            raise ValueError(f"config: optimizer_options: {config.optimizer} has no {name!r}{hint}")
         try:
             arguments[name] = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(value, value))
         except (ValueError, SyntaxError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from torch.nn.functional import softmax
 from dlb_fast.data import ImageDecoder
 from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, LeftOut, is_image, read_file, tree, unreadable
 
+from .checkpoint import write_atomically
 from .config import FILE_KINDS
 from .data import eval_loader, evaluation_config
 from .run import RunFolder, load_model, resolve_device
 
-__all__ = ["ENDINGS", "find_images", "predict", "printable", "stored_images_note", "write_predictions"]
+__all__ = ["ENDINGS", "find_images", "predict", "one_field", "printable", "stored_images_note", "write_predictions"]
 
 LISTS = (".txt", ".tsv", ".lst")  # endings of files that list images
 ENDINGS = (".csv", ".json")  # of what `write_predictions` writes
@@ -80,6 +83,8 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
         elif not os.path.exists(path):
             raise FileNotFoundError(f"predict: no file or folder {path}")
         elif listed or path.lower().endswith(LISTS):
+            if not os.path.isfile(path):  # reading a pipe may never return
+                raise ValueError(f"predict: {path} is a pipe, socket or device; expected a file that lists images")
             images = list(_listed(Path(path)))
         else:
             images = [path]
@@ -166,17 +171,24 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def one_field(text: str) -> str:
+    """A name as one field of one printed line: names may have tabs and line ends."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def write_predictions(file: Path, rows: Sequence[tuple[str, list[tuple[str, float]]]]) -> None:
     """Write a row per file and class (CSV), or a list of `{"file", "classes": [{"class", "probability"}]}` (JSON)."""
-    with open(file, "w", encoding="utf-8", newline="") as out:
-        if file.suffix.lower() == ".csv":
-            writer = csv.writer(out, lineterminator="\n")
-            writer.writerow(("file", "class", "probability"))
-            writer.writerows((name, label, repr(value)) for name, found in rows for label, value in found)
-        else:
-            listed = [
-                {"file": name, "classes": [{"class": label, "probability": value} for label, value in found]}
-                for name, found in rows
-            ]
-            json.dump(listed, out, indent=1, ensure_ascii=False)
-            out.write("\n")
+    out = io.StringIO(newline="")
+    if file.suffix.lower() == ".csv":
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("file", "class", "probability"))
+        writer.writerows((name, label, repr(value)) for name, found in rows for label, value in found)
+    else:
+        listed = [
+            {"file": name, "classes": [{"class": label, "probability": value} for label, value in found]}
+            for name, found in rows
+        ]
+        json.dump(listed, out, indent=1, ensure_ascii=False)
+        out.write("\n")
+    text = out.getvalue().encode()
+    write_atomically(file, lambda stream: stream.write(text), "then repeat the command")

@@ -29,7 +29,7 @@ from torch import nn
 
 from dlb_fast import _backends
 from dlb_fast.buffer import rank_and_size
-from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, is_image
+from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, is_hidden, is_image
 from dlb_fast.data.datasets.open import class_names, find_splits
 from dlb_fast.data.datasets.tar import shard_files
 
@@ -71,7 +71,9 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
-FILES = re.compile(r"config\.yaml|(versions|result|confusion)\.json|tracker_id|report\.html|(best|last)\.safetensors")
+FILES = re.compile(
+    r"config\.yaml|(versions|result|confusion)\.json|tracker_id|report\.(html|md)|curves\.png|(best|last)\.safetensors"
+)
 
 
 class RunFolder:
@@ -653,16 +655,23 @@ def few_images(source: str, folder: Path) -> str:
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
-    """The images of a folder and its subfolders as the file system lists them, without reading all of a folder."""
-    below = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                below.append(Path(entry.path))
-            elif is_image(entry.name, IMAGE_EXTENSIONS):
-                yield Path(entry.path)
-    for one in below:
-        yield from _images_below(one)
+    """The images of a folder and its subfolders as the file system lists them, without reading all of a folder.
+
+    As `ImageFolder` it leaves out hidden folders and reads every folder once, however many links lead to it.
+    """
+    waiting, entered = [folder], set()
+    while waiting:
+        current = waiting.pop()
+        identity = (found := os.stat(current)).st_dev, found.st_ino
+        if identity in entered:
+            continue
+        entered.add(identity)
+        with os.scandir(current) as entries:
+            for entry in entries:
+                if os.path.isdir(entry.path):  # unlike `entry.is_dir()` also where a link leads to itself
+                    waiting += [] if is_hidden(entry.name) else [Path(entry.path)]
+                elif is_image(entry.name, IMAGE_EXTENSIONS):
+                    yield Path(entry.path)
 
 
 def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False, ranks: Ranks) -> dict[str, Any]:

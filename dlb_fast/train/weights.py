@@ -90,8 +90,8 @@ def _from_timm(model: nn.Module, name: str, data: RunData) -> str:
     state, classes = made.state_dict(), about["num_classes"]
     load_matching(model, state, asked)
     full = asked if "." in asked else f"{asked}.{about['tag']}"
-    said = f"{full} of timm" + _head_said(classes, data.num_classes, "" if classes == data.num_classes else "other")
-    return said + _other_normalisation(about.get("mean"), about.get("std"), data)
+    head = _kept_head(classes) if classes == data.num_classes else _new_head(classes, data.num_classes)
+    return f"{full} of timm{head}" + _other_normalisation(about.get("mean"), about.get("std"), data)
 
 
 def _not_loaded(what: str, error: Exception, home: str) -> CheckpointError:
@@ -172,24 +172,22 @@ def _load(
     difference = "" if classes is None or not fits else classes_differ(classes, data.train.classes)
     if not here or (not fits and _is_head(tensors, own, head)) or difference:
         tensors |= {part: own[part] for part in head}
-        said = _head_said(number, data.num_classes, difference or "other")
+        said = _new_head(number, data.num_classes, difference)
     else:
-        said = _head_said(number, data.num_classes, "" if classes is None else "same")
+        said = _kept_head(number) if classes is None else "; with the head of these classes"
     load_matching(model, tensors, origin)
     if (wrong := not_finite({"model": tensors})) is not None:
         raise CheckpointError(f"{origin} has NaN or infinite values in {wrong}")
     return said
 
 
-def _head_said(before: int, now: int, difference: str) -> str:
-    """What became of the head; the difference is "" for classes of unknown names, "same", "other", or in words."""
-    if difference == "same":
-        return "; with the head of these classes"
-    if not difference:
-        return f"; with the head of their {before} classes, taken to be those of the data in the same order"
+def _kept_head(classes: int) -> str:
+    return f"; with the head of their {classes} classes, taken to be those of the data in the same order"
+
+
+def _new_head(before: int, now: int, difference: str = "") -> str:
     had = f"the head of their {before} classes" if before else "the head, which they lack,"
-    why = "" if difference == "other" else f" ({difference})"
-    return f"; {had} is replaced by a new one of {now}{why}"
+    return f"; {had} is replaced by a new one of {now}{f' ({difference})' if difference else ''}"
 
 
 def _head(name: str, data: RunData, own: State) -> list[str]:

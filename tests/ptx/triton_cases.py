@@ -37,8 +37,8 @@ CASES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     "dense-f32": (300, 6, "f32", {"kind": "probabilities", "dense": True, "weight": True, "label_smoothing": 0.1}),
     "virtual-bf16": (1000, 8, "bf16", {"kind": "virtual", "correct_share": 0.9, "counted": True}),
     "uniform-f32": (100, 8, "f32", {"kind": "virtual", "temperature": 1.0}),
-    "counted-bf16": (1000, 40, "bf16", {**ROLL, "counted": True}),
-    "counted-f32": (100, 40, "f32", {**EVERYTHING, "counted": True}),
+    "counted-bf16": (1000, 24, "bf16", {**ROLL, "counted": True}),
+    "counted-f32": (100, 24, "f32", {**EVERYTHING, "counted": True}),
     "double": (1000, 8, "f64", ROLL),
 }
 
@@ -139,7 +139,8 @@ def scaled() -> None:
             scaled = grad.clone()
             device.scale_grad(scaled, upstream, 2.0)
             factor = (upstream if upstream.dim() == 0 else upstream[:, None]) / 2.0
-            close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0}  # the division may err by 2 ulp
+            # The division may err by 2 ulp; the product and its reference each round once.
+            close = {"rtol": 3 * torch.finfo(dtype).eps, "atol": 0}
             torch.testing.assert_close(scaled, (grad.float() * factor).to(dtype), **close)
 
 

@@ -121,6 +121,12 @@ def _folder(root: Path, split: str, seed: int) -> Any:
     if split == "train":
         return found
     test = ImageFolder(validation, classes=found.classes)
+    for name in found.classes:
+        here, there = train / name, validation / name
+        if there.exists() and here.exists() and os.path.samefile(here, there):
+            raise ValueError(
+                f"open_dataset: {there} is {here}, so its test images would be those of the training; remove the link"
+            )
     counts = np.bincount(test.targets, minlength=len(found.classes))
     lacking = [found.classes[label] for label in np.flatnonzero(counts == 0)]
     if lacking:

@@ -425,6 +425,8 @@ class FailurePolicy:
         if on_error not in ("raise", "replace"):
             raise ValueError(f'{operation}: on_error: expected "raise" or "replace", got {on_error!r}.')
         self._targets = targets
+        # The other loaders have no such argument.
+        self._more_failures = "pass a larger max_failures" if operation == "OverlapLoader" else ""
         number = isinstance(max_failures, (int, float)) and not isinstance(max_failures, bool)
         if not (number and 0 <= max_failures < math.inf):
             raise ValueError(
@@ -438,6 +440,13 @@ class FailurePolicy:
         self._failed: set[int] = set()
         self.errors: dict[int, SampleError] = {}  # sample -> its error, for the first ones
         self.replaced = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     @property
     def failed(self) -> int:
@@ -482,7 +491,7 @@ class FailurePolicy:
             count = len(self._failed)
         if count > self.bound:
             failure.reason += f" (failure {count}, more than max_failures = {self.bound})"
-            failure.remedy = "pass a larger max_failures"
+            failure.remedy = self._more_failures
             raise failure
         if new:
             _LOG.warning(done + " sample %d: %s: %s", failure.index, failure.path, failure.reason)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dlb_fast._args import as_int
+from dlb_fast._args import as_int, cores
 from dlb_fast.data._args import check_callable, device_of, length_of
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.datasets.source import FailurePolicy, SampleSource
@@ -289,8 +288,7 @@ class _Epoch:
 def _threads(name: str, count: int | None) -> int:
     if count is not None:
         return as_int(count, name, "num_threads", 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
+    return min(cores(), 8)
 
 
 def _seconds(name: str, timeout: float | None) -> float | None:
