@@ -102,6 +102,8 @@ def _said(error: Exception) -> str:
     """An error in words: its own sentence, the system's with the file, or with the type where that says more."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if hasattr(error, "remedy"):  # a `SampleError`, which names an option of the loaders
+        error.remedy = "pass --on-error replace" if "on_error" in error.remedy else ""
     return str(error) or type(error).__name__
 
 

@@ -122,8 +122,8 @@ def _plain(image: Any) -> Any:
 
 def is_pillow(value: Any) -> bool:
     """Whether `value` is a Pillow image; does not import Pillow."""
-    module = sys.modules.get("PIL.Image")
-    return module is not None and isinstance(value, module.Image)
+    kind = getattr(sys.modules.get("PIL.Image"), "Image", None)  # also None while another thread imports Pillow
+    return kind is not None and isinstance(value, kind)
 
 
 def plain_pixels(image: Any) -> Array:
