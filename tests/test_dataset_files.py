@@ -224,6 +224,11 @@ LEVELS = {  # a layout, and what is said of it
         ["images/0.png", "annotations/trimaps/0.png"],
         "'annotations', 'images': named like a part of a dataset",
     ),
+    "splits in the classes": (
+        ["cat/0.png", "cat/val/1.png", "dog/0.png"],
+        "cat: the folders 'val' are named like splits or like annotations",
+    ),
+    "masks in the classes": (["cat/0.png", "cat/masks/0.png", "dog/0.png"], "cat: the folders 'masks' are named like"),
     "flat splits of another name": (
         ["images_train/0.png", "images_val/0.png"],
         "'images_train', 'images_val' are named like splits",
@@ -291,6 +296,12 @@ def test_what_is_not_used_is_said_in_one_line(tmp_path, caplog):
         "images whose names begin with a dot (1)",
     ):
         assert part in line
+
+
+def test_masks_beside_their_images_are_said(tmp_path, caplog):
+    write_images(tmp_path, ["benign/b (1).png", "benign/b (1)_mask.png", "benign/b (1)_mask_1.png", "mask/maskA.png"])
+    assert len(ImageFolder(tmp_path)) == 4
+    assert "2 images are named like masks of others and are trained on: 'benign/b (1)_mask.png'" in caplog.text
 
 
 def test_class_names_that_differ_in_case_only_are_said(tmp_path, caplog):
@@ -739,6 +750,12 @@ BAD_TARS = {  # name: (the members, what is said of them)
     ),
     "several labels": ([("0.png", P), ("0.cls", b"0 1"), ("1.png", P), ("1.cls", b"1 2")], "0.png: .*label '0 1'"),
     "a zero byte": ([("0.png", P), ("0.cls", b"0\0"), ("1.png", P), ("1.cls", b"1\0")], "0.png: .*label '0.x00'"),
+    "images and masks": (
+        [("images/0.png", P), ("masks/0.png", P)],
+        "'images', 'masks': named like a part of a dataset",
+    ),
+    "thumbnails": ([("c/0.png", P), ("d/0.png", P), ("Thumbs/0.png", P)], "'Thumbs': named like a part of a dataset"),
+    "flat splits": ([("x_train/0.png", P), ("x_test/0.png", P)], "'x_test', 'x_train' are named like splits"),
     "sessions": ([("c/2020/0.png", P), ("d/2020/1.png", P)], "different folders \\('d' and 'c'\\)"),
 }
 

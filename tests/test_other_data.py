@@ -300,6 +300,21 @@ def test_eval_refuses_unknown_classes_and_images_of_another_shape(begun, tmp_pat
 # ---- compare
 
 
+def test_a_comparison_killed_in_its_first_write_is_started(tmp_path, monkeypatch):
+    config = override(RunConfig(), source="digits", per_class=2)
+
+    def killed(source, target):
+        (tmp_path / f".{compare.MARK}.7.tmp").write_bytes(Path(source).read_bytes()[:9])  # what a kill leaves
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare._claim(tmp_path, config, ["ce"], 1, "", {})
+    compare._claim(tmp_path, config, ["ce"], 1, "", {})
+    assert os.listdir(tmp_path) == [compare.MARK]
+
+
 def test_a_comparison_is_not_continued_on_other_data(tmp_path):
     folder_of(tmp_path / "images")
     config = override(BASE, source=f"imagefolder:{tmp_path / 'images'}")

@@ -15,7 +15,7 @@ from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.presets import load_preset
 from dlb_fast.train import run
 from dlb_fast.train.checkpoint import read_weights
-from dlb_fast.train.config import RunConfig, override
+from dlb_fast.train.config import RunConfig, check_effects, override
 from dlb_fast.train.data import open_data
 from dlb_fast.train.models import create_model
 from dlb_fast.train.run import evaluate_run
@@ -265,3 +265,14 @@ def test_a_rehearsal_takes_the_images_that_a_run_would_take(tmp_path):
     (folder / "up").symlink_to(folder)
     (folder / "self").symlink_to("self")
     assert sorted(path.name for path in run._images_below(folder)) == ["a.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"), [("{}", "imagefolder:{}"), ("folder:{}", "imagefolder:{}"), ("{}/l.txt", "list:{}/l.txt")]
+)
+def test_an_unknown_kind_is_named_before_what_has_no_effect_on_it(tmp_path, source, meant):
+    (tmp_path / "l.txt").write_text("")
+    with pytest.raises(
+        ValueError, match=rf"unknown kind .*expected one of digits, .*\(is {meant.format(tmp_path)} mean"
+    ):
+        check_effects(override(RunConfig(), source=source.format(tmp_path), image_size=8))

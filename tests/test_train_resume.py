@@ -34,7 +34,7 @@ from dlb_fast import cli
 from dlb_fast.buffer import LogitBuffer, unpack_state
 from dlb_fast.data import Batch
 from dlb_fast.presets import load_preset
-from dlb_fast.train import checkpoint, run
+from dlb_fast.train import checkpoint, log, run
 from dlb_fast.train.checkpoint import CheckpointError
 from dlb_fast.train.config import override, to_dict
 from dlb_fast.train.log import RunLog
@@ -490,6 +490,7 @@ def killed_in_a_write(config, path, name, number, *, after=False, resume=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write_atomically", write)
         patch.setattr(run, "write_atomically", write)
+        patch.setattr(log, "write_atomically", write)
         with pytest.raises(Killed):
             train(config, path, resume=resume)
 
@@ -500,7 +501,7 @@ def exported_step(path, name):
 
 # 3 checkpoints, each followed by the export of `last`
 WRITES = [("last.safetensors", 1), ("best.safetensors", 1), ("result.json", 1)]
-WRITES += [("step-000000012.pt", 1)]
+WRITES += [("step-000000012.pt", 1), ("confusion.json", 3)]
 WRITES = [pytest.param(*write, after, marks=pytest.mark.slow) for write in WRITES for after in (False, True)]
 
 
@@ -509,6 +510,7 @@ def test_a_run_killed_in_a_write_is_whole_after_a_resume(name, number, after, wh
     killed_in_a_write(SMALL, tmp_path, name, number, after=after)
     train(SMALL, tmp_path, resume=True)
     assert_same_run(whole("dlb"), tmp_path)
+    assert (whole("dlb") / "confusion.json").read_bytes() == (tmp_path / "confusion.json").read_bytes()
     for weights in ("last", "best"):
         assert exported(whole("dlb"), weights) == exported(tmp_path, weights)
     results = [json.loads((path / "result.json").read_text()) for path in (whole("dlb"), tmp_path)]

@@ -131,6 +131,8 @@ def _claim(
     path: Path, config: RunConfig, methods: Sequence[str], seeds: int, command: str, data: dict[str, str]
 ) -> None:
     mark = path / MARK
+    for unfinished in path.glob(f".{MARK}.*.tmp"):  # of a kill, before which the folder was empty
+        unfinished.unlink(missing_ok=True)
     asked = {"config": to_dict(config), "methods": list(methods), "seeds": seeds, "command": command, "data": data}
     if mark.exists():
         before = json.loads(mark.read_text(encoding="utf-8"))

@@ -484,6 +484,9 @@ def check_effects(config: RunConfig) -> None:
     found = without_effect(config)
     if not found:
         return
+    from dlb_fast.data.datasets.open import check_kind
+
+    check_kind(config.data.source)  # of an unknown kind nothing has an effect
     deciding, _, needs = reason = EFFECTS[next(iter(found))]
     alike = [name for name in found if EFFECTS[name] is reason]
     given, here = (", ".join(f"{name}={values[name]}" for name in names) for names in (alike, deciding))

@@ -105,14 +105,8 @@ class RunData:
     ) -> Any:
         """A loader of this rank's share of the training batches (`batch_size` rows over all ranks).
 
-        Args:
-            overlap: whether half of every batch repeats the batch before; otherwise all rows are distinct.
-            seed: seed of the order and the views.
-            device: device of the batches.
-            channels_last: memory format of the images.
-            sampler: a sampler of the rows, in place of `overlap` and `seed`.
-            augment: augmentation after crop and flip.
-            ranks: the processes that share the batches.
+        With `overlap` half of every batch repeats the batch before; otherwise all rows are distinct. `sampler` chooses
+        the rows in place of `overlap` and `seed`.
         """
         augment, ranks = augment or AugmentConfig(), ranks or Ranks()
         options: dict[str, Any] = {
@@ -124,11 +118,13 @@ class RunData:
             "mix": augment.mix(),
             "erase": augment.erase(),
         }
-        on_error = self.config.on_error
-        threads = self.config.num_threads
+        reading: dict[str, Any] = {
+            "num_threads": self.config.num_threads,
+            "decoder": ImageDecoder(max_pixels=self.config.max_pixels),
+            "on_error": self.config.on_error,
+        }
         if sampler is not None:
-            options |= {"num_threads": threads, "decoder": self._decoder(), "on_error": on_error}
-            return SampledLoader(self.train, sampler, **options)
+            return SampledLoader(self.train, sampler, **options, **reading)
         rows = self.config.batch_size
         sampled = rows // 2 if overlap else rows
         if len(self.train) < sampled:
@@ -138,11 +134,7 @@ class RunData:
         options |= {"seed": seed, "overlap": overlap, "rank": ranks.rank, "world_size": ranks.world_size}
         if self.in_memory:
             return ResidentLoader(self.train, rows // ranks.world_size, **options)
-        options |= {"num_threads": threads, "decoder": self._decoder(), "on_error": on_error}
-        return OverlapLoader(self.train, rows // ranks.world_size, **options)
-
-    def _decoder(self) -> ImageDecoder:
-        return ImageDecoder(max_pixels=self.config.max_pixels)
+        return OverlapLoader(self.train, rows // ranks.world_size, **options, **reading)
 
     def _train_transform(self, augment: AugmentConfig) -> Compose | None:
         steps: list[Any] = []

@@ -425,15 +425,16 @@ def train_run(
                 raise ValueError(f"run folder: {folder.path} already holds a run; resume it, or choose another folder")
             log.say(f"the run in {folder.path} had no checkpoint yet: a new one takes its place")
             ranks.run_on_main(folder.clear)
-        if started and resume and ranks.run_on_main(lambda: folder.has_work() and not list_checkpoints(checkpoints)):
+        resume = resume and started
+        if resume and ranks.run_on_main(lambda: folder.has_work() and not list_checkpoints(checkpoints)):
             raise CheckpointError(
                 f"{checkpoints} has no checkpoint, but the run has been trained; a resume would start it over. "
                 "Put a checkpoint back, or start a new run with another --out"
             )
-        if resume and started and ranks.is_main:
+        if resume and ranks.is_main:
             _compare_versions(folder, log)
         initial = json.loads(trainer.metadata["initial_weights"])
-        if not (resume and started):
+        if not resume:
             ranks.run_on_main(lambda: folder.create(config, impl, initial))
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
@@ -446,7 +447,7 @@ def train_run(
         if cost is not None:
             log.say(f"{config.loss.method}: {cost()}")
         ranks.check_shared(folder.config)
-        if resume and started:
+        if resume:
             found = trainer.resume()
             # after resume(), so that a refused resume does not change the config of the run
             initial = json.loads(trainer.metadata["initial_weights"])
@@ -471,7 +472,6 @@ def train_run(
             loader.close()
     finally:
         folder.unlock()
-    early = result["stopped_by"] == "patience"
     if not result["finished"]:
         log.say(
             f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "
@@ -481,7 +481,7 @@ def train_run(
     result["peak_mib"] = _peak_memory_mib(trainer.device)
     encoded = json.dumps(result, indent=1).encode()
     ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(encoded)))
-    if early:
+    if result["stopped_by"] == "patience":
         log.say(
             f"stopped early at step {trainer.step} of {trainer.total_steps}: {trainer.stale} evaluations without a "
             f"better test top-1 (patience {config.train.patience})"

@@ -35,10 +35,11 @@ _OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".j
 _SYSTEM_FOLDERS = {
     "@eadir", "__macosx", "__pycache__", "lost+found", "$recycle.bin", "#recycle", "system volume information",
 }  # fmt: skip
-_SMALL = {"thumbnail", "thumbnails", "thumb", "thumbs"}
-_NO_CLASSES = {
-    "image", "images", "img", "imgs", "jpegimages", "label", "labels", "annotation", "annotations", "masks",
-    "segmentationclass", "segmentationobject", "segmentations", "groundtruth",
+SMALL = {"thumbnail", "thumbnails", "thumb", "thumbs"}
+_IMAGES = {"image", "images", "img", "imgs", "jpegimages"}
+NO_CLASSES = _IMAGES | {
+    "label", "labels", "annotation", "annotations", "masks", "segmentationclass", "segmentationobject",
+    "segmentations", "groundtruth",
 }  # fmt: skip
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -254,6 +255,7 @@ class ImageFolder(FileDataset):
         check_twice(root, paths, [identity for name in names for _, identity in files[name]], targets)
         left_out.say(f"ImageFolder: {root}")
         say_similar(f"ImageFolder: {root}", names)
+        say_masks(f"ImageFolder: {root}", paths)
         if classes is None and all(name.isascii() and name.isdigit() for name in names):
             fall = np.flatnonzero(np.diff([float(name) for name in names]) < 0)
             if len(fall):
@@ -589,13 +591,13 @@ def check_levels(root: Path, classes: dict[str, list[str]]) -> None:
         root: folder with the class folders.
         classes: class name -> its images, as paths relative to `root`.
     """
-    check_names(root, list(classes))
+    check_names(f"ImageFolder: {root}", list(classes), f"pass classes={some_list(classes)}")
     for name, paths in classes.items():
         if not paths:
             continue
         folders = {path[len(name) + 1 :].rpartition(os.sep)[0] for path in paths}
         inner = sorted({folder.partition(os.sep)[0] for folder in folders} - {""})
-        small = [one for one in {name}.union(*(f.split(os.sep) for f in folders)) if one.lower().strip("._") in _SMALL]
+        small = [one for one in {name}.union(*(f.split(os.sep) for f in folders)) if one.lower().strip("._") in SMALL]
         if small:
             raise ValueError(
                 f"ImageFolder: {root}/{name}: the folder {small[0]!r} is named like a store of thumbnails; remove it, "
@@ -619,6 +621,13 @@ def check_levels(root: Path, classes: dict[str, list[str]]) -> None:
                 f"class {name!r}, or are the classes below it? {way}, or classes={some_list(classes)} to take these "
                 "folders as classes (on the command line list the images: list:FILE)"
             )
+        odd = [one for one in inner if split_of(one) or (_is_part(one) and not _is_part(one, _IMAGES))]
+        if odd:
+            raise ValueError(
+                f"ImageFolder: {root}/{name}: the folders {some(odd)} are named like splits or like annotations, so it "
+                "is not certain that all images below are of this class; move them out, or, if they are, pass "
+                f"classes={some_list(classes)}"
+            )
     if len(classes) == 1:
         (name,) = classes
         raise ValueError(
@@ -627,14 +636,20 @@ def check_levels(root: Path, classes: dict[str, list[str]]) -> None:
         )
 
 
-def check_names(root: Path, names: Sequence[str]) -> None:
-    """ValueError if folders have the names of splits or of parts of a dataset, not of classes."""
-    parts = [name for name in names if re.sub(r"[^a-z]", "", name.lower()) in _NO_CLASSES]
-    if parts and len(names) > 1:
+def check_names(where: str, names: Sequence[str], certain: str, parts: set[str] = NO_CLASSES) -> None:
+    """ValueError if folders have the names of splits or of parts of a dataset, not of classes.
+
+    Args:
+        where: beginning of the message.
+        names: names of the folders.
+        certain: what to do if they are the classes.
+        parts: names in lower case that are not those of classes.
+    """
+    found = [name for name in names if _is_part(name, parts)]
+    if found and len(names) > 1:
         raise ValueError(
-            f"ImageFolder: {root}: {some(parts)}: named like a part of a dataset, not like a class; pass a folder with "
-            "one subfolder per class, list the images with their labels (list:FILE), or pass "
-            f"classes={some_list(names)} if these are the classes"
+            f"{where}: {some(found)}: named like a part of a dataset, not like a class; make it one folder per class, "
+            f"list the images with their labels (list:FILE), or {certain} if these are the classes"
         )
     splits: dict[tuple[str, ...], dict[str, str]] = {}
     for name in names:
@@ -645,9 +660,22 @@ def check_names(root: Path, names: Sequence[str]) -> None:
     twins = next((list(found.values()) for found in splits.values() if "train" in found and len(found) > 1), None)
     if twins:
         raise ValueError(
-            f"ImageFolder: {root}: {some(twins)} are named like splits, not like classes; make it "
-            f"train/CLASS/image.jpg and val/CLASS/image.jpg, or pass classes={some_list(names)} if these are classes"
+            f"{where}: {some(twins)} are named like splits, not like classes; make it train/CLASS/image.jpg and "
+            f"val/CLASS/image.jpg, or {certain} if these are the classes"
         )
+
+
+def _is_part(name: str, parts: set[str] = NO_CLASSES) -> bool:
+    return re.sub(r"[^a-z]", "", name.lower()) in parts
+
+
+def say_masks(where: str, paths: Sequence[str]) -> None:
+    """Log images that are named like the mask of an image beside them."""
+    named = [path for path in paths if "mask" in path or "Mask" in path]
+    stems = {os.path.splitext(path)[0] for path in paths} if named else set()
+    masks = [path for path in named if re.sub(r"[_.\- ]?[mM]ask(_?\d+)?\.\w+$", "", path) in stems]
+    if masks:
+        say(f"{where}: {len(masks)} images are named like masks of others and are trained on: {some(masks)}")
 
 
 def check_twice(root: Path, paths: list[str], identities: list[Identity], targets: NDArray[np.int64]) -> None:

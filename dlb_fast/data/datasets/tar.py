@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 
 from dlb_fast.data.datasets.folder import (
     IMAGE_EXTENSIONS,
+    NO_CLASSES,
+    SMALL,
     FileDataset,
     LeftOut,
+    check_names,
     is_hidden,
     numbered,
     say,
+    say_masks,
     some,
     split_of,
 )
@@ -127,7 +131,11 @@ class TarShards(FileDataset):
                     f"({posixpath.dirname(folder) or '.'!r} and {first or '.'!r}), so it is not certain what the "
                     "classes are (or they are two splits); make tar files of CLASS/image.jpg, one split in each"
                 )
-        return [posixpath.basename(folder) for folder in folders], True
+        found = [posixpath.basename(folder) for folder in folders]
+        where = f"TarShards: {some(self.shards)}"
+        check_names(where, sorted(set(found)), "give every image its .cls", NO_CLASSES | SMALL)
+        say_masks(where, names)
+        return found, True
 
     def path(self, index: int) -> str:
         return f"{self._shard(index)}!{os.fsdecode(self._paths[index])}"
