@@ -636,7 +636,7 @@ class LastBatchLoss(DistillationLoss):
                 "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the "
                 "sampler) instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same "
                 "sample. criterion.buffer counts: rows taught, mismatched, unknown, not_finite; batches untaught",
-                stacklevel=4,
+                stacklevel=5,  # the caller, past torch's two frames
             )
 
     def _warn_no_ids(self) -> None:
@@ -648,7 +648,7 @@ class LastBatchLoss(DistillationLoss):
             "LastBatchLoss: in train(), a batch without ids follows batches with ids, so the loss contains the KL to "
             "logits that may be those of other samples. In validation call criterion.eval() first, which gives "
             "torch's cross entropy (and criterion.train() after it); in training pass ids= with every batch",
-            stacklevel=4,
+            stacklevel=5,  # the caller, past torch's two frames
         )
 
     def _all_stored(self, buffer: LogitBuffer, batch: int, num_old: int | None) -> bool:

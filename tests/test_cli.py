@@ -161,6 +161,9 @@ def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
     kept = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert kept.keys() == before.keys()
     assert all(kept[p] == before[p] for p in before if p.name in ("metrics.csv", "metrics.jsonl", "config.yaml"))
+    assert cli.main(["train", "--resume", "--out", str(finished), "--lr", "0.9"]) == 0
+    assert "already complete (8 steps); nothing is left to train, so its config stays" in capsys.readouterr().err
+    assert (finished / "config.yaml").read_bytes() == before[finished / "config.yaml"]  # as it was trained
 
 
 def test_resume_can_train_longer_and_says_what_changed(here, capsys):

@@ -333,8 +333,9 @@ def test_a_validation_that_forgets_eval_is_named_once(generator, recwarn, grad):
     criterion.train()
     assert not recwarn
     with torch.set_grad_enabled(grad):
-        with pytest.warns(UserWarning, match=r"without ids follows batches with ids.*criterion\.eval\(\)"):
+        with pytest.warns(UserWarning, match=r"without ids follows batches with ids.*criterion\.eval\(\)") as warned:
             criterion(z, y)
+        assert warned[0].filename == __file__
         criterion(z, y) if not grad else None
     assert not recwarn
     criterion.reset()  # a new stream may come without ids

@@ -219,6 +219,8 @@ def open_data(config: DataConfig) -> RunData:
         f"({_split(config)}); subset: {kept}; label noise: {noise}; normalised by the mean and std of "
         f"{'the training images' if known is None else statistics}"
     )
+    if not hasattr(train, "images"):
+        about += f"; crops of {config.image_size} x {config.image_size} pixels"
     return RunData(train, test, config, mean, std, about)
 
 

@@ -451,12 +451,19 @@ def train_run(
             found = trainer.resume()
             # after resume(), so that a refused resume does not change the config of the run
             initial = json.loads(trainer.metadata["initial_weights"])
-            ranks.run_on_main(lambda: folder.create(config, impl, initial))
+            complete = trainer.step >= trainer.total_steps
+            kept = ""
+            if not (complete or trainer.out_of_patience):
+                ranks.run_on_main(lambda: folder.create(config, impl, initial))
+            elif to_dict(config) != to_dict(folder.read_config()):
+                kept = "; nothing is left to train, so its config stays as it was"
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
-            if trainer.step >= trainer.total_steps:
-                log.say(f"the run is already complete ({trainer.step} steps)")
+            if complete:
+                log.say(f"the run is already complete ({trainer.step} steps){kept}")
             elif trainer.out_of_patience:
-                log.say(f"the run has ended early at step {trainer.step}; a larger --patience, or None, continues it")
+                log.say(
+                    f"the run has ended early at step {trainer.step}; a larger --patience, or None, continues it{kept}"
+                )
             else:
                 ranks.run_on_main(lambda: (folder.path / "result.json").unlink(missing_ok=True))
         try:
