@@ -10,7 +10,8 @@ from .machine import Fault, Kernel
 from .program import Instruction, Program
 
 BARRIERS = ("bar_sync", "bar_warp", "cluster_sync")
-ACCESSES = ("ld_global", "st_global", "ld_shared", "st_shared", "st_cluster")
+STORES = ("st_global", "st_shared", "st_cluster")
+ACCESSES = ("ld_global", "ld_shared", *STORES)
 
 
 def without_barriers(program: Program) -> Iterator[tuple[int, Instruction]]:
@@ -29,14 +30,17 @@ def wrong_indices(program: Program) -> Iterator[tuple[int, Instruction]]:
             yield index, replace(one, imm=one.imm + one.size * one.count)
 
 
-def lost_predicates(program: Program) -> Iterator[tuple[int, Instruction]]:
-    """Every predicate of an access is dropped in turn, and of a branch that jumps over one: it is never taken."""
+def lost_predicates(program: Program, of: tuple[str, ...] = STORES) -> Iterator[tuple[int, Instruction]]:
+    """Every predicate of an access is dropped in turn, and of a branch that jumps over one: it is never taken.
+
+    A load that should not be is a fault where it is outside of its array; inside, nobody uses what it finds.
+    """
     for index, one in enumerate(program.code):
-        if one.guard_kind and one.operation in ACCESSES:
+        if one.guard_kind and one.operation in of:
             yield index, replace(one, guard_kind=0)
         elif one.guard_kind and one.operation == "bra" and index < one.imm <= index + 12:
             skipped = program.code[index + 1 : one.imm]
-            if any(i.operation in ACCESSES for i in skipped) and not any(i.operation == "bra" for i in skipped):
+            if any(i.operation in of for i in skipped) and not any(i.operation == "bra" for i in skipped):
                 yield index, replace(one, operation="nop")
 
 
