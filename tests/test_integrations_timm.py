@@ -367,9 +367,9 @@ def test_timms_script_learns_with_its_own_augmentation_and_resumes(script, digit
     buffer = first.criterion.buffer
     assert (buffer.taught, buffer.mismatched) == ((3 * steps - 1) * 16, 0)  # the first batch has no teacher
     newest = tmp_path / "run" / "last.pth.tar"
+    assert torch.load(newest, weights_only=False)["metric"] > 20  # per cent; chance: 10
     then = started(script, *options, "--epochs", 4, "--resume", newest)
     assert then.criterion.buffer.taught - buffer.taught in (0, steps * 16) and then.criterion.buffer.mismatched == 0
-    assert torch.load(newest, weights_only=False)["metric"] > 30  # per cent; chance: 10
     # Both views of a sample are there, normalised, and timm's augmentation made them different.
     (before, _), (after, _) = itertools.islice(then.batches, 2)
     ids = then.batches._batch.ids
