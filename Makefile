@@ -13,9 +13,11 @@ export JOBS ?= 2
 ifeq ($(VENV),none)
 PY := $(PYTHON)
 READY := .built
+TRAIN := .built
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+TRAIN := $(VENV)/.train
 endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
@@ -25,11 +27,18 @@ setup: $(READY)
 
 $(READY): $(SOURCES)
 	.ci/run setup
-	touch $@
+	touch $@ $(TRAIN)
 
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-demo: $(READY)
+ifneq ($(TRAIN),$(READY))
+$(TRAIN): $(SOURCES)
+	.ci/run setup-train
+	touch $@
+endif
+
+# Needs the trainer and no linters or test tools.
+demo: $(TRAIN)
 	$(PY) -m dlb_fast demo
 
 test test-slow other-torch: $(READY)

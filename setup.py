@@ -3,7 +3,7 @@
 DLB_FAST_BUILD  auto     build what the tools here can build, and install without the rest (the default)
                 require  fail when anything that could be built is not
                 cpu      C++ only, required        cuda  C++ and CUDA, required        none  pure Python
-DLB_FAST_CUDA_ARCHS  what to compile CUDA for: the GPUs visible here, otherwise 80,90,100+ptx
+DLB_FAST_CUDA_ARCHS  what to compile CUDA for: the GPUs visible here and PTX, otherwise 75,80,90,100+ptx,120
 
 CUDA is built where nvcc is and torch can use it; beside a CPU build of torch only when asked for with "cuda".
 
@@ -11,9 +11,11 @@ The op library is loaded by torch and tied to neither a Python nor (through the 
 2.10. It is compiled here directly, because torch's CUDAExtension refuses to work beside a CPU build of torch.
 """
 
+import functools
 import itertools
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,8 +45,11 @@ ISA_FLAGS = {
 }
 # The resize's weights are rounded as torch's are: a * b + c in two roundings, also where the machine has one for both.
 EXACT = {"cpu/resized_crop_cpu.cpp": ["-ffp-contract=off"]}
-CUDA_SOURCES = ("last_batch_cuda.cu", "kernels_f32.cu", "kernels_bf16.cu", "kernels_f16.cu")
-EVERY_ARCH = "80,90,100+ptx"  # Ampere, Hopper, Blackwell, and PTX for what comes after
+CUDA_SOURCES = ("last_batch_cuda.cu", "kernels_f32.cu", "kernels_bf16.cu", "kernels_f16.cu", "prove.cpp")
+# What libdlb_fast_kernels.so is linked of: these, and the CPU op that they are proven against.
+KERNELS = (*(Path(source).stem for source in CUDA_SOURCES), "last_batch_cpu", "last_batch_rows", "isa")
+CUDART = ("-lcudart_static", "-lpthread", "-ldl", "-lrt")
+EVERY_ARCH = "75,80,90,100+ptx,120"  # Turing to Blackwell, and PTX for what has no machine code
 
 
 def torch_home() -> tuple[Path, str]:
@@ -76,13 +81,38 @@ def nvcc() -> str | None:
     return found
 
 
+@functools.cache
 def cuda_archs() -> str:
-    """The compute capabilities to compile for, as in "80,90+ptx"."""
+    """The compute capabilities to compile for, as in "80,90+ptx": always with PTX, which newer GPUs compile."""
     import torch
 
+    if wished := os.environ.get("DLB_FAST_CUDA_ARCHS"):
+        return wished
     seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    native = ",".join(f"{major}{minor}" for major, minor in sorted(seen))
-    return os.environ.get("DLB_FAST_CUDA_ARCHS") or native or EVERY_ARCH
+    if seen and torch.version.hip is None:
+        lowest, *others = sorted(major * 10 + minor for major, minor in seen)
+        return ",".join([f"{lowest}+ptx", *map(str, others)])
+    listed = subprocess.run([str(nvcc()), "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = [arch for arch in EVERY_ARCH.split(",") if f"compute_{arch.removesuffix('+ptx')}\n" in listed]
+    known = known or EVERY_ARCH.split(",")
+    return ",".join(known if any("+ptx" in arch for arch in known) else [*known[:-1], f"{known[-1]}+ptx"])
+
+
+def toolkit_warning(cuda: str) -> str:
+    """What users of older drivers will meet: the runtime of nvcc's toolkit is linked in; "" where nothing is newer."""
+    import torch
+
+    told = subprocess.run([cuda, "--version"], capture_output=True, text=True).stdout
+    ours = re.search(r"release (\d+)\.", told)
+    theirs = [int(torch.version.cuda.split(".")[0])] if torch.version.cuda else []
+    if torch.cuda.is_available() and torch.version.hip is None:
+        theirs.append(torch._C._cuda_getDriverVersion() // 1000)
+    if ours is None or not theirs or int(ours[1]) <= min(theirs):
+        return ""
+    return (
+        f"dlb_fast: nvcc is of CUDA {ours[1]}, torch or the driver of CUDA {min(theirs)}. The CUDA kernels will start "
+        f"only where the driver supports CUDA {ours[1]}; set CUDA_HOME to a toolkit of CUDA {min(theirs)} for the rest"
+    )
 
 
 def gencode() -> list[str]:
@@ -110,7 +140,7 @@ def run(command: list[str]) -> None:
 
 
 def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]:
-    """(object, command) of every source of the op library."""
+    """(object, command) of every source of the libraries."""
     cxx, csrc = compiler(), ROOT / "csrc"
     define = ["-DDLB_FAST_X86"] if X86 else []
     commands = []
@@ -128,8 +158,8 @@ def compile_commands(out: Path, torch_dir: Path) -> list[tuple[Path, list[str]]]
         include = [STABLE_ABI, f"-I{torch_dir / 'include'}"] if source in bindings else EXACT.get(source, [])
         commands.append((target, [*cxx, *CXX_FLAGS, *define, *include, "-c", str(csrc / source), "-o", str(target)]))
     for source in CUDA_SOURCES if cuda else ():
-        target = out / (Path(source).stem + f"_{cuda_archs()}.o")
-        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        target = out / f"{Path(source).stem}_sm{cuda_archs()}.o"
+        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", f'-DDLB_FAST_CUDA_ARCHS="{cuda_archs()}"']
         flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *host, *gencode()]
         commands.insert(0, (target, [str(cuda), *flags, "-c", str(csrc / "cuda" / source), "-o", str(target)]))
     return commands  # the slow ones first
@@ -144,20 +174,32 @@ def build_library(destination: Path, scratch: Path) -> None:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         list(pool.map(run, [command for _, command in objects]))
     destination.mkdir(parents=True, exist_ok=True)
-    library = destination / "libdlb_fast_ops.so"
+    (destination / "libdlb_fast_kernels.so").unlink(missing_ok=True)  # of a build with nvcc
     # libtorch has to stay in NEEDED: torch.ops.load_library resolves symbols through it.
     link = ["-Wl,--no-as-needed", f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    cuda = nvcc()
+    cuda, built = nvcc(), [target for target, _ in objects]
     if cuda:
-        # The static runtime: the library then loads on machines without CUDA, and beside any CUDA torch.
+        # The kernels are a library of their own, which loads without torch: the prover runs the very code that the ops
+        # run. The CUDA runtime is static: it then loads on machines without CUDA, and beside any CUDA torch.
         home = Path(cuda).resolve().parent.parent
         where = [f"-L{home / part}" for part in ("lib64", "targets/x86_64-linux/lib", "lib")]
-        link += [*where, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-    fresh = library.with_suffix(".new")
-    run([*compiler(), "-shared", "-o", str(fresh), *(str(target) for target, _ in objects), *link])
-    os.replace(fresh, library)  # a process that has the old file mapped keeps it
+        ours = [target for target in built if target.stem.startswith(KERNELS)]
+        kernels = link_library(destination / "libdlb_fast_kernels.so", ours, [*where, *CUDART])
+        built = [target for target in built if "_sm" not in target.stem]
+        link = [str(kernels), "-Wl,-rpath,$ORIGIN", *link]
+    library = link_library(destination / "libdlb_fast_ops.so", built, link)
     parts = f"C++ and CUDA {cuda_archs()}" if cuda else "C++"
     print(f"dlb_fast: built {library.name} ({parts}) against torch {version} in {time.perf_counter() - start:.0f} s")
+    if cuda and (warning := toolkit_warning(cuda)):
+        print(warning)
+
+
+def link_library(library: Path, objects: list[Path], link: list[str]) -> Path:
+    """Link aside and move into place: a process that has the old file mapped keeps it."""
+    fresh = library.with_suffix(".new")
+    run([*compiler(), "-shared", f"-Wl,-soname,{library.name}", "-o", str(fresh), *map(str, objects), *link])
+    os.replace(fresh, library)
+    return library
 
 
 class BuildOps(build_ext):

@@ -6,8 +6,7 @@
 Needs torch, triton, numpy and pytest, and neither a network nor what only the trainer's command line needs. Writes
 benchmarks/results/<gpu>-<date>.jsonl and build/gpu-check/: a log per stage and the outcome of each test. Every stage
 has a limit and all of them a budget; what a stage has not reached when its time is over is missing, not wrong, and the
-next one runs. When every GPU test of an implementation has passed, it is entered at once in dlb_fast/proven_on_gpu.txt,
-which `impl="auto"`, the doctor and the README's table read. With --copy these files go to FOLDER after each stage.
+next one runs. With --copy these files go to FOLDER after each stage.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ import torch
 from . import gpu_report
 
 ROOT = Path(__file__).parent.parent
-PROOF = ROOT / "dlb_fast" / "proven_on_gpu.txt"
 LOGS = ROOT / "build" / "gpu-check"
 TIME_OVER = 124
 BUDGET = 450.0  # seconds from here on; the build before it takes about one minute on 16 cores
@@ -71,7 +69,7 @@ class Stages:
         """Copy the files that exist to the folder that was asked for; a full disk there stops nothing here."""
         if self.copy is not None:
             self.copy.mkdir(parents=True, exist_ok=True)
-            for file in (self.results, PROOF, *LOGS.glob("*-tests.jsonl")):
+            for file in (self.results, *LOGS.glob("*-tests.jsonl")):
                 with contextlib.suppress(OSError):
                     if file.exists():
                         shutil.copy2(file, self.copy)
@@ -130,13 +128,6 @@ def proven(report: Path, name: str) -> bool:
         if re.search(rf"[\[-]{name}[\]-]", case) and record["outcome"] != "skipped":
             outcomes.append(record["outcome"] == "passed")
     return finished and bool(outcomes) and all(outcomes)
-
-
-def record(verdict: dict[str, bool], gpu: str) -> None:
-    """Rewrite the proof: what passed is entered, what failed is struck out."""
-    where = f"tested on {gpu}, torch {torch.__version__}, {date.today().isoformat()}"
-    lines = [f"{name}: {where}" for name, good in verdict.items() if good]
-    PROOF.write_text("\n".join(lines) + "\n") if lines else PROOF.unlink(missing_ok=True)
 
 
 def table(path: Path) -> None:
@@ -238,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all stages; 0 when the tests passed and every benchmark ran or was cut by time."""
     parser = argparse.ArgumentParser("gpu_check", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for all stages (default: {BUDGET:.0f})")
-    parser.add_argument("--copy", type=Path, help="folder that gets results, proof and logs after each stage")
+    parser.add_argument("--copy", type=Path, help="folder that gets results and logs after each stage")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu-check: no CUDA GPU is visible to torch; nothing was checked")
@@ -253,8 +244,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # In the order of what is missed most if the time runs out.
     proof["cuda"] = test_stage(stages, "cuda", 150)
-    record(proof, gpu)
-    stages.save()
     plain = ["--seconds", "0.5", "--limit", "90", "--variants", "cuda", "triton", "eager", "official"]
     stages.run("loss", [*bench, *plain], 130)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -267,8 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print("compute-sanitizer is not on this machine: left out")
     proof["triton"] = test_stage(stages, "triton", 130)
-    record(proof, gpu)
-    stages.save()
     # These write after each shape or model: what time does not allow is missing.
     step = [sys.executable, "-m", "benchmarks.bench_step", "--device", "cuda", "--seconds", "3", "--limit", "30"]
     stages.run("steps", [*step, "--modes", "eager", "--out", str(results)], 60)

@@ -1,6 +1,6 @@
 """The tables of the documentation, made from `benchmarks/results/` and the presets; nobody types a figure.
 
-    python -m benchmarks.tables                     write them into docs/ between their marks
+    python -m benchmarks.tables                     write them into README and docs/ between their marks
     python -m benchmarks.tables --check             only say which pages are stale
     python -m benchmarks.tables RESULTS.jsonl ...   print the tables of these files
 
@@ -237,6 +237,20 @@ def noise_table() -> str:
     return f"{command.group(0)}\n\n{first.group(0).strip()}"
 
 
+def demo_table() -> str:
+    """The methods of `make demo`, from the comparison of all methods on the same data."""
+    text = (RESULTS / "digits-label-noise" / "noise-0.2" / "report.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    found = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:] if len(row) == len(rows[0])}
+    ahead = {row[0].removeprefix("DLB - "): row[1:] for row in rows if row[0].startswith("DLB - ")}
+    lines = []
+    for method in ("CE", "CE + label smoothing 0.1", "two views, alpha=0", "DLB"):
+        row = found[method]
+        gap = " points, ahead in ".join(ahead[method]) + " seeds" if method in ahead else ""
+        lines.append((method, row["last top-1 %"], row["best top-1 %"], row["last NLL"], gap))
+    return table(("", "last top-1 %", "best top-1 %", "NLL", "DLB minus this"), lines)
+
+
 # Pages
 
 
@@ -251,6 +265,7 @@ def sources() -> dict[str, Callable[[], str]]:
         "methods": lambda: tables_of(newest("methods-cpu-[0-9]*.jsonl")),
         "loaders": views_table,
         "label noise": noise_table,
+        "demo": demo_table,
     }
 
 
@@ -277,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.results:
         return 0
     stale = []
-    for page in sorted((ROOT / "docs").rglob("*.md")):
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         if (new := fill(text)) != text:
             stale.append(page.name)

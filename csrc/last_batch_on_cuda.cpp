@@ -3,6 +3,10 @@
 // only a call with CUDA tensors reaches it.
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
 #include "cuda/last_batch_cuda.h"
 #include "last_batch_options.h"
 #include "unpack.h"
@@ -20,9 +24,15 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
+// An error of CUDA keeps its own name: "last_batch: ..." is a refusal, after which another implementation may be called.
+void check(const char* op, const char* said) {
+  if (said == nullptr) return;
+  const bool refusal = std::strncmp(said, cuda_error, sizeof cuda_error - 1) != 0;
+  throw std::runtime_error(refusal ? op + std::string(said) : said);
+}
+
 void launch(const Tensor& logits, const LastBatchArgs& args) {
-  const char* refused = last_batch_cuda(args, current_stream(logits.get_device()));
-  STD_TORCH_CHECK(!refused, "last_batch: ", refused ? refused : "");
+  check("last_batch: ", last_batch_cuda(args, current_stream(logits.get_device())));
 }
 
 Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, const Options& options,
@@ -62,8 +72,7 @@ void scale_grad_cuda_op(Tensor grad, Tensor upstream, Tensor parts) {
   args.upstream = static_cast<const float*>(upstream.const_data_ptr());
   args.upstream_stride = upstream.dim() == 0 ? 0 : upstream.stride(0);
   args.parts = static_cast<const float*>(parts.const_data_ptr());
-  const char* refused = scale_grad_cuda(args, current_stream(grad.get_device()));
-  STD_TORCH_CHECK(!refused, "scale_grad_: ", refused ? refused : "");
+  check("scale_grad_: ", scale_grad_cuda(args, current_stream(grad.get_device())));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlb_fast, CUDA, m) {

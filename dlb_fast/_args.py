@@ -7,15 +7,19 @@ the other implementations. On a GPU a label outside [0, C) makes its row NaN.
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import operator
+import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
+CUDA_LARGEST = 1 << 24  # rows or classes of the CUDA kernels, as in csrc/cuda/plan.h
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -35,6 +39,17 @@ _INSTEAD = {
     "quantized": "a quantized tensor; pass {0}.dequantize()",
     "layout": "a tensor of layout {1}; pass {0}.to_dense()",
 }
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the nearest known name, or "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def as_int(value: object, op: str, name: str, minimum: int, expected: str = "an integer") -> int:

@@ -189,11 +189,18 @@ class LogitBuffer:
             return self.capacity  # [old | new] before any teacher exists
         if 0 <= old <= batch and 0 <= new <= self.capacity and (new > 0 or num_old is not None):
             return new
-        given = "num_old" if num_old is not None else "the buffer"
+        if num_old is None and new <= 0:
+            wrong = f"{old} rows of the batch before are to be repeated, so more than {old} were expected, got {batch}"
+        else:
+            given = "num_old" if num_old is not None else "the buffer"
+            wrong = (
+                f"{given} says {old} repeated rows, which leaves {new} new ones of {batch}, and the buffer keeps at "
+                f"most {self.capacity}"
+            )
         raise ValueError(
-            f"{op}: a batch is [repeated rows | new rows]; {given} says {old} repeated rows, which leaves "
-            f"{new} new ones of {batch}, and the buffer keeps at most {self.capacity}. Feed it by OverlapBatchSampler, "
-            "pass capacity= (half the batch size) or num_old=, or call reset() when a new stream of batches starts"
+            f"{op}: a batch is [repeated rows | new rows]; {wrong}. Take the batches from OverlapBatchSampler (a "
+            "loader with shuffle=True repeats nothing), pass capacity= (half the batch size) or num_old=, or call "
+            "reset() when a new stream of batches starts"
         )
 
     def _holds(self, ids: Tensor) -> bool:

@@ -25,14 +25,107 @@ PATIENCE = 240.0  # seconds for one child; the first import of torch from a cold
 
 
 def implementations() -> dict[str, Any]:
-    """Every implementation with its availability, the reason and its state, and what `impl="auto"` takes."""
+    """Every implementation with its availability, the reason and its state; what `impl="auto"` takes, and the verdicts
+    on each GPU as far as they are known."""
     import torch
 
     from dlb_fast import _backends
 
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     known = {name: found._asdict() for name, found in _backends.implementations().items()}
-    return {"known": known, "auto": {device: _backends.pick("auto", device) for device in devices}}
+    auto, verdicts = {"cpu": _backends.pick("auto", torch.device("cpu"))}, {}
+    for index in range(torch.cuda.device_count()):
+        device = f"cuda:{index}"
+        wished = os.environ.get("DLB_FAST_BACKEND", "auto")
+        auto[device] = _backends.proven(torch.device(device), check=False)[0] if wished == "auto" else wished
+        verdicts[device] = {name: str(found) for name, found in _verdicts(index, check=False).items()}
+    numbers = {"kernels": _backends.cuda_build()[1]} if _backends.KERNELS.exists() else {}
+    numbers |= {"driver": _backends.card(0).driver} if verdicts else {}
+    versions = {name: _backends.as_text(number) for name, number in numbers.items()}
+    versions |= {"torch": torch.version.cuda} if torch.version.cuda else {}
+    return {"known": known, "auto": auto, "verdicts": verdicts, "cuda": versions}
+
+
+def _verdicts(index: int, check: bool) -> dict[str, Any]:
+    """The verdict on each implementation that can run on a GPU; with ``check`` each is checked anew."""
+    from dlb_fast import _backends
+
+    missing = {"cuda": _backends.cuda_missing(index), "triton": _backends.triton_missing("cuda")}
+    usable = [name for name, reason in missing.items() if not reason]
+    return {name: _backends.verdict(name, index, check, again=check) for name in usable}
+
+
+def prove() -> dict[str, bool]:
+    """Check the kernels on every GPU, also where a verdict is known; whether none is wrong or undecided, by GPU."""
+    import torch
+
+    every = range(torch.cuda.device_count())
+    return {f"cuda:{index}": all(found.passed for found in _verdicts(index, check=True).values()) for index in every}
+
+
+def prove_triton(uuid: str, device: str = "cuda", sizes: tuple[int, ...] = (10, 100, 1000, 1001, 32000)) -> None:
+    """Hold Triton's kernels against the float64 definition on the GPU with this UUID; the last line is the verdict.
+
+    Losses, gradients and stored rows of four batches: the first, the next, the same once more, and the one after.
+    """
+    import torch
+
+    from dlb_fast import LastBatchLoss
+
+    found = [torch.cuda.get_device_properties(index).uuid for index in range(torch.cuda.device_count())] if uuid else []
+    if uuid and uuid not in map(str, found):
+        print(json.dumps({"undecided": "no such GPU is visible"}), flush=True)
+        return
+    where = torch.device(device, [*map(str, found)].index(uuid)) if uuid else torch.device(device)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    generator, worst, cases, place = torch.Generator().manual_seed(1), 0.0, 0, "the start"
+    print("launch Triton's kernels", flush=True)
+    try:
+        for number, classes in enumerate(sizes):
+            for dtype in (dtypes[number % 3], *dtypes[3:] * (number == 0)):
+                place = f"{str(dtype).removeprefix('torch.')}, C={classes}"
+                ours = LastBatchLoss(classes, capacity=3, dtype=dtype, device=where, impl="triton")
+                truth = LastBatchLoss(classes, capacity=3, dtype=torch.float64, impl="torch")
+                for first, rows in ((0, 3), (0, 6), (0, 6), (3, 6)):
+                    ids = torch.arange(first, first + rows)
+                    target = torch.randint(classes, (rows,), generator=generator).index_fill_(0, ids[1:2] - first, -100)
+                    z = (3 * torch.randn(rows, classes, generator=generator)).to(dtype)
+                    if rows == 6 and truth.buffer is not None:  # as one optimiser step changes them
+                        teacher = truth.buffer.teacher(truth.buffer.match(rows, ids, None, -1))
+                        z[: len(teacher)] = (teacher + 0.1 * z[: len(teacher)]).to(dtype)
+                    exact = z.to("cpu", torch.float64, copy=True).requires_grad_()
+                    leaf = z.to(where, copy=True).requires_grad_()
+                    loss, true_loss = ours(leaf, target.to(where), ids.to(where)), truth(exact, target, ids)
+                    loss.backward()
+                    true_loss.backward()
+                    worst = max(worst, _share_of_allowed(leaf, exact, loss.item() - true_loss.item()))
+                    assert ours.buffer is not None and truth.buffer is not None
+                    same = torch.equal(ours.buffer.logits.cpu().double(), truth.buffer.logits)
+                    if not same or not torch.equal(ours.buffer.slots.cpu(), truth.buffer.slots):
+                        raise ArithmeticError("stored rows or their counts are wrong")
+                    if not worst <= 1:
+                        raise ArithmeticError(f"off by {worst:.3g} times what is allowed")
+                cases += 1
+        report: dict[str, Any] = {"cases": cases, "of": len(sizes) + 1, "worst": worst}
+    except torch.OutOfMemoryError as error:
+        report = {"undecided": str(error)}
+    except Exception as error:
+        report = {"failed": f"{place}: {type(error).__name__}: {str(error)[:300]}"}
+    print(json.dumps(report), flush=True)
+    os._exit(0) if uuid else None
+
+
+def _share_of_allowed(leaf: Any, exact: Any, loss_error: float) -> float:
+    """The largest error of a loss and its gradient, as a share of what float32 and one rounding explain."""
+    import torch
+
+    z, true = exact.detach(), exact.grad
+    probabilities = torch.softmax(z, 1) * 4 / len(z) + torch.softmax(z / 3, 1) * 3
+    narrow = leaf.dtype in (torch.bfloat16, torch.float16)
+    rounding = 0.51 * torch.finfo(leaf.dtype).eps if narrow else 0.0
+    allowed = 2e-6 * (probabilities + true.abs()) + rounding * true.abs() + (3e-8 if narrow else 0.0)
+    gradient = ((leaf.grad.cpu().double() - true).abs() / allowed).max().item()
+    loss = abs(loss_error) / (1e-5 * (1 + z.abs().max().item()))
+    return max(gradient, loss) if gradient == gradient and loss == loss else float("inf")
 
 
 def self_test(impl: str) -> dict[str, Any]:
@@ -140,6 +233,10 @@ def _lines(report: dict[str, Any]) -> list[str]:
         verdict = "available" if state["available"] else f"missing: {state['reason']}"
         lines.append(f"  {name:<7} {verdict}  [{state['state']}]")
     lines += [f'  impl="auto" on {device}: {name}' for device, name in found.get("auto", {}).items()]
+    for device, verdicts in found.get("verdicts", {}).items():
+        lines += [f"  {name} on {device}: {said}" for name, said in verdicts.items()]
+    if found.get("cuda"):
+        lines.append("CUDA of " + ", of ".join(f"{name} {number}" for name, number in found["cuda"].items()))
     for name, test in report.get("self_test", {}).items():
         errors = "loss off by {loss_error:.1e}, gradient by {gradient_error:.1e}, on {device}"
         verdict = "passed" if test.get("passed") else "FAILED"
@@ -150,15 +247,17 @@ def _lines(report: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """`dlb-fast doctor [--json] [--self-test]`; 1 when the losses cannot run here or a self-test fails, else 0."""
+    """`dlb-fast doctor [--json] [--self-test] [--prove]`; 1 when the losses cannot run or a check fails, else 0."""
     parser = argparse.ArgumentParser(prog="dlb-fast doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--self-test", action="store_true", help="run every implementation against the reference")
+    parser.add_argument("--prove", action="store_true", help="check the kernels on every GPU and keep the verdicts")
     args = parser.parse_args(argv)
+    proven = _in_child("prove()") if args.prove else {}
     report = examine(with_self_test=args.self_test)
     if args.json:
         print(json.dumps(report, indent=1))
     else:
         print("\n".join(["Copy everything below into an issue.", "", *_lines(report)]))
     failed = [name for name, test in report.get("self_test", {}).items() if not test.get("passed")]
-    return int("error" in report["implementations"] or bool(failed))
+    return int("error" in report["implementations"] or bool(failed) or not all(proven.values()) or "error" in proven)

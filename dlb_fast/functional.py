@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +133,8 @@ def row_loss(
     try:
         if buffer is not None and torch._C._are_functorch_transforms_active():
             ops.refuse_memory(options.op)
-        impl = _backends.pick(options.impl, logits.device.type, options.op)
+        beyond_cuda = logits.is_cuda and _beyond_cuda(logits, teacher if buffer is None else buffer.rows)
+        impl = _backends.pick(options.impl, logits.device, beyond_cuda, options.op)
         if options.float64_only and logits.dtype is not torch.float64:
             _args.check_temperature(options.op, options.temperature, logits.dtype)
         if impl != "torch" and (
@@ -182,11 +184,19 @@ def row_loss(
                 _examine(options, logits, target, target_b, teacher, buffer, ids)
             except (TypeError, ValueError) as reason:
                 raise reason from None
-        said = str(error).partition("\n")[0]
-        if said.startswith("last_batch"):  # a limit of one implementation
-            raise RuntimeError(f"{options.op}: impl={impl!r}: {said.partition(': ')[2]}") from None
+        # A limit of one implementation; torch's check puts function and file before it.
+        said = re.match(r"(?:.*, )?last_batch[^:,]*: (.*)", str(error))
+        if said:
+            raise RuntimeError(f"{options.op}: impl={impl!r}: {said[1]}") from None
         raise
     return result
+
+
+def _beyond_cuda(logits: Tensor, stored: Tensor | None) -> bool:
+    """Whether the CUDA kernels refuse such a call, for which "auto" takes the next; ``stored``: the teacher's rows."""
+    if logits.dtype is torch.float64 or (isinstance(stored, Tensor) and stored.dtype is torch.float64):
+        return True
+    return bool(logits.shape[0] > _args.CUDA_LARGEST or logits.shape[1] > _args.CUDA_LARGEST)
 
 
 def _op_tensors(
@@ -458,7 +468,8 @@ def dlb_step(
         same = buffer.recognise(logits.shape[0], ids, num_old, -1 if again is None else int(again), op)
         stored = buffer.stored_rows(logits.shape[0], num_old, same, op)
         where = {"buffer": buffer, "ids": ids, "num_old": num_old, "again": same}
-    if _backends.pick(impl, logits.device.type, op) != "torch":
+    beyond_cuda = logits.is_cuda and _beyond_cuda(logits, buffer.rows if where else None)
+    if _backends.pick(impl, logits.device, beyond_cuda, op) != "torch":
         loss, grad = row_loss(options, logits, target, upstream=upstream, **where)
     else:
         with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in

@@ -502,6 +502,7 @@ class LastBatchLoss(DistillationLoss):
         self._batches_with_ids = [0]  # a list, because setting a module's attribute takes a microsecond
         self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
         self._warned = False
+        self._warned_no_ids = False
         self._size_follows = capacity is None
         self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
@@ -513,6 +514,7 @@ class LastBatchLoss(DistillationLoss):
     def reset(self) -> None:
         """Forget the stored rows; the next batch is taken as the first one of a stream."""
         super().reset()
+        self._batches_with_ids[0] = 0
         if self.buffer is not None:
             self.buffer.reset()
 
@@ -569,6 +571,8 @@ class LastBatchLoss(DistillationLoss):
             teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
             loss, parts = row_loss(options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam)
             self._note_call(False)
+            if ids is None and self._batches_with_ids[0]:
+                self._warn_no_ids()
         else:
             before = self.buffer, self._dtype_follows
             try:
@@ -588,6 +592,8 @@ class LastBatchLoss(DistillationLoss):
                 self._batches_with_ids[0] += 1
                 if self._batches_with_ids[0] % _CHECK_EVERY == 0:
                     self._warn_untaught(buffer)
+            elif ids is None and self._batches_with_ids[0]:
+                self._warn_no_ids()
         self._keep_parts(parts)
         return loss
 
@@ -630,8 +636,20 @@ class LastBatchLoss(DistillationLoss):
                 "nothing from it. Likely causes: the loader shuffles (shuffle=True, or a framework replaced the "
                 "sampler) instead of taking its batches from OverlapBatchSampler, or ids are not the same for the same "
                 "sample. criterion.buffer counts: rows taught, mismatched, unknown, not_finite; batches untaught",
-                stacklevel=4,
+                stacklevel=5,  # the caller, past torch's two frames
             )
+
+    def _warn_no_ids(self) -> None:
+        """Warn once that a batch without ids follows batches with ids: most often a validation in `train()`."""
+        if self._warned_no_ids or torch.compiler.is_compiling():
+            return
+        self._warned_no_ids = True
+        warnings.warn(
+            "LastBatchLoss: in train(), a batch without ids follows batches with ids, so the loss contains the KL to "
+            "logits that may be those of other samples. In validation call criterion.eval() first, which gives "
+            "torch's cross entropy (and criterion.train() after it); in training pass ids= with every batch",
+            stacklevel=5,  # the caller, past torch's two frames
+        )
 
     def _all_stored(self, buffer: LogitBuffer, batch: int, num_old: int | None) -> bool:
         """Whether the buffer took its size from a batch of as many rows, all of which it stored."""

@@ -63,6 +63,17 @@ def eager_official(logits, target, last_logits, *, alpha=1.0, temperature=3.0, *
     return loss
 
 
+def float32_error(logits, *, ce, kl, temperature=3.0):
+    """(B, C): by how much a gradient may be off in float32, before it is rounded to the dtype of the logits.
+
+    The gradient is a difference of probabilities that nearly cancel, and its error is that of the probabilities: of
+    exponentials to 2 units in the last place, as the GPU's are, and of sums over C terms. ``ce`` and ``kl`` are their
+    coefficients. A rule by the error of eager PyTorch alone is a matter of luck where the gradient is small.
+    """
+    z = logits.detach().double().nan_to_num()
+    return 2e-6 * (ce * torch.softmax(z, 1) + kl * torch.softmax(z / temperature, 1) + (ce + kl) / z.shape[1])
+
+
 def op_options(target, *, reduction="mean", need_grad=True, **given):
     """An op's arguments from ``target`` on, in the order of options.h: tensors, then numbers."""
     tensors = {"target": target, **{name: given.pop(name) for name in _options.TENSORS if name in given}}
@@ -128,6 +139,12 @@ def process_group():
     made = ProcessGroup()
     yield made
     made.close()
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dlb-fast train` without the page of the run, whose pictures take longer than a small run."""
+    monkeypatch.setattr("dlb_fast.cli._write_page", lambda folder, quiet: None)
 
 
 @pytest.fixture

@@ -116,6 +116,34 @@ def test_plotted_values():
         lines(plots.cost_of_classes, CLASSES + CLASSES)
 
 
+def test_loss_time_by_hand(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    records = [loss_record(n, t, classes=c) for c in (100, 1000) for n, t in (("cpu", 50.0 * c), ("eager", 125.0 * c))]
+    path = written(
+        tmp_path / "cpu-1.jsonl", [*records, loss_record("eager", 1.0, "gradient"), loss_record("cpu-op", 1)]
+    )
+    made = []
+    keep = figure.Figure.savefig
+    figure.Figure.savefig = lambda self, *a, **k: made.append(self) or keep(self, *a, **k)
+    try:
+        plots.loss_time(path, tmp_path / "a.svg")
+    finally:
+        figure.Figure.savefig = keep
+    few, many = made[0].axes
+    assert [t.get_text().strip() for t in few.texts] == ["12.5 ms, 2.5 x ours", "5.0 ms"]
+    assert [bar.get_width() for bar in many.patches] == [125, 50] and many.get_xlabel() == "ms"
+    assert [t.get_text() for t in few.get_yticklabels()] == ["eager", "ours (C++)"]
+    assert list(few.get_lines()[0].get_xdata()) == pytest.approx([11.25, 13.75])  # the 20 and the 80 % quantile
+    assert "n = 12, 12 calls" in made[0].get_supxlabel()
+
+
+def test_the_committed_loss_time_is_that_of_the_newest_results():
+    path = tables.newest("cpu-*.jsonl")
+    caption = plots.loss_caption(path, plots.loss_records(path))
+    stale = "docs/loss-time.svg is stale: python -m benchmarks.plots"
+    assert caption in plots.LOSS_TIME.read_text(encoding="utf-8"), stale
+
+
 def test_plots_need_a_sweep(tmp_path, monkeypatch, capsys):
     results = written(tmp_path / "r.jsonl", [loss_record("cpu", 1.0)])
     monkeypatch.setattr(sys, "argv", ["plots", str(results), "--out", str(tmp_path)])

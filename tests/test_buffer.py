@@ -127,6 +127,8 @@ def test_impossible_layouts_raise(impl):
     criterion(torch.zeros(4, 3), y)
     with pytest.raises(ValueError, match=r"repeated rows \| new rows.*reset\(\)"):
         criterion(torch.zeros(4, 3), y)  # no new row: a stream that started again
+    with pytest.raises(ValueError, match="more than 4 were expected, got 2.*shuffle=True"):
+        criterion(torch.zeros(2, 3), y[:2])  # the short last batch of a loader that shuffles
     with pytest.raises(ValueError, match="keeps at most 4"):
         criterion(torch.zeros(10, 3), torch.zeros(10, dtype=torch.long))
     with pytest.raises(ValueError, match="num_old"):

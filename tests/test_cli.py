@@ -1,20 +1,24 @@
 """The command as a user types it (in this process, except where a process is the point)."""
 
+import dataclasses
 import json
+import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from builders import PATIENCE, environment, wait_for
+from builders import last_checkpoint, stop_at, write_images
 
 from dlb_fast import cli
+from dlb_fast.data.datasets.source import SampleError
 from dlb_fast.presets import PRESETS, load_preset, preset_file
-from dlb_fast.train.config import load_config
+from dlb_fast.train.checkpoint import CheckpointError
+from dlb_fast.train.config import RunConfig, load_config
+from dlb_fast.train.methods import resolve
+from dlb_fast.train.models import MODELS
 from dlb_fast.train.run import RunFolder
 
 torch.set_num_threads(1)
@@ -31,7 +35,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, no_page):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -46,6 +50,7 @@ def test_a_run_leaves_its_files(finished):
     names = {p.name for p in (finished / "checkpoints").iterdir()}
     assert {"best.safetensors", "last.safetensors", "step-000000008.pt"} <= names
     assert json.loads((finished / "result.json").read_text())["stopped_by"] is None
+    assert "<svg" in (finished / "report.html").read_text()
 
 
 def test_flags_override_the_file_and_the_file_the_preset(here):
@@ -83,21 +88,66 @@ def test_smoke_goes_through_everything_and_leaves_nothing(here, capsys, monkeypa
     flags = ["--preset", "cifar100-resnet32-dlb", "--model", "small_cnn", "--trackers", "wandb"]  # never started
     assert cli.main(["train", "--smoke", *flags]) == 0
     out, err = capsys.readouterr()
-    assert "training, evaluation, checkpoint and resume work" in out
+    assert (
+        "training, evaluation, checkpoint, resume and export work: 4 steps of 16 rows with 160 training and 40" in out
+    )
     assert "synthetic:160,10,32: 2 steps of 16 rows" in err and "continuing from" in err
     assert [path for path in here.iterdir() if "inductor" not in path.name] == []  # that one is torch's
 
 
 def test_smoke_on_real_data_in_a_named_folder(here, capsys):
-    assert cli.main(["train", "--smoke", "--preset", "digits", "--data", "digits", "--out", "r", "--quiet"]) == 0
-    config = RunFolder("r").read_config()
-    assert (config.data.source, config.train.max_steps, config.data.per_class) == ("digits", 4, 20)
-    assert json.loads(Path("r/result.json").read_text())["step"] == 4
+    """Nothing is written there, so that the same command without --smoke starts the run."""
+    command = ["train", "--preset", "digits", "--data", "digits", "--out", "r", "--quiet"]
+    assert cli.main([*command, "--smoke"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "4 steps of 16 rows with 200 training and 64 test images of digits, in " in said and "nothing is kept" in said
+    )
+    assert not Path("r").exists()
+    assert cli.main([*command, "--max-steps", "2"]) == 0
+    assert "already holds a run" in failing([*command, "--smoke"], capsys)
     assert "leave --resume out" in failing(["train", "--smoke", "--resume", "--out", "r"], capsys)
 
 
+def test_smoke_of_a_large_folder_lists_few_files(here, capsys, monkeypatch):
+    """300 images per class, of which a few are listed: a folder is not read to its end."""
+    names = [f"data/{s}/{c}/{k // 100}/{k}.png" for s in ("train", "val") for c in "abcde" for k in range(300)]
+    for start in range(0, len(names), 250):
+        write_images(here, names[start : start + 250])
+    seen, original = [], os.scandir
+
+    class Counted:
+        def __init__(self, path):
+            self.entries = original(path)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.entries.close()
+
+        def __iter__(self):
+            for entry in self.entries:
+                seen.append(entry.path)
+                yield entry
+
+        def close(self):
+            self.entries.close()
+
+    monkeypatch.setattr(os, "scandir", Counted)
+    flags = ["--data", "imagefolder:data", "--image-size", "8", "--per-class", "250"]
+    assert cli.main(["train", "--smoke", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "4 steps of 16 rows with 65 training and 64 test images of imagefolder:data" in out
+    assert "data imagefolder:data: 5 classes, 65 training images" in err
+    assert len([path for path in seen if path.startswith(str(here)) and path.endswith(".png")]) < 300
+    Path("data/val/f").mkdir()
+    said = failing(["train", "--smoke", *flags], capsys)
+    assert "data/val" in said and "smoke-" not in said
+
+
 def test_smoke_finds_what_would_fail_later(here, capsys, monkeypatch):
-    monkeypatch.setattr("dlb_fast.train.run.evaluate_run", lambda *a, **k: {"top1": 2.0})
+    monkeypatch.setattr("dlb_fast.train.run._scores_of_export", lambda *a, **k: {"top1": 2.0})
     assert "top-1 of the written weights is 2.0" in failing(["train", "--smoke", "--preset", "digits"], capsys, 1)
 
 
@@ -111,6 +161,9 @@ def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
     kept = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert kept.keys() == before.keys()
     assert all(kept[p] == before[p] for p in before if p.name in ("metrics.csv", "metrics.jsonl", "config.yaml"))
+    assert cli.main(["train", "--resume", "--out", str(finished), "--lr", "0.9"]) == 0
+    assert "already complete (8 steps); nothing is left to train, so its config stays" in capsys.readouterr().err
+    assert (finished / "config.yaml").read_bytes() == before[finished / "config.yaml"]  # as it was trained
 
 
 def test_resume_can_train_longer_and_says_what_changed(here, capsys):
@@ -171,13 +224,77 @@ def test_wrong_use_is_told_before_anything_is_written(flags, message, here, caps
 
 
 @pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("", 2, ""),
+        ("--help", 0, ""),
+        ("--version", 0, ""),
+        ("trian", 2, "unknown command 'trian'; did you mean train?"),
+        ("fly", 2, "unknown command 'fly'; known: train, eval, "),
+        ("train --lr", 2, "--lr"),
+        ("train --batchsize 4", 2, "unknown option --batchsize; did you mean --batch-size?"),
+        ("train --learning-rate 1", 2, "unknown option --learning-rate; did you mean --lr?"),
+        ("train --no-resume", 2, "unknown option --no-resume; did you mean --resume?"),
+        ("train stray", 2, "unexpected 'stray': a value follows the name of its option, such as --out FOLDER"),
+        ("train --preset", 2, "--preset: expected one argument"),
+        ("train --milestones 3", 2, "milestones must be given with schedule=multistep"),
+        ("train --optimizer lbfgs", 2, "'lbfgs' evaluates the loss several times per step"),
+        ("train --model picky", 2, "model picky does not take images of 8 x 8 with 1 channels (too small)"),
+        ("train --out file", 2, "file"),
+        ("train --resume --out .", 2, "there is no run in ."),
+        ("eval", 2, "required: run"),
+        ("eval nowhere", 2, "there is no run in nowhere"),
+        ("eval . --weights first", 2, "invalid choice: 'first'"),
+        ("eval . --weigths last", 2, "did you mean --weights?"),
+        ("eval . --on-error ignore", 2, "invalid choice: 'ignore'"),
+        ("compare --methods ce,dbl --seeds 1", 2, "methods must be distinct names of"),
+        ("compare --seeds 0", 2, "seeds must be at least 1, got 0"),
+        ("compare --seeds x", 2, "invalid int value: 'x'"),
+        ("compare --jobs 0", 2, "jobs must be at least 1, got 0"),
+        ("compare --seed 3", 2, "--seed has no effect here: the seeds are 0 .. SEEDS-1; use --seeds"),
+        ("compare --method ce", 2, "--method has no effect here: use --methods"),
+        ("compare --sedes 3", 2, "did you mean --seeds?"),
+        ("compare --noises 0,x", 2, "--noises must be shares such as 0,0.2,0.4, got '0,x'"),
+        ("compare --patience 3", 2, "patience would end the methods after different numbers of steps"),
+        ("compare --methods ce,ls --alpha 0.5", 2, "alpha=0.5 has no effect with the methods ce, ls; leave it out"),
+        ("compare --methods ce,dlb --omega 0.2", 2, "omega=0.2 has no effect with the methods ce, dlb"),
+        ("demo --data synthetic", 2, "dlb-fast compare --data"),
+        ("report nowhere", 2, "nowhere"),
+        ("report", 2, "required: runs"),
+        ("presets show digit", 2, "did you mean digits"),
+        ("presets shw", 2, "invalid choice: 'shw'"),
+        ("verify-data nowhere", 2, "nowhere does not exist"),
+        ("verify-data empty", 1, ""),
+        ("bench nonsense", 2, "expected one of last_batch"),
+        ("doctor --jsn", 2, "--jsn"),
+    ],
+)
+def test_a_mistake_is_a_sentence_with_the_exit_code_of_its_kind(arguments, code, words, here, capsys, monkeypatch):
+    def picky(classes, channels):
+        network = torch.nn.Linear(1, 1)
+        network.forward = lambda images: (_ for _ in ()).throw(RuntimeError("too small"))
+        return network
+
+    monkeypatch.setitem(MODELS, "picky", picky)
+    Path("empty").mkdir()
+    Path("file").write_text("")
+    assert words in failing(arguments.split(), capsys, code)
+    assert sorted(path.name for path in here.iterdir() if path.name != "runs") == ["empty", "file"]
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize(
     ("error", "code", "words"),
     [
         (ValueError("config: lr must be above 0"), 2, "config: lr must be above 0"),
+        (ValueError("presets: said once"), 2, "said once"),
         (FileNotFoundError(2, "No such file or directory", "a/b.png"), 2, "a/b.png: No such file or directory"),
+        (NotADirectoryError(20, "Not a directory", "a/b.png"), 2, "a/b.png: Not a directory"),
         (PermissionError(13, "Permission denied", "a/b.png"), 1, "a/b.png: Permission denied"),
-        (RuntimeError("sample 3 cannot be read"), 1, "sample 3 cannot be read"),
-        (KeyError("lr"), 1, "KeyError: 'lr'"),
+        (SampleError("a.png", 3, 0, "empty file"), 1, "sample 3 of epoch 0 could not be loaded: a.png: empty file. "),
+        (CheckpointError("the disk is full"), 1, "the disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
+        (ModuleNotFoundError("No module named 'tyro'", name="tyro"), 1, "No module named 'tyro'"),
     ],
 )
 def test_one_rule_of_words_and_exit_codes(error, code, words, monkeypatch, capsys):
@@ -186,7 +303,65 @@ def test_one_rule_of_words_and_exit_codes(error, code, words, monkeypatch, capsy
 
     monkeypatch.setattr(cli, "presets", fail)
     assert cli.main(["presets"]) == code
-    assert capsys.readouterr().err.splitlines()[0] == f"dlb-fast presets: {words}"
+    said = capsys.readouterr().err
+    assert said.splitlines()[0].startswith(f"dlb-fast presets: {words}") and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("lr"), TypeError("no"), RuntimeError("shapes"), AssertionError(), IndexError()]
+)
+def test_a_fault_of_the_code_keeps_its_traceback(error, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "presets", fail)
+    assert cli.main(["presets"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and type(error).__name__ in said.splitlines()[-1]
+
+
+def test_ctrl_c_and_a_closed_pipe(monkeypatch):
+    def fail(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "presets", fail)
+    assert cli.main(["presets"]) == 130
+
+
+def test_help_shows_the_numbers_that_would_be_used(capsys):
+    def shown(*arguments):
+        assert failing(["train", *arguments, "--help"], capsys, 0) == ""
+        return " ".join(helped[-1].split())
+
+    helped = []
+    original = capsys.readouterr
+
+    def reading():
+        found = original()
+        helped.append(found.out)
+        return found
+
+    capsys.readouterr = reading
+    page = shown()
+    defaults = resolve(RunConfig())
+    for part in ("data", "augment", "model", "optim", "schedule", "train"):
+        for field in dataclasses.fields(getattr(defaults, part)):
+            assert f"--{'data' if field.name == 'source' else field.name.replace('_', '-')}" in page
+            text = page.split(f"--{'data' if field.name == 'source' else field.name.replace('_', '-')}", 1)[1]
+            value = getattr(getattr(defaults, part), field.name)
+            if isinstance(value, (int, float, str)):
+                assert f"[{value:g}]" in text if type(value) is float else f"[{value}]" in text
+    assert "[0.05]" in page and "--omega" in page and "bake: how far" not in page
+    assert "--omega FLOAT how far the predictions spread over the batch, in [0, 1). [0.5]" in shown("--method", "bake")
+    page = shown("--preset", "imagenet-resnet50-dlb", "--optimizer", "adamw")
+    assert "--lr FLOAT Peak learning rate. None: the optimiser's default; sgd: 0.05. [0.001]" in page
+    assert "in pixels. [176]" in page
+
+
+def test_help_names_the_exit_codes(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {code}  " in out.replace(":", " ") for code in (0, 1, 2, 130))
 
 
 def test_a_comparison_refuses_a_number_without_effect(here, capsys, monkeypatch):
@@ -218,7 +393,7 @@ def test_a_run_is_not_overwritten(finished, capsys):
 def test_eval_of_wrong_things(finished, here, capsys):
     assert "there is no run in" in failing(["eval", "."], capsys)
     said = failing(["eval", str(finished), "--data", "synthetic:40,3,8"], capsys)
-    assert "synthetic:40,3,8 has 3 classes" in said and "10" in said
+    assert "synthetic:40,3,8 has images of classes that the network does not know: 'class_0', 'class_1'" in said
     (Path("copy") / "checkpoints").mkdir(parents=True)
     Path("copy/config.yaml").write_bytes((finished / "config.yaml").read_bytes())
     assert "best.safetensors is missing" in failing(["eval", "copy"], capsys, 1)
@@ -272,10 +447,10 @@ def test_presets_list_and_show(here, capsys):
         ("optm: {lr: 0.1}", "unknown group 'optm'; did you mean optim?"),
         ("lr: 0.1", "unknown group 'lr'; did you mean optim.lr?"),
         ("optim: {epochs: 3}", "unknown field optim.epochs; did you mean train.epochs?"),
-        ("optim: {lr: fast}", "optim.lr must be FLOAT, got 'fast'"),
+        ("optim: {lr: fast}", "optim.lr must be None or FLOAT, got 'fast'"),
         ("data: {flip: 'no'}", "data.flip must be one of 'True', 'False', got 'no'"),
         ("train: {amp: fp8}", "train.amp must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
-        ("loss: {method: dbl}", "got 'dbl'; did you mean 'dlb'?"),
+        ("loss: {method: dbl}", "got 'dbl'; did you mean dlb?"),
         ("optim: [lr]", "optim must hold fields, got ['lr']"),
         ("- lr", "expected groups (data, augment, model"),
         ("optim: {lr: [", "cannot read c.yaml"),
@@ -290,7 +465,7 @@ def test_a_wrong_config_file_is_told_with_what_was_meant(text, message, here, ca
 
 def test_a_wrong_flag_is_told_with_what_was_meant(here, capsys):
     assert "did you mean --lr?" in failing(["train", "--lrr", "0.1"], capsys)
-    assert "--lr must be FLOAT, got 'fast'" in failing(["train", "--lr", "fast"], capsys)
+    assert "--lr must be None or FLOAT, got 'fast'" in failing(["train", "--lr", "fast"], capsys)
 
 
 def test_data_without_a_preset_start_from_the_defaults(here, capsys):
@@ -304,20 +479,26 @@ def test_data_without_a_preset_start_from_the_defaults(here, capsys):
     assert said.startswith("config from defaults; then flags: source digits -> synthetic:40,2,8, batch_size 128 -> 20")
 
 
+def test_the_numbers_of_another_optimiser_are_said(here, capsys):
+    flags = ["--preset", "digits", "--optimizer", "nadam", "--max-steps", "1", "--out", "r"]
+    assert cli.main(["train", *flags]) == 0
+    said = capsys.readouterr().err
+    assert "then flags: optimizer sgd -> nadam, lr 0.05 -> 0.002, momentum 0.9 -> None, nesterov True -> None, " in said
+    assert "40 rows on cpu, lr 0.002" in said and RunFolder("r").read_config().optim.betas == (0.9, 0.999)
+    assert "another optimiser" in failing(["train", "--resume", "--out", "r", "--optimizer", "radam"], capsys, 1)
+
+
 def test_the_demo_is_for_its_own_data(here, capsys):
     """Its subset and wrong labels would reach other data."""
     assert "dlb-fast compare --data" in failing(["demo", "--data", "synthetic:40,2,8", "--max-steps", "1"], capsys)
 
 
-def test_a_signal_saves_and_exits_cleanly(tmp_path):
-    """A real process and a real SIGINT."""
-    command = [sys.executable, "-m", "dlb_fast", "train", *SMALL[:-1], "--epochs", "2000", "--out", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), "a checkpoint", process)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said
-    assert "stopped by SIGINT at step" in said and "--resume --out run" in said and "Traceback" not in said
+def test_a_signal_saves_and_exits_cleanly(here, capsys, monkeypatch):
+    stop_at(monkeypatch, 3)
+    assert cli.main(["train", *SMALL[:-1], "--out", "run"]) == 0
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM at step 3 of 8, everything is saved; continue with: dlb-fast train --resume" in said
+    assert last_checkpoint(Path("run"))["step"] == 3
 
 
 def test_verify_data_names_the_bad_file(here, capsys):

@@ -319,3 +319,25 @@ def test_an_ordinary_call_makes_at_most_12_python_calls(generator):
     finally:
         sys.setprofile(None)
     assert calls[0] == "forward" and len(calls) <= 12, calls
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_validation_that_forgets_eval_is_named_once(generator, recwarn, grad):
+    """Its batches come without ids, in train(), after training batches with ids."""
+    batches = overlapping(generator, HALVES[:4])
+    criterion = LastBatchLoss(6)
+    run(criterion, batches[:3])
+    z, y, _ = batches[3]
+    criterion.eval()
+    criterion(z, y)
+    criterion.train()
+    assert not recwarn
+    with torch.set_grad_enabled(grad):
+        with pytest.warns(UserWarning, match=r"without ids follows batches with ids.*criterion\.eval\(\)") as warned:
+            criterion(z, y)
+        assert warned[0].filename == __file__
+        criterion(z, y) if not grad else None
+    assert not recwarn
+    criterion.reset()  # a new stream may come without ids
+    run(criterion, [(z, y, None) for z, y, _ in batches[:3]])
+    assert not recwarn

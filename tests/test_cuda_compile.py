@@ -1,7 +1,8 @@
 """What nvcc makes of the CUDA kernels, without a GPU: registers, stack, spills, and the width of the memory accesses.
 
 Each element type is compiled for one architecture, and bfloat16 for all of them: setup.py compiles the rest. torch's
--D__CUDA_NO_* flags are on, as they are when torch itself builds an extension.
+-D__CUDA_NO_* flags are on, as they are when torch itself builds an extension. Of sm_90 it is the PTX that
+`test_ptx.py` executes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from ptx import compilers
+from ptx.compilers import TORCH_FLAGS
 
 CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
-TORCH_FLAGS = [
-    f"-D__CUDA_NO_{name}__"
-    for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
-]
 BUILDS = [("kernels_bf16", 80), ("kernels_bf16", 90), ("kernels_bf16", 100), ("kernels_f32", 90), ("kernels_f16", 90)]
 IDS = [f"{unit}-sm_{arch}" for unit, arch in BUILDS]
 # Part of the mangled name -> registers a thread may use, so that 512 threads (768 of the plain streamed kernel) fit.
@@ -46,28 +45,18 @@ def tool(name: str) -> str | None:
     return str(bundled) if bundled.exists() else None
 
 
-NVCC, CUOBJDUMP = shutil.which("nvcc"), tool("cuobjdump")
+NVCC, CUOBJDUMP = compilers.nvcc(), tool("cuobjdump")
 pytestmark = [
-    pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH"),
+    pytest.mark.skipif(NVCC is None, reason="no nvcc: on PATH, in $CUDA_HOME, or by `.ci/run nvcc`"),
     pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump on PATH or in Triton's wheel"),
     pytest.mark.slow,
 ]
 
 
-def cubin(unit: str, arch: int, folder: Path) -> Path:
-    out = folder / f"{unit}_{arch}.cubin"
-    command = [str(NVCC), "-O3", "-std=c++17", *TORCH_FLAGS, "-cubin", f"-arch=sm_{arch}"]
-    command += ["-Werror", "all-warnings", str(CUDA / f"{unit}.cu"), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
-
-
 @pytest.fixture(scope="module")
 def cubins() -> dict[tuple[str, int], Path]:
-    folder = Path(tempfile.mkdtemp())
     with ThreadPoolExecutor(2) as pool:
-        built = list(pool.map(lambda build: cubin(*build, folder), BUILDS))
+        built = list(pool.map(lambda build: compilers.cubin(*build), BUILDS))
     return dict(zip(BUILDS, built, strict=True))
 
 

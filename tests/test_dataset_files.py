@@ -216,6 +216,27 @@ LEVELS = {  # a layout, and what is said of it
         ["cat/0.png", "cat/x/_thumbs/0.png", "dog/0.png"],
         "cat: the folder '_thumbs' is named like",
     ),
+    "images and masks": (
+        ["images/0.png", "masks/0.png"],
+        "'images', 'masks': named like a part of a dataset, not like",
+    ),
+    "images and trimaps": (
+        ["images/0.png", "annotations/trimaps/0.png"],
+        "'annotations', 'images': named like a part of a dataset",
+    ),
+    "splits in the classes": (
+        ["cat/0.png", "cat/val/1.png", "dog/0.png"],
+        "cat: the folders 'val' are named like splits or like annotations",
+    ),
+    "masks in the classes": (["cat/0.png", "cat/masks/0.png", "dog/0.png"], "cat: the folders 'masks' are named like"),
+    "flat splits of another name": (
+        ["images_train/0.png", "images_val/0.png"],
+        "'images_train', 'images_val' are named like splits",
+    ),
+    "splits in the names of classes": (
+        ["testCat/0.png", "testDog/0.png", "trainCat/0.png", "trainDog/0.png"],
+        "'testCat', 'trainCat' are named like splits",
+    ),
 }
 
 
@@ -245,6 +266,8 @@ def test_the_folder_that_a_message_names_is_the_right_one(tmp_path):
         ["n1/images/0.png", "n2/images/0.png"],  # TinyImageNet's training folder
         ["cat/cat/0.png", "dog/dog/0.png"],  # each class unzipped into a folder of its name
         ["cat/0.png", "cat/2020/0.png", "cat/2021/1.png", "dog/0.png"],
+        ["bullet_train/0.png", "test_tube/0.png"],
+        ["mask/0.png", "no_mask/0.png"],
     ],
 )
 def test_folders_inside_of_classes_that_leave_no_doubt(tmp_path, paths):
@@ -259,6 +282,8 @@ def test_what_is_not_used_is_said_in_one_line(tmp_path, caplog):
     ])  # fmt: skip
     for name in ("cat/Thumbs.db", "dog/.DS_Store", "cat/1.heic", "cat/2.heic", "dog/list.txt", "dog/1.GIF"):
         (tmp_path / name).write_bytes(b"")
+    for name in ("lion.zip", "dog/n01.tar", "metadata.csv", "dog/notes.csv"):
+        (tmp_path / name).write_bytes(b"")
     dataset = ImageFolder(tmp_path)
     assert [os.path.relpath(dataset.path(i), tmp_path) for i in range(len(dataset))] == ["cat/0.png", "dog/0.png"]
     assert dataset.classes == ["cat", "dog"]
@@ -267,15 +292,42 @@ def test_what_is_not_used_is_said_in_one_line(tmp_path, caplog):
         "not used: the folders '$RECYCLE.BIN', '.ipynb_checkpoints', '.thumbnails', '@eaDir', '__MACOSX' and 1 more",
         "images beside the class folders (1: 'lone.jpg')",
         "files of other extensions (1 .gif, 2 .heic)",
+        "archives and tables, which may hold images or labels ('lion.zip', 'metadata.csv', 'n01.tar')",
         "images whose names begin with a dot (1)",
     ):
         assert part in line
 
 
+def test_masks_beside_their_images_are_said(tmp_path, caplog):
+    write_images(tmp_path, ["benign/b (1).png", "benign/b (1)_mask.png", "benign/b (1)_mask_1.png", "mask/maskA.png"])
+    assert len(ImageFolder(tmp_path)) == 4
+    assert "2 images are named like masks of others and are trained on: 'benign/b (1)_mask.png'" in caplog.text
+
+
 def test_class_names_that_differ_in_case_only_are_said(tmp_path, caplog):
     write_images(tmp_path, ["Cat/0.png", "cat/0.png", "dog/0.png"])
     assert ImageFolder(tmp_path).classes == ["Cat", "cat", "dog"]
-    assert "1 classes differ in case or spaces only, such as 'Cat', 'cat'" in caplog.text
+    assert "1 classes differ in case, spaces or the form of Unicode only, such as 'Cat', 'cat'" in caplog.text
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"  # of which macOS writes the second
+
+
+def test_class_names_that_look_alike_are_said(tmp_path, caplog):
+    write_images(tmp_path, [f"{NFC}/0.png", f"{NFD}/0.png", "dog/0.png"])
+    assert ImageFolder(tmp_path).classes == [NFD, NFC, "dog"]
+    assert (
+        r"1 classes differ in case, spaces or the form of Unicode only, such as 'cafe\u0301', 'caf\xe9'" in caplog.text
+    )
+    (tmp_path / "list.txt").write_text("a.png\tcat\nb.png\tcat\u200b\ndog/0.png\tdog\n")
+    assert ListFile(tmp_path / "list.txt").num_classes == 3 and r"such as 'cat', 'cat\u200b'" in caplog.text
+
+
+@pytest.mark.parametrize(("train", "val"), [(NFC, NFD), (NFD, NFC)])
+def test_a_split_that_another_system_unpacked_has_the_same_classes(tmp_path, train, val):
+    write_images(tmp_path, [f"train/{train}/0.png", "train/dog/1.png", f"val/{val}/2.png", "val/dog/3.png"])
+    dataset = open_dataset(f"imagefolder:{tmp_path}", "test")
+    assert contents(dataset) == [(2, train), (3, "dog")] and dataset.classes == [train, "dog"]
 
 
 def test_numbers_as_class_names_are_sorted_as_text(tmp_path, caplog):
@@ -350,6 +402,13 @@ def test_a_validation_folder_that_is_the_training_folder_is_refused(tmp_path):
         ValueError, match="val is .*train, so the test images would be those of the training; remove it"
     ):
         open_dataset(f"imagefolder:{tmp_path}")
+
+
+def test_a_class_of_the_validation_that_is_that_of_the_training_is_refused(tmp_path):
+    write_images(tmp_path, [*TRAIN, "val/cat/0.png"])
+    (tmp_path / "val" / "dog").symlink_to("../train/dog")
+    with pytest.raises(ValueError, match="val/dog is .*train/dog, so its test images would be those of the training"):
+        open_dataset(f"imagefolder:{tmp_path}", "test")
 
 
 def test_classes_that_the_validation_folder_lacks_are_said(tmp_path, caplog):
@@ -471,6 +530,18 @@ BAD_LISTS = {  # name: (the lines, what is said of them)
     "one class": ("0.jpg cat\n1.jpg cat\n", "all 2 samples have the label 'cat', so every answer"),
     "one index": ("0.jpg 3\n1.jpg 3\n", "all 2 samples have the label '3', so every answer"),
     "two labels": ("0.jpg cat\n1.jpg dog\n./0.jpg dog\n", "line 3: ./0.jpg has the label 'dog', but 'cat' in line 1"),
+    "several indices": (
+        "0.jpg\t0 1\n1.jpg\t1 2\n",
+        "line 1: expected one class index or one name, got the label '0 1'",
+    ),
+    "indices with commas": (
+        "0.jpg 1\n1.jpg\t0,1\n",
+        "line 2: expected one class index or one name, got the label '0,1'",
+    ),
+    "one-hot": ("0.jpg\t[0, 1]\n1.jpg\t[1, 0]\n", r"line 1: expected one .*label '\[0, 1\]'"),
+    "a comma behind": ("0.jpg cat,\n1.jpg dog,\n", "line 1: expected one .*label 'cat,'"),
+    "a zero byte": ("0.jpg 1\x00\n1.jpg 0\x00\n", "line 1: expected one .*got the label '1.x00'"),
+    "thousands of digits": (f"0.jpg {'9' * 5000}\n1.jpg {'9' * 5000}0\n", "line 1: the label '9+' is a number but no"),
     "a number too many": (
         "0.jpg 0\n1.jpg 1\n2.jpg 999999\n",
         "line 3: label 999999: .* of the 1000000 classes .* only 3 occur",
@@ -487,6 +558,13 @@ def test_every_line_of_a_list_is_used_or_an_error(tmp_path, case):
         ListFile(tmp_path / "list.txt")
 
 
+def test_one_image_by_two_paths_has_one_label(tmp_path):
+    write_images(tmp_path, ["0.jpg", "1.jpg"])
+    (tmp_path / "list.txt").write_text(f"0.jpg cat\n1.jpg dog\n{tmp_path}/0.jpg dog\n")
+    with pytest.raises(ValueError, match=r"line 3: .*/0.jpg has the label 'dog', but 'cat' in line 1"):
+        ListFile(tmp_path / "list.txt")
+
+
 def test_what_is_odd_about_a_list_is_said(tmp_path, caplog):
     write_images(tmp_path, [f"{k}.jpg" for k in range(3)])
     lists = tmp_path / "list.txt"
@@ -496,7 +574,7 @@ def test_what_is_odd_about_a_list_is_said(tmp_path, caplog):
     assert "list.txt: 1 lines repeat an image" in caplog.text
     lists.write_text("0.jpg cat\n1.jpg Cat\n")
     assert ListFile(lists).classes == ["Cat", "cat"]
-    assert "1 classes differ in case or spaces only, such as 'Cat', 'cat'" in caplog.text
+    assert "1 classes differ in case, spaces or the form of Unicode only, such as 'Cat', 'cat'" in caplog.text
 
 
 def test_relative_paths_begin_at_the_list(tmp_path):
@@ -588,11 +666,17 @@ def test_links_and_hidden_members_of_a_tar(tmp_path):
     shard = tmp_path / "s.tar"
     hidden = [("dog/._e.jpg", b"xx"), (".trash/x.jpg", b"x"), ("dog/._e.cls", b"\xff\xfe")]
     write_tar(shard, [("./cat/a.jpg", png(1)), ("dog/b.jpg", png(2)), *hidden, ("dog/raw.bin", png(3))])
-    add_link(shard, "dog/c.jpg", "./cat/a.jpg", tarfile.LNKTYPE)
-    add_link(shard, "cat/d.jpg", "../dog/b.jpg", tarfile.SYMTYPE)
-    add_link(shard, "cat/e.jpg", "d.jpg", tarfile.SYMTYPE)
+    add_link(shard, "cat/c.jpg", "./cat/a.jpg", tarfile.LNKTYPE)
+    add_link(shard, "dog/d.jpg", "../dog/b.jpg", tarfile.SYMTYPE)
+    add_link(shard, "dog/e.jpg", "d.jpg", tarfile.SYMTYPE)
     add_link(shard, "cat/f.jpg", "../dog/raw.bin", tarfile.SYMTYPE)
-    assert contents(TarShards(shard)) == [(1, "cat"), (2, "dog"), (1, "dog"), (2, "cat"), (2, "cat"), (3, "cat")]
+    assert contents(TarShards(shard)) == [(1, "cat"), (2, "dog"), (1, "cat"), (2, "dog"), (2, "dog"), (3, "cat")]
+    for kind, target in ((tarfile.LNKTYPE, "cat/a.jpg"), (tarfile.SYMTYPE, "../cat/a.jpg")):
+        other = tmp_path / "other.tar"
+        write_tar(other, [("cat/a.jpg", png(1)), ("dog/b.jpg", png(2))])
+        add_link(other, "dog/c.jpg", target, kind)
+        with pytest.raises(ValueError, match=r"cat/a.jpg and dog/c.jpg are the same file, by a link, in two classes"):
+            TarShards(other)
     add_link(shard, "cat/g.jpg", "../../outside.jpg", tarfile.SYMTYPE)
     with pytest.raises(ValueError, match=r"cat/g.jpg is a link to ../outside.jpg, which the tar does not contain"):
         TarShards(shard)
@@ -651,6 +735,27 @@ BAD_TARS = {  # name: (the members, what is said of them)
         "different folders \\('val' and 'train'\\)",
     ),
     "two depths": ([("c/0.png", P), ("d/1.png", P), ("d/more/2.png", P)], "different folders \\('d' and '.'\\)"),
+    "a json in class folders": (
+        [("0/a.png", P), ("0/a.json", b'{"label": 1}'), ("1/b.png", P)],
+        "'0/a.json' may be the label of the image of its name, which has no .cls",
+    ),
+    "a text of another ending": (
+        [("0/a.png", P), ("1/b.png", P), ("1/b.cls.txt", b"0")],
+        "'1/b.cls.txt' may be the label",
+    ),
+    "one-hot": ([("0.png", P), ("0.cls", b"[0, 1]"), ("1.png", P), ("1.cls", b"[1, 0]")], r"0.png: .*label '\[0, 1\]'"),
+    "a json as label": (
+        [("0.png", P), ("0.cls", b'{"label": 1}'), ("1.png", P), ("1.cls", b"{}")],
+        "0.png: .*brackets",
+    ),
+    "several labels": ([("0.png", P), ("0.cls", b"0 1"), ("1.png", P), ("1.cls", b"1 2")], "0.png: .*label '0 1'"),
+    "a zero byte": ([("0.png", P), ("0.cls", b"0\0"), ("1.png", P), ("1.cls", b"1\0")], "0.png: .*label '0.x00'"),
+    "images and masks": (
+        [("images/0.png", P), ("masks/0.png", P)],
+        "'images', 'masks': named like a part of a dataset",
+    ),
+    "thumbnails": ([("c/0.png", P), ("d/0.png", P), ("Thumbs/0.png", P)], "'Thumbs': named like a part of a dataset"),
+    "flat splits": ([("x_train/0.png", P), ("x_test/0.png", P)], "'x_test', 'x_train' are named like splits"),
     "sessions": ([("c/2020/0.png", P), ("d/2020/1.png", P)], "different folders \\('d' and 'c'\\)"),
 }
 
@@ -680,6 +785,56 @@ def test_dotted_names_keep_their_labels(tmp_path, members, labels):
     write_tar(tmp_path / "s.tar", [(m.partition("=")[0], m.partition("=")[2].encode() or P) for m in members])
     dataset = TarShards(tmp_path / "s.tar")
     assert [dataset.classes[label] for label in dataset.targets] == labels
+
+
+def test_a_label_with_a_mark_in_front(tmp_path):
+    members = [("0.png", P), ("0.cls", b"\xef\xbb\xbf1\r\n"), ("1.png", P), ("1.cls", b"0")]
+    write_tar(tmp_path / "s.tar", members)
+    assert TarShards(tmp_path / "s.tar").targets.tolist() == [1, 0]
+
+
+ENDS = {  # name: what happens to a tar of four images of two blocks each, and its zeros
+    "cut between two files": lambda data: data[: 2 * 1024],
+    "cut in a header": lambda data: data[: 2 * 1024 + 100],
+    "cut before the zeros": lambda data: data[: 4 * 1024],
+    "a damaged header": lambda data: data[: 2 * 1024] + b"?" + data[2 * 1024 + 1 :],
+    "zeros in the middle": lambda data: data[: 2 * 1024] + bytes(1024) + data[2 * 1024 :],
+    "two tar files": lambda data: data + data,
+    "bytes behind": lambda data: data + b"more",
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_tar_that_is_not_whole_is_refused(tmp_path, case):
+    """`tarfile` takes each of these for the end, and the images behind would be missing."""
+    shard = tmp_path / "s.tar"
+    write_tar(shard, [(f"{k}/{name}.png", P) for k in "ab" for name in "xy"])
+    data = shard.read_bytes()
+    assert len(P) <= 512 and len(TarShards(shard)) == 4
+    shard.write_bytes(data[: 4 * 1024 + 1024])  # two blocks of zeros are the least a tar may end with
+    assert len(TarShards(shard)) == 4
+    shard.write_bytes(ENDS[case](shard.read_bytes()))
+    with pytest.raises(ValueError, match=r"s.tar: expected the end of the tar .zeros. at byte \d+; it is cut off or"):
+        TarShards(shard)
+
+
+def test_what_is_left_out_of_shards_is_said(tmp_path, caplog):
+    write_tar(
+        tmp_path / "a.tar", [("c/0.png", P), ("d/1.png", P), ("d/2.gif", P), ("__MACOSX/d/3.png", P), ("d/._1.png", P)]
+    )
+    write_tar(tmp_path / "b.tar", [])
+    assert len(TarShards(tmp_path)) == 2
+    assert re.search("TarShards: 1 of 2 files have no images: '.*b.tar'", caplog.text)
+    assert (
+        "not used: the folders '__MACOSX'; files of other extensions (1 .gif); images whose names begin" in caplog.text
+    )
+
+
+def test_a_shard_is_read_once_whatever_its_names(tmp_path):
+    write_tar(tmp_path / "a.tar", [("c/0.png", P), ("d/1.png", P)])
+    (tmp_path / "b.tar").symlink_to("a.tar")
+    with pytest.raises(ValueError, match="b.tar' is listed twice"):
+        TarShards(tmp_path)
 
 
 def test_a_folder_of_shards_is_one_split(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 
 import pytest
@@ -192,6 +193,7 @@ def test_every_test_image_counts_once(kind, process_group):
         assert (first["count"], first["top1"], first["top5"]) == (23, alone["top1"], alone["top5"])
         assert first["nll"] == pytest.approx(alone["nll"], rel=1e-12)
         assert first["calibration"]["share"] == alone["calibration"]["share"]
+        assert first["confusion"] == alone["confusion"] and sum(n for *_, n in first["confusion"]) == 23
 
 
 def too_few():
@@ -250,6 +252,25 @@ def test_a_signal_on_any_rank_stops_all_at_one_step(who, process_group, tmp_path
     assert other == (step, by, seen) and by == "SIGTERM" and 6 < step < 300
     saved = last_checkpoint(tmp_path)
     assert saved["step"] == step and len(saved["others"]) == 1
+
+
+def seen_by(folder, restarts, local_size):
+    """What `check_shared` says where rank 0 alone sees its file."""
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = restarts
+    ranks = dataclasses.replace(Ranks.current(), local_size=local_size)
+    try:
+        ranks.check_shared(folder / f"config-{ranks.rank}.yaml")
+    except ValueError as error:
+        return str(error)
+    finally:
+        del os.environ["TORCHELASTIC_MAX_RESTARTS"]
+
+
+def test_a_run_that_may_restart_needs_a_folder_that_all_machines_see(process_group, tmp_path):
+    (tmp_path / "config-0.yaml").touch()
+    for said in process_group(seen_by, tmp_path, "3", 1):
+        assert "rank 1: " in said and "config-1.yaml does not exist on" in said and "--out" in said
+    assert process_group(seen_by, tmp_path, "0", 1) == process_group(seen_by, tmp_path, "3", 2) == [None, None]
 
 
 def failing_save(folder):

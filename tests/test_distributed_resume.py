@@ -23,6 +23,7 @@ from builders import (
     without_times,
     write_images,
 )
+from nodes import children, documented
 from ranks import make, trained, whole
 from torch import nn
 
@@ -117,24 +118,12 @@ def test_a_damaged_checkpoint_is_skipped_by_all(process_group, tmp_path):
 # ---- from the command line
 
 
-def launch(folder, *flags, wait=True):
-    """`torchrun --nproc-per-node 2 -m dlb_fast train ...` in a folder."""
+def launch(folder, *flags):
+    """`torchrun --nproc-per-node 2 -m dlb_fast train ...` in a folder; what it says."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "dlb_fast", "train", *flags]
     process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
-    return process.communicate(timeout=PATIENCE)[1] if wait else process
-
-
-def ranks_of(process):
-    """The processes torchrun started."""
-    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if _parent(p) == process.pid]
-
-
-def _parent(path):
-    try:
-        return int(path.joinpath("stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
+    return process.communicate(timeout=PATIENCE)[1]
 
 
 FLAGS = ["--batch-size", "20", "--max-steps", "60", "--eval-every", "20", "--checkpoint-every", "6"]
@@ -147,19 +136,22 @@ def expected_run(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks in /proc")
-def test_killed_and_resumed_by_torchrun(process_group, tmp_path):
-    """kill -9 takes one rank, torchrun the other; the bare command goes on, to the same bits."""
+def test_a_killed_rank_is_restarted_by_torchrun(process_group, tmp_path):
+    """kill -9 takes one rank; torchrun ends the other and starts the documented command again, to the same bits."""
     process_group(expected_run, tmp_path / "expected")
-    process = launch(tmp_path, *FLAGS, "--out", "run", wait=False)
-    wait_for(lambda: list(tmp_path.glob("run/checkpoints/step-*.pt")), "a checkpoint", process)
-    os.kill(max(ranks_of(process)), signal.SIGKILL)
-    _, said = process.communicate(timeout=PATIENCE)  # long before gloo's own time-out of half an hour
-    assert process.returncode != 0, said
-    assert last_checkpoint(tmp_path / "run")["step"] < 60
-    said = launch(tmp_path, "--resume", "--out", "run")
+    words = documented("--standalone")
+    place = words.index("--preset")
+    words[place : place + 4] = ["--preset", "digits", *FLAGS]
+    words[words.index("--nproc-per-node") + 1] = "2"
+    command = [*words[:3], "--max-restarts", "1", *words[3:]]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("runs/a/checkpoints/step-*.pt")), "a checkpoint", process)
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    _, said = process.communicate(timeout=PATIENCE)  # long before the time-out of a group that lost a rank
+    assert process.returncode == 0, said
     assert "continuing from" in said and said.count("done: test top-1") == 1
     assert "60 steps of 20 rows (2 ranks x 10, ddp) on cpu, lr 0.05" in said
-    assert_same_run(tmp_path / "expected", tmp_path / "run")
+    assert_same_run(tmp_path / "expected", tmp_path / "runs/a")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The documentation is true: its Python runs, its commands parse, its tables are made, its pages are found.
 
-A Python block that cannot run here is preceded by `<!-- not run: REASON -->`.
+A Python block that cannot run here is preceded by `<!-- not run: REASON -->`, a file that a page shows by
+`<!-- file: PATH -->`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 OWN = [name for name in TEXTS if not name.startswith("docs/methods/")]  # test_methods.py runs those
-_BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?```python\n(?P<code>.*?)```", re.S)
-PYTHON = [(name, k, m["code"], m["reason"]) for name in OWN for k, m in enumerate(_BLOCK.finditer(TEXTS[name]))]
+_BLOCK = re.compile(r"(?:<!-- (?P<kind>not run|file): (?P<what>.*?) -->\n)?```python\n(?P<code>.*?)```", re.S)
+BLOCKS = [(p, k, *m.group("code", "kind", "what")) for p in OWN for k, m in enumerate(_BLOCK.finditer(TEXTS[p]))]
+PYTHON = [(p, k, code, what if kind else None) for p, k, code, kind, what in BLOCKS if kind != "file"]
+FILES = [(page, code, what) for page, _, code, kind, what in BLOCKS if kind == "file"]
 
 
 @pytest.mark.parametrize(("page", "number", "code", "reason"), PYTHON, ids=[f"{p}-{k}" for p, k, _, _ in PYTHON])
@@ -42,10 +45,21 @@ def test_python_blocks_run(page, number, code, reason, tmp_path, monkeypatch, ca
     if reason is not None:
         assert reason.strip()
         pytest.skip(f"{page}: {reason}")
+    if "torchvision" in code:
+        pytest.skip("tests/test_image_folder.py runs it")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     with mock.patch.dict(METHODS):  # CONTRIBUTING registers a method, which later tests must not find
         exec(program, {"__name__": "docs"})
+
+
+@pytest.mark.parametrize(("page", "code", "path"), FILES, ids=[f"{p}: {f}" for p, _, f in FILES])
+def test_a_file_is_shown_word_for_word(page, code, path):
+    assert code == (ROOT / path).read_text(encoding="utf-8"), f"{page} differs from {path}"
+
+
+def test_files_are_shown():
+    assert ("docs/own-loop.md", "examples/image_folder.py") in {(page, path) for page, _, path in FILES}
 
 
 def commands() -> list[tuple[str, str]]:
@@ -117,7 +131,7 @@ def parse(arguments, monkeypatch):
     name, rest = arguments[0], arguments[1:]
     if name == "train":
         from dlb_fast.presets import load_preset
-        from dlb_fast.train.config import TrainArgs, parse_flags
+        from dlb_fast.train.flags import TrainArgs, parse_flags
 
         preset = rest[rest.index("--preset") + 1] if "--preset" in rest else "digits"
         parse_flags(TrainArgs, TrainArgs(run=load_preset(preset)), own_modules_as_dlb(rest), "dlb-fast train")
@@ -144,6 +158,20 @@ def raising(*args, **kwargs):
 def own_modules_as_dlb(arguments: list[str]) -> list[str]:
     """A teacher of the reader's own (`--method my_module:Mixer`) is not here to be imported."""
     return ["dlb" if re.fullmatch(r"my_\w+:\w+", word) else word for word in arguments]
+
+
+def test_the_installation_is_the_same_on_both_first_pages():
+    blocks = [
+        re.search(r"```sh\n(python3 -m venv .*?)```", TEXTS[page], re.S) for page in ("README.md", "docs/index.md")
+    ]
+    assert blocks[0] and blocks[1] and blocks[0].group(1) == blocks[1].group(1)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_demo_installs_no_tools_of_tests(tmp_path):
+    done = subprocess.run(["make", "-n", "demo", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert re.findall(r"^\.ci/run (\S+)$", done.stdout, re.M) == ["setup-train"], done.stdout
+    assert "setup-train) setup train ;;" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_check_of_commands_has_teeth(monkeypatch, tmp_path):
@@ -200,9 +228,10 @@ def test_the_reference_names_what_exists():
         assert thing.__doc__, name
         if isinstance(thing, types.ModuleType) and not options:
             shown.update(vars(thing))
-    import dlb_fast
+    import dlb_fast.data
 
     assert {*dlb_fast.__all__} - {"__version__"} <= shown
+    assert {*dlb_fast.data.__all__} <= shown
 
 
 def resolve(name: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from builders import ROOT, environment, python
 
 from dlb_fast import _backends, doctor
@@ -19,7 +20,7 @@ def test_doctor_agrees_with_the_backends(report):
     known = report["implementations"]["known"]
     assert known == {name: found._asdict() for name, found in _backends.implementations().items()}
     assert all(state["available"] or state["reason"] for state in known.values())
-    assert report["implementations"]["auto"]["cpu"] == _backends.pick("auto", "cpu")
+    assert report["implementations"]["auto"]["cpu"] == _backends.pick("auto", torch.device("cpu"))
 
 
 def test_doctor_self_test_runs_what_is_available(report):

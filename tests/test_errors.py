@@ -138,7 +138,7 @@ def test_backend_variable(monkeypatch):
         fused_lb_loss(Z, Y)
     monkeypatch.setenv("DLB_FAST_BACKEND", "torch")
     _backends.forget_picks()
-    assert _backends.pick("auto", "cpu") == "torch"
+    assert _backends.pick("auto", torch.device("cpu")) == "torch"
 
 
 def test_module_messages():

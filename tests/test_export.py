@@ -7,12 +7,11 @@ import torch
 from builders import train
 
 from dlb_fast.presets import load_preset
-from dlb_fast.train.checkpoint import CheckpointError, load_weights, save_weights
+from dlb_fast.train.checkpoint import CheckpointError, read_weights, save_weights
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
-from dlb_fast.train.export import load_model
 from dlb_fast.train.models import create_model
-from dlb_fast.train.run import RunFolder, evaluate_run
+from dlb_fast.train.run import RunFolder, evaluate_run, load_model
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def run(tmp_path_factory):
 def test_load_model_is_the_one_that_was_evaluated(run):
     model, about = load_model(run, weights="last")
     other = create_model("small_cnn", 10, 1)
-    load_weights(run / "checkpoints/last.safetensors", other)
+    other.load_state_dict(read_weights(run / "checkpoints/last.safetensors")[0])
     assert not model.training
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
     data = open_data(RunFolder(run).read_config().data)

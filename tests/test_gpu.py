@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import available, eager_official
+from conftest import available, eager_official, float32_error
 
 from dlb_fast import LastBatchLoss, fused_lb_loss
 
@@ -51,10 +51,14 @@ def test_every_regime(gpu, size, dtype):
         results.append((loss.double(), leaf.grad.double()))
     (loss, grad), (eager_loss, eager_grad), (true_loss, true_grad) = results
     assert (loss - true_loss).abs() <= (eager_loss - true_loss).abs() + 1e-6 * true_loss.abs()
-    eps = torch.finfo(dtype).eps
-    step = 6e-8 if dtype == torch.float16 else 0.0  # float16's smallest
-    limit = (eager_grad - true_grad).abs().max() + 2 * eps * true_grad.abs().max() + step
-    assert (grad - true_grad).abs().max() <= limit
+    # One rounding (float16's smallest step, where it is subnormal), and the float32 behind it; and, but for that, no
+    # worse than eager.
+    rounding = 0.0 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+    step = 6e-8 if dtype == torch.float16 else 0.0
+    allowed = 0.7 * float32_error(z, ce=4 / rows, kl=3.0 / (rows // 2)) + 2e-6 * true_grad.abs()
+    assert ((grad - true_grad).abs() <= 2 * rounding * true_grad.abs() + allowed + step).all()
+    ours, eagers = (grad - true_grad).norm(), (eager_grad - true_grad).norm()
+    assert ours <= 1.01 * eagers + 0.25 * allowed.norm() + step
 
 
 def test_captured_loop_equals_eager_loop(gpu):
@@ -201,8 +205,6 @@ def test_graphs_that_are_gone_hold_no_memory(gpu):
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
-    if gpu == "triton":
-        pytest.skip("its captured launches keep their workspaces")
     fused_lb_loss(z, y, z[:32], impl=gpu)
     capture()
     before = free()
@@ -271,7 +273,7 @@ check([first])
 }
 
 
-@pytest.mark.parametrize("name", FIRST_CALLS)
+@pytest.mark.parametrize("name", FIRST_CALLS, ids=lambda name: f"cuda-{name}")
 def test_the_first_calls_of_a_process(name):
     if not available("cuda"):
         pytest.fail("cuda is not available on this machine")

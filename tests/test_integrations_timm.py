@@ -1,15 +1,22 @@
-"""LastBatchTask with timm's own tasks, checkpoints and EMA."""
+"""LastBatchTask with timm's own tasks, checkpoints and EMA; timm's own train script with overlapping batches."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import itertools
 import logging
+import os
+import re
+import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import ROOT, python
 from frameworks import reason_against
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,7 +40,8 @@ from timm.models import create_model  # noqa: E402
 from timm.task import LogitDistillationTask, resume_task_checkpoint  # noqa: E402
 from timm.utils import CheckpointSaver  # noqa: E402
 
-from dlb_fast.integrations.timm import LastBatchTask  # noqa: E402
+from dlb_fast.integrations.timm import LastBatchTask, _Script  # noqa: E402
+from dlb_fast.integrations.timm import main as run_script  # noqa: E402
 
 DATA = synthetic("train", length=56, num_classes=4, size=8)
 
@@ -294,3 +302,134 @@ def test_refusals():
     next(iter(task.batches(ResidentLoader(DATA, 16))))
     with pytest.raises(ValueError, match="got a target of 3 rows, expected 8"):
         task(torch.randn(3, 3, 32, 32), torch.zeros(3, dtype=torch.long))
+
+
+# timm's own script is in its repository only: that of DLB_FAST_TIMM_TRAIN, or this one, downloaded.
+STAND_IN = ROOT / "tests" / "timm_script.py"
+OWN = "https://raw.githubusercontent.com/huggingface/pytorch-image-models/v1.0.28/train.py"
+SHA256 = "1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6"
+TINY = """
+    --model test_resnet --num-classes 10 --input-size 3 32 32 --device cpu --workers 1 -b 32 --opt adamw --lr 5e-3
+    --warmup-epochs 0 --hflip 0 --log-interval 100 --experiment run
+"""
+TIMMS = """
+    --aa rand-m3-mstd0.5-inc1 --reprob 0.1 --mixup 0.1 --model-ema --model-ema-decay 0.9
+"""
+
+
+def words(options, digits, output):
+    return [*options.split(), "--data-dir", str(digits), "--output", str(output)]
+
+
+@pytest.fixture(scope="module", params=["stand-in", "timm's own"])
+def script(request, tmp_path_factory):
+    if request.param == "stand-in":
+        return STAND_IN
+    if given := os.environ.get("DLB_FAST_TIMM_TRAIN"):
+        return Path(given)
+    try:
+        with urllib.request.urlopen(OWN, timeout=10) as answer:
+            text = answer.read()
+    except OSError as error:
+        pytest.skip(f"timm's train.py cannot be had ({error}); DLB_FAST_TIMM_TRAIN=PATH names a copy")
+    assert hashlib.sha256(text).hexdigest() == SHA256
+    path = tmp_path_factory.mktemp("timm") / "train.py"
+    path.write_bytes(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    if reason := reason_against("sklearn"):
+        pytest.skip(reason)
+    made = tmp_path_factory.mktemp("digits")
+    python("examples/digits_folder.py", made, 300)
+    return made
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Run a script in this process; returns what took its names over."""
+
+    def start(path, *arguments):
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "argv", [*sys.argv])
+        taken = _Script(str(path))
+        taken.run([str(argument) for argument in arguments])
+        return taken
+
+    return start
+
+
+def test_timms_script_learns_with_its_own_augmentation_and_resumes(script, digits, tmp_path, started):
+    steps, options = 15, words(TINY + TIMMS, digits, tmp_path)
+    first = started(script, *options, "--epochs", 3)
+    buffer = first.criterion.buffer
+    assert (buffer.taught, buffer.mismatched) == ((3 * steps - 1) * 16, 0)  # the first batch has no teacher
+    newest = tmp_path / "run" / "last.pth.tar"
+    assert torch.load(newest, weights_only=False)["metric"] > 20  # per cent; chance: 10
+    then = started(script, *options, "--epochs", 4, "--resume", newest)
+    assert then.criterion.buffer.taught - buffer.taught in (0, steps * 16) and then.criterion.buffer.mismatched == 0
+    # Both views of a sample are there, normalised, and timm's augmentation made them different.
+    (before, _), (after, _) = itertools.islice(then.batches, 2)
+    ids = then.batches._batch.ids
+    assert len(after) == 32 and before.shape[1:] == (3, 32, 32) and before.min() < -0.5 < 0.5 < after.max()
+    assert not torch.equal(before[16:], after[:16]) and len(set(ids.tolist())) == 32
+
+
+def test_timms_script_on_two_ranks(script, digits, tmp_path):
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dlb_fast.integrations.timm")
+    options = words(TINY + "--epochs 1 --grad-accum-steps 2 --amp --amp-dtype bfloat16", digits, tmp_path)
+    said = python(*launch, script, *options, PYTHONWARNINGS="ignore")
+    # nan passes: in bfloat16 on the CPU logits become NaN now and then, with torch's cross entropy too.
+    shown = re.search(r"Train: 0 \[   7/7\]  Cross entropy: \S+  Last batch: (\S+)", said.stdout + said.stderr)
+    assert shown is not None and shown[1] != "0.00", said.stderr
+    state = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)["task_state"]
+    assert state["loader"]["world_size"] == 2 and state["criterion"]["_extra_state"].numel() > 16 * 10 * 2  # bfloat16
+
+
+def test_the_script_has_the_options_of_the_loss(digits, tmp_path, started):
+    own = "--epochs 0 --dlb-alpha 0.5 --dlb-temperature 4 --smoothing 0.2 --no-prefetcher"
+    taken = started(STAND_IN, *words(TINY + own, digits, tmp_path))
+    criterion = taken.criterion
+    assert (criterion.alpha, criterion.temperature, criterion.label_smoothing) == (0.5, 4.0, 0.2)
+    images, labels = next(iter(taken.batches))
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64 and len(images) == 16
+
+
+SCRIPT_REFUSED = {
+    "--aug-repeats 3 has no effect here": "--aug-repeats 3",
+    "--jsd-loss True has no effect here": "--jsd-loss",
+    "batch_size must be even": "-b 31",
+    "need 256 .* samples, got 240": "-b 512",
+    "mode must be one of batch, elem, got 'pair'": "--mixup 0.2 --mixup-mode pair",
+    "leave out --no-prefetcher": "--mixup 0.2 --no-prefetcher",
+}
+
+
+@pytest.mark.parametrize("message", SCRIPT_REFUSED)
+def test_the_script_says_in_a_sentence_what_it_refuses(digits, tmp_path, monkeypatch, message):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        run_script([str(STAND_IN), *words(TINY + SCRIPT_REFUSED[message], digits, tmp_path)])
+
+
+def test_what_is_no_script_of_timm_and_losses_and_data_that_cannot_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit, match="usage: python -m dlb_fast.integrations.timm TRAIN.PY ARGS"):
+        run_script([])
+    with pytest.raises(SystemExit, match="error: .* is not a file; timm's train.py is in its repository"):
+        run_script([str(tmp_path / "train.py")])
+    (tmp_path / "other.py").write_text("def main(): pass")
+    with pytest.raises(SystemExit, match="has no parser, create_loader, ClassificationTask, which this takes over"):
+        run_script([str(tmp_path / "other.py")])
+    taken = _Script(str(STAND_IN))
+    taken.args, taken.criterion = argparse.Namespace(**ARGS, dataset="wds/x"), LastBatchLoss(4)
+    for loss in (nn.BCEWithLogitsLoss(), nn.CrossEntropyLoss(weight=torch.ones(4))):
+        with pytest.raises(ValueError, match="LastBatchLoss replaces the unweighted cross entropy only"):
+            taken.create_task(flat(), loss)
+    with pytest.raises(TypeError, match=r"--dataset wds/x \(Stream\) is read in its own order"):
+        taken.create_loader(type("Stream", (torch.utils.data.IterableDataset,), {"__iter__": None})(), is_training=True)
+    with pytest.raises(TypeError, match="cannot use collate_fn"):
+        taken.create_loader(DATA, is_training=True, collate_fn=list)

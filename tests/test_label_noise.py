@@ -25,8 +25,9 @@ from dlb_fast.data import (
     open_dataset,
     with_label_noise,
 )
-from dlb_fast.train.config import RunConfig, override, parse_flags
+from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
+from dlb_fast.train.flags import parse_flags
 from dlb_fast.train.run import RunFolder
 
 torch.set_num_threads(1)

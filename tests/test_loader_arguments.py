@@ -115,8 +115,8 @@ def test_a_bad_file_is_met_with_options_that_the_loader_has(tmp_path: Path) -> N
         assert str(pickle.loads(pickle.dumps(caught.value)))
         return str(caught.value)
 
-    assert message(EvalLoader(files, 8)).endswith("(`dlb-fast verify-data` lists all of them).")
-    assert "on_error" not in message(SampledLoader(files, ViewPairSampler(24, 8)))
+    for sampled in (EvalLoader(files, 8), SampledLoader(files, ViewPairSampler(24, 8))):
+        assert message(sampled).endswith('all of them) or pass on_error="replace".')
     with overlap(files) as loader:
         assert message(loader).endswith('all of them) or pass on_error="replace".')
     with overlap(files, on_error="replace", max_failures=2) as loader:

@@ -13,7 +13,8 @@ from builders import train, wait_for
 from dlb_fast import cli
 from dlb_fast.presets import load_preset
 from dlb_fast.train import log as logs
-from dlb_fast.train.config import TrainConfig, from_dict, override, parse_flags
+from dlb_fast.train.config import TrainConfig, from_dict, override
+from dlb_fast.train.flags import parse_flags
 from dlb_fast.train.log import COLUMNS, RunLog
 
 ROW = {"step": 3, "epoch": 1.0, "images_seen": 12, "lr": 0.1, "loss": 0.5, "ce": math.nan, "test_top1": 0.25}
@@ -56,7 +57,7 @@ def test_rewind_cuts_the_files_back(tmp_path):
 def test_a_terminal_gets_a_bar(tmp_path):
     log = RunLog(tmp_path, stream=Terminal())
     log.start(step=0, total=4)
-    log.bar.update()
+    log.tick(1)
     log.progress({"step": 1, **SPEED})
     log.result(ROW)
     log.close()
@@ -68,13 +69,24 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: clock[0])
     log = RunLog(tmp_path, stream=io.StringIO())
-    log.start(step=0, total=90)
+    log.start(step=0, total=90, per_epoch=7.5)
     for step in range(1, 10):
-        clock[0] += 4
-        log.progress({"step": step, **SPEED})
+        clock[0] += 1000 if step == 1 else 4  # the first step compiles
+        if step % 5 == 0:
+            log.progress({"step": step, **SPEED})
+        log.tick(step)
     lines = log.stream.getvalue().splitlines()
-    assert lines[0] == "step 3/90  loss 0.5000  lr 0.1  images/s 1234  waiting for data 25 %"
-    assert len(lines) == 3 and "\r" not in log.stream.getvalue()
+    assert lines == [
+        "step 1/90  epoch 1/12",
+        "step 4/90  epoch 1/12 (0:14 left)  run 5:44 left",
+        "step 7/90  epoch 1/12 (0:02 left)  run 5:32 left  loss 0.5000  lr 0.1  images/s 1234  waiting for data 25 %",
+    ]
+    assert "\r" not in log.stream.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (90061, "25:01:01")])
+def test_a_time_left_is_read_at_a_glance(seconds, shown):
+    assert logs._clock(seconds) == shown
 
 
 # --- trackers

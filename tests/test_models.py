@@ -137,6 +137,8 @@ def test_unknown_name_says_what_exists(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # import fails whether or not timm is installed
     with pytest.raises(ValueError, match=r"unknown model 'resnet23'; did you mean 'resnet\d+'.*timm"):
         create_model("resnet23", 10)
+    with pytest.raises(ValueError, match=r"timm:resnet18 needs timm, whose import failed: .*; install it"):
+        create_model("timm:resnet18", 10)
     with pytest.raises(ValueError, match="at least 1"):
         create_model("small_cnn", 0)
 

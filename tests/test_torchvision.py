@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import torch
 from builders import write_images
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from with_torchvision import import_torchvision, missing
 
 from dlb_fast import LastBatchLoss
 from dlb_fast.data import (
@@ -23,6 +26,7 @@ from dlb_fast.data import (
     Flip,
     ImageDecoder,
     IndexedDataset,
+    MapDataset,
     OverlapBatchSampler,
     OverlapLoader,
     PadCrop,
@@ -115,9 +119,11 @@ def vision(request: pytest.FixtureRequest, tmp_path: Path) -> SimpleNamespace:
     root = write_images(tmp_path, NAMES)
     if request.param == "stand-in":
         return SimpleNamespace(folder=lambda **options: Folder(root, **options), transform=Normed())
-    datasets = pytest.importorskip("torchvision.datasets")
-    modules = SimpleNamespace(v1=pytest.importorskip("torchvision.transforms"))
-    modules.v2 = pytest.importorskip("torchvision.transforms.v2")
+    if reason := missing():
+        pytest.skip(reason)
+    import_torchvision()
+    datasets = import_module("torchvision.datasets")
+    modules = SimpleNamespace(v1=import_module("torchvision.transforms"), v2=import_module("torchvision.transforms.v2"))
     transform = {"v1": v1, "v2": v2}[request.param](modules)
     return SimpleNamespace(folder=lambda **options: datasets.ImageFolder(str(root), **options), transform=transform)
 
@@ -338,3 +344,116 @@ def test_how_a_transform_is_called_follows_from_its_arguments() -> None:
     two += [train_transform("small", 8), train_transform("imagenet", 8), SimpleNamespace, lambda image, other: image]
     assert [takes_rng(transform) for transform in one] == [False] * 4
     assert [takes_rng(transform) for transform in two] == [True] * len(two)
+
+
+class Items(Dataset[Any]):
+    """A dataset whose transform has a name of its own, and whose items are what `shape(image, label, index)` makes."""
+
+    def __init__(self, shape: Callable[[Any, int, int], Any]) -> None:
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Any:
+        return self.shape(torch.rand(3, 4, 4), index % 2, index)
+
+
+class Augmented(Items):
+    """One whose transform has the usual name."""
+
+    transform = True
+
+
+def keyed(image: Any, label: int, index: int) -> Any:
+    return {"image": image, "label": label}
+
+
+def picked(dataset: Any, index: int) -> Any:
+    item = dataset[index]
+    return item["image"], item["label"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OverlapLoader(Items(lambda *parts: parts[:2]), 8),
+        lambda: OverlapLoader(Items(keyed), 8, load=picked),
+        lambda: OverlapLoader(MapDataset(Items(keyed), picked), 8),
+        lambda: OverlapLoader(Subset(Items(lambda *parts: parts[:2]), range(8)), 8),
+        lambda: OverlapLoader(Augmented(keyed), 8, load=picked, transform=torch.nn.Identity()),
+        lambda: OverlapLoader(MapDataset(Augmented(keyed), picked), 8, transform=torch.nn.Identity()),
+    ],
+    ids=["items", "load", "MapDataset", "Subset", "load, two transforms", "MapDataset, two transforms"],
+)
+def test_a_dataset_of_ones_own_never_gives_one_picture_twice(make: Callable[[], Any]) -> None:
+    with make() as loader:
+        for before, batch in pairwise(list(loader)):
+            assert batch.ids[: batch.num_old].tolist() == before.ids[before.num_old :].tolist()
+            assert not torch.equal(batch.old, before.new)
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        (keyed, "got dict with the keys 'image', 'label'; pass load=.* to OverlapLoader or to MapDataset"),
+        (lambda *parts: parts, "got tuple of 3; pass load="),
+        (lambda image, label, index: (image, {"boxes": [1] * index}), "the target dict with the keys 'boxes'; one cla"),
+        (lambda image, label, index: (image, Image.new("L", (4, 4))), "the target Image; one class of the whole image"),
+        (lambda image, label, index: (image, [(0, 0, 1, 1)]), "the target list of 1; one class of the whole image"),
+        (lambda image, label, index: (image, "cat"), "the target 'cat'; number the class names"),
+    ],
+)
+def test_items_that_cannot_be_trained_on_say_what_to_change(shape: Any, match: str) -> None:
+    data = Items(shape)
+    with pytest.raises(TypeError, match=f"IndexedDataset: expected a pair .*{match}"):
+        next(iter(DataLoader(IndexedDataset(data), batch_sampler=OverlapBatchSampler(data, 8))))
+    with OverlapLoader(data, 8) as loader, pytest.raises(SampleError, match=match):
+        next(iter(loader))
+    with pytest.raises(TypeError, match=match):
+        load_into_memory(data)
+
+
+def test_a_sampler_belongs_to_its_dataset() -> None:
+    data = Items(lambda *parts: parts[:2])
+    for other in (Subset(data, range(8)), ConcatDataset([data, data])):
+        loader = DataLoader(IndexedDataset(other), batch_sampler=OverlapBatchSampler(data, 8))
+        with pytest.raises(ValueError, match=f"sampler was made for 16 samples, this dataset has {len(other)}; make"):
+            next(iter(loader))
+    with pytest.raises(TypeError, match=r"got a list of them; pass .*batch_sampler=\.\.\.\), not as sampler="):
+        next(iter(DataLoader(IndexedDataset(data), batch_size=4, sampler=OverlapBatchSampler(data, 8))))
+
+
+def drawn(image: Any) -> torch.Tensor:
+    """A transform as people write it: its random numbers are torch's, NumPy's and Python's."""
+    numbers = [torch.rand(()).item(), float(np.random.rand()), random.random()]
+    return torch.tensor(numbers, dtype=torch.float32).reshape(3, 1, 1)
+
+
+@pytest.mark.parametrize("where", ["dataset", "wrapper", "resident", "workers"])
+def test_views_of_global_random_numbers_are_the_same_in_every_run(tmp_path: Path, where: str) -> None:
+    """In the DataLoader and in ResidentLoader; what the training itself draws is as if no image had been loaded."""
+    data = Folder(write_images(tmp_path, NAMES))
+
+    def loader() -> Any:
+        if where == "resident":
+            return ResidentLoader(data, 8, transform=drawn)
+        own, given = (drawn, None) if where == "dataset" else (None, drawn)
+        options: Any = {"num_workers": 2 if where == "workers" else 0, "generator": torch.Generator()}
+        dataset = IndexedDataset(Folder(tmp_path, transform=own), given)
+        return DataLoader(dataset, batch_sampler=OverlapBatchSampler(data, 8), collate_fn=collate_overlap, **options)
+
+    def seed() -> None:
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+
+    seed()
+    undisturbed = [torch.rand(()).item(), np.random.rand(), random.random()]
+    seed()
+    whole = list(loader())
+    assert [torch.rand(()).item(), np.random.rand(), random.random()] == undisturbed
+    again = list(loader())
+    assert all(torch.equal(a.images, b.images) for a, b in zip(whole, again, strict=True))
+    views = torch.cat([batch.images.flatten(1) for batch in whole])
+    assert all(len(views[:, k].unique()) == len(views) for k in range(3))  # each view draws its own

@@ -13,8 +13,9 @@ from dlb_fast.cli import _base_config
 from dlb_fast.data import SampleError, ViewPairSampler
 from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.presets import load_preset
-from dlb_fast.train.checkpoint import load_weights
-from dlb_fast.train.config import RunConfig, override
+from dlb_fast.train import run
+from dlb_fast.train.checkpoint import read_weights
+from dlb_fast.train.config import RunConfig, check_effects, override
 from dlb_fast.train.data import open_data
 from dlb_fast.train.models import create_model
 from dlb_fast.train.run import evaluate_run
@@ -154,7 +155,7 @@ def test_exported_weights_say_what_they_are(tmp_path):
     assert len(json.loads(note["mean"])) == len(json.loads(note["std"])) == 3
     assert json.loads(note["classes"]) == open_data(config.data).train.classes
     model = create_model("small_cnn", 4, 3)
-    load_weights(path, model)
+    model.load_state_dict(read_weights(path)[0])
 
 
 def test_plain_batches_hold_no_sample_twice():
@@ -231,13 +232,13 @@ def test_a_run_says_first_what_was_done_to_the_data(small_folder, tmp_path, caps
     train(config, tmp_path / "run", quiet=False)
     assert capsys.readouterr().err.splitlines()[0] == (
         f"data imagefolder:{small_folder}: 2 classes, 8 training images, 2 test images (from val/); subset: none; "
-        "label noise: none; normalised by the mean and std of imagenet"
+        "label noise: none; normalised by the mean and std of imagenet; crops of 16 x 16 pixels"
     )
     other = override(config, source=f"imagefolder:{held}", data_seed=3, per_class=2, label_noise=0.5)
     assert open_data(other.data).about == (
         f"data imagefolder:{held}: 2 classes, 4 training images, 2 test images (a tenth of each class held out, "
         "data_seed 3); subset: 2 images per class of 8; label noise: symmetric, 2 of 4 labels wrong; normalised by the "
-        "mean and std of imagenet"
+        "mean and std of imagenet; crops of 16 x 16 pixels"
     )
     digits = open_data(load_preset("digits").data).about
     assert "10 classes, 200 training images, " in digits and "(half of each class held out, data_seed 0)" in digits
@@ -248,3 +249,30 @@ def test_a_run_without_a_preset_starts_from_neutral_numbers(kind):
     config, _ = _base_config(None, None, f"{kind}:mine")
     assert (config.data.per_class, config.data.label_noise, config.data.padding) == (None, 0.0, None)
     assert config.loss.label_smoothing == 0 and config.augment == RunConfig().augment
+
+
+def test_a_rehearsal_takes_the_images_that_a_run_would_take(tmp_path):
+    """Links that fan out and back are followed once, and hidden folders are left out."""
+    folder = tmp_path / "set" / "train" / "cat"
+    for path in (folder / "a.png", folder / "@eaDir" / "b.png", tmp_path / "level16" / "c.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    for level in range(16):
+        (tmp_path / f"level{level}").mkdir()
+        for name in ("x", "y"):
+            (tmp_path / f"level{level}" / name).symlink_to(tmp_path / f"level{level + 1}")
+    (folder / "fan").symlink_to(tmp_path / "level0")
+    (folder / "up").symlink_to(folder)
+    (folder / "self").symlink_to("self")
+    assert sorted(path.name for path in run._images_below(folder)) == ["a.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"), [("{}", "imagefolder:{}"), ("folder:{}", "imagefolder:{}"), ("{}/l.txt", "list:{}/l.txt")]
+)
+def test_an_unknown_kind_is_named_before_what_has_no_effect_on_it(tmp_path, source, meant):
+    (tmp_path / "l.txt").write_text("")
+    with pytest.raises(
+        ValueError, match=rf"unknown kind .*expected one of digits, .*\(is {meant.format(tmp_path)} mean"
+    ):
+        check_effects(override(RunConfig(), source=source.format(tmp_path), image_size=8))

@@ -11,7 +11,8 @@ from dlb_fast import LastBatchLoss, LsrKDLoss
 from dlb_fast.data import ArrayDataset, Batch, Mix, RandomErasing, ResidentLoader
 from dlb_fast.methods.ce import CrossEntropy
 from dlb_fast.presets import load_preset
-from dlb_fast.train.config import RunConfig, from_dict, override, parse_flags, to_dict
+from dlb_fast.train.config import RunConfig, from_dict, override, to_dict
+from dlb_fast.train.flags import parse_flags
 from dlb_fast.train.loop import accepted_inputs, training_loss
 from dlb_fast.train.methods import METHODS, resolve
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
@@ -372,3 +373,28 @@ def test_a_failed_launch_leaves_no_used_ticket(monkeypatch):
             row_loss("test", "triton", z, y, teacher=t)
     assert torch.equal(row_loss("test", "triton", z, y, teacher=t)[0], wanted)
     assert not any(space.ticket.any() for space in launch._workspaces.values())
+
+
+def test_a_workspace_lies_outside_of_graph_pools_and_a_captured_one_inside(monkeypatch):
+    """torch sends what a thread allocates to the pool that it uses: CUDA graph trees warm up like that."""
+    from dlb_fast.kernels import launch
+
+    made, waited, device = [], [], torch.device("cuda", 0)
+    stream = type("Stream", (), {"cuda_stream": 7, "synchronize": lambda self: waited.append(threading.get_ident())})()
+
+    def new(device, dtype):
+        made.append(threading.get_ident())
+        return launch.Workspace(*torch.zeros(3, 1))
+
+    monkeypatch.setattr(launch, "_new_workspace", new)
+    monkeypatch.setattr(launch, "_workspaces", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    key, eager = launch.workspace(device, torch.float32)
+    assert made == waited and made != [threading.get_ident()]
+    assert launch.workspace(device, torch.float32)[1] is eager and len(made) == 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = [launch.workspace(device, torch.float32) for _ in range(2)]
+    assert made[1:] == [threading.get_ident()] * 2 and list(launch._workspaces) == [key]
+    assert captured[0][0] is None and captured[0][1] is not captured[1][1]
+    launch.drop_workspace(None)

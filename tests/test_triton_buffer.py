@@ -114,12 +114,11 @@ def test_num_old_given_and_room_to_spare():
     assert stream(Pair(7, 20), layout) == [0, 5, 3, 5, 0, 4]
 
 
-@pytest.mark.parametrize("classes", [5, 600, pytest.param(9001, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("classes", [5, 600])
 @pytest.mark.parametrize("ids", [True, False])
-def test_the_same_batch_again_meets_the_same_teacher(classes, ids, counting):
+def test_the_same_batch_again_meets_the_same_teacher(classes, ids, counting, times=(1, 3, 2)):
     """Batches that are evaluated several times: each has one teacher, and its latest evaluation is what is stored."""
     pair = Pair(2, classes)
-    times = [1, 3, 2] if classes <= 600 else [1, 2, 1]  # long rows are slow in the interpreter
     for step, evaluations in enumerate(times):
         own = [2 * step + i for i in range(4)] if ids else None
         y = pair.labels(4)
@@ -133,6 +132,12 @@ def test_the_same_batch_again_meets_the_same_teacher(classes, ids, counting):
                 assert torch.equal(pair.mine.rows[1 - pair.mine.slots[0], :2], teacher)
             assert torch.equal(pair.mine.rows[pair.mine.slots[0], :2], z[2:])
     assert pair.counters() == [2 * sum(times[1:]), 0, 0, 0, 0]
+
+
+@pytest.mark.slow
+def test_the_same_batch_again_with_rows_of_two_passes(counting):
+    """Two batches only, and by their ids: long rows are slow in the interpreter, and know nothing of ids."""
+    test_the_same_batch_again_meets_the_same_teacher(9001, True, counting, (1, 2))
 
 
 def test_what_the_caller_says_goes_before_the_ids():
@@ -281,10 +286,12 @@ def test_also_where_its_label_is_ignored_or_there_is_no_target(name):
     not_finite_case(name, 5, target=False)
 
 
+SLOWER = [("inf", False), ("only -inf", False), ("one finite", False), ("NaN", True)]
+
+
 @pytest.mark.parametrize(
-    "name", ["NaN", *(pytest.param(n, marks=pytest.mark.slow) for n in ("inf", "only -inf", "one finite"))]
+    ("name", "counted"), [("NaN", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER)]
 )
-@pytest.mark.parametrize("counted", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_also_where_a_row_takes_two_passes(name, counted):
     not_finite_case(name, 9001, counted=counted)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 
 from dlb_fast.data import EvalLoader, MapDataset, ResidentLoader, SampleError, load_into_memory
 from dlb_fast.data.datasets.source import as_image
-from dlb_fast.data.decode.decode import ImageDecoder
+from dlb_fast.data.decode.decode import ImageDecoder, is_pillow
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 3, 9, 7), dtype=np.uint8)
 
@@ -80,6 +82,12 @@ def test_a_pil_image_is_what_the_decoder_makes_of_its_file(mode):
     got = as_image(image)
     assert got.dtype == torch.uint8 and got.shape[0] == (1 if mode in ("L", "LA", "1", "I;16") else 3)
     assert torch.equal(got.expand(3, -1, -1), decoded)
+
+
+def test_nothing_is_a_pil_image_while_another_thread_imports_pillow(monkeypatch):
+    """`sys.modules` holds the module before its classes exist; a good image was then taken for a damaged one."""
+    monkeypatch.setitem(sys.modules, "PIL.Image", types.ModuleType("PIL.Image"))
+    assert not is_pillow(PIXELS[0])
 
 
 def test_a_transparent_palette_image_is_rgb():

@@ -163,8 +163,11 @@ DLB_DEVICE Packet load_packet_if(bool wanted, const void* p, bool once, uint32_t
   }
   return r;
 }
+// By name: from an assignment the compiler makes four stores of a word where it loses sight of the alignment.
 DLB_DEVICE void store_packet(void* p, const Packet& v) {
-  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
+               "r"(v.word[3])
+               : "memory");
 }
 
 // A hint that `bytes` from p on are wanted soon: into the second-level cache, by one instruction, without a register or

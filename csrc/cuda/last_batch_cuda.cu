@@ -1,6 +1,7 @@
 // Launching: device facts, kernel choice, launch attributes, workspaces.
 #include <cuda_runtime.h>
 
+#include <cstdio>
 #include <mutex>
 
 #include "count_kernel.cuh"
@@ -8,6 +9,10 @@
 #include "last_batch_cuda.h"
 #include "scale_kernel.cuh"
 #include "workspaces.h"
+
+#ifndef DLB_FAST_CUDA_ARCHS
+#define DLB_FAST_CUDA_ARCHS "?"
+#endif
 
 namespace dlb_fast {
 namespace {
@@ -33,12 +38,52 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Read once per device.
-const char* current_device(Device& out, int& index) {
+// What CUDA said, as text; nullptr for success. Marked, because it is no refusal: it may be the fault of work that was
+// queued before, and what this call was to write may be written in part.
+const char* text_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  static thread_local char text[256];
+  std::snprintf(text, sizeof text,
+                "%s%s (seen when dlb_fast launched; perhaps the fault of an earlier kernel: CUDA_LAUNCH_BLOCKING=1 "
+                "shows where)",
+                cuda_error, cudaGetErrorString(error));
+  return text;
+}
+
+Kernel kernel_of(DType dtype, const LaunchPlan& plan, TeacherKind kind) {
+  return dtype == DType::f32 ? kernel_f32(plan, kind) : dtype == DType::bf16 ? kernel_bf16(plan, kind)
+                                                                             : kernel_f16(plan, kind);
+}
+
+// The largest cluster of 512 threads a block that finds room on one group of multiprocessors: 16 is the non-portable
+// size, and a slice of a GPU may not hold 8. 0 where the kernel holds no code for clusters: PTX made for an older GPU.
+int largest_cluster(Kernel kernel) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes built = {};
+  int size = 16, fitting = 0;
+  if (cudaFuncGetAttributes(&built, function) != cudaSuccess || built.ptxVersion < 90) size = 0;
+  for (; size > 1; size /= 2) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(size), attribute.val.clusterDim.y = 1,
+    attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(size)), config.blockDim = dim3(512);
+    config.attrs = &attribute, config.numAttrs = 1;
+    if (size > 8 && cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
+      continue;
+    if (cudaOccupancyMaxActiveClusters(&fitting, function, &config) == cudaSuccess && fitting > 0) break;
+  }
+  cudaGetLastError();  // a refusal here is an answer, not an error
+  return size > 1 ? size : 0;
+}
+
+// Read once per device, with a kernel of the first call's dtype: another one would load a module that nobody needs.
+const char* current_device(DType dtype, Device& out, int& index) {
   static std::mutex mutex;
   static Known known[max_devices];
   cudaError_t error = cudaGetDevice(&index);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return text_of(error);
   if (index >= max_devices) return "more than 64 CUDA devices";
   std::lock_guard<std::mutex> lock(mutex);
   Known& entry = known[index];
@@ -48,32 +93,14 @@ const char* current_device(Device& out, int& index) {
     error = cudaDeviceGetAttribute(&entry.device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&can_cluster, cudaDevAttrClusterLaunch, index);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    entry.device.largest_cluster = major >= 9 && can_cluster ? 8 : 0;
-    if (entry.device.largest_cluster > 0) {
-      // 16 blocks of 512 threads must find room on one cluster of processors, which not every part of every chip has.
-      const Kernel kernel = kernel_bf16({Regime::cluster}, TeacherKind::logits);
-      cudaLaunchConfig_t config = {};
-      cudaLaunchAttribute attribute = {};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = 16, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-      config.gridDim = dim3(16), config.blockDim = dim3(512);
-      config.attrs = &attribute, config.numAttrs = 1;
-      int fitting = 0;
-      if (cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed,
-                               1) == cudaSuccess &&
-          cudaOccupancyMaxActiveClusters(&fitting, reinterpret_cast<const void*>(kernel), &config) == cudaSuccess &&
-          fitting > 0)
-        entry.device.largest_cluster = 16;
-      cudaGetLastError();  // a refusal here is an answer, not an error
-    }
+    if (error != cudaSuccess) return text_of(error);
+    if (major >= 9 && can_cluster)
+      entry.device.largest_cluster = largest_cluster(kernel_of(dtype, {Regime::cluster}, TeacherKind::logits));
     entry.read = true;
   }
   out = entry.device;
   return nullptr;
 }
-
-const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 Workspaces& workspaces() {
   static Workspaces& all = *new Workspaces(sizeof(Workspace));
@@ -112,7 +139,7 @@ const char* workspace_for(int device, cudaStream_t stream, void*& memory) {
   unsigned long long capture = 0;
   cudaGraph_t graph = nullptr;
   cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &capture, &graph);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return text_of(error);
   const bool capturing = status == cudaStreamCaptureStatusActive;
   bool fresh = false;
   LentWorkspace* const lent = workspaces().take({device, stream, capturing ? capture : 0}, fresh,
@@ -122,7 +149,7 @@ const char* workspace_for(int device, cudaStream_t stream, void*& memory) {
       return "no device memory for counters while a CUDA graph is captured: call the loss once before capturing";
     if (error == cudaErrorMemoryAllocation)
       return "no 2 MiB of device memory for counters: torch.cuda.empty_cache() may free some";
-    return cudaGetErrorString(error);
+    return text_of(error);
   }
   if (capturing && fresh) return_with(graph, lent);
   memory = lent->memory;
@@ -131,19 +158,23 @@ const char* workspace_for(int device, cudaStream_t stream, void*& memory) {
 
 }  // namespace
 
+extern "C" const char* dlb_fast_cuda_build() {
+#define DLB_TEXT_OF(x) #x
+#define DLB_TEXT(x) DLB_TEXT_OF(x)
+  return DLB_FAST_CUDA_ARCHS " " DLB_TEXT(CUDART_VERSION);
+}
+
 const char* last_batch_cuda(const LastBatchArgs& args, void* stream) {
   if (const char* reason = refusal(args)) return reason;
   Device device;
   int index = 0;
-  if (const char* reason = current_device(device, index)) return reason;
+  if (const char* reason = current_device(args.dtype, device, index)) return reason;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   void* workspace = nullptr;
   if (const char* reason = workspace_for(index, on, workspace)) return reason;
   const LaunchPlan plan = plan_launch(args, device);
   const DeviceArgs d = device_args(args, plan, workspace);
-  const Kernel kernel = args.dtype == DType::f32    ? kernel_f32(plan, args.kind)
-                        : args.dtype == DType::bf16 ? kernel_bf16(plan, args.kind)
-                                                    : kernel_f16(plan, args.kind);
+  const Kernel kernel = kernel_of(args.dtype, plan, args.kind);
   cudaGetLastError();  // clears the error of an earlier call, which would otherwise be taken for this launch's
   if (plan.count_blocks > 0) count_kernel<<<plan.count_blocks, 256, 0, on>>>(d);
   if (plan.cluster == 1) {
@@ -153,7 +184,7 @@ const char* last_batch_cuda(const LastBatchArgs& args, void* stream) {
   if (plan.cluster > 8) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) return text_of(error);
   }
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
@@ -171,7 +202,7 @@ const char* scale_grad_cuda(const ScaleGradArgs& args, void* stream) {
   if (args.batch == 0 || args.classes == 0) return nullptr;
   Device device;
   int index = 0;
-  if (const char* reason = current_device(device, index)) return reason;
+  if (const char* reason = current_device(args.dtype, device, index)) return reason;
   const ScaleArgs a = {args.grad, args.batch * args.classes, args.classes, args.upstream, args.parts + part_grad_scale,
                        args.upstream_stride};
   const int64_t packets = a.elements * element_size(args.dtype) / 16 + 1, wanted = (packets + 255) / 256;

@@ -13,7 +13,7 @@ enum class Regime : int32_t { lanes, warp, block, cluster, two_pass_warp, two_pa
 
 struct Device {
   int multiprocessors = 132;
-  int largest_cluster = 0;  // 0: no clusters (before sm_90); 8, or 16 where the device grants the non-portable size
+  int largest_cluster = 0;  // blocks of 512 threads: 0 (before sm_90) to 8, or 16 where the device grants that size
 };
 
 struct LaunchPlan {
@@ -101,9 +101,9 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
       plan.threads = span <= 2048 ? 64 : span <= 4096 ? 128 : span <= 8192 ? 256 : 512;
       break;
     case Regime::cluster: {
-      // Blocks of 256 threads while 8 of them hold the row: two per multiprocessor, so that one loads while the other
-      // reduces. 16 blocks are the non-portable size.
-      plan.threads = span <= 8 * 256 * resident_columns ? 256 : 512;
+      // Blocks of 256 threads while 8 of them hold the row (or as many as fit): two per multiprocessor, so that one loads
+      // while the other reduces. 16 blocks are the non-portable size.
+      plan.threads = span <= (largest_cluster < 8 ? largest_cluster : 8) * 256 * resident_columns ? 256 : 512;
       plan.cluster = 2;
       while (plan.cluster * plan.threads * resident_columns < span) plan.cluster *= 2;
       break;

@@ -11,6 +11,9 @@ Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OO
 from __future__ import annotations
 
 import functools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -32,6 +35,7 @@ MIX = 0x6D6978
 ERASE = 0x6572617365
 COMPANION = 0x636F6D70616E
 SUBSTITUTE = 0x73756273
+GLOBAL = 0x676C6F62
 
 U64 = NDArray[np.uint64]
 _S30, _S27, _S31, _M1, _M2 = (np.uint64(value) for value in (30, 27, 31, MIX1, MIX2))
@@ -142,6 +146,28 @@ class ViewRng:
     def numpy_generator(self) -> np.random.Generator:
         """A NumPy generator seeded by this view, for transforms that take one."""
         return np.random.Generator(np.random.PCG64(self.bits()))
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Inside the block the global random numbers of torch, NumPy and Python follow from this view; afterwards they
+        continue as if nothing had been drawn (without the second normal number that NumPy may have kept). For
+        transforms that draw from them, in one thread; some 40 us.
+        """
+        key, generator = fold(self.key, GLOBAL), torch.default_generator  # no number of this view's own is used up
+        kept, kept_python, kept_numpy = generator.get_state(), random.getstate(), np.random.mtrand.get_bit_generator()
+        try:
+            np.random.mtrand.set_bit_generator(_NUMPY)  # in place of `get_state`, which takes five times as long
+            generator.manual_seed(key >> 1)
+            np.random.seed(key & 0xFFFFFFFF)
+            random.seed(key)
+            yield
+        finally:
+            generator.set_state(kept)
+            random.setstate(kept_python)
+            np.random.mtrand.set_bit_generator(kept_numpy)
+
+
+_NUMPY = np.random.MT19937(0)
 
 
 class Draws:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from dlb_fast._args import as_int
 from dlb_fast.data._args import PART, are_indices, as_bool, class_indices, length_of
 from dlb_fast.data.batch import Batch
-from dlb_fast.data.datasets.source import as_image
+from dlb_fast.data.datasets.source import as_image, pair_of
 from dlb_fast.data.decode.decode import is_pillow
 from dlb_fast.data.plan import Ids, OverlapPlan, half_of, make_plan
 from dlb_fast.data.position import Iteration, StreamPosition
@@ -43,20 +43,21 @@ __all__ = [
 
 
 class SampleIndex(int):
-    """A sample id that also identifies a view: an `int` with `seed`, `epoch`, `view` and `step`.
+    """A sample id that also identifies a view: an `int` with `seed`, `epoch`, `view`, `step` and `length`.
 
     `epoch` is the epoch in which the sample was new, `view` is 0 for a new row and 1 for a repeated one, `step` is the
-    step of its batch.
+    step of its batch, `length` the number of samples that the sampler knows (0: not said).
     """
 
     seed: int
     epoch: int
     view: int
     step: int
+    length: int
 
-    def __new__(cls, sample: int, seed: int = 0, epoch: int = 0, view: int = 0, step: int = 0) -> Self:
+    def __new__(cls, sample: int, seed: int = 0, epoch: int = 0, view: int = 0, step: int = 0, length: int = 0) -> Self:
         self = super().__new__(cls, sample)
-        self.seed, self.epoch, self.view, self.step = seed, epoch, view, step
+        self.seed, self.epoch, self.view, self.step, self.length = seed, epoch, view, step, length
         return self
 
     def rng(self) -> ViewRng:
@@ -85,8 +86,8 @@ class PlanSampler(Sampler[list[int]], abc.ABC):
 
     def indices(self, epoch: int, step: int) -> list[int]:
         """The indices of one batch as `SampleIndex`, so that every view is reproducible."""
-        rows, seed = [column.tolist() for column in self.views(epoch, step)], self.plan.seed
-        return [SampleIndex(i, seed, new_in, view, step) for i, new_in, view in zip(*rows, strict=True)]
+        rows, seed, length = [column.tolist() for column in self.views(epoch, step)], self.plan.seed, self.plan.length
+        return [SampleIndex(i, seed, new_in, view, step, length) for i, new_in, view in zip(*rows, strict=True)]
 
     def __len__(self) -> int:
         """Steps per epoch, equal on all ranks."""
@@ -405,11 +406,18 @@ def _length(operation: str, source: int | Sized) -> int:
 class IndexedDataset(Dataset[tuple[Any, Any, int]]):
     """A map-style dataset whose items are `(image, target, index)`, so that every batch has the ids of its samples.
 
+    With the indices of a sampler of this package every view is reproducible, also that of a transform which draws from
+    torch's, NumPy's or Python's global random numbers, as torchvision's do: they are seeded for each item.
+
     Args:
         dataset: any map-style dataset of `(image, target)`, such as torchvision's; a transform of its own is applied.
-        transform: called as `transform(image, rng)` with the view's `ViewRng`, so that every view is reproducible. It
-            needs the indices of a sampler of this package, and gets PIL images as uint8 tensors (c, h, w). A transform
-            of one argument, such as torchvision's, gets what the dataset gives. None leaves the images as they are.
+        transform: a transform of one argument, such as torchvision's, gets what the dataset gives. One of two is called
+            as `transform(image, rng)` with the view's `ViewRng`; it needs the indices of a sampler of this package, and
+            gets PIL images as uint8 tensors (c, h, w). None leaves the images as they are.
+
+    Raises:
+        TypeError: from `dataset[i]`, for items that are no pair of an image and a class.
+        ValueError: from `dataset[i]`, for an index of a sampler that was made for another number of samples.
 
     Example:
         >>> IndexedDataset([("image", 1)])[0]
@@ -425,7 +433,23 @@ class IndexedDataset(Dataset[tuple[Any, Any, int]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any, int]:
-        image, target = self.dataset[index][:2]
+        if not isinstance(index, SampleIndex):
+            if isinstance(index, (list, tuple)):
+                raise TypeError(
+                    "IndexedDataset: expected one index, got a list of them; pass the sampler of whole batches as "
+                    "DataLoader(..., batch_sampler=...), not as sampler="
+                )
+            return self._item(index)
+        if index.length not in (0, len(self.dataset)):
+            raise ValueError(
+                f"IndexedDataset: the sampler was made for {index.length} samples, this dataset has "
+                f"{len(self.dataset)}; make the sampler of the same dataset, a Subset included"
+            )
+        with index.rng().seeded():
+            return self._item(index)
+
+    def _item(self, index: int) -> tuple[Any, Any, int]:
+        image, target = pair_of("IndexedDataset", self.dataset[index])
         if isinstance(self.transform, Single):
             image = self.transform(image)
         elif self.transform is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlb_fast.buffer import rank_and_size
 from dlb_fast.integrations._need import need
 from dlb_fast.integrations.state import LastBatchState, check_ranks, stream_of
 
@@ -34,16 +35,21 @@ def register_last_batch(accelerator: Any, criterion: nn.Module, loader: Any) -> 
     Raises:
         TypeError: a loader without an overlapping sampler or without a state, or one that `accelerator.prepare` has
             wrapped; one that it wraps later makes `save_state` raise.
-        ValueError: a loader made for other ranks or another device.
+        ValueError: a loader made for other ranks or another device, an Accelerator that does not know its ranks.
         ImportError: Accelerate is missing.
 
-    Example: ``examples/accelerate_digits.py``.
+    Example: ``examples/accelerate_images.py``.
     """
     accelerate = need("accelerate", "pip install 'dlb_fast[hf]'")
     if not isinstance(accelerator, accelerate.Accelerator):
         raise TypeError(f"register_last_batch: expected an accelerate.Accelerator, got {type(accelerator).__name__}")
     if hasattr(loader, "gradient_state"):  # the class of prepared DataLoaders
         raise _prepared_error()
+    if accelerator.num_processes < (ranks := rank_and_size()[1]):
+        raise ValueError(
+            f"register_last_batch: torch.distributed has {ranks} ranks, but this Accelerator trains each alone, as "
+            "it does under torchrun without a GPU; set ACCELERATE_USE_CPU=true, or make it with Accelerator(cpu=True)"
+        )
     check_ranks(loader, accelerator.process_index, accelerator.num_processes)
     device = getattr(loader, "device", None)
     if device is not None and _index(device) != _index(accelerator.device):

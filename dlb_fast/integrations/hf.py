@@ -52,7 +52,7 @@ class LastBatchTrainer(_hf.Trainer):
         ValueError: an odd batch size, a loader made for other ranks, a checkpoint saved with other data or options, or
             an option that a last-batch term cannot be trained with.
 
-    Example: ``examples/hf_digits.py``.
+    Example: ``examples/hf_images.py``.
     """
 
     _train_batch_size: int

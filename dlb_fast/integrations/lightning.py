@@ -46,7 +46,7 @@ class LastBatchCallback(_pl.Callback):
         ValueError: no criterion or several, a loader made for other ranks, or `Trainer(overfit_batches=...)`.
         TypeError: a loader of another kind.
 
-    Example: ``examples/lightning_digits.py``.
+    Example: ``examples/lightning_images.py``.
     """
 
     def __init__(self, criterion: nn.Module | None = None) -> None:

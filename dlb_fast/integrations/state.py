@@ -95,12 +95,14 @@ def reset(criterion: nn.Module) -> None:
 def stream_of(loader: Any) -> Any:
     """The object that knows the position in the data: a loader of `dlb_fast.data`, or a DataLoader's batch sampler.
 
+    timm's prefetcher has the batch sampler of its DataLoader.
+
     The sampler counts the batches that the DataLoader has drawn, which with workers are more than it has delivered.
 
     Raises:
         TypeError: neither of them.
     """
-    stream = loader.batch_sampler if isinstance(loader, DataLoader) else loader
+    stream = loader if hasattr(loader, "plan") else getattr(loader, "batch_sampler", loader)
     if not hasattr(stream, "plan") or not hasattr(stream, "load_state_dict"):
         sampler = f" with batch_sampler {type(stream).__name__}" if isinstance(loader, DataLoader) else ""
         raise TypeError(

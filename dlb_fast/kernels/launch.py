@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,6 @@ LOOP_COLUMNS = 4096
 COUNT_HERE_ROWS = 4096
 COUNT_HERE_BYTES = 16 << 20
 COUNT_CHUNK = 8192
-SPARES = 4
 
 
 class Tiling(NamedTuple):
@@ -82,7 +82,6 @@ class Workspace(NamedTuple):
 
 
 _workspaces: dict[tuple[Any, ...], Workspace] = {}
-_spares: dict[tuple[Any, ...], list[Workspace]] = {}
 
 
 def _new_workspace(device: torch.device, dtype: torch.dtype) -> Workspace:
@@ -91,35 +90,45 @@ def _new_workspace(device: torch.device, dtype: torch.dtype) -> Workspace:
     return Workspace(torch.zeros(2, dtype=torch.int32, device=device), partials, counts)
 
 
-def workspace(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], Workspace]:
+def _outside_of_pools(device: torch.device, dtype: torch.dtype) -> Workspace:
+    """A workspace that belongs to no graph: torch sends to a pool what the thread that uses the pool allocates.
+
+    Waits until it is zeroed, whichever stream launches first.
+    """
+
+    def make() -> Workspace:
+        made = _new_workspace(device, dtype)
+        torch.cuda.current_stream(device).synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
+def workspace(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...] | None, Workspace]:
     """The workspace of the current stream, and its key: streams run at the same time, launches of one stream do not.
 
-    A CUDA graph may later be replayed on any stream, so every captured launch takes a workspace of its own for good:
-    one of a few spares that eager launches (the warm-up) laid by, or else a new one whose zeroing is captured too.
+    A captured launch has one of its own from the pool of its graph, which may be replayed on any stream beside others;
+    its zeroing is captured too, and its memory is the graph's.
     """
     if device.type == "cpu":
         key: tuple[Any, ...] = (device, dtype)
     elif device.type != "cuda":
         key = (device, dtype, torch.accelerator.current_stream(device).stream_id)
+    elif torch.cuda.is_current_stream_capturing():
+        return None, _new_workspace(device, dtype)
     else:
-        if torch.cuda.is_current_stream_capturing():
-            spares = _spares.get((device, dtype))
-            kept = spares.pop() if spares else _new_workspace(device, dtype)
-            key = (device, dtype, "captured", kept.ticket.data_ptr())
-            return key, _workspaces.setdefault(key, kept)
         key = (device, dtype, torch.cuda.current_stream(device).cuda_stream)
-        spares = _spares.setdefault((device, dtype), [])
-        while len(spares) < SPARES:
-            spares.append(_new_workspace(device, dtype))
     found = _workspaces.get(key)
     if found is None:
-        found = _workspaces[key] = _new_workspace(device, dtype)
+        found = _workspaces[key] = (_outside_of_pools if device.type == "cuda" else _new_workspace)(device, dtype)
     return key, found
 
 
-def drop_workspace(key: tuple[Any, ...]) -> None:
+def drop_workspace(key: tuple[Any, ...] | None) -> None:
     """After a failed launch the ticket may not be 0: the next launch starts with a new one."""
-    _workspaces.pop(key, None)
+    if key is not None:
+        _workspaces.pop(key, None)
 
 
 def device_guard(device: torch.device) -> Any:

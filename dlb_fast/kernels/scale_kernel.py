@@ -14,6 +14,7 @@ def scale_kernel(
     CLASSES: tl.constexpr, BLOCK: tl.constexpr, PER_ROW: tl.constexpr, UPSTREAM_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """``grad.flat[i] *= upstream[i // C] / grad_scale``; a tile whose factors are all 1 is neither read nor written."""
+    # A division may err by 2 ulp, of equal numbers too.
     compute: tl.constexpr = parts_ptr.dtype.element_ty
     grad_scale = tl.load(parts_ptr + 4)
     span = tl.arange(0, BLOCK)
@@ -26,10 +27,12 @@ def scale_kernel(
         first = base // CLASSES
         if PER_ROW:
             row = first + (base - first * CLASSES + span) // CLASSES
-            factor = tl.load(upstream_ptr + row * UPSTREAM_STRIDE, mask=inside, other=1.0).to(compute) / grad_scale
+            given = tl.load(upstream_ptr + row * UPSTREAM_STRIDE, mask=inside, other=1.0).to(compute)
+            factor = tl.where(given == grad_scale, 1.0, given / grad_scale)
             changed = tl.max((inside & (factor != 1.0)).to(tl.int32), axis=0) != 0
         else:
-            factor = tl.load(upstream_ptr).to(compute) / grad_scale
+            given = tl.load(upstream_ptr).to(compute)
+            factor = tl.where(given == grad_scale, 1.0, given / grad_scale)
             changed = factor != 1.0
         if changed:
             grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(compute)

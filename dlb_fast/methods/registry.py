@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from .._args import did_you_mean
 from ..losses import DistillationLoss, arguments_of
 
 __all__ = ["METHODS", "Method", "Option", "find", "register"]
@@ -127,8 +127,7 @@ def find(name: str) -> Method:
     if ":" in name:
         return _from_outside(name)
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, METHODS)
         raise ValueError(f"config: loss.method must be one of {', '.join(METHODS)}, got {name!r}{hint}")
     return METHODS[name]
 

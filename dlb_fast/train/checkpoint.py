@@ -28,6 +28,7 @@ from dlb_fast import LastBatchLoss
 from dlb_fast.buffer import COUNTERS as ROW_COUNTERS
 from dlb_fast.buffer import unpack_state
 
+from .data import check_same_data
 from .distributed import RankError, Ranks, distribute_like, distribute_optimizer_state, full_state
 
 if TYPE_CHECKING:
@@ -40,9 +41,11 @@ __all__ = [
     "load_matching",
     "load_newest",
     "load_trainer_state",
-    "load_weights",
     "not_finite",
+    "decoded_metadata",
     "read_checkpoint",
+    "read_weights",
+    "remove_leftovers",
     "save_checkpoint",
     "save_weights",
     "set_rng_state",
@@ -54,16 +57,20 @@ __all__ = [
 FORMAT = "dlb_fast.checkpoint"
 VERSION = 1
 NAME = re.compile(r"step-\d{9}\.pt")
-LEFTOVER = re.compile(r"\.step-\d{9}\.pt\.\d+\.tmp")  # left by a process that was killed while writing
-COUNTERS = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "last")
+TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")  # of `write_atomically`
+COUNTERS = ("step", "epoch", "in_epoch", "images_seen", "seconds", "best", "stale", "last")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint or run file could not be written or read; the message names the file and what to do."""
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], Any], remedy: str = "then continue with --resume"
+) -> None:
     """Call `write(file)` on a temporary file in the same folder, flush it to the disk and rename it to `path`.
+
+    `remedy`: end of the message about a write that failed.
 
     Raises:
         CheckpointError: the disk is full or not writable; the previous file at `path` is kept.
@@ -81,11 +88,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path}: {error}; {_free_space(path.parent)}. The previous file is kept; free some space, "
-            f"then continue with --resume"
+            f"{remedy}"
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
+    """Delete the temporary files for files of these names that a killed process has left."""
+    for file in folder.glob(".*.tmp"):
+        if (found := TEMPORARY.fullmatch(file.name)) and names.fullmatch(found[1]):
+            file.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -115,9 +129,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Pa
         CheckpointError: the write failed; the message names the last good checkpoint, which is kept.
     """
     path = folder / f"step-{state['step']:09d}.pt"
-    for file in folder.glob(".step-*.tmp"):
-        if LEFTOVER.fullmatch(file.name):
-            file.unlink(missing_ok=True)
+    remove_leftovers(folder, NAME)
     whole = {"format": FORMAT, "version": VERSION, **state, "contents": _contents(state)}
     try:
         write_atomically(path, lambda file: torch.save(whole, file))
@@ -176,11 +188,15 @@ def _contents(value: Any, name: str = "state") -> dict[str, str]:
 
 
 def not_finite(state: Mapping[str, Any]) -> str | None:
-    """The name of a weight or buffer of the network or of its EMA that is NaN or infinite, or None."""
-    for group in (state["model"], (state["ema"] or {}).get("model", {})):
+    """What is NaN or infinite of the network and its EMA, or NaN in the optimiser, by name; or None."""
+    for group in (state["model"], (state.get("ema") or {}).get("model", {})):
         for name, value in group.items():
             if value.is_floating_point() and not value.isfinite().all():
                 return str(name)
+    for index, values in state.get("optimizer", {}).get("state", {}).items():
+        for name, value in values.items():  # it would reach the weights in the next step
+            if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
+                return f"{name} of parameter {index} in the optimiser"
     return None
 
 
@@ -242,38 +258,45 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], metadata: 
 
 def step_of_weights(path: Path) -> int | None:
     """The step after which a run exported the weights in a file; None if it is missing, damaged or does not say."""
+    try:
+        return read_weights(path)[1].get("step")
+    except CheckpointError:
+        return None
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file, and the metadata that a run wrote into it ({} in another's file).
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
     from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            return int(json.loads(file.metadata()["dlb_fast"])["step"])
-    except Exception:  # safetensors, json and a missing entry raise their own types
-        return None
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load safetensors weights into a model.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or belongs to another architecture or class count (all
-            mismatched names with both shapes are in the message).
-    """
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
+            texts = json.loads((file.metadata() or {}).get("dlb_fast", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, decoded_metadata(texts)
     except Exception as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    load_matching(model, tensors, str(path))
+
+
+def decoded_metadata(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Metadata of weights as values; all entries but the name of the model are JSON."""
+    return {name: text if name == "model" else json.loads(text) for name, text in texts.items()}
 
 
 def load_matching(model: nn.Module, tensors: dict[str, Any], origin: str) -> None:
-    """`model.load_state_dict(tensors)` with an error that says what differs and what to do."""
+    """`model.load_state_dict(tensors)`.
+
+    Raises:
+        CheckpointError: they are of another architecture or number of classes; the message has names and both shapes.
+    """
     own = model.state_dict()
     wrong = [
         f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own.keys() & tensors.keys()
-        if tensors[name].shape != own[name].shape
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
     ]
     wrong += [f"{name}: missing in the file" for name in sorted(own.keys() - tensors.keys())]
     wrong += [f"{name}: unknown to the model" for name in sorted(tensors.keys() - own.keys())]
@@ -316,6 +339,7 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
         "metadata": trainer.metadata,
         "model": full_state(trainer.model.state_dict()),
         "optimizer": full_state(trainer.optimizer.state_dict()),
+        "optimizer_class": _class_name(trainer.optimizer),
         "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "ema": None if ema is None else full_state(ema.state_dict()),
@@ -339,7 +363,13 @@ def _rank_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def load_trainer_state(trainer: Trainer, state: dict[str, Any], origin: str) -> None:
-    """Continue where `trainer_state` was called; every rank passes the same state. See `Trainer.load_state_dict`."""
+    """Continue where `trainer_state` was called; every rank passes the same state. See `Trainer.load_state_dict`.
+
+    Raises:
+        ValueError: the state was made with other data.
+        CheckpointError: it does not fit this trainer.
+    """
+    check_same_data(state["metadata"], trainer.metadata, origin)
     try:
         _load_trainer_state(trainer, state, origin)
     except (CheckpointError, RankError):
@@ -358,25 +388,28 @@ def _load_trainer_state(trainer: Trainer, state: dict[str, Any], origin: str) ->
         raise CheckpointError(f"{origin} was made {made} EMA; use the same setting")
     if trainer.ema is not None:
         trainer.ema.load_state_dict(state["ema"])
-    _load_optimizer(trainer.optimizer, state["optimizer"], origin)
+    _load_optimizer(trainer.optimizer, state["optimizer"], state["optimizer_class"], origin)
     if trainer.scheduler is not None and state["scheduler"] is not None:
         trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.scaler.load_state_dict(state["scaler"])
     for name in COUNTERS:
         setattr(trainer, name, state[name])
+    trainer.metadata |= {name: state["metadata"][name] for name in ("initial_weights",) if name in state["metadata"]}
     _load_rank_state(trainer, _rank_state_of(trainer, state), origin)
     trainer.log.rewind(state["logs"])  # last, so that a refused state does not change the logs
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], origin: str) -> None:
-    def describe(groups: list[dict[str, Any]]) -> str:
-        known = [name for name in ("momentum", "betas") if any(name in group for group in groups)]
-        return f"{len(groups)} groups with {' and '.join(known) or 'neither momentum nor betas'}"
+def _class_name(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
-    saved, own = describe(state["param_groups"]), describe(optimizer.param_groups)
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], made_by: str, origin: str) -> None:
+    """Load the state of an optimiser of the same class with as many groups; its hyperparameters stay the run's own."""
+    saved = f"{made_by} with {len(state['param_groups'])} groups"
+    own = f"{_class_name(optimizer)} with {len(optimizer.param_groups)} groups"
     if saved != own:
         raise CheckpointError(
-            f"{origin} was made with another optimiser ({saved}), here are {own}; use the same optimizer and "
+            f"{origin} was made with another optimiser ({saved}), here is {own}; use the same optimizer and "
             "decay_norm_and_bias"
         )
     optimizer.load_state_dict(distribute_optimizer_state(optimizer, state))

@@ -9,7 +9,6 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,13 +17,15 @@ from typing import Any
 
 import torch
 
+from dlb_fast._args import cores
+
 from .checkpoint import write_atomically
 from .config import RunConfig, from_dict, override, to_dict
-from .data import open_data
+from .data import check_same_data, identity, open_data
 from .methods import LABELS, VARIANTS, sampled_rows, variant
 from .run import RunFolder, resolve_device, train_run
 
-__all__ = ["equal_budget", "read_comparison", "run"]
+__all__ = ["check_used", "equal_budget", "read_comparison", "run"]
 
 MARK = "comparison.json"
 
@@ -60,6 +61,19 @@ def equal_budget(config: RunConfig, names: Sequence[str]) -> dict[str, RunConfig
     return configs
 
 
+def check_used(given: RunConfig, base: RunConfig, names: Sequence[str]) -> None:
+    """Refuse options of the loss that differ from `base` and that none of the named methods takes.
+
+    Raises:
+        ValueError: such an option.
+    """
+    configs = [variant(given, name) for name in names]
+    for name, value in vars(given.loss).items():
+        unused = value != getattr(base.loss, name) and all(getattr(one.loss, name) != value for one in configs)
+        if unused:
+            raise ValueError(f"compare: {name}={value} has no effect with the methods {', '.join(names)}; leave it out")
+
+
 def run(
     config: RunConfig,
     *,
@@ -87,16 +101,18 @@ def run(
     unknown = [m for m in methods if m not in VARIANTS]
     if unknown or not methods or len(set(methods)) < len(methods):
         raise ValueError(f"compare: methods must be distinct names of {', '.join(VARIANTS)}, got {', '.join(methods)}")
+    if config.train.patience is not None:
+        raise ValueError("compare: patience would end the methods after different numbers of steps; leave it out")
     if seeds < 1:
         raise ValueError(f"compare: seeds must be at least 1, got {seeds}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
-        jobs = cores if resolve_device(config.train.device).type == "cpu" else 1
+        jobs = cores() if resolve_device(config.train.device).type == "cpu" else 1
     if jobs < 1:
         raise ValueError(f"compare: jobs must be at least 1, got {jobs}")
     configs = equal_budget(config, methods)
+    data = identity(open_data(config.data))
     path = folder or RunFolder.named(label).path
-    _claim(path, config, methods, seeds, command)
+    _claim(path, config, methods, seeds, command, data)
     work = [
         (name, seed, to_dict(override(configs[name], seed=seed)), str(path / f"{name}-seed{seed}"))
         for seed in range(seeds)  # seed by seed: an interrupted comparison is balanced
@@ -107,21 +123,26 @@ def run(
         results = (_train_one(item, None) for item in work)
         _report_progress(work, results)
     else:
-        _run_pool(work, jobs, max(1, cores // jobs))
+        _run_pool(work, jobs, max(1, cores() // jobs))
     return path
 
 
-def _claim(path: Path, config: RunConfig, methods: Sequence[str], seeds: int, command: str) -> None:
+def _claim(
+    path: Path, config: RunConfig, methods: Sequence[str], seeds: int, command: str, data: dict[str, str]
+) -> None:
     mark = path / MARK
-    asked = {"config": to_dict(config), "methods": list(methods), "seeds": seeds, "command": command}
+    for unfinished in path.glob(f".{MARK}.*.tmp"):  # of a kill, before which the folder was empty
+        unfinished.unlink(missing_ok=True)
+    asked = {"config": to_dict(config), "methods": list(methods), "seeds": seeds, "command": command, "data": data}
     if mark.exists():
         before = json.loads(mark.read_text(encoding="utf-8"))
         if from_dict(before["config"]) != config:
             raise ValueError(f"compare: {path} holds a comparison with another config; choose another --out")
+        check_same_data(before["data"], data, f"compare: the comparison in {path}")
     elif path.exists() and any(path.iterdir()):
         raise ValueError(f"compare: {path} is not empty and holds no comparison; choose another --out")
-    data = json.dumps(asked, indent=1).encode()
-    write_atomically(mark, lambda file: file.write(data))
+    text = json.dumps(asked, indent=1).encode()
+    write_atomically(mark, lambda file: file.write(text))
 
 
 def _train_one(item: tuple[str, int, dict[str, Any], str], threads: int | None) -> dict[str, Any]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,16 +21,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
+from dlb_fast._args import did_you_mean
 from dlb_fast.data import Cutout, Mix, RandAugment, RandomErasing
+from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.methods import METHODS, find
 
 try:  # configs made in Python work without tyro
     import tyro
 except ImportError:
     tyro = None  # type: ignore[assignment]
-    _DATA_FLAG = _NO_OPPOSITE = None
+    _DATA_FLAG = None
 else:
-    _DATA_FLAG, _NO_OPPOSITE = tyro.conf.arg(name="data"), tyro.conf.FlagCreatePairsOff
+    _DATA_FLAG = tyro.conf.arg(name="data")
 
 __all__ = [
     "EFFECTS",
@@ -44,13 +44,12 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "ScheduleConfig",
-    "TrainArgs",
     "TrainConfig",
     "check_effects",
     "from_dict",
     "load_config",
     "override",
-    "parse_flags",
+    "parse",
     "to_dict",
     "without_effect",
 ]
@@ -83,18 +82,22 @@ class DataConfig:
     flip: bool = True
     """Random horizontal flip."""
     image_size: int = 32
-    """Height and width of the crops of image files."""
+    """Height and width of the crops of image files, in pixels."""
     eval_size: int | None = None
-    """Height and width in the evaluation; None: image_size. Smaller crops in training than in evaluation cost less and
-    are no worse (Touvron et al., NeurIPS 2019)."""
+    """Height and width in the evaluation, in pixels; None: image_size. Smaller crops in training than in evaluation
+    cost less and are no worse (Touvron et al., NeurIPS 2019)."""
     eval_resize: int | None = None
-    """Shorter side before the centre crop of the evaluation; None: the crop's side, or without padding that / 0.875."""
+    """Shorter side before the centre crop of the evaluation, in pixels; None: the crop's side, or without padding that
+    / 0.875."""
     eval_batch_size: int = 512
     """Rows per forward in the evaluation."""
     num_threads: int = 2
     """Decoding threads for image folders."""
-    max_pixels: int = 178_956_970
-    """Image files with more pixels are refused before they are decoded."""
+    max_pixels: int = MAX_PIXELS
+    """Image files with more pixels (height x width) are refused before they are decoded."""
+    on_error: Literal["raise", "replace"] = "raise"
+    """raise: an image that cannot be read ends the run. replace: in the training another one stands in, in both views
+    and named; in the evaluation it is left out. More than 1 % of a set end the run."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "even and >= 2", self.batch_size)
@@ -115,6 +118,11 @@ class DataConfig:
         """The dataset's kind: `source` without its path."""
         return self.source.partition(":")[0]
 
+    @property
+    def path(self) -> Path:
+        """Where the dataset is: `source` without its kind."""
+        return Path(self.source.partition(":")[2])
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -123,7 +131,7 @@ class AugmentConfig:
     rand_augment: str | None = None
     """N,M: RandAugment with N operations of magnitude M (0 to 30); 2,9 is usual."""
     cutout: int = 0
-    """Side of Cutout's black square; 0 turns it off."""
+    """Side of Cutout's black square, in pixels; 0 turns it off."""
     erase_prob: float = 0.0
     """Probability that a rectangle of a view is erased after the normalisation (random erasing); 0.25 is usual."""
     erase_area: tuple[float, float] = (0.02, 1 / 3)
@@ -182,7 +190,11 @@ class ModelConfig:
     """The network."""
 
     model: str = "small_cnn"
-    """A built-in name (resnet32, resnet110, wrn20_8, vgg16, ...), or timm:NAME."""
+    """A built-in name (resnet32, resnet110, wrn20_8, vgg16, ...), or timm:NAME; with pretrained also timm:NAME.TAG."""
+    pretrained: bool = False
+    """Start from published weights: timm's, or for resnet18_imagenet and resnet50 torchvision's."""
+    init_from: str | None = None
+    """Start from the weights of a run folder or a file (.safetensors, .pt); the head is new if the classes differ."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +202,7 @@ class _LossConfig:
     """The method and its options."""
 
     method: str = "dlb"
+    """What teaches:"""
     alpha: float | None = None
     """Weight of the teacher's term; None: the method's own default (dlb: 1, of the community, not of the paper)."""
     temperature: float | None = None
@@ -224,29 +237,20 @@ def _field_type(method: str, name: str, option: Any) -> Any:
 
 
 def _options_as_fields() -> list[tuple[str, Any, Any]]:
-    """One field per option of any method; its help lists the methods' descriptions and defaults."""
+    """One field per option of any method."""
     kinds: dict[str, Any] = {}
-    texts: dict[str, list[str]] = {}
     for method in METHODS.values():
         for name, option in method.options.items():
             kinds.setdefault(name, _field_type(method.name, name, option.type))
-            default = str(option.default).removeprefix("torch.")
-            texts.setdefault(name, []).append(f"{method.name}: {option.help} [{default}]")
     own = {field.name for field in dataclasses.fields(_LossConfig)}
-    return [(name, _with_help(kind, " ".join(texts[name])), None) for name, kind in kinds.items() if name not in own]
+    return [(name, kind, None) for name, kind in kinds.items() if name not in own]
 
 
-def _with_help(kind: Any, text: str) -> Any:
-    return kind if tyro is None else Annotated[kind, tyro.conf.arg(help=text)]
-
-
-_NAMES = f"{'; '.join(f'{m.name}: {m.about}' for m in METHODS.values())}; module:Class: a DistillationLoss of your own."
 if TYPE_CHECKING:
     LossConfig = _LossConfig
 else:
     # Built from the signatures of the methods, so that an option is declared in one place.
-    fields_of_methods = [("method", _with_help(str, _NAMES), "dlb"), *_options_as_fields()]
-    LossConfig = dataclasses.make_dataclass("LossConfig", fields_of_methods, bases=(_LossConfig,), frozen=True)
+    LossConfig = dataclasses.make_dataclass("LossConfig", _options_as_fields(), bases=(_LossConfig,), frozen=True)
     LossConfig.__doc__, LossConfig.__module__ = _LossConfig.__doc__, __name__
 
 METHOD_FIELDS = tuple(
@@ -259,25 +263,40 @@ METHOD_FIELDS = tuple(
 class OptimConfig:
     """The optimiser."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.05
-    """Peak learning rate."""
-    momentum: float = 0.9
-    """SGD only."""
-    nesterov: bool = True
-    """SGD only."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW only."""
-    weight_decay: float = 5e-4
+    optimizer: str = "sgd"
+    """A class of torch.optim (sgd, adamw, nadam, rmsprop, ...) or a name of timm's (lion, lamb, ...; timm:adamw is
+    timm's own). A change of the optimiser sets the numbers below to the new one's defaults unless they are given."""
+    lr: float | None = None
+    """Peak learning rate. None: the optimiser's default; sgd: 0.05."""
+    momentum: float | None = None
+    """Momentum. None: the optimiser's default; sgd: 0.9."""
+    nesterov: bool | None = None
+    """Nesterov momentum. None: the optimiser's default; sgd: True."""
+    betas: tuple[float, ...] | None = None
+    """Decay of the moments of Adam and its kin. None: the optimiser's default."""
+    weight_decay: float | None = None
+    """Weight decay. None: the optimiser's default; sgd: 0.0005."""
+    optimizer_options: tuple[str, ...] = ()
+    """Further options of the optimiser as NAME=VALUE, such as eps=1e-6 amsgrad=True."""
     decay_norm_and_bias: bool = True
     """False: no weight decay for parameters with at most one dimension (norms, biases)."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.lr) and self.lr > 0, "lr", "finite and > 0", self.lr)
-        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
-        _require(all(0 <= b < 1 for b in self.betas), "betas", "in [0, 1)", self.betas)
-        _require(self.momentum > 0 or not self.nesterov, "nesterov", "False when momentum is 0", self.nesterov)
+        _require(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "lr", "finite and > 0", self.lr)
+        _require(self.momentum is None or 0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        decay = self.weight_decay
+        _require(decay is None or 0 <= decay < math.inf, "weight_decay", "finite and at least 0", decay)
+        _require(self.betas is None or all(0 <= b < 1 for b in self.betas), "betas", "in [0, 1)", self.betas)
+        _require(self.momentum != 0 or not self.nesterov, "nesterov", "False when momentum is 0", self.nesterov)
+        names = [text.partition("=")[0] for text in self.optimizer_options]
+        ok = all("=" in text for text in self.optimizer_options) and len(set(names)) == len(names)
+        _require(ok, "optimizer_options", "distinct options NAME=VALUE", self.optimizer_options)
+
+    def switched(self, optimizer: str) -> OptimConfig:
+        """This config for an optimiser: another one gets its own numbers, because a rate of SGD is none of AdamW."""
+        if optimizer == self.optimizer:
+            return self
+        return OptimConfig(optimizer, decay_norm_and_bias=self.decay_norm_and_bias)
 
 
 @dataclass(frozen=True)
@@ -285,11 +304,13 @@ class ScheduleConfig:
     """The learning rate schedule; it is updated every step."""
 
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    """Shape of the rate after the warm-up."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from lr / warm-up steps to lr."""
+    """Linear warm-up from lr / warm-up steps to lr, in epochs."""
     milestones: tuple[float, ...] = ()
     """multistep: epochs at which the rate is multiplied by gamma."""
     gamma: float = 0.1
+    """multistep: factor on the rate at a milestone."""
     min_lr: float = 0.0
     """cosine: final learning rate."""
 
@@ -314,6 +335,7 @@ class TrainConfig:
     """joint: one forward over all rows (the paper). two_pass: two forwards (the official code). partners: the second
     half without gradient (always used by cs_kd)."""
     amp: Literal["none", "bf16", "fp16"] = "none"
+    """Autocast of the network; the loss computes in float32. fp16 scales the loss."""
     accumulate: int = 1
     """Batches per optimiser step. The teacher is then the previous batch, not the previous step."""
     clip_grad: float | None = None
@@ -321,6 +343,7 @@ class TrainConfig:
     ema: float | None = None
     """Decay of averaged weights, which are then evaluated and exported."""
     channels_last: bool = False
+    """Memory format of the network and the images; faster for convolutions on a GPU."""
     distributed: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """auto: ddp under torchrun. ddp: a copy of the model on every rank. fsdp: a shard on every rank (FSDP2)."""
     sync_bn: bool = False
@@ -329,6 +352,8 @@ class TrainConfig:
     """Train with torch.compile; the evaluation stays eager."""
     eval_every: int | None = None
     """Steps between evaluations, each a row of metrics; None: every epoch."""
+    patience: int | None = None
+    """End the training after this many evaluations in a row without a better test accuracy; None: never."""
     log_every: int = 50
     """Steps between progress lines in metrics.jsonl and checks for a loss that is not finite."""
     checkpoint_every: int | None = None
@@ -340,12 +365,14 @@ class TrainConfig:
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Experiment trackers beside metrics.csv and metrics.jsonl."""
     seed: int = 0
+    """Seed of the weights, the order of the samples and the augmentation."""
     device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "log_every", "keep"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("max_steps", "eval_every", "checkpoint_every"):
+        for name in ("max_steps", "eval_every", "patience", "checkpoint_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1 or null", value)
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", "above 0 or null", self.clip_grad)
@@ -374,25 +401,41 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-_FILES = ("imagefolder", "list", "tar", "tinyimagenet")  # kinds whose images are files; the others have one size
-_SPLIT = ("cifar10", "cifar100", "tinyimagenet")  # kinds that come with their test set
+FILE_KINDS = ("imagefolder", "list", "tar", "tinyimagenet")  # kinds whose images are files; the others have one size
+SPLIT_KINDS = ("cifar10", "cifar100", "tinyimagenet")  # kinds that come with their test set
 
 # option -> (options that decide, whether it has an effect, what it needs). Options that are not here always have one;
 # those of methods are checked by `dlb_fast.train.methods`.
-_IMAGE_FILES = (("data",), lambda c: c.data.kind in _FILES, f"image files (data={', '.join(_FILES)})")
+_IMAGE_FILES = (("data",), lambda c: c.data.kind in FILE_KINDS, f"image files (data={', '.join(FILE_KINDS)})")
 _ERASING = (("erase_prob",), lambda c: c.augment.erase_prob > 0, "erase_prob above 0")
 _MIXING = (
     ("mixup_alpha", "cutmix_alpha"),
     lambda c: c.augment.mixup_alpha > 0 or c.augment.cutmix_alpha > 0,
     "mixup_alpha or cutmix_alpha above 0",
 )
-_SGD = (("optimizer",), lambda c: c.optim.optimizer == "sgd", "optimizer=sgd")
+
+
+def _optimizer_has(name: str) -> tuple[tuple[str, ...], Callable[[RunConfig], bool], str]:
+    def has(config: RunConfig) -> bool:
+        from .optim import find_optimizer  # which imports this file
+
+        return name in find_optimizer(config.optim.optimizer)[1]
+
+    return ("optimizer",), has, f"an optimizer that has {name}"
+
+
+def _decays(config: RunConfig) -> bool:
+    from .optim import resolve_optimizer
+
+    return bool(resolve_optimizer(config.optim).weight_decay)
+
+
 EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
-    **dict.fromkeys(("image_size", "eval_size", "eval_resize", "num_threads", "max_pixels"), _IMAGE_FILES),
+    **dict.fromkeys(("image_size", "eval_size", "eval_resize", "num_threads", "max_pixels", "on_error"), _IMAGE_FILES),
     "noise_kind": (("label_noise",), lambda c: c.data.label_noise > 0, "label_noise above 0"),
     "data_seed": (
         ("data", "per_class", "label_noise"),
-        lambda c: c.data.kind not in _SPLIT or c.data.per_class is not None or c.data.label_noise > 0,
+        lambda c: c.data.kind not in SPLIT_KINDS or c.data.per_class is not None or c.data.label_noise > 0,
         "per_class, label_noise, or data without a test set of their own",
     ),
     **dict.fromkeys(("erase_area", "erase_mode"), _ERASING),
@@ -412,9 +455,8 @@ EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
         lambda c: c.augment.mix_prob > 0 and not (c.augment.mixup_alpha > 0 and c.augment.mix_switch_prob == 0),
         "mix_prob above 0, and beside mixup_alpha mix_switch_prob above 0",
     ),
-    **dict.fromkeys(("momentum", "nesterov"), _SGD),
-    "betas": (("optimizer",), lambda c: c.optim.optimizer == "adamw", "optimizer=adamw"),
-    "decay_norm_and_bias": (("weight_decay",), lambda c: c.optim.weight_decay > 0, "weight_decay above 0"),
+    **{name: _optimizer_has(name) for name in ("momentum", "nesterov", "betas", "weight_decay")},
+    "decay_norm_and_bias": (("optimizer", "weight_decay"), _decays, "weight_decay above 0"),
     "gamma": (("schedule",), lambda c: c.schedule.schedule == "multistep", "schedule=multistep"),
     "min_lr": (("schedule",), lambda c: c.schedule.schedule == "cosine", "schedule=cosine"),
 }
@@ -442,6 +484,9 @@ def check_effects(config: RunConfig) -> None:
     found = without_effect(config)
     if not found:
         return
+    from dlb_fast.data.datasets.open import check_kind
+
+    check_kind(config.data.source)  # of an unknown kind nothing has an effect
     deciding, _, needs = reason = EFFECTS[next(iter(found))]
     alike = [name for name in found if EFFECTS[name] is reason]
     given, here = (", ".join(f"{name}={values[name]}" for name in names) for names in (alike, deciding))
@@ -457,44 +502,12 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     return {n: getattr(getattr(config, group), n) for group, names in _fields().items() for n in names}
 
 
-@dataclass(frozen=True)
-class TrainArgs:
-    """Train a network. Flags override --config, which overrides --preset; the run folder gets the resolved config,
-    metrics, versions and checkpoints."""
-
-    preset: str | None = None
-    """Recipe by name (dlb-fast presets list). Without it and --config: digits."""
-    config: Path | None = None
-    """YAML config, on top of the preset if both are given."""
-    out: Path | None = None
-    """Run folder (default: a new one under runs/)."""
-    resume: Annotated[bool, _NO_OPPOSITE] = False
-    """Continue the run in --out, or without it the newest run under runs/."""
-    smoke: Annotated[bool, _NO_OPPOSITE] = False
-    """Test the config in seconds: four short steps, evaluation, checkpoint and resume, on synthetic images unless
-    --data is given."""
-    quiet: Annotated[bool, _NO_OPPOSITE] = False
-    """No progress on the console."""
-    run: RunConfig = field(default_factory=RunConfig)
-
-
-def parse_flags(form: type[Any], default: Any, flags: Sequence[str], prog: str) -> Any:
-    """A dataclass from `--field value` flags on top of `default`; `--help` lists them by group.
-
-    Raises:
-        SystemExit: with 2 after one sentence on stderr for a wrong flag, with 0 after `--help`.
-    """
-    try:
-        return _parse(form, default, flags, prog, "OmitArgPrefixes")
-    except ValueError as error:
-        print(f"{prog}: {error} (--help lists all flags)", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 def override(config: RunConfig, **values: Any) -> RunConfig:
     """The config with fields replaced by name (in any group), or whole groups."""
     groups = _fields()
     homes = {name: group for group, names in groups.items() for name in names}
+    if "optimizer" in values:
+        config = dataclasses.replace(config, optim=config.optim.switched(values["optimizer"]))
     for name, value in values.items():
         if name in groups and dataclasses.is_dataclass(value):
             config = dataclasses.replace(config, **{name: value})  # type: ignore[arg-type]
@@ -543,8 +556,10 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
                 raise ValueError(f"config: unknown field {group}.{name}{_suggestion(f'{group}.{name}', known)}")
             flags += _as_flag(f"{group}.{name}", "data" if name == "source" else name, value)
         current = getattr(config, group)
+        if isinstance(current, OptimConfig) and isinstance(part.get("optimizer"), str):
+            current = current.switched(part["optimizer"])
         try:
-            made = _parse(type(current), current, flags, "config", "FlagConversionOff")
+            made = parse(type(current), current, flags, "config", "FlagConversionOff")
         except ValueError as error:
             text = str(error).removeprefix("config: ")
             for flag in re.findall(r"--[\w-]+", text):
@@ -555,7 +570,7 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
 
 
 def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
-    """Read a YAML config; a missing, unreadable or wrong file raises ValueError naming it."""
+    """Read a YAML config; a missing, unreadable, wrong or (without `base`) empty file raises ValueError naming it."""
     import yaml
 
     try:
@@ -563,6 +578,8 @@ def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise ValueError(f"config: cannot read {path}: {why}") from error
+    if values is None and base is None:  # which would be a config of defaults
+        raise ValueError(f"config: {path} is empty; expected the fields of a run")
     try:
         return from_dict({} if values is None else values, base)
     except (ValueError, TypeError) as error:
@@ -579,10 +596,9 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` with the nearest of the known names, or the list of those in the same group."""
     group, _, last = name.rpartition(".")
     known = list(known)
-    found = [other for other in known if other.endswith(f".{last}")] or difflib.get_close_matches(name, known, n=1)
-    if found:
-        return f"; did you mean {found[0]}?"
-    return f"; known: {', '.join(other for other in known if other.startswith(group))}"
+    same = [other for other in known if other.endswith(f".{last}")]
+    others = f"; known: {', '.join(other for other in known if other.startswith(group))}"
+    return did_you_mean(same[0] if same else name, known) or others
 
 
 def _as_flag(where: str, name: str, value: Any) -> list[str]:
@@ -594,7 +610,7 @@ def _as_flag(where: str, name: str, value: Any) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def _parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: str) -> Any:
+def parse(form: type[Any], default: Any, flags: Sequence[str], prog: str, how: str) -> Any:
     """`tyro.cli`, with its message about a wrong flag as a ValueError of one sentence."""
     if tyro is None:
         raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
@@ -619,9 +635,10 @@ def _sentence(box: str) -> str:
     if wrong := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", said):
         return f"{wrong[2]} must be one of {wrong[3]}, got {wrong[1]}"
     explained = {block[0]: block[1:] for block in blocks[1:]}
-    if (wrong := re.match(r"Error parsing (\S+): .*?('.*'|\[.*?\])", said)) and "Argument helptext:" in explained:
+    if (wrong := re.match(r"Error parsing (\S+): .*?('.*'|\[\])\]?\.?$", said)) and "Argument helptext:" in explained:
         expected = explained["Argument helptext:"][0].removeprefix(wrong[1]).strip().replace("{None}|", "None or ")
+        expected = re.sub(r"\{?\[(\w+) \[\1 \.\.\.\]\]\}?", r"\1 \1 ...", expected)
         return f"{wrong[1]} must be {expected}, got {wrong[2].strip('[]')}"
-    if near := explained.get("Perhaps you meant:"):
-        return f"{said}; did you mean {near[0].split()[0]}?"
+    if word := re.match(r"Unrecognized options: ([^-]\S*)", said):
+        return f"unexpected {word[1]!r}: a value follows the name of its option, such as --out FOLDER"
     return said

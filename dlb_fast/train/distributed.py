@@ -3,6 +3,9 @@
 `torchrun --nproc-per-node N -m dlb_fast train ...` starts N ranks and describes the group in their environment. Only
 rank 0 accesses the run folder. It broadcasts its results and errors, so that all ranks continue or stop together. These
 messages use gloo on the hosts, not the GPUs.
+
+Restarts are torchrun's: it notices that a rank ended, ends the others, waits for the machines and starts the command
+again, on the machines that are there. The command then continues the run in its folder.
 """
 
 from __future__ import annotations
@@ -12,10 +15,16 @@ import gc
 import inspect
 import os
 import pickle
+import platform
+import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +55,10 @@ T = TypeVar("T")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # parts of the messages of gloo and NCCL when another process ended
 CONNECTION_LOST = ("closed by peer", "Connection reset", "Broken pipe", "Socket closed", "Timed out", "remote process")
+
+
+# How long a rank waits for another one whose machine vanished without closing its connections: NCCL's own default.
+TIMEOUT = timedelta(minutes=10)
 
 
 class RankError(RuntimeError):
@@ -92,7 +105,9 @@ class Ranks:
             local = _environment_number("LOCAL_RANK", "RANK")
             if local < torch.cuda.device_count():  # otherwise resolve_device raises, unless the device is cpu
                 torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, rank, size = _store_of_this_start()
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
         return cls.current()
 
     @classmethod
@@ -109,6 +124,35 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is rank 0, the only one that prints and writes."""
         return self.rank == 0
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether torchrun may start this command again (`--max-restarts N`); the command then continues its run.
+
+        TORCHELASTIC_RESTART_COUNT does not tell: it counts the restarts of one machine; one that joins has none.
+        """
+        return _environment_number("TORCHELASTIC_MAX_RESTARTS") > 0
+
+    def check_shared(self, file: Path) -> None:
+        """Raise on every rank if the command may be restarted and a machine does not see a file of rank 0.
+
+        After a restart rank 0 may be on any machine; on one without the run folder it would start the run over.
+        """
+        if not self.may_restart or self.world_size == self.local_size:
+            return
+        missing = self.first_failure(None if file.exists() else f"{file} does not exist on {platform.node()}")
+        if missing is not None:
+            raise ValueError(
+                f"run folder: with --max-restarts every machine has to see it, because any of them may be rank 0 after "
+                f"a restart, but {missing}; name a folder on a shared file system with --out"
+            )
+
+    def exit_status(self, stopped_by: str | None) -> int:
+        """The exit status of a run that a signal has stopped: 0, or 128 + the signal's number under torchrun.
+
+        torchrun takes 0 for the end of the work, and would end the machines that could go on.
+        """
+        return 128 + signal.Signals[stopped_by] if stopped_by and started_by_torchrun() else 0
 
     def leave(self) -> None:
         """Destroy the process group after a successful run. (A failing process just exits; the others notice.)"""
@@ -199,6 +243,31 @@ class Ranks:
             ) from error
 
 
+def _store_of_this_start() -> tuple[Any, int, int]:
+    """The group's store under a name that no other start of the ranks has, with the rank and the number of ranks.
+
+    torchrun keeps the store over its restarts (torch 2.13), so a rank would find the addresses of dead ranks in it. Its
+    counts of restarts differ between machines. So every rank asks under a name of its own, which cannot be an old one;
+    rank 0 answers whatever is asked with the name of this start, until all ranks have read it.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"dlb_fast/asks/{rank}", name)
+        name = store.get(f"dlb_fast/answer/{name}").decode()
+        store.set(f"dlb_fast/{name}/{rank}", "")
+    waiting, until = set(range(1, size)) if rank == 0 else set(), time.monotonic() + TIMEOUT.total_seconds()
+    while waiting := {other for other in waiting if not store.check([f"dlb_fast/{name}/{other}"])}:
+        if time.monotonic() > until:
+            raise RankError(f"rank 0 of {size}: ranks {sorted(waiting)} did not start within {TIMEOUT}")
+        for other in waiting:
+            if store.check([f"dlb_fast/asks/{other}"]):
+                store.set(f"dlb_fast/answer/{store.get(f'dlb_fast/asks/{other}').decode()}", name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store), rank, size
+
+
 def _host_group() -> Any:
     """None if the default group can use gloo, else a gloo group, created once per default group.
 
@@ -208,7 +277,7 @@ def _host_group() -> Any:
         return None
     default = dist.group.WORLD
     if _host_groups.get("for") is not default:
-        _host_groups.update({"for": default, "group": dist.new_group(backend="gloo")})
+        _host_groups.update({"for": default, "group": dist.new_group(timeout=TIMEOUT, backend="gloo")})
     return _host_groups["group"]
 
 
@@ -256,6 +325,8 @@ def distributed_mode(config: TrainConfig, ranks: Ranks, criterion: nn.Module, de
             "config: sync_bn expects GPUs (torch's SyncBatchNorm has no CPU implementation), got device cpu; leave "
             "it out: each rank then normalises with its own rows"
         )
+    if config.sync_bn and ranks.world_size == 1:
+        raise ValueError("config: sync_bn=True has no effect on a single process; leave it out, or start several ranks")
     if mode == "fsdp" and getattr(criterion, "copies_model", False):
         raise ValueError(
             f"config: distributed=fsdp expects a method that does not copy the model, got {type(criterion).__name__}; "

@@ -35,6 +35,8 @@ def predictions(
 
     Raises:
         ValueError: no image, or fewer images than ranks.
+
+    A row of a negative target, an image that could not be read, is left out.
     """
     extra, ranks = 0, ranks or Ranks()
     if ranks.world_size > 1:
@@ -59,7 +61,10 @@ def predictions(
         model.train(was_training)
     if not logits:
         raise ValueError("evaluate: there is no image to evaluate on; is the test set empty?")
-    return ranks.cat(torch.cat(logits)), ranks.cat(torch.cat(targets))
+    found, labels = ranks.cat(torch.cat(logits)), ranks.cat(torch.cat(targets))
+    if not (readable := labels >= 0).any():
+        raise ValueError(f"evaluate: none of {len(labels)} images could be read; see the log for the reasons")
+    return found[readable], labels[readable]
 
 
 def evaluate(
@@ -77,6 +82,7 @@ def evaluate(
         ece: expected calibration error over 15 equal bins of confidence.
         count: number of images.
         calibration: those bins as lists: `share` of the images, `accuracy`, mean `confidence` (0 in an empty bin).
+        confusion: `[target, predicted, images]` of every pair of classes that occurs, right answers included.
 
     Example:
         >>> evaluate(nn.Identity(), [(torch.eye(3), torch.arange(3))])["top1"]
@@ -84,12 +90,14 @@ def evaluate(
     """
     logits, targets = predictions(model, batches, autocast, ranks)
     count, classes = logits.shape
-    if int(targets.max()) >= classes or int(targets.min()) < 0:
+    if int(targets.max()) >= classes:
         raise ValueError(
             f"evaluate: labels reach {int(targets.max())} but the model has {classes} logits; "
             f"was it made with another num_classes?"
         )
-    top = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
+    predicted = logits.topk(min(5, classes), dim=1).indices
+    top = predicted == targets[:, None]
+    pairs, images = torch.unique(targets * classes + predicted[:, 0], return_counts=True)  # at most one per image
     bins = reliability(logits, targets)[1:]
     return {
         "top1": top[:, 0].sum().item() / count,
@@ -98,6 +106,7 @@ def evaluate(
         "ece": calibration_error(logits, targets),
         "count": count,
         "calibration": dict(zip(("share", "accuracy", "confidence"), (b.tolist() for b in bins), strict=True)),
+        "confusion": torch.stack((pairs // classes, pairs % classes, images), dim=1).tolist(),
     }
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, write_atomically
 
 __all__ = ["COLUMNS", "TRACKERS", "RunLog"]
 
@@ -106,7 +106,7 @@ def _run_id(folder: Path) -> str:
     """The tracker's id of the run in this folder, created once, so that a resumed run continues it."""
     path = folder / "tracker_id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex, encoding="ascii")
+        write_atomically(path, lambda file: file.write(uuid.uuid4().hex.encode()))
     return path.read_text(encoding="ascii").strip()
 
 
@@ -141,7 +141,10 @@ class RunLog:
         self.csv = None if folder is None else folder / "metrics.csv"
         self.jsonl = None if folder is None else folder / "metrics.jsonl"
         self.total = 0
+        self.per_epoch = 0.0  # steps
         self.printed = 0.0  # when the last line of progress was printed
+        self.began: tuple[float, int] | None = None  # when the first step was done, and its number
+        self.latest = ""  # the values of the last log point
         self.trackers: dict[str, Any] = {}
         self.sent: set[tuple[int, str]] = set()  # (step, name) of the values that the trackers got for the last step
         if trackers and folder is None:
@@ -157,9 +160,9 @@ class RunLog:
                     f"pip install {name}, or leave it out of --trackers"
                 ) from error
 
-    def start(self, *, step: int, total: int) -> None:
-        """Start the progress bar and the trackers after `step`."""
-        self.total, self.printed = total, time.monotonic()
+    def start(self, *, step: int, total: int, per_epoch: float = 0.0) -> None:
+        """Start the progress bar and the trackers after `step`; an epoch has `per_epoch` steps, 0: unknown."""
+        self.total, self.per_epoch, self.printed, self.began = total, per_epoch, time.monotonic(), None
         self._call_trackers("start", self.folder, self.config, step)
         if self.quiet or not self.stream.isatty():
             return
@@ -186,14 +189,41 @@ class RunLog:
             self.say(text)
 
     def progress(self, row: Mapping[str, Any]) -> None:
-        """A row at a log point: to metrics.jsonl, the trackers, and the bar or, every ten seconds, a line."""
+        """A row at a log point: to metrics.jsonl, the trackers, and the next line of progress."""
         self._append(self.jsonl, json.dumps({"kind": "step", **_finite(row)}))
         self._track(row)
+        self.latest = _short(row)
         if self.bar is not None:
-            self.bar.set_postfix_str(_short(row))
-        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
-            self.printed = time.monotonic()
-            self.say(f"step {row['step']}/{self.total}  {_short(row)}")
+            self.bar.set_postfix_str("  ".join(filter(None, (self._left(row["step"])[0], self.latest))))
+
+    def tick(self, step: int) -> None:
+        """Step `step` is done: move the bar, or print a line unless the last one is younger than ten seconds.
+
+        Called for every step with a bar, otherwise at log points. The time left is that of the steps left at the mean
+        pace since the first call, evaluations included; the first step, which compiles and fills the loader, does not
+        count. Reads the host's clock only.
+        """
+        now = time.monotonic()
+        self.began = self.began or (now, step)
+        if self.bar is not None:
+            self.bar.update()
+        elif now - self.printed >= PLAIN_SECONDS:
+            self.printed = now
+            self.say("  ".join(filter(None, (f"step {step}/{self.total}", *self._left(step), self.latest))))
+
+    def _left(self, step: int) -> tuple[str, str]:
+        """The epoch with its time left, and the time left of the run; empty where unknown."""
+        since, first = self.began or (0.0, step)
+        pace = (time.monotonic() - since) / (step - first) if step > first else None
+        epoch = run = ""
+        if self.per_epoch:
+            number = max(1, math.ceil(step / self.per_epoch))
+            end = min(self.total, number * self.per_epoch)
+            epoch = f"epoch {number}/{max(number, math.ceil(self.total / self.per_epoch))}"
+            epoch += "" if pace is None else f" ({_clock(pace * (end - step))} left)"
+        if pace is not None:
+            run = f"run {_clock(pace * (self.total - step))} left"
+        return epoch, run
 
     def result(self, row: Mapping[str, Any]) -> None:
         """Log a row of an evaluation to both files, the trackers and the console.
@@ -207,6 +237,12 @@ class RunLog:
             self._append(self.csv, ",".join(COLUMNS))
         self._append(self.csv, ",".join("" if finite.get(c) is None else repr(finite[c]) for c in COLUMNS))
         self.say(f"epoch {row['epoch']:g}  step {row['step']}  {_phrases(row)}")
+
+    def confusion(self, counts: Mapping[str, Any]) -> None:
+        """Replace confusion.json, which has a file of its own: only the last one is of use, and it may be long."""
+        if self.folder is not None:
+            text = json.dumps(counts, separators=(",", ":"))
+            write_atomically(self.folder / "confusion.json", lambda file: file.write(text.encode()))
 
     def positions(self) -> dict[str, int]:
         """Lengths of the files in bytes, flushed to the disk, for a checkpoint."""
@@ -259,6 +295,13 @@ class RunLog:
                 file.write(line + "\n")
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error}; free space, then continue with --resume") from error
+
+
+def _clock(seconds: float) -> str:
+    """`0:42`, `12:10`, `3:04:05`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def _finite(value: Any) -> Any:

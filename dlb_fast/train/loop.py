@@ -106,6 +106,8 @@ class Trainer:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.criterion, self.optimizer, self.scheduler = model, criterion, optimizer, scheduler
         self.loader, self.evaluate = loader, evaluate
+        if config.patience is not None and evaluate is None:
+            raise ValueError("Trainer: patience needs an evaluation; give evaluate")
         self.folder = None if folder is None else Path(folder)
         if not ranks.is_main:
             log = RunLog(quiet=True)
@@ -136,16 +138,18 @@ class Trainer:
         self.images_seen = 0  # rows through the network on all ranks, including repeated ones
         self.seconds = 0.0  # training time up to the last evaluation, without evaluations and checkpoints
         self.best: dict[str, float] = {}  # {"step", "top1"} of the best evaluation
+        self.stale = 0  # evaluations since then
         self.last: dict[str, Any] = {}  # the last row of metrics
         self.stop = StopSignals(ranks)
         self.stopped_by: str | None = None
         self.metrics = MetricAverager(self.device)  # since the last evaluation
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, or until SIGTERM or SIGINT; then save a checkpoint and return.
+        """Train to the end, or until patience ends or SIGTERM, SIGINT or SIGUSR1 comes; then save a checkpoint.
 
         Returns:
-            The last row of metrics, with `best_top1`, `best_step` and `stopped_by` (None, "SIGTERM" or "SIGINT").
+            The last row of metrics, with `best_top1`, `best_step`, `stopped_by` (None, "patience" or the name of the
+            signal) and `finished` (whether all steps are done, or patience has ended).
 
         Raises:
             TrainingDiverged: the loss of any rank is not finite at a log point, or a weight at a checkpoint.
@@ -155,7 +159,7 @@ class Trainer:
         config, log, stop = self.config, self.log, self.stop
         if self.folder is not None and self.ranks.is_main:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        log.start(step=self.step, total=self.total_steps)
+        log.start(step=self.step, total=self.total_steps, per_epoch=_length(self.loader) / config.accumulate)
         self.model.train()
         self.criterion.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -166,6 +170,8 @@ class Trainer:
                 last = self.step >= self.total_steps
                 if stop.signal or self.ranks.world_size > 1:
                     self.stopped_by = stop.agreed(now=last)
+                if self.out_of_patience and not (last or self.stopped_by):
+                    self.stopped_by = "patience"  # on all ranks, which have the same scores
                 if last or self.stopped_by:
                     break
 
@@ -187,10 +193,10 @@ class Trainer:
                 if log_due or eval_due:
                     self.check_finite()
                 self.metrics.seconds += time.perf_counter() - started
-                if log.bar is not None:
-                    log.bar.update()
                 if log_due:
                     log.progress(self._row())
+                if log_due or log.bar is not None:
+                    log.tick(self.step)
                 if eval_due:
                     self._evaluate()
                 if save_due:
@@ -205,7 +211,13 @@ class Trainer:
             "best_top1": self.best.get("top1"),
             "best_step": self.best.get("step"),
             "stopped_by": self.stopped_by,
+            "finished": self.step >= self.total_steps or self.out_of_patience,
         }
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations brought no better top-1."""
+        return self.config.patience is not None and self.stale >= self.config.patience
 
     def forward_backward(self, batch: Batch) -> None:
         """Forward and backward of one batch; adds its loss to the metrics."""
@@ -324,7 +336,7 @@ class Trainer:
                 f"{path} {why}, not those of step {self.best['step']}, the best at step {self.step}; the next "
                 f"evaluation writes it"
             )
-            self.best = {}
+            self.best, self.stale = {}, 0
 
     def _batches(self) -> Iterator[Batch]:
         """Yields batches epoch after epoch, without end, and measures the waiting time."""
@@ -361,10 +373,13 @@ class Trainer:
             broadcast_buffers(weights, self.ranks)
             scores = self.ranks.broadcast(dict(self.evaluate(weights)))
             reshard(weights)
+            if (confusion := scores.pop("confusion", None)) is not None and self.ranks.is_main:
+                self.log.confusion({"step": self.step, "classes": self.metadata.get("classes"), "pairs": confusion})
             row |= {f"test_{name}": value for name, value in scores.items()}
             self.model.train()
+            self.stale += 1
             if scores.get("top1", -1.0) > self.best.get("top1", -1.0):
-                self.best = {"top1": scores["top1"], "step": self.step}
+                self.best, self.stale = {"top1": scores["top1"], "step": self.step}, 0
                 self._export("best")
         self.last = row
         self.log.result(row)
@@ -385,7 +400,7 @@ class Trainer:
         path = self.folder / "checkpoints" / f"{name}.safetensors"
         weights = self.model if self.ema is None else self.ema.model
         tensors, metadata = full_state(weights.state_dict()), {**self.metadata, "step": str(self.step)}
-        self.ranks.run_on_main(lambda: self._check_weights({"model": tensors, "ema": None}))
+        self.ranks.run_on_main(lambda: self._check_weights({"model": tensors}))
         self.ranks.run_on_main(lambda: checkpoint.save_weights(path, tensors, metadata))
 
 
@@ -563,12 +578,17 @@ class MetricAverager:
         self.sums = state["sums"].to(self.sums.device)
 
 
+# SLURM sends SIGUSR1 (`--signal=USR1@120`), which Windows does not have.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 VOTE_SECONDS = 0.5  # aimed time between two votes on stopping
 VOTE_STEPS = 256  # most steps between two votes
 
 
 class StopSignals:
-    """SIGTERM and SIGINT end the run after the current step; a second signal ends it at once.
+    """SIGTERM, SIGINT and SIGUSR1 end the run after the current step; a second SIGINT ends it at once.
+
+    A second SIGTERM or SIGUSR1 changes nothing, because a scheduler sends one to every process and the launcher sends
+    it to the ranks again. Forked workers of a loader inherit this and work on: the step that is to end needs them.
 
     A single process checks `signal`. Several ranks vote about twice a second: they reduce the signal numbers and the
     seconds per step, so that all stop at the same step and agree on the step of the next vote.
@@ -607,9 +627,10 @@ class StopSignals:
 
         def record(number: int, frame: Any) -> None:
             self.signal = number
-            signal.signal(number, before[number])
+            if number == signal.SIGINT:
+                signal.signal(number, before[number])
 
-        for wanted in (signal.SIGTERM, signal.SIGINT):
+        for wanted in STOP_SIGNALS:
             before[wanted] = signal.signal(wanted, record)
         try:
             yield

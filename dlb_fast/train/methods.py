@@ -18,6 +18,7 @@ from dlb_fast.data import ClassBatchSampler, ViewPairSampler
 from dlb_fast.methods import METHODS, Method, Option, find
 
 from .config import METHOD_FIELDS, LossConfig, RunConfig, check_effects, override
+from .optim import resolve_optimizer
 
 __all__ = [
     "LABELS", "METHODS", "VARIANTS", "find", "make_criterion", "make_sampler", "method_options", "resolve",
@@ -70,6 +71,7 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         ValueError: an option, a forward or mixed images that the method cannot use, or an option without effect.
     """
+    config = dataclasses.replace(config, optim=resolve_optimizer(config.optim))
     check_effects(config)
     method, options = find(config.loss.method), method_options(config.loss)
     _check_mixing(config, method, options)

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "ResNet", "create_model", "list_models"]
+__all__ = ["MODELS", "ResNet", "architecture", "create_model", "import_timm", "list_models"]
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -278,15 +278,27 @@ def list_models() -> list[str]:
     return sorted(MODELS)
 
 
+def architecture(name: str) -> str:
+    """The name of a network without the tag of timm's weights.
+
+    Example:
+        >>> architecture("timm:resnet50.a1_in1k"), architecture("resnet50")
+        ('timm:resnet50', 'resnet50')
+    """
+    stem, dot, _ = name.removeprefix("timm:").partition(".")
+    return f"timm:{stem}" if dot else name
+
+
 def create_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
-    """Build a network that maps images `(B, in_channels, h, w)` to logits `(B, num_classes)`.
+    """Build a network that maps images `(B, in_channels, h, w)` to logits `(B, num_classes)`, at random weights.
 
     Args:
         name: one of `list_models()`, `timm:NAME`, or a plain timm name when timm is installed.
         num_classes: number of logits, at least 1.
         in_channels: channels of the images.
     Raises:
-        ValueError: unknown name, or a timm name while timm cannot be imported (saying why).
+        ValueError: unknown name, a timm name while timm cannot be imported (saying why), or a name with the tag of
+            weights, which would not be loaded.
     Example:
         >>> create_model("small_cnn", num_classes=10, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
@@ -297,20 +309,40 @@ def create_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module
         )
     if name in MODELS:
         return MODELS[name](num_classes, in_channels)
-    timm_name = name.removeprefix("timm:")
+    timm = import_timm(name)
+    if architecture(name) != name:
+        raise ValueError(
+            f"create_model: {name!r} names weights of timm, which are loaded with --pretrained only; add it, or leave "
+            f"the tag out to start at random: {architecture(name)}"
+        )
+    return timm.create_model(name.removeprefix("timm:"), num_classes=num_classes, in_chans=in_channels)
+
+
+def import_timm(name: str) -> Any:
+    """timm, which knows the network `name`.
+
+    Raises:
+        ValueError: timm cannot be imported, or does not know the name.
+    """
     try:
         import timm  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except Exception as error:  # a broken torchvision raises RuntimeError inside timm's import
+        if name.startswith("timm:"):
+            raise ValueError(
+                f"create_model: {name} needs timm, whose import failed: {type(error).__name__}: {error}; install it "
+                f"with pip install 'dlb_fast[timm]', or take a built-in network: {', '.join(list_models())}"
+            ) from error
         near = difflib.get_close_matches(name, MODELS, n=1)
         raise ValueError(
             f"create_model: unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else ''} "
             f"Built in: {', '.join(list_models())}. timm names need timm, whose import failed: "
             f"{type(error).__name__}: {error}"
         ) from error
+    timm_name = name.removeprefix("timm:")
     if not timm.is_model(timm_name):
         near = difflib.get_close_matches(timm_name, [*MODELS, *timm.list_models()], n=3)
         raise ValueError(
             f"create_model: neither dlb_fast nor timm {timm.__version__} knows a model {name!r}; "
             f"close names: {', '.join(near) or 'none'}. Built in: {', '.join(list_models())}"
         )
-    return timm.create_model(timm_name, num_classes=num_classes, in_chans=in_channels)
+    return timm

@@ -1,4 +1,4 @@
-"""Train a run in its folder, from a config; evaluate a run from its folder.
+"""Train a run in its folder, from a config; load or evaluate a run from its folder.
 
 A run folder holds config.yaml, versions.json, metrics.csv, metrics.jsonl, checkpoints/ and, once finished, result.json.
 """
@@ -17,26 +17,40 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 from dlb_fast import _backends
 from dlb_fast.buffer import rank_and_size
+from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, is_hidden, is_image
+from dlb_fast.data.datasets.open import class_names, find_splits
+from dlb_fast.data.datasets.tar import shard_files
 
-from .checkpoint import CheckpointError, list_checkpoints, load_weights, write_atomically
+from .checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    load_matching,
+    read_weights,
+    remove_leftovers,
+    write_atomically,
+)
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
-from .data import RunData, open_data
+from .data import RunData, eval_loader, evaluation_config, identity, open_data, open_test
 from .distributed import Ranks
 from .evaluate import evaluate
 from .log import RunLog
 from .loop import Trainer, total_steps
 from .methods import find, make_criterion, make_sampler, resolve
-from .models import create_model
+from .models import architecture, create_model
 from .optim import make_optimizer, make_scheduler
+from .weights import load_initial_weights
 
 try:
     import fcntl
@@ -47,6 +61,7 @@ __all__ = [
     "RunFolder",
     "build_trainer",
     "evaluate_run",
+    "load_model",
     "newest_run",
     "rehearse",
     "resolve_device",
@@ -56,6 +71,9 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
+FILES = re.compile(
+    r"config\.yaml|(versions|result|confusion)\.json|tracker_id|report\.(html|md)|curves\.png|(best|last)\.safetensors"
+)
 
 
 class RunFolder:
@@ -85,7 +103,8 @@ class RunFolder:
                 return
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise ValueError(f"run folder: cannot make {self.path} ({error}); name another one with --out") from error
+            why = error.strerror or error
+            raise ValueError(f"run folder: cannot make {self.path} ({why}); name another one with --out") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -98,6 +117,8 @@ class RunFolder:
             os.close(handle)
             return
         self._lock = handle
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder, FILES)
 
     def unlock(self) -> None:
         """Release the lock."""
@@ -124,7 +145,7 @@ class RunFolder:
                     continue
                 raise ValueError(f"run folder: {RUNS} is not a folder; name another one with --out") from None
             except OSError as error:
-                raise ValueError(f"run folder: cannot make {path} ({error}); name one with --out") from error
+                raise ValueError(f"run folder: cannot make {path} ({error.strerror}); name one with --out") from error
             folder = cls(path)
             folder._reserved = True
             return folder
@@ -146,14 +167,16 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what a run without a checkpoint has left, so that none of it is taken for that of a new run."""
-        left = ("metrics.csv", "metrics.jsonl", "tracker_id", "checkpoints/best.safetensors")
-        for name in ("config.yaml", *left):  # the config, which marks a run, first
+        left = ("metrics.csv", "metrics.jsonl", "confusion.json", "tracker_id", "checkpoints/best.safetensors")
+        for name in (*left, "config.yaml"):  # the config, which marks a run, last: cut short, this is done again
             (self.path / name).unlink(missing_ok=True)
 
-    def create(self, config: RunConfig, impl: str) -> None:
-        """Write versions.json, then config.yaml, which marks the folder as a run."""
+    def create(self, config: RunConfig, impl: str, initial: str = "") -> None:
+        """Write versions.json, then config.yaml, which marks the folder as a run; `initial`: the first weights."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        report = json.dumps({**versions(), "implementation": impl}, indent=1).encode()
+        (self.path / "report.html").unlink(missing_ok=True)  # it shows an earlier state
+        known = {**versions(), "implementation": impl, **({"initial_weights": initial} if initial else {})}
+        report = json.dumps(known, indent=1).encode()
         write_atomically(self.path / "versions.json", lambda file: file.write(report))
         text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
         write_atomically(self.config, lambda file: file.write(text))
@@ -246,6 +269,7 @@ def build_trainer(
     folder: Path | None = None,
     log: RunLog | None = None,
     ranks: Ranks | None = None,
+    initial: bool = True,
 ) -> Trainer:
     """The trainer of a config; the same config gives the same initial weights and the same batches.
 
@@ -258,6 +282,7 @@ def build_trainer(
         folder: run folder; None writes nothing.
         log: console and metric files.
         ranks: this process and its group; by default those of the torch.distributed group, if there is one.
+        initial: load the initial weights that the config names; False where a checkpoint follows.
     """
     config, ranks = resolve(config), ranks or Ranks.current()
     device = resolve_device(config.train.device, ranks)
@@ -270,11 +295,19 @@ def build_trainer(
         )
     data = data or open_data(config.data)
     seed_everything(config.train.seed)
-    model = create_model(config.model.model, data.num_classes, data.channels).to(device)
+    name = config.model.model if initial and not config.model.pretrained else architecture(config.model.model)
+    model = create_model(name, data.num_classes, data.channels)
+    loaded = ""
+    if initial and (config.model.pretrained or config.model.init_from is not None):  # before all copies of the model
+        loaded = ranks.run_on_main(lambda: load_initial_weights(model, config.model, data))
+        if log is not None:
+            log.say(f"initial weights: {loaded}")
+    model = model.to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if ranks.rank:  # the weights are equal on all ranks, but dropout must differ
         seed_everything(config.train.seed + ranks.rank)
+    _check_fit(model, config, data, device)
     rows = config.data.batch_size // ranks.world_size
     loader = data.train_loader(
         overlap=find(config.loss.method).batches == "overlap",
@@ -297,19 +330,39 @@ def build_trainer(
         total_steps=steps,
         steps_per_epoch=len(loader) / config.train.accumulate,
     )
+    tested = data.test_batches(device, ranks)  # one loader, which names an unreadable image once
     return Trainer(
         model,
         criterion.to(device),
         optimizer,
         loader,
         scheduler=scheduler,
-        evaluate=lambda network: evaluate(network, data.test_batches(device, ranks), ranks=ranks),
+        evaluate=lambda network: evaluate(network, tested, ranks=ranks),
         folder=folder,
         config=config.train,
         log=log,
-        metadata=weights_metadata(config, data),
+        metadata={**weights_metadata(config, data), "initial_weights": json.dumps(loaded or "random")},
         ranks=ranks,
     )
+
+
+def _check_fit(model: nn.Module, config: RunConfig, data: RunData, device: torch.device) -> None:
+    """Refuse a network that does not take the images: small ones may vanish in its poolings, others need one size."""
+    side, eval_side = config.data.image_size, config.data.eval_size or config.data.image_size
+    sizes = {tuple(data.train.images.shape[2:])} if data.in_memory else {(side, side), (eval_side, eval_side)}
+    training = model.training
+    for height, width in sorted(sizes):
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, data.channels, height, width, device=device))
+        except Exception as error:  # torch raises RuntimeError and ValueError, timm AssertionError
+            raise ValueError(
+                f"config: model {config.model.model} does not take images of {height} x {width} with {data.channels} "
+                f"channels ({' '.join(str(error).split())}); choose another model"
+                + ("" if data.in_memory else " or another image_size")
+            ) from error
+        finally:
+            model.train(training)
 
 
 def weights_metadata(config: RunConfig, data: RunData) -> dict[str, str]:
@@ -317,13 +370,13 @@ def weights_metadata(config: RunConfig, data: RunData) -> dict[str, str]:
     side = config.data.eval_size or config.data.image_size
     size = list(data.train.images.shape[2:]) if data.in_memory else [side, side]
     return {
-        "model": config.model.model,
+        "model": architecture(config.model.model),
         "num_classes": str(data.num_classes),
         "channels": str(data.channels),
         "size": json.dumps(size),
         "mean": json.dumps(list(data.mean)),
         "std": json.dumps(list(data.std)),
-        "classes": json.dumps([str(name) for name in data.train.classes]),
+        **identity(data),
     }
 
 
@@ -335,10 +388,12 @@ def train_run(
     quiet: bool = False,
     ranks: Ranks | None = None,
     note: str = "",
+    data: RunData | None = None,
 ) -> dict[str, Any]:
     """Train in a run folder, from the start or from its newest valid checkpoint; returns the result of `Trainer.fit`.
 
-    The first line printed is `RunData.about`, what was done to the data; `note` is printed after it.
+    The first line printed is `RunData.about`, what was done to the data; `note` is printed after it. `data`: opened
+    data; None opens `config.data`.
 
     Errors in the config, the data or the model leave no folder behind. A finished run writes result.json.
     All ranks call this; only rank 0 prints and writes.
@@ -350,15 +405,16 @@ def train_run(
         if ranks.is_main:
             log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
         _reset_peak_memory(resolve_device(config.train.device, ranks))
-        data = open_data(config.data)
+        data = data or open_data(config.data)
         log.say(data.about + (f"\n{note}" if note else ""))
-        trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks)
+        begun = resume and ranks.run_on_main(lambda: _same_start(folder, config))
+        trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks, initial=not begun)
     except BaseException:
         if ranks.is_main:
             folder.release()
         raise
     loader: Any = trainer.loader
-    impl = _backends.pick(config.loss.impl, trainer.device.type, "train")
+    impl = _backends.pick(config.loss.impl, trainer.device, op="train")
     checkpoints = folder.checkpoints
     ranks.run_on_main(folder.lock)
     try:
@@ -369,15 +425,17 @@ def train_run(
                 raise ValueError(f"run folder: {folder.path} already holds a run; resume it, or choose another folder")
             log.say(f"the run in {folder.path} had no checkpoint yet: a new one takes its place")
             ranks.run_on_main(folder.clear)
-        if started and resume and ranks.run_on_main(lambda: folder.has_work() and not list_checkpoints(checkpoints)):
+        resume = resume and started
+        if resume and ranks.run_on_main(lambda: folder.has_work() and not list_checkpoints(checkpoints)):
             raise CheckpointError(
                 f"{checkpoints} has no checkpoint, but the run has been trained; a resume would start it over. "
                 "Put a checkpoint back, or start a new run with another --out"
             )
-        if resume and started and ranks.is_main:
+        if resume and ranks.is_main:
             _compare_versions(folder, log)
-        if not (resume and started):
-            ranks.run_on_main(lambda: folder.create(config, impl))
+        initial = json.loads(trainer.metadata["initial_weights"])
+        if not resume:
+            ranks.run_on_main(lambda: folder.create(config, impl, initial))
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
             f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
@@ -388,13 +446,24 @@ def train_run(
         cost: Any = getattr(trainer.criterion, "cost", None)
         if cost is not None:
             log.say(f"{config.loss.method}: {cost()}")
-        if resume and started:
+        ranks.check_shared(folder.config)
+        if resume:
             found = trainer.resume()
             # after resume(), so that a refused resume does not change the config of the run
-            ranks.run_on_main(lambda: folder.create(config, impl))
+            initial = json.loads(trainer.metadata["initial_weights"])
+            complete = trainer.step >= trainer.total_steps
+            kept = ""
+            if not (complete or trainer.out_of_patience):
+                ranks.run_on_main(lambda: folder.create(config, impl, initial))
+            elif to_dict(config) != to_dict(folder.read_config()):
+                kept = "; nothing is left to train, so its config stays as it was"
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
-            if trainer.step >= trainer.total_steps:
-                log.say(f"the run is already complete ({trainer.step} steps)")
+            if complete:
+                log.say(f"the run is already complete ({trainer.step} steps){kept}")
+            elif trainer.out_of_patience:
+                log.say(
+                    f"the run has ended early at step {trainer.step}; a larger --patience, or None, continues it{kept}"
+                )
             else:
                 ranks.run_on_main(lambda: (folder.path / "result.json").unlink(missing_ok=True))
         try:
@@ -403,7 +472,7 @@ def train_run(
             loader.close()
     finally:
         folder.unlock()
-    if result["stopped_by"] is not None and trainer.step < trainer.total_steps:
+    if not result["finished"]:
         log.say(
             f"stopped by {result['stopped_by']} at step {trainer.step} of {trainer.total_steps}, everything is saved; "
             f"continue with: dlb-fast train --resume --out {folder.path}"
@@ -412,12 +481,35 @@ def train_run(
     result["peak_mib"] = _peak_memory_mib(trainer.device)
     encoded = json.dumps(result, indent=1).encode()
     ranks.run_on_main(lambda: write_atomically(folder.path / "result.json", lambda file: file.write(encoded)))
+    if result["stopped_by"] == "patience":
+        log.say(
+            f"stopped early at step {trainer.step} of {trainer.total_steps}: {trainer.stale} evaluations without a "
+            f"better test top-1 (patience {config.train.patience})"
+        )
     if result["best_top1"] is not None:
         log.say(
             f"done: test top-1 {100 * result['test_top1']:.2f} % at the end, best {100 * result['best_top1']:.2f} % "
-            f"at step {result['best_step']}"
+            f"at step {result['best_step']}; `dlb-fast eval` takes the best weights, with --weights last those of the "
+            "end"
         )
     return result
+
+
+def _same_start(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether the run has a checkpoint, whose weights it continues with.
+
+    Raises:
+        ValueError: the config names other initial weights than those that the run has started from.
+    """
+    if not (folder.exists() and list_checkpoints(folder.checkpoints)):
+        return False
+    before, now = folder.read_config().model, config.model
+    if (before.pretrained, before.init_from) != (now.pretrained, now.init_from):
+        raise ValueError(
+            f"--resume: the run in {folder.path} has begun and continues with its own weights; leave --pretrained and "
+            "--init-from as they were, or start a new run with another --out"
+        )
+    return True
 
 
 def _rows(config: RunConfig, trainer: Trainer) -> str:
@@ -464,38 +556,60 @@ def _peak_memory_mib(device: torch.device) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def evaluate_run(
-    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
-) -> dict[str, Any]:
-    """Scores of a run's weights (`best` or `last`) on its own test set or on another dataset with the same classes.
+def load_model(run: Path | str, *, weights: str = "best") -> tuple[nn.Module, dict[str, Any]]:
+    """Load the network of a run, in eval mode on the CPU, and the metadata of its weights; does not need the data.
+
+    Args:
+        run: run folder.
+        weights: `best` or `last`.
+
+    Returns:
+        The network; its input is `(pixel / 255 - mean) / std`, float32 of shape (B, channels, *size).
+        A dict with `model`, `num_classes`, `channels`, `size`, `mean`, `std`, `classes`, `files` (fingerprints of the
+        training and test images), `initial_weights` (what it started from) and `step`.
 
     Raises:
-        ValueError: there is no run, or the dataset has another number of classes.
+        ValueError: there is no run.
         CheckpointError: the weights are missing or damaged.
+
+    Example: `model, about = load_model("runs/first")`
     """
-    folder = RunFolder(path)
-    config = folder.read_config()
-    if source is not None:
-        # normalisation is part of the model, so another dataset uses the statistics of the training set
-        trained = open_data(config.data)
-        other = open_data(override(config, source=source, per_class=None, label_noise=0.0).data)
-        if other.num_classes != trained.num_classes:
-            raise ValueError(
-                f"eval: {source} has {other.num_classes} classes, the run in {path} has {trained.num_classes}"
-            )
-        data = RunData(other.train, other.test, config.data, trained.mean, trained.std)
-    else:
-        data = open_data(config.data)
-    where = resolve_device(device)
-    model = create_model(config.model.model, data.num_classes, data.channels)
+    folder = RunFolder(run)
+    folder.read_config()  # raises where there is no run
     file = folder.checkpoints / f"{weights}.safetensors"
     if not file.exists():
-        raise CheckpointError(f"eval: {file} is missing; has the run finished an evaluation?")
-    load_weights(file, model)
-    return evaluate(model.to(where), data.test_batches(where))
+        raise CheckpointError(f"load_model: {file} is missing; has the run finished an evaluation?")
+    tensors, about = read_weights(file)
+    if "num_classes" not in about:
+        raise CheckpointError(f"load_model: {file} says nothing about its network; expected weights of a dlb_fast run")
+    model = create_model(about["model"], about["num_classes"], about["channels"])
+    load_matching(model, tensors, str(file))
+    return model.eval(), about
+
+
+def evaluate_run(
+    path: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto", **changed: Any
+) -> dict[str, Any]:
+    """Scores of a run's weights (`best` or `last`) on its own test set or on another dataset of its classes.
+
+    `changed`: fields of `DataConfig` in place of the run's, such as `on_error`.
+
+    Raises:
+        ValueError: there is no run, the dataset has other classes or images of another shape, or the images that the
+            run held out are not the same any more.
+        CheckpointError: the weights are missing or damaged.
+    """
+    model, about = load_model(path, weights=weights)
+    config = override(RunFolder(path).read_config(), **changed).data
+    test = open_test(config, about, source)
+    where = resolve_device(device)
+    # normalisation is part of the network, so any data use the statistics of the training set
+    batches = eval_loader(test, evaluation_config(config, about), about["mean"], about["std"], where)
+    return evaluate(model.to(where), batches)
 
 
 SMOKE_STEPS, SMOKE_ROWS, SMOKE_CLASSES, SMOKE_PIXELS = 4, 16, 10, 64
+SMOKE_IMAGES = 64  # of the test set; of the training set of an image folder at least as many
 
 
 def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
@@ -518,41 +632,108 @@ def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
         config = override(config, **without_effect(config))  # such as the size of image files
     rows = min(SMOKE_ROWS, config.data.batch_size)
     every: dict[str, Any] = {"eval_every": SMOKE_STEPS // 2, "checkpoint_every": SMOKE_STEPS // 2, "log_every": 1}
-    return override(config, batch_size=rows, max_steps=SMOKE_STEPS, trackers=(), **every)
+    return override(config, batch_size=rows, max_steps=SMOKE_STEPS, trackers=(), patience=None, **every)
 
 
-def rehearse(
-    config: RunConfig, folder: Path | None = None, *, real_data: bool = False, quiet: bool = False, ranks: Ranks
-) -> dict[str, Any]:
-    """Train two steps, evaluate, save; resume, train to the end, evaluate the exported weights.
+def few_images(source: str, folder: Path) -> str:
+    """A source with a few images of every class of another: a large one takes minutes to list.
+
+    Of an image folder with its splits and classes, links to the first images found are made in `folder`; of several tar
+    shards it is the first one. Any other source is returned as it is.
+
+    Raises:
+        ValueError: as `open_dataset` for the folders.
+    """
+    kind, _, path = source.partition(":")
+    if kind == "tar":
+        return f"tar:{shard_files(path)[0]}"
+    if kind != "imagefolder":
+        return source
+    root = Path(path).resolve()
+    train, validation, _ = find_splits(root)
+    for split, name in ((train or root, "train" if train else ""), (validation, "val")):
+        classes = [] if split is None else class_names(split)
+        count = max(4, math.ceil(SMOKE_IMAGES / max(1, len(classes))))
+        for label in classes:
+            (folder / name / label).mkdir(parents=True)
+            for number, image in enumerate(islice(_images_below(split / label), count)):  # type: ignore[operator]
+                (folder / name / label / f"{number}{image.suffix}").symlink_to(image)
+    return f"imagefolder:{folder}"
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """The images of a folder and its subfolders as the file system lists them, without reading all of a folder.
+
+    As `ImageFolder` it leaves out hidden folders and reads every folder once, however many links lead to it.
+    """
+    waiting, entered = [folder], set()
+    while waiting:
+        current = waiting.pop()
+        identity = (found := os.stat(current)).st_dev, found.st_ino
+        if identity in entered:
+            continue
+        entered.add(identity)
+        with os.scandir(current) as entries:
+            for entry in entries:
+                if os.path.isdir(entry.path):  # unlike `entry.is_dir()` also where a link leads to itself
+                    waiting += [] if is_hidden(entry.name) else [Path(entry.path)]
+                elif is_image(entry.name, IMAGE_EXTENSIONS):
+                    yield Path(entry.path)
+
+
+def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False, ranks: Ranks) -> dict[str, Any]:
+    """Train two steps, evaluate, save; resume, train to the end, evaluate the exported weights. Keeps nothing.
 
     Args:
         config: config of the run.
-        folder: run folder, which is kept; None uses and removes a temporary folder.
-        real_data: read the config's own data (all of its test set).
+        real_data: use a few images of the config's own data.
         quiet: no console output.
         ranks: this process and its group.
 
     Returns:
-        The scores of the last weights, with `seconds`.
+        The scores of the last weights, with `seconds` and `about`, what was done in words.
 
     Raises:
         RuntimeError: the written weights have another top-1 than the run. Other errors as in `train_run`.
     """
-    short = shortened(config, real_data=real_data)
     started = time.perf_counter()
-    path = folder or Path(ranks.run_on_main(lambda: tempfile.mkdtemp(prefix="dlb-fast-smoke-")))
+    if config.data.kind == "digits" and config.model.init_from is not None:
+        real_data = True  # synthetic images have three channels, for which no weights of digits are
+    path = Path(ranks.run_on_main(lambda: tempfile.mkdtemp(prefix="dlb-fast-smoke-")))
     try:
-        run = RunFolder(path)
+        short = shortened(config, real_data=real_data)
+        if real_data:
+            source = ranks.run_on_main(lambda: few_images(config.data.source, path / "data"))
+            fewer = source != config.data.source
+            short = override(short, source=source, per_class=None if fewer else config.data.per_class)
+        try:
+            data = open_data(short.data)
+        except ValueError as error:  # name the user's folder in place of the links
+            raise ValueError(str(error).replace(str(path / "data"), str(config.data.path))) from None
+        data.about = data.about.replace(short.data.source, config.data.source)
+        chosen = np.linspace(0, len(data.test) - 1, min(SMOKE_IMAGES, len(data.test))).astype(int)
+        data.test = data.test.select(np.unique(chosen))
+        run = RunFolder(path / "run")
         first = override(short, max_steps=SMOKE_STEPS // 2)
-        train_run(first, run, quiet=quiet, ranks=ranks)
-        result = train_run(short, run, resume=True, quiet=quiet, ranks=ranks)
-        scores = ranks.run_on_main(lambda: evaluate_run(path, weights="last", device=config.train.device))
+        train_run(first, run, data=data, quiet=quiet, ranks=ranks)
+        result = train_run(short, run, data=data, resume=True, quiet=quiet, ranks=ranks)
+        scores = ranks.run_on_main(lambda: _scores_of_export(run.path, data, config.train.device))
         if not ranks.world_size > 1 and abs(scores["top1"] - result["test_top1"]) > 1e-9:
             raise RuntimeError(
                 f"smoke: top-1 of the written weights is {scores['top1']}, of the run {result['test_top1']}"
             )
     finally:
-        if folder is None and ranks.is_main:
+        if ranks.is_main:
             shutil.rmtree(path, ignore_errors=True)
-    return {**scores, "seconds": round(time.perf_counter() - started, 1)}
+    of = config.data.source if real_data else f"synthetic images in place of {config.data.source}"
+    about = (
+        f"{SMOKE_STEPS} steps of {short.data.batch_size} rows with {len(data.train)} training and {len(data.test)} "
+        f"test images of {of}"
+    )
+    return {**scores, "seconds": round(time.perf_counter() - started, 1), "about": about}
+
+
+def _scores_of_export(path: Path, data: RunData, device: str) -> dict[str, Any]:
+    where = resolve_device(device)
+    model, _ = load_model(path, weights="last")
+    return evaluate(model.to(where), data.test_batches(where))

@@ -1,4 +1,5 @@
-// An execution model of a GPU, small enough to read: blocks of threads as fibers, warps of 32, barriers, shuffles,
+// For csrc/cuda's sources under the host compiler (what the kernels compile to runs on tests/ptx): an execution model of a
+// GPU, small enough to read: blocks of threads as fibers, warps of 32, barriers, shuffles,
 // clusters with distributed shared memory, and global memory of which every access is checked.
 //
 // What it shows: a missing barrier or fence between threads (whoever may run next is drawn at random, also in the middle

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,14 @@ _OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".j
 _SYSTEM_FOLDERS = {
     "@eadir", "__macosx", "__pycache__", "lost+found", "$recycle.bin", "#recycle", "system volume information",
 }  # fmt: skip
-_SMALL = {"thumbnail", "thumbnails", "thumb", "thumbs"}
+SMALL = {"thumbnail", "thumbnails", "thumb", "thumbs"}
+_IMAGES = {"image", "images", "img", "imgs", "jpegimages"}
+NO_CLASSES = _IMAGES | {
+    "label", "labels", "annotation", "annotations", "masks", "segmentationclass", "segmentationobject",
+    "segmentations", "groundtruth",
+}  # fmt: skip
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def numbered(
@@ -51,7 +59,15 @@ def numbered(
     Raises:
         ValueError: labels of which only some are numbers, numbers that are no class indices, a single class.
     """
-    whole = [not names and label.isascii() and label.isdigit() for label in labels]
+    for label in dict.fromkeys(labels):
+        if any(unicodedata.category(letter) == "Cc" for letter in label) or (
+            not names and (label[0] in "[{(\"'" or label[-1] in ",;|" or _is_several(label))
+        ):
+            raise ValueError(
+                f"{operation}: {where(labels.index(label))}: expected one class index or one name, got the label "
+                f"{label!r}; several labels of an image, quotes, brackets and separators are not read"
+            )
+    whole = [not names and label.isascii() and label.isdigit() and len(label) < 19 for label in labels]
     if any(whole) and not all(whole):
         one, other = whole.index(True), whole.index(False)
         raise ValueError(
@@ -87,6 +103,12 @@ def numbered(
         hint = " (do the labels count from 1?)" if missing == ["0"] else ""
         say(f"{operation}: {len(missing)} of the {count} classes have no image: {some(missing)}{hint}")
     return [str(label) for label in range(count)], targets
+
+
+def _is_several(label: str) -> bool:
+    """Whether a label is several numbers."""
+    words = re.split(r"[\s,;|]+", label)
+    return len(words) > 1 and all(map(_is_number, words))
 
 
 def _is_number(label: str) -> bool:
@@ -134,6 +156,11 @@ class FileDataset:
         """Number of classes."""
         return len(self.classes)
 
+    @property
+    def files(self) -> NDArray[np.bytes_]:
+        """(N,) paths relative to `root`, as the system encodes them."""
+        return self._paths
+
     def __len__(self) -> int:
         return len(self.targets)
 
@@ -179,7 +206,8 @@ class ImageFolder(FileDataset):
     Args:
         root: folder with the class folders.
         classes: class names in the order of their indices; None means all folders, sorted as text. Pass the classes of
-            the training set for its validation folder, so that the indices agree even if one folder lacks a class.
+            the training set for its validation folder, so that the indices agree even if one folder lacks a class or
+            writes its name in another form of Unicode (macOS: NFD).
             With classes the level of the class folders is certain, and their content is not questioned.
         extensions: file extensions, such as (".jpg", ".png"), in any case.
         allow_empty: keep classes without an image instead of raising.
@@ -206,14 +234,14 @@ class ImageFolder(FileDataset):
         left_out = LeftOut()
         found = class_folders(root, endings, left_out)
         names = found if classes is None else list(classes)
-        present = set(found)
-        unknown = sorted(present - set(names))
+        spelled = _spelled(found, names)  # a name -> its folder
+        unknown = sorted(set(found) - set(spelled.values()))
         if unknown:
             raise ValueError(
                 f"ImageFolder: {root} has class folders that the given classes lack: {some(unknown)}; the classes are "
                 f"{some(names)}. Rename or remove these folders"
             )
-        files = {name: image_files(root, name, endings, left_out) if name in present else [] for name in names}
+        files = {name: image_files(root, spelled[name], endings, left_out) if name in spelled else [] for name in names}
         paths = [path for name in names for path, _ in files[name]]
         empty = [name for name in names if not files[name]]
         if not paths or (empty and classes is None and not allow_empty):
@@ -227,12 +255,20 @@ class ImageFolder(FileDataset):
         check_twice(root, paths, [identity for name in names for _, identity in files[name]], targets)
         left_out.say(f"ImageFolder: {root}")
         say_similar(f"ImageFolder: {root}", names)
+        say_masks(f"ImageFolder: {root}", paths)
         if classes is None and all(name.isascii() and name.isdigit() for name in names):
             fall = np.flatnonzero(np.diff([float(name) for name in names]) < 0)
             if len(fall):
                 at = int(fall[0])
                 say(f"ImageFolder: {root}: the classes are sorted as text, as in torchvision: {names[at]!r} is {at}")
         super().__init__(paths, targets, names, root, "imagefolder")
+
+
+def _spelled(found: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """The folder of each name: that of the same bytes, else the one that differs in the form of Unicode only."""
+    same = {name: name for name in set(names).intersection(found)}
+    folders = {unicodedata.normalize("NFC", folder): folder for folder in found if folder not in same}
+    return {name: folders[form] for name in names if (form := unicodedata.normalize("NFC", name)) in folders} | same
 
 
 class ListFile(FileDataset):
@@ -276,16 +312,14 @@ class ListFile(FileDataset):
             numbers.append(number)
         if not paths:
             raise ValueError(f"ListFile: {file} lists no images")
-        self._check_twice(file, paths, labels, numbers)
+        self._check_twice(file, root, paths, labels, numbers)
         if classes is None:
             classes, targets = numbered(labels, f"ListFile: {file}", lambda k: f"line {numbers[k]}")
         else:
             index = {name: k for k, name in enumerate(classes)}
             for label, number in zip(labels, numbers, strict=True):
                 if label not in index:
-                    raise ValueError(
-                        f"ListFile: {file} line {number}: label {label!r} is not one of the given classes"
-                    )
+                    raise ValueError(f"ListFile: {file} line {number}: label {label!r} is not one of the given classes")
             targets = [index[label] for label in labels]
         if not any(os.path.exists(os.path.join(root, path)) for path in paths[:20]):
             raise FileNotFoundError(
@@ -295,12 +329,12 @@ class ListFile(FileDataset):
         super().__init__(paths, targets, classes, root, "list")
 
     @staticmethod
-    def _check_twice(file: Path, paths: list[str], labels: list[str], numbers: list[int]) -> None:
+    def _check_twice(file: Path, root: Path, paths: list[str], labels: list[str], numbers: list[int]) -> None:
         """ValueError for one path with two labels; a log line for equal lines."""
         known: dict[str, int] = {}
         again = 0
         for k, path in enumerate(paths):
-            first = known.setdefault(os.path.normpath(path), k)
+            first = known.setdefault(os.path.normpath(os.path.join(root, path)), k)
             if labels[first] != labels[k]:
                 raise ValueError(
                     f"ListFile: {file} line {numbers[k]}: {path} has the label {labels[k]!r}, but {labels[first]!r} in "
@@ -513,6 +547,7 @@ class LeftOut:
         self._folders: set[str] = set()
         self._beside: list[str] = []
         self._formats: Counter[str] = Counter()
+        self._unread: list[str] = []
         self._hidden = 0
 
     def add(self, path: str, is_folder: bool, endings: tuple[str, ...], *, beside: bool = False) -> None:
@@ -528,6 +563,8 @@ class LeftOut:
             self._beside.append(name)
         elif ending in _OTHER_IMAGES or ending in IMAGE_EXTENSIONS:
             self._formats[ending] += 1
+        elif ending in _ARCHIVES or (beside and ending in _TABLES):
+            self._unread.append(name)
 
     def say(self, where: str) -> None:
         """Log what was left out, if anything."""
@@ -539,6 +576,8 @@ class LeftOut:
         if self._formats:
             kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(self._formats.items()))
             parts.append(f"files of other extensions ({kinds})")
+        if self._unread:
+            parts.append(f"archives and tables, which may hold images or labels ({some(sorted(self._unread))})")
         if self._hidden:
             parts.append(f"images whose names begin with a dot ({self._hidden})")
         if parts:
@@ -552,12 +591,13 @@ def check_levels(root: Path, classes: dict[str, list[str]]) -> None:
         root: folder with the class folders.
         classes: class name -> its images, as paths relative to `root`.
     """
+    check_names(f"ImageFolder: {root}", list(classes), f"pass classes={some_list(classes)}")
     for name, paths in classes.items():
         if not paths:
             continue
         folders = {path[len(name) + 1 :].rpartition(os.sep)[0] for path in paths}
         inner = sorted({folder.partition(os.sep)[0] for folder in folders} - {""})
-        small = [one for one in {name}.union(*(f.split(os.sep) for f in folders)) if one.lower().strip("._") in _SMALL]
+        small = [one for one in {name}.union(*(f.split(os.sep) for f in folders)) if one.lower().strip("._") in SMALL]
         if small:
             raise ValueError(
                 f"ImageFolder: {root}/{name}: the folder {small[0]!r} is named like a store of thumbnails; remove it, "
@@ -581,12 +621,61 @@ def check_levels(root: Path, classes: dict[str, list[str]]) -> None:
                 f"class {name!r}, or are the classes below it? {way}, or classes={some_list(classes)} to take these "
                 "folders as classes (on the command line list the images: list:FILE)"
             )
+        odd = [one for one in inner if split_of(one) or (_is_part(one) and not _is_part(one, _IMAGES))]
+        if odd:
+            raise ValueError(
+                f"ImageFolder: {root}/{name}: the folders {some(odd)} are named like splits or like annotations, so it "
+                "is not certain that all images below are of this class; move them out, or, if they are, pass "
+                f"classes={some_list(classes)}"
+            )
     if len(classes) == 1:
         (name,) = classes
         raise ValueError(
             f"ImageFolder: {root} has a single class folder, {name!r}, so every answer would be right; pass the folder "
             f"above the classes, or classes=[{name!r}] if one class is meant"
         )
+
+
+def check_names(where: str, names: Sequence[str], certain: str, parts: set[str] = NO_CLASSES) -> None:
+    """ValueError if folders have the names of splits or of parts of a dataset, not of classes.
+
+    Args:
+        where: beginning of the message.
+        names: names of the folders.
+        certain: what to do if they are the classes.
+        parts: names in lower case that are not those of classes.
+    """
+    found = [name for name in names if _is_part(name, parts)]
+    if found and len(names) > 1:
+        raise ValueError(
+            f"{where}: {some(found)}: named like a part of a dataset, not like a class; make it one folder per class, "
+            f"list the images with their labels (list:FILE), or {certain} if these are the classes"
+        )
+    splits: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in names:
+        words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)
+        rest = tuple(word.lower() for word in words if not split_of(word))
+        for split in filter(None, map(split_of, words)):
+            splits.setdefault(rest, {})[split] = name
+    twins = next((list(found.values()) for found in splits.values() if "train" in found and len(found) > 1), None)
+    if twins:
+        raise ValueError(
+            f"{where}: {some(twins)} are named like splits, not like classes; make it train/CLASS/image.jpg and "
+            f"val/CLASS/image.jpg, or {certain} if these are the classes"
+        )
+
+
+def _is_part(name: str, parts: set[str] = NO_CLASSES) -> bool:
+    return re.sub(r"[^a-z]", "", name.lower()) in parts
+
+
+def say_masks(where: str, paths: Sequence[str]) -> None:
+    """Log images that are named like the mask of an image beside them."""
+    named = [path for path in paths if "mask" in path or "Mask" in path]
+    stems = {os.path.splitext(path)[0] for path in paths} if named else set()
+    masks = [path for path in named if re.sub(r"[_.\- ]?[mM]ask(_?\d+)?\.\w+$", "", path) in stems]
+    if masks:
+        say(f"{where}: {len(masks)} images are named like masks of others and are trained on: {some(masks)}")
 
 
 def check_twice(root: Path, paths: list[str], identities: list[Identity], targets: NDArray[np.int64]) -> None:
@@ -619,13 +708,15 @@ _SAID: set[str] = set()
 
 
 def say_similar(where: str, classes: Sequence[str]) -> None:
-    """Log class names that differ in case or spaces only."""
+    """Log class names that differ in case, spaces, invisible characters or the form of Unicode only."""
     groups: dict[str, list[str]] = {}
     for name in classes:
-        groups.setdefault("".join(name.split()).casefold(), []).append(name)
+        seen = "".join(letter for letter in name if not letter.isspace() and unicodedata.category(letter) != "Cf")
+        groups.setdefault(unicodedata.normalize("NFC", seen.casefold()), []).append(name)
     twins = [names for names in groups.values() if len(names) > 1]
     if twins:
-        say(f"{where}: {len(twins)} classes differ in case or spaces only, such as {some(twins[0])}")
+        shown = some(twins[0]) if len(set(map(str.casefold, twins[0]))) == 1 else ", ".join(map(ascii, twins[0][:5]))
+        say(f"{where}: {len(twins)} classes differ in case, spaces or the form of Unicode only, such as {shown}")
 
 
 def some_list(names: Iterable[str]) -> str:

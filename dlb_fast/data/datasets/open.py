@@ -36,10 +36,10 @@ from dlb_fast.data.transforms.single import as_transform
 
 __all__ = ["MapDataset", "load_into_memory", "open_dataset"]
 
-_KINDS = (
-    "digits, cifar10:PATH, cifar100:PATH, imagefolder:PATH, tinyimagenet:PATH, list:FILE, tar:PATH, "
-    "synthetic[:N,C,SIZE]"
-)
+_KINDS = {
+    "digits": "", "cifar10": ":PATH", "cifar100": ":PATH", "imagefolder": ":PATH", "tinyimagenet": ":PATH",
+    "list": ":FILE", "tar": ":PATH", "synthetic": "[:N,C,SIZE]",
+}  # fmt: skip
 _HELD_OUT = 0.1  # fraction of each class that becomes the test set of a dataset without one
 _VALIDATION = ("val", "valid", "validation", "test")
 _SYNTHETIC_DEFAULT = (2000, 10, 32)
@@ -72,6 +72,7 @@ def open_dataset(kind: str, split: str = "train", *, seed: int = 0) -> Any:
     """
     if not isinstance(kind, str):
         raise TypeError(f"open_dataset: expected a string KIND[:PATH], got {kind!r}")
+    check_kind(kind)
     name, _, path = kind.partition(":")
     check_split("open_dataset", split)
     if name == "digits":
@@ -88,11 +89,22 @@ def open_dataset(kind: str, split: str = "train", *, seed: int = 0) -> Any:
         "list": lambda: _held_out(ListFile(path), split, seed),
         "tar": lambda: _held_out(TarShards(path), split, seed),
     }
-    if name not in openers:
-        raise ValueError(f"open_dataset: unknown kind {name!r} in {kind!r}; expected one of {_KINDS}")
     if not path:
         raise ValueError(f"open_dataset: {name} needs a path, as in {name}:/data/{name}; got {kind!r}")
     return openers[name]()
+
+
+def check_kind(kind: str) -> None:
+    """ValueError for a KIND[:PATH] whose kind is unknown."""
+    name, _, path = kind.partition(":")
+    if name not in _KINDS:
+        found = next((one for one in (kind, path) if os.path.exists(one)), "")
+        meant = "imagefolder" if os.path.isdir(found) else "tar" if found.endswith(".tar") else "list"
+        raise ValueError(
+            f"open_dataset: unknown kind {name!r} in {kind!r}; expected one of "
+            + ", ".join(one + rest for one, rest in _KINDS.items())
+            + (f" (is {meant}:{found} meant?)" if found else "")
+        )
 
 
 def _synthetic_sizes(kind: str, path: str) -> dict[str, int]:
@@ -121,6 +133,12 @@ def _folder(root: Path, split: str, seed: int) -> Any:
     if split == "train":
         return found
     test = ImageFolder(validation, classes=found.classes)
+    for name in found.classes:
+        here, there = train / name, validation / name
+        if there.exists() and here.exists() and os.path.samefile(here, there):
+            raise ValueError(
+                f"open_dataset: {there} is {here}, so its test images would be those of the training; remove the link"
+            )
     counts = np.bincount(test.targets, minlength=len(found.classes))
     lacking = [found.classes[label] for label in np.flatnonzero(counts == 0)]
     if lacking:
@@ -181,8 +199,13 @@ def class_names(folder: Path) -> list[str]:
     return [name for name, is_folder, _ in found if is_folder and not is_hidden(name)]
 
 
+def held_out(dataset: Any, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(training indices, test indices) of a dataset without a test set of its own."""
+    return stratified_split(dataset.targets, _HELD_OUT, seed)
+
+
 def _held_out(dataset: Any, split: str, seed: int) -> Any:
-    train, test = stratified_split(dataset.targets, _HELD_OUT, seed)
+    train, test = held_out(dataset, seed)
     if len(test) == 0:
         raise ValueError(f"open_dataset: {dataset!r} has no class with two images, so there is nothing to hold out")
     lone = int((np.bincount(dataset.targets) == 1).sum())

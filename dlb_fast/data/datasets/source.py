@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import math
+import numbers
 import operator
 import os
 import threading
@@ -126,23 +127,46 @@ def as_pair(item: Any) -> tuple[Any, Any]:
         >>> as_pair(("image", 3))
         ('image', 3)
     """
-    wanted = "expected a pair (image, class index) from load or dataset[i]"
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        got = type(item).__name__
-        if isinstance(item, (tuple, list)):
-            got += f" of {len(item)}"
-        elif isinstance(item, dict):
-            got += f" with the keys {', '.join(map(repr, list(item)[:5]))}"
-        raise TypeError(f"{wanted}, got {got}; pass load=lambda dataset, i: (image, target) that picks them")
-    image, target = item
+    image, target = pair_of("", item)
     size = target.numel() if isinstance(target, torch.Tensor) else np.size(target)
-    if size != 1 or target is None or isinstance(target, str):
-        got = f"{type(target).__name__} of shape {tuple(np.shape(target))}" if size != 1 else repr(target)
+    if size != 1:
         raise TypeError(
-            f"{wanted}, got the target {got}; number the class names, and pass the class instead of soft targets (the "
-            "loaders mix whole batches: docs/augmentation.md)"
+            f"{_PAIR}, got the target {type(target).__name__} of shape {tuple(np.shape(target))}; pass the class in "
+            "place of soft targets (the loaders mix whole batches: docs/augmentation.md)"
         )
     return image, target
+
+
+def pair_of(operation: str, item: Any) -> tuple[Any, Any]:
+    """(image, target) of an item; TypeError for anything but a pair whose target is a number or an array of numbers."""
+    where = f"{operation}{operation and ': '}{_PAIR}"
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise TypeError(
+            f"{where}, got {_described(item)}; pass load=lambda dataset, i: (image, target) that picks them, to "
+            "OverlapLoader or to MapDataset(dataset, load)"
+        )
+    image, target = item
+    if isinstance(target, str):
+        raise TypeError(f"{where}, got the target {target!r}; number the class names")
+    if not isinstance(target, (torch.Tensor, np.ndarray)) and not isinstance(target, (numbers.Real, np.number)):
+        raise TypeError(
+            f"{where}, got the target {_described(target)}; one class of the whole image is needed, no boxes, masks or "
+            "captions: pass MapDataset(dataset, load), whose load(dataset, i) returns (image, class index)"
+        )
+    return image, target
+
+
+_PAIR = "expected a pair (image, class index) from load or dataset[i]"
+
+
+def _described(value: Any) -> str:
+    """The type of a value, with its length or keys, for messages."""
+    got = type(value).__name__
+    if isinstance(value, (tuple, list)):
+        got += f" of {len(value)}"
+    elif isinstance(value, dict):
+        got += f" with the keys {', '.join(map(repr, list(value)[:5]))}"
+    return got
 
 
 def is_torchvisions(value: Any) -> bool:
@@ -214,12 +238,19 @@ def _changed(value: Any, **attributes: Any) -> Any:
     return changed
 
 
+def _only_torchvisions(dataset: Any) -> bool:
+    """Whether a dataset is torchvision's, or `Subset` and `ConcatDataset` of such."""
+    if isinstance(dataset, ConcatDataset):
+        return all(_only_torchvisions(part) for part in dataset.datasets)
+    return _only_torchvisions(dataset.dataset) if isinstance(dataset, Subset) else is_torchvisions(dataset)
+
+
 def _augments(dataset: Any) -> bool:
-    """Whether the items of a dataset may differ from call to call, by a transform of its own."""
-    if isinstance(dataset, Subset):
-        return _augments(dataset.dataset)
+    """Whether the items of a dataset, or of one that it wraps, may differ from call to call, by a transform."""
     if isinstance(dataset, ConcatDataset):
         return any(_augments(part) for part in dataset.datasets)
+    if hasattr(dataset, "dataset") and _augments(dataset.dataset):
+        return True
     own, both = getattr(dataset, "transform", None), getattr(dataset, "transforms", None)
     if is_torchvisions(both):
         both = getattr(both, "transform", None)
@@ -251,14 +282,15 @@ class SampleSource:
         dataset: has a length, and either (a) ``targets`` and ``read(i)``, which returns the file's bytes or its path;
             or (b) ``targets`` and ``images`` (N, c, h, w); or (c) ``dataset[i]`` is (image, target).
         decoder: maps bytes to uint8 (h, w, 3).
-        load: ``load(dataset, i)`` returns (image, target) and is called once per sample of an epoch; the image is any
-            that `as_image` accepts. None means ``dataset[i]`` for datasets of kind (c).
+        load: ``load(dataset, i)`` returns (image, target); the image is any that `as_image` accepts. None means
+            ``dataset[i]`` for datasets of kind (c).
         operation: name of the loader, for messages.
 
     Attributes:
         items: whether the images are those of items, of any type, and not decoded or stored ones.
         own: transform of a torchvision dataset, which `dataset[i]` here leaves out, or None.
         augments: whether the dataset transforms its items itself, so that two items of one sample differ.
+        unknown: whether it may do so under another name than `transform`.
         keep: True returns the images of items as they are, for transforms that take such images.
 
     Raises:
@@ -283,8 +315,8 @@ class SampleSource:
         self._lock = threading.Lock()
         self._targets: NDArray[np.int64] | None = None
         self.own: Callable[[Any], Any] | None = None
-        self.augments = self.keep = False
-        stored = hasattr(dataset, "targets") and (hasattr(dataset, "read") or hasattr(dataset, "images"))
+        self.augments = self.unknown = self.keep = False
+        stored = (hasattr(dataset, "read") or hasattr(dataset, "images")) and hasattr(dataset, "targets")
         self.items = load is not None or not stored
         if load is None and not stored:
             if not hasattr(dataset, "__getitem__"):
@@ -296,14 +328,13 @@ class SampleSource:
             raw, self.own = without_transform(dataset)
             self._dataset = with_decoder(raw, decoder)
             self._load = operator.getitem
-            self.augments = _augments(self._dataset)
         if self.items:
+            self.augments = _augments(self._dataset)
+            self.unknown = self.own is None and not _only_torchvisions(self._dataset)
             return
         self._targets = class_indices(operation, dataset.targets)
         if self._targets.shape != (length,):
-            raise ValueError(
-                f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}"
-            )
+            raise ValueError(f"{operation}: dataset.targets: expected shape ({length},), got {self._targets.shape}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -375,18 +406,31 @@ class FailurePolicy:
         seed: seed of the run.
         on_error: "raise" or "replace".
         max_failures: an int, or a float fraction of the dataset.
+        operation: the loader's name, for messages.
+        targets: (N,) classes if a substitute must have the class of the failed sample.
 
     Raises:
         ValueError: another `on_error`, or a negative bound.
     """
 
-    def __init__(self, source: SampleSource, seed: int, on_error: str, max_failures: int | float) -> None:
+    def __init__(
+        self,
+        source: SampleSource,
+        seed: int,
+        on_error: str,
+        max_failures: int | float = 0.01,
+        operation: str = "OverlapLoader",
+        targets: NDArray[Any] | None = None,
+    ) -> None:
         if on_error not in ("raise", "replace"):
-            raise ValueError(f'OverlapLoader: on_error: expected "raise" or "replace", got {on_error!r}.')
+            raise ValueError(f'{operation}: on_error: expected "raise" or "replace", got {on_error!r}.')
+        self._targets = targets
+        # The other loaders have no such argument.
+        self._more_failures = "pass a larger max_failures" if operation == "OverlapLoader" else ""
         number = isinstance(max_failures, (int, float)) and not isinstance(max_failures, bool)
         if not (number and 0 <= max_failures < math.inf):
             raise ValueError(
-                f"OverlapLoader: max_failures: expected an int or a fraction, at least 0, got {max_failures!r}."
+                f"{operation}: max_failures: expected an int or a fraction, at least 0, got {max_failures!r}."
             )
         self._source, self._seed = source, seed
         self._replace = on_error == "replace"
@@ -397,6 +441,13 @@ class FailurePolicy:
         self.errors: dict[int, SampleError] = {}  # sample -> its error, for the first ones
         self.replaced = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
     @property
     def failed(self) -> int:
         """Number of distinct samples that failed."""
@@ -405,9 +456,14 @@ class FailurePolicy:
     def substitute(self, epoch: int, sample: int, attempt: int) -> int:
         """The sample that replaces a failed one."""
         key = key_of(self._seed, SUBSTITUTE, epoch, sample, attempt)
-        return (key >> 32) * len(self._source) >> 32
+        if self._targets is None:
+            return (key >> 32) * len(self._source) >> 32
+        alike = np.flatnonzero(self._targets == self._targets[sample])
+        return int(alike[(key >> 32) * len(alike) >> 32])
 
-    def get(self, epoch: int, sample: int, doing: Callable[[str, int], None]) -> tuple[int, torch.Tensor, int]:
+    def get(
+        self, epoch: int, sample: int, doing: Callable[[str, int], None] = lambda what, sample: None
+    ) -> tuple[int, torch.Tensor, int]:
         """(id of the sample or its substitute, image, target); SampleError if neither can be loaded."""
         wanted, attempts = sample, 100 + 20 * self.bound
         for attempt in range(attempts):
@@ -416,12 +472,13 @@ class FailurePolicy:
                 return sample, *self._source.load(sample, epoch)
             except SampleError as error:
                 failure = error
-                self._record(failure)
+                self.record(failure)
             sample = self.substitute(epoch, wanted, attempt)
         failure.reason += f" (and no substitute was readable in {attempts} attempts)"
         raise failure
 
-    def _record(self, failure: SampleError) -> None:
+    def record(self, failure: SampleError, done: str = "replaced") -> None:
+        """Count and log a failure; raise it with on_error="raise", or where there are too many."""
         if not self._replace:
             failure.remedy = 'pass on_error="replace"'
             raise failure
@@ -434,7 +491,7 @@ class FailurePolicy:
             count = len(self._failed)
         if count > self.bound:
             failure.reason += f" (failure {count}, more than max_failures = {self.bound})"
-            failure.remedy = "pass a larger max_failures"
+            failure.remedy = self._more_failures
             raise failure
         if new:
-            _LOG.warning("replaced sample %d: %s: %s", failure.index, failure.path, failure.reason)
+            _LOG.warning(done + " sample %d: %s: %s", failure.index, failure.path, failure.reason)

@@ -7,7 +7,7 @@ import posixpath
 import re
 import tarfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,15 @@ from numpy.typing import NDArray
 
 from dlb_fast.data.datasets.folder import (
     IMAGE_EXTENSIONS,
+    NO_CLASSES,
+    SMALL,
     FileDataset,
+    LeftOut,
+    check_names,
     is_hidden,
     numbered,
+    say,
+    say_masks,
     some,
     split_of,
 )
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["TarShards"]
 
 _LONGEST_LABEL = 1000  # bytes
+_MAYBE_LABELS = (".json", ".txt", ".label", ".class", ".target", ".index", ".id", ".csv", ".pyd", ".pickle", ".npy")
 
 
 class TarShards(FileDataset):
@@ -38,40 +45,66 @@ class TarShards(FileDataset):
     The label of an image is the text of its `.cls` member: the one with the longest name that agrees with the image's
     up to a dot (for `img.01.jpg` `img.01.cls` before `img.cls`; WebDataset's key is the name up to the first dot).
     Without any `.cls` it is the name of the image's folder. Every `.cls` labels one image. Names that begin with a dot
-    are ignored, as in `ImageFolder`. Links to members of the same tar are followed.
+    are ignored, as in `ImageFolder`. Links to members of the same tar are followed. What is left out is logged in one
+    line.
 
     Args:
         shards: a tar file, a folder of tar files, or a list of files; read in sorted order.
 
     Raises:
         FileNotFoundError: no shards.
-        ValueError: a compressed or damaged tar, shards of several splits in one folder, an image without a label, a
-            `.cls` without an image or for several, several images of one key, a member that is there twice, class
-            folders in different folders, a link out of the tar, and labels as in `ListFile`.
+        ValueError: a compressed, damaged or cut off tar, shards of several splits in one folder, an image without a
+            label, a `.cls` without an image or for several, several images of one key, a member that is there twice,
+            class folders in different folders, class folders whose images have a file beside them that may be a label
+            (`.json`, `.txt`, ...), a link out of the tar or into another class, and labels as in `ListFile`.
     """
 
     def __init__(self, shards: str | Path | Sequence[str | Path]) -> None:
-        self.shards = _shard_files(shards)
+        self.shards = shard_files(shards)
         self._open: dict[int, int] = {}  # shard -> descriptor
         self._lock = threading.Lock()
         names: list[str] = []
         labels: list[str | None] = []
         extents: list[tuple[int, int, int]] = []
+        others: set[str] = set()  # files beside images, which may be labels
+        left_out, empty = LeftOut(), []
         for number, shard in enumerate(self.shards):
-            members = _walk(shard)
+            members = _walk(shard, left_out)
+            others.update(members.others)
+            empty += [] if members.images else [shard]
             labels += _labels(shard, members)
             names += [name for name, _ in members.images]
             extents += [(number, *extent) for _, extent in members.images]
         if not names:
             raise ValueError(f"TarShards: no images in {some(self.shards)}")
         self._extents = np.array(extents, dtype=np.int64)  # (N, 3): shard, offset, size
+        if empty:
+            say(f"TarShards: {len(empty)} of {len(self.shards)} files have no images: {some(empty)}")
+        left_out.say(f"TarShards: {some(self.shards)}")
         found, by_folder = self._certain(names, labels)
+        if by_folder and others:
+            raise ValueError(
+                f"TarShards: {some(sorted(others))} may be the label of the image of its name, which has no .cls: is "
+                "that the label, or is it the class folder? Make the tar with .cls, or without this file"
+            )
+        self._check_links(names, found)
         operation = f"TarShards: {some(self.shards)}"
         classes, targets = numbered(found, operation, lambda k: f"{self._shard(k)}: {names[k]}", names=by_folder)
         super().__init__(names, targets, classes, os.path.dirname(self.shards[0]), "tar")
 
     def _shard(self, index: int) -> str:
         return self.shards[self._extents[index, 0]]
+
+    def _check_links(self, names: list[str], labels: list[str]) -> None:
+        """ValueError for a link from one class to an image of another."""
+        order = np.lexsort(self._extents.T)
+        same = np.flatnonzero((self._extents[order[1:]] == self._extents[order[:-1]]).all(1))
+        for one, other in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
+            if labels[one] != labels[other]:
+                raise ValueError(
+                    f"TarShards: {self._shard(one)}: {names[one]} and {names[other]} are the same file, by a link, in "
+                    f"two classes ({labels[one]!r} and {labels[other]!r}); leave the link out"
+                )
 
     def _certain(self, names: list[str], labels: list[str | None]) -> tuple[list[str], bool]:
         """(label of every image, whether these are the names of folders)."""
@@ -98,7 +131,11 @@ class TarShards(FileDataset):
                     f"({posixpath.dirname(folder) or '.'!r} and {first or '.'!r}), so it is not certain what the "
                     "classes are (or they are two splits); make tar files of CLASS/image.jpg, one split in each"
                 )
-        return [posixpath.basename(folder) for folder in folders], True
+        found = [posixpath.basename(folder) for folder in folders]
+        where = f"TarShards: {some(self.shards)}"
+        check_names(where, sorted(set(found)), "give every image its .cls", NO_CLASSES | SMALL)
+        say_masks(where, names)
+        return found, True
 
     def path(self, index: int) -> str:
         return f"{self._shard(index)}!{os.fsdecode(self._paths[index])}"
@@ -143,7 +180,7 @@ class TarShards(FileDataset):
         self._open, self._lock = {}, threading.Lock()
 
 
-def _shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
+def shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
     if isinstance(shards, (str, Path)):
         path = Path(shards)
         files = _folder_of_shards(path) if path.is_dir() else [path]
@@ -154,10 +191,16 @@ def _shard_files(shards: str | Path | Sequence[str | Path]) -> list[str]:
         inner = [] if missing else sorted({str(file.parent) for file in Path(str(shards)).glob("*/*.tar")})
         hint = f"; pass one of {some(inner)}" if inner else ""
         raise FileNotFoundError(f"TarShards: no tar files at {some(missing) if missing else shards}{hint}")
-    twice = sorted({str(file) for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
+    known: dict[tuple[int, int], Path] = {}
+    twice = [str(file) for file in files if known.setdefault(_inode(file), file) is not file]
     if twice:
         raise ValueError(f"TarShards: {some(twice)} is listed twice, so its images would be trained on twice")
     return [str(file) for file in files]
+
+
+def _inode(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
 
 
 def _folder_of_shards(folder: Path) -> list[Path]:
@@ -185,18 +228,21 @@ def _folder_of_shards(folder: Path) -> list[Path]:
 
 @dataclass
 class _Members:
-    """What one shard contains: images with (offset, size), the text of each `.cls` by its stem, all stems."""
+    """What one shard contains: images with (offset, size), the text of each `.cls` by its stem, all stems, and the
+    names of files that may be labels of images."""
 
     images: list[tuple[str, tuple[int, int]]]
     texts: dict[str, str]
     stems: set[str]
+    others: Iterable[str] = ()
 
 
-def _walk(shard: str) -> _Members:
+def _walk(shard: str, left_out: LeftOut) -> _Members:
     images: list[tuple[str, tuple[int, int] | None]] = []  # None: a link
     found = _Members([], {}, set())
     files: dict[str, tuple[int, int]] = {}
     links: dict[str, str] = {}
+    others: dict[str, str] = {}  # name up to the first dot -> a file that may be a label
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -210,7 +256,8 @@ def _walk(shard: str) -> _Members:
                     links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
                 else:
                     continue
-                if not any(is_hidden(part) for part in name.split("/") if part != ".."):
+                hidden = next((part for part in name.split("/") if part != ".." and is_hidden(part)), "")
+                if not hidden:
                     stem, ending = posixpath.splitext(name)
                     if name in files:
                         raise ValueError(
@@ -226,15 +273,44 @@ def _walk(shard: str) -> _Members:
                         images.append((member.name, extent if is_file else None))
                     elif is_file and ending.lower() == ".cls":
                         found.texts[stem] = _text_of(shard, tar, member)
+                    elif ending.lower() in _MAYBE_LABELS:
+                        others.setdefault(_key(name), member.name)
+                    else:
+                        left_out.add(name, False, IMAGE_EXTENSIONS)
                     found.stems.add(stem)
+                else:
+                    left_out.add(hidden, hidden != posixpath.basename(name), IMAGE_EXTENSIONS)
                 if is_file:
                     files[name] = extent
+            _check_end(shard, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
             f"TarShards: {shard}: {error}; expected an uncompressed tar (a compressed one cannot be read by index)"
         ) from error
+    keys = {_key(posixpath.normpath(name)) for name, _ in images} if others else set()
+    found.others = [other for key, other in others.items() if key in keys][:1]
     found.images = [(name, extent or _link_target(shard, name, files, links)) for name, extent in images]
     return found
+
+
+def _key(name: str) -> str:
+    """WebDataset's key of a member: its path up to the first dot of the file name."""
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.partition(".")[0])
+
+
+def _check_end(shard: str, offset: int) -> None:
+    """ValueError unless the tar ends at `offset`, with zeros: `tarfile` takes a damaged header for the end."""
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        blocks = iter(lambda: file.read(1 << 20), b"")
+        first = next(blocks, b"")
+        if len(first) >= tarfile.BLOCKSIZE and not any(map(any, (first, *blocks))):
+            return
+    raise ValueError(
+        f"TarShards: {shard}: expected the end of the tar (zeros) at byte {offset}; it is cut off or damaged there, or "
+        "several tar files were joined, so images would be missing. Fetch or make it anew"
+    )
 
 
 def _text_of(shard: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
@@ -242,7 +318,7 @@ def _text_of(shard: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     content = tar.extractfile(member) if member.size <= _LONGEST_LABEL else None
     data = b"" if content is None else content.read()
     try:
-        text = data.decode().strip()
+        text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         text = ""
     if not text or len(text.splitlines()) > 1:

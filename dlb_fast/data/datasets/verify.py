@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dlb_fast._args import cores
 from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, check_extensions, is_image, read_file, tree
 from dlb_fast.data.decode.decode import MAX_PIXELS, ImageDecoder
 
@@ -114,11 +115,10 @@ def verify_data(
         raise FileNotFoundError(f"verify_data: path: {root} does not exist.")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"verify_data: num_threads: expected at least 1, got {num_threads}.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     check = _Check(root, decoder or ImageDecoder(), check_extensions("verify_data", extensions), progress)
     threads = [
         threading.Thread(target=check.work, name=f"dlb-verify-{i}", daemon=True)
-        for i in range(num_threads or min(cores, 8))
+        for i in range(num_threads or min(cores(), 8))
     ]
     for thread in threads:
         thread.start()

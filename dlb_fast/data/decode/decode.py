@@ -122,8 +122,8 @@ def _plain(image: Any) -> Any:
 
 def is_pillow(value: Any) -> bool:
     """Whether `value` is a Pillow image; does not import Pillow."""
-    module = sys.modules.get("PIL.Image")
-    return module is not None and isinstance(value, module.Image)
+    kind = getattr(sys.modules.get("PIL.Image"), "Image", None)  # also None while another thread imports Pillow
+    return kind is not None and isinstance(value, kind)
 
 
 def plain_pixels(image: Any) -> Array:
@@ -273,8 +273,8 @@ class ImageDecoder:
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
             raise DecodeError(
-                f"decompression bomb: {width} x {height} pixels, more than max_pixels={self.max_pixels}; raise that of "
-                "the ImageDecoder if the image is meant"
+                f"decompression bomb: {width} x {height} pixels, more than max_pixels={self.max_pixels}; raise "
+                "max_pixels if the image is meant"
             )
         if width * height == 0:
             raise DecodeError(f"image of {width} x {height} pixels")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dlb_fast._args import as_int
+from dlb_fast._args import as_int, cores
 from dlb_fast.data._args import check_callable, device_of, length_of
 from dlb_fast.data.batch import Batch
 from dlb_fast.data.datasets.source import FailurePolicy, SampleSource
@@ -45,8 +44,8 @@ class OverlapLoader:
 
     Args:
         dataset: has `targets` and either `read(i)` (bytes or a path) or `images`; or `dataset[i]` is (image, target),
-            as in torchvision. A torchvision dataset's own `transform` is applied to each view; an item of any other
-            dataset with a transform of its own is read again for the second view.
+            as in torchvision. A torchvision dataset's own `transform` is applied to each view. An item of any other
+            dataset is read again for the second view if the dataset has a `transform`, or the loader has none.
         batch_size: rows of a batch on this rank, an even number; half of them are new.
         transform: called as `transform(image, rng)` with a uint8 (c, h, w) image and the view's `ViewRng`; returns a
             (c, h', w') tensor, the same size for every image. It runs in worker threads and must not modify its input.
@@ -289,8 +288,7 @@ class _Epoch:
 def _threads(name: str, count: int | None) -> int:
     if count is not None:
         return as_int(count, name, "num_threads", 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
+    return min(cores(), 8)
 
 
 def _seconds(name: str, timeout: float | None) -> float | None:

@@ -40,7 +40,7 @@ class ResidentLoader:
         transform: called as `transform(image, rng)`, or None. The transforms of `dlb_fast.data` run on the whole batch
             at once (a leading `PadCrop` is part of the gather, from a dataset that was padded once). Any other callable
             is called per image; one of a single argument, such as torchvision's, as `transform(image)` with a PIL
-            image.
+            image, and with the global random numbers seeded by the view.
         device: device of the dataset and of the batches; None means the CPU.
         overlap: False turns repetition off: `batch_size` new samples per batch (odd sizes too), one view of each.
         seed: non-negative integer, the same on all ranks.
@@ -218,7 +218,8 @@ class ResidentViews:
         for image, epoch, sample, view in zip(views, rngs.epochs, rngs.samples, rngs.views, strict=True):
             rng = ViewRng(rngs.seed, int(epoch), int(sample), int(view))
             rng.skip(counter)
-            singles.append(self._rest(image, rng))
+            with rng.seeded():  # for transforms that draw from torch's global random numbers
+                singles.append(self._rest(image, rng))
         return stack_views(self._operation, singles, rngs.samples.tolist()).to(self._windows.device)
 
 

@@ -14,7 +14,7 @@ import torch
 from dlb_fast._args import as_int
 from dlb_fast.data._args import check_callable, class_indices, device_of, length_of
 from dlb_fast.data.batch import Batch, stack_views, tensor_of
-from dlb_fast.data.datasets.source import SampleSource
+from dlb_fast.data.datasets.source import FailurePolicy, SampleError, SampleSource
 from dlb_fast.data.decode.decode import ImageDecoder
 from dlb_fast.data.loaders.resident import ResidentViews, resident_tensors
 from dlb_fast.data.plan import resolve_ranks
@@ -29,15 +29,15 @@ from dlb_fast.data.transforms.single import source_transform
 
 __all__ = ["EvalLoader", "SampledLoader"]
 
-Rows = list[tuple[torch.Tensor, int]]
+Rows = list[tuple[torch.Tensor, int, int]]  # image, target, id
 
 
 def loaded_ahead(
-    batches: Iterable[Iterable[tuple[Any, ...]]], load: Callable[..., tuple[torch.Tensor, int]], num_threads: int
+    batches: Iterable[Iterable[tuple[Any, ...]]], load: Callable[..., tuple[torch.Tensor, int, int]], num_threads: int
 ) -> Iterator[Rows]:
     """Yields `[load(*row) for row in batch]` for every batch; threads load one batch ahead."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dlb-rows")
-    ahead: deque[list[Future[tuple[torch.Tensor, int]]]] = deque()
+    ahead: deque[list[Future[tuple[torch.Tensor, int, int]]]] = deque()
     try:
         for batch in batches:
             ahead.append([pool.submit(load, *row) for row in batch])
@@ -68,6 +68,7 @@ class SampledLoader:
         erase: as in `ResidentLoader`.
         mix: mixup and CutMix, both views of a sample mixed alike; only with a `ViewPairSampler`.
         decoder: maps bytes to uint8 (h, w, 3); None means `ImageDecoder()`.
+        on_error: as in `OverlapLoader`; of a `ClassBatchSampler` the substitute has the same class.
 
     Raises:
         SampleError: a file cannot be read; the message names path and index. Other errors as in `ResidentLoader`.
@@ -96,6 +97,7 @@ class SampledLoader:
         erase: Eraser | None = None,
         mix: Mix | None = None,
         decoder: Callable[[bytes], Any] | None = None,
+        on_error: str = "raise",
     ) -> None:
         if not isinstance(sampler, PlanSampler):
             raise TypeError(
@@ -121,6 +123,9 @@ class SampledLoader:
             self._targets = targets.to(self.device)
         else:
             self._source = SampleSource(dataset, decoder or ImageDecoder(), operation="SampledLoader")
+            alike = None if isinstance(sampler, ViewPairSampler) else np.asarray(dataset.targets)
+            seed = sampler.plan.seed
+            self._policy = FailurePolicy(self._source, seed, on_error, operation="SampledLoader", targets=alike)
             self._transform = source_transform("SampledLoader", self._source, transform)
 
     def __len__(self) -> int:
@@ -152,18 +157,19 @@ class SampledLoader:
         for later in range(step, len(self)):
             yield zip(*(column.tolist() for column in self.sampler.views(epoch, later)), strict=True)
 
-    def _one(self, sample: int, epoch: int, view: int) -> tuple[torch.Tensor, int]:
-        image, target = self._source.load(sample, epoch)
+    def _one(self, sample: int, epoch: int, view: int) -> tuple[torch.Tensor, int, int]:
+        sample, image, target = self._policy.get(epoch, sample)
         if self._transform is not None:
             image = self._transform(image, ViewRng(self.sampler.plan.seed, epoch, sample, view))
-        return image, target
+        return image, target, sample
 
     def _stacked(self, rows: Rows, epoch: int, step: int) -> Batch:
-        ids, epochs, views = self.sampler.views(epoch, step)
-        stacked = stack_views("SampledLoader", [image for image, _ in rows], ids.tolist())
+        _, epochs, views = self.sampler.views(epoch, step)
+        ids = np.array([sample for _, _, sample in rows])
+        stacked = stack_views("SampledLoader", [image for image, _, _ in rows], ids.tolist())
         pixels = stacked.to(self.device).permute(0, 2, 3, 1).contiguous()
         images = self._normalise(pixels, ViewRngs(self.sampler.plan.seed, epochs, ids, views))
-        targets = torch.tensor([target for _, target in rows], dtype=torch.int64, device=self.device)
+        targets = torch.tensor([target for _, target, _ in rows], dtype=torch.int64, device=self.device)
         return self._mixed(Batch(images, targets, torch.from_numpy(ids).to(self.device), 0, epoch, step))
 
     def _mixed(self, batch: Batch) -> Batch:
@@ -221,6 +227,8 @@ class EvalLoader:
         dtype: as in `ResidentLoader`.
         channels_last: as in `ResidentLoader`.
         decoder: maps bytes to uint8 (h, w, 3); None means `ImageDecoder()`.
+        on_error: "raise", or "replace": an image that cannot be read becomes a row of zeros with target -1, which
+            `dlb_fast.train.evaluate` leaves out. Nothing else would keep "every sample once".
 
     Yields:
         `Batch` with num_old 0, epoch 0 and its step.
@@ -250,6 +258,7 @@ class EvalLoader:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
         decoder: Callable[[bytes], Any] | None = None,
+        on_error: str = "raise",
     ) -> None:
         name = "EvalLoader"
         self.batch_size = as_int(batch_size, name, "batch_size", 1)
@@ -259,6 +268,7 @@ class EvalLoader:
         self._normalise = Normalise(mean, std, dtype, channels_last=channels_last)
         check_callable(name, decoder=decoder)
         self._source = SampleSource(dataset, decoder or ImageDecoder(), operation=name)
+        self._policy = FailurePolicy(self._source, 0, on_error, operation=name)
         self._transform = source_transform(name, self._source, transform)
         size = length_of(name, dataset)
         self._ids = np.arange(rank * size // world_size, (rank + 1) * size // world_size)
@@ -288,13 +298,17 @@ class EvalLoader:
         steps = [self._ids[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
         loaded = loaded_ahead((((int(i),) for i in ids) for ids in steps), self._one, self._threads)
         for step, (ids, rows) in enumerate(zip(steps, loaded, strict=True)):
-            images = stack_views("EvalLoader", [image for image, _ in rows], ids.tolist())
-            targets = torch.tensor([target for _, target in rows], dtype=torch.int64, device="cpu")
+            images = stack_views("EvalLoader", [image for image, _, _ in rows], ids.tolist())
+            targets = torch.tensor([target for _, target, _ in rows], dtype=torch.int64, device="cpu")
             yield self._batch(images, targets, torch.from_numpy(ids), step)
 
-    def _one(self, sample: int) -> tuple[torch.Tensor, int]:
-        image, target = self._source.load(sample, 0)
-        return (image if self._transform is None else self._transform(image, ViewRng(0, 0, sample, 0))), target
+    def _one(self, sample: int) -> tuple[torch.Tensor, int, int]:
+        try:
+            image, target = self._source.load(sample, 0)
+        except SampleError as error:
+            self._policy.record(error, "left out")
+            image, target = torch.zeros(3, 8, 8, dtype=torch.uint8), -1
+        return (image if self._transform is None else self._transform(image, ViewRng(0, 0, sample, 0))), target, sample
 
     def _batch(self, images: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor, step: int) -> Batch:
         images = images.to(self.device).permute(0, 2, 3, 1).contiguous()

@@ -58,7 +58,8 @@ def source_transform(operation: str, source: SampleSource, transform: Any) -> An
     given = as_transform(operation, transform, pillow=not source.items or own is not None)
     both = Both(own, given) if own is not None and given is not None else own or given
     source.keep = source.items and isinstance(own or given, Single)
-    return Again(source, both) if source.augments else both
+    alone = transform is None and source.unknown  # without a transform anywhere both views would be one picture
+    return Again(source, both) if source.augments or alone else both
 
 
 class Both:

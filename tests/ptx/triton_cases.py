@@ -1,0 +1,153 @@
+"""What runs in the process where Triton compiles: calls of every regime, option and dtype against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import mutants
+from .machine import Kernel
+from .oracle import Stream, batch, compare
+from .triton_device import PRETENDED, TritonDevice, instead
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
+ROLL = {"roll": True}
+EVERYTHING = {**ROLL, "pair": True, "weight": True, "label_smoothing": 0.1, "mask": True}
+# name: (classes, rows, dtype, options). Regimes: several pairs per warp, one pair held, long rows; aligned and not.
+CASES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
+    "pairs-10-f32": (10, 140, "f32", ROLL),
+    "pairs-10-bf16": (10, 140, "bf16", {"kind": "logits", "reduction": "none"}),
+    "pairs-100-f32": (100, 40, "f32", ROLL),
+    "pairs-100-f16": (100, 40, "f16", {**EVERYTHING, "alpha": torch.tensor(0.7)}),
+    "held-1000-bf16": (1000, 8, "bf16", ROLL),
+    "held-1000-f32": (1000, 8, "f32", {**EVERYTHING, "reduction": "sum"}),
+    "held-1000-f16": (1000, 8, "f16", EVERYTHING),
+    "held-1001-bf16": (1001, 8, "bf16", ROLL),
+    "held-1001-f16": (1001, 8, "f16", {"kind": "none", "weight": True}),
+    "held-8192-bf16": (8192, 6, "bf16", ROLL),
+    "held-8192-f32": (8192, 6, "f32", ROLL),
+    "held-8192-f16": (8192, 6, "f16", {"kind": "logits", "need_grad": False}),
+    "long-32000-bf16": (32000, 4, "bf16", ROLL),
+    "long-32000-f32": (32000, 4, "f32", ROLL),
+    "long-32000-f16": (32000, 4, "f16", {"kind": "logits", "mask": True}),
+    "long-21841-bf16": (21841, 4, "bf16", ROLL),
+    "long-21841-f16": (21841, 4, "f16", ROLL),
+    "long-dense-bf16": (33000, 4, "bf16", {"kind": "probabilities", "dense": True}),
+    "dense-f32": (300, 6, "f32", {"kind": "probabilities", "dense": True, "weight": True, "label_smoothing": 0.1}),
+    "virtual-bf16": (1000, 8, "bf16", {"kind": "virtual", "correct_share": 0.9, "counted": True}),
+    "uniform-f32": (100, 8, "f32", {"kind": "virtual", "temperature": 1.0}),
+    "counted-bf16": (1000, 24, "bf16", {**ROLL, "counted": True}),
+    "counted-f32": (100, 24, "f32", {**EVERYTHING, "counted": True}),
+    "double": (1000, 8, "f64", ROLL),
+}
+
+
+def options_of(options: dict[str, Any], rows: int, classes: int, step: int) -> dict[str, Any]:
+    """The options with tensors in them, of one batch."""
+    options = {k: v for k, v in options.items() if k not in ("roll", "dense", "counted")}
+    g = torch.Generator().manual_seed(rows + step)
+    if options.pop("pair", False):
+        options["target_b"] = torch.randint(0, classes, (rows,), generator=g)
+        options["lam"] = torch.tensor(0.3)
+    if options.pop("weight", False):
+        options["weight"] = torch.rand(classes, generator=g) + 0.5
+    if options.pop("mask", False):
+        options["kd_mask"] = torch.rand(rows // 2, generator=g) < 0.7
+    return options
+
+
+def run(name: str, seed: int = 0) -> None:
+    """The calls of one case."""
+    from dlb_fast.kernels import launch
+
+    classes, rows, dtype, options = CASES[name]
+    device = TritonDevice(seed=classes + seed)
+    here = launch.COUNT_HERE_ROWS, launch.COUNT_CHUNK
+    if options.get("counted"):  # a batch of these few rows by the kernel that counts
+        launch.COUNT_HERE_ROWS, launch.COUNT_CHUNK = 4, 16
+    try:
+        if options.get("roll"):
+            stream = Stream(device, classes, rows // 2, DTYPES[dtype])
+            for step, moved in enumerate((0, 1, 1, 2, 3)):  # the first, the next, that one again, the next, a last one
+                logits, target, _ = batch(rows, classes, DTYPES[dtype], seed=classes + moved)
+                target[1] = -100
+                ids = torch.arange(rows) + moved * (rows // 2)
+                if step == 3:
+                    ids[2] = -1
+                elif step == 4:  # what was stored last, twice
+                    ids[rows // 2 :] = ids[: rows // 2]
+                given = {"alpha": 0.7, **options_of(options, rows, classes, step)}
+                stream.step(logits, target, ids, **given)
+            return
+        logits, target, teacher = batch(rows, classes, DTYPES[dtype], seed=classes)
+        target[1] = -100
+        if options.get("dense"):
+            target = torch.softmax(torch.randn(rows, classes, generator=torch.Generator().manual_seed(1)), 1)
+        kind = options["kind"]
+        given = {"logits": teacher, "probabilities": torch.softmax(teacher.float(), 1)}.get(kind)
+        if kind == "probabilities":
+            given = given.to(DTYPES[dtype]) if given is not None else None
+        made = options_of(options, rows, classes, 0)
+        compare(device.last_batch(logits, target, teacher=given, **made), logits, target, given, **made)
+    finally:
+        launch.COUNT_HERE_ROWS, launch.COUNT_CHUNK = here
+
+
+def launched(name: str) -> list[Kernel]:
+    """The kernels that a case launches, with the marks of what it has executed and no other case has."""
+    PRETENDED.launched.clear()
+    run(name)
+    kernels = list(dict.fromkeys(PRETENDED.launched))
+    for kernel in kernels:
+        kernel.executed[:] = bytes(len(kernel.executed))
+    run(name)
+    return kernels
+
+
+def check(name: str) -> None:
+    """One case, right and without a fault."""
+    run(name)
+
+
+def broken(name: str) -> dict[str, Any]:
+    """Which barriers of a case's kernels can be taken away unnoticed, and a few wrong indices and lost predicates."""
+    found: dict[str, Any] = {"barriers": 0, "unreached": [], "redundant": [], "others": 0, "unnoticed": []}
+    for kernel in launched(name):
+        code = kernel.program.code
+
+        def cases(changed: Kernel, kernel: Kernel = kernel) -> None:
+            with instead(kernel, changed):
+                run(name)
+
+        every = list(mutants.without_barriers(kernel.program))
+        reached = [mutant for mutant in every if kernel.executed[mutant[0]]]
+        found["barriers"] += len(reached)
+        found["unreached"] += [f"{at}: {code[at].text}" for at, _ in every if not kernel.executed[at]]
+        found["redundant"] += [f"{at}: {code[at].text}" for at in mutants.survivors(kernel, reached, cases)]
+        # Loads too: most predicates of Triton's stores choose one of several lanes that hold the same number.
+        lost = mutants.lost_predicates(kernel.program, mutants.ACCESSES)
+        for change in (mutants.wrong_indices(kernel.program), lost):
+            some = mutants.some(change, kernel, 6, seed=1)
+            found["others"] += len(some)
+            found["unnoticed"] += [f"{at}: {code[at].text}" for at in mutants.survivors(kernel, some, cases)]
+    return found
+
+
+def scaled() -> None:
+    """The kernel of the backward, in every dtype: a factor of 1, one for all rows, one per row."""
+    device = TritonDevice()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        grad = torch.randn(7, 13).to(dtype)
+        same = grad.clone()
+        assert device.scale_grad(same, torch.tensor(4.0), 4.0) == 0 and torch.equal(same, grad)
+        for upstream in (torch.tensor(3.0), torch.rand(7)):
+            scaled = grad.clone()
+            device.scale_grad(scaled, upstream, 2.0)
+            factor = (upstream if upstream.dim() == 0 else upstream[:, None]) / 2.0
+            # The division may err by 2 ulp; the product and its reference each round once.
+            close = {"rtol": 3 * torch.finfo(dtype).eps, "atol": 0}
+            torch.testing.assert_close(scaled, (grad.float() * factor).to(dtype), **close)
+
+
+BROKEN = ("pairs-100-f32", "held-1000-bf16", "held-1001-bf16", "long-32000-bf16", "counted-bf16")

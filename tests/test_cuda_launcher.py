@@ -1,0 +1,68 @@
+"""The CUDA launcher as nvcc compiles it, above a runtime that pretends: what it asks a device, launches and says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CUDA = HERE.parent / "csrc" / "cuda"
+NVCC = shutil.which("nvcc")
+pytestmark = [pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH"), pytest.mark.slow]
+F32, BF16, F16 = 0, 2, 3
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("launcher") / "launcher.so"
+    sources = [str(CUDA / "last_batch_cuda.cu"), str(HERE / "pretended_cuda" / "runtime.cpp")]
+    command = [str(NVCC), "-std=c++17", "-O1", "-arch=sm_90", "-Xcompiler", "-fPIC", "-cudart", "none", "-shared"]
+    done = subprocess.run([*command, f"-I{CUDA}", *sources, "-o", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def pretend(library: Path, *, major=9, ptx=90, fits=16, fault=0, dtype=F32, classes=100_000) -> list[str]:
+    """What happened in the first call of a process: a device is asked once."""
+    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).pretend; f.restype = ctypes.c_char_p; "
+    code += "print(f(*map(int, sys.argv[2:6]), int(sys.argv[6]), ctypes.c_int64(int(sys.argv[7]))).decode())"
+    given = map(str, (library, major, ptx, fits, fault, dtype, classes))
+    done = subprocess.run([sys.executable, "-S", "-c", code, *given], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(F32, "f32"), (BF16, "bf16"), (F16, "f16")])
+def test_only_kernels_of_the_calls_dtype_are_touched(library: Path, dtype: int, name: str) -> None:
+    said = pretend(library, dtype=dtype)
+    assert said == [name, "fits 16", name, "cluster 8 of 512", "fine"]
+
+
+@pytest.mark.parametrize(
+    ("fits", "asked", "launched"),
+    [(8, [16, 8], 8), (4, [16, 8, 4], 0), (2, [16, 8, 4, 2], 0), (1, [16, 8, 4, 2], 0)],
+)
+def test_clusters_are_those_that_find_room(library: Path, fits: int, asked: list[int], launched: int) -> None:
+    said = pretend(library, fits=fits)  # 100 000 columns: eight blocks, or none and a row is read twice
+    assert [line for line in said if line.startswith("fits")] == [f"fits {size}" for size in asked]
+    assert said[-1] == "fine" and any(line.startswith("cluster") for line in said) == bool(launched)
+    if fits in (2, 4):
+        said = pretend(library, fits=fits, classes=fits * 512 * 32)
+        assert f"cluster {fits} of 512" in said
+
+
+@pytest.mark.parametrize(("major", "ptx"), [(8, 80), (9, 80)])
+def test_no_clusters_without_code_for_them(library: Path, major: int, ptx: int) -> None:
+    """On a new card PTX of an old one is compiled: its cluster kernels are a trap."""
+    said = pretend(library, major=major, ptx=ptx)
+    assert not [line for line in said if line.startswith(("fits", "cluster"))] and said[-1] == "fine"
+
+
+@pytest.mark.parametrize("classes", [10, 100_000])
+def test_a_fault_of_an_earlier_kernel_is_not_called_ours(library: Path, classes: int) -> None:
+    said = pretend(library, fault=1, classes=classes)[-1]
+    assert said.startswith("CUDA error: an illegal memory access") and "CUDA_LAUNCH_BLOCKING=1" in said
+    assert "perhaps the fault of an earlier kernel" in said

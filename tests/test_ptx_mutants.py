@@ -1,0 +1,128 @@
+"""The machine is worth what it catches: PTX broken on purpose must not pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ptx import compilers, harness, mutants
+from ptx.machine import Kernel
+from ptx.oracle import Stream, batch, compare
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(harness.missing()), reason=f"PTX: {harness.missing()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+# name: classes, the device's largest cluster, options that lead to the kernel.
+KERNELS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "lanes, taught": (101, 8, {"roll": True}),
+    "warp, taught": (1001, 8, {"roll": True}),
+    "block, taught": (1501, 8, {"roll": True}),
+    "cluster, taught": (17001, 8, {"roll": True}),
+    "two passes, taught": (17001, 0, {"roll": True}),
+    "lanes": (101, 8, {}),
+    "warp": (1001, 8, {}),
+    "block": (1501, 8, {}),
+    "cluster": (17001, 8, {}),
+    "two passes of a warp, general": (101, 8, {"roll": True, "dense": True}),
+    "two passes of a block, general": (1501, 8, {"roll": True, "dense": True}),
+}
+# Which rows the batches are of a stream of threes, and `again`: the next batch, the same once more, a short one.
+STEPS = [(range(6), 0), (range(3, 9), -1), (range(3, 9), -1), (range(6, 11), -1)]
+
+
+def name_of(name: str, dtype: torch.dtype) -> tuple[str, str]:
+    """File and mangled name of a kernel of ``KERNELS``."""
+    regime, general = name.removesuffix(", taught"), "general" in name
+    if regime.startswith("two passes"):
+        regime = "two_pass_warp" if "warp" in name else "two_pass_block"
+    kind = "logits" if "taught" in name else "none"
+    return harness.kernel_name({"regime": regime, "general": general}, kind, dtype)
+
+
+def cases(name: str, dtype: torch.dtype) -> Callable[[Kernel], None]:
+    """Calls of one kernel, held against the reference."""
+    classes, clusters, options = KERNELS[name]
+    wanted = name_of(name, dtype)
+
+    def run(kernel: Kernel) -> None:
+        def chosen(unit: str, mangled: str) -> Kernel:
+            return kernel if (unit, mangled) == wanted else harness.kernel(unit, mangled)
+
+        torch.manual_seed(0)  # the weights
+        device = harness.Emulator(largest_cluster=clusters, seed=classes, kernel=chosen)
+        if not options.get("roll"):
+            few = classes > 2000
+            for rows, processors in ((4, 4), (3, 1)) if few else ((25, 4), (7, 1)):  # several blocks, several pairs
+                device.multiprocessors = processors
+                logits, target, _ = batch(rows, classes, dtype, seed=rows)
+                target[1] = -100
+                weight = torch.rand(classes) + 0.5
+                compare(device.last_batch(logits, target, weight=weight), logits, target, weight=weight)
+            return
+        many = 4 if classes < 1000 else 1  # several pairs for a warp: more of them for several blocks
+        stream = Stream(device, classes, 3 * many, dtype)
+        for index, (numbers, again) in enumerate(STEPS):
+            ids = [number * many + i for number in numbers for i in range(many)]
+            logits, target, _ = batch(len(ids), classes, dtype, seed=index)
+            target[-1] = -100
+            given: dict[str, Any] = {"weight": torch.rand(classes) + 0.5}
+            if options.get("dense"):
+                target = torch.softmax(torch.randn(len(ids), classes), 1)
+                given["label_smoothing"] = 0.1
+            device.multiprocessors = 1 if index == 2 else 4
+            stream.step(logits, target, torch.tensor(ids), again=again, **given)
+
+    return run
+
+
+def executed(name: str, dtype: torch.dtype) -> tuple[Kernel, Callable[[Kernel], None]]:
+    """A kernel, with the marks of what its cases have executed and nothing else has, and the cases."""
+    kernel = harness.kernel(*name_of(name, dtype))
+    run = cases(name, dtype)
+    kernel.executed[:] = bytes(len(kernel.executed))
+    run(kernel)
+    return kernel, run
+
+
+def idle_barriers(name: str, dtype: torch.dtype) -> int:
+    """Barriers of code that the kernels share and no plan leads this one to.
+
+    A kernel without a teacher compares no ids, and weights with smoothing go to a general kernel; float16 asks the
+    weights for the largest.
+    """
+    if "general" in name:
+        return 0
+    return int("taught" not in name) + (0 if dtype == torch.float16 else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_barrier_and_fence_is_missed(name: str, dtype: torch.dtype) -> None:
+    """Taken away one at a time: of the block, of the cluster, around the ticket. None is redundant."""
+    kernel, run = executed(name, dtype)
+    every = list(mutants.without_barriers(kernel.program))
+    reached = [mutant for mutant in every if kernel.executed[mutant[0]]]
+    assert len(every) - len(reached) == idle_barriers(name, dtype)
+    alive = mutants.survivors(kernel, reached, run)
+    assert not alive, [f"{at}: {kernel.program.code[at].text}" for at in alive]
+
+
+@pytest.mark.parametrize("change", [mutants.wrong_indices, mutants.lost_predicates], ids=["index", "predicate"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_most_wrong_indices_and_lost_predicates_are_noticed(name: str, change: Any) -> None:
+    """Not all: a neighbour may hold the same number, and a store that should not be may write what is there."""
+    dtype = torch.bfloat16
+    kernel, run = executed(name, dtype)
+    some = mutants.some(change(kernel.program), kernel, 12, seed=1)
+    alive = mutants.survivors(kernel, some, run)
+    assert len(some) >= 10 and len(alive) <= len(some) / 2, [kernel.program.code[at].text for at in alive]
+
+
+def test_the_kernels_of_a_file_are_all_here() -> None:
+    for dtype, unit in harness.UNITS.items():
+        assert {name_of(name, dtype)[1] for name in KERNELS} == set(compilers.kernels(unit))
