@@ -207,7 +207,7 @@ def test_refusals():
 def test_an_accelerator_that_does_not_know_its_ranks(monkeypatch):
     """Under torchrun without a GPU and without cpu=True, Accelerate joins the process group and trains alone."""
     AcceleratorState._reset_state(reset_partial_state=True)  # one that other tests have made
-    monkeypatch.setattr("dlb_fast.integrations.accelerate.rank_and_size", lambda: (1, 2))
+    monkeypatch.setitem(register_last_batch.__globals__, "rank_and_size", lambda: (1, 2))  # of a module imported once
     with pytest.raises(ValueError, match="has 2 ranks, but this Accelerator .* alone.* set ACCELERATE_USE_CPU=true"):
         register_last_batch(Accelerator(cpu=True), LastBatchLoss(4), LOADERS["resident"]())
 
