@@ -139,12 +139,10 @@ def _slashed(path: str) -> str:
 def _array(path: str, key: str | None) -> NDArray[Any]:
     """The array of a file, of any dtype without Python objects."""
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            if not path.lower().endswith(".npy"):
-                raise ValueError("it holds one array, not a .npz archive")
-            return found
-        with found:
+        with open(path, "rb") as file:  # which numpy.load leaves open where it fails
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return found
             if key is None and len(found.files) == 1:
                 key = found.files[0]
             if key in found.files:
@@ -153,7 +151,7 @@ def _array(path: str, key: str | None) -> NDArray[Any]:
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"labels: {path} cannot be read as an array of integers: {error}") from error
     if key is None:
-        raise ValueError(f"labels: {path} has the arrays {some(keys)}; name one, as in file:{path}:{keys[0]}")
+        raise ValueError(f"labels: {path} has the arrays {some(keys)}; name one, as in file:{path}:KEY")
     raise ValueError(f"labels: {path} has no array {key!r}{did_you_mean(key, keys) or f'; it has {some(keys)}'}")
 
 
