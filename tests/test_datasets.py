@@ -11,7 +11,6 @@ import torch
 from builders import contents, write_images
 
 from dlb_fast.data import (
-    ArrayDataset,
     EvalLoader,
     ImageFolder,
     MapDataset,

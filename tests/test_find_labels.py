@@ -1,4 +1,4 @@
-"""`dlb-fast find-labels`: the labels that a run doubts, in order of the margin of its logits, and how many are wrong."""
+"""`dlb-fast find-labels`: the labels that a run doubts, by the margin of its logits, and how many are wrong."""
 
 import csv
 import shutil
@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score
 from dlb_fast import cli
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
-from dlb_fast.train.find_labels import average_precision, find_labels
-from dlb_fast.train.run import load_model
+from dlb_fast.train.find_labels import Doubts, average_precision, find_labels
+from dlb_fast.train.run import RunFolder, load_model
 
 torch.set_num_threads(1)
 CLASSES = ("ant", "bee", "wasp, red")
@@ -73,9 +73,9 @@ def test_the_score_is_the_margin_of_the_evaluation(root):
     """Against the logits of every image by hand: no augmentation, eval mode, the label of the training."""
     found = find_labels(root / "run", weights="last")
     model, about = load_model(root / "run", weights="last")
-    data = open_data(override(RunConfig(), source=f"imagefolder:{root / 'images'}", image_size=8, padding=0,
-                              label_noise=0.2, noise_kind="pair").data)  # fmt: skip
-    loaded = dict(zip(found.data.rows.tolist(), zip(found.score, found.suggested, found.data.targets, strict=True)))
+    data = open_data(RunFolder(root / "run").read_config().data)
+    listed = zip(found.data.rows.tolist(), found.score, found.suggested, found.data.targets, strict=True)
+    loaded = {index: rest for index, *rest in listed}
     for index in range(0, 120, 7):
         image = Image.open(data.train.path(index)).resize((10, 8), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.asarray(image)[:, 1:9].copy()).permute(2, 0, 1)[None] / 255
@@ -93,8 +93,6 @@ def test_precision_and_recall_by_hand():
     """Wrong at ranks 1, 3 and 4 of 5; the first two have a score above 0."""
     data = open_data(override(RunConfig(), source="synthetic:8,2,8").data).train.select(np.arange(5))
     wrong = np.array([True, False, True, True, False])
-    from dlb_fast.train.find_labels import Doubts
-
     doubts = Doubts(data, np.zeros(5, dtype=int), np.array([2.0, 1.0, 0.0, -1.0, -2.0]), wrong)
     assert doubts.summary().splitlines() == [
         "the network prefers another class to 2 of 5 labels (score above 0): precision 0.5000, recall 0.3333",

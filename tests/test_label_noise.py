@@ -206,7 +206,7 @@ def test_the_draw_of_a_seed_does_not_change():
     ("options", "match"),
     [
         ({"rate": 1.5}, r"rate must be in \[0, 1\], got 1.5"),
-        ({"rate": 0.1, "kind": "odd"}, "kind must be one of symmetric, uniform, pair, superclass, asymmetric, got 'odd'"),
+        ({"rate": 0.1, "kind": "odd"}, "kind must be one of symmetric, uniform, pair, superclass, asymmetric, got"),
         ({"rate": 0.1, "kind": "pair", "mapping": {0: 1}}, "mapping belongs to"),
         ({"rate": 0.1, "kind": "asymmetric", "mapping": {0: 9}}, "mapping 0 -> 9 must join two classes"),
         ({"rate": 0.1, "kind": "asymmetric", "mapping": {1: 1}}, "mapping 1 -> 1 must join two classes"),
@@ -308,7 +308,8 @@ def test_labels_are_for_the_whole_data_set_and_reach_the_training_part_only(fold
     assert data.train.targets.tolist() == [LABELS[k] for k in clean.train.rows]
     assert data.test.targets.tolist() == clean.test.targets.tolist()
     wrong = int((data.train.targets != clean.train.targets).sum())
-    assert f"label noise: labels of {tmp_path}/x.npy, {wrong} of 27 labels wrong ({100 * wrong / 27:.2f} %)" in data.about
+    said = f"label noise: labels of {tmp_path}/x.npy, {wrong} of 27 labels wrong ({100 * wrong / 27:.2f} %); normal"
+    assert said in data.about
     fewer = open_data(override(config, noise_kind=f"file:{tmp_path}/x.npy", per_class=4).data)
     kept = open_data(override(config, per_class=4).data)
     assert fewer.train.rows.tolist() == kept.train.rows.tolist()
@@ -332,12 +333,12 @@ ARRAYS = {
     "a length": (LABELS[:29], r"has the shape \(29,\), expected \(30,\): a label per image of the data set in its own"),
     "a shape": ([LABELS], r"has the shape \(1, 30\), expected \(30,\)"),
     "floats": (np.array(LABELS, dtype=np.float32), "holds float32; expected class indices as integers"),
-    "nan": (np.array([np.nan] + LABELS[1:]), "holds float64; expected class indices as integers"),
+    "nan": (np.array([np.nan, *LABELS[1:]]), "holds float64; expected class indices as integers"),
     "bools": (np.array(LABELS) > 1, "holds bool; expected class indices as integers"),
     "text": ([f"class{k}" for k in LABELS], "holds <U6; expected class indices as integers"),
-    "too large": ([3] + LABELS[1:], r"label 3 at index 0; expected a class in \[0, 3\)"),
+    "too large": ([3, *LABELS[1:]], r"label 3 at index 0; expected a class in \[0, 3\)"),
     "negative": ([*LABELS[:5], -1, *LABELS[6:]], r"label -1 at index 5; expected a class in \[0, 3\)"),
-    "huge": (np.array([2**63 + 1] + LABELS[1:], dtype=np.uint64), "label 9223372036854775809 at index 0"),
+    "huge": (np.array([2**63 + 1, *LABELS[1:]], dtype=np.uint64), "label 9223372036854775809 at index 0"),
     "objects": (np.array([None] * 30), "cannot be read as an array of integers: Object arrays cannot be loaded"),
 }
 
@@ -367,7 +368,7 @@ TABLES = {
     "out of range": ("index,label\n" + ALL.replace("29,2", "29,3"), "line 31: the label '3' is no class of the data"),
     "negative": ("index,label\n0,-1\n", "line 2: the label '-1' is no class of the data"),
     "a typo": ("index,label\n0,clas1\n", "line 2: the label 'clas1' is no class of the data; did you mean class1"),
-    "mixed": ("index,label\n0,1\n1,class1\n", "line 2: the label '1' is no class .* All labels are class names, or all"),
+    "mixed": ("index,label\n0,1\n1,class1\n", "line 2: the label '1' is no class .* All labels are class names"),
     "no index": ("index,label\n1.0,1\n", r"line 2: index '1.0'; expected a whole number in \[0, 30\)"),
     "a far index": ("index,label\n30,1\n", r"line 2: index '30'; expected a whole number in \[0, 30\)"),
     "a minus": ("index,label\n-1,1\n", r"line 2: index '-1'; expected a whole number in \[0, 30\)"),

@@ -120,13 +120,13 @@ def find_labels(run: Path | str, *, weights: str = "best", source: str | None = 
 
 
 def write_doubts(file: Path, doubts: Doubts) -> None:
-    """Write `index`, for files `path`, `label`, `suggested`, `score` and, where it is known, `wrong` (0 or 1) as CSV."""
+    """Write `index`, for files `path`, `label`, `suggested`, `score` and, where known, `wrong` (0 or 1) as CSV."""
     names = np.asarray(doubts.data.classes, dtype=object)
     known = {} if doubts.wrong is None else {"wrong": doubts.wrong.astype(int).tolist()}
     content = table(
         doubts.data,
-        label=names[np.asarray(doubts.data.targets)],
-        suggested=names[doubts.suggested],
+        label=names[np.asarray(doubts.data.targets)].tolist(),
+        suggested=names[doubts.suggested].tolist(),
         score=[f"{value:.6g}" for value in doubts.score],
         **known,
     )
