@@ -103,7 +103,7 @@ def _noise(run: Run) -> str:
     """The real share of wrong labels and where they are from."""
     data, wrong = run.config.data, run.versions.get("wrong_labels", run.config.data.label_noise)
     of = f"labels of {data.label_file}" if data.label_file else f"{data.noise_kind} noise {data.label_noise:g}"
-    return f"{100 * wrong:.4g} % of the training labels wrong ({of})"
+    return f"{100 * wrong:.0f} % of the training labels wrong ({of})"
 
 
 def _caveat(config: RunConfig) -> str:
