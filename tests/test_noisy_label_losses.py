@@ -231,6 +231,8 @@ def test_elr_leaves_ignored_and_masked_rows_out(impl, generator):
     assert not both[1][3].any()
     nothing = elr_loss(z.float(), y, past.float(), kd_mask=torch.zeros_like(kept), impl=impl)
     torch.testing.assert_close(nothing, F.cross_entropy(z.float(), y))
+    every = elr_loss(z.float(), y, past.float(), kd_mask=torch.ones_like(kept), impl=impl)
+    torch.testing.assert_close(every, both[0])
     pair = elr_loss(z.float(), y, past.float(), target_b=y.flip(0), lam=0.3, return_parts=True, impl=impl)[1]
     unlabelled = ~kept | ~kept.flip(0)
     parts = elr_loss(z[~unlabelled].float(), y[~unlabelled], past[~unlabelled].float(), return_parts=True)[1]
