@@ -6,6 +6,7 @@ A run folder holds config.yaml, versions.json, metrics.csv, metrics.jsonl, check
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -407,7 +408,9 @@ def train_run(
         log = RunLog(quiet=True)
         if ranks.is_main:
             log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
-        _reset_peak_memory(resolve_device(config.train.device, ranks))
+        device = resolve_device(config.train.device, ranks)
+        _keep_freed_memory(device)
+        _reset_peak_memory(device)
         data = data or open_data(config.data)
         log.say(data.about + (f"\n{note}" if note else ""))
         begun = resume and ranks.run_on_main(lambda: _same_start(folder, config))
@@ -537,6 +540,15 @@ def _compare_versions(folder: RunFolder, log: RunLog) -> None:
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
         log.say(f"changed since the start, so the continuation may differ in the last bits: {', '.join(changed)}")
+
+
+def _keep_freed_memory(device: torch.device) -> None:
+    """Let glibc keep what a step frees on the CPU; it would give it back, and every step fault its pages in anew."""
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+            library = ctypes.CDLL(None)
+            library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            library.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def _reset_peak_memory(device: torch.device) -> None:
