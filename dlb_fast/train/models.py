@@ -273,7 +273,7 @@ class AirBench(nn.Module):
         super().__init__()
         self.whiten = nn.Conv2d(in_channels, 8 * in_channels, 2)
         self.whiten.weight.requires_grad_(False)
-        nn.init.zeros_(self.whiten.bias)
+        nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type, unused-ignore]
         channels = 8 * in_channels
         layers: list[nn.Module] = []
         for width in widths:
