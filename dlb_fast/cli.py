@@ -400,7 +400,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     parser.set_defaults(preset=preset, config=None, protocol=None, list=False, only=None, labels=None, tuned=None)
     if preset is None:
         study = parser.add_argument_group("a study from a file")
-        study.add_argument("--protocol", type=Path, help="YAML file of networks, noises, methods and seeds; needs --out")
+        study.add_argument("--protocol", type=Path, help="YAML file of networks, noises, methods, seeds; needs --out")
         study.add_argument("--list", action="store_true", help="say what is done and what is missing; train nothing")
         study.add_argument(
             "--only", action="append", metavar="GLOB", help="runs with such names, as --list has them; may be repeated"
@@ -479,8 +479,9 @@ def _study(args: argparse.Namespace, data: str | None, rest: list[str], own: dic
     from dlb_fast.train.flags import parse_flags
     from dlb_fast.train.protocol import load_protocol
 
-    if given := [name for name in ("methods", "seeds", "noises", "preset", "config") if getattr(args, name) is not None]:
-        raise ValueError(f"compare: --{given[0]} has no effect with --protocol, whose file names it; --only chooses runs")
+    in_file = ("methods", "seeds", "noises", "preset", "config")
+    if given := [name for name in in_file if getattr(args, name) is not None]:
+        raise ValueError(f"compare: --{given[0]} has no effect with --protocol, which names it; --only chooses runs")
     if args.out is None:
         raise ValueError("compare: --protocol needs --out, the folder that every sitting continues")
     protocol = load_protocol(args.protocol)

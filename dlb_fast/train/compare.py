@@ -281,7 +281,8 @@ def _train_one(work: Work, threads: int | None) -> dict[str, Any]:
         if work.held_out is not None:
             data = _without_test_set(data, work.held_out)
     if folder.exists() and (was := differences(folder.read_config())) != (now := differences(config)):
-        raise ValueError(f"compare: the run in {folder.path} has another config ({_first(was, now)}); choose another --out")
+        what = f"the run in {folder.path} has another config ({_first(was, now)})"
+        raise ValueError(f"compare: {what}; choose another --out")
     try:
         if finished.exists():
             result = json.loads(finished.read_text(encoding="utf-8"))
@@ -430,9 +431,8 @@ def states(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> State:
             continue
         now = json.loads(json.dumps(differences(cell.config)))
         if "config" in line and line["config"] != now:
-            raise ValueError(
-                f"compare: {cell.name} was run with another config ({_first(line['config'], now)}); choose another --out"
-            )
+            what = f"{cell.name} was run with another config ({_first(line['config'], now)})"
+            raise ValueError(f"compare: {what}; choose another --out")
         done[cell.name] = dict(line)
     return State(cells, done, chosen)
 
@@ -562,8 +562,7 @@ def _with_tuning(protocol: Protocol, state: State, wanted: Sequence[Cell]) -> li
     return [
         cell
         for cell in state.cells
-        if cell.name not in state.done
-        and (cell.name in names or (cell.tried is not None and cell.method in unchosen))
+        if cell.name not in state.done and (cell.name in names or (cell.tried is not None and cell.method in unchosen))
     ]
 
 

@@ -1,7 +1,7 @@
 """A protocol: the networks, label noises, methods and seeds of a study in one file, and the runs that follow from it.
 
-The parts of a run are those of a config file (`data: {label_noise: 0.4}`) and are read by the same parser. They are laid
-on top of each other: common, network, noise, method, the method's chosen setting, seed.
+The parts of a run are those of a config file (`data: {label_noise: 0.4}`) and are read by the same parser. They are
+laid on top of each other: common, network, noise, method, the method's chosen setting, seed.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class Protocol:
         So a sitting that ends early leaves whole tables of fewer seeds. `chosen`: method -> its setting.
         """
         chosen, found = chosen or {}, dict[str, Cell]()
+        config: RunConfig | None
         for table in self.tables:
             tuned = [other for name in table.methods for other in (name, *self.methods[name].chosen_of)]
             for method in dict.fromkeys(name for name in tuned if self.methods[name].settings):
@@ -240,7 +241,7 @@ def load_protocol(path: Path | str) -> Protocol:
     try:
         protocol = _protocol(values)
         protocol.cells()
-        for method, entry in protocol.methods.items():  # a setting that cannot run is found now, not in hours
+        for method in protocol.methods:  # a setting that cannot run is found now, not in hours
             for table in (table for table in protocol.tables if method in table.methods):
                 first = [protocol.methods[other].settings[0] for other in protocol.needs(method)]
                 for noise in table.noises:
