@@ -28,6 +28,7 @@ COMMANDS = {
     "train": ("dlb_fast.cli:train", "train a network: --preset NAME, --data KIND[:PATH], --out FOLDER, --resume"),
     "eval": ("dlb_fast.cli:evaluate", "evaluate a run's weights: accuracy, likelihood, calibration"),
     "predict": ("dlb_fast.cli:predict", "class and probability of image files, by the network of a run"),
+    "find-labels": ("dlb_fast.cli:find_labels", "the training labels that the network of a run doubts most, as CSV"),
     "compare": ("dlb_fast.cli:compare", "methods x seeds at equal images seen: table, curves, report"),
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
     "report": ("dlb_fast.cli:report", "a page per run; tables, curves and calibration over several"),
@@ -42,8 +43,8 @@ exit codes: 0    done, or stopped by a signal with everything saved
             2    wrong use: a command, an option, a config, data or a folder is not as expected
             130  Ctrl-C where nothing is saved
             128+N  stopped by signal N under torchrun, which takes 0 for the end of the work; everything is saved"""
-ONE_PROCESS = ("compare", "demo", "eval", "predict")
 COMPARED = "ce,ls,two_view,dlb"  # methods of `compare` and `demo` by default
+ONE_PROCESS = ("compare", "demo", "eval", "find-labels", "predict")
 TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
 
 
@@ -253,7 +254,7 @@ def _write_page(folder: Path, quiet: bool) -> None:
 
 
 def _add_run(parser: Parser) -> None:
-    """What `eval` and `predict` have in common: the run, which of its weights, and where."""
+    """What `eval`, `predict` and `find-labels` have in common: the run, which of its weights, and where."""
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--weights", default="best", choices=("best", "last"), help="which weights (default: best)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
@@ -324,6 +325,30 @@ def predict(argv: list[str]) -> int:
     if skipped:
         print(f"{skipped} of {len(paths)} files were skipped", file=sys.stderr)
     return 1 if skipped else 0
+
+
+def find_labels(argv: list[str]) -> int:
+    """`dlb-fast find-labels RUN [--data KIND:PATH] [--out FILE.csv]`."""
+    parser = Parser(
+        prog="dlb-fast find-labels",
+        description="Sort the training images of a run by how much its network doubts their labels and write them as "
+        "CSV. Where the wrong labels are known, print precision and recall.",
+    )
+    _add_run(parser)
+    parser.add_argument("--data", help="KIND:PATH of the run's own data in another place")
+    parser.add_argument("--out", type=Path, help="the CSV (default: RUN/find-labels.csv)")
+    args = parser.parse_args(argv)
+    from dlb_fast.train import find_labels as labels
+
+    out = args.out or args.run / "find-labels.csv"
+    if out.suffix.lower() != ".csv" or not out.parent.is_dir():
+        raise ValueError(f"find-labels: --out must be a .csv file in a folder that exists, got {out}")
+    doubts = labels.find_labels(args.run, weights=args.weights, source=args.data, device=args.device)
+    labels.write_doubts(out, doubts)
+    print(f"{doubts.summary()}\nwrote {out}")
+    if doubts.unread:
+        print(f"{doubts.unread} images could not be read and are left out", file=sys.stderr)
+    return 0
 
 
 def presets(argv: list[str]) -> int:
@@ -454,6 +479,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
             shares = [float(share) for share in args.noises.split(",")]
         except ValueError:
             raise ValueError(f"{prog}: --noises must be shares such as 0,0.2,0.4, got {args.noises!r}") from None
+        if config.data.label_file is not None:
+            raise ValueError(f"{prog}: --noises draws labels; leave it or --noise-kind {config.data.noise_kind} out")
         check_effects(override(config, label_noise=max(shares)))
         each = {s: override(config, label_noise=s) for s in shares}
         each = {s: override(c, **without_effect(c)) for s, c in each.items()}  # the kind of noise, where there is none

@@ -1,11 +1,14 @@
 """Train a run in its folder, from a config; load or evaluate a run from its folder.
 
-A run folder holds config.yaml, versions.json, metrics.csv, metrics.jsonl, checkpoints/ and, once finished, result.json.
+A run folder holds config.yaml, versions.json, metrics.csv, metrics.jsonl, checkpoints/ and, once finished, result.json;
+with label noise also labels.csv, the labels that it trains on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import math
 import os
@@ -30,6 +33,7 @@ from torch import nn
 from dlb_fast import _backends
 from dlb_fast.buffer import rank_and_size
 from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, is_hidden, is_image
+from dlb_fast.data.datasets.labels import LabelFile, label_rows
 from dlb_fast.data.datasets.open import class_names, find_splits
 from dlb_fast.data.datasets.tar import shard_files
 
@@ -64,6 +68,7 @@ __all__ = [
     "load_model",
     "lock_folder",
     "newest_run",
+    "open_own_data",
     "rehearse",
     "resolve_device",
     "shortened",
@@ -73,7 +78,8 @@ __all__ = [
 
 RUNS = Path("runs")
 FILES = re.compile(
-    r"config\.yaml|(versions|result|confusion)\.json|tracker_id|report\.(html|md)|curves\.png|(best|last)\.safetensors"
+    r"config\.yaml|(versions|result|confusion)\.json|labels\.csv|tracker_id|report\.(html|md)|curves\.png|"
+    r"(best|last)\.safetensors"
 )
 
 
@@ -88,6 +94,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.labels = self.path / "labels.csv"
         self.checkpoints = self.path / "checkpoints"
         self._lock: int | None = None
         self._reserved = False
@@ -160,15 +167,24 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what a run without a checkpoint has left, so that none of it is taken for that of a new run."""
-        left = ("metrics.csv", "metrics.jsonl", "confusion.json", "tracker_id", "checkpoints/best.safetensors")
+        left = (
+            "metrics.csv", "metrics.jsonl", "confusion.json", "labels.csv", "tracker_id", "checkpoints/best.safetensors"
+        )  # fmt: skip
         for name in (*left, "config.yaml"):  # the config, which marks a run, last: cut short, this is done again
             (self.path / name).unlink(missing_ok=True)
 
-    def create(self, config: RunConfig, impl: str, initial: str = "") -> None:
-        """Write versions.json, then config.yaml, which marks the folder as a run; `initial`: the first weights."""
+    def create(self, config: RunConfig, impl: str, initial: str = "", data: RunData | None = None) -> None:
+        """Write labels.csv where `data` have label noise, versions.json, then config.yaml, which marks a run.
+
+        `initial`: the first weights.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "report.html").unlink(missing_ok=True)  # it shows an earlier state
         known = {**versions(), "implementation": impl, **({"initial_weights": initial} if initial else {})}
+        if data is not None and (wrong := data.wrong_labels) is not None:
+            known["wrong_labels"] = wrong / len(data.train)
+            rows = label_rows(data.train)
+            write_atomically(self.labels, lambda file: file.write(rows))
         report = json.dumps(known, indent=1).encode()
         write_atomically(self.path / "versions.json", lambda file: file.write(report))
         text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
@@ -424,7 +440,7 @@ def train_run(
         if ranks.is_main:
             log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
         _reset_peak_memory(resolve_device(config.train.device, ranks))
-        data = data or open_data(config.data)
+        data = data or (open_own_data(folder, config) if resume else open_data(config.data))
         log.say(data.about + (f"\n{note}" if note else ""))
         begun = resume and ranks.run_on_main(lambda: _same_start(folder, config))
         trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks, initial=not begun)
@@ -454,7 +470,7 @@ def train_run(
             _compare_versions(folder, log)
         initial = json.loads(trainer.metadata["initial_weights"])
         if not resume:
-            ranks.run_on_main(lambda: folder.create(config, impl, initial))
+            ranks.run_on_main(lambda: folder.create(config, impl, initial, data))
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
             f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
@@ -468,12 +484,14 @@ def train_run(
         ranks.check_shared(folder.config)
         if resume:
             found = trainer.resume()
+            if found:
+                ranks.run_on_main(lambda: _check_labels(folder, data))
             # after resume(), so that a refused resume does not change the config of the run
             initial = json.loads(trainer.metadata["initial_weights"])
             complete = trainer.step >= trainer.total_steps
             kept = ""
             if not (complete or trainer.out_of_patience):
-                ranks.run_on_main(lambda: folder.create(config, impl, initial))
+                ranks.run_on_main(lambda: folder.create(config, impl, initial, data))
             elif to_dict(config) != to_dict(folder.read_config()):
                 kept = "; nothing is left to train, so its config stays as it was"
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
@@ -512,6 +530,31 @@ def train_run(
             "end"
         )
     return result
+
+
+def open_own_data(folder: RunFolder, config: RunConfig) -> RunData:
+    """`open_data` for a run that has begun: the labels of a file that is gone are those that the run folder keeps."""
+    file = config.data.label_file
+    if file is not None and folder.labels.exists() and not Path(LabelFile.of(file).path).exists():
+        config = override(config, noise_kind=f"file:{folder.labels}")
+    return open_data(config.data)
+
+
+def _check_labels(folder: RunFolder, data: RunData) -> None:
+    """ValueError if the run folder keeps other labels than those that the run continues with."""
+    if data.wrong_labels is None or not folder.labels.exists():
+        return
+    before, now = folder.labels.read_bytes(), label_rows(data.train)
+    if before != now and _column(before, "label") != _column(now, "label"):
+        raise ValueError(
+            f"--resume: {folder.labels} has other labels than those that the run was trained on; bring the file back, or "
+            "delete it, and it is written again"
+        )
+
+
+def _column(content: bytes, name: str) -> list[str | None]:
+    text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
+    return [row.get(name) for row in csv.DictReader(text)]
 
 
 def _same_start(folder: RunFolder, config: RunConfig) -> bool:
@@ -646,7 +689,7 @@ def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
         kind = config.data.source.split(":")[0]
         size = 8 if kind in ("digits", "synthetic") else min(SMOKE_PIXELS, config.data.image_size)
         source = f"synthetic:{SMOKE_ROWS * SMOKE_CLASSES},{SMOKE_CLASSES},{size}"
-        # asymmetric noise is defined for the classes of the config's own data
+        # some kinds of noise are defined for the classes of the config's own data, and a file is of its images
         config = override(config, source=source, per_class=None, noise_kind="symmetric")
         config = override(config, **without_effect(config))  # such as the size of image files
     rows = min(SMOKE_ROWS, config.data.batch_size)
@@ -725,6 +768,8 @@ def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False,
             source = ranks.run_on_main(lambda: few_images(config.data.source, path / "data"))
             fewer = source != config.data.source
             short = override(short, source=source, per_class=None if fewer else config.data.per_class)
+            if fewer and config.data.label_file is not None:  # whose labels are for all images
+                short = override(short, noise_kind="symmetric")
         try:
             data = open_data(short.data)
         except ValueError as error:  # name the user's folder in place of the links

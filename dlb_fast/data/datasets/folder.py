@@ -141,6 +141,9 @@ class FileDataset:
         classes: class names.
         root: folder of the relative paths.
         name: name of the dataset, for messages.
+
+    Attributes:
+        rows: (N,) positions of the samples in the data set as it was before `select`.
     """
 
     def __init__(self, paths: Iterable[str], targets: Any, classes: Sequence[str], root: str | Path, name: str) -> None:
@@ -148,6 +151,7 @@ class FileDataset:
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.targets: NDArray[np.int64] = np.asarray(targets, dtype=np.int64)
         self.classes = list(classes)
+        self.rows: NDArray[np.int64] = np.arange(len(self.targets))
         self.root = str(root)
         self.name = name
 
@@ -180,6 +184,7 @@ class FileDataset:
         """A dataset of only these samples, in this order; ids start again at 0."""
         chosen = copy.copy(self)
         chosen._paths, chosen.targets = self._paths[indices], self.targets[indices]
+        chosen.rows = self.rows[indices]
         return chosen
 
     def with_targets(self, targets: NDArray[np.int64]) -> Self:
