@@ -160,6 +160,12 @@ class RunData:
         steps += augment.transforms()
         return Compose(steps) if steps else None
 
+    def sample_images(self, count: int) -> Tensor:
+        """At most `count` training images `(n, channels, h, w)` at equal distances, without augmentation."""
+        chosen = np.unique(np.linspace(0, len(self.train) - 1, min(count, len(self.train))).astype(np.int64))
+        batches = eval_loader(self.train.select(chosen), self.config, self.mean, self.std, torch.device("cpu"))
+        return torch.cat([batch.images[batch.targets >= 0] for batch in batches])
+
     def test_batches(self, device: torch.device, ranks: Ranks | None = None) -> EvalLoader:
         """A loader of this rank's share of the test set, in order, without augmentation.
 

@@ -77,6 +77,7 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
+INIT_IMAGES = 512  # most training images that a network with `init_from_images` sees before the first step
 FILES = re.compile(
     r"config\.yaml|(versions|result|confusion)\.json|labels\.csv|tracker_id|report\.(html|md)|curves\.png|"
     r"(best|last)\.safetensors"
@@ -331,6 +332,8 @@ def build_trainer(
         loaded = ranks.run_on_main(lambda: load_initial_weights(model, config.model, data))
         if log is not None:
             log.say(f"initial weights: {loaded}")
+    elif initial and hasattr(model, "init_from_images"):
+        ranks.run_on_main(lambda: model.init_from_images(data.sample_images(INIT_IMAGES)))  # type: ignore[operator]
     model = model.to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
