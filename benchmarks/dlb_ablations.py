@@ -38,7 +38,7 @@ from dlb_fast.train.data import RunData, identity, open_data
 from dlb_fast.train.protocol import differences, load_protocol
 from dlb_fast.train.run import RunFolder, train_run
 
-OURS = "dlb"
+OURS, MODULE = "dlb", "benchmarks.dlb_ablations"  # which is __main__ when it runs
 
 
 class OneDirection(DistillationLoss):
@@ -55,6 +55,13 @@ class OneDirection(DistillationLoss):
             impl=self.impl, return_parts=True,
         )  # fmt: skip
         return loss
+
+
+class OneStream(LastBatchLoss):
+    """DLB's criterion, which knows the repeated rows by their ids alone."""
+
+    def forward(self, logits: Tensor, target: Tensor, ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(logits, target, ids)
 
 
 class TwoStreams(DistillationLoss):
@@ -94,14 +101,14 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "lag0": Variant("lag 0 (one direction of DDGSD)", f"{__name__}:OneDirection", 0, 1),
-    "lag2": Variant("lag 2", f"{__name__}:TwoStreams", 2, 1),
-    "same_view": Variant("lag 1, the same view twice", OURS, 1, 0),
+    "lag0": Variant("lag 0 (one direction of DDGSD)", f"{MODULE}:OneDirection", 0, 1),
+    "lag2": Variant("lag 2", f"{MODULE}:TwoStreams", 2, 1),
+    "same_view": Variant("lag 1, the same view twice", f"{MODULE}:OneStream", 1, 0),
 }
 
 
 class LagSampler(PlanSampler):
-    """Batches `[half t - lag | half t]` of the plan of DLB's sampler; the first `lag` batches of a run have no old half.
+    """Batches `[half t - lag | half t]` of the plan of DLB's sampler; the first `lag` of a run have no old half.
 
     With lag 0 these are two views of the same half. `view` is that of the old half's images; 0 repeats the pixels of
     their first visit.
@@ -170,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else protocol.seeds
     if hasattr(os, "nice"):
         os.nice(10)
-    with compare.claimed(args.out, identity(opened)):
+    names = {f"ablation/{network}/{n}/{z}/seed{s}": v.label for s in seeds for z in noises for n, v in VARIANTS.items()}
+    asked = {"config": None, "runs": names, "command": " ".join(sys.argv[1:]), "data": identity(opened)}
+    with compare.claimed(args.out, asked):
         for seed in seeds:
             for noise in noises:
                 for name, variant in VARIANTS.items():

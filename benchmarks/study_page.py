@@ -13,7 +13,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +83,8 @@ def verdict(found: Interval) -> str:
     n, above = len(found.values), sum(value > 0 for value in found.values)
     if n == 1:
         return f"{found.mean:+.2f} points on the one seed there is, which says nothing about others"
-    told = f"{found.mean:+.2f} points (95 % interval {found.low:.2f} to {found.high:.2f}), above on {above} of {n} seeds"
+    span = f"95 % interval {found.low:.2f} to {found.high:.2f}"
+    told = f"{found.mean:+.2f} points ({span}), above on {above} of {n} seeds"
     if found.low > 0:
         return f"{told}: higher, the interval excludes 0"
     if found.high < 0:
@@ -123,14 +123,14 @@ def results_table(lines: Sequence[Record]) -> str:
                 "-" if method == other else shown(difference(runs, of(lines, noise=noise, method=other)))
                 for other in (CONTROL, BASE)
             ]
-            rows.append(
-                [
-                    noise, label, n, spread([last(r) for r in runs]), spread([100 * r["best"]["test_top1"] for r in runs]),
-                    spread([r["last"]["test_nll"] for r in runs], ".3f"),
-                    spread([100 * r["last"]["test_ece"] for r in runs], ".1f"),
-                    spread([r["seconds"] for r in runs], ".0f"), *against,
-                ]
-            )  # fmt: skip
+            measured = [
+                spread([last(r) for r in runs]),
+                spread([100 * r["best"]["test_top1"] for r in runs]),
+                spread([r["last"]["test_nll"] for r in runs], ".3f"),
+                spread([100 * r["last"]["test_ece"] for r in runs], ".1f"),
+                spread([r["seconds"] for r in runs], ".0f"),
+            ]
+            rows.append([noise, label, n, *measured, *against])
     heads = ("noise", "method", "seeds", "last top-1 %", "best top-1 %", "NLL", "ECE %", "seconds")
     return table([*heads, f"- {_label(lines, CONTROL)}", f"- {_label(lines, BASE)}"], rows, right=True)
 
@@ -142,12 +142,8 @@ def _label(lines: Sequence[Record], method: str) -> str:
 def ablation_table(lines: Sequence[Record], runs: Sequence[Record]) -> str:
     """The variants of DLB, each with its difference to DLB of the same network, noise and seed."""
     rows = []
-    for (network, noise, method), group in groupby(
-        sorted(lines, key=lambda line: (line["network"], line["noise"], line["method"], line["seed"])),
-        key=lambda line: (line["network"], line["noise"], line["method"]),
-    ):
-        found = of(list(group))
-        if found:
+    for network, noise, method in dict.fromkeys(map(_key, lines)):
+        if found := of(lines, network=network, noise=noise, method=method):
             reference = of(runs, network=network, noise=noise, method=OURS)
             values = spread([last(line) for line in found])
             rows.append((noise, found[0]["label"], network, len(found), values, shown(difference(found, reference))))
@@ -183,6 +179,11 @@ def statements(lines: Sequence[Record]) -> list[str]:
     return found
 
 
+def bullets(sentences: Sequence[str]) -> str:
+    """A list in lines of at most 120 columns."""
+    return "\n".join(wrapped(f"* {one}").replace("\n", "\n  ") for one in sentences)
+
+
 def best_methods(lines: Sequence[Record]) -> list[str]:
     """Per network and noise: the method with the highest mean, and those that it is not shown to differ from."""
     found = []
@@ -195,8 +196,10 @@ def best_methods(lines: Sequence[Record]) -> list[str]:
             top = max(groups, key=lambda m: statistics.fmean(map(last, groups[m])))
             gaps = {m: difference(groups[top], runs) for m, runs in groups.items() if m != top}
             close = [_label(here, m) for m, gap in gaps.items() if gap is not None and gap.low <= 0]
-            told = f"not shown to differ from it: {', '.join(close)}" if close else "above every other beyond its interval"
-            found.append(f"{network}, {named(here, noise)}: highest mean {_label(here, top)}; {told}.")
+            told = (
+                f"not shown to differ from it: {', '.join(close)}" if close else "its intervals to all others exclude 0"
+            )
+            found.append(f"{network}, {named(here, noise)}: {_label(here, top)} has the highest mean; {told}.")
     return found
 
 
@@ -212,9 +215,8 @@ def missing_runs(lines: Sequence[Record], protocol: Path) -> list[str]:
 
 def origin(lines: Sequence[Record]) -> str:
     """Where, when and with what the runs were made."""
-    facts = {
-        f"{r['hardware']}, {r['threads']} threads, {r['jobs']} at a time, torch {r['torch']}" for r in lines if "torch" in r
-    }
+    made = [line for line in lines if "torch" in line]
+    facts = {f"{r['hardware']}, {r['threads']} threads, {r['jobs']} at a time, torch {r['torch']}" for r in made}
     commits = sorted({line["commit"] for line in lines if line.get("commit")})
     dates = sorted({line["date"] for line in lines if "date" in line})
     return f"{'; '.join(sorted(facts))}; commits {', '.join(commits)}; {dates[0]} to {dates[-1]}."
@@ -253,7 +255,8 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
                 y = [100 * statistics.fmean(one["train_wrong_top1"] for one in point) for point in points]
                 color = handles[_label(here, method)][0].get_color()
                 right.plot(x, y, color=color, markevery=max(1, len(x) // 8))
-            right.set(title=f"{network}, {wrong[0] if wrong else 'no noise'}: wrong labels learned, %", xlabel="epochs of images")
+            right.set_title(f"{network}, {wrong[0] if wrong else 'no noise'}: wrong labels learned, %")
+            right.set_xlabel("epochs of images")
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
         matplotlib.rcParams.update(FILE)
         figure.savefig(out, metadata={"Date": None, "Description": f"from {len(lines)} runs"})
@@ -262,20 +265,24 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
 
 # Pages
 
-NOT = """\
-It does not show what another network, data set, image size, learning rate or a longer training would give. The learning
-rate, the weight decay and the schedule are one recipe for all methods, made with cross entropy, and no method's own was
-looked for. A 95 % interval of {n} seeds is wide (factor {t:.2f} on the standard error), so a difference that is not shown
-may be there; and of {count} intervals without any difference behind them about one in twenty excludes 0 by chance. "Best"
-picks the evaluation by the test set and is optimistic; "last" is what a user has. The images went through JPEG once more
-than those of the data set, so no figure compares with published ones to a tenth of a point."""
 HOW = """\
 All runs of a network make the same optimiser steps on the same number of rows; DLB and its control start with half a
-batch less. A seed draws the weights, the order, the augmentation and, where labels are drawn, the wrong labels; all
-methods share them, so differences are paired by seed. Test labels are never wrong. "Wrong labels learned" counts, of 2000
-training images without augmentation, those with a wrong label that the network predicts. The settings of the tuned
-methods were chosen by the program from as many runs each, by the last top-1 on a tenth of the training set that was held
-out with its wrong labels, on one network at one noise, with a seed of its own."""
+batch less. A seed draws the weights, the order, the augmentation and, where labels are drawn, the wrong labels. All
+methods start from the same weights and train on the same labels, so differences are paired by seed. Test labels are
+never wrong. "Wrong labels learned" counts, of 2000 training images without augmentation, those of the images with a
+wrong label for which the network predicts it."""
+TUNED = """\
+The settings of these methods were chosen by the program from as many runs each, by the last top-1 on a tenth of the
+training set that was held out with its wrong labels, on one network at one noise, with a seed of its own."""
+NOT = """\
+It does not show what another network, data set, image size, learning rate or a longer training would give. The
+learning rate, the weight decay and the schedule are one recipe for all methods of a network; no method's own was
+looked for. With few seeds a 95 % interval is wide ({n} seeds: {t:.2f} standard errors to either side), so a difference
+that is not shown may be there; and where there is no difference, one interval in twenty excludes 0 by chance ({count}
+are read above). "Best" picks the evaluation by the test set and is optimistic; "last" is what a user has. The images
+are JPEG files, whose pixels differ a little from those of the data set, so no figure compares with published ones to a
+tenth of a point."""
+SHORT = "The sentences are generated from the runs; each says what its interval says."
 
 
 def page(results: Path, protocol: Path, svg: str) -> str:
@@ -292,20 +299,21 @@ def page(results: Path, protocol: Path, svg: str) -> str:
 
     said, best = statements(lines), best_methods(lines)
     n = max(len(of(lines, network=a, noise=b, method=c)) for a, b, c in {_key(line) for line in lines})
-    blocks = [f"# A study on {DATA}", SHORT, *(["\n".join(f"* {one}" for one in said)] if said else [])]
-    blocks += ["\n".join(f"* {one}" for one in best), f"![Accuracy over the noises, and wrong labels learned]({svg})"]
+    blocks = [f"# A study on {DATA}", SHORT, bullets(said)]
+    blocks += [bullets(best), f"![Accuracy over the noises, and wrong labels learned]({svg})"]
     for network in ordered(lines, "network"):
         blocks += [f"## {network}", results_table([line for line in lines if line["network"] == network])]
     blocks.append(
-        "Mean ± sample standard deviation over seeds; the last two columns are differences of last top-1 in points, paired "
-        "by seed, with 95 % t intervals."
+        "Mean ± sample standard deviation over seeds. The columns that begin with a minus are differences of last "
+        "top-1 in points, paired by seed, with 95 % t intervals. Seconds are the training time of one run."
     )
     if ablations := [line for line in every if line["kind"] == "ablation"]:
         blocks += ["## The lag, and the second augmentation", ablation_table(ablations, lines)]
     if chosen := [line for line in every if line["kind"] == "chosen"]:
-        blocks += ["## Settings", tuning_table(chosen)]
+        blocks += ["## Settings", TUNED, tuning_table(chosen)]
     blocks += ["## How it was made", HOW]
-    blocks += ["## What it does not show", NOT.format(n=n, t=t.ppf(0.975, n - 1) if n > 1 else math.inf, count=len(said))]
+    wide = t.ppf(0.975, n - 1) if n > 1 else math.inf
+    blocks += ["## What it does not show", NOT.format(n=n, t=wide, count=len(said))]
     if lost := missing_runs(lines, protocol):
         blocks += ["Not run, though in the protocol: " + "; ".join(lost) + "."]
     where = protocol.relative_to(ROOT) if protocol.is_relative_to(ROOT) else protocol.name
@@ -318,10 +326,8 @@ def page(results: Path, protocol: Path, svg: str) -> str:
         f"python -m benchmarks.study_page OUT/results.jsonl --out docs/study.md\n```",
         f"`{where}` says where the data and the labels come from. The runs: {origin(lines)}",
     ]
-    return "\n\n".join(one if one.startswith(("|", "*", "```", "#", "!")) else wrapped(one) for one in blocks) + "\n"
-
-
-SHORT = "What follows is generated from the runs; a sentence says what its interval says."
+    made = [one if one.startswith(("|", "*", "```", "#", "!")) else wrapped(one) for one in blocks if one]
+    return "\n\n".join(made) + "\n"
 
 
 def _key(line: Record) -> tuple[str, str, str]:
@@ -338,8 +344,7 @@ def short_form(results: Path) -> str:
         groups = [[last(r) for r in of(lines, noise=noise, method=method)] for noise in noises]
         rows.append([_label(lines, method), *(f"{spread(g)} ({len(g)})" if g else "-" for g in groups)])
     heads = [f"last top-1 %, {lines[0]['network']} on {DATA}", *(named(lines, noise) for noise in noises)]
-    said = "\n".join(f"* {one}" for one in statements(lines))
-    return f"{table(heads, rows, right=True)}\n\n{wrapped('Mean ± standard deviation (seeds).')}\n\n{said}"
+    return f"{table(heads, rows, right=True)}\n\nMean ± standard deviation (seeds).\n\n{bullets(statements(lines))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from dlb_fast._args import cores, did_you_mean
 from dlb_fast.data.datasets.open import held_out
 
 from .checkpoint import write_atomically
-from .config import RunConfig, from_dict, override, to_dict
+from .config import FILE_KINDS, SPLIT_KINDS, RunConfig, from_dict, override, to_dict
 from .data import RunData, check_same_data, identity, open_data
 from .loop import TrainingDiverged
 from .methods import LABELS, VARIANTS, variant
@@ -111,7 +111,7 @@ def run(
         done += 1
         _say(done, len(runs), f"{LABELS[item[0]]}, seed {item[1]}", f"test top-1 {100 * result['test_top1']:.2f} %")
 
-    with _claimed(path, {"config": to_dict(config), "runs": labels, "command": command, "data": data}):
+    with claimed(path, {"config": to_dict(config), "runs": labels, "command": command, "data": data}):
         _work_through(runs, prepare, record, jobs, workers=jobs > 1)
     return path
 
@@ -134,8 +134,8 @@ def _say(done: int, of: int, name: str, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _claimed(path: Path, asked: dict[str, Any]) -> Iterator[None]:
-    """Claim the folder and lock it, so that a second command on it is refused while this one works."""
+def claimed(path: Path, asked: dict[str, Any]) -> Iterator[None]:
+    """Claim the folder as `_claim` does and lock it: a second command on it is refused while this one works."""
     _claim(path, asked)
     lock = lock_folder(path, f"compare: another process works in {path}; wait for it or end it, or name another --out")
     try:
@@ -160,6 +160,8 @@ def _claim(path: Path, asked: dict[str, Any]) -> None:
         if was != now:
             raise ValueError(f"compare: {path} holds a comparison with another config; choose another --out")
         check_same_data(before["data"], asked["data"], f"compare: the comparison in {path}")
+        if now is None:
+            asked = {**asked, "runs": {**before["runs"], **asked["runs"]}}
     elif path.exists() and any(entry.name != RESULTS for entry in path.iterdir()):
         raise ValueError(f"compare: {path} is not empty and holds no comparison; choose another --out")
     text = json.dumps(asked, indent=1).encode()
@@ -459,7 +461,7 @@ def located(config: RunConfig, data: str | None, labels: Path | None) -> RunConf
     folder, noise = labels or config.data.path, config.data.noise_kind
     if data is not None:
         kind, _, path = data.partition(":")
-        if not path or kind != config.data.kind:  # a folder without its kind
+        if not path or kind not in (*FILE_KINDS, *SPLIT_KINDS):  # a folder without its kind
             kind, path = config.data.kind, data
         config = override(config, source=f"{kind}:{Path(path).resolve()}")
         folder = labels or config.data.path
@@ -485,7 +487,7 @@ def run_protocol(
     Args:
         protocol: the study.
         out: folder of its runs; one that holds a results.jsonl continues that study, also without the run folders.
-        data: KIND:PATH or PATH of the data, if the protocol's source is a kind only.
+        data: KIND:PATH of the data, or PATH for the protocol's own kind.
         labels: folder of the files of `noise_kind: file:NAME`; None: the folder of the data.
         only: patterns of names, such as `airbench/dlb/*/seed0`; none: all.
         tuned: a summary file whose chosen settings are taken, so that nothing is tuned.
@@ -542,7 +544,7 @@ def run_protocol(
         top1 = line["diverged"] if "diverged" in line else f"top-1 {100 * line['last']['test_top1']:.2f} %"
         _say(len(state.done), len(state.cells), cell.name, top1)
 
-    with _claimed(out, asked):
+    with claimed(out, asked):
         for method, entry in protocol.methods.items():  # a kill may have come between the last trial and the choice
             if entry.settings and method not in state.chosen and (choice := _choice(protocol, state, method)):
                 keep(choice)

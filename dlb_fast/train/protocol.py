@@ -7,7 +7,6 @@ laid on top of each other: common, network, noise, method, the method's chosen s
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,23 +127,33 @@ class Protocol:
 
     def config_of(self, network: str, noise: str, method: str, settings: Sequence[Values], seed: int) -> RunConfig:
         """The resolved config of one run. The seed draws the weights, the order and, where it is drawn, the noise."""
+        parts = [
+            (f"networks.{network}", self.networks[network]),
+            (f"noises.{noise}", self.noises[noise]),
+            (f"methods.{method}", self.methods[method].values),
+            *((f"methods.{method}.settings", setting) for setting in settings),
+        ]
         key = (network, noise, method, repr(settings))
-        if key not in self._made:
-            base = _laid_on(self.common, f"networks.{network}", self.networks[network])
-            parts = [
-                (f"noises.{noise}", self.noises[noise]),
-                (f"methods.{method}", self.methods[method].values),
-                *((f"methods.{method}.settings", setting) for setting in settings),
-            ]
-            config = functools.reduce(lambda config, part: _laid_on(config, *part), parts, base)
-            try:
-                config = resolve(config)
-                self._made[key] = config if self.length is None else equal_steps(config, base, self.length)
-            except ValueError as error:
-                raise ValueError(f"protocol: {method} with {noise} on {network}: {error}") from None
-        config = override(self._made[key], seed=seed)
+        try:
+            if key not in self._made:
+                self._made[key] = resolve(self._laid(parts))
+            config = override(self._made[key], seed=seed)
+            if self.length is not None:
+                config = equal_steps(config, self._laid(parts[:1]), self.length)
+        except ValueError as error:
+            what = str(error).removeprefix("protocol: ")
+            raise ValueError(f"protocol: {method} with {noise} on {network}: {what}") from None
         drawn = config.data.label_noise and not config.data.noise_kind.startswith("file:")
         return override(config, data_seed=seed) if drawn else config
+
+    def _laid(self, parts: Sequence[tuple[str, Values]]) -> RunConfig:
+        """The common config with parts on top; what is below the last part is made once."""
+        if not parts:
+            return self.common
+        key = repr(parts)
+        if key not in self._made:
+            self._made[key] = _laid_on(self._laid(parts[:-1]), *parts[-1])
+        return self._made[key]
 
     def with_flags(self, common: RunConfig) -> Protocol:
         """The protocol with another common part.
@@ -163,7 +172,7 @@ class Protocol:
             if both := changed & _flat(values).keys():
                 flag = min(both).replace("_", "-")
                 raise ValueError(f"compare: --{flag} has no effect, because {where} of the protocol sets it")
-        return dataclasses.replace(self, common=common, _made={})
+        return dataclasses.replace(self, common=common, _made={}) if changed else self
 
 
 def equal_steps(config: RunConfig, base: RunConfig, length: int) -> RunConfig:
