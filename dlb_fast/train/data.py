@@ -58,6 +58,9 @@ __all__ = [
 ]
 
 
+FITTED_IMAGES = 2000  # a fifth of the time that CIFAR's test set takes, and a standard error of at most 2 points
+
+
 @dataclass
 class RunData:
     """A training set and a test set, with methods that make their loaders.
@@ -169,6 +172,21 @@ class RunData:
         The shares are disjoint and differ by at most one image.
         """
         return eval_loader(self.test, self.config, self.mean, self.std, device, ranks)
+
+    def fitted_batches(self, device: torch.device, ranks: Ranks | None = None) -> EvalLoader | None:
+        """A loader of 2000 fixed training images without augmentation, for `memorised`; None without wrong labels.
+
+        The targets are `label * num_classes + true class`.
+        """
+        labels = np.asarray(self.train.targets)
+        true = np.asarray(getattr(self.train, "clean_targets", labels))
+        if (labels == true).all():
+            return None
+        chosen = np.random.default_rng(0).permutation(len(labels))[:FITTED_IMAGES]
+        coded = (labels * self.num_classes + true)[chosen]
+        return eval_loader(
+            self.train.select(chosen).with_targets(coded), self.config, self.mean, self.std, device, ranks
+        )
 
 
 def eval_loader(

@@ -49,7 +49,7 @@ from .checkpoint import (
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, eval_loader, evaluation_config, identity, open_data, open_test
 from .distributed import Ranks
-from .evaluate import evaluate
+from .evaluate import evaluate, memorised
 from .log import RunLog
 from .loop import Trainer, total_steps
 from .methods import find, make_criterion, make_sampler, resolve
@@ -67,6 +67,7 @@ __all__ = [
     "build_trainer",
     "evaluate_run",
     "load_model",
+    "lock_folder",
     "newest_run",
     "open_own_data",
     "rehearse",
@@ -108,24 +109,16 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            if fcntl is None:
-                return
-            handle = os.open(self.path, os.O_RDONLY)
+            self._lock = lock_folder(
+                self.path,
+                f"run folder: another process is training in {self.path}, and two would overwrite each other's files; "
+                "wait for it or end it, or name another folder with --out",
+            )
         except OSError as error:
             why = error.strerror or error
             raise ValueError(f"run folder: cannot make {self.path} ({why}); name another one with --out") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ValueError(
-                f"run folder: another process is training in {self.path}, and two would overwrite each other's files; "
-                "wait for it or end it, or name another folder with --out"
-            ) from None
-        except OSError:  # a file system without locks
-            os.close(handle)
+        if self._lock is None:
             return
-        self._lock = handle
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder, FILES)
 
@@ -204,6 +197,26 @@ class RunFolder:
         if not self.exists():
             raise ValueError(f"there is no run in {self.path}: {self.config} is missing")
         return load_config(self.config)
+
+
+def lock_folder(path: Path, busy: str) -> int | None:
+    """Lock a folder until the handle is closed or this process ends; None where the system has no locks.
+
+    Raises:
+        ValueError: another process has the lock; its message is `busy`.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(busy) from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
 
 
 def newest_run(root: Path | str = RUNS) -> RunFolder:
@@ -351,13 +364,19 @@ def build_trainer(
         steps_per_epoch=len(loader) / config.train.accumulate,
     )
     tested = data.test_batches(device, ranks)  # one loader, which names an unreadable image once
+    fitted = data.fitted_batches(device, ranks)
+
+    def scores(network: nn.Module) -> dict[str, Any]:
+        known = {} if fitted is None else memorised(network, fitted, data.num_classes, ranks=ranks)
+        return {**evaluate(network, tested, ranks=ranks), **known}
+
     return Trainer(
         model,
         criterion.to(device),
         optimizer,
         loader,
         scheduler=scheduler,
-        evaluate=lambda network: evaluate(network, tested, ranks=ranks),
+        evaluate=scores,
         folder=folder,
         config=config.train,
         log=log,

@@ -1,0 +1,110 @@
+"""The page of a study against numbers computed by hand; the summaries are made up here."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks import study_page
+
+# three seeds of last top-1 in %; the differences DLB - control are 1, 2, 3
+TOP1 = {"ce": (70, 71, 72), "two_view": (71, 72, 73), "dlb": (72, 74, 76)}
+
+
+def line(method, seed, top1, noise="sym", **more):
+    curve = [
+        {"epoch": 1.0, "step": 5, "test_top1": top1 / 100 + 0.02, "test_nll": 1.2, "test_ece": 0.1},
+        {"epoch": 2.0, "step": 10, "test_top1": top1 / 100, "test_nll": 1.5, "test_ece": 0.2},
+    ]
+    for point, learned in zip(curve, (0.1, 0.3), strict=True):
+        point["train_wrong_top1"] = learned
+    return {
+        "kind": "run", "cell": f"net/{method}/{noise}/seed{seed}", "network": "net", "noise": noise, "method": method,
+        "label": method.upper(), "seed": seed, "wrong_labels": 0.4, "last": curve[1], "best": curve[0], "curve": curve,
+        "seconds": 60.0, "hardware": "a machine", "threads": 1, "jobs": 2, "torch": "2", "commit": "abc",
+        "date": "2026-12-01", **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    lines = [line(m, seed, v) for m, values in TOP1.items() for seed, v in enumerate(values)]
+    lines.append({**line("late", 0, 1), "diverged": "the loss became NaN or infinite by step 5"})
+    lines.append(
+        {"kind": "chosen", "method": "dlb", "setting": {"loss": {"alpha": 3.0}},
+         "tried": [{"setting": {"loss": {"alpha": 1.0}}, "held_out_top1": 0.5},
+                   {"setting": {"loss": {"alpha": 3.0}}, "held_out_top1": 0.625}]}
+    )  # fmt: skip
+    lines += [{**line("lag0", s, v), "kind": "ablation", "cell": f"x{s}"} for s, v in enumerate((71, 73, 75))]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    (tmp_path / "p.yaml").write_text(
+        "seeds: [0, 1, 2, 3]\nnetworks: {net: }\nnoises: {sym: {data: {label_noise: 0.4}}}\n"
+        "methods: {ce: {loss: {method: ce}}, dlb: {loss: {method: dlb}}}\n"
+        "tables: [{network: net, methods: [ce, dlb], noises: [sym]}]\n"
+    )
+    return tmp_path / "results.jsonl"
+
+
+def test_the_interval_by_hand():
+    """Of 1, 2, 3: mean 2, standard deviation 1, and 4.303 of Student's table for two degrees of freedom."""
+    found = study_page.interval([1.0, 2.0, 3.0])
+    half = 4.302653 / math.sqrt(3)
+    assert found.mean == 2 and found.low == pytest.approx(2 - half, abs=1e-5)
+    assert found.high == pytest.approx(2 + half, abs=1e-5)
+    assert study_page.interval([5.0])[:3] == (5.0, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((1, 2, 3), "+2.00 points (95 % interval -0.48 to 4.48), above on 3 of 3 seeds: the interval includes 0"),
+        ((1, 1.1, 1.2), "above on 3 of 3 seeds: higher, the interval excludes 0"),
+        ((-1, -1.1, -1.2), "above on 0 of 3 seeds: lower, the interval excludes 0"),
+        ((-2, 0, 2), "+0.00 points (95 % interval -4.97 to 4.97), above on 1 of 3 seeds: the interval includes 0"),
+        ((1.5,), "+1.50 points on the one seed there is, which says nothing about others"),
+    ],
+)
+def test_a_sentence_says_what_its_interval_says(values, words):
+    assert words in study_page.verdict(study_page.interval(values))
+
+
+def test_pairs_are_of_one_seed():
+    ours, theirs = ([line("a", s, v) for s, v in pairs] for pairs in (((0, 10), (1, 30)), ((1, 20), (2, 90))))
+    assert study_page.difference(ours, theirs).values == pytest.approx((10,))
+    assert study_page.difference(ours[:1], theirs) is None
+
+
+def test_the_page(results, tmp_path, capsys):
+    text = study_page.page(results, tmp_path / "p.yaml", "study.svg")
+    rows = {
+        r[1]: r for x in text.splitlines() if x.startswith("| sym") for r in [[c.strip() for c in x.split("|")[1:-1]]]
+    }
+    assert rows["DLB"] == [
+        "sym", "DLB", "3", "74.00 ± 2.00", "76.00 ± 2.00", "1.500 ± 0.000", "20.0 ± 0.0", "60 ± 0",
+        "+2.00 [-0.48, 4.48]", "+3.00 [0.52, 5.48]",
+    ]  # fmt: skip
+    assert rows["LATE"][2] == "0 (1 diverged)"
+    assert rows["LAG0"][1:] == ["LAG0", "net", "3", "73.00 ± 2.00", "-1.00 [-1.00, -1.00]"]
+    flat = " ".join(text.split())
+    assert (
+        "DLB minus TWO_VIEW +2.00 points (95 % interval -0.48 to 4.48), above on 3 of 3 seeds: the interval in" in flat
+    )
+    assert "DLB minus CE +3.00 points (95 % interval 0.52 to 5.48), above on 3 of 3 seeds: higher" in flat
+    assert "DLB has the highest mean; not shown to differ from it: TWO_VIEW." in flat
+    assert "| dlb | alpha 3 | 62.50 | chosen |" in text and "| dlb | alpha 1 | 50.00 | - |" in text
+    assert "Not run, though in the protocol: net, ce: 1 of 4 runs; net, dlb: 1 of 4 runs." in flat
+    assert "a machine, 1 threads, 2 at a time, torch 2; commits abc; 2026-12-01 to 2026-12-01" in flat
+    assert max(map(len, (x for x in text.splitlines() if not x.startswith(("|", "dlb-fast", "python"))))) <= 120
+    assert study_page.main([str(results), "--short"]) == 0
+    assert "| DLB | 74.00 ± 2.00 (3) |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_same_results_give_the_same_picture(results, tmp_path):
+    out = tmp_path / "study.md"
+    pictures = set()
+    for _ in range(2):
+        assert study_page.main([str(results), "--protocol", str(tmp_path / "p.yaml"), "--out", str(out)]) == 0
+        assert "](study.svg)" in out.read_text()
+        pictures.add((tmp_path / "study.svg").read_bytes())
+    assert len(pictures) == 1
