@@ -219,16 +219,18 @@ def _op_tensors(
     if target_b is not None:
         dtype = reference.compute_dtype(logits.dtype)
         tensors["target_b"] = _integers(target_b)
-        tensors["lam"] = torch.as_tensor(lam, dtype=dtype, device=logits.device).contiguous()
+        assert lam is not None
+        tensors["lam"] = _args.on_device(lam, dtype, logits.device).contiguous()
     if options.weight is not None:
         _args.check_weight(options.op, logits, options.weight)
         tensors["weight"] = options.weight.to(reference.compute_dtype(logits.dtype)).contiguous()
     if isinstance(options.alpha, Tensor):
         _args.check_scalar(options.op, "alpha", options.alpha, positive=False)  # its value may have changed
-        tensors["alpha_t"] = options.alpha.detach().to(logits.device, reference.compute_dtype(logits.dtype))
+        tensors["alpha_t"] = _args.on_device(options.alpha, reference.compute_dtype(logits.dtype), logits.device)
     if isinstance(options.temperature, Tensor):
         _args.check_temperature(options.op, options.temperature, logits.dtype)
-        tensors["temperature_t"] = options.temperature.detach().to(logits.device, reference.compute_dtype(logits.dtype))
+        dtype = reference.compute_dtype(logits.dtype)
+        tensors["temperature_t"] = _args.on_device(options.temperature, dtype, logits.device)
     return tensors
 
 
@@ -637,8 +639,7 @@ def _reduce_constants(rows: Tensor, mask: Tensor | None, batch: int, reduction: 
         return rows.sum()
     if reduction == "none":
         return torch.cat([rows, rows.new_zeros(batch - rows.shape[0])])
-    count = rows.shape[0] if mask is None else mask.sum()
-    return rows.sum() / torch.as_tensor(count, device=rows.device).clamp(min=1)
+    return rows.sum() / (max(rows.shape[0], 1) if mask is None else mask.sum().clamp(min=1))
 
 
 def distillation_loss(
