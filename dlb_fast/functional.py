@@ -412,9 +412,10 @@ def dlb_step(
     upstream: Scalar = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of one batch without autograd; the buffer takes the new rows.
+    """Loss and gradient of one batch without autograd, the fast loop; the buffer takes the new rows.
 
-    For loops that continue with ``logits.backward(grad)``, and for graph capture. The loss is that of
+    Continue with ``logits.backward(grad)``. On a GPU this is one launch, where a criterion and ``loss.backward()`` are
+    three: torch fills a 1 as the gradient of the loss, and a kernel reads it. The loss is that of
     :class:`LastBatchLoss` with ``reduction="mean"``.
 
     Args:
@@ -430,7 +431,9 @@ def dlb_step(
         label_smoothing: of the CE, as in torch.
         weight: ``(C,)`` class weights of the CE, as in torch.
         ignore_index: rows with this label leave the CE.
-        upstream: factor of the gradient (a loss scale), a number or a 0-d tensor; the loss is not multiplied.
+        upstream: factor of the gradient (a loss scale, 1 / n to accumulate n batches), a number or a 0-d tensor; the
+            loss is not multiplied. Any but the number 1, and float16 logits, take a second launch, and a number a
+            third that fills it in.
         impl: as in :func:`fused_lb_loss`.
 
     Returns:

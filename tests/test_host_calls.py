@@ -152,3 +152,31 @@ def test_plain_torch_fills_a_number_in_too() -> None:
     z, y, _ = batch()
     operations, _ = counted(lambda: fused_lb_loss(z, y, target_b=y.flip(0), lam=0.3, impl="torch"))
     assert not {"lift_fresh", "_to_copy", "copy_"} & set(operations) and "new_full" in operations
+
+
+@pytest.mark.parametrize("factor", ["none", "accumulated", "scaled"])
+def test_the_fast_loop_trains_the_weights_of_the_criterion(factor: str) -> None:
+    """To the bit, also with a factor, as docs/own-loop.md says how."""
+    z, y, ids = batch()
+    trained = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model, criterion = torch.nn.Linear(CLASSES, CLASSES), LastBatchLoss(CLASSES)
+        optimizer, buffer = torch.optim.SGD(model.parameters(), 0.5), LogitBuffer(CLASSES, ROWS // 2)
+        scaler = torch.amp.GradScaler("cpu", enabled=factor == "scaled", init_scale=1024.0)
+        for step in range(4):
+            now = ids if step else ids[: ROWS // 2]
+            logits, target, now = model(z[: len(now)]), y[: len(now)], now + ROWS // 2 * max(step - 1, 0)
+            share = 0.5 if factor == "accumulated" else 1.0
+            if fast:
+                upstream = scaler.scale(torch.ones(())) if factor == "scaled" else share
+                _, gradient = dlb_step(logits, target, buffer, ids=now, upstream=upstream)
+                logits.backward(gradient)
+            else:
+                scaler.scale(criterion(logits, target, now) * share).backward()
+            if factor != "accumulated" or step % 2:
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        trained.append(model.weight.detach())
+    assert torch.equal(*trained) and buffer.taught == 3 * ROWS // 2
