@@ -96,11 +96,9 @@ def readable(value: Tensor) -> bool:
 
 
 def on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number or a tensor as a detached tensor there. A GPU fills in a number; to copy one it would be waited for."""
+    """A number or a tensor as a detached tensor there. A number is filled in: its copy would wait for a GPU."""
     if isinstance(value, Tensor):
-        if value.dim() > 0 or value.device == device or not readable(value):
-            return value.detach().to(device, dtype)
-        value = value.item()
+        return value.detach().to(device, dtype)
     return torch.full((), value, dtype=dtype, device=device)
 
 

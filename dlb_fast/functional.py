@@ -226,11 +226,10 @@ def _op_tensors(
         tensors["weight"] = options.weight.to(reference.compute_dtype(logits.dtype)).contiguous()
     if isinstance(options.alpha, Tensor):
         _args.check_scalar(options.op, "alpha", options.alpha, positive=False)  # its value may have changed
-        tensors["alpha_t"] = _args.on_device(options.alpha, reference.compute_dtype(logits.dtype), logits.device)
+        tensors["alpha_t"] = options.alpha.detach().to(logits.device, reference.compute_dtype(logits.dtype))
     if isinstance(options.temperature, Tensor):
         _args.check_temperature(options.op, options.temperature, logits.dtype)
-        dtype = reference.compute_dtype(logits.dtype)
-        tensors["temperature_t"] = _args.on_device(options.temperature, dtype, logits.device)
+        tensors["temperature_t"] = options.temperature.detach().to(logits.device, reference.compute_dtype(logits.dtype))
     return tensors
 
 

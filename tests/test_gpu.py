@@ -126,7 +126,7 @@ def test_no_synchronisation(gpu):
             criterion(z, y, ids + 4).backward()
             (criterion(z, y, ids) * 0.5).backward()
             _ = criterion.parts
-            fused_lb_loss(z, y, z.detach()[:4], target_b=y, lam=0.3, alpha=torch.tensor(0.5), impl=gpu).backward()
+            fused_lb_loss(z, y, z.detach()[:4], target_b=y, lam=0.3, impl=gpu).backward()
             dlb_step(z, y, criterion.buffer, upstream=2.0, impl=gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")

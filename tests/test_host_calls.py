@@ -9,7 +9,7 @@ import torch
 from conftest import available
 from torch import Tensor
 
-from dlb_fast import LastBatchLoss, LogitBuffer, _args, _backends, dlb_step, fused_lb_loss
+from dlb_fast import LastBatchLoss, LogitBuffer, _backends, dlb_step, fused_lb_loss
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason=_backends.implementations()["cpu"].reason)
 
@@ -123,6 +123,8 @@ def test_a_number_is_filled_in_and_not_copied(host: str) -> None:
     assert sorted(allocations) == [LOSS, LOSS, PARTS, GRAD]
     operations, _ = counted(lambda: fused_lb_loss(z, y, target_b=other, lam=0.3))
     assert operations == ["full", "last_batch"]
+    factor = torch.tensor(0.5)
+    assert counted(lambda: dlb_step(z, y, buffer, upstream=factor))[0] == ["last_batch_update", "scale_grad_"]
 
 
 def test_a_given_teacher_is_looked_at_in_three_launches(host: str) -> None:
@@ -130,22 +132,6 @@ def test_a_given_teacher_is_looked_at_in_three_launches(host: str) -> None:
     z, y, _ = batch()
     operations, _ = counted(lambda: fused_lb_loss(z, y, z[: ROWS // 2]))
     assert operations == (["last_batch"] if host == "cpu" else ["amax", "abs", "lt", "last_batch"])
-
-
-@pytest.mark.parametrize("value", [0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)], ids=str)
-def test_a_number_of_the_host_is_filled_in_on_another_device(value: float | Tensor) -> None:
-    other = torch.device("cpu:0")  # another than "cpu" to torch
-    there = _args.on_device(value, torch.float32, other)
-    assert there.item() == 0.5 and there.shape == () and there.dtype == torch.float32
-    assert counted(lambda: _args.on_device(value, torch.float32, other))[0] == ["full"]
-
-
-def test_a_tensor_there_stays_and_keeps_no_graph() -> None:
-    value = torch.tensor(0.5, requires_grad=True)
-    there = _args.on_device(value, torch.float32, value.device)
-    assert there.data_ptr() == value.data_ptr() and not there.requires_grad
-    rows = torch.tensor([0.25, 0.75])
-    assert _args.on_device(rows, torch.float64, rows.device).tolist() == [0.25, 0.75]
 
 
 def test_plain_torch_fills_a_number_in_too() -> None:
