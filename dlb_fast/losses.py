@@ -156,7 +156,7 @@ class DistillationLoss(nn.Module):
         self.reduction, self.impl = reduction, impl
         self.register_buffer("weight", weight)
         self.counted: int | None = None
-        self._parts: Tensor | None = None
+        self._parts: list[Tensor | None] = [None]  # a list, because setting a module's attribute takes a microsecond
         self._same: bool | None = None  # see _set_same; False until the batch is remembered
         self._last_without_grad = False  # of the calls in train(): such a call remembers nothing
         # Of the batch remembered last: its ids, at a fixed address while the number of rows stays, its epoch and rows.
@@ -306,13 +306,13 @@ class DistillationLoss(nn.Module):
     @property
     def parts(self) -> LossParts:
         """The terms of the last call, detached 0-d tensors on the device."""
-        if self._parts is None:
+        if self._parts[0] is None:
             raise RuntimeError(f"{type(self).__name__}.parts: there are none before the first call of the criterion")
-        return LossParts.unpack(self._parts)
+        return LossParts.unpack(self._parts[0])
 
     def _keep_parts(self, parts: Tensor) -> None:
         if not torch.compiler.is_exporting():  # an exported program keeps nothing
-            self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
+            self._parts[0] = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
@@ -516,7 +516,7 @@ class LastBatchLoss(DistillationLoss):
         self.num_classes = num_classes
         self.dtype = dtype
         self.buffer: LogitBuffer | None = None
-        self._batches_with_ids = [0]  # a list, because setting a module's attribute takes a microsecond
+        self._batches_with_ids = [0]  # a list, as `_parts`
         self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
         self._warned = False
         self._warned_no_ids = False

@@ -35,6 +35,20 @@ def pretend(library: Path, *, major=9, ptx=90, fits=16, fault=0, dtype=F32, clas
     return done.stdout.splitlines()
 
 
+@pytest.mark.parametrize(("batch", "classes"), [(2, 10), (4096, 1000), (4097, 1000), (2, 100_000), (4097, 100_000)])
+def test_a_call_is_one_launch_and_waits_for_nothing(library: Path, batch: int, classes: int) -> None:
+    """Above 4096 rows their labels are counted in a launch of its own. The first call makes the counters' memory."""
+    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).count; f.restype = ctypes.c_char_p; "
+    code += "print(f(ctypes.c_int64(int(sys.argv[2])), ctypes.c_int64(int(sys.argv[3]))).decode())"
+    given = map(str, (library, batch, classes))
+    done = subprocess.run([sys.executable, "-S", "-c", code, *given], capture_output=True, text=True, check=True)
+    launches = 1 if batch <= 4096 else 2
+    assert [list(map(int, line.split())) for line in done.stdout.splitlines() if line] == [
+        [launches, 1, 1], [launches, 0, 0],  # a loss: launches, allocations, waits
+        [1, 0, 0], [1, 0, 0],  # a factor of its gradient
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(F32, "f32"), (BF16, "bf16"), (F16, "f16")])
 def test_only_kernels_of_the_calls_dtype_are_touched(library: Path, dtype: int, name: str) -> None:
     said = pretend(library, dtype=dtype)

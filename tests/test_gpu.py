@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import available, eager_official, float32_error
 
-from dlb_fast import LastBatchLoss, fused_lb_loss
+from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step, fused_lb_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -126,20 +126,29 @@ def test_no_synchronisation(gpu):
             criterion(z, y, ids + 4).backward()
             (criterion(z, y, ids) * 0.5).backward()
             _ = criterion.parts
+            fused_lb_loss(z, y, z.detach()[:4], target_b=y, lam=0.3, impl=gpu).backward()
+            dlb_step(z, y, criterion.buffer, upstream=2.0, impl=gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_one_launch(gpu):
+    """And two of a backward, which do nothing: torch fills a 1, ours reads it. See docs/own-loop.md, the fast loop."""
     from benchmarks import harness
 
     for rows, classes in ((512, 1000), (256, 100)):
         criterion = LastBatchLoss(classes, capacity=rows // 2, device="cuda", impl=gpu)
         z = torch.randn(rows, classes, device="cuda")
         y = torch.zeros(rows, dtype=torch.long, device="cuda")
-        criterion(z, y)
-        with torch.no_grad():
-            assert harness.launches({"loss": lambda c=criterion, z=z, y=y: c(z, y)}) == {"loss": 1}
+        buffer = LogitBuffer(classes, rows // 2, device="cuda")
+        loss = criterion(z.clone().requires_grad_(), y)
+        dlb_step(z, y, buffer, impl=gpu)
+        works = {
+            "loss": lambda c=criterion, z=z, y=y: c(z, y),
+            "backward": loss.backward,
+            "step": lambda b=buffer, z=z, y=y: dlb_step(z, y, b, impl=gpu),
+        }
+        assert harness.launches(works) == {"loss": 1, "backward": 2, "step": 1}
 
 
 def test_another_stream_and_bit_identical_runs(gpu):
