@@ -454,6 +454,9 @@ def test_a_run_keeps_its_labels_and_their_real_rate(noisy_run, folder, tmp_path,
     with pytest.raises(SystemExit):
         cli.main(["train", "--noise-kind", "asymetric"])
     assert "got 'asymetric'; did you mean asymmetric?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--noise-kind", "file:labels.pt"])
+    assert "config: noise_kind: labels: expected FILE.csv, FILE.npy or FILE.npz:KEY, got" in capsys.readouterr().err
     assert cli.main(["train", "--label-noise", "0.1", "--noise-kind", "file:given.npy", "--data", "digits"]) == 2
     assert "label_noise=0.1 has no effect with noise_kind=file:given.npy" in capsys.readouterr().err
 
