@@ -333,14 +333,14 @@ def build_trainer(
         loaded = ranks.run_on_main(lambda: load_initial_weights(model, config.model, data))
         if log is not None:
             log.say(f"initial weights: {loaded}")
-    elif initial and hasattr(model, "init_from_images"):
-        ranks.run_on_main(lambda: model.init_from_images(data.sample_images(INIT_IMAGES)))  # type: ignore[operator]
     model = model.to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if ranks.rank:  # the weights are equal on all ranks, but dropout must differ
         seed_everything(config.train.seed + ranks.rank)
     _check_fit(model, config, data, device)
+    if initial and not loaded and hasattr(model, "init_from_images"):  # the trainer copies rank 0's weights to all
+        ranks.run_on_main(lambda: model.init_from_images(data.sample_images(INIT_IMAGES)))  # type: ignore[operator]
     rows = config.data.batch_size // ranks.world_size
     loader = data.train_loader(
         overlap=find(config.loss.method).batches == "overlap",
