@@ -71,6 +71,19 @@ def test_a_criterion_is_one_operation_with_three_outputs(host: str) -> None:
     assert counted(lambda: criterion.parts) == ([], [])
 
 
+def test_a_loss_changed_in_place_leaves_its_parts(host: str) -> None:
+    """As `loss /= n` in a loop that accumulates gradients: one more reason for a storage each."""
+    criterion, z, y, ids = steady()
+    loss = criterion(z, y, ids)
+    whole, kept = loss.item(), criterion.parts
+    loss /= 2
+    loss.backward()
+    assert kept.loss.item() == whole and loss.item() == whole / 2
+    other, z_other, *_ = steady()
+    other(z_other, y, ids).backward()
+    assert torch.equal(z.grad, z_other.grad / 2)
+
+
 def test_evaluation_allocates_no_gradient(host: str) -> None:
     criterion, z, y, _ = steady()
     criterion.eval()
