@@ -39,11 +39,12 @@ void plant(const LastBatchArgs& a) {
 const char* last_batch_cuda(const LastBatchArgs& a, void*) {
   if (const char* reason = cuda::refusal(a)) return reason;
   static std::vector<char> workspace(sizeof(cuda::Workspace), 0);
-  const cuda::LaunchPlan plan = cuda::plan_launch(a, {4, 8});
+  cuda::LaunchPlan plan = cuda::plan_launch(a, {4, true, 8});
+  cuda::fit_grid(plan, 4 * (512 / plan.threads));
   const cuda::DeviceArgs d = cuda::device_args(a, plan, workspace.data());
-  const cuda::Kernel kernel = a.dtype == DType::f32    ? cuda::kernel_f32(plan, a.kind)
-                              : a.dtype == DType::bf16 ? cuda::kernel_bf16(plan, a.kind)
-                                                       : cuda::kernel_f16(plan, a.kind);
+  const cuda::Kernel kernel = a.dtype == DType::f32    ? cuda::kernel_f32(plan)
+                              : a.dtype == DType::bf16 ? cuda::kernel_bf16(plan)
+                                                       : cuda::kernel_f16(plan);
   const auto known = [](const void* p, size_t bytes, bool writable, const char* name) {
     if (p) emulator::add_memory(p, bytes, writable, name);
   };
