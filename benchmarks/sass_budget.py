@@ -10,9 +10,9 @@ issued; each machine instruction counts as often as the one of PTX that it comes
 blocks that collectives take when lanes are apart: roles, addresses, one row's coefficients, and what a block does once,
 shared by the eight pairs that each group takes. It overstates what the assembler moved out of loops or made twice.
 
-row work: the straight pieces of code that hold exponentials, reductions, conversions or 16-byte accesses, each once, also
-those of both forms of the buffer's dtype and what a block does once; no pieces that move single elements at a row's ends.
-It leaves out the rest, so it is too small; it needs no run.
+row work: the straight pieces of code that hold exponentials, reductions, conversions or 16-byte accesses, each once,
+also those of both forms of the buffer's dtype and what a block does once; no pieces that move single elements at a
+row's ends. It leaves out the rest, so it is too small; it needs no run.
 """
 
 from __future__ import annotations

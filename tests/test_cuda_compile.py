@@ -134,7 +134,7 @@ def test_the_launcher_compiles_with_torch_flags_and_ptx() -> None:
 
 
 def test_kernels_wait_for_the_launch_that_counts(cubins: dict[tuple[str, int], Path]) -> None:
-    """griddepcontrol.wait, which every kernel reaches before it reads what count_kernel left: a plain launch skips it."""
+    """By griddepcontrol.wait, before they read what count_kernel left; in a plain launch it does nothing."""
     for build in (("kernels_bf16", 80), ("kernels_bf16", 90)):
         for name, opcodes in instructions(cubins[build]).items():
             assert ("ACQBULK" in opcodes) == (build[1] >= 90), name

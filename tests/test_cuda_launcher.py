@@ -30,8 +30,8 @@ def pretend(
     library: Path, *, major=9, ptx=90, fits=16, fault=0, dtype=F32, classes=100_000, rows=2, driver=13000, calls=1
 ) -> list[str]:
     """What happened in the first calls of a process: a device is asked once."""
-    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).pretend; f.restype = ctypes.c_char_p; wide = ctypes.c_int64; "
-    code += "n = list(map(int, sys.argv[2:])); print(f(*n[:5], wide(n[5]), wide(n[6]), *n[7:]).decode())"
+    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).pretend; f.restype = ctypes.c_char_p; "
+    code += "wide = ctypes.c_int64; n = list(map(int, sys.argv[2:])); print(f(*n[:5], wide(n[5]), wide(n[6]), *n[7:]).decode())"
     given = map(str, (library, major, ptx, fits, fault, dtype, classes, rows, driver, calls))
     done = subprocess.run([sys.executable, "-S", "-c", code, *given], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ptx import compilers, harness, mutants
 from ptx.machine import Kernel
-from ptx.oracle import Stream, batch, compare
+from ptx.oracle import Stream, batch
 
 pytestmark = [
     pytest.mark.slow,

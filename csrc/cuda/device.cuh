@@ -176,7 +176,8 @@ DLB_DEVICE void store_packet(void* p, const Packet& v) {
 // Under a condition, without a branch.
 DLB_DEVICE void store_packet_if(bool wanted, void* p, const Packet& v) {
   asm volatile(
-      "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t@wanted st.global.v4.u32 [%0], {%1, %2, %3, %4};\n\t}" ::"l"(p),
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
+      "@wanted st.global.v4.u32 [%0], {%1, %2, %3, %4};\n\t}" ::"l"(p),
       "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "r"(static_cast<uint32_t>(wanted))
       : "memory");
 }
@@ -198,8 +199,8 @@ DLB_DEVICE void prefetch_line(const void* p) {
 #endif
 }
 
-// A launch that the next one depends on says that this may begin; the next one then waits until all that the first wrote
-// is there. Both do nothing in an ordinary launch and before sm_90.
+// A launch that the next one depends on says that this may begin; the next one then waits until all that the first
+// wrote is there. Both do nothing in an ordinary launch and before sm_90.
 DLB_DEVICE void let_next_launch_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -86,8 +86,10 @@ int64_t resident_blocks(const void* function, const LaunchPlan& plan, int multip
     if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, function, plan.threads, 0) != cudaSuccess) return 0;
     return static_cast<int64_t>(fitting) * multiprocessors;
   }
-  if (plan.cluster > 8 && cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
-    return 0;
+  if (plan.cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return 0;
+  }
   const Shape shape(plan, plan.cluster);
   if (cudaOccupancyMaxActiveClusters(&fitting, function, &shape.config) != cudaSuccess) return 0;
   return static_cast<int64_t>(fitting) * plan.cluster;
@@ -209,7 +211,7 @@ extern "C" const char* dlb_fast_cuda_build() {
   return DLB_FAST_CUDA_ARCHS " " DLB_TEXT(CUDART_VERSION);
 }
 
-const char* last_batch_cuda(const LastBatchArgs& args, void* stream) {
+const char* last_batch_cuda(const LastBatchArgs& args, void* stream, int64_t most_blocks) {
   if (const char* reason = refusal(args)) return reason;
   Device device;
   int index = 0;
@@ -219,7 +221,8 @@ const char* last_batch_cuda(const LastBatchArgs& args, void* stream) {
   if (const char* reason = workspace_for(index, on, workspace)) return reason;
   LaunchPlan plan = plan_launch(args, device);
   const Kernel kernel = kernel_of(args.dtype, plan);
-  fit_grid(plan, resident_on(index, kernel, plan, device.multiprocessors));
+  const int64_t resident = resident_on(index, kernel, plan, device.multiprocessors);
+  fit_grid(plan, resident < most_blocks ? resident : most_blocks);
   const DeviceArgs d = device_args(args, plan, workspace);
   Shape shape(plan, plan.blocks, on);
   cudaGetLastError();  // clears the error of an earlier call, which would otherwise be taken for this launch's

@@ -53,8 +53,8 @@ struct ResidentColumns {
   }
 };
 
-// Columns outside, and all where the row is not `wanted`: -inf. Returns the largest of this thread's. `copy`: where a row
-// of the same type and shift goes as it is, or null.
+// Columns outside, and all where the row is not `wanted`: -inf. Returns the largest of this thread's. `copy`: where a
+// row of the same type and shift goes as it is, or null.
 template <typename Columns, typename X, int E>
 DLB_DEVICE float load_resident(const Columns& columns, const X* row, bool wanted, float (&out)[E], X* copy = nullptr) {
   constexpr int V = Columns::V, packets = Columns::packets;

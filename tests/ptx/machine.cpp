@@ -250,7 +250,8 @@ inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_
 template <uint16_t (*to)(float)>
 inline uint32_t larger_pair(uint32_t a, uint32_t b, float (*of)(uint16_t)) {
   const auto one = [&](int shift) {
-    return static_cast<uint32_t>(to(larger(of(static_cast<uint16_t>(a >> shift)), of(static_cast<uint16_t>(b >> shift)))));
+    const float x = of(static_cast<uint16_t>(a >> shift)), y = of(static_cast<uint16_t>(b >> shift));
+    return static_cast<uint32_t>(to(larger(x, y)));
   };
   return one(0) | one(16) << 16;
 }
