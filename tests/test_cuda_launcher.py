@@ -31,7 +31,8 @@ def pretend(
 ) -> list[str]:
     """What happened in the first calls of a process: a device is asked once."""
     code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).pretend; f.restype = ctypes.c_char_p; "
-    code += "wide = ctypes.c_int64; n = list(map(int, sys.argv[2:])); print(f(*n[:5], wide(n[5]), wide(n[6]), *n[7:]).decode())"
+    code += "wide = ctypes.c_int64; n = list(map(int, sys.argv[2:])); "
+    code += "print(f(*n[:5], wide(n[5]), wide(n[6]), *n[7:]).decode())"
     given = map(str, (library, major, ptx, fits, fault, dtype, classes, rows, driver, calls))
     done = subprocess.run([sys.executable, "-S", "-c", code, *given], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
