@@ -116,13 +116,16 @@ REMOTE = (
     "{} st.shared::cluster.u32 [%r5], %r0; {}"
 )
 WHOLE = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+BEGUN = "barrier.cluster.arrive.relaxed; mov.u32 %r6, 0; barrier.cluster.wait.acquire;"  # orders nothing
 
 
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
         (WHOLE, WHOLE, ""),
+        (BEGUN, WHOLE, ""),
         ("", WHOLE, "may not have begun"),
+        (WHOLE, BEGUN, "read of shared|nobody has"),
         (WHOLE, "", "read of shared|nobody has|leaving"),
     ],
 )
@@ -135,6 +138,21 @@ def test_shared_memory_of_another_block_needs_the_cluster(before: str, after: st
     else:
         run(body, a, torch.zeros(1), blocks=2, cluster=2)
         assert a.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        ("shfl.sync.idx.b32 %r4, %r0, 5, 31, -1;", 5),
+        ("mov.u32 %r5, 0x3f80c000; mov.u32 %r6, 0xbf804000; max.bf16x2 %r4, %r5, %r6;", 0x3F804000),
+        ("mov.u32 %r5, 0x3c00c000; mov.u32 %r6, 0xfe004000; max.f16x2 %r4, %r5, %r6;", 0x3C004000),  # a NaN loses
+        ("mov.u32 %r4, 1; griddepcontrol.wait; prefetch.global.L2 [%d4];", 1),
+    ],
+)
+def test_exchanges_by_lane_and_comparisons_of_halves(body: str, value: int) -> None:
+    a = torch.zeros(32, dtype=torch.int32)
+    run(f"{body} st.global.u32 [%d3], %r4;", a, torch.zeros(32, dtype=torch.int32))
+    assert a.tolist() == [value] * 32
 
 
 @pytest.mark.parametrize(

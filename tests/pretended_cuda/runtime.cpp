@@ -9,7 +9,7 @@
 #include "plan.h"
 
 static std::string written;
-static int major_ = 9, fitting = 16, ptx = 90;
+static int major_ = 9, fitting = 16, ptx = 90, driver = 13000;
 static cudaError_t pending = cudaSuccess;
 alignas(128) static char memory[1 << 22];
 
@@ -22,22 +22,27 @@ namespace cuda {
 struct DeviceArgs;
 using Kernel = void (*)(DeviceArgs);
 static Kernel named(const char* name) { return written += name, reinterpret_cast<Kernel>(&stub); }
-Kernel kernel_f32(const LaunchPlan&, TeacherKind) { return named("f32\n"); }
-Kernel kernel_bf16(const LaunchPlan&, TeacherKind) { return named("bf16\n"); }
-Kernel kernel_f16(const LaunchPlan&, TeacherKind) { return named("f16\n"); }
+Kernel kernel_f32(const LaunchPlan&) { return named("f32\n"); }
+Kernel kernel_bf16(const LaunchPlan&) { return named("bf16\n"); }
+Kernel kernel_f16(const LaunchPlan&) { return named("f16\n"); }
 }  // namespace cuda
 }  // namespace dlb_fast
 
 extern "C" {
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
-  *value = what == cudaDevAttrMultiProcessorCount ? 132 : what == cudaDevAttrComputeCapabilityMajor ? major_ : 1;
+  *value = what == cudaDevAttrMultiProcessorCount ? 132 : major_ >= 9;
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* built, const void*) {
   return built->ptxVersion = ptx, cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = driver, cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void*, int threads, size_t) {
+  written += "room for " + std::to_string(threads) + "\n";
+  return *count = 512 / threads, cudaSuccess;
+}
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
   const int size = static_cast<int>(config->attrs[0].val.clusterDim.x);
   written += "fits " + std::to_string(size) + "\n";
@@ -63,8 +68,15 @@ cudaError_t cudaUserObjectCreate(cudaUserObject_t*, void*, cudaHostFn_t, unsigne
 cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) { return cudaSuccess; }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
   ++launches;
-  written += "cluster " + std::to_string(config->attrs[0].val.clusterDim.x);
-  written += " of " + std::to_string(config->blockDim.x) + "\n";
+  int cluster = 1, early = 0;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = static_cast<int>(attribute.val.clusterDim.x);
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      early = attribute.val.programmaticStreamSerializationAllowed;
+  }
+  written += cluster > 1 ? "cluster " + std::to_string(cluster) : std::to_string(config->gridDim.x) + " blocks";
+  written += " of " + std::to_string(config->blockDim.x) + (early ? ", early\n" : "\n");
   return pending;
 }
 // What nvcc's code calls around <<<>>>; the stub then runs as a host function.
@@ -81,13 +93,15 @@ void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*,
 
 // One call on a device of this compute capability, whose clusters hold `fits` blocks, with a fault pending or not.
 __attribute__((visibility("default"))) const char* pretend(int major, int ptx_version, int fits, int fault, int dtype,
-                                                           int64_t classes) {
-  major_ = major, ptx = ptx_version, fitting = fits;
+                                                           int64_t classes, int64_t rows, int driver_version,
+                                                           int calls) {
+  major_ = major, ptx = ptx_version, fitting = fits, driver = driver_version;
   pending = fault ? cudaErrorIllegalAddress : cudaSuccess;
   dlb_fast::LastBatchArgs args;
-  args.batch = 2, args.classes = args.logits_stride = classes;
+  args.batch = rows, args.classes = args.logits_stride = classes;
   args.dtype = args.teacher_dtype = static_cast<dlb_fast::DType>(dtype);
-  const char* said = dlb_fast::last_batch_cuda(args, nullptr);
+  const char* said = nullptr;
+  for (int i = 0; i < calls; ++i) said = dlb_fast::last_batch_cuda(args, nullptr);
   written += said == nullptr ? "fine" : said;
   return written.c_str();
 }

@@ -59,6 +59,7 @@ struct Launch {
   const unsigned char* parameters;
   const Range* range;
   unsigned char* executed;  // per instruction
+  uint64_t* issued;         // per instruction, by how many warps and how often
 };
 struct Counters {
   uint64_t loads16, stores16, loads, stores, bytes_loaded, bytes_stored, prefetched;
@@ -131,6 +132,7 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Warp*> waiting;
   uint32_t epoch = 0;
+  bool met = false;  // every block has begun
 };
 struct Warp {
   Block* block;
@@ -245,12 +247,21 @@ inline float of_bf16(uint16_t v) { return float_of(static_cast<uint32_t>(v) << 1
 inline uint16_t to_f16(float v) { return v != v ? 0x7fff : __builtin_bit_cast(uint16_t, static_cast<_Float16>(v)); }
 inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_Float16, v)); }
 
+template <uint16_t (*to)(float)>
+inline uint32_t larger_pair(uint32_t a, uint32_t b, float (*of)(uint16_t)) {
+  const auto one = [&](int shift) {
+    const float x = of(static_cast<uint16_t>(a >> shift)), y = of(static_cast<uint16_t>(b >> shift));
+    return static_cast<uint32_t>(to(larger(x, y)));
+  };
+  return one(0) | one(16) << 16;
+}
+
 // name, what it does; x, y, z are the operands of a lane in this type.
 // Handled by hand; the collectives stand together.
 #define SPECIAL_OPERATIONS(X) \
   X(nop, ) X(exit_, ) X(bra, ) X(trap, ) X(special, ) X(ld_param, ) X(ld_global, ) X(st_global, ) X(ld_shared, ) \
   X(st_shared, ) X(st_cluster, ) X(atom_add_relaxed, ) X(atom_add_acq_rel, ) X(fence, ) X(prefetch, ) X(bar_sync, ) \
-  X(bar_warp, ) X(cluster_sync, ) X(shfl_bfly, ) X(vote_any, ) X(redux_add, ) \
+  X(bar_warp, ) X(cluster_sync, ) X(cluster_meet, ) X(shfl_bfly, ) X(shfl_idx, ) X(vote_any, ) X(redux_add, ) \
   X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
 #define OPERATIONS_OF_LANES(X) \
   X(mov_pred, UN(bool, bool, x)) X(mov_b16, UN(uint16_t, uint16_t, x)) X(mov_b32, UN(uint32_t, uint32_t, x)) \
@@ -265,6 +276,8 @@ inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_
   X(rcp_f32, UN(float, float, 1.0f / x)) X(rcp_approx_f32, UN(float, float, rcp_approximate(x, seed))) \
   X(ex2_approx_f32, UN(float, float, ex2_approximate(x, seed))) \
   X(lg2_approx_f32, UN(float, float, lg2_approximate(x, seed))) \
+  X(max_bf16x2, BI(uint32_t, uint32_t, larger_pair<to_bf16>(x, y, of_bf16))) \
+  X(max_f16x2, BI(uint32_t, uint32_t, larger_pair<to_f16>(x, y, of_f16))) \
   X(min_f32, BI(float, float, smaller(x, y))) X(max_f32, BI(float, float, larger(x, y))) \
   X(neg_f32, UN(float, float, -x)) X(abs_f32, UN(float, float, std::fabs(x))) \
   X(abs_ftz_f32, UN(float, float, flushed(std::fabs(x)))) \
@@ -726,13 +739,14 @@ class Machine {
 
   // A collective of all lanes. True: the warp goes on; false: it waits.
   bool collective(const Instruction& i) {
-    if (i.op != op_bar_sync && i.op != op_cluster_sync && i.op < op_st_matrix) {
+    if (i.op != op_bar_sync && i.op != op_cluster_sync && i.op != op_cluster_meet && i.op < op_st_matrix) {
       const uint32_t* const named = row<uint32_t>(i.r[4]);
       for (int l = 0; l < lanes_per_warp; ++l)
         if (named[l] != everybody) fault("a collective that does not name all lanes");
     }
     switch (i.op) {
-      case op_shfl_bfly: {
+      case op_shfl_bfly:
+      case op_shfl_idx: {
         uint32_t from[lanes_per_warp];
         std::memcpy(from, row<uint32_t>(i.r[1]), sizeof from);
         const uint32_t *const mask = row<uint32_t>(i.r[2]), *const clamp = row<uint32_t>(i.r[3]);
@@ -740,7 +754,8 @@ class Machine {
           if (clamp[l] != 31) fault("an exchange within parts of a warp");
         if (i.imm != no_register) std::memset(row<bool>(static_cast<int32_t>(i.imm)), 1, lanes_per_warp);
         uint32_t* const d = row<uint32_t>(i.r[0]);
-        for (int l = 0; l < lanes_per_warp; ++l) d[l] = from[(static_cast<uint32_t>(l) ^ mask[l]) & 31];
+        for (int l = 0; l < lanes_per_warp; ++l)
+          d[l] = from[(i.op == op_shfl_idx ? mask[l] : static_cast<uint32_t>(l) ^ mask[l]) & 31];
         break;
       }
       case op_vote_any: {
@@ -791,11 +806,15 @@ class Machine {
         block.waiting.clear();
         return false;  // the last to arrive need not be the first to go on
       }
-      case op_cluster_sync: {
+      case op_cluster_sync:
+      case op_cluster_meet: {
         Cluster& cluster = *warp_->block->cluster;
         if (!arrive(cluster.waiting, cluster.blocks.size() * warp_->block->warps.size())) return false;
-        ++cluster.epoch;
-        share_known(cluster.waiting);
+        cluster.met = true;
+        if (i.op == op_cluster_sync) {  // a relaxed arrival orders no access
+          ++cluster.epoch;
+          share_known(cluster.waiting);
+        }
         runnable_.insert(runnable_.end(), cluster.waiting.begin(), cluster.waiting.end());
         cluster.waiting.clear();
         return false;
@@ -821,7 +840,7 @@ class Machine {
         if (w.alive != everybody) fault("a collective of a warp of which lanes have left");
         for (int l = 0; l < lanes_per_warp; ++l) w.pc[l] = pc + 1;
         w.blocked = 0;
-        launch_.executed[pc] = 1;
+        launch_.executed[pc] = 1, ++launch_.issued[pc];
         if (!collective(code[pc])) return;
         continue;
       }
@@ -849,12 +868,14 @@ class Machine {
           active &= i.guard_kind == 1 ? holds : ~holds;
         }
         if (active != 0) launch_.executed[pc] = 1;
+        ++launch_.issued[pc];
         if (i.op >= op_bar_sync && i.op <= op_ld_matrix) {
           if (mask == w.alive && mask == everybody) {
             if (collective(i)) continue;
             put(mask, pc + 1);
             return;
           }
+          --launch_.issued[pc];
           put(mask, pc);
           w.blocked |= mask;
           break;
@@ -1002,7 +1023,7 @@ class Machine {
           const uint32_t a = static_cast<uint32_t>(at), rank = (a >> 24) - 1;
           auto& blocks = warp_->block->cluster->blocks;
           if (rank >= blocks.size()) fault("no such block in the cluster");
-          if (warp_->block->cluster->epoch == 0)
+          if (!warp_->block->cluster->met)
             fault("write into the shared memory of a block that may not have begun");
           Block& other = *blocks[rank];
           if (other.running < other.warps.size()) fault("write into the shared memory of a block that is leaving");
@@ -1012,11 +1033,13 @@ class Machine {
         lanes(mask, [&](int l) {
           const uintptr_t at = lane_value(i.r[4], 8, l) + static_cast<uint64_t>(i.imm);
           const size_t bytes = lane_value(i.r[1], 4, l);
-          if (at % 16 != 0 || bytes % 16 != 0 || bytes == 0) fault("a bulk prefetch moves whole packets of 16 bytes");
+          const bool line = i.flags != 0;  // that of a byte
+          if (!line && (at % 16 != 0 || bytes % 16 != 0 || bytes == 0))
+            fault("a bulk prefetch moves whole packets of 16 bytes");
           const bool inside = std::any_of(areas_.begin(), areas_.end(),
                                           [&](const Area& a) { return at + 16 > a.begin && at + bytes <= a.end; });
           if (!inside) fault("out of bounds prefetch");
-          counters_.prefetched += bytes;
+          counters_.prefetched += line ? 128 : bytes;
         });
         return;
 #define CASE(name, body) \

@@ -109,6 +109,7 @@ class _Launch(ctypes.Structure):
         ("parameters", ctypes.c_char_p),
         ("range", ctypes.POINTER(_Range)),
         ("executed", ctypes.c_void_p),
+        ("issued", ctypes.c_void_p),
     )
 
 
@@ -139,6 +140,7 @@ class Kernel:
     def __init__(self, program: Program, shared_bytes: int = 0) -> None:
         self.program, self._library = program, _library()[0]
         self.executed = bytearray(len(program.code))
+        self.issued = (ctypes.c_uint64 * len(program.code))()
         code = ptx.packed(program.code, _library()[1])
         constants = (_Constant * max(len(program.constants), 1))(*program.constants)
         self._raw = _Program(
@@ -173,6 +175,7 @@ class Kernel:
             parameters,
             memory,
             ctypes.addressof(executed),
+            ctypes.addressof(self.issued),
         )
         counters, error = _Counters(), ctypes.create_string_buffer(2000)
         failed = self._library.ptx_run(

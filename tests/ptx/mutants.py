@@ -9,7 +9,7 @@ from dataclasses import replace
 from .machine import Fault, Kernel
 from .program import Instruction, Program
 
-BARRIERS = ("bar_sync", "bar_warp", "cluster_sync")
+BARRIERS = ("bar_sync", "bar_warp", "cluster_sync", "cluster_meet")
 STORES = ("st_global", "st_shared", "st_cluster")
 ACCESSES = ("ld_global", "ld_shared", *STORES)
 

@@ -109,6 +109,8 @@ def _table() -> dict[str, tuple[str, tuple[int, ...], int]]:
         known(f"cvt.rn.{name}", f"cvt_{name.replace('.', '_')}", WIDTH[to], WIDTH[of])
     known("cvt.rn.bf16x2.f32", "cvt_bf16x2_f32", 4, 4, 4)
     known("cvt.rn.f16x2.f32", "cvt_f16x2_f32", 4, 4, 4)
+    known("max.bf16x2", "max_bf16x2", 4, 4, 4)
+    known("max.f16x2", "max_f16x2", 4, 4, 4)
     known("mapa.shared::cluster.u32", "mapa", 4, 4, 4)
     # An address within global or shared memory and the generic one are the same number here.
     known("cvta.to.global.u64 cvta.global.u64", "mov_b64", 8, 8)
@@ -137,6 +139,7 @@ class Instruction:
     flags: int = 0
     imm: int = 0
     text: str = ""
+    line: int = 0  # of the module's text
 
 
 @dataclass
@@ -184,7 +187,9 @@ class _Decoder:
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self.jumps: list[tuple[int, str]] = []
+        self.arrived = ""  # how a cluster's barrier that is not waited for yet
         head, _, body = text.partition(")")
+        self.line = module[: module.index(text) + text.index("{", len(head))].count("\n") + 1
         self._parameters(head)
         for kind in re.finditer(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]", module):
             self.symbols[kind.group(1)] = ("shared", 0)
@@ -266,7 +271,8 @@ class _Decoder:
 
     def _body(self, body: str) -> None:
         for statement in body.split(";"):
-            rest = statement.strip()
+            rest, first = statement.strip(), len(self.code)
+            self.line += statement.count("\n")
             while rest:
                 if rest[0] == "{":
                     self.rows.append({})
@@ -289,6 +295,8 @@ class _Decoder:
                 continue
             try:
                 self._instruction(" ".join(rest.split()))
+                for made in self.code[first:]:
+                    made.line = self.line
             except UnknownPtx as error:
                 raise UnknownPtx(f"{self.name}: {' '.join(rest.split())}: {error}") from None
         raise UnknownPtx(f"{self.name}: no end")
@@ -345,6 +353,12 @@ class _Decoder:
             made.operation = "prefetch"
             made.r[4], made.r[5], made.imm, _ = self._address(operands[0])
             made.r[1] = self._value(operands[1], 4)
+        elif opcode == "prefetch.global.L2":
+            made.operation = "prefetch"
+            made.r[4], made.r[5], made.imm, _ = self._address(operands[0])
+            made.r[1], made.flags = self._constant(1, 4), 1
+        elif opcode in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+            made.operation = "nop"  # launches run one after the other here
         elif opcode in TABLE:
             made.operation, widths, made.imm = TABLE[opcode]
             if len(operands) != len(widths):
@@ -363,15 +377,18 @@ class _Decoder:
             made.operation = "bar_sync"
         elif opcode == "bar.warp.sync":
             made.operation, made.r[4] = "bar_warp", self._value(operands[0], 4)
-        elif opcode == "barrier.cluster.arrive.release":
+        elif opcode in ("barrier.cluster.arrive.release", "barrier.cluster.arrive.relaxed"):
             made.operation = "nop"
+            self.arrived = opcode
         elif opcode == "barrier.cluster.wait.acquire":
-            if not self.code or not self.code[-1].text.startswith("barrier.cluster.arrive"):
+            together = self.code[-1].text.startswith("barrier.cluster.arrive.release") if self.code else False
+            if not together and self.arrived != "barrier.cluster.arrive.relaxed":
                 raise UnknownPtx("a cluster's arrive and wait apart")
-            made.operation = "cluster_sync"
-        elif opcode == "shfl.sync.bfly.b32":
+            made.operation = "cluster_sync" if together else "cluster_meet"
+            self.arrived = ""
+        elif opcode in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32"):
             result, _, second = operands[0].partition("|")
-            made.operation, made.imm = "shfl_bfly", NO_REGISTER
+            made.operation, made.imm = f"shfl_{opcode.split('.')[2]}", NO_REGISTER
             if second:
                 made.imm = self._value(second, 1)
             made.r[:5] = [self._value(operand, 4) for operand in (result, *operands[1:])]
