@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from . import harness
+from .machine import Kernel
 from .oracle import Stream, compare
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("none", "logits", "roll", "virtual", "probabilities")
+FORMS = ("labels", "labels", "pair", "dense")
 CLASSES = (1, 2, 7, 10, 16, 31, 33, 100, 127, 129, 250, 500, 999, 1000, 1024, 1025, 1500, 4097, 16390)
 
 
@@ -23,25 +27,32 @@ def strided(
     return view.copy_((torch.randn(rows, classes, generator=g) * scale + pick.choice([0.0, 0.0, 50.0])).to(dtype))
 
 
-def one_case(seed: int) -> str:
+def one_case(
+    seed: int, dtypes: Sequence[torch.dtype] = FLOATS, all_classes: Sequence[int] = CLASSES,
+    all_rows: Sequence[int] = (1, 2, 3, 4, 5, 8, 13), kinds: Sequence[str] = KINDS, forms: Sequence[str] = FORMS,
+    kernel: Callable[[str, str], Kernel] = harness.kernel,
+) -> str:  # fmt: skip
     """Runs one case; returns the words that describe it."""
     pick, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    classes, dtype = pick.choice(CLASSES), pick.choice(FLOATS)
-    rows = pick.choice([1, 2, 3, 4, 5, 8, 13]) if classes < 4000 else pick.choice([1, 2, 4])
+    torch.manual_seed(seed)
+    classes, dtype = pick.choice(all_classes), pick.choice(dtypes)
+    rows = pick.choice(all_rows) if classes < 4000 else pick.choice([1, 2, 4])
     clusters = pick.choice([0, 8])
-    emulator = harness.Emulator(multiprocessors=pick.choice([1, 4, 100]), largest_cluster=clusters, seed=seed)
+    emulator = harness.Emulator(
+        multiprocessors=pick.choice([1, 4, 100]), largest_cluster=clusters, seed=seed, kernel=kernel
+    )
     logits = strided(rows, classes, dtype, pick, g, pick.choice([0.1, 2.0, 10.0]))
     target: torch.Tensor | None = torch.randint(0, classes, (rows,), generator=g)
     options: dict[str, Any] = {
         "alpha": pick.choice([0.0, 0.5, 1.0]), "temperature": pick.choice([1.0, 2.5, 4.0]),
         "reduction": pick.choice(["mean", "sum", "none"]), "label_smoothing": pick.choice([0.0, 0.0, 0.1]),
     }  # fmt: skip
-    kind = pick.choice(["none", "logits", "roll", "virtual", "probabilities"])
+    kind = pick.choice(kinds)
     if pick.random() < 0.3:
         target[torch.rand(rows, generator=g) < 0.5] = -100
     if pick.random() < 0.25:
         options["weight"] = torch.rand(classes, generator=g) + 0.1
-    form = pick.choice(["labels", "labels", "pair", "dense"])
+    form = pick.choice(forms)
     if form == "pair":
         options["target_b"] = torch.randint(0, classes, (rows,), generator=g)
         options["lam"] = torch.rand(rows, generator=g)

@@ -58,6 +58,7 @@ struct Range {
 struct Launch {
   int32_t blocks, threads, cluster, ranges;
   uint64_t seed, card;  // who comes first; how the approximations err
+  uint64_t steps;       // instructions of warps after which it has hung
   const unsigned char* parameters;
   Range* range;
   unsigned char* executed;  // per instruction
@@ -996,7 +997,7 @@ class Machine {
           active &= guarded(i);
         }
         if (active != 0) launch_.executed[pc] = 1;
-        ++counters_.steps;
+        if (++counters_.steps > launch_.steps) fault("does not end");
         if (static_cast<int32_t>(pc) == launch_.mutant && execute_mutant(i, mask, active, seed)) continue;
         if (i.op >= op_bar_sync && i.op <= op_ld_matrix) {
           if (mask == w.alive && mask == everybody) {

@@ -109,6 +109,7 @@ class _Launch(ctypes.Structure):
         *((n, ctypes.c_int32) for n in ("blocks", "threads", "cluster", "ranges")),
         ("seed", ctypes.c_uint64),
         ("card", ctypes.c_uint64),
+        ("steps", ctypes.c_uint64),
         ("parameters", ctypes.c_char_p),
         ("range", ctypes.POINTER(_Range)),
         ("executed", ctypes.c_void_p),
@@ -155,6 +156,7 @@ class Kernel:
         self.launches: list[dict[str, int]] | None = None
         self.mutant: tuple[int, ptx.Instruction] | None = None
         self.noise, self.orders = False, bytearray()
+        self.steps = 2**40  # after which a launch has hung
         code = ptx.packed(program.code, _library()[1])
         constants = (_Constant * max(len(program.constants), 1))(*program.constants)
         self._raw = _Program(
@@ -198,6 +200,7 @@ class Kernel:
             len(ranges),
             seed,
             seed if card is None else card,
+            self.steps,
             parameters,
             memory,
             ctypes.addressof(executed),
