@@ -62,6 +62,7 @@ struct Launch {
   const unsigned char* parameters;
   Range* range;
   unsigned char* executed;  // per instruction
+  uint64_t* issued;         // per instruction, by how many warps and how often
   // A mutant: where, and what stood there; noise: its results are noise where they differ from what they were.
   int32_t mutant, noise;
   const Instruction* original;
@@ -281,12 +282,20 @@ inline float of_bf16(uint16_t v) { return float_of(static_cast<uint32_t>(v) << 1
 inline uint16_t to_f16(float v) { return v != v ? 0x7fff : __builtin_bit_cast(uint16_t, static_cast<_Float16>(v)); }
 inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_Float16, v)); }
 
+template <uint16_t (*to)(float), float (*of)(uint16_t)>
+inline uint32_t larger_pair(uint32_t a, uint32_t b) {
+  const auto one = [&](int shift) {
+    return uint32_t{to(larger(of(static_cast<uint16_t>(a >> shift)), of(static_cast<uint16_t>(b >> shift))))};
+  };
+  return one(0) | one(16) << 16;
+}
+
 // name, what it does; x, y, z are the operands of a lane in this type.
 // Handled by hand; the collectives stand together.
 #define SPECIAL_OPERATIONS(X) \
   X(nop, ) X(exit_, ) X(bra, ) X(trap, ) X(special, ) X(ld_param, ) X(ld_global, ) X(st_global, ) X(ld_shared, ) \
   X(st_shared, ) X(st_cluster, ) X(atom_add_relaxed, ) X(atom_add_acq_rel, ) X(fence, ) X(prefetch, ) X(launch_wait, ) X(gone, ) X(bar_sync, ) \
-  X(bar_warp, ) X(cluster_arrive, ) X(cluster_wait, ) X(shfl_bfly, ) X(vote_any, ) X(redux_add, ) \
+  X(bar_warp, ) X(cluster_arrive, ) X(cluster_wait, ) X(shfl_bfly, ) X(shfl_idx, ) X(vote_any, ) X(redux_add, ) \
   X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
 #define OPERATIONS_OF_LANES(X) \
   X(mov_pred, UN(bool, bool, x)) X(mov_b16, UN(uint16_t, uint16_t, x)) X(mov_b32, UN(uint32_t, uint32_t, x)) \
@@ -301,6 +310,8 @@ inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_
   X(rcp_f32, UN(float, float, 1.0f / x)) X(rcp_approx_f32, UN(float, float, rcp_approximate(x, seed))) \
   X(ex2_approx_f32, UN(float, float, ex2_approximate(x, seed))) \
   X(lg2_approx_f32, UN(float, float, lg2_approximate(x, seed))) \
+  X(max_bf16x2, BI(uint32_t, uint32_t, (larger_pair<to_bf16, of_bf16>(x, y)))) \
+  X(max_f16x2, BI(uint32_t, uint32_t, (larger_pair<to_f16, of_f16>(x, y)))) \
   X(min_f32, BI(float, float, smaller(x, y))) X(max_f32, BI(float, float, larger(x, y))) \
   X(neg_f32, UN(float, float, -x)) X(abs_f32, UN(float, float, std::fabs(x))) \
   X(abs_ftz_f32, UN(float, float, flushed(std::fabs(x)))) \
@@ -849,7 +860,8 @@ class Machine {
         if (named[l] != everybody) fault("a collective that does not name all lanes");
     }
     switch (i.op) {
-      case op_shfl_bfly: {
+      case op_shfl_bfly:
+      case op_shfl_idx: {
         uint32_t from[lanes_per_warp];
         std::memcpy(from, row<uint32_t>(i.r[1]), sizeof from);
         const uint32_t *const mask = row<uint32_t>(i.r[2]), *const clamp = row<uint32_t>(i.r[3]);
@@ -857,7 +869,8 @@ class Machine {
           if (clamp[l] != 31) fault("an exchange within parts of a warp");
         if (i.imm != no_register) std::memset(row<bool>(static_cast<int32_t>(i.imm)), 1, lanes_per_warp);
         uint32_t* const d = row<uint32_t>(i.r[0]);
-        for (int l = 0; l < lanes_per_warp; ++l) d[l] = from[(static_cast<uint32_t>(l) ^ mask[l]) & 31];
+        for (int l = 0; l < lanes_per_warp; ++l)
+          d[l] = from[(i.op == op_shfl_idx ? mask[l] : static_cast<uint32_t>(l) ^ mask[l]) & 31];
         break;
       }
       case op_vote_any: {
@@ -965,7 +978,7 @@ class Machine {
         if (w.alive != everybody) fault("a collective of a warp of which lanes have left");
         for (int l = 0; l < lanes_per_warp; ++l) w.pc[l] = pc + 1;
         w.blocked = 0;
-        launch_.executed[pc] = 1;
+        launch_.executed[pc] = 1, ++launch_.issued[pc];
         ++counters_.steps;
         const bool goes_on = collective(code[pc]);
         if (w.again)
@@ -997,6 +1010,7 @@ class Machine {
           active &= guarded(i);
         }
         if (active != 0) launch_.executed[pc] = 1;
+        ++launch_.issued[pc];
         if (++counters_.steps > launch_.steps) fault("does not end");
         if (static_cast<int32_t>(pc) == launch_.mutant && execute_mutant(i, mask, active, seed)) continue;
         if (i.op >= op_bar_sync && i.op <= op_ld_matrix) {
@@ -1006,6 +1020,7 @@ class Machine {
             w.again = false;
             return;
           }
+          --launch_.issued[pc];  // but once, when all lanes have met
           put(mask, pc);
           w.blocked |= mask;
           break;
@@ -1166,7 +1181,9 @@ class Machine {
         lanes(mask, [&](int l) {
           const uintptr_t at = lane_value(i.r[4], 8, l) + static_cast<uint64_t>(i.imm);
           const size_t bytes = lane_value(i.r[1], 4, l);
-          if (at % 16 != 0 || bytes % 16 != 0 || bytes == 0) fault("a bulk prefetch moves whole packets of 16 bytes");
+          if (i.flags != 0) counters_.prefetched += 127;  // the line of a byte
+          else if (at % 16 != 0 || bytes % 16 != 0 || bytes == 0)
+            fault("a bulk prefetch moves whole packets of 16 bytes");
           const bool inside = std::any_of(areas_.begin(), areas_.end(),
                                           [&](const Area& a) { return at + 16 > a.begin && at + bytes <= a.end; });
           if (!inside) fault("out of bounds prefetch");

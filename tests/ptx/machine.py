@@ -113,6 +113,7 @@ class _Launch(ctypes.Structure):
         ("parameters", ctypes.c_char_p),
         ("range", ctypes.POINTER(_Range)),
         ("executed", ctypes.c_void_p),
+        ("issued", ctypes.c_void_p),
         ("mutant", ctypes.c_int32),
         ("noise", ctypes.c_int32),
         ("original", ctypes.c_char_p),
@@ -153,6 +154,7 @@ class Kernel:
     def __init__(self, program: Program, shared_bytes: int = 0) -> None:
         self.program, self._library = program, _library()[0]
         self.executed = bytearray(len(program.code))
+        self.issued = (ctypes.c_uint64 * len(program.code))()
         self.launches: list[dict[str, int]] | None = None
         self.mutant: tuple[int, ptx.Instruction] | None = None
         self.noise, self.orders = False, bytearray()
@@ -204,6 +206,7 @@ class Kernel:
             parameters,
             memory,
             ctypes.addressof(executed),
+            ctypes.addressof(self.issued),
             self.mutant[0] if self.mutant else -1,
             self.noise,
             original,

@@ -94,6 +94,16 @@ class Verdict:
 
 Case = Callable[[Kernel], None]
 ENOUGH = 8  # differences in effect that leave no trace, before a trace is taken to be impossible
+TRAFFIC = ("loads16", "stores16", "loads", "stores", "bytes_loaded", "bytes_stored", "prefetched")
+
+
+@dataclass
+class Trace:
+    """Of a mutant that no call has noticed: how often it differed in effect, and what it left as it was."""
+
+    differs: int = 0
+    same: bool = True  # every byte of memory behind every launch
+    traffic: bool = True  # what the launches moved
 
 
 class Study:
@@ -103,74 +113,95 @@ class Study:
     launch that does not end. What no call notices is explained by the first of these rules that holds in all launches:
 
     - idle: the instruction did what the original does, in every lane of every launch. (A predicate that always holds.)
-    - unused: so it is with noise in place of each of its results that differ.
-    - masked: its effect differed at least ``ENOUGH`` times, and every byte that any launch left in memory is the same.
-    - rounded: the bytes differ, in floating point and by less than the arithmetic may err.
+    - unused: nor is anything noticed with noise in place of each of its results that differ.
+    - traffic: memory is the same to the bit, and the launches loaded, stored or prefetched more or less: time, no result.
+    - masked: its effect differed at least ``ENOUGH`` times, and memory is the same to the bit. (A shortcut around what
+      would change nothing; a test that another one repeats; a store of the number that is there.)
+    - rounded: bytes differ, by less than the arithmetic may err, after as many differences.
 
-    A store to another place has no such excuse, nor has too small a number of differences: that asks for more calls.
+    ``more`` calls are made for what differed less often. What none of the rules explains is a call that is missing.
+
     A barrier, fence or release is *redundant* where no two conflicting accesses of any launch lack an order: the machine
     checks them all, by what orders them under every schedule, and says for each barrier which others do.
     """
 
-    def __init__(self, kernel: Kernel, cases: list[Case]) -> None:
-        self.kernel, self.cases, self.base = kernel, [], []
+    def __init__(self, kernel: Kernel, cases: list[Case], more: list[Case] | None = None) -> None:
+        self.kernel, self.cases, self.more = kernel, [], more or []
+        self.base: list[list[dict[str, int]]] = []
+        self.steps = 0
         kernel.executed[:] = bytes(len(kernel.executed))
+        self._extend(cases)
+
+    def _extend(self, cases: list[Case]) -> None:
+        """Make calls of the right kernel; some lead to another one and are left out."""
         for case in cases:
-            kernel.launches = []
-            case(kernel)
-            if kernel.launches:  # another kernel's otherwise
+            self.kernel.launches = []
+            case(self.kernel)
+            if self.kernel.launches:
                 self.cases.append(case)
-                self.base.append([one["digest"] for one in kernel.launches])
-                self.steps = max([getattr(self, "steps", 0), *(one["steps"] for one in kernel.launches)])
-        kernel.launches = None
+                self.base.append(self.kernel.launches)
+                self.steps = max([self.steps, *(one["steps"] for one in self.kernel.launches)])
+        self.kernel.launches = None
 
     def reached(self, mutants: Iterator[Mutant]) -> list[Mutant]:
         """Those whose instruction the calls execute."""
         return [mutant for mutant in mutants if all(self.kernel.executed[at] for at in mutant.changes)]
 
-    def _survives(self, kernel: Kernel) -> tuple[int, bool] | None:
-        """None where a call notices; how often the instruction differed, and whether all memory is the same."""
-        kernel.steps, differs, same = 4 * self.steps + 100_000, 0, True
-        for case, digests in zip(self.cases, self.base, strict=True):
+    def sampled(self, count: int) -> list[Mutant]:
+        """As many wrong indices and as many lost predicates."""
+        chosen: list[Mutant] = []
+        for seed, change in enumerate((wrong_indices, lost_predicates)):
+            reached = self.reached(change(self.kernel.program))
+            chosen += random.Random(seed).sample(reached, min(count, len(reached)))
+        return chosen
+
+    def _survives(self, kernel: Kernel, trace: Trace, first: int = 0) -> bool:
+        kernel.steps = 4 * self.steps + 100_000
+        for case, base in zip(self.cases[first:], self.base[first:], strict=True):
             kernel.launches = []
             try:
                 case(kernel)
             except (Fault, AssertionError, RuntimeError, ValueError):
-                return None
-            differs += sum(one["infected"] for one in kernel.launches)
-            same &= [one["digest"] for one in kernel.launches] == digests
-        return differs, same
+                return False
+            trace.differs += sum(one["infected"] for one in kernel.launches)
+            trace.same &= [one["digest"] for one in kernel.launches] == [one["digest"] for one in base]
+            trace.traffic &= all(
+                a[key] == b[key] for a, b in zip(kernel.launches, base, strict=False) for key in TRAFFIC
+            )
+        return True
 
     def judge(self, mutant: Mutant) -> Verdict:
         code, at = self.kernel.program.code, mutant.at
-        barrier = mutant.kind in ("barrier", "fence", "release")
-        changed = self.kernel.changed(mutant.changes, mutant.program)
+        changed, trace = self.kernel.changed(mutant.changes, mutant.program), Trace()
         changed.orders = bytearray(4 * len(code) if mutant.kind == "barrier" else 0)
-        found = self._survives(changed)
-        if found is None:
-            return Verdict(mutant, code[at].text, "noticed")
-        differs, same = found
-        if barrier:
+        survives = self._survives(changed, trace)
+        if mutant.kind in ("barrier", "fence", "release"):
             counts = memoryview(changed.orders).cast("I") if changed.orders else ()
             instead = {f"{i}: {code[i].text}": int(count) for i, count in enumerate(counts) if count}
-            return Verdict(mutant, code[at].text, "redundant", differs, instead)
+            return Verdict(mutant, code[at].text, "redundant" if survives else "noticed", trace.differs, instead)
+        if survives and 0 < trace.differs < ENOUGH and trace.traffic and self.more:
+            first = len(self.cases)
+            self._extend(self.more)
+            self.more = []
+            survives = self._survives(changed, trace, first)
+        if not survives:
+            return Verdict(mutant, code[at].text, "noticed")
         why = ""
-        operation = code[at].operation
-        if not differs:
+        if not trace.differs:
             why = "idle"
-        elif operation.startswith(("st_", "atom")) and mutant.kind == "address":
-            why = ""
-        elif differs >= ENOUGH and same:
-            why = "masked"
-        elif differs >= ENOUGH:
-            why = "rounded"
-        if differs and code[at].width > 1 and not operation.startswith(("st_", "atom", "setp")):
-            changed = self.kernel.changed(mutant.changes, mutant.program)
-            changed.noise = True
-            if self._survives(changed) is not None:
-                why = "unused"
-        return Verdict(mutant, code[at].text, why, differs)
+        elif self._unused(mutant):
+            why = "unused"
+        elif trace.same and not trace.traffic:
+            why = "traffic"
+        elif trace.differs >= ENOUGH:
+            why = "masked" if trace.same else "rounded"
+        return Verdict(mutant, code[at].text, why, trace.differs)
 
+    def _unused(self, mutant: Mutant) -> bool:
+        one = self.kernel.program.code[mutant.at]
+        if one.width < 2 or one.operation.startswith(("st_", "atom", "bra")):
+            return False
+        changed = self.kernel.changed(mutant.changes, mutant.program)
+        changed.noise = True
+        return self._survives(changed, Trace())
 
-def sample(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
-    return random.Random(seed).sample(mutants, min(count, len(mutants)))

@@ -109,6 +109,8 @@ def _table() -> dict[str, tuple[str, tuple[int, ...], int]]:
         known(f"cvt.rn.{name}", f"cvt_{name.replace('.', '_')}", WIDTH[to], WIDTH[of])
     known("cvt.rn.bf16x2.f32", "cvt_bf16x2_f32", 4, 4, 4)
     known("cvt.rn.f16x2.f32", "cvt_f16x2_f32", 4, 4, 4)
+    known("max.bf16x2", "max_bf16x2", 4, 4, 4)
+    known("max.f16x2", "max_f16x2", 4, 4, 4)
     known("mapa.shared::cluster.u32", "mapa", 4, 4, 4)
     # An address within global or shared memory and the generic one are the same number here.
     known("cvta.to.global.u64 cvta.global.u64", "mov_b64", 8, 8)
@@ -137,6 +139,7 @@ class Instruction:
     flags: int = 0
     imm: int = 0
     text: str = ""
+    line: int = 0  # of the module's text
 
 
 @dataclass
@@ -191,6 +194,7 @@ class _Decoder:
         self.labels: dict[str, int] = {}
         self.jumps: list[tuple[int, str]] = []
         head, _, body = text.partition(")")
+        self.line = module[: module.index(text) + text.index("{", len(head))].count("\n") + 1
         self._parameters(head)
         for kind in re.finditer(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]", module):
             self.symbols[kind.group(1)] = ("shared", 0)
@@ -272,7 +276,8 @@ class _Decoder:
 
     def _body(self, body: str) -> None:
         for statement in body.split(";"):
-            rest = statement.strip()
+            rest, first = statement.strip(), len(self.code)
+            self.line += statement.count("\n")
             while rest:
                 if rest[0] == "{":
                     self.rows.append({})
@@ -295,6 +300,8 @@ class _Decoder:
                 continue
             try:
                 self._instruction(" ".join(rest.split()))
+                for made in self.code[first:]:
+                    made.line = self.line
             except UnknownPtx as error:
                 raise UnknownPtx(f"{self.name}: {' '.join(rest.split())}: {error}") from None
         raise UnknownPtx(f"{self.name}: no end")
@@ -344,6 +351,10 @@ class _Decoder:
             made.r[1] = self._value(operands[2], made.size)
         elif opcode in ("membar.gl", "fence.acq_rel.gpu", "fence.sc.gpu"):
             made.operation, made.imm = "fence", int(opcode != "fence.acq_rel.gpu")  # membar is fence.sc
+        elif opcode == "prefetch.global.L2":
+            made.operation = "prefetch"
+            made.r[4], made.r[5], made.imm, _ = self._address(operands[0])
+            made.r[1], made.flags = self._constant(1, 4), 1
         elif opcode in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
             # When dependents may begin is a matter of time: the machine takes them to have begun at once.
             made.operation = "launch_wait" if opcode.endswith("wait") else "nop"
@@ -377,9 +388,9 @@ class _Decoder:
             made.operation, made.imm = "cluster_arrive", int(found[1] == ".relaxed")
         elif re.fullmatch(r"barrier\.cluster\.wait(\.acquire)?(\.aligned)?", opcode):
             made.operation = "cluster_wait"
-        elif opcode == "shfl.sync.bfly.b32":
+        elif opcode in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32"):
             result, _, second = operands[0].partition("|")
-            made.operation, made.imm = "shfl_bfly", NO_REGISTER
+            made.operation, made.imm = f"shfl_{opcode.split('.')[2]}", NO_REGISTER
             if second:
                 made.imm = self._value(second, 1)
             made.r[:5] = [self._value(operand, 4) for operand in (result, *operands[1:])]
