@@ -532,6 +532,18 @@ class Machine {
     return register_files_[used_registers_++].get();
   }
 
+  // What a mutant no longer writes is noise, and not what an earlier launch has left there.
+  void forget(unsigned char* registers) {
+    if (launch_.mutant < 0) return;
+    const Instruction& i = program_.code[launch_.mutant];
+    if (i.op == op_bra) {
+      std::memset(registers, noise[0], static_cast<size_t>(program_.register_bytes));
+    } else if (i.width > 0) {
+      for (int k = 0; k < std::max(i.count, 1); ++k)
+        if (i.r[k] >= 0) std::memset(registers + i.r[k], noise[0], static_cast<size_t>(i.width) * lanes_per_warp);
+    }
+  }
+
   void start(int index) {
     clusters_.push_back(std::make_unique<Cluster>());
     Cluster& cluster = *clusters_.back();
@@ -546,6 +558,7 @@ class Machine {
         block.warps.push_back(std::make_unique<Warp>());
         Warp& warp = *block.warps.back();
         warp.block = &block, warp.index = w, warp.registers = register_file();
+        forget(warp.registers);
         runnable_.push_back(&warp);
         ++unfinished_;
       }
@@ -697,7 +710,7 @@ class Machine {
     add(cell.reads, me);
   }
   void note_write(Cell& cell, const Stamp& me, int lane, bool atomic, const std::string& where, size_t byte,
-                  bool same, uint64_t place = 0) {
+                  bool same, uint64_t place = 0, bool strict = false) {
     const bool joins = same || (atomic && cell.atomic);  // atomics are ordered among themselves
     const auto check = [&](const Accesses& before, const char* kind) {
       const Stamp one = unordered(before, me, lane);
@@ -706,8 +719,12 @@ class Machine {
       if (kind[0] == 'w') fault(words);
       suspect(one, me, words);
     };
-    if (atomic || !same) check(cell.reads, "read");
+    if (atomic || !same || strict) check(cell.reads, "read");
     if (joins) {
+      // Scratch holds the same bytes by chance, unless the threads of one store share a part of a layout.
+      if (const Stamp one = strict ? unordered(cell.writes, me, lane) : Stamp();
+          one.thread >= 0 && one.instruction != me.instruction)
+        fault(race("write", "write", one, me, where + " at byte " + std::to_string(byte)));
       check(cell.writes_before, "write"), check(cell.reads_before, "read");
     } else {
       check(cell.writes, "write");
@@ -781,7 +798,7 @@ class Machine {
       Cell& cell = block.shadow.cells[byte];
       // Threads that hold the same part of a layout write the same. What was there before anybody is not the same.
       if (write) note_write(cell, me, lane, false, "shared memory", byte,
-                            cell.changed && block.shared[byte] == value[byte - first]);
+                            cell.changed && block.shared[byte] == value[byte - first], 0, true);
       else if (!cell.changed)
         fault("read of shared memory that nobody has written, at byte " + std::to_string(byte));
       else if (!peeking_) note_read(cell, me, lane, "shared memory", byte);
