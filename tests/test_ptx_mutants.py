@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +37,7 @@ SIZES = {
     17001: (16390, 32001),
 }  # fmt: skip
 ROWS = {101: (2, 5, 13, 40, 70), 1001: (2, 5, 13, 40, 70), 1501: (1, 2, 5, 12, 40), 17001: (2, 8, 12)}
-RICH, SAMPLE = 40, 25
+RICH, SAMPLE = 40, 15
 # Which rows the batches are of a stream of threes, and `again`: the next batch, the same once more, a short one.
 STEPS = [(range(6), 0), (range(3, 9), -1), (range(3, 9), -1), (range(6, 11), -1)]
 
@@ -135,20 +134,17 @@ def test_every_barrier_and_fence_is_missed(name: str, dtype: torch.dtype) -> Non
     reached = found.reached(iter(every))
     assert len(every) - len(reached) == idle_barriers(name, dtype)
     verdicts = [found.judge(mutant) for mutant in reached]
-    assert not [str(one) for one in verdicts if one.why != "noticed"]
+    # That the blocks of a cluster have begun orders no access, so its arrival need not release any.
+    assert not [str(one) for one in verdicts if one.why != "noticed" and one.mutant.kind != "release"]
+    assert sum(one.why != "noticed" for one in verdicts) <= name.startswith("cluster")
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_wrong_index_and_lost_predicate_is_noticed_or_explained(name: str) -> None:
+    """A seeded sample of what is executed: addresses, constants, predicates, comparisons, selections."""
     found = study(name, torch.bfloat16)
-    changes = (mutants.wrong_indices, mutants.lost_predicates)
-    some = [one for seed, change in enumerate(changes) for one in
-            mutants.sample(found.reached(change(found.kernel.program)), SAMPLE, seed)]
-    verdicts = [found.judge(mutant) for mutant in some]
-    print(name, collections.Counter((one.mutant.kind, one.why) for one in verdicts))
-    for one in verdicts:
-        if one.why != "noticed": print(one)
-    assert len(some) == 2 * SAMPLE
+    verdicts = [found.judge(mutant) for mutant in found.sampled(SAMPLE)]
+    assert len(verdicts) == 2 * SAMPLE
     assert not [str(one) for one in verdicts if not one.why]
 
 

@@ -146,8 +146,8 @@ class Fault(RuntimeError):
 class Kernel:
     """A program as the machine takes it. ``shared_bytes``: of dynamic shared memory.
 
-    ``launches``, where it is a list, gets what each launch has counted. A ``mutant`` (a place, and what stood there) has
-    its differences counted too; ``noise`` has its results replaced where they differ; ``orders``, of four bytes per
+    ``launches``, where it is a list, gets what each launch has counted. A ``mutant`` (a place, and what stood there)
+    has its differences counted too; ``noise`` has its results replaced where they differ; ``orders``, of four bytes per
     instruction, counts for each barrier the pairs of accesses that it orders in place of a lost one.
     """
 

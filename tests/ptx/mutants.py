@@ -1,4 +1,4 @@
-"""Kernels broken on purpose, an instruction of their PTX at a time, and what shows that a change makes no difference."""
+"""Kernels broken on purpose, an instruction of their PTX at a time, and what shows that one makes no difference."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ class Verdict:
 
     def __str__(self) -> str:
         by = ", ".join(f"{count} pairs by {text}" for text, count in self.instead.items())
-        return f"{self.mutant.kind} {self.mutant.at} {self.text}: {self.why or 'unexplained'}, {self.differs} {by}".strip()
+        what = f"{self.mutant.kind} {self.mutant.at} {self.text}: {self.why or 'unexplained'}"
+        return f"{what}, differs {self.differs} times" if not by else f"{what}: {by}"
 
 
 Case = Callable[[Kernel], None]
@@ -115,14 +116,14 @@ class Study:
     - idle: the instruction did what the original does, in every lane of every launch. (A predicate that always holds.)
     - unused: nor is anything noticed with noise in place of each of its results that differ.
     - traffic: memory is the same to the bit, and the launches loaded, stored or prefetched more or less: time, no result.
-    - masked: its effect differed at least ``ENOUGH`` times, and memory is the same to the bit. (A shortcut around what
-      would change nothing; a test that another one repeats; a store of the number that is there.)
+    - masked: its effect differed at least ``ENOUGH`` times, and memory is the same to the bit. (A shortcut around
+      what would change nothing; a test that another one repeats; a store of the number that is there.)
     - rounded: bytes differ, by less than the arithmetic may err, after as many differences.
 
     ``more`` calls are made for what differed less often. What none of the rules explains is a call that is missing.
 
-    A barrier, fence or release is *redundant* where no two conflicting accesses of any launch lack an order: the machine
-    checks them all, by what orders them under every schedule, and says for each barrier which others do.
+    A barrier, fence or release is *redundant* where no two conflicting accesses of any launch lack an order: the
+    machine checks them all, by what orders them under every schedule, and says for each barrier which others do.
     """
 
     def __init__(self, kernel: Kernel, cases: list[Case], more: list[Case] | None = None) -> None:
@@ -204,4 +205,3 @@ class Study:
         changed = self.kernel.changed(mutant.changes, mutant.program)
         changed.noise = True
         return self._survives(changed, Trace())
-

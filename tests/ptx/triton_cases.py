@@ -138,6 +138,7 @@ def broken(name: str, barriers: bool, count: int) -> dict[str, list[mutants.Verd
             chosen = study.sampled(count)
         for mutant in chosen:
             verdict = study.judge(mutant)
+            mutant.program = None  # a process away, nobody runs it
             verdicts.setdefault(verdict.why, []).append(verdict)
     return verdicts
 
