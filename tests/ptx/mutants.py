@@ -115,7 +115,7 @@ class Study:
 
     - idle: the instruction did what the original does, in every lane of every launch. (A predicate that always holds.)
     - unused: nor is anything noticed with noise in place of each of its results that differ.
-    - traffic: memory is the same to the bit, and the launches loaded, stored or prefetched more or less: time, no result.
+    - traffic: memory is the same to the bit, and the launches loaded, stored or prefetched more or less: it costs time.
     - masked: its effect differed at least ``ENOUGH`` times, and memory is the same to the bit. (A shortcut around
       what would change nothing; a test that another one repeats; a store of the number that is there.)
     - rounded: bytes differ, by less than the arithmetic may err, after as many differences.
@@ -134,10 +134,19 @@ class Study:
         self._extend(cases)
 
     def _extend(self, cases: list[Case]) -> None:
-        """Make calls of the right kernel; some lead to another one and are left out."""
+        """Make calls of the right kernel; some lead to another one and are left out.
+
+        So are those in which the original errs by more than the reference allows: they would notice anything.
+        """
+        failed = 0
         for case in cases:
             self.kernel.launches = []
-            case(self.kernel)
+            try:
+                case(self.kernel)
+            except AssertionError:
+                failed += 1
+                assert failed <= len(cases) / 10, "the kernel itself is wrong"
+                continue
             if self.kernel.launches:
                 self.cases.append(case)
                 self.base.append(self.kernel.launches)
