@@ -204,12 +204,14 @@ class Emulator:
         plan, arguments = host().launch(given, workspace, self.multiprocessors, self.largest_cluster)
         if plan["count_blocks"]:
             count = self.kernel("last_batch_cuda", _named("last_batch_cuda", "count_kernel"))
-            count.run(arguments, ranges, blocks=plan["count_blocks"], threads=256, seed=self.seed, card=self.card)
+            shape = {"blocks": plan["count_blocks"], "threads": 256}
+            counted = count.run(arguments, ranges, **shape, seed=self.seed, card=self.card)["touched"]
         shape = {"blocks": plan["blocks"], "threads": plan["threads"], "cluster": plan["cluster"]}
+        main = self.kernel(*kernel_name(plan, logits.dtype))
+        # A kernel that waits for the launch before it may have begun while that one ran.
+        overlaps = plan["count_blocks"] and any(i.operation == "launch_wait" for i in main.program.code)
         # An array must not be longer than it says: ranges that touch would hide a step over the end.
-        plan |= self.kernel(*kernel_name(plan, logits.dtype)).run(
-            arguments, ranges, **shape, seed=self.seed, card=self.card
-        )
+        plan |= main.run(arguments, ranges, **shape, seed=self.seed, card=self.card, before=counted if overlaps else ())
         assert self.workspace[:2].tolist() == [0, 0], "the tickets must be back at zero after every launch"
         return Result(loss, parts, grad, plan)
 

@@ -162,6 +162,12 @@ class Program:
     def with_change(self, index: int, instruction: Instruction) -> Program:
         return replace(self, code=[*self.code[:index], instruction, *self.code[index + 1 :]])
 
+    def with_constant(self, bits: int, width: int) -> tuple[Program, int]:
+        """The program with a constant more, and the operand that reads it."""
+        constants = [*self.constants, (bits & ((1 << 8 * width) - 1), width, self.constant_bytes)]
+        room = self.constant_bytes + -(-32 * width // 64) * 64
+        return replace(self, constants=constants, constant_bytes=room), ~self.constant_bytes
+
 
 def entries(text: str) -> dict[str, str]:
     """The kernels of a module: name -> the text from its parameters to its closing brace."""
@@ -345,7 +351,14 @@ class _Decoder:
             made.r[4], made.r[5], made.imm, _ = self._address(operands[1])
             made.r[1] = self._value(operands[2], made.size)
         elif opcode in ("membar.gl", "fence.acq_rel.gpu", "fence.sc.gpu"):
-            made.operation = "fence"
+            made.operation, made.imm = "fence", int(opcode != "fence.acq_rel.gpu")  # membar is fence.sc
+        elif opcode == "prefetch.global.L2":
+            made.operation = "prefetch"
+            made.r[4], made.r[5], made.imm, _ = self._address(operands[0])
+            made.r[1], made.flags = self._constant(1, 4), 1
+        elif opcode in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+            # When dependents may begin is a matter of time: the machine takes them to have begun at once.
+            made.operation = "launch_wait" if opcode.endswith("wait") else "nop"
         elif opcode.startswith("createpolicy.fractional.L2::evict_"):
             made.operation = "mov_b64"
             made.r[:2] = [self._value(operands[0], 8), self._constant(0, 8)]
@@ -353,12 +366,6 @@ class _Decoder:
             made.operation = "prefetch"
             made.r[4], made.r[5], made.imm, _ = self._address(operands[0])
             made.r[1] = self._value(operands[1], 4)
-        elif opcode == "prefetch.global.L2":
-            made.operation = "prefetch"
-            made.r[4], made.r[5], made.imm, _ = self._address(operands[0])
-            made.r[1], made.flags = self._constant(1, 4), 1
-        elif opcode in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
-            made.operation = "nop"  # launches run one after the other here
         elif opcode in TABLE:
             made.operation, widths, made.imm = TABLE[opcode]
             if len(operands) != len(widths):
@@ -366,6 +373,7 @@ class _Decoder:
             if opcode.startswith("cvt"):  # whose operand may be wider than it reads
                 operands = [operands[0], *(self._narrowed(o, w) for o, w in zip(operands[1:], widths[1:], strict=True))]
             made.r[: len(widths)] = [self._value(o, w) for o, w in zip(operands, widths, strict=True)]
+            made.width = widths[0]
         else:
             self._collective(made, opcode, operands)
         self.code.append(made)
@@ -377,15 +385,10 @@ class _Decoder:
             made.operation = "bar_sync"
         elif opcode == "bar.warp.sync":
             made.operation, made.r[4] = "bar_warp", self._value(operands[0], 4)
-        elif opcode in ("barrier.cluster.arrive.release", "barrier.cluster.arrive.relaxed"):
-            made.operation = "nop"
-            self.arrived = opcode
-        elif opcode == "barrier.cluster.wait.acquire":
-            together = self.code[-1].text.startswith("barrier.cluster.arrive.release") if self.code else False
-            if not together and self.arrived != "barrier.cluster.arrive.relaxed":
-                raise UnknownPtx("a cluster's arrive and wait apart")
-            made.operation = "cluster_sync" if together else "cluster_meet"
-            self.arrived = ""
+        elif found := re.fullmatch(r"barrier\.cluster\.arrive(\.release|\.relaxed)?(\.aligned)?", opcode):
+            made.operation, made.imm = "cluster_arrive", int(found[1] == ".relaxed")
+        elif re.fullmatch(r"barrier\.cluster\.wait(\.acquire)?(\.aligned)?", opcode):
+            made.operation = "cluster_wait"
         elif opcode in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32"):
             result, _, second = operands[0].partition("|")
             made.operation, made.imm = f"shfl_{opcode.split('.')[2]}", NO_REGISTER
@@ -476,7 +479,7 @@ class _Decoder:
             written: set[int] = set()
             for later in range(at + 1, len(self.code)):
                 i = self.code[later]
-                if later in targets or i.operation in ("bra", "exit_", "bar_sync", "cluster_sync"):
+                if later in targets or i.operation in ("bra", "exit_", "bar_sync", "cluster_wait"):
                     break
                 if i.operation.startswith("selp") and load.r[0] in i.r[1:3]:
                     if i.r[3] not in written and not i.guard_kind:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .harness import Result, buffer_ranges, extent
-from .machine import CACHE, Kernel, decoded
+from .machine import CACHE, COUNTERS, Kernel, decoded
 
 OUTPUTS = ("loss_ptr", "parts_ptr", "grad_ptr", "ticket_ptr", "partials_ptr", "counts_ptr")
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
@@ -159,7 +159,7 @@ class TritonDevice:
         else:
             kind = kind or ("logits" if teacher is not None else "none")
             loss, parts, grad = triton_kernels.last_batch(logits, teacher, TEACHER_KIND[kind], *given)
-        moved = {key: sum(one[key] for one in PRETENDED.counters) for key in PRETENDED.counters[0]}
+        moved = {key: sum(one[key] for one in PRETENDED.counters) for key in COUNTERS}
         return Result(loss, parts, grad if need_grad else None, moved)
 
     def scale_grad(self, grad: Tensor, upstream: Tensor, grad_scale: float) -> int:
