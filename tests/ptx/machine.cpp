@@ -158,7 +158,6 @@ struct Cluster {
   size_t arrived = 0;             // of the barrier at hand
   bool relaxed = false;           // one of them without a release
   uint32_t epoch = 0;
-  std::vector<char> releases;     // by epoch: whether its barrier orders memory
   std::vector<int32_t> barriers;
   Known known, learning;          // as of the last barrier; of those that have arrived since
 };
@@ -294,8 +293,8 @@ inline uint32_t larger_pair(uint32_t a, uint32_t b) {
 // Handled by hand; the collectives stand together.
 #define SPECIAL_OPERATIONS(X) \
   X(nop, ) X(exit_, ) X(bra, ) X(trap, ) X(special, ) X(ld_param, ) X(ld_global, ) X(st_global, ) X(ld_shared, ) \
-  X(st_shared, ) X(st_cluster, ) X(atom_add_relaxed, ) X(atom_add_acq_rel, ) X(fence, ) X(prefetch, ) X(launch_wait, ) X(gone, ) X(bar_sync, ) \
-  X(bar_warp, ) X(cluster_arrive, ) X(cluster_wait, ) X(shfl_bfly, ) X(shfl_idx, ) X(vote_any, ) X(redux_add, ) \
+  X(st_shared, ) X(st_cluster, ) X(atom_add_relaxed, ) X(atom_add_acq_rel, ) X(fence, ) X(prefetch, ) \
+  X(launch_wait, ) X(gone, ) X(bar_sync, ) X(bar_warp, ) X(cluster_arrive, ) X(cluster_wait, ) X(shfl_bfly, ) X(shfl_idx, ) X(vote_any, ) X(redux_add, ) \
   X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
 #define OPERATIONS_OF_LANES(X) \
   X(mov_pred, UN(bool, bool, x)) X(mov_b16, UN(uint16_t, uint16_t, x)) X(mov_b32, UN(uint32_t, uint32_t, x)) \
@@ -475,6 +474,7 @@ class Machine {
     if (launch_.blocks % launch_.cluster != 0) fault("grid is not a multiple of the cluster");
     if (launch_.threads % lanes_per_warp != 0) fault("a block is not made of whole warps");
     std::vector<int> order(static_cast<size_t>(launch_.blocks / launch_.cluster));
+    releases_of_cluster_.resize(order.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
     std::shuffle(order.begin(), order.end(), random_);
     const size_t together = static_cast<size_t>(std::max(1, resident_threads / (launch_.threads * launch_.cluster)));
@@ -514,6 +514,7 @@ class Machine {
   std::vector<std::unique_ptr<Cluster>> clusters_;
   std::vector<Warp*> runnable_;
   std::vector<std::vector<Stamp>> others_;
+  std::vector<std::vector<char>> releases_of_cluster_;  // by epoch of its barrier: whether that orders memory
   std::unordered_map<uint64_t, std::vector<Release>> releases_;
   Warp* warp_ = nullptr;
   size_t unfinished_ = 0, used_registers_ = 0;
@@ -576,9 +577,9 @@ class Machine {
     s.instruction = static_cast<int32_t>(at_);
     return s;
   }
-  // Of the running cluster: the first barrier at or after the `arrived`-th of which all arrivals released.
-  uint32_t releasing(uint32_t arrived) const {
-    const std::vector<char>& releases = warp_->block->cluster->releases;
+  // The first barrier of a cluster, at or after the `arrived`-th, of which all arrivals released.
+  uint32_t releasing(int cluster, uint32_t arrived) const {
+    const std::vector<char>& releases = releases_of_cluster_[static_cast<size_t>(cluster)];
     while (arrived < releases.size() && !releases[arrived]) ++arrived;
     return arrived;
   }
@@ -593,8 +594,9 @@ class Machine {
           before.in_warp < later.in_warp)
         return by_warp;
     }
-    if (block / launch_.cluster == theirs / launch_.cluster && before.arrived < later.waited &&
-        (block / launch_.cluster != block_of(now(0)) / launch_.cluster || releasing(before.arrived) < later.waited))
+    const int cluster = block / launch_.cluster;
+    if (cluster == theirs / launch_.cluster && before.arrived < later.waited &&
+        releasing(cluster, before.arrived) < later.waited)
       return by_cluster;
     return none;
   }
@@ -611,7 +613,7 @@ class Machine {
                                                                 : warp_->block->cluster->barriers;
       const uint32_t epoch = order == by_block  ? before.in_block
                              : order == by_warp ? before.in_warp
-                                                : releasing(before.arrived);
+                                                : releasing(block_of(me) / launch_.cluster, before.arrived);
       ++launch_.orders[barriers[epoch]];
     }
     return true;
@@ -952,7 +954,7 @@ class Machine {
         if (++cluster.arrived < cluster.blocks.size() * warp_->block->warps.size()) break;
         ++cluster.epoch;
         cluster.barriers.push_back(static_cast<int32_t>(at_));
-        cluster.releases.push_back(!cluster.relaxed);
+        releases_of_cluster_[static_cast<size_t>(warp_->block->index / launch_.cluster)].push_back(!cluster.relaxed);
         learn(cluster.known, cluster.learning);
         cluster.arrived = 0, cluster.relaxed = false, cluster.learning.clear();
         runnable_.insert(runnable_.end(), cluster.waiting.begin(), cluster.waiting.end());
@@ -1226,8 +1228,8 @@ class Machine {
     return i.guard_kind == 1 ? holds : ~holds;
   }
 
-  // Counts where a mutant's instruction does what the original would not. True: it has been executed; a jump, a store or
-  // a collective is executed by whoever called.
+  // Counts where a mutant's instruction does what the original would not. True: it has been executed; a jump, a store
+  // or a collective is executed by whoever called.
   bool execute_mutant(const Instruction& i, uint32_t mask, uint32_t active, uint64_t seed) {
     const Instruction& o = *launch_.original;
     const uint32_t would = mask & guarded(o);
@@ -1241,7 +1243,10 @@ class Machine {
     std::vector<unsigned char> before, wanted;
     const auto kept = [&] {
       std::vector<unsigned char> all;
-      for (int k = 0; k < rows; ++k) all.insert(all.end(), row<unsigned char>(i.r[k]), row<unsigned char>(i.r[k]) + bytes);
+      for (int k = 0; k < rows; ++k) {
+        const unsigned char* const p = row<unsigned char>(i.r[k]);
+        all.insert(all.end(), p, p + bytes);
+      }
       return all;
     };
     before = kept();
@@ -1253,7 +1258,8 @@ class Machine {
     } catch (const std::runtime_error&) {  // the mutant's own doing, by an earlier pass
     }
     peeking_ = false, counters_ = counted;
-    for (int k = 0; k < rows; ++k) std::memcpy(row<unsigned char>(i.r[k]), &before[bytes * static_cast<size_t>(k)], bytes);
+    for (int k = 0; k < rows; ++k)
+      std::memcpy(row<unsigned char>(i.r[k]), &before[bytes * static_cast<size_t>(k)], bytes);
     if (active != 0) execute(i, active, seed);
     bool differs = wanted.empty();
     for (int k = 0; k < rows; ++k)
