@@ -193,7 +193,6 @@ class _Decoder:
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self.jumps: list[tuple[int, str]] = []
-        self.arrived = ""  # how a cluster's barrier that is not waited for yet
         head, _, body = text.partition(")")
         self.line = module[: module.index(text) + text.index("{", len(head))].count("\n") + 1
         self._parameters(head)
