@@ -156,6 +156,24 @@ def test_pair_and_superclass_noise_follow_their_tables():
         with_label_noise(with_counts([5, 5]), 0.3, "superclass")
 
 
+def test_cifar100_has_its_superclasses_and_its_blocks(tmp_path):
+    """From the files, whose coarse label is here the fine one modulo 20: 0 is taken for 20, not for 1."""
+    for name in ("train.bin", "test.bin"):
+        records = np.zeros((500, 3074), np.uint8)
+        records[:, 1] = np.arange(500) % 100
+        records[:, 0] = records[:, 1] % 20
+        records.tofile(tmp_path / name)
+    config = override(RunConfig(), source=f"cifar100:{tmp_path}", label_noise=0.4)
+    for kind, expected in (
+        ("superclass", {0: 20, 63: 83, 80: 0, 99: 19}),
+        ("asymmetric", {0: 1, 63: 64, 80: 81, 99: 95}),
+    ):
+        data = open_data(override(config, noise_kind=kind).data)
+        found = np.array(transitions(data.train))
+        assert (found.diagonal() == 3).all() and (found == 2).sum() == 100 and data.wrong_labels == 200
+        assert {k: int(np.flatnonzero(found[k] == 2)[0]) for k in expected} == expected
+
+
 def test_asymmetric_noise_is_that_of_the_papers_for_cifar():
     """CIFAR-10 by names, in any order; CIFAR-100 in blocks of five consecutive classes; nothing else."""
     for classes in (CIFAR10_CLASSES, sorted(CIFAR10_CLASSES, reverse=True)):
