@@ -92,7 +92,7 @@ def test_logits_beyond_what_a_product_with_log2_e_holds(classes: int, dtype: tor
         equal = torch.log(torch.tensor(float(classes)))
         assert result.grad is not None and result.grad.isfinite().all()
         torch.testing.assert_close(result.loss[[0, 2]], equal.expand(2), rtol=3e-6, atol=1e-5)
-        assert float(result.loss[1]) == 0.0 and not result.grad[1].any()
+        assert abs(float(result.loss[1])) < 1e-5 and float(result.grad[1].abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
