@@ -79,11 +79,11 @@ def test_rows_of_whole_packets_have_a_kernel_without_edges(classes: int, rows: i
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("classes", [8, 1000, 1100])
 def test_logits_beyond_what_a_product_with_log2_e_holds(classes: int, dtype: torch.dtype) -> None:
-    """The largest and the smallest finite numbers are logits like others: what overflows is subtracted first."""
+    """The largest and the smallest finite numbers are logits like others, and those whose product is off by much."""
     if dtype == torch.float16:
         return  # 65504 is far from it
-    size = 3e38
-    for large in (size, -size):
+    for size, sign in itertools.product((3e38, 1.2345678e10, 2e7), (1, -1)):
+        large = sign * size
         logits, target, teacher = batch(4, classes, dtype)
         logits[0] = logits[2] = large  # a row of equals
         logits[1, 3], target[1] = size, 3
@@ -92,7 +92,7 @@ def test_logits_beyond_what_a_product_with_log2_e_holds(classes: int, dtype: tor
         equal = torch.log(torch.tensor(float(classes)))
         assert result.grad is not None and result.grad.isfinite().all()
         torch.testing.assert_close(result.loss[[0, 2]], equal.expand(2), rtol=3e-6, atol=1e-5)
-        assert float(result.loss[1]) == 0.0 and not result.grad[1].any()
+        assert abs(float(result.loss[1])) < 1e-5 and float(result.grad[1].abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

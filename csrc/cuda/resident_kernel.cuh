@@ -170,12 +170,12 @@ DLB_DEVICE void store_slot(const DeviceArgs& a, const BatchState& s, const Colum
   }
 }
 
-// What to subtract from v * scale so that the row's largest logit, `top`, gives 0: its product. Where that is beyond
-// float32, `top` is subtracted from v itself.
+// What to subtract from v * scale so that the row's largest logit, `top`, gives 0 or, by the product's rounding, nearly
+// so: from 2^24 on it could be off by more than 1, and `top` is subtracted from v itself.
 template <int E>
 DLB_DEVICE float base_of(float (&v)[E], float top, float scale) {
   const float base = top * scale;
-  if (base - base == 0.0f) return base;
+  if (maximum(base, -base) < 16777216.0f) return base;
   DLB_UNROLL for (int e = 0; e < E; ++e) v[e] -= top;
   return 0.0f;
 }
