@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ptx import compilers, fuzz, harness, mutants
-from ptx.machine import Kernel
+from ptx.machine import Fault, Kernel
 from ptx.oracle import Stream, batch
 
 pytestmark = [
@@ -123,9 +123,24 @@ def test_every_barrier_and_fence_is_missed(name: str, dtype: torch.dtype) -> Non
     reached = found.reached(iter(every))
     assert len(every) - len(reached) == idle_barriers(name, dtype)
     verdicts = [found.judge(mutant) for mutant in reached]
-    # That the blocks of a cluster have begun orders no access, so its arrival need not release any.
-    assert not [str(one) for one in verdicts if one.why != "noticed" and one.mutant.kind != "release"]
-    assert sum(one.why != "noticed" for one in verdicts) <= name.startswith("cluster")
+    # That the blocks of a cluster have begun orders no access, so its arrival need not release any; and these batches
+    # are counted by no launch before.
+    left = [one for one in verdicts if one.why != "noticed" and one.mutant.kind != "launch_wait"]
+    assert not [str(one) for one in left if one.mutant.kind != "release"]
+    assert len(left) <= name.startswith("cluster")
+
+
+def test_the_wait_for_the_launch_that_counts_is_missed() -> None:
+    """Where a kernel may begin before that one has ended."""
+    wanted = name_of("lanes", torch.bfloat16)
+    whole = harness.kernel(*wanted)
+    logits, target, _ = batch(4099, 5, torch.bfloat16)
+    for mutant in mutants.without_barriers(whole.program):
+        if mutant.kind == "launch_wait":
+            changed = whole.changed(mutant.changes)
+            device = harness.Emulator(kernel=lambda *key, new=changed: new if key == wanted else harness.kernel(*key))
+            with pytest.raises(Fault, match="the launch before may still write"):
+                device.last_batch(logits, target)
 
 
 @pytest.mark.parametrize("name", KERNELS)

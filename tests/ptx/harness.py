@@ -209,7 +209,7 @@ class Emulator:
         shape = {"blocks": plan["blocks"], "threads": plan["threads"], "cluster": plan["cluster"]}
         main = self.kernel(*kernel_name(plan, logits.dtype))
         # A kernel that waits for the launch before it may have begun while that one ran.
-        overlaps = plan["count_blocks"] and any(i.operation == "launch_wait" for i in main.program.code)
+        overlaps = plan["count_blocks"] and any("griddepcontrol.wait" in i.text for i in main.program.code)
         # An array must not be longer than it says: ranges that touch would hide a step over the end.
         plan |= main.run(arguments, ranges, **shape, seed=self.seed, card=self.card, before=counted if overlaps else ())
         assert self.workspace[:2].tolist() == [0, 0], "the tickets must be back at zero after every launch"

@@ -294,8 +294,8 @@ inline uint32_t larger_pair(uint32_t a, uint32_t b) {
 #define SPECIAL_OPERATIONS(X) \
   X(nop, ) X(exit_, ) X(bra, ) X(trap, ) X(special, ) X(ld_param, ) X(ld_global, ) X(st_global, ) X(ld_shared, ) \
   X(st_shared, ) X(st_cluster, ) X(atom_add_relaxed, ) X(atom_add_acq_rel, ) X(fence, ) X(prefetch, ) \
-  X(launch_wait, ) X(gone, ) X(bar_sync, ) X(bar_warp, ) X(cluster_arrive, ) X(cluster_wait, ) X(shfl_bfly, ) X(shfl_idx, ) X(vote_any, ) X(redux_add, ) \
-  X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
+  X(launch_wait, ) X(gone, ) X(bar_sync, ) X(bar_warp, ) X(cluster_arrive, ) X(cluster_wait, ) X(shfl_bfly, ) \
+  X(shfl_idx, ) X(vote_any, ) X(redux_add, ) X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
 #define OPERATIONS_OF_LANES(X) \
   X(mov_pred, UN(bool, bool, x)) X(mov_b16, UN(uint16_t, uint16_t, x)) X(mov_b32, UN(uint32_t, uint32_t, x)) \
   X(mov_b64, UN(uint64_t, uint64_t, x)) \

@@ -37,7 +37,7 @@ def without_barriers(program: Program) -> Iterator[Mutant]:
         if one.operation in BARRIERS:
             yield Mutant("barrier", {index: replace(one, operation="gone")})
         elif one.operation in ("fence", "launch_wait"):
-            yield Mutant("fence", {index: replace(one, operation="nop")})
+            yield Mutant(one.operation, {index: replace(one, operation="nop")})
         elif one.operation == "atom_add_acq_rel":
             yield Mutant("fence", {index: replace(one, operation="atom_add_relaxed")})
         elif one.operation == "cluster_arrive":
@@ -185,7 +185,7 @@ class Study:
         changed, trace = self.kernel.changed(mutant.changes, mutant.program), Trace()
         changed.orders = bytearray(4 * len(code) if mutant.kind == "barrier" else 0)
         survives = self._survives(changed, trace)
-        if mutant.kind in ("barrier", "fence", "release"):
+        if mutant.kind in ("barrier", "fence", "release", "launch_wait"):
             counts = memoryview(changed.orders).cast("I") if changed.orders else ()
             instead = {f"{i}: {code[i].text}": int(count) for i, count in enumerate(counts) if count}
             return Verdict(mutant, code[at].text, "redundant" if survives else "noticed", trace.differs, instead)
