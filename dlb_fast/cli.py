@@ -328,7 +328,7 @@ def predict(argv: list[str]) -> int:
 
 
 def find_labels(argv: list[str]) -> int:
-    """`dlb-fast find-labels RUN [--data KIND:PATH] [--out FILE.csv]`."""
+    """`dlb-fast find-labels RUN [--data KIND:PATH] [--out FILE.csv]`: 1 when images were left out."""
     parser = Parser(
         prog="dlb-fast find-labels",
         description="Sort the training images of a run by how much its network doubts their labels and write them as "
@@ -348,7 +348,7 @@ def find_labels(argv: list[str]) -> int:
     print(f"{doubts.summary()}\nwrote {out}")
     if doubts.unread:
         print(f"{doubts.unread} images could not be read and are left out", file=sys.stderr)
-    return 0
+    return 1 if doubts.unread else 0
 
 
 def presets(argv: list[str]) -> int:

@@ -164,7 +164,7 @@ def test_a_resume_with_other_data_is_refused_and_changes_nothing(change, said, h
     assert "skipped" not in str(error.value) and files_of(run) == before
 
 
-@pytest.mark.parametrize("changes", [{"label_noise": 0.5}, {"label_noise": 0.5, "noise_kind": "asymmetric"}])
+@pytest.mark.parametrize("changes", [{"label_noise": 0.5}, {"label_noise": 0.5, "noise_kind": "pair"}])
 def test_a_resume_with_other_labels_is_refused(changes, here):
     with pytest.raises(ValueError, match="training images: the images are the same, their order or labels are not"):
         resume(here, **changes)

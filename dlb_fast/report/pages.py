@@ -100,10 +100,10 @@ def _setting(runs: Sequence[Run]) -> list[str]:
 
 
 def _noise(run: Run) -> str:
-    """The label noise and, where the run says it, the real share of wrong labels."""
-    data, wrong = run.config.data, run.versions.get("wrong_labels")
-    of = f"labels of {data.label_file}" if data.label_file else f"{data.noise_kind} label noise {data.label_noise:g}"
-    return of + ("" if wrong is None else f" ({100 * wrong:.4g} % of the training labels wrong)")
+    """The real share of wrong labels and where they are from."""
+    data, wrong = run.config.data, run.versions.get("wrong_labels", run.config.data.label_noise)
+    of = f"labels of {data.label_file}" if data.label_file else f"{data.noise_kind} noise {data.label_noise:g}"
+    return f"{100 * wrong:.0f} % of the training labels wrong ({of})"
 
 
 def _caveat(config: RunConfig) -> str:

@@ -108,7 +108,10 @@ class DataConfig:
         _require(self.per_class is None or self.per_class >= 1, "per_class", "at least 1", self.per_class)
         _require(0 <= self.label_noise <= 1, "label_noise", "in [0, 1]", self.label_noise)
         if self.label_file is not None:
-            LabelFile.of(self.label_file)
+            try:
+                LabelFile.of(self.label_file)
+            except ValueError as error:
+                raise ValueError(f"config: noise_kind: {error}") from None
         elif self.noise_kind not in NOISE_KINDS:
             raise ValueError(
                 f"config: noise_kind must be one of {', '.join(NOISE_KINDS)} or file:PATH, got {self.noise_kind!r}"

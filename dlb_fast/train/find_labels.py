@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,7 @@ def average_precision(wrong: NDArray[np.bool_]) -> float:
     return float(np.mean(np.arange(1, len(ranks) + 1) / ranks)) if len(ranks) else float("nan")
 
 
-def find_labels(
-    run: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto"
-) -> Doubts:
+def find_labels(run: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto") -> Doubts:
     """Sort the training samples of a run by how much its network doubts their labels.
 
     The score is the margin `max over c != y of z_c - z_y` of the logits z and the label y: the log of how many times
@@ -94,12 +93,12 @@ def find_labels(
     """
     where, folder = resolve_device(device), RunFolder(run)
     model, about = load_model(run, weights=weights)
-    config = folder.read_config()
+    config = override(folder.read_config(), on_error="replace")  # what cannot be read is left out
     if source is not None:
         config = override(config, source=source)
     opened = open_own_data(folder, config)
     here = identity(opened)
-    before = {name: about[name] for name in here}
+    before = {name: json.dumps(about[name]) for name in here}
     check_same_data(before, here, f"find-labels: the network in {folder.path}")
     train = opened.train
     loader = eval_loader(train, evaluation_config(config.data, about), about["mean"], about["std"], where)
@@ -121,13 +120,13 @@ def find_labels(
 
 
 def write_doubts(file: Path, doubts: Doubts) -> None:
-    """Write `index`, for files `path`, `label`, `suggested`, `score` and, where it is known, `wrong` (0 or 1) as CSV."""
+    """Write `index`, for files `path`, `label`, `suggested`, `score` and, where known, `wrong` (0 or 1) as CSV."""
     names = np.asarray(doubts.data.classes, dtype=object)
     known = {} if doubts.wrong is None else {"wrong": doubts.wrong.astype(int).tolist()}
     content = table(
         doubts.data,
-        label=names[np.asarray(doubts.data.targets)],
-        suggested=names[doubts.suggested],
+        label=names[np.asarray(doubts.data.targets)].tolist(),
+        suggested=names[doubts.suggested].tolist(),
         score=[f"{value:.6g}" for value in doubts.score],
         **known,
     )

@@ -550,8 +550,8 @@ def _check_labels(folder: RunFolder, data: RunData) -> None:
     before, now = folder.labels.read_bytes(), label_rows(data.train)
     if before != now and _column(before, "label") != _column(now, "label"):
         raise ValueError(
-            f"--resume: {folder.labels} has other labels than those that the run was trained on; bring the file back, or "
-            "delete it, and it is written again"
+            f"--resume: {folder.labels} has other labels than those that the run was trained on; bring the file back, "
+            "or delete it, and it is written again"
         )
 
 

@@ -238,8 +238,8 @@ def _superclasses(file: Path, targets: NDArray[np.int64], coarse: NDArray[np.uin
     wrong = np.flatnonzero(found[targets] != coarse)
     if len(wrong):
         raise ValueError(
-            f"{file}: record {wrong[0]} has the coarse label {coarse[wrong[0]]}, others of its class {targets[wrong[0]]} "
-            f"have {found[targets[wrong[0]]]}: damaged, or another set's file"
+            f"{file}: record {wrong[0]} has the coarse label {coarse[wrong[0]]}, others of its class "
+            f"{targets[wrong[0]]} have {found[targets[wrong[0]]]}: damaged, or another set's file"
         )
     return found
 

@@ -9,7 +9,6 @@ import re
 import unicodedata
 import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +41,8 @@ class LabelFile(NamedTuple):
         parts = re.fullmatch(r"(.+?\.(?:npy|npz|csv))(?::([^:]+))?(?::([^:]+))?", source, re.IGNORECASE)
         if parts is None:
             raise ValueError(
-                f"labels: expected FILE.csv, FILE.npy or FILE.npz:KEY, got {source!r}; convert another format once, such "
-                "as a list of integers by numpy.save"
+                f"labels: expected FILE.csv, FILE.npy or FILE.npz:KEY, got {source!r}; convert another format once, "
+                "such as a list of integers by numpy.save"
             )
         if parts[2] and not parts[1].lower().endswith(".npz"):
             raise ValueError(f"labels: {source}: a key belongs to a .npz file, leave {parts[2]!r} out")
@@ -124,7 +123,8 @@ def table(dataset: Any, **columns: Sequence[Any]) -> bytes:
 def label_rows(dataset: Any) -> bytes:
     """The CSV of the labels of a dataset by class name, with its true ones; `read_labels` reads it."""
     names = np.asarray(dataset.classes, dtype=object)
-    return table(dataset, label=names[np.asarray(dataset.targets)], clean=names[np.asarray(dataset.clean_targets)])
+    labels, clean = (names[np.asarray(values)].tolist() for values in (dataset.targets, dataset.clean_targets))
+    return table(dataset, label=labels, clean=clean)
 
 
 def _name(dataset: Any, index: int) -> str:
@@ -139,12 +139,10 @@ def _slashed(path: str) -> str:
 def _array(path: str, key: str | None) -> NDArray[Any]:
     """The array of a file, of any dtype without Python objects."""
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            if not path.lower().endswith(".npy"):
-                raise ValueError("it holds one array, not a .npz archive")
-            return found
-        with found:
+        with open(path, "rb") as file:  # which numpy.load leaves open where it fails
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return found
             if key is None and len(found.files) == 1:
                 key = found.files[0]
             if key in found.files:
@@ -153,7 +151,7 @@ def _array(path: str, key: str | None) -> NDArray[Any]:
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"labels: {path} cannot be read as an array of integers: {error}") from error
     if key is None:
-        raise ValueError(f"labels: {path} has the arrays {some(keys)}; name one, as in file:{path}:{keys[0]}")
+        raise ValueError(f"labels: {path} has the arrays {some(keys)}; name one, as in file:{path}:KEY")
     raise ValueError(f"labels: {path} has no array {key!r}{did_you_mean(key, keys) or f'; it has {some(keys)}'}")
 
 
@@ -182,8 +180,8 @@ def _check_order(source: str, own: NDArray[np.int64], found: NDArray[np.int64], 
     agreed = float((own == found).mean())
     if count >= _COUNTED and agreed <= chance + 2 * (chance * (1 - chance) / count) ** 0.5:
         raise ValueError(
-            f"labels: {source} agrees with the data's own labels in {100 * agreed:.1f} % of the images, no more than by "
-            f"chance ({100 * chance:.1f} %): is it in another order? Name the file's array of true labels as in "
+            f"labels: {source} agrees with the data's own labels in {100 * agreed:.1f} % of the images, no more than "
+            f"by chance ({100 * chance:.1f} %): is it in another order? Name the file's array of true labels as in "
             "file:PATH.npz:KEY:CLEAN, or use a CSV with path or index, which is taken as it is"
         )
 
@@ -197,8 +195,8 @@ def _in_order_of(
     if len(differ):
         k = int(differ[0])
         raise ValueError(
-            f"{where} has {there[k]} images of class {classes[k]!r}, the data set {here[k]}; it is of another data set, "
-            "or its classes are in another order"
+            f"{where} has {there[k]} images of class {classes[k]!r}, the data set {here[k]}; it is of another data "
+            "set, or its classes are in another order"
         )
     ordered = np.empty_like(own)
     ordered[np.argsort(own, kind="stable")] = found[np.argsort(known, kind="stable")]
@@ -303,8 +301,8 @@ def _classes_of(path: str, classes: Sequence[str], labels: Sequence[str], number
         at = found.index(-1)
         hint = did_you_mean(labels[at], names) or f"; the classes are {some(list(names))}"
         raise ValueError(
-            f"labels: {path} line {numbers[at]}: the label {labels[at]!r} is no class of the data{hint}. All labels are "
-            "class names, or all are class indices"
+            f"labels: {path} line {numbers[at]}: the label {labels[at]!r} is no class of the data{hint}. All labels "
+            "are class names, or all are class indices"
         )
     return found
 

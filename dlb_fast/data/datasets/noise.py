@@ -61,12 +61,14 @@ def with_label_noise(
     Args:
         dataset: has `targets` and `with_targets`.
         rate: fraction of the samples whose label is drawn anew, in [0, 1].
-        kind: how. The first two draw `round(rate * N)` of all samples, the others `round(rate * n)` of the n of a class.
+        kind: how. The first two draw `round(rate * N)` of all samples, the others `round(rate * n)` of the n of each
+            class.
 
             - "symmetric": any *other* class, uniformly, so `rate` is the fraction of wrong labels (SCE, Co-teaching).
             - "uniform": any class, the true one included, so `rate * (C - 1) / C` are wrong (ELR, DivideMix).
             - "pair": the next class, and the first for the last (Co-teaching).
-            - "superclass": the next class of the same superclass, in a circle; needs `dataset.superclasses` (CIFAR-100).
+            - "superclass": the next class of the same superclass, in a circle; needs `dataset.superclasses`, which
+              CIFAR-100 has.
             - "asymmetric": the classes of `mapping`.
         seed: chooses the samples and their classes.
         mapping: class -> class, for "asymmetric". None means what ELR's and SCE's code call so: for CIFAR-10, known by
@@ -145,6 +147,6 @@ def _next_classes(dataset: Any, kind: str, mapping: Mapping[int, int] | None) ->
         return {label: label // 5 * 5 + (label + 1) % 5 for label in range(classes)}
     raise ValueError(
         f"{name}: asymmetric noise is defined for the classes of CIFAR-10 and for cifar100:PATH, not for "
-        f"{dataset.name} with the classes {some(dataset.classes)}. \"pair\" takes the next class; in Python mapping= "
+        f'{dataset.name} with the classes {some(dataset.classes)}. "pair" takes the next class; in Python mapping= '
         "names other confusions"
     )
