@@ -66,8 +66,9 @@ CASES = {
         {"ema": 0.9},
     ),
     "zipf": Case(({}, {"alpha": 1.0, "power": 2.0})),
-    "gce": Case(({}, {"q": 0.3}, {"q": 1.0})),
-    "sce": Case(({}, {"alpha": 6.0, "beta": 0.1}, {"alpha": 0.5, "beta": 2.0})),
+    # Their defaults are for hundreds of epochs: a label of probability 0.1 teaches GCE a fifth of what it teaches CE.
+    "gce": Case(({}, {"q": 0.3}, {"q": 1.0}), options={"q": 0.1}),
+    "sce": Case(({}, {"alpha": 6.0, "beta": 0.1}, {"alpha": 0.5, "beta": 2.0}), options={"alpha": 1.0, "beta": 0.1}),
     "elr": Case(
         ({}, {"alpha": 7.0, "beta": 0.9}),
         lambda z, g: {"past": 0.7 * torch.softmax(3 * normal(g, *z.shape), 1)},

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from method_cases import CASES as CASES_OF
 from method_cases import BANKS, SIBLINGS, function_of, make
+from method_cases import CASES as CASES_OF
 
 from dlb_fast import (
     LastBatchLoss,

@@ -26,6 +26,7 @@ from .._args import (
     check_rows,
     check_share,
     check_target,
+    check_tensor,
 )
 from ..functional import LossParts
 from ..losses import Inputs
@@ -90,8 +91,8 @@ def elr_loss(
     op = "elr_loss"
     check_logits(op, logits, target)
     beta, ignore_index, mask = check_share(op, "beta", beta), check_ignore_index(op, ignore_index), None
-    for name, given in (("target", target), ("target_b", target_b)):
-        if (given is not None or name == "target") and (checked := check_target(op, logits, given, name)).dim() == 1:
+    for name, given in (("target", check_tensor(op, "target", target)), ("target_b", target_b)):
+        if given is not None and (checked := check_target(op, logits, given, name)).dim() == 1:
             mask = checked != ignore_index if mask is None else mask & (checked != ignore_index)
     rows, _ = _averaged(logits, check_rows(op, "past", past, logits).detach(), beta)
     loss, parts = add_term(
