@@ -227,7 +227,7 @@ def test_the_protocol_of_the_study():
 def test_killed_in_the_middle_and_continued(study, tmp_path):
     """Workers end with a killed command, and the next sitting gives the same weights as an uninterrupted one."""
     command = [sys.executable, "-m", "dlb_fast", "compare", "--protocol", str(study), "--jobs", "2"]
-    command += ["--max-steps", "600", "--eval-every", "50", "--only", "cnn/ce/*/seed0"]
+    command += ["--max-steps", "200", "--eval-every", "20", "--only", "cnn/ce/*/seed0"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     process = subprocess.Popen([*command, "--out", str(cut)], cwd=ROOT, stderr=subprocess.DEVNULL)
     run, end = cut / "cnn/ce/sym/seed0", time.monotonic() + 100

@@ -508,3 +508,10 @@ def test_loaded_weights_are_not_changed_by_images(begun, monkeypatch):
     build_trainer(override(SMALL, model="sees", pretrained=True))
     with pytest.raises(AssertionError, match="seen"):
         build_trainer(override(SMALL, model="sees"))
+
+
+def test_images_that_are_too_small_are_refused_before_a_network_sees_them():
+    data = open_data(WHITENED.data)
+    data.train.images = data.train.images[:, :, :1, :1]
+    with pytest.raises(ValueError, match="model airbench_small does not take images of 1 x 1 with 3 channels"):
+        build_trainer(WHITENED, data=data)

@@ -1,4 +1,4 @@
-"""Networks: those of the DLB code for 32x32 images, a small one for digits, and two ResNets for ImageNet.
+"""Networks: those of the DLB code for 32x32 images, small ones for digits and for CPUs, and two ResNets for ImageNet.
 
 The architectures follow the official repository (Meta-knowledge-Lab/DLB@8949a46, `models/`) layer by layer, because its
 names do not always mean what the literature means by them:
@@ -13,6 +13,8 @@ names do not always mean what the literature means by them:
 ``vgg16``            VGG with BatchNorm and the official three-layer classifier 512-512-C; also ``vgg19``
 ``densenet40_12``    DenseNet-BC, L=40, k=12, compression 0.5; ``densenet100_12`` likewise
 ``small_cnn``        three 3x3 convolutions; trains in seconds on 8x8 digits
+``airbench``         whitening and six 3x3 convolutions (64-128-256), for bfloat16 on a CPU with AMX
+``airbench_small``   the same with 32-64-128 channels, about half the time
 ``resnet50``         ImageNet: 7x7 stem and max-pool; also ``resnet18_imagenet``
 ===================  ====================================================================
 
@@ -273,7 +275,7 @@ class AirBench(nn.Module):
         super().__init__()
         self.whiten = nn.Conv2d(in_channels, 8 * in_channels, 2)
         self.whiten.weight.requires_grad_(False)
-        nn.init.zeros_(self.whiten.bias)
+        nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type, unused-ignore]
         channels = 8 * in_channels
         layers: list[nn.Module] = []
         for width in widths:
@@ -333,7 +335,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "densenet40_12": lambda n, c: DenseNet(n, c, depth=40, growth=12),
     "densenet100_12": lambda n, c: DenseNet(n, c, depth=100, growth=12),
     "small_cnn": lambda n, c: SmallCNN(n, c),
-    "airbench": lambda n, c: AirBench(n, c, widths=(64, 128, 128)),
+    "airbench": lambda n, c: AirBench(n, c, widths=(64, 128, 256)),
     "airbench_small": lambda n, c: AirBench(n, c, widths=(32, 64, 128)),
     "resnet18_imagenet": lambda n, c: ResNet(n, c, block=_BasicBlock, blocks=(2, 2, 2, 2), width=64, stem="imagenet"),
     "resnet50": lambda n, c: ResNet(n, c, block=_Bottleneck, blocks=(3, 4, 6, 3), width=64, stem="imagenet"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import io
 import json
 import math
@@ -332,14 +333,14 @@ def build_trainer(
         loaded = ranks.run_on_main(lambda: load_initial_weights(model, config.model, data))
         if log is not None:
             log.say(f"initial weights: {loaded}")
-    elif initial and hasattr(model, "init_from_images"):
-        ranks.run_on_main(lambda: model.init_from_images(data.sample_images(INIT_IMAGES)))  # type: ignore[operator]
     model = model.to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if ranks.rank:  # the weights are equal on all ranks, but dropout must differ
         seed_everything(config.train.seed + ranks.rank)
     _check_fit(model, config, data, device)
+    if initial and not loaded and hasattr(model, "init_from_images"):  # the trainer copies rank 0's weights to all
+        ranks.run_on_main(lambda: model.init_from_images(data.sample_images(INIT_IMAGES)))  # type: ignore[operator]
     rows = config.data.batch_size // ranks.world_size
     loader = data.train_loader(
         overlap=find(config.loss.method).batches == "overlap",
@@ -442,7 +443,9 @@ def train_run(
         log = RunLog(quiet=True)
         if ranks.is_main:
             log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
-        _reset_peak_memory(resolve_device(config.train.device, ranks))
+        device = resolve_device(config.train.device, ranks)
+        _keep_freed_memory(device)
+        _reset_peak_memory(device)
         data = data or (open_own_data(folder, config) if resume else open_data(config.data))
         log.say(data.about + (f"\n{note}" if note else ""))
         begun = resume and ranks.run_on_main(lambda: _same_start(folder, config))
@@ -599,6 +602,15 @@ def _compare_versions(folder: RunFolder, log: RunLog) -> None:
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
         log.say(f"changed since the start, so the continuation may differ in the last bits: {', '.join(changed)}")
+
+
+def _keep_freed_memory(device: torch.device) -> None:
+    """Let glibc keep what a step frees on the CPU; it would give it back, and every step fault its pages in anew."""
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+            library = ctypes.CDLL(None)
+            library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            library.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def _reset_peak_memory(device: torch.device) -> None:
