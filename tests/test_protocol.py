@@ -58,7 +58,7 @@ def study(tmp_path):
 def protocol(tmp_path_factory):
     path = tmp_path_factory.mktemp("protocol") / "p.yaml"
     path.write_text(STUDY)
-    return replace(load_protocol(path), length=100)
+    return replace(load_protocol(path), lengths={"cnn": 100, "late": 100})
 
 
 def changed(path, **parts):
@@ -91,7 +91,7 @@ def test_seeds_draw_the_noise_and_all_methods_share_it(protocol):
     )
     assert (first == second).all() and not (first == other).all()
     assert {c.config.train.seed for n, c in cells.items() if n.endswith("seed1")} == {1}
-    assert cells["cnn/ce/none/seed1"].config.data.data_seed == 0  # there is nothing to draw
+    assert cells["cnn/ce/none/seed1"].config.data.data_seed == 1  # which draws the subset
     assert cells["tuning/dlb/0"].config.data.data_seed == 9
 
 
@@ -215,10 +215,14 @@ def test_places_are_no_difference(protocol):
 
 def test_the_protocol_of_the_study():
     """Its configs are valid, every tuned method has as many settings, and all runs of a network make equal steps."""
-    protocol = replace(load_protocol(ROOT / "benchmarks" / "protocol-cifar10.yaml"), length=50_000)
+    protocol = load_protocol(ROOT / "benchmarks" / "protocol-cifar10.yaml")
+    lengths = {name: 10 * (protocol.base(name).data.per_class or 5000) for name in protocol.networks}
+    protocol = replace(protocol, lengths=lengths)
     chosen = {name: entry.settings[0] for name, entry in protocol.methods.items() if entry.settings}
     cells = [cell for cell in protocol.cells(chosen) if cell.tried is None]
     assert list(protocol.seeds) == [0, 1, 2]
+    drawn = {c.noise: c.config.data.data_seed for c in cells if c.network == "airbench" and c.seed == 2}
+    assert drawn == {"none": 0, "symmetric-0.4": 2, "human-worst": 0}
     for network in protocol.networks:
         assert len({(c.config.train.max_steps, c.config.data.batch_size) for c in cells if c.network == network}) == 1
 
@@ -231,7 +235,7 @@ def test_killed_in_the_middle_and_continued(study, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     process = subprocess.Popen([*command, "--out", str(cut)], cwd=ROOT, stderr=subprocess.DEVNULL)
     run, end = cut / "cnn/ce/sym/seed0", time.monotonic() + 100
-    while not list(run.glob("checkpoints/*.pt")) and time.monotonic() < end:
+    while not list(run.glob("checkpoints/step-*.pt")) and time.monotonic() < end:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -470,6 +470,18 @@ def located(config: RunConfig, data: str | None, labels: Path | None) -> RunConf
     return config
 
 
+def with_data(protocol: Protocol, data: str | None, labels: Path | None) -> tuple[RunData, Protocol]:
+    """The data of a protocol's common part, and the protocol with the lengths of its networks' training sets."""
+    opened = open_data(located(protocol.common, data, labels).data)
+    lengths = {}
+    for network in protocol.networks:
+        own = protocol.base(network).data
+        same = (own.source, own.per_class) == (protocol.common.data.source, protocol.common.data.per_class)
+        found = opened if same else open_data(located(protocol.base(network), data, labels).data)
+        lengths[network] = len(found.train)
+    return opened, replace(protocol, lengths=lengths)
+
+
 def run_protocol(
     protocol: Protocol,
     out: Path,
@@ -503,8 +515,7 @@ def run_protocol(
     """
     _check_patience(protocol.common)
     jobs = _jobs(jobs, protocol.common)
-    opened = open_data(located(protocol.common, data, labels).data)
-    protocol = replace(protocol, length=len(opened.train))
+    opened, protocol = with_data(protocol, data, labels)
     lines, results = read_results(out / RESULTS), out / RESULTS
     if tuned is not None:
         known = {line["method"] for line in lines if line["kind"] == "chosen"}
