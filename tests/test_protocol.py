@@ -19,7 +19,7 @@ from dlb_fast.train import compare
 from dlb_fast.train.config import override
 from dlb_fast.train.data import open_data
 from dlb_fast.train.evaluate import memorised
-from dlb_fast.train.protocol import differences, load_protocol
+from dlb_fast.train.protocol import differences, load_protocol, noise_name
 
 torch.set_num_threads(1)
 
@@ -210,6 +210,7 @@ def test_places_are_no_difference(protocol):
     config = protocol.common
     one = override(config, source="imagefolder:/a", noise_kind="file:/l/x.npz:k:c", device="cpu")
     other = override(config, source="imagefolder:b", noise_kind="file:x.npz:k:c", num_threads=7)
+    assert noise_name(one) == noise_name(other) == "file:x.npz:k:c"
     assert differences(one) == differences(other) != differences(override(other, noise_kind="file:x.npz:other:c"))
 
 

@@ -34,7 +34,7 @@ from .config import FILE_KINDS, SPLIT_KINDS, RunConfig, from_dict, override, to_
 from .data import RunData, check_same_data, identity, open_data
 from .loop import TrainingDiverged
 from .methods import LABELS, VARIANTS, variant
-from .protocol import Cell, Protocol, Values, differences, equal_steps
+from .protocol import Cell, Protocol, Values, differences, equal_steps, noise_name
 from .run import RunFolder, lock_folder, resolve_device, train_run
 
 __all__ = ["check_used", "equal_budget", "read_comparison", "read_results", "run", "run_protocol", "states"]
@@ -346,7 +346,7 @@ def summary(folder: RunFolder, data: RunData) -> dict[str, Any]:
     best = max(points, key=lambda point: point["test_top1"])  # the first of equals
     return {
         "wrong_labels": round(wrong, 5),
-        "noise_kind": config.data.noise_kind if wrong else "none",
+        "noise_kind": noise_name(config) if wrong else "none",
         "train_images": size,
         "test_images": len(data.test),
         "last": points[-1],

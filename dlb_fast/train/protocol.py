@@ -17,7 +17,7 @@ from dlb_fast._args import did_you_mean
 from .config import FILE_KINDS, SPLIT_KINDS, RunConfig, from_dict, override, to_dict
 from .methods import resolve, sampled_rows
 
-__all__ = ["Cell", "Entry", "Protocol", "Table", "Tuning", "differences", "equal_steps", "load_protocol"]
+__all__ = ["Cell", "Entry", "Protocol", "Table", "Tuning", "differences", "equal_steps", "load_protocol", "noise_name"]
 
 Values = Mapping[str, Any]
 Chosen = Mapping[str, Values]
@@ -218,9 +218,15 @@ def differences(config: RunConfig) -> dict[str, Any]:
     found = {name: value for name, value in values.items() if value != defaults[name] and name not in HERE}
     if config.data.kind in (*FILE_KINDS, *SPLIT_KINDS):
         found["source"] = config.data.kind
-    if config.data.noise_kind.startswith("file:"):
-        found["noise_kind"] = f"file:{Path(config.data.noise_kind.removeprefix('file:')).name}"
+    if config.data.label_file is not None:
+        found["noise_kind"] = noise_name(config)
     return found
+
+
+def noise_name(config: RunConfig) -> str:
+    """The kind of the label noise, of a label file without its folder."""
+    file = config.data.label_file
+    return config.data.noise_kind if file is None else f"file:{Path(file).name}"
 
 
 def _flat(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
