@@ -282,6 +282,17 @@ def test_nothing_is_tuned_where_the_settings_are_given(made, study):
     assert len(names) == 10 and not any(name.startswith("tuning") for name in names)
 
 
+def test_a_missing_or_wrong_label_file_is_found_before_the_first_run(made, study):
+    changed(study, noises={"none": None, "sym": {"data": {"noise_kind": "file:x.npy"}}})
+    with pytest.raises(FileNotFoundError, match=r"labels: no file .*x.npy"):
+        made("o", labels=study.parent)
+    np.save(study.parent / "x.npy", np.zeros(5, dtype=int))
+    with pytest.raises(ValueError, match=r"labels: .*x.npy has the shape \(5,\)"):
+        made("o", labels=study.parent)
+    assert not (study.parent / "o").exists()
+    assert made("o", only=["*/none/*"])
+
+
 def test_lines_that_another_sitting_writes_meanwhile_are_kept(made, study, monkeypatch):
     """A sitting reads the results before it waits for the folder; another may have ended in between."""
     file, before = study.parent / "o" / "results.jsonl", compare.claimed

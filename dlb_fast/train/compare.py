@@ -538,6 +538,7 @@ def run_protocol(
 
     Raises:
         ValueError: a folder of something else or in use, other data, or runs made with another config.
+        FileNotFoundError: the data or a label file is missing.
     """
     _check_patience(protocol.common)
     jobs = _jobs(jobs, protocol.common)
@@ -558,6 +559,7 @@ def run_protocol(
     state.asked(only)
     if dry:
         return state
+    _check_labels([cell for cell in state.asked(only) if cell.name not in state.done], data, labels)
     runs = {cell.name: protocol.methods[cell.method].label for cell in state.cells}
     asked = {"config": None, "runs": runs, "command": command, "data": identity(opened)}
 
@@ -605,6 +607,16 @@ def run_protocol(
         print(f"{len(todo)} of {len(state.cells)} runs to do, {jobs} at a time, in {out}", file=sys.stderr)
         _work_through(todo, prepare, record, jobs, workers=jobs > 1)
     return state
+
+
+def _check_labels(cells: Sequence[Cell], data: str | None, labels: Path | None) -> None:
+    """Read the label files of runs once, so that a missing or wrong one is found now and not in hours."""
+    files: dict[str, RunConfig] = {}
+    for cell in cells:
+        if cell.config is not None and cell.config.data.label_file is not None:
+            files.setdefault(cell.config.data.label_file, cell.config)
+    for config in files.values():
+        open_data(located(config, data, labels).data)
 
 
 def _with_tuning(protocol: Protocol, state: State, wanted: Sequence[Cell]) -> list[Cell]:
