@@ -257,6 +257,8 @@ def test_a_cut_last_line_is_made_again_and_other_damage_is_named(made, study, ca
         whole[:20] + b"\n" + whole,
         b"\xff\x00\n" + whole,
         b"{}\n" + whole,
+        b'{"kind": "run"}\n' + whole,
+        b'{"kind": "chosen"}\n' + whole,
         whole + b"[1]\n",
         b"1\n" + whole,
     ):
@@ -280,6 +282,20 @@ def test_nothing_is_tuned_where_the_settings_are_given(made, study):
     assert made("o", only=["late/dlb/sym/seed0"])[:2] == ["tuning/dlb/0", "tuning/dlb/1"]
     names = made("new", tuned=study.parent / "o" / "results.jsonl")
     assert len(names) == 10 and not any(name.startswith("tuning") for name in names)
+
+
+def test_methods_may_be_taken_out_of_a_protocol(made, study):
+    """Its results and its choice stay in the file; another setting of a tuned method is refused."""
+    made("o", only=["cnn/ce/none/seed0", "cnn/both/none/seed0"])
+    changed(study, methods__dlb={"loss": {"method": "dlb"}, "settings": [{"loss": {"alpha": 2.0}}] * 2})
+    with pytest.raises(ValueError, match="'alpha': 1.0}} was chosen for dlb; the protocol has no such setting"):
+        made("o")
+    values = {name: values for name, values in yaml.safe_load(STUDY)["methods"].items() if name == "ce"}
+    changed(study, methods=values, tables=[{"network": "cnn", "methods": ["ce"], "noises": ["none"]}])
+    assert made("o") == ["cnn/ce/none/seed1"]
+    assert [line["kind"] for line in compare.read_results(study.parent / "o" / "results.jsonl")] == [
+        "tuning", "tuning", "chosen", "run", "run", "run"
+    ]  # fmt: skip
 
 
 def test_a_missing_or_wrong_label_file_is_found_before_the_first_run(made, study):
@@ -359,6 +375,12 @@ def test_the_protocol_of_the_study():
     assert drawn == {"none": 0, "symmetric-0.4": 2, "human-worst": 0}
     for network in protocol.networks:
         assert len({(c.config.train.max_steps, c.config.data.batch_size) for c in cells if c.network == network}) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_a_run_is_told():
+    with pytest.raises(RuntimeError, match="compare: the process of a run was killed"), compare._executor(1) as pool:
+        pool.submit(os._exit, 9).result()
 
 
 @pytest.mark.slow

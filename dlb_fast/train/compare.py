@@ -166,7 +166,7 @@ def _claim(path: Path, asked: dict[str, Any]) -> None:
     elif path.exists() and any(entry.name != RESULTS for entry in path.iterdir()):
         raise ValueError(f"compare: {path} is not empty and holds no comparison; choose another --out")
     text = json.dumps(asked, indent=1).encode()
-    write_atomically(mark, lambda file: file.write(text))
+    write_atomically(mark, lambda file: file.write(text), "then repeat the command")
 
 
 def read_comparison(path: Path) -> list[tuple[Path, str]]:
@@ -328,6 +328,7 @@ def _first(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 # Summaries
 
+RUN_KEYS = ("cell", "network", "noise", "method", "seed")
 CURVE = ("test_top1", "test_nll", "test_ece", "train_right_top1", "train_wrong_top1", "train_wrong_true")
 
 
@@ -392,8 +393,10 @@ def read_results(path: Path | str) -> list[dict[str, Any]]:
             continue
         try:
             values = json.loads(line)
-            if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
-                raise ValueError("expected an object with kind")
+            kind = values.get("kind") if isinstance(values, dict) else None
+            needed = {"run": RUN_KEYS, "tuning": RUN_KEYS, "chosen": ("method", "setting")}.get(str(kind), ())
+            if kind is None or (missing := [key for key in needed if key not in values]):
+                raise ValueError(f"expected an object with {', '.join(missing) if kind else 'kind'}")
         except ValueError as error:
             if number == len(lines):
                 print(f"{path}:{number}: the line is cut and left out", file=sys.stderr)
@@ -445,7 +448,9 @@ def states(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> State:
     for line in results:
         if line["kind"] == "chosen":
             method, setting = line["method"], line["setting"]
-            if method not in protocol.methods or setting not in protocol.methods[method].settings:
+            if method not in protocol.methods or not protocol.methods[method].settings:
+                continue  # which the protocol does not tune any more
+            if setting not in protocol.methods[method].settings:
                 raise ValueError(f"compare: {setting} was chosen for {method}; the protocol has no such setting")
             chosen[method] = setting
     cells = protocol.cells(chosen)
@@ -566,7 +571,7 @@ def run_protocol(
     def keep(line: dict[str, Any]) -> None:
         lines.append(json.loads(json.dumps(line)))
         text = "".join(f"{json.dumps(one)}\n" for one in lines).encode()
-        write_atomically(results, lambda file: file.write(text))
+        write_atomically(results, lambda file: file.write(text), "then repeat the command")
 
     def prepare(cell: Cell) -> Work | None:
         cell = next(one for one in state.cells if one.name == cell.name)  # with the settings chosen since
