@@ -1,6 +1,7 @@
 """What ``impl="auto"`` takes on this GPU, and how long the choice takes: with the proof, and in the process after it.
 
-    python -m benchmarks.first_use --out results.jsonl        once with an empty DLB_FAST_CACHE, then once more
+    python -m benchmarks.first_use --name first --out results.jsonl        with an empty DLB_FAST_CACHE
+    python -m benchmarks.first_use --name next --out results.jsonl         and once more
 
 Also writes the verdicts that are known, those of `dlb-fast doctor --prove` among them.
 """
@@ -21,6 +22,7 @@ from . import harness
 def main() -> None:
     parser = argparse.ArgumentParser(prog="first_use", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON lines file to append to")
+    parser.add_argument("--name", default="", help="of this process in the results")
     args = parser.parse_args()
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)  # a process that comes to its first loss has used the GPU
@@ -34,8 +36,8 @@ def main() -> None:
         if not missing
     }
     why = _backends.proven(device, check=False)[1]
-    record = {"bench": "first use", "auto": choice, "why": why, "seconds": seconds, "verdicts": verdicts}
-    harness.write(args.out, [{**record, **harness.environment("cuda")}])
+    record = {"bench": "first use", "name": args.name, "auto": choice, "why": why, "seconds": seconds}
+    harness.write(args.out, [{**record, "verdicts": verdicts, **harness.environment("cuda")}])
     print(f'impl="auto" runs {choice!r} after {seconds:.3f} s: {why}')
     for name, found in verdicts.items():
         print(f"{name}: {found['said']} ({found['seconds']:.2f} s)")

@@ -35,7 +35,8 @@ class Report:
         try:
             harness.append(self.path, [record])
         except OSError:
-            self.plugins.get_plugin("terminalreporter").write_line("\n" + json.dumps(record))
+            if (terminal := self.plugins.get_plugin("terminalreporter")) is not None:
+                terminal.write_line("\n" + json.dumps(record))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import bench_last_batch, harness, loss_variants, shapes
+from benchmarks.loss_variants import PATHS
 from dlb_fast import _backends
 
 pytestmark = pytest.mark.slow  # guards the benchmarks, not the package
@@ -72,7 +73,7 @@ LB, CE = ["eager", "official", "cpu"], ["ce-eager", "ce-cpu"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "classes"), [(256, 10), (64, 1000), (2, 5)])
 def test_every_contender_is_held_against_float64(rows, classes, dtype):
-    work, missing, problem = loss_variants.variants(shapes.Shape(rows, classes, ""), dtype, "cpu", LB + CE, loss_variants.PATHS)
+    work, missing, problem = loss_variants.variants(shapes.Shape(rows, classes, ""), dtype, "cpu", LB + CE, PATHS)
     found, wrong = loss_variants.right(work, problem)
     assert found.keys() == work.keys() and not wrong and not missing
     assert {name for name, _ in found} == {*LB, *CE, "cpu-op"}
@@ -81,7 +82,9 @@ def test_every_contender_is_held_against_float64(rows, classes, dtype):
 eager = loss_variants.eager_loss
 WRONG = {
     "no teacher": lambda z, y, t: F.cross_entropy(z.float(), y),
-    "temperature squared left out": lambda z, y, t: (eager(z, y, t) - F.cross_entropy(z, y)) / 9 + F.cross_entropy(z, y),
+    "temperature squared left out": lambda z, y, t: (
+        (eager(z, y, t) - F.cross_entropy(z, y)) / 9 + F.cross_entropy(z, y)
+    ),
     "mean over all elements": lambda z, y, t: F.cross_entropy(z, y) + (eager(z, y, t) - F.cross_entropy(z, y)) / 1000,
     "five percent": lambda z, y, t: 1.05 * eager(z, y, t),
     "nan": lambda z, y, t: torch.nan * eager(z, y, t),
@@ -101,7 +104,8 @@ def test_contenders_with_another_gradient_are_not_timed(name, monkeypatch):
 
 
 def test_a_wrong_kernel_of_ours_fails_the_run_and_a_wrong_competitor_does_not(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "all_times", lambda work, *a, **k: {"wall": dict.fromkeys(work, {"median_us": 1.0})})
+    times = {"median_us": 1.0}
+    monkeypatch.setattr(harness, "all_times", lambda work, *a, **k: {"wall": {key: times for key in work}})
     monkeypatch.setattr(bench_last_batch.memory, "peak_bytes", lambda *given: 0)
     monkeypatch.setattr(bench_last_batch, "report", lambda records: None)
     monkeypatch.setattr(harness, "copy_bandwidth", lambda *given: 1e9)
