@@ -148,6 +148,7 @@ from dlb_fast import _backends, _proof, ops  # noqa: E402
 
 _backends.card = lambda index: _backends.Card("Pretended GPU", (9, 0), 8 << 30, 132, "0" * 32, 13000)
 _backends.cuda_missing = giving("")
+_backends.cuda_build = giving((("90",), 13000))
 _backends.KERNELS = _backends.LIBRARY  # there need not be nvcc
 required = _backends.require
 _backends.require = lambda impl, *given: None if impl == "cuda" else required(impl, *given)
