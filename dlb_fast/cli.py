@@ -520,7 +520,7 @@ def _study(args: argparse.Namespace, data: str | None, rest: list[str], own: dic
     )  # fmt: skip
     asked = state.asked(args.only or ())
     missing = [cell for cell in asked if cell.name not in state.done]
-    here = [cell for cell in missing if comparison.runs_here(protocol.device_of(cell.network))]
+    here = [cell for cell in missing if comparison.runs_here(protocol.base(cell.network).train.device)]
     for cell in asked if args.list else ():
         print(f"{cell.name:<48} {_said_of(state.done.get(cell.name), cell in here)}")
     seconds = comparison.remaining_seconds(state, here)

@@ -564,7 +564,7 @@ def run_protocol(
                 keep(choice)
         state = states(protocol, lines)
         todo = _with_tuning(protocol, state, [c for c in state.asked(only) if c.name not in state.done])
-        todo = [cell for cell in todo if runs_here(protocol.device_of(cell.network))]
+        todo = [cell for cell in todo if runs_here(protocol.base(cell.network).train.device)]
         print(f"{len(todo)} of {len(state.cells)} runs to do, {jobs} at a time, in {out}", file=sys.stderr)
         _work_through(todo, prepare, record, jobs)
     return state
