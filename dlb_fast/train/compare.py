@@ -37,7 +37,10 @@ from .methods import LABELS, VARIANTS, variant
 from .protocol import Cell, Protocol, Values, differences, equal_steps, noise_name
 from .run import RunFolder, lock_folder, resolve_device, train_run
 
-__all__ = ["check_used", "equal_budget", "read_comparison", "read_results", "run", "run_protocol", "states"]
+__all__ = [
+    "RESULTS", "check_used", "claimed", "equal_budget", "located", "read_comparison", "read_results",
+    "remaining_seconds", "run", "run_protocol", "runs_here", "states", "summary", "with_data", "write_results",
+]  # fmt: skip
 
 MARK = "comparison.json"
 RESULTS = "results.jsonl"
