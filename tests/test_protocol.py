@@ -134,8 +134,7 @@ def test_a_wrong_file_is_refused(study, parts, message):
     assert message in str(error.value)
 
 
-def test_flags_change_the_common_part_only(study, capsys, monkeypatch):
-    monkeypatch.setattr(os, "nice", lambda by: pytest.fail("a list computes nothing"), raising=False)
+def test_flags_change_the_common_part_only(study, capsys):
     command = ["compare", "--protocol", str(study), "--out", str(study.parent / "o"), "--list"]
     assert cli.main([*command, "--max-steps", "4"]) == 0
     assert "0 of 12 runs are done, 12 are missing" in capsys.readouterr().out
@@ -154,7 +153,6 @@ def test_flags_change_the_common_part_only(study, capsys, monkeypatch):
 
 def test_a_run_with_its_tuning(study, monkeypatch, capsys):
     """The tuning is scored on held-out images with wrong labels; what it chose is written and taken elsewhere."""
-    monkeypatch.setattr(os, "nice", lambda by: by, raising=False)
     held = []
     original = compare._without_test_set
     monkeypatch.setattr(compare, "_without_test_set", lambda *a: held.append(original(*a)) or held[-1])

@@ -25,11 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 GOES_WRONG = ("", "kernel", "hang", "crash")
 WISH = os.environ.get("DLB_FAST_PRETEND", "")
 assert WISH in GOES_WRONG, WISH
-# What a GPU machine without a network may lack.
-# Nor is it fast: whatever waits for a process, or for the end of the tests, has more patience.
+# It is not fast: whatever waits for a process, or for the end of the tests, has more patience.
 wait = subprocess.Popen.wait
 subprocess.Popen.wait = lambda self, timeout=None: wait(self, timeout and 30 * timeout)  # type: ignore[method-assign]
 os.environ.pop("DLB_FAST_TEST_SECONDS", None)
+# What a GPU machine without a network may lack.
 ABSENT = "tyro simplejpeg ruff mypy mkdocs mkdocstrings trackio wandb"
 sys.modules.update(dict.fromkeys(ABSENT.split()))
 
