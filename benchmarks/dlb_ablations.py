@@ -21,7 +21,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,8 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", help="comma-separated (default: those of the protocol)")
     args = parser.parse_args(argv)
     protocol, results = load_protocol(args.protocol), args.out / compare.RESULTS
-    opened = open_data(compare.located(protocol.common, args.data, args.labels).data)
-    protocol = replace(protocol, length=len(opened.train))
+    opened, protocol = compare.with_data(protocol, args.data, args.labels)
     lines = compare.read_results(results)
     chosen = compare.states(protocol, lines).chosen
     settings = [chosen[other] for other in protocol.needs(OURS) if other in chosen]

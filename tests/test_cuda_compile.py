@@ -101,7 +101,7 @@ def test_rows_move_in_16_byte_accesses(build: tuple[str, int], cubins: dict[tupl
             continue  # never launched there
         wide = {kind: [o for o in opcodes if o.startswith(kind) and ".128" in o] for kind in ("LDG", "STG")}
         packets = 8 if "f32" in build[0] else 4  # per thread and array at 32 columns
-        if "resident_kernel" in name and "ELi32ELb" in name:
+        if "resident_kernel" in name and "Li32ELb" in name:
             # The logits of two code paths and the teacher; two gradients.
             assert len(wide["LDG"]) >= packets * 3, name
             assert len(wide["STG"]) >= packets * 2, name

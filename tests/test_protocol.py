@@ -19,7 +19,7 @@ from dlb_fast.train import compare
 from dlb_fast.train.config import override
 from dlb_fast.train.data import open_data
 from dlb_fast.train.evaluate import memorised
-from dlb_fast.train.protocol import differences, load_protocol
+from dlb_fast.train.protocol import differences, load_protocol, noise_name
 
 torch.set_num_threads(1)
 
@@ -58,7 +58,7 @@ def study(tmp_path):
 def protocol(tmp_path_factory):
     path = tmp_path_factory.mktemp("protocol") / "p.yaml"
     path.write_text(STUDY)
-    return replace(load_protocol(path), length=100)
+    return replace(load_protocol(path), lengths={"cnn": 100, "late": 100})
 
 
 def changed(path, **parts):
@@ -91,7 +91,7 @@ def test_seeds_draw_the_noise_and_all_methods_share_it(protocol):
     )
     assert (first == second).all() and not (first == other).all()
     assert {c.config.train.seed for n, c in cells.items() if n.endswith("seed1")} == {1}
-    assert cells["cnn/ce/none/seed1"].config.data.data_seed == 0  # there is nothing to draw
+    assert cells["cnn/ce/none/seed1"].config.data.data_seed == 1  # which draws the subset
     assert cells["tuning/dlb/0"].config.data.data_seed == 9
 
 
@@ -210,15 +210,20 @@ def test_places_are_no_difference(protocol):
     config = protocol.common
     one = override(config, source="imagefolder:/a", noise_kind="file:/l/x.npz:k:c", device="cpu")
     other = override(config, source="imagefolder:b", noise_kind="file:x.npz:k:c", num_threads=7)
+    assert noise_name(one) == noise_name(other) == "file:x.npz:k:c"
     assert differences(one) == differences(other) != differences(override(other, noise_kind="file:x.npz:other:c"))
 
 
 def test_the_protocol_of_the_study():
     """Its configs are valid, every tuned method has as many settings, and all runs of a network make equal steps."""
-    protocol = replace(load_protocol(ROOT / "benchmarks" / "protocol-cifar10.yaml"), length=50_000)
+    protocol = load_protocol(ROOT / "benchmarks" / "protocol-cifar10.yaml")
+    lengths = {name: 10 * (protocol.base(name).data.per_class or 5000) for name in protocol.networks}
+    protocol = replace(protocol, lengths=lengths)
     chosen = {name: entry.settings[0] for name, entry in protocol.methods.items() if entry.settings}
     cells = [cell for cell in protocol.cells(chosen) if cell.tried is None]
     assert list(protocol.seeds) == [0, 1, 2]
+    drawn = {c.noise: c.config.data.data_seed for c in cells if c.network == "airbench" and c.seed == 2}
+    assert drawn == {"none": 0, "symmetric-0.4": 2, "human-worst": 0}
     for network in protocol.networks:
         assert len({(c.config.train.max_steps, c.config.data.batch_size) for c in cells if c.network == network}) == 1
 
@@ -227,11 +232,11 @@ def test_the_protocol_of_the_study():
 def test_killed_in_the_middle_and_continued(study, tmp_path):
     """Workers end with a killed command, and the next sitting gives the same weights as an uninterrupted one."""
     command = [sys.executable, "-m", "dlb_fast", "compare", "--protocol", str(study), "--jobs", "2"]
-    command += ["--max-steps", "600", "--eval-every", "50", "--only", "cnn/ce/*/seed0"]
+    command += ["--max-steps", "200", "--eval-every", "20", "--only", "cnn/ce/*/seed0"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     process = subprocess.Popen([*command, "--out", str(cut)], cwd=ROOT, stderr=subprocess.DEVNULL)
     run, end = cut / "cnn/ce/sym/seed0", time.monotonic() + 100
-    while not list(run.glob("checkpoints/*.pt")) and time.monotonic() < end:
+    while not list(run.glob("checkpoints/step-*.pt")) and time.monotonic() < end:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -34,7 +34,7 @@ from .config import FILE_KINDS, SPLIT_KINDS, RunConfig, from_dict, override, to_
 from .data import RunData, check_same_data, identity, open_data
 from .loop import TrainingDiverged
 from .methods import LABELS, VARIANTS, variant
-from .protocol import Cell, Protocol, Values, differences, equal_steps
+from .protocol import Cell, Protocol, Values, differences, equal_steps, noise_name
 from .run import RunFolder, lock_folder, resolve_device, train_run
 
 __all__ = ["check_used", "equal_budget", "read_comparison", "read_results", "run", "run_protocol", "states"]
@@ -346,7 +346,7 @@ def summary(folder: RunFolder, data: RunData) -> dict[str, Any]:
     best = max(points, key=lambda point: point["test_top1"])  # the first of equals
     return {
         "wrong_labels": round(wrong, 5),
-        "noise_kind": config.data.noise_kind if wrong else "none",
+        "noise_kind": noise_name(config) if wrong else "none",
         "train_images": size,
         "test_images": len(data.test),
         "last": points[-1],
@@ -470,6 +470,18 @@ def located(config: RunConfig, data: str | None, labels: Path | None) -> RunConf
     return config
 
 
+def with_data(protocol: Protocol, data: str | None, labels: Path | None) -> tuple[RunData, Protocol]:
+    """The data of a protocol's common part, and the protocol with the lengths of its networks' training sets."""
+    opened = open_data(located(protocol.common, data, labels).data)
+    lengths = {}
+    for network in protocol.networks:
+        own = protocol.base(network).data
+        same = (own.source, own.per_class) == (protocol.common.data.source, protocol.common.data.per_class)
+        found = opened if same else open_data(located(protocol.base(network), data, labels).data)
+        lengths[network] = len(found.train)
+    return opened, replace(protocol, lengths=lengths)
+
+
 def run_protocol(
     protocol: Protocol,
     out: Path,
@@ -503,8 +515,7 @@ def run_protocol(
     """
     _check_patience(protocol.common)
     jobs = _jobs(jobs, protocol.common)
-    opened = open_data(located(protocol.common, data, labels).data)
-    protocol = replace(protocol, length=len(opened.train))
+    opened, protocol = with_data(protocol, data, labels)
     lines, results = read_results(out / RESULTS), out / RESULTS
     if tuned is not None:
         known = {line["method"] for line in lines if line["kind"] == "chosen"}

@@ -17,7 +17,7 @@ from dlb_fast._args import did_you_mean
 from .config import FILE_KINDS, SPLIT_KINDS, RunConfig, from_dict, override, to_dict
 from .methods import resolve, sampled_rows
 
-__all__ = ["Cell", "Entry", "Protocol", "Table", "Tuning", "differences", "equal_steps", "load_protocol"]
+__all__ = ["Cell", "Entry", "Protocol", "Table", "Tuning", "differences", "equal_steps", "load_protocol", "noise_name"]
 
 Values = Mapping[str, Any]
 Chosen = Mapping[str, Values]
@@ -87,7 +87,7 @@ class Protocol:
     methods: Mapping[str, Entry]
     tables: tuple[Table, ...]
     tuning: Tuning | None = None
-    length: int | None = None  # of the training set; None: the steps of the methods are not equal yet
+    lengths: Mapping[str, int] | None = None  # network -> training images; None: steps are not equal yet
     _made: dict[Any, RunConfig] = field(default_factory=dict, compare=False, repr=False)
 
     def cells(self, chosen: Chosen | None = None) -> list[Cell]:
@@ -121,12 +121,16 @@ class Protocol:
         entry = self.methods[method]
         return (*entry.chosen_of, *((method,) if entry.settings else ()))
 
+    def base(self, network: str) -> RunConfig:
+        """The common config on a network."""
+        return self._laid([(f"networks.{network}", self.networks[network])])
+
     def device_of(self, network: str) -> str:
         """The device that a network of the study names, or `auto`."""
         return str((self.networks[network].get("train") or {}).get("device", self.common.train.device))
 
     def config_of(self, network: str, noise: str, method: str, settings: Sequence[Values], seed: int) -> RunConfig:
-        """The resolved config of one run. The seed draws the weights, the order and, where it is drawn, the noise."""
+        """The resolved config of one run. The seed draws weights and order, and a subset and labels that are drawn."""
         parts = [
             (f"networks.{network}", self.networks[network]),
             (f"noises.{noise}", self.noises[noise]),
@@ -138,12 +142,12 @@ class Protocol:
             if key not in self._made:
                 self._made[key] = resolve(self._laid(parts))
             config = override(self._made[key], seed=seed)
-            if self.length is not None:
-                config = equal_steps(config, self._laid(parts[:1]), self.length)
+            if self.lengths is not None:
+                config = equal_steps(config, self.base(network), self.lengths[network])
         except ValueError as error:
             what = str(error).removeprefix("protocol: ")
             raise ValueError(f"protocol: {method} with {noise} on {network}: {what}") from None
-        drawn = config.data.label_noise and not config.data.noise_kind.startswith("file:")
+        drawn = config.data.per_class is not None or (config.data.label_noise and config.data.label_file is None)
         return override(config, data_seed=seed) if drawn else config
 
     def _laid(self, parts: Sequence[tuple[str, Values]]) -> RunConfig:
@@ -214,9 +218,15 @@ def differences(config: RunConfig) -> dict[str, Any]:
     found = {name: value for name, value in values.items() if value != defaults[name] and name not in HERE}
     if config.data.kind in (*FILE_KINDS, *SPLIT_KINDS):
         found["source"] = config.data.kind
-    if config.data.noise_kind.startswith("file:"):
-        found["noise_kind"] = f"file:{Path(config.data.noise_kind.removeprefix('file:')).name}"
+    if config.data.label_file is not None:
+        found["noise_kind"] = noise_name(config)
     return found
+
+
+def noise_name(config: RunConfig) -> str:
+    """The kind of the label noise, of a label file without its folder."""
+    file = config.data.label_file
+    return config.data.noise_kind if file is None else f"file:{Path(file).name}"
 
 
 def _flat(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
