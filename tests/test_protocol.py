@@ -185,8 +185,8 @@ def test_a_run_with_its_tuning(study, monkeypatch, capsys):
     )  # fmt: skip
     assert state.chosen == {"dlb": lines[2]["setting"]}
     with pytest.raises(ValueError, match="both/sym/seed0 was run with another config .*cutout 2, now 3"):
-        compare.run_protocol(load_protocol(changed(study, methods__both={
-            "loss": {"method": "dlb"}, "augment": {"cutout": 3}, "chosen_of": ["dlb"]}), load_preset), out, dry=True)  # fmt: skip
+        other = {"loss": {"method": "dlb"}, "augment": {"cutout": 3}, "chosen_of": ["dlb"]}
+        compare.run_protocol(load_protocol(changed(study, methods__both=other), load_preset), out, dry=True)
 
 
 def test_two_sittings_on_one_folder(study, tmp_path):
