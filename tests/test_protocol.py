@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from dlb_fast import cli
+from dlb_fast.presets import load_preset
 from dlb_fast.train import compare
 from dlb_fast.train.config import load_config, override
 from dlb_fast.train.data import open_data
@@ -59,7 +60,7 @@ def study(tmp_path):
 def protocol(tmp_path_factory):
     path = tmp_path_factory.mktemp("protocol") / "p.yaml"
     path.write_text(STUDY)
-    return replace(load_protocol(path), lengths={"cnn": 100, "late": 100})
+    return replace(load_protocol(path, load_preset), lengths={"cnn": 100, "late": 100})
 
 
 def changed(path, **parts):
@@ -140,7 +141,7 @@ def test_equal_steps_and_the_chosen_setting(protocol):
 )  # fmt: skip
 def test_a_wrong_file_is_refused(study, parts, message):
     with pytest.raises(ValueError, match="p.yaml: protocol: ") as error:
-        load_protocol(changed(study, **parts))
+        load_protocol(changed(study, **parts), load_preset)
     assert message in str(error.value)
 
 
@@ -149,7 +150,7 @@ def test_a_key_that_is_there_twice_is_refused(study, text):
     """The last of them would be taken in silence. The same holds for a config; a merged key is no second one."""
     study.write_text(text)
     with pytest.raises(ValueError, match=r"cannot read .*p.yaml: (seeds|none) is there twice"):
-        load_protocol(study)
+        load_protocol(study, load_preset)
     study.write_text("optim: {lr: 0.1, lr: 0.2}")
     with pytest.raises(ValueError, match=r"config: cannot read .*p.yaml: lr is there twice"):
         load_config(study)
@@ -157,8 +158,7 @@ def test_a_key_that_is_there_twice_is_refused(study, text):
     assert load_config(study).model.model == "small_cnn"
 
 
-def test_flags_change_the_common_part_only(study, capsys, monkeypatch):
-    monkeypatch.setattr(os, "nice", lambda by: pytest.fail("a list computes nothing"), raising=False)
+def test_flags_change_the_common_part_only(study, capsys):
     command = ["compare", "--protocol", str(study), "--out", str(study.parent / "o"), "--list"]
     assert cli.main([*command, "--max-steps", "4"]) == 0
     assert "0 of 12 runs are done, 12 are missing" in capsys.readouterr().out
@@ -179,7 +179,6 @@ def test_flags_change_the_common_part_only(study, capsys, monkeypatch):
 
 def test_a_run_with_its_tuning(study, monkeypatch, capsys):
     """The tuning is scored on held-out images with wrong labels; what it chose is written and taken elsewhere."""
-    monkeypatch.setattr(os, "nice", lambda by: by, raising=False)
     held = []
     original = compare._without_test_set
     monkeypatch.setattr(compare, "_without_test_set", lambda *a: held.append(original(*a)) or held[-1])
@@ -207,12 +206,13 @@ def test_a_run_with_its_tuning(study, monkeypatch, capsys):
     monkeypatch.setattr(compare, "train_run", lambda *a, **k: pytest.fail("trained again"))
     assert cli.main([*command, "--out", str(out), "--only", "cnn/both/sym/seed0"]) == 0
     state = compare.run_protocol(
-        load_protocol(study), study.parent / "new", tuned=out / "results.jsonl", only=["cnn/both/*/seed1"], dry=True
-    )
+        load_protocol(study, load_preset), study.parent / "new", tuned=out / "results.jsonl",
+        only=["cnn/both/*/seed1"], dry=True,
+    )  # fmt: skip
     assert state.chosen == {"dlb": lines[2]["setting"]}
     with pytest.raises(ValueError, match="both/sym/seed0 was run with another config .*cutout 2, now 3"):
-        compare.run_protocol(load_protocol(changed(study, methods__both={
-            "loss": {"method": "dlb"}, "augment": {"cutout": 3}, "chosen_of": ["dlb"]})), out, dry=True)  # fmt: skip
+        other = {"loss": {"method": "dlb"}, "augment": {"cutout": 3}, "chosen_of": ["dlb"]}
+        compare.run_protocol(load_protocol(changed(study, methods__both=other), load_preset), out, dry=True)
 
 
 def test_two_sittings_on_one_folder(study, tmp_path):
@@ -221,7 +221,7 @@ def test_two_sittings_on_one_folder(study, tmp_path):
     (tmp_path / "o").mkdir()
     handle = lock_folder(tmp_path / "o", "")
     with pytest.raises(ValueError, match=r"another process works in .*; wait for it or end it"):
-        compare.run_protocol(load_protocol(study), tmp_path / "o", jobs=1)
+        compare.run_protocol(load_protocol(study, load_preset), tmp_path / "o", jobs=1)
     os.close(handle)
 
 
@@ -239,7 +239,7 @@ def made(study, monkeypatch):
 
     def call(out, **options):
         trained.clear()
-        compare.run_protocol(load_protocol(study), study.parent / out, jobs=1, **options)
+        compare.run_protocol(load_protocol(study, load_preset), study.parent / out, jobs=1, **options)
         return list(trained)
 
     return call
@@ -332,12 +332,12 @@ def test_a_diverged_run_is_of_its_config(study, monkeypatch):
 
     monkeypatch.setattr(compare, "train_run", diverge)
     out, only = study.parent / "o", ["cnn/ce/none/seed0"]
-    compare.run_protocol(load_protocol(study), out, jobs=1, only=only)
+    compare.run_protocol(load_protocol(study, load_preset), out, jobs=1, only=only)
     (line,) = compare.read_results(out / "results.jsonl")
     assert line["diverged"] == "the loss became NaN" and line["config"]["per_class"] == 10
     with pytest.raises(ValueError, match="none/seed0 was run with another config .*lr"):
         slower = changed(study, methods__ce={"optim": {"lr": 0.01}, "loss": {"method": "ce"}})
-        compare.run_protocol(load_protocol(slower), out, only=only, dry=True)
+        compare.run_protocol(load_protocol(slower, load_preset), out, only=only, dry=True)
 
 
 def test_what_waits_for_a_tuning_that_cannot_run_here_is_left_out(made, study, monkeypatch, capsys):
@@ -365,7 +365,7 @@ def test_places_are_no_difference(protocol):
 
 def test_the_protocol_of_the_study():
     """Its configs are valid, every tuned method has as many settings, and all runs of a network make equal steps."""
-    protocol = load_protocol(ROOT / "benchmarks" / "protocol-cifar10.yaml")
+    protocol = load_protocol(ROOT / "benchmarks" / "protocol-cifar10.yaml", load_preset)
     lengths = {name: 10 * (protocol.base(name).data.per_class or 5000) for name in protocol.networks}
     protocol = replace(protocol, lengths=lengths)
     chosen = {name: entry.settings[0] for name, entry in protocol.methods.items() if entry.settings}

@@ -77,7 +77,7 @@ def test_pairs_are_of_one_seed():
     assert study_page.difference(ours[:1], theirs) is None
 
 
-def test_the_page(results, tmp_path, capsys):
+def test_the_page(results, tmp_path):
     text = study_page.page(results, tmp_path / "p.yaml", "study.svg")
     rows = {
         r[1]: r for x in text.splitlines() if x.startswith("| sym") for r in [[c.strip() for c in x.split("|")[1:-1]]]
@@ -98,8 +98,7 @@ def test_the_page(results, tmp_path, capsys):
     assert "Not run, though in the protocol: net, ce: 1 of 4 runs; net, dlb: 1 of 4 runs." in flat
     assert "a machine, 1 threads, 2 at a time, torch 2; commits abc; 2026-12-01 to 2026-12-01" in flat
     assert max(map(len, (x for x in text.splitlines() if not x.startswith(("|", "dlb-fast", "python"))))) <= 120
-    assert study_page.main([str(results), "--short"]) == 0
-    assert "| DLB | 74.00 ± 2.00 (3) |" in capsys.readouterr().out
+    assert "| DLB | 74.00 ± 2.00 (3) |" in study_page.short_form(results)
 
 
 def write(tmp_path, lines):
@@ -146,13 +145,12 @@ def test_partial_results(tmp_path):
     )
 
 
-def test_joined_files_count_a_run_once(tmp_path, capsys):
+def test_joined_files_count_a_run_once(tmp_path):
     run = line("dlb", 0, 70)
     assert "| sym | DLB | 1 | 71.00 |" in write(tmp_path, [run, {**run, **line("dlb", 0, 71)}])
     (tmp_path / "none.jsonl").write_text("")
-    with pytest.raises(SystemExit):
-        study_page.main([str(tmp_path / "none.jsonl"), "--short"])
-    assert "none.jsonl holds no run" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="none.jsonl holds no run"):
+        study_page.short_form(tmp_path / "none.jsonl")
 
 
 @pytest.mark.slow
