@@ -113,16 +113,20 @@ def diverged(lines: Sequence[Record], noise: str, method: str) -> list[int]:
     return sorted(line["seed"] for line in lines if "diverged" in line and (line["noise"], line["method"]) == where)
 
 
+def once(lines: Sequence[Record], kind: str, key: str = "cell") -> list[Record]:
+    """The lines of a kind, of equal keys the last one: files of several machines may have been joined."""
+    return list({line[key]: line for line in lines if line["kind"] == kind}.values())
+
+
 def runs_of(results: Path) -> list[Record]:
-    """The runs of a summary file, the last line of each: files of several machines may have been joined.
+    """The runs of a summary file.
 
     Raises:
         ValueError: no run is in the file.
     """
-    found = {line["cell"]: line for line in read_results(results) if line["kind"] == "run"}
-    if not found:
+    if not (found := once(read_results(results), "run")):
         raise ValueError(f"study_page: {results} holds no run")
-    return list(found.values())
+    return found
 
 
 def ordered(lines: Sequence[Record], name: str) -> list[str]:
@@ -357,9 +361,9 @@ def page(results: Path, protocol: Path, svg: str) -> str:
         "top-1 in points, paired by seed, with 95 % t intervals, except of one seed or equal values. Seconds are the "
         "training time of one run."
     )
-    if ablations := [line for line in every if line["kind"] == "ablation"]:
+    if ablations := once(every, "ablation"):
         blocks += ["## The lag, and the second augmentation", ablation_table(ablations, lines)]
-    if chosen := [line for line in every if line["kind"] == "chosen"]:
+    if chosen := once(every, "chosen", "method"):
         blocks += ["## Settings", TUNED, tuning_table(chosen)]
     blocks += ["## How it was made", HOW]
     wide, count = ONE, sum("95 % interval" in sentence for sentence in said)

@@ -148,6 +148,12 @@ def test_partial_results(tmp_path):
 def test_joined_files_count_a_run_once(tmp_path):
     run = line("dlb", 0, 70)
     assert "| sym | DLB | 1 | 71.00 |" in write(tmp_path, [run, {**run, **line("dlb", 0, 71)}])
+    other = {**line("lag0", 0, 60), "kind": "ablation"}
+    chosen = {"kind": "chosen", "method": "dlb", "setting": {"loss": {"impl": "cpu"}},
+              "tried": [{"setting": {"loss": {"impl": "cpu"}}, "held_out_top1": None}]}  # fmt: skip
+    text = write(tmp_path, [run, *[other] * 2, *[chosen] * 2])
+    assert "| sym | LAG0 | net | 1 | 60.00 | -10.00 |" in text
+    assert text.count("| dlb | impl cpu | diverged | chosen |") == 1
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(ValueError, match="none.jsonl holds no run"):
         study_page.short_form(tmp_path / "none.jsonl")
