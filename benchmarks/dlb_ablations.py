@@ -32,6 +32,7 @@ from dlb_fast.presets import load_preset
 from dlb_fast.train import compare
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import RunData, identity, open_data
+from dlb_fast.train.loop import TrainingDiverged
 from dlb_fast.train.protocol import differences, load_protocol
 from dlb_fast.train.run import RunFolder, train_run
 
@@ -145,7 +146,10 @@ def train(config: RunConfig, name: str, folder: RunFolder) -> dict[str, Any]:
     data.variant = VARIANTS[name]
     method = override(config, method=VARIANTS[name].method)
     if not (folder.path / "result.json").exists():
-        result = train_run(method, folder, resume=folder.exists(), quiet=True, data=data)
+        try:
+            result = train_run(method, folder, resume=folder.exists(), quiet=True, data=data)
+        except TrainingDiverged as error:
+            return {"diverged": str(error).partition(";")[0], "config": differences(method)}
         if result["stopped_by"] is not None:
             raise KeyboardInterrupt
     return {**compare.summary(folder, data), "config": differences(method)}
@@ -187,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     line = train(config, name, RunFolder(args.out / cell))
                     lines.append({**about, "label": variant.label, "seed": seed, **line, "jobs": 1})
                     compare.write_results(results, lines)
-                    print(f"{cell}: top-1 {100 * line['last']['test_top1']:.2f} %", file=sys.stderr, flush=True)
+                    top1 = line["diverged"] if "diverged" in line else f"top-1 {100 * line['last']['test_top1']:.2f} %"
+                    print(f"{cell}: {top1}", file=sys.stderr, flush=True)
     return 0
 
 

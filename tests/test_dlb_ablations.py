@@ -13,6 +13,7 @@ from dlb_fast.data import OverlapBatchSampler
 from dlb_fast.train import compare
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import open_data
+from dlb_fast.train.loop import TrainingDiverged
 
 torch.set_num_threads(1)
 
@@ -105,3 +106,19 @@ def test_all_variants_are_run_once(tmp_path, monkeypatch):
     assert [line["images"] for line in lines] == [48, 40, 44]  # the first batches of lag 1 and 2 have no old half
     monkeypatch.setattr(ablations, "train_run", lambda *a, **k: pytest.fail("trained again"))
     assert ablations.main(command) == 0
+
+    def diverge(*args, **options):
+        raise TrainingDiverged("the loss became NaN; lower the learning rate")
+
+    monkeypatch.setattr(ablations, "train_run", diverge)
+    before = compare.claimed
+
+    def late(path, asked):  # another sitting ends between the first look at the results and the lock
+        compare.write_results(path / "results.jsonl", [chosen, {**lines[0], "cell": "ablation/net/lag0/sym/seed1"}])
+        return before(path, asked)
+
+    monkeypatch.setattr(compare, "claimed", late)
+    assert ablations.main([*command, "--seeds", "1"]) == 0
+    found = compare.read_results(out / "results.jsonl")[1:]
+    assert [line["cell"] for line in found] == [f"ablation/net/{name}/sym/seed1" for name in ablations.VARIANTS]
+    assert [line.get("diverged") for line in found] == [None, "the loss became NaN", "the loss became NaN"]
