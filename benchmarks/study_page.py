@@ -174,10 +174,13 @@ def ablation_table(lines: Sequence[Record], runs: Sequence[Record]) -> str:
     """The variants of DLB, each with its difference to DLB of the same network, noise and seed."""
     rows = []
     for network, noise, method in dict.fromkeys(map(_key, lines)):
-        if found := of(lines, network=network, noise=noise, method=method):
-            reference = of(runs, network=network, noise=noise, method=OURS)
-            values = spread([last(line) for line in found])
-            rows.append((noise, found[0]["label"], network, len(found), values, shown(difference(found, reference))))
+        here = [line for line in lines if line["network"] == network]
+        found = of(here, noise=noise, method=method)
+        lost = len(diverged(here, noise, method))
+        n = f"{len(found)}" + (f" ({lost} diverged)" if lost else "")
+        values = spread([last(line) for line in found]) if found else "-"
+        reference = of(runs, network=network, noise=noise, method=OURS)
+        rows.append((noise, _label(here, method), network, n, values, shown(difference(found, reference))))
     return table(("noise", "variant", "network", "seeds", "last top-1 %", f"- {_label(runs, OURS)}"), rows, right=True)
 
 

@@ -151,7 +151,8 @@ def test_joined_files_count_a_run_once(tmp_path):
     other = {**line("lag0", 0, 60), "kind": "ablation"}
     chosen = {"kind": "chosen", "method": "dlb", "setting": {"loss": {"impl": "cpu"}},
               "tried": [{"setting": {"loss": {"impl": "cpu"}}, "held_out_top1": None}]}  # fmt: skip
-    text = write(tmp_path, [run, *[other] * 2, *[chosen] * 2])
+    text = write(tmp_path, [run, *[other] * 2, *[chosen] * 2, {**lost("lag2", 0), "kind": "ablation", "cell": "x"}])
+    assert "| sym | LAG2 | net | 0 (1 diverged) | - | - |" in text
     assert "| sym | LAG0 | net | 1 | 60.00 | -10.00 |" in text
     assert text.count("| dlb | impl cpu | diverged | chosen |") == 1
     (tmp_path / "none.jsonl").write_text("")
