@@ -18,25 +18,19 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
-# name: classes, the device's largest cluster, options that lead to the kernel.
-KERNELS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "lanes": (101, 8, {}),
-    "warp": (1001, 8, {}),
-    "block": (1501, 8, {}),
-    "cluster": (17001, 8, {}),
-    "lanes, whole": (104, 8, {}),
-    "warp, whole": (1000, 8, {}),
-    "block, whole": (1504, 8, {}),
-    "cluster, whole": (17008, 8, {}),
-    "two passes": (17001, 0, {}),
-    "two passes of a warp, general": (101, 8, {"dense": True}),
-    "two passes of a block, general": (1501, 8, {"dense": True}),
-}
+# name: classes, and the device's largest cluster.
+KERNELS = {
+    "lanes": (101, 8), "warp": (1001, 8), "block": (1501, 8), "cluster": (17001, 8),
+    "lanes, whole": (104, 8), "warp, whole": (1000, 8), "block, whole": (1504, 8), "cluster, whole": (17008, 8),
+    "two passes": (17001, 0), "two passes of a warp, general": (101, 8), "two passes of a block, general": (1501, 8),
+}  # fmt: skip
+# Classes of the calls at random, by those of a kernel; and rows.
 SIZES = {
     101: (3, 10, 33, 100, 101, 127, 128), 1001: (129, 500, 999, 1000, 1001, 1024), 1501: (1025, 1500, 4097, 16001),
     17001: (16390, 32001),
+    104: (8, 48, 104, 128), 1000: (136, 504, 1000, 1024), 1504: (1032, 1504, 4104, 16384), 17008: (16392, 32000),
 }  # fmt: skip
-ROWS = {101: (2, 5, 13, 40, 70), 1001: (2, 5, 13, 40, 70), 1501: (1, 2, 5, 12, 40), 17001: (2, 8, 12)}
+FEW, MANY = (1, 2, 5, 12, 40), (2, 5, 13, 40, 70)
 RICH, SAMPLE = 40, 15
 # Which rows the batches are of a stream of threes, and `again`: the next batch, the same once more, a short one.
 STEPS = [(range(6), 0), (range(3, 9), -1), (range(3, 9), -1), (range(6, 11), -1)]
@@ -52,7 +46,7 @@ def name_of(name: str, dtype: torch.dtype) -> tuple[str, str]:
 
 def cases(name: str, dtype: torch.dtype) -> Callable[[Kernel], None]:
     """Calls of one kernel, held against the reference."""
-    classes, clusters, options = KERNELS[name]
+    classes, clusters = KERNELS[name]
     wanted = name_of(name, dtype)
 
     def run(kernel: Kernel) -> None:
@@ -68,11 +62,11 @@ def cases(name: str, dtype: torch.dtype) -> Callable[[Kernel], None]:
             logits, target, _ = batch(len(ids), classes, dtype, seed=index)
             target[-1] = -100
             given: dict[str, Any] = {"weight": torch.rand(classes) + 0.5}
-            if index == 1 and "general" not in name:
-                given = {"label_smoothing": 0.1}  # both would go to a general kernel
-            if options.get("dense"):
+            if "general" in name:
                 target = torch.softmax(torch.randn(len(ids), classes), 1)
                 given["label_smoothing"] = 0.1
+            elif index == 1:
+                given = {"label_smoothing": 0.1}  # both would go to a general kernel
             device.multiprocessors = 1 if index == 2 else 4
             stream.step(logits, target, torch.tensor(ids), again=again, **given)
 
@@ -81,29 +75,29 @@ def cases(name: str, dtype: torch.dtype) -> Callable[[Kernel], None]:
 
 def rich(name: str, dtype: torch.dtype) -> list[mutants.Case]:
     """More calls of the same kernel, at random: values, strides, ids, masks, corrupt rows, many labels."""
-    classes, _, options = KERNELS[name]
-    wanted = name_of(name, dtype)
-    kinds: tuple[str, ...] = ("logits", "roll", "roll") if options.get("roll") else ("none",)
-    forms: tuple[str, ...] = ("labels",)
+    classes, wanted = KERNELS[name][0], name_of(name, dtype)
+    kinds, forms = ("none", "logits", "roll", "roll"), ("labels",)
     if "general" in name:
         kinds, forms = fuzz.KINDS, fuzz.FORMS
+    rows = MANY if classes < 1025 else FEW
 
     def one(seed: int) -> mutants.Case:
         def run(kernel: Kernel) -> None:
             def chosen(unit: str, mangled: str) -> Kernel:
                 return kernel if (unit, mangled) == wanted else harness.kernel(unit, mangled)
 
-            fuzz.one_case(seed, (dtype,), SIZES[classes], ROWS[classes], kinds, forms, chosen)
+            fuzz.one_case(seed, (dtype,), SIZES[classes], rows, kinds, forms, chosen)
 
         return run
 
-    return [one(seed) for seed in range(4 * RICH)]
+    return [one(seed) for seed in range(4 * RICH if classes < 4000 else RICH)]
 
 
 @functools.cache
 def study(name: str, dtype: torch.dtype) -> mutants.Study:
     random = rich(name, dtype)
-    return mutants.Study(harness.kernel(*name_of(name, dtype)), [cases(name, dtype), *random[:RICH]], random[RICH:])
+    few = len(random) // 4
+    return mutants.Study(harness.kernel(*name_of(name, dtype)), [cases(name, dtype), *random[:few]], random[few:])
 
 
 def idle_barriers(name: str, dtype: torch.dtype) -> int:
