@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dlb_fast import DistillationLoss, LastBatchLoss, fused_lb_loss
 from dlb_fast.data import OverlapPlan, PlanSampler
+from dlb_fast.presets import load_preset
 from dlb_fast.train import compare
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import RunData, identity, open_data
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--noises", help="comma-separated (default: those of the first table)")
     parser.add_argument("--seeds", help="comma-separated (default: those of the protocol)")
     args = parser.parse_args(argv)
-    protocol, results = load_protocol(args.protocol), args.out / compare.RESULTS
+    protocol, results = load_protocol(args.protocol, load_preset), args.out / compare.RESULTS
     opened, protocol = compare.with_data(protocol, args.data, args.labels)
     lines = compare.read_results(results)
     chosen = compare.states(protocol, lines).chosen

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlb_fast.presets import load_preset
 from dlb_fast.report.pictures import style
 from dlb_fast.report.tables import spread
 from dlb_fast.train.compare import read_results
@@ -200,7 +201,7 @@ def best_methods(lines: Sequence[Record]) -> list[str]:
 def missing_runs(lines: Sequence[Record], protocol: Path) -> list[str]:
     """The runs of the protocol that are not in the results, by network and method."""
     known = {line["cell"] for line in lines}
-    planned = [cell for cell in load_protocol(protocol).cells() if cell.tried is None]
+    planned = [cell for cell in load_protocol(protocol, load_preset).cells() if cell.tried is None]
     found: dict[str, list[int]] = {}
     for cell in planned:
         found.setdefault(f"{cell.network}, {cell.method}", []).append(cell.name not in known)

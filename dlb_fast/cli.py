@@ -501,6 +501,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
 
 def _study(args: argparse.Namespace, data: str | None, rest: list[str], own: dict[str, str], command: str) -> int:
     """`compare --protocol`: train what is missing, or list it."""
+    from dlb_fast.presets import load_preset
     from dlb_fast.train import compare as comparison
     from dlb_fast.train.config import RunConfig
     from dlb_fast.train.flags import parse_flags
@@ -511,7 +512,7 @@ def _study(args: argparse.Namespace, data: str | None, rest: list[str], own: dic
         raise ValueError(f"compare: --{given[0]} has no effect with --protocol, which names it; --only chooses runs")
     if args.out is None:
         raise ValueError("compare: --protocol needs --out, the folder that every sitting continues")
-    protocol = load_protocol(args.protocol)
+    protocol = load_protocol(args.protocol, load_preset)
     own |= dict.fromkeys(("seed", "method"), "the protocol names it; --only chooses runs")
     protocol = protocol.with_flags(parse_flags(RunConfig, protocol.common, rest, "dlb-fast compare", also=own))
     state = comparison.run_protocol(

@@ -7,7 +7,7 @@ laid on top of each other: common, network, noise, method, the method's chosen s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,8 +228,10 @@ def _laid_on(config: RunConfig, where: str, values: Values) -> RunConfig:
 KEYS = ("common", "seeds", "networks", "noises", "methods", "tuning", "tables")
 
 
-def load_protocol(path: Path | str) -> Protocol:
+def load_protocol(path: Path | str, load_preset: Callable[[str], RunConfig]) -> Protocol:
     """Read a protocol file and check every config that can be made from it.
+
+    `load_preset` makes a config of the name under `common: {preset: NAME}`: `dlb_fast.presets.load_preset`.
 
     Raises:
         ValueError: a missing or damaged file, an unknown key or name (with the nearest known one), methods tuned with
@@ -243,7 +245,7 @@ def load_protocol(path: Path | str) -> Protocol:
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise ValueError(f"protocol: cannot read {path}: {why}") from error
     try:
-        protocol = _protocol(values)
+        protocol = _protocol(values, load_preset)
         protocol.cells()
         for method in protocol.methods:  # a setting that cannot run is found now, not in hours
             for table in (table for table in protocol.tables if method in table.methods):
@@ -255,14 +257,11 @@ def load_protocol(path: Path | str) -> Protocol:
     return protocol
 
 
-def _protocol(values: Any) -> Protocol:
+def _protocol(values: Any, load_preset: Callable[[str], RunConfig]) -> Protocol:
     _check_keys("", values, KEYS, required=("seeds", "networks", "noises", "methods", "tables"))
     common = dict(values.get("common") or {})
-    base = RunConfig()
-    if (preset := common.pop("preset", None)) is not None:
-        from dlb_fast.presets import load_preset
-
-        base = load_preset(preset)
+    preset = common.pop("preset", None)
+    base = RunConfig() if preset is None else load_preset(preset)
     networks, noises = _mapping(values, "networks"), _mapping(values, "noises")
     methods = {name: _entry(name, entry) for name, entry in _mapping(values, "methods").items()}
     sizes = {name: len(entry.settings) for name, entry in methods.items() if entry.settings}

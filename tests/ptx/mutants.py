@@ -120,25 +120,21 @@ class Study:
       what would change nothing; a test that another one repeats; a store of the number that is there.)
     - rounded: bytes differ, by less than the arithmetic may err, after as many differences.
 
-    ``more`` calls are made for what differed less often. What none of the rules explains is a call that is missing.
+    The rules ask all calls. What none of them explains is a call that is missing.
 
     A barrier, fence or release is *redundant* where no two conflicting accesses of any launch lack an order: the
     machine checks them all, by what orders them under every schedule, and says for each barrier which others do.
     """
 
-    def __init__(self, kernel: Kernel, cases: list[Case], more: list[Case] | None = None) -> None:
-        self.kernel, self.cases, self.more = kernel, [], more or []
-        self.base: list[list[dict[str, int]]] = []
-        self.steps = 0
-        kernel.executed[:] = bytes(len(kernel.executed))
-        self._extend(cases)
-
-    def _extend(self, cases: list[Case]) -> None:
-        """Make calls of the right kernel; some lead to another one and are left out.
+    def __init__(self, kernel: Kernel, cases: list[Case]) -> None:
+        """Makes the calls with the right kernel; those that lead to another one are left out.
 
         So are those in which the original errs by more than the reference allows: they would notice anything.
         """
-        failed = 0
+        self.kernel, self.cases = kernel, list[Case]()
+        self.base: list[list[dict[str, int]]] = []
+        self.steps = failed = 0
+        kernel.executed[:] = bytes(len(kernel.executed))
         for case in cases:
             self.kernel.launches = []
             try:
@@ -165,9 +161,9 @@ class Study:
             chosen += random.Random(seed).sample(reached, min(count, len(reached)))
         return chosen
 
-    def _survives(self, kernel: Kernel, trace: Trace, first: int = 0) -> bool:
+    def _survives(self, kernel: Kernel, trace: Trace) -> bool:
         kernel.steps = 4 * self.steps + 100_000
-        for case, base in zip(self.cases[first:], self.base[first:], strict=True):
+        for case, base in zip(self.cases, self.base, strict=True):
             kernel.launches = []
             try:
                 case(kernel)
@@ -189,11 +185,6 @@ class Study:
             counts = memoryview(changed.orders).cast("I") if changed.orders else ()
             instead = {f"{i}: {code[i].text}": int(count) for i, count in enumerate(counts) if count}
             return Verdict(mutant, code[at].text, "redundant" if survives else "noticed", trace.differs, instead)
-        if survives and 0 < trace.differs < ENOUGH and trace.traffic and self.more:
-            first = len(self.cases)
-            self._extend(self.more)
-            self.more = []
-            survives = self._survives(changed, trace, first)
         if not survives:
             return Verdict(mutant, code[at].text, "noticed")
         why = ""

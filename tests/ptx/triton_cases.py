@@ -76,7 +76,7 @@ def run(name: str, seed: int = 0) -> None:
             logits, target, _ = batch(rows, classes, DTYPES[dtype], seed=seed, scale=pick.choice([0.1, 2.0, 10.0]))
             target[torch.rand(rows, generator=g) < 0.2] = -100
             given = {"alpha": 0.7, **made}
-            fuzz.steps(stream, logits, target, pick, g, given, (True,), masked, padded=False)
+            fuzz.steps(stream, logits, target, pick, g, given, (True,), masked, ((0, 0),))
         elif options.get("roll"):
             stream = Stream(device, classes, rows // 2, DTYPES[dtype])
             for step, moved in enumerate((0, 1, 1, 2, 3)):  # the first, the next, that one again, the next, a last one
@@ -103,8 +103,8 @@ def run(name: str, seed: int = 0) -> None:
         launch.COUNT_HERE_ROWS, launch.COUNT_CHUNK = here
 
 
-def studies(name: str) -> list[mutants.Study]:
-    """The kernels that a case launches, each with the calls of the case and others."""
+def studies(name: str, calls: int) -> list[mutants.Study]:
+    """The kernels that a case launches, each with the call of the case and others at random."""
     PRETENDED.launched.clear()
     run(name)
 
@@ -116,16 +116,13 @@ def studies(name: str) -> list[mutants.Study]:
         return call
 
     kernels = list(dict.fromkeys(PRETENDED.launched))
-    return [
-        mutants.Study(kernel, [case(kernel, seed) for seed in range(6)], [case(kernel, seed) for seed in range(6, 30)])
-        for kernel in kernels
-    ]
+    return [mutants.Study(kernel, [case(kernel, seed) for seed in range(calls)]) for kernel in kernels]
 
 
 def broken(name: str, barriers: bool, count: int) -> dict[str, list[mutants.Verdict]]:
     """Verdicts by rule: of every barrier, fence and release, or of ``count`` wrong indices and lost predicates."""
     verdicts: dict[str, list[mutants.Verdict]] = {}
-    for study in studies(name):
+    for study in studies(name, 6 if barriers else 20):
         if barriers:
             chosen = study.reached(mutants.without_barriers(study.kernel.program))
         else:
