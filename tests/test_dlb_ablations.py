@@ -98,7 +98,9 @@ def test_all_variants_are_run_once(tmp_path, monkeypatch):
     out.mkdir()
     (out / "results.jsonl").write_text(json.dumps(chosen) + "\n")
     command = ["--protocol", str(tmp_path / "p.yaml"), "--out", str(out)]
-    assert ablations.main(command) == 0
+    with pytest.raises(ValueError, match="--only lag3 fits none of 3 runs"):
+        ablations.main([*command, "--only", "lag3"])
+    assert ablations.main([*command, "--only", "*/lag0/*", "--only", "*/lag2/*", "--only", "*/same_view/*"]) == 0
     lines = compare.read_results(out / "results.jsonl")[1:]
     assert [line["cell"] for line in lines] == [f"ablation/net/{name}/sym/seed0" for name in ablations.VARIANTS]
     assert {line["steps"] for line in lines} == {6} and {line["config"]["alpha"] for line in lines} == {2.0}

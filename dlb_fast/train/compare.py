@@ -38,7 +38,7 @@ from .protocol import Cell, Protocol, Values, differences, equal_steps, noise_na
 from .run import RunFolder, lock_folder, resolve_device, train_run
 
 __all__ = [
-    "RESULTS", "check_used", "claimed", "equal_budget", "located", "read_comparison", "read_results",
+    "RESULTS", "check_used", "claimed", "equal_budget", "fitting", "located", "read_comparison", "read_results",
     "remaining_seconds", "run", "run_protocol", "runs_here", "states", "summary", "with_data", "write_results",
 ]  # fmt: skip
 
@@ -406,17 +406,22 @@ class State:
     chosen: dict[str, Values]
 
     def asked(self, only: Sequence[str] = ()) -> list[Cell]:
-        """The runs whose name fits one of the patterns; all without one.
+        """The runs that `fitting` finds."""
+        names = fitting([cell.name for cell in self.cells], only)
+        return [cell for cell in self.cells if cell.name in names]
 
-        Raises:
-            ValueError: no run fits; the message has the nearest name.
-        """
-        names = [cell.name for cell in self.cells]
-        fits = [name for name in names if not only or any(fnmatch.fnmatchcase(name, glob) for glob in only)]
-        if not fits:
-            hint = did_you_mean(only[0], names) or f"; they are named like {names[-1]}"
-            raise ValueError(f"compare: --only {' '.join(only)} fits none of {len(names)} runs{hint}")
-        return [cell for cell in self.cells if cell.name in fits]
+
+def fitting(names: Sequence[str], only: Sequence[str]) -> list[str]:
+    """The names of runs that fit one of the patterns; all without one.
+
+    Raises:
+        ValueError: no name fits; the message has the nearest one.
+    """
+    fits = [name for name in names if not only or any(fnmatch.fnmatchcase(name, glob) for glob in only)]
+    if not fits:
+        hint = did_you_mean(only[0], names) or f"; they are named like {names[-1]}"
+        raise ValueError(f"compare: --only {' '.join(only)} fits none of {len(names)} runs{hint}")
+    return fits
 
 
 def states(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> State:
