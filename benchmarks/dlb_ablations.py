@@ -162,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="as in dlb-fast compare")
     parser.add_argument("--labels", type=Path, help="as in dlb-fast compare")
     parser.add_argument("--out", type=Path, required=True, help="folder of the study, with its results.jsonl")
-    parser.add_argument("--noises", help="comma-separated (default: those of the first table)")
-    parser.add_argument("--seeds", help="comma-separated (default: those of the protocol)")
+    parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="runs with such names, as there")
     args = parser.parse_args(argv)
     protocol, results = load_protocol(args.protocol, load_preset), args.out / compare.RESULTS
     opened, protocol = compare.with_data(protocol, args.data, args.labels)
@@ -172,27 +171,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(settings) < len(protocol.needs(OURS)):
         parser.error(f"{results} has no setting chosen for {OURS}; run dlb-fast compare --only 'tuning/{OURS}/*' first")
     network = protocol.tables[0].network
-    noises = args.noises.split(",") if args.noises else protocol.tables[0].noises
-    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else protocol.seeds
-    names = {f"ablation/{network}/{n}/{z}/seed{s}": v.label for s in seeds for z in noises for n, v in VARIANTS.items()}
-    asked = {"config": None, "runs": names, "command": " ".join(sys.argv[1:]), "data": identity(opened)}
+    cells = {
+        f"ablation/{network}/{name}/{noise}/seed{seed}": (name, noise, seed)
+        for seed in protocol.seeds
+        for noise in protocol.tables[0].noises
+        for name in VARIANTS
+    }
+    labels = {cell: VARIANTS[name].label for cell, (name, _, _) in cells.items()}
+    asked = {"config": None, "runs": labels, "command": " ".join(sys.argv[1:]), "data": identity(opened)}
+    wanted = compare.fitting(list(cells), args.only)
     with compare.claimed(args.out, asked):
         lines = compare.read_results(results)  # another sitting may have ended since
         known = {line.get("cell") for line in lines}
-        for seed in seeds:
-            for noise in noises:
-                for name, variant in VARIANTS.items():
-                    cell = f"ablation/{network}/{name}/{noise}/seed{seed}"
-                    if cell in known:
-                        continue
-                    config = protocol.config_of(network, noise, OURS, settings, seed)
-                    config = compare.located(config, args.data, args.labels)
-                    about = {"kind": "ablation", "cell": cell, "network": network, "noise": noise, "method": name}
-                    line = train(config, name, RunFolder(args.out / cell))
-                    lines.append({**about, "label": variant.label, "seed": seed, **line, "jobs": 1})
-                    compare.write_results(results, lines)
-                    top1 = line["diverged"] if "diverged" in line else f"top-1 {100 * line['last']['test_top1']:.2f} %"
-                    print(f"{cell}: {top1}", file=sys.stderr, flush=True)
+        for cell in wanted:
+            if cell in known:
+                continue
+            name, noise, seed = cells[cell]
+            config = protocol.config_of(network, noise, OURS, settings, seed)
+            line = train(compare.located(config, args.data, args.labels), name, RunFolder(args.out / cell))
+            about = {"kind": "ablation", "cell": cell, "network": network, "noise": noise, "method": name}
+            lines.append({**about, "label": labels[cell], "seed": seed, **line, "jobs": 1})
+            compare.write_results(results, lines)
+            top1 = line["diverged"] if "diverged" in line else f"top-1 {100 * line['last']['test_top1']:.2f} %"
+            print(f"{cell}: {top1}", file=sys.stderr, flush=True)
     return 0
 
 

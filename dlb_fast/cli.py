@@ -515,6 +515,8 @@ def _study(args: argparse.Namespace, data: str | None, rest: list[str], own: dic
     protocol = load_protocol(args.protocol, load_preset)
     own |= dict.fromkeys(("seed", "method"), "the protocol names it; --only chooses runs")
     protocol = protocol.with_flags(parse_flags(RunConfig, protocol.common, rest, "dlb-fast compare", also=own))
+    if not args.list and hasattr(os, "nice"):
+        os.nice(10)  # a study takes hours, and whoever else uses the machine goes first
     state = comparison.run_protocol(
         protocol, args.out, data=data, labels=args.labels, only=args.only or (), tuned=args.tuned, jobs=args.jobs,
         command=command, dry=args.list,

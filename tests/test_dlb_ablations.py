@@ -99,7 +99,9 @@ def test_all_variants_are_run_once(tmp_path, monkeypatch):
     out.mkdir()
     (out / "results.jsonl").write_text(json.dumps(chosen) + "\n")
     command = ["--protocol", str(tmp_path / "p.yaml"), "--out", str(out)]
-    assert ablations.main(command) == 0
+    with pytest.raises(ValueError, match="--only lag3 fits none of 3 runs"):
+        ablations.main([*command, "--only", "lag3"])
+    assert ablations.main([*command, "--only", "*/lag0/*", "--only", "*/lag2/*", "--only", "*/same_view/*"]) == 0
     lines = compare.read_results(out / "results.jsonl")[1:]
     assert [line["cell"] for line in lines] == [f"ablation/net/{name}/sym/seed0" for name in ablations.VARIANTS]
     assert {line["steps"] for line in lines} == {6} and {line["config"]["alpha"] for line in lines} == {2.0}
@@ -118,7 +120,8 @@ def test_all_variants_are_run_once(tmp_path, monkeypatch):
         return before(path, asked)
 
     monkeypatch.setattr(compare, "claimed", late)
-    assert ablations.main([*command, "--seeds", "1"]) == 0
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({**study, "seeds": [1]}))
+    assert ablations.main(command) == 0
     found = compare.read_results(out / "results.jsonl")[1:]
     assert [line["cell"] for line in found] == [f"ablation/net/{name}/sym/seed1" for name in ablations.VARIANTS]
     assert [line.get("diverged") for line in found] == [None, "the loss became NaN", "the loss became NaN"]

@@ -66,18 +66,19 @@ def labels(op: str, target: Tensor | None, target_b: Tensor | None, why: str) ->
 
 
 def label_costs(
-    op: str, logits: Tensor, target: Tensor | None, why: str, *, ignore_index: int, impl: str
+    op: str, logits: Tensor, target: Tensor | None, why: str, *, alpha: Scalar = 1.0, ignore_index: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``-log p`` of every row's label (B,), 0 where it is ignored; the labels (B,); how many rows are right.
 
     For losses that are a function of the label's probability: ``p = exp(-cost)``, and the gradient of such a loss is
-    that of the cross entropy times a factor per row.
+    that of the cross entropy times a factor per row. ``alpha`` is only checked: where it requires a gradient, a
+    compiled ``impl`` is refused and ``auto`` is torch.
     """
     check_logits(op, logits, target)
     if target is not None:
         check_target(op, logits, target)
     target = labels(op, target, None, why)
-    options = prepare(op, impl=impl, ignore_index=ignore_index, reduction="none")
+    options = prepare(op, impl=impl, alpha=alpha, ignore_index=ignore_index, reduction="none")
     cost, parts = row_loss(options, logits, target)
     return cost, target, parts[3]
 

@@ -39,7 +39,7 @@ from .protocol import Cell, Protocol, Values, differences, equal_steps, noise_na
 from .run import RunFolder, lock_folder, resolve_device, train_run
 
 __all__ = [
-    "RESULTS", "check_used", "claimed", "equal_budget", "located", "read_comparison", "read_results",
+    "RESULTS", "check_used", "claimed", "equal_budget", "fitting", "located", "read_comparison", "read_results",
     "remaining_seconds", "run", "run_protocol", "runs_here", "states", "summary", "with_data", "write_results",
 ]  # fmt: skip
 
@@ -427,22 +427,26 @@ class State:
     chosen: dict[str, Values]
 
     def asked(self, only: Sequence[str] = ()) -> list[Cell]:
-        """The runs whose name fits one of the patterns; all without one. No trial of a method with its setting chosen.
-
-        Raises:
-            ValueError: a pattern that no run fits; the message has the nearest name.
-        """
-        names = [cell.name for cell in self.cells]
-        for glob in only:
-            if not fnmatch.filter(names, glob):
-                hint = did_you_mean(glob, names) or f"; they are named like {names[-1]}"
-                raise ValueError(f"compare: --only {glob} fits none of {len(names)} runs{hint}")
+        """The runs that `fitting` finds. No trial of a method with its setting chosen."""
+        names = fitting([cell.name for cell in self.cells], only)
         return [
             cell
             for cell in self.cells
-            if (not only or any(fnmatch.fnmatchcase(cell.name, glob) for glob in only))
-            and (cell.tried is None or cell.name in self.done or cell.method not in self.chosen)
+            if cell.name in names and (cell.tried is None or cell.name in self.done or cell.method not in self.chosen)
         ]
+
+
+def fitting(names: Sequence[str], only: Sequence[str]) -> list[str]:
+    """The names of runs that fit one of the patterns; all without one.
+
+    Raises:
+        ValueError: a pattern that no name fits; the message has the nearest one.
+    """
+    for glob in only:
+        if not fnmatch.filter(names, glob):
+            hint = did_you_mean(glob, names) or f"; they are named like {names[-1]}"
+            raise ValueError(f"compare: --only {glob} fits none of {len(names)} runs{hint}")
+    return [name for name in names if not only or any(fnmatch.fnmatchcase(name, glob) for glob in only)]
 
 
 def states(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> State:

@@ -103,8 +103,6 @@ class Event:
 
     def synchronize(self) -> None: ...
     def wait(self, stream: Any = None) -> None: ...
-    def query(self) -> bool:
-        return True
 
 
 class Stream(Event):
@@ -113,8 +111,6 @@ class Stream(Event):
 
     def wait_stream(self, other: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
-    def record_event(self, event: Any = None) -> Event:
-        return event or Event()
 
 
 STREAM = Stream()

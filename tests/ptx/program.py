@@ -159,9 +159,6 @@ class Program:
     def parameter_bytes(self) -> int:
         return sum(self.parameters[-1]) if self.parameters else 0
 
-    def with_change(self, index: int, instruction: Instruction) -> Program:
-        return replace(self, code=[*self.code[:index], instruction, *self.code[index + 1 :]])
-
     def with_constant(self, bits: int, width: int) -> tuple[Program, int]:
         """The program with a constant more, and the operand that reads it."""
         constants = [*self.constants, (bits & ((1 << 8 * width) - 1), width, self.constant_bytes)]

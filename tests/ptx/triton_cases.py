@@ -95,18 +95,12 @@ def run(name: str, seed: int = 0) -> None:
             if options.get("dense"):
                 target = torch.softmax(torch.randn(rows, classes, generator=torch.Generator().manual_seed(1)), 1)
             kind = options["kind"]
-            given = {"logits": teacher, "probabilities": torch.softmax(teacher.float(), 1)}.get(kind)
-            if kind == "probabilities":
-                given = given.to(DTYPES[dtype]) if given is not None else None
+            shares = torch.softmax(teacher.float(), 1).to(DTYPES[dtype])
+            given = {"logits": teacher, "probabilities": shares}.get(kind)
             made = options_of(options, rows, classes, seed)
             compare(device.last_batch(logits, target, teacher=given, **made), logits, target, given, **made)
     finally:
         launch.COUNT_HERE_ROWS, launch.COUNT_CHUNK = here
-
-
-def check(name: str) -> None:
-    """One case, right and without a fault."""
-    run(name)
 
 
 def studies(name: str, calls: int) -> list[mutants.Study]:
