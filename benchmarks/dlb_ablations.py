@@ -17,8 +17,6 @@ results.jsonl; what is there is not run again, and what was cut short continues.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +28,8 @@ from torch import Tensor, nn
 
 from dlb_fast import DistillationLoss, LastBatchLoss, fused_lb_loss
 from dlb_fast.data import OverlapPlan, PlanSampler
+from dlb_fast.presets import load_preset
 from dlb_fast.train import compare
-from dlb_fast.train.checkpoint import write_atomically
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import RunData, identity, open_data
 from dlb_fast.train.protocol import differences, load_protocol
@@ -163,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--noises", help="comma-separated (default: those of the first table)")
     parser.add_argument("--seeds", help="comma-separated (default: those of the protocol)")
     args = parser.parse_args(argv)
-    protocol, results = load_protocol(args.protocol), args.out / compare.RESULTS
+    protocol, results = load_protocol(args.protocol, load_preset), args.out / compare.RESULTS
     opened, protocol = compare.with_data(protocol, args.data, args.labels)
     lines = compare.read_results(results)
     chosen = compare.states(protocol, lines).chosen
@@ -173,8 +171,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     network, known = protocol.tables[0].network, {line.get("cell") for line in lines}
     noises = args.noises.split(",") if args.noises else protocol.tables[0].noises
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else protocol.seeds
-    if hasattr(os, "nice"):
-        os.nice(10)
     names = {f"ablation/{network}/{n}/{z}/seed{s}": v.label for s in seeds for z in noises for n, v in VARIANTS.items()}
     asked = {"config": None, "runs": names, "command": " ".join(sys.argv[1:]), "data": identity(opened)}
     with compare.claimed(args.out, asked):
@@ -189,8 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     about = {"kind": "ablation", "cell": cell, "network": network, "noise": noise, "method": name}
                     line = train(config, name, RunFolder(args.out / cell))
                     lines.append({**about, "label": variant.label, "seed": seed, **line, "jobs": 1})
-                    text = "".join(f"{json.dumps(one)}\n" for one in lines).encode()
-                    write_atomically(results, lambda file, text=text: file.write(text))
+                    compare.write_results(results, lines)
                     print(f"{cell}: top-1 {100 * line['last']['test_top1']:.2f} %", file=sys.stderr, flush=True)
     return 0
 

@@ -1,9 +1,8 @@
 """The page of a study, made from the summary lines of its runs; every statement follows from an interval.
 
     python -m benchmarks.study_page benchmarks/results/cifar10-cpu.jsonl --out docs/study.md
-    python -m benchmarks.study_page benchmarks/results/cifar10-cpu.jsonl --short
 
-The first writes the page and its picture beside it. The second prints the few lines that the README shows.
+writes the page and its picture beside it. `python -m benchmarks.tables` writes the few lines that the README shows.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlb_fast.presets import load_preset
 from dlb_fast.report.pictures import style
+from dlb_fast.report.tables import spread
 from dlb_fast.train.compare import read_results
 from dlb_fast.train.protocol import load_protocol
 
@@ -63,12 +64,6 @@ def difference(ours: Sequence[Record], theirs: Sequence[Record], value: Value = 
     other = {line["seed"]: value(line) for line in theirs}
     found = [value(line) - other[line["seed"]] for line in ours if line["seed"] in other]
     return interval(found) if found else None
-
-
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean ± sample standard deviation."""
-    mean = format(statistics.fmean(values), form)
-    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 
 
 def shown(found: Interval | None) -> str:
@@ -125,10 +120,10 @@ def results_table(lines: Sequence[Record]) -> str:
             ]
             measured = [
                 spread([last(r) for r in runs]),
-                spread([100 * r["best"]["test_top1"] for r in runs]),
-                spread([r["last"]["test_nll"] for r in runs], ".3f"),
-                spread([100 * r["last"]["test_ece"] for r in runs], ".1f"),
-                spread([r["seconds"] for r in runs], ".0f"),
+                spread([r["best"]["test_top1"] for r in runs], 100),
+                spread([r["last"]["test_nll"] for r in runs], form=".3f"),
+                spread([r["last"]["test_ece"] for r in runs], 100, ".1f"),
+                spread([r["seconds"] for r in runs], form=".0f"),
             ]
             rows.append([noise, label, n, *measured, *against])
     heads = ("noise", "method", "seeds", "last top-1 %", "best top-1 %", "NLL", "ECE %", "seconds")
@@ -206,7 +201,7 @@ def best_methods(lines: Sequence[Record]) -> list[str]:
 def missing_runs(lines: Sequence[Record], protocol: Path) -> list[str]:
     """The runs of the protocol that are not in the results, by network and method."""
     known = {line["cell"] for line in lines}
-    planned = [cell for cell in load_protocol(protocol).cells() if cell.tried is None]
+    planned = [cell for cell in load_protocol(protocol, load_preset).cells() if cell.tried is None]
     found: dict[str, list[int]] = {}
     for cell in planned:
         found.setdefault(f"{cell.network}, {cell.method}", []).append(cell.name not in known)
@@ -348,19 +343,13 @@ def short_form(results: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page and its picture, or print the short form."""
+    """Write the page and its picture."""
     parser = argparse.ArgumentParser(prog="study_page", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, help="results.jsonl of dlb-fast compare --protocol")
     parser.add_argument("--protocol", type=Path, default=PROTOCOL, help="the protocol (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="page to write, such as docs/study.md; its picture lies beside it")
-    parser.add_argument("--short", action="store_true", help="print the lines of the README")
+    parser.add_argument("--out", type=Path, required=True, help="page to write; its picture lies beside it")
     args = parser.parse_args(argv)
-    if args.short == (args.out is not None):
-        parser.error("give either --out or --short")
     try:
-        if args.short:
-            print(short_form(args.results.resolve()))
-            return 0
         svg = args.out.with_suffix(".svg")
         text = page(args.results.resolve(), args.protocol.resolve(), svg.name)
         picture([line for line in read_results(args.results) if line["kind"] == "run"], svg)

@@ -501,6 +501,7 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
 
 def _study(args: argparse.Namespace, data: str | None, rest: list[str], own: dict[str, str], command: str) -> int:
     """`compare --protocol`: train what is missing, or list it."""
+    from dlb_fast.presets import load_preset
     from dlb_fast.train import compare as comparison
     from dlb_fast.train.config import RunConfig
     from dlb_fast.train.flags import parse_flags
@@ -511,18 +512,16 @@ def _study(args: argparse.Namespace, data: str | None, rest: list[str], own: dic
         raise ValueError(f"compare: --{given[0]} has no effect with --protocol, which names it; --only chooses runs")
     if args.out is None:
         raise ValueError("compare: --protocol needs --out, the folder that every sitting continues")
-    protocol = load_protocol(args.protocol)
+    protocol = load_protocol(args.protocol, load_preset)
     own |= dict.fromkeys(("seed", "method"), "the protocol names it; --only chooses runs")
     protocol = protocol.with_flags(parse_flags(RunConfig, protocol.common, rest, "dlb-fast compare", also=own))
-    if not args.list and hasattr(os, "nice"):
-        os.nice(10)  # a study takes hours, and whoever else uses the machine goes first
     state = comparison.run_protocol(
         protocol, args.out, data=data, labels=args.labels, only=args.only or (), tuned=args.tuned, jobs=args.jobs,
         command=command, dry=args.list,
     )  # fmt: skip
     asked = state.asked(args.only or ())
     missing = [cell for cell in asked if cell.name not in state.done]
-    here = [cell for cell in missing if comparison.runs_here(protocol.device_of(cell.network))]
+    here = [cell for cell in missing if comparison.runs_here(protocol.base(cell.network).train.device)]
     for cell in asked if args.list else ():
         print(f"{cell.name:<48} {_said_of(state.done.get(cell.name), cell in here)}")
     seconds = comparison.remaining_seconds(state, here)

@@ -85,7 +85,6 @@ def test_lag_one_has_the_images_of_dlb():
 
 
 def test_all_variants_are_run_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablations.os, "nice", lambda by: by, raising=False)
     study = {
         "common": {"preset": "digits", "data": {"per_class": 4, "batch_size": 8, "label_noise": 0.4},
                    "train": {"max_steps": 6, "eval_every": 3}},

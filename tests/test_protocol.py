@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from dlb_fast import cli
+from dlb_fast.presets import load_preset
 from dlb_fast.train import compare
 from dlb_fast.train.config import override
 from dlb_fast.train.data import open_data
@@ -58,7 +59,7 @@ def study(tmp_path):
 def protocol(tmp_path_factory):
     path = tmp_path_factory.mktemp("protocol") / "p.yaml"
     path.write_text(STUDY)
-    return replace(load_protocol(path), lengths={"cnn": 100, "late": 100})
+    return replace(load_protocol(path, load_preset), lengths={"cnn": 100, "late": 100})
 
 
 def changed(path, **parts):
@@ -129,12 +130,11 @@ def test_equal_steps_and_the_chosen_setting(protocol):
 )  # fmt: skip
 def test_a_wrong_file_is_refused(study, parts, message):
     with pytest.raises(ValueError, match="p.yaml: protocol: ") as error:
-        load_protocol(changed(study, **parts))
+        load_protocol(changed(study, **parts), load_preset)
     assert message in str(error.value)
 
 
-def test_flags_change_the_common_part_only(study, capsys, monkeypatch):
-    monkeypatch.setattr(os, "nice", lambda by: pytest.fail("a list computes nothing"), raising=False)
+def test_flags_change_the_common_part_only(study, capsys):
     command = ["compare", "--protocol", str(study), "--out", str(study.parent / "o"), "--list"]
     assert cli.main([*command, "--max-steps", "4"]) == 0
     assert "0 of 12 runs are done, 12 are missing" in capsys.readouterr().out
@@ -153,7 +153,6 @@ def test_flags_change_the_common_part_only(study, capsys, monkeypatch):
 
 def test_a_run_with_its_tuning(study, monkeypatch, capsys):
     """The tuning is scored on held-out images with wrong labels; what it chose is written and taken elsewhere."""
-    monkeypatch.setattr(os, "nice", lambda by: by, raising=False)
     held = []
     original = compare._without_test_set
     monkeypatch.setattr(compare, "_without_test_set", lambda *a: held.append(original(*a)) or held[-1])
@@ -181,12 +180,13 @@ def test_a_run_with_its_tuning(study, monkeypatch, capsys):
     monkeypatch.setattr(compare, "train_run", lambda *a, **k: pytest.fail("trained again"))
     assert cli.main([*command, "--out", str(out), "--only", "cnn/both/sym/seed0"]) == 0
     state = compare.run_protocol(
-        load_protocol(study), study.parent / "new", tuned=out / "results.jsonl", only=["cnn/both/*/seed1"], dry=True
-    )
+        load_protocol(study, load_preset), study.parent / "new", tuned=out / "results.jsonl",
+        only=["cnn/both/*/seed1"], dry=True,
+    )  # fmt: skip
     assert state.chosen == {"dlb": lines[2]["setting"]}
     with pytest.raises(ValueError, match="both/sym/seed0 was run with another config .*cutout 2, now 3"):
-        compare.run_protocol(load_protocol(changed(study, methods__both={
-            "loss": {"method": "dlb"}, "augment": {"cutout": 3}, "chosen_of": ["dlb"]})), out, dry=True)  # fmt: skip
+        other = {"loss": {"method": "dlb"}, "augment": {"cutout": 3}, "chosen_of": ["dlb"]}
+        compare.run_protocol(load_protocol(changed(study, methods__both=other), load_preset), out, dry=True)
 
 
 def test_two_sittings_on_one_folder(study, tmp_path):
@@ -195,7 +195,7 @@ def test_two_sittings_on_one_folder(study, tmp_path):
     (tmp_path / "o").mkdir()
     handle = lock_folder(tmp_path / "o", "")
     with pytest.raises(ValueError, match=r"another process works in .*; wait for it or end it"):
-        compare.run_protocol(load_protocol(study), tmp_path / "o", jobs=1)
+        compare.run_protocol(load_protocol(study, load_preset), tmp_path / "o", jobs=1)
     os.close(handle)
 
 
@@ -216,7 +216,7 @@ def test_places_are_no_difference(protocol):
 
 def test_the_protocol_of_the_study():
     """Its configs are valid, every tuned method has as many settings, and all runs of a network make equal steps."""
-    protocol = load_protocol(ROOT / "benchmarks" / "protocol-cifar10.yaml")
+    protocol = load_protocol(ROOT / "benchmarks" / "protocol-cifar10.yaml", load_preset)
     lengths = {name: 10 * (protocol.base(name).data.per_class or 5000) for name in protocol.networks}
     protocol = replace(protocol, lengths=lengths)
     chosen = {name: entry.settings[0] for name, entry in protocol.methods.items() if entry.settings}

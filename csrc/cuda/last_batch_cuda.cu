@@ -78,8 +78,7 @@ struct Shape {
   }
 };
 
-// How many blocks of a kernel the device holds at a time; 0 where it holds none, or no cluster. Asked for once for every
-// shape. 16 blocks are the non-portable size of a cluster and have to be allowed first.
+// How many blocks of a kernel the device holds at a time; 0 where it holds none, or no cluster. 16 blocks are the non-portable size of a cluster and have to be allowed first.
 int64_t resident_blocks(const void* function, const LaunchPlan& plan, int multiprocessors) {
   int fitting = 0;
   if (plan.cluster == 1) {
@@ -135,7 +134,7 @@ const char* current_device(DType dtype, Device& out, int& index) {
   return nullptr;
 }
 
-// The blocks of a plan's kernel that are on the device at a time; remembered, because asking takes longer than a launch.
+// The same of a plan's kernel, remembered, because asking takes longer than a launch.
 int64_t resident_on(int index, Kernel kernel, const LaunchPlan& plan, int multiprocessors) {
   static std::mutex mutex;
   static std::map<std::tuple<int, Kernel, int, int>, int64_t> known;

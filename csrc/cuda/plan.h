@@ -105,8 +105,8 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
       plan.threads = span <= 2048 ? 64 : span <= 4096 ? 128 : span <= 8192 ? 256 : 512;
       break;
     case Regime::cluster: {
-      // Blocks of 256 threads while 8 of them hold the row (or as many as fit): two per multiprocessor, so that one loads
-      // while the other reduces. 16 blocks are the non-portable size.
+      // Blocks of 256 threads while 8 of them hold the row (or as many as fit): two per multiprocessor, so that one
+      // loads while the other reduces. 16 blocks are the non-portable size.
       plan.threads = span <= (largest_cluster < 8 ? largest_cluster : 8) * 256 * resident_columns ? 256 : 512;
       plan.cluster = 2;
       while (plan.cluster * plan.threads * resident_columns < span) plan.cluster *= 2;
@@ -126,8 +126,8 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
   return plan;
 }
 
-// No more blocks than are on the device at a time: each takes several pairs, asks for the next one while it works on one,
-// and prepares itself once.
+// No more blocks than are on the device at a time: each takes several pairs, asks for the next one while it works on
+// one, and prepares itself once.
 inline void fit_grid(LaunchPlan& plan, int64_t resident) {
   const int64_t clusters = resident / plan.cluster > 0 ? resident / plan.cluster : 1;
   if (plan.blocks > clusters * plan.cluster) plan.blocks = static_cast<int>(clusters) * plan.cluster;

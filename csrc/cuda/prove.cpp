@@ -32,8 +32,8 @@ struct Case {
 // counted in a launch of their own. Each in three dtypes.
 constexpr Case cases[] = {
     {12, 10, 0}, {40, 104, no_ids | few}, {12, 129, by_row}, {8, 1000, 0}, {5, 1001, smooth | few},
-    {8, 1000, narrow | few}, {3, 1501, weighted}, {3, 4096, summed | few}, {1, 9001, 0}, {2, 17001, few}, {1, 128256, no_ids | brief},
-    {1, 151936, brief}, {2100, 10, 0}, {4, 301, padded}, {3, 2501, padded}, {6, 1000, given},
+    {8, 1000, narrow | few}, {3, 1501, weighted}, {3, 4096, summed | few}, {1, 9001, 0}, {2, 17001, few},
+    {1, 128256, no_ids | brief}, {1, 151936, brief}, {2100, 10, 0}, {4, 301, padded}, {3, 2501, padded}, {6, 1000, given},
     {6, 100, given | no_grad}, {4, 100, given | probabilities}, {3, 3001, given | probabilities | weighted | smooth},
     {4, 1000, given | uniform}, {4, 100, given | pairs | by_row}, {3, 2001, given | pairs},
     {4, 301, given | dense | smooth}, {1, 17001, given | dense}};

@@ -66,7 +66,7 @@ def labels(op: str, target: Tensor | None, target_b: Tensor | None, why: str) ->
 
 
 def label_costs(
-    op: str, logits: Tensor, target: Tensor | None, why: str, *, alpha: Scalar = 1.0, ignore_index: int, impl: str
+    op: str, logits: Tensor, target: Tensor | None, why: str, *, ignore_index: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``-log p`` of every row's label (B,), 0 where it is ignored; the labels (B,); how many rows are right.
 
@@ -77,7 +77,7 @@ def label_costs(
     if target is not None:
         check_target(op, logits, target)
     target = labels(op, target, None, why)
-    options = prepare(op, impl=impl, alpha=alpha, ignore_index=ignore_index, reduction="none")
+    options = prepare(op, impl=impl, ignore_index=ignore_index, reduction="none")
     cost, parts = row_loss(options, logits, target)
     return cost, target, parts[3]
 

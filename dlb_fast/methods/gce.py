@@ -58,10 +58,10 @@ def _gce(
     if weight is not None:
         check_weight(op, logits, weight)
         share = share * weight.to(cost)[target.clamp(0, logits.shape[1] - 1)]
-    reduced = lambda rows, how: reduce_rows(RowTerms(share * rows, share.sum()), how)  # noqa: E731
-    loss = reduced(one_minus_exp(q * cost) / q, reduction)
+    count = share.sum()
+    loss = reduce_rows(RowTerms(share * one_minus_exp(q * cost) / q, count), reduction)
     with torch.no_grad():
-        ce = reduced(cost, "sum" if reduction == "none" else reduction)
+        ce = reduce_rows(RowTerms(share * cost, count), "sum" if reduction == "none" else reduction)
         return loss, torch.stack([loss.sum(), ce, loss.sum(), correct])
 
 

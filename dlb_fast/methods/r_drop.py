@@ -70,8 +70,8 @@ def r_drop_loss(
     Source: **official** code dropreg/R-Drop.
 
     >>> z, y = torch.zeros(2, 4), torch.tensor([1, 1])
-    >>> round(r_drop_loss(z, y).item(), 4) == round(1.386294, 4)
-    True
+    >>> round(r_drop_loss(z, y).item(), 4)                                   # log 4: equal rows have no second term
+    1.3863
     """
     op = "r_drop_loss"
     check_logits(op, logits, target)

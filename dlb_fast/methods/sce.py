@@ -49,10 +49,12 @@ def _sce(
     beta = check_number(op, "beta", beta, positive=False)
     check_reduction(op, reduction)
     why = "the reverse cross entropy is a function of the label's probability"
-    given: dict[str, Any] = {"alpha": alpha, "ignore_index": ignore_index, "impl": impl}
-    cost, target, correct = label_costs(op, logits, target, why, **given)
+    options = prepare(
+        op, impl=impl, alpha=alpha, label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index,
+        reduction=reduction,
+    )  # fmt: skip
+    cost, target, correct = label_costs(op, logits, target, why, ignore_index=ignore_index, impl=impl)
     count = (target != ignore_index).sum().to(cost)
-    options = prepare(op, label_smoothing=label_smoothing, weight=weight, reduction=reduction, **given)
     if weight is None and options.label_smoothing == 0:
         ce = reduce_rows(RowTerms(cost, count), reduction)
     else:

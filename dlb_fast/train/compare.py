@@ -37,7 +37,10 @@ from .methods import LABELS, VARIANTS, variant
 from .protocol import Cell, Protocol, Values, differences, equal_steps, noise_name
 from .run import RunFolder, lock_folder, resolve_device, train_run
 
-__all__ = ["check_used", "equal_budget", "read_comparison", "read_results", "run", "run_protocol", "states"]
+__all__ = [
+    "RESULTS", "check_used", "claimed", "equal_budget", "located", "read_comparison", "read_results",
+    "remaining_seconds", "run", "run_protocol", "runs_here", "states", "summary", "with_data", "write_results",
+]  # fmt: skip
 
 MARK = "comparison.json"
 RESULTS = "results.jsonl"
@@ -112,7 +115,7 @@ def run(
         _say(done, len(runs), f"{LABELS[item[0]]}, seed {item[1]}", f"test top-1 {100 * result['test_top1']:.2f} %")
 
     with claimed(path, {"config": to_dict(config), "runs": labels, "command": command, "data": data}):
-        _work_through(runs, prepare, record, jobs, workers=jobs > 1)
+        _work_through(runs, prepare, record, jobs)
     return path
 
 
@@ -206,7 +209,6 @@ def _work_through(
     prepare: Callable[[Item], Work | None],
     record: Callable[[Item, dict[str, Any]], None],
     jobs: int,
-    workers: bool,
 ) -> None:
     """Train `jobs` items at a time, in their order; an item that `prepare` returns None for waits for others' results.
 
@@ -214,8 +216,8 @@ def _work_through(
         KeyboardInterrupt: a run was stopped by a signal; all runs have saved.
     """
     waiting, running = list(items), dict[Any, Item]()
-    with _executor(jobs) if workers else _Here() as pool:
-        threads = max(1, cores() // jobs) if workers else None
+    with _executor(jobs) if jobs > 1 else _Here() as pool:
+        threads = max(1, cores() // jobs) if jobs > 1 else None
         while waiting or running:
             for item in list(waiting):
                 if len(running) == jobs:
@@ -336,8 +338,7 @@ def summary(folder: RunFolder, data: RunData) -> dict[str, Any]:
     config, size = folder.read_config(), len(data.train)
     ran: dict[str, Any] = json.loads((folder.path / "versions.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = json.loads((folder.path / "result.json").read_text(encoding="utf-8"))
-    targets = np.asarray(data.train.targets)
-    wrong = float((targets != np.asarray(getattr(data.train, "clean_targets", targets))).mean())
+    wrong = (data.wrong_labels or 0) / size
     points = [
         {"epoch": round(row["images_seen"] / size, 2), "step": row["step"]}
         | {name: round(row[name], 5) for name in CURVE if row.get(name) is not None}
@@ -385,6 +386,12 @@ def read_results(path: Path | str) -> list[dict[str, Any]]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number}: not a summary ({error})") from None
     return found
+
+
+def write_results(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write a summary file, whole or not at all."""
+    text = "".join(f"{json.dumps(one)}\n" for one in lines).encode()
+    write_atomically(path, lambda file: file.write(text))
 
 
 # A protocol
@@ -516,7 +523,7 @@ def run_protocol(
     _check_patience(protocol.common)
     jobs = _jobs(jobs, protocol.common)
     opened, protocol = with_data(protocol, data, labels)
-    lines, results = read_results(out / RESULTS), out / RESULTS
+    lines = read_results(out / RESULTS)
     if tuned is not None:
         known = {line["method"] for line in lines if line["kind"] == "chosen"}
         found = [line for line in read_results(tuned) if line["kind"] == "chosen"]
@@ -532,8 +539,7 @@ def run_protocol(
 
     def keep(line: dict[str, Any]) -> None:
         lines.append(json.loads(json.dumps(line)))
-        text = "".join(f"{json.dumps(one)}\n" for one in lines).encode()
-        write_atomically(results, lambda file: file.write(text))
+        write_results(out / RESULTS, lines)
 
     def prepare(cell: Cell) -> Work | None:
         cell = next(one for one in state.cells if one.name == cell.name)  # with the settings chosen since
@@ -561,9 +567,9 @@ def run_protocol(
                 keep(choice)
         state = states(protocol, lines)
         todo = _with_tuning(protocol, state, [c for c in state.asked(only) if c.name not in state.done])
-        todo = [cell for cell in todo if runs_here(protocol.device_of(cell.network))]
+        todo = [cell for cell in todo if runs_here(protocol.base(cell.network).train.device)]
         print(f"{len(todo)} of {len(state.cells)} runs to do, {jobs} at a time, in {out}", file=sys.stderr)
-        _work_through(todo, prepare, record, jobs, workers=jobs > 1)
+        _work_through(todo, prepare, record, jobs)
     return state
 
 

@@ -178,10 +178,9 @@ class RunData:
 
         The targets are `label * num_classes + true class`.
         """
-        labels = np.asarray(self.train.targets)
-        true = np.asarray(getattr(self.train, "clean_targets", labels))
-        if (labels == true).all():
+        if not self.wrong_labels:
             return None
+        labels, true = np.asarray(self.train.targets), np.asarray(self.train.clean_targets)
         chosen = np.random.default_rng(0).permutation(len(labels))[:FITTED_IMAGES]
         coded = (labels * self.num_classes + true)[chosen]
         return eval_loader(

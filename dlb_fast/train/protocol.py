@@ -7,8 +7,8 @@ laid on top of each other: common, network, noise, method, the method's chosen s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ __all__ = ["Cell", "Entry", "Protocol", "Table", "Tuning", "differences", "equal
 
 Values = Mapping[str, Any]
 Chosen = Mapping[str, Values]
-HERE = ("device", "num_threads", "trackers")  # what a machine decides and no number depends on
+MACHINE = ("device", "num_threads", "trackers")  # what a machine decides and no number depends on
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ class Protocol:
     tables: tuple[Table, ...]
     tuning: Tuning | None = None
     lengths: Mapping[str, int] | None = None  # network -> training images; None: steps are not equal yet
-    _made: dict[Any, RunConfig] = field(default_factory=dict, compare=False, repr=False)
 
     def cells(self, chosen: Chosen | None = None) -> list[Cell]:
         """All runs in their order: table by table, first what chooses its settings, then seed by seed.
@@ -123,41 +122,27 @@ class Protocol:
 
     def base(self, network: str) -> RunConfig:
         """The common config on a network."""
-        return self._laid([(f"networks.{network}", self.networks[network])])
-
-    def device_of(self, network: str) -> str:
-        """The device that a network of the study names, or `auto`."""
-        return str((self.networks[network].get("train") or {}).get("device", self.common.train.device))
+        return _laid_on(self.common, f"networks.{network}", self.networks[network])
 
     def config_of(self, network: str, noise: str, method: str, settings: Sequence[Values], seed: int) -> RunConfig:
         """The resolved config of one run. The seed draws weights and order, and a subset and labels that are drawn."""
+        base = config = self.base(network)
         parts = [
-            (f"networks.{network}", self.networks[network]),
             (f"noises.{noise}", self.noises[noise]),
             (f"methods.{method}", self.methods[method].values),
             *((f"methods.{method}.settings", setting) for setting in settings),
         ]
-        key = (network, noise, method, repr(settings))
+        for where, values in parts:
+            config = _laid_on(config, where, values)
         try:
-            if key not in self._made:
-                self._made[key] = resolve(self._laid(parts))
-            config = override(self._made[key], seed=seed)
+            config = override(resolve(config), seed=seed)
             if self.lengths is not None:
-                config = equal_steps(config, self.base(network), self.lengths[network])
+                config = equal_steps(config, base, self.lengths[network])
         except ValueError as error:
             what = str(error).removeprefix("protocol: ")
             raise ValueError(f"protocol: {method} with {noise} on {network}: {what}") from None
         drawn = config.data.per_class is not None or (config.data.label_noise and config.data.label_file is None)
         return override(config, data_seed=seed) if drawn else config
-
-    def _laid(self, parts: Sequence[tuple[str, Values]]) -> RunConfig:
-        """The common config with parts on top; what is below the last part is made once."""
-        if not parts:
-            return self.common
-        key = repr(parts)
-        if key not in self._made:
-            self._made[key] = _laid_on(self._laid(parts[:-1]), *parts[-1])
-        return self._made[key]
 
     def with_flags(self, common: RunConfig) -> Protocol:
         """The protocol with another common part.
@@ -176,7 +161,7 @@ class Protocol:
             if both := changed & _flat(values).keys():
                 flag = min(both).replace("_", "-")
                 raise ValueError(f"compare: --{flag} has no effect, because {where} of the protocol sets it")
-        return dataclasses.replace(self, common=common, _made={}) if changed else self
+        return dataclasses.replace(self, common=common) if changed else self
 
 
 def equal_steps(config: RunConfig, base: RunConfig, length: int) -> RunConfig:
@@ -215,7 +200,7 @@ def differences(config: RunConfig) -> dict[str, Any]:
     Two runs with equal differences are the same run.
     """
     defaults, values = _flat(to_dict(RunConfig())), _flat(to_dict(config))
-    found = {name: value for name, value in values.items() if value != defaults[name] and name not in HERE}
+    found = {name: value for name, value in values.items() if value != defaults[name] and name not in MACHINE}
     if config.data.kind in (*FILE_KINDS, *SPLIT_KINDS):
         found["source"] = config.data.kind
     if config.data.label_file is not None:
@@ -243,8 +228,10 @@ def _laid_on(config: RunConfig, where: str, values: Values) -> RunConfig:
 KEYS = ("common", "seeds", "networks", "noises", "methods", "tuning", "tables")
 
 
-def load_protocol(path: Path | str) -> Protocol:
+def load_protocol(path: Path | str, load_preset: Callable[[str], RunConfig]) -> Protocol:
     """Read a protocol file and check every config that can be made from it.
+
+    `load_preset` makes a config of the name under `common: {preset: NAME}`: `dlb_fast.presets.load_preset`.
 
     Raises:
         ValueError: a missing or damaged file, an unknown key or name (with the nearest known one), methods tuned with
@@ -258,7 +245,7 @@ def load_protocol(path: Path | str) -> Protocol:
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise ValueError(f"protocol: cannot read {path}: {why}") from error
     try:
-        protocol = _protocol(values)
+        protocol = _protocol(values, load_preset)
         protocol.cells()
         for method in protocol.methods:  # a setting that cannot run is found now, not in hours
             for table in (table for table in protocol.tables if method in table.methods):
@@ -270,14 +257,11 @@ def load_protocol(path: Path | str) -> Protocol:
     return protocol
 
 
-def _protocol(values: Any) -> Protocol:
+def _protocol(values: Any, load_preset: Callable[[str], RunConfig]) -> Protocol:
     _check_keys("", values, KEYS, required=("seeds", "networks", "noises", "methods", "tables"))
     common = dict(values.get("common") or {})
-    base = RunConfig()
-    if (preset := common.pop("preset", None)) is not None:
-        from dlb_fast.presets import load_preset
-
-        base = load_preset(preset)
+    preset = common.pop("preset", None)
+    base = RunConfig() if preset is None else load_preset(preset)
     networks, noises = _mapping(values, "networks"), _mapping(values, "noises")
     methods = {name: _entry(name, entry) for name, entry in _mapping(values, "methods").items()}
     sizes = {name: len(entry.settings) for name, entry in methods.items() if entry.settings}
