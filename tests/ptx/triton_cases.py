@@ -116,13 +116,18 @@ def studies(name: str, calls: int) -> list[mutants.Study]:
         return call
 
     kernels = list(dict.fromkeys(PRETENDED.launched))
-    return [mutants.Study(kernel, [case(kernel, seed) for seed in range(calls)]) for kernel in kernels]
+    return [
+        mutants.Study(
+            kernel, [case(kernel, seed) for seed in range(calls)], [case(kernel, seed) for seed in range(calls, 40)]
+        )
+        for kernel in kernels
+    ]
 
 
 def broken(name: str, barriers: bool, count: int) -> dict[str, list[mutants.Verdict]]:
     """Verdicts by rule: of every barrier, fence and release, or of ``count`` wrong indices and lost predicates."""
     verdicts: dict[str, list[mutants.Verdict]] = {}
-    for study in studies(name, 6 if barriers else 20):
+    for study in studies(name, 6 if barriers else 12):
         if barriers:
             chosen = study.reached(mutants.without_barriers(study.kernel.program))
         else:
