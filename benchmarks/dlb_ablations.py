@@ -32,6 +32,7 @@ from dlb_fast.presets import load_preset
 from dlb_fast.train import compare
 from dlb_fast.train.config import RunConfig, override
 from dlb_fast.train.data import RunData, identity, open_data
+from dlb_fast.train.loop import TrainingDiverged
 from dlb_fast.train.protocol import differences, load_protocol
 from dlb_fast.train.run import RunFolder, train_run
 
@@ -145,7 +146,10 @@ def train(config: RunConfig, name: str, folder: RunFolder) -> dict[str, Any]:
     data.variant = VARIANTS[name]
     method = override(config, method=VARIANTS[name].method)
     if not (folder.path / "result.json").exists():
-        result = train_run(method, folder, resume=folder.exists(), quiet=True, data=data)
+        try:
+            result = train_run(method, folder, resume=folder.exists(), quiet=True, data=data)
+        except TrainingDiverged as error:
+            return {"diverged": str(error).partition(";")[0], "config": differences(method)}
         if result["stopped_by"] is not None:
             raise KeyboardInterrupt
     return {**compare.summary(folder, data), "config": differences(method)}
@@ -162,12 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     protocol, results = load_protocol(args.protocol, load_preset), args.out / compare.RESULTS
     opened, protocol = compare.with_data(protocol, args.data, args.labels)
-    lines = compare.read_results(results)
-    chosen = compare.states(protocol, lines).chosen
+    chosen = compare.states(protocol, compare.read_results(results)).chosen
     settings = [chosen[other] for other in protocol.needs(OURS) if other in chosen]
     if len(settings) < len(protocol.needs(OURS)):
         parser.error(f"{results} has no setting chosen for {OURS}; run dlb-fast compare --only 'tuning/{OURS}/*' first")
-    network, known = protocol.tables[0].network, {line.get("cell") for line in lines}
+    network = protocol.tables[0].network
     cells = {
         f"ablation/{network}/{name}/{noise}/seed{seed}": (name, noise, seed)
         for seed in protocol.seeds
@@ -178,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = {"config": None, "runs": labels, "command": " ".join(sys.argv[1:]), "data": identity(opened)}
     wanted = compare.fitting(list(cells), args.only)
     with compare.claimed(args.out, asked):
+        lines = compare.read_results(results)  # another sitting may have ended since
+        known = {line.get("cell") for line in lines}
         for cell in wanted:
             if cell in known:
                 continue
@@ -187,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             about = {"kind": "ablation", "cell": cell, "network": network, "noise": noise, "method": name}
             lines.append({**about, "label": labels[cell], "seed": seed, **line, "jobs": 1})
             compare.write_results(results, lines)
-            print(f"{cell}: top-1 {100 * line['last']['test_top1']:.2f} %", file=sys.stderr, flush=True)
+            top1 = line["diverged"] if "diverged" in line else f"top-1 {100 * line['last']['test_top1']:.2f} %"
+            print(f"{cell}: {top1}", file=sys.stderr, flush=True)
     return 0
 
 

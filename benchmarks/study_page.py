@@ -66,18 +66,30 @@ def difference(ours: Sequence[Record], theirs: Sequence[Record], value: Value = 
     return interval(found) if found else None
 
 
+def equal(found: Interval) -> bool:
+    """Whether the values are equal, so that their spread, and with it an interval, is not known."""
+    return max(found.values) - min(found.values) < 1e-6
+
+
 def shown(found: Interval | None) -> str:
-    """`+1.20 [0.30, 2.10]`."""
+    """`+1.20 [0.30, 2.10]`, without an interval where it is not known."""
     if found is None:
         return "-"
-    return f"{found.mean:+.2f}" + (f" [{found.low:.2f}, {found.high:.2f}]" if len(found.values) > 1 else "")
+    return f"{found.mean:+.2f}" + ("" if equal(found) else f" [{found.low:.2f}, {found.high:.2f}]")
+
+
+def higher(found: Interval | None) -> bool:
+    """Whether the interval is above 0."""
+    return found is not None and not equal(found) and found.low > 0
 
 
 def verdict(found: Interval) -> str:
     """What an interval of differences says, in words."""
-    n, above = len(found.values), sum(value > 0 for value in found.values)
+    n, above = len(found.values), sum(value > 1e-6 for value in found.values)
     if n == 1:
         return f"{found.mean:+.2f} points on the one seed there is, which says nothing about others"
+    if equal(found):
+        return f"{found.mean:+.2f} points on each of {n} seeds: without a spread there is no interval"
     span = f"95 % interval {found.low:.2f} to {found.high:.2f}"
     told = f"{found.mean:+.2f} points ({span}), above on {above} of {n} seeds"
     if found.low > 0:
@@ -89,8 +101,32 @@ def verdict(found: Interval) -> str:
 
 def named(lines: Sequence[Record], noise: str) -> str:
     """`symmetric-0.4 (40.0 % wrong)`: a noise with the real share of wrong labels."""
-    shares = {f"{100 * line['wrong_labels']:.1f}" for line in of(lines, noise=noise)}
-    return f"{noise} ({' to '.join(sorted(shares))} % wrong)"
+    shares = [100 * line["wrong_labels"] for line in of(lines, noise=noise)]
+    if not shares:  # all diverged
+        return noise
+    return f"{noise} ({' to '.join(dict.fromkeys(f'{share:.1f}' for share in (min(shares), max(shares))))} % wrong)"
+
+
+def diverged(lines: Sequence[Record], noise: str, method: str) -> list[int]:
+    """The seeds with which a method diverged."""
+    where = (noise, method)
+    return sorted(line["seed"] for line in lines if "diverged" in line and (line["noise"], line["method"]) == where)
+
+
+def once(lines: Sequence[Record], kind: str, key: str = "cell") -> list[Record]:
+    """The lines of a kind, of equal keys the last one: files of several machines may have been joined."""
+    return list({line[key]: line for line in lines if line["kind"] == kind}.values())
+
+
+def runs_of(results: Path) -> list[Record]:
+    """The runs of a summary file.
+
+    Raises:
+        ValueError: no run is in the file.
+    """
+    if not (found := once(read_results(results), "run")):
+        raise ValueError(f"study_page: {results} holds no run")
+    return found
 
 
 def ordered(lines: Sequence[Record], name: str) -> list[str]:
@@ -107,7 +143,7 @@ def results_table(lines: Sequence[Record]) -> str:
     for noise in ordered(lines, "noise"):
         for method in ordered(lines, "method"):
             runs = of(lines, noise=noise, method=method)
-            lost = sum("diverged" in line for line in lines if (line["noise"], line["method"]) == (noise, method))
+            lost = len(diverged(lines, noise, method))
             label = next(line["label"] for line in lines if line["method"] == method)
             n = f"{len(runs)}" + (f" ({lost} diverged)" if lost else "")
             if not runs:
@@ -138,10 +174,13 @@ def ablation_table(lines: Sequence[Record], runs: Sequence[Record]) -> str:
     """The variants of DLB, each with its difference to DLB of the same network, noise and seed."""
     rows = []
     for network, noise, method in dict.fromkeys(map(_key, lines)):
-        if found := of(lines, network=network, noise=noise, method=method):
-            reference = of(runs, network=network, noise=noise, method=OURS)
-            values = spread([last(line) for line in found])
-            rows.append((noise, found[0]["label"], network, len(found), values, shown(difference(found, reference))))
+        here = [line for line in lines if line["network"] == network]
+        found = of(here, noise=noise, method=method)
+        lost = len(diverged(here, noise, method))
+        n = f"{len(found)}" + (f" ({lost} diverged)" if lost else "")
+        values = spread([last(line) for line in found]) if found else "-"
+        reference = of(runs, network=network, noise=noise, method=OURS)
+        rows.append((noise, _label(here, method), network, n, values, shown(difference(found, reference))))
     return table(("noise", "variant", "network", "seeds", "last top-1 %", f"- {_label(runs, OURS)}"), rows, right=True)
 
 
@@ -150,7 +189,11 @@ def tuning_table(lines: Sequence[Record]) -> str:
     rows = []
     for line in lines:
         for one in line["tried"]:
-            values = ", ".join(f"{k} {v:g}" for part in one["setting"].values() for k, v in part.items())
+            values = ", ".join(
+                f"{k} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}"
+                for part in one["setting"].values()
+                for k, v in part.items()
+            )
             score = "diverged" if one["held_out_top1"] is None else f"{100 * one['held_out_top1']:.2f}"
             rows.append((line["method"], values, score, "chosen" if one["setting"] == line["setting"] else "-"))
     return table(("method", "setting", "held-out top-1 %", ""), rows, right=True)
@@ -168,9 +211,17 @@ def statements(lines: Sequence[Record]) -> list[str]:
             ours = of(here, noise=noise, method=OURS)
             for other in (CONTROL, BASE):
                 gap = difference(ours, of(here, noise=noise, method=other))
-                if gap is not None:
-                    what = f"{_label(here, OURS)} minus {_label(here, other)}"
-                    found.append(f"{network}, {named(here, noise)}: {what} {verdict(gap)}.")
+                lost = {m: seeds for m in (OURS, other) if (seeds := diverged(here, noise, m))}
+                tried = {line["method"] for line in here if line["noise"] == noise}
+                if gap is None and not (lost and {OURS, other} <= tried):
+                    continue
+                told = verdict(gap) if gap is not None else "has no seed on which both finished"
+                told += "".join(
+                    f"; {_label(here, m)} diverged with seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+                    for m, seeds in lost.items()
+                )
+                what = f"{_label(here, OURS)} minus {_label(here, other)}"
+                found.append(f"{network}, {named(here, noise)}: {what} {told}.")
     return found
 
 
@@ -180,7 +231,7 @@ def bullets(sentences: Sequence[str]) -> str:
 
 
 def best_methods(lines: Sequence[Record]) -> list[str]:
-    """Per network and noise: the method with the highest mean, and those that it is not shown to differ from."""
+    """Per network and noise: the method with the highest mean, and those that are not shown to be lower."""
     found = []
     for network in ordered(lines, "network"):
         here = [line for line in lines if line["network"] == network]
@@ -188,13 +239,18 @@ def best_methods(lines: Sequence[Record]) -> list[str]:
             groups = {m: runs for m in ordered(here, "method") if (runs := of(here, noise=noise, method=m))}
             if len(groups) < 2:
                 continue
-            top = max(groups, key=lambda m: statistics.fmean(map(last, groups[m])))
+            means = {m: statistics.fmean(map(last, runs)) for m, runs in groups.items()}
+            top, *same = (m for m in means if means[m] > max(means.values()) - 1e-6)
             gaps = {m: difference(groups[top], runs) for m, runs in groups.items() if m != top}
-            close = [_label(here, m) for m, gap in gaps.items() if gap is not None and gap.low <= 0]
-            told = (
-                f"not shown to differ from it: {', '.join(close)}" if close else "its intervals to all others exclude 0"
-            )
-            found.append(f"{network}, {named(here, noise)}: {_label(here, top)} has the highest mean; {told}.")
+            close = [_label(here, m) for m, gap in gaps.items() if gap is not None and not higher(gap)]
+            apart = [_label(here, m) for m, gap in gaps.items() if gap is None]
+            told = [f"not shown to be lower: {', '.join(close)}"] if close else []
+            told += [f"without a seed in common: {', '.join(apart)}"] if apart else []
+            best = f"{_label(here, top)} has the highest mean"
+            if same:
+                best = f"{', '.join(_label(here, m) for m in (top, *same))} have the highest mean"
+            told = told or ["its intervals to all others that finished exclude 0"]
+            found.append(f"{network}, {named(here, noise)}: {'; '.join([best, *told])}.")
     return found
 
 
@@ -214,6 +270,8 @@ def origin(lines: Sequence[Record]) -> str:
     facts = {f"{r['hardware']}, {r['threads']} threads, {r['jobs']} at a time, torch {r['torch']}" for r in made}
     commits = sorted({line["commit"] for line in lines if line.get("commit")})
     dates = sorted({line["date"] for line in lines if "date" in line})
+    if not made:
+        return "none finished."
     return f"{'; '.join(sorted(facts))}; commits {', '.join(commits)}; {dates[0]} to {dates[-1]}."
 
 
@@ -244,7 +302,10 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
             left.set(title=f"{network}: test top-1 at the end, %; bars are 95 % intervals over seeds")
             wrong = [noise for noise in noises if any(r["wrong_labels"] for r in of(here, noise=noise))]
             for method in methods if wrong else ():
-                curves = [r["curve"] for r in of(here, noise=wrong[0], method=method)]
+                curves = [
+                    [point for point in r["curve"] if "train_wrong_top1" in point]
+                    for r in of(here, noise=wrong[0], method=method)
+                ]
                 points = list(zip(*curves, strict=False))
                 x = [point[0]["epoch"] for point in points]
                 y = [100 * statistics.fmean(one["train_wrong_top1"] for one in point) for point in points]
@@ -272,11 +333,14 @@ training set that was held out with its wrong labels, on one network at one nois
 NOT = """\
 It does not show what another network, data set, image size, learning rate or a longer training would give. The
 learning rate, the weight decay and the schedule are one recipe for all methods of a network; no method's own was
-looked for. With few seeds a 95 % interval is wide ({n} seeds: {t:.2f} standard errors to either side), so a difference
-that is not shown may be there; and where there is no difference, one interval in twenty excludes 0 by chance ({count}
-are read above). "Best" picks the evaluation by the test set and is optimistic; "last" is what a user has. The images
+looked for. {wide} "Best" picks the evaluation by the test set and is optimistic; "last" is what a user has. The images
 are JPEG files, whose pixels differ a little from those of the data set, so no figure compares with published ones to a
 tenth of a point."""
+WIDE = """\
+With few seeds a 95 % interval is wide ({n} seeds: {t:.2f} standard errors to either side), so a difference that is not
+shown may be there; and where there is no difference, one interval in twenty excludes 0 by chance (the sentences on
+{ours} read {count}, those on the highest mean more)."""
+ONE = "One seed gives no interval, so no difference is shown."
 SHORT = "The sentences are generated from the runs; each says what its interval says."
 
 
@@ -286,29 +350,29 @@ def page(results: Path, protocol: Path, svg: str) -> str:
     Raises:
         ValueError: no run is in the results.
     """
-    every = read_results(results)
-    lines = [line for line in every if line["kind"] == "run"]
-    if not lines:
-        raise ValueError(f"study_page: {results} holds no run")
+    every, lines = read_results(results), runs_of(results)
     from scipy.stats import t
 
     said, best = statements(lines), best_methods(lines)
     n = max(len(of(lines, network=a, noise=b, method=c)) for a, b, c in {_key(line) for line in lines})
-    blocks = [f"# A study on {DATA}", SHORT, bullets(said)]
+    blocks = [f"# A study on {DATA}", SHORT if said or best else "", bullets(said)]
     blocks += [bullets(best), f"![Accuracy over the noises, and wrong labels learned]({svg})"]
     for network in ordered(lines, "network"):
         blocks += [f"## {network}", results_table([line for line in lines if line["network"] == network])]
     blocks.append(
         "Mean ± sample standard deviation over seeds. The columns that begin with a minus are differences of last "
-        "top-1 in points, paired by seed, with 95 % t intervals. Seconds are the training time of one run."
+        "top-1 in points, paired by seed, with 95 % t intervals, except of one seed or equal values. Seconds are the "
+        "training time of one run."
     )
-    if ablations := [line for line in every if line["kind"] == "ablation"]:
+    if ablations := once(every, "ablation"):
         blocks += ["## The lag, and the second augmentation", ablation_table(ablations, lines)]
-    if chosen := [line for line in every if line["kind"] == "chosen"]:
+    if chosen := once(every, "chosen", "method"):
         blocks += ["## Settings", TUNED, tuning_table(chosen)]
     blocks += ["## How it was made", HOW]
-    wide = t.ppf(0.975, n - 1) if n > 1 else math.inf
-    blocks += ["## What it does not show", NOT.format(n=n, t=wide, count=len(said))]
+    wide, count = ONE, sum("95 % interval" in sentence for sentence in said)
+    if n > 1:
+        wide = WIDE.format(n=n, t=t.ppf(0.975, n - 1), count=count, ours=_label(lines, OURS))
+    blocks += ["## What it does not show", NOT.format(wide=wide)]
     if lost := missing_runs(lines, protocol):
         blocks += ["Not run, though in the protocol: " + "; ".join(lost) + "."]
     where = protocol.relative_to(ROOT) if protocol.is_relative_to(ROOT) else protocol.name
@@ -331,9 +395,10 @@ def _key(line: Record) -> tuple[str, str, str]:
 
 def short_form(results: Path) -> str:
     """The few lines of the README: DLB, its control and cross entropy on the first network."""
-    lines = [line for line in read_results(results) if line["kind"] == "run"]
+    lines = runs_of(results)
     lines = [line for line in lines if line["network"] == lines[0]["network"]]
-    noises = [noise for noise in ordered(lines, "noise") if of(lines, noise=noise, method=OURS)]
+    noises = ordered(lines, "noise")
+    noises = [noise for noise in noises if of(lines, noise=noise, method=OURS)] or noises
     rows = []
     for method in ordered(lines, "method"):
         groups = [[last(r) for r in of(lines, noise=noise, method=method)] for noise in noises]
@@ -352,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         svg = args.out.with_suffix(".svg")
         text = page(args.results.resolve(), args.protocol.resolve(), svg.name)
-        picture([line for line in read_results(args.results) if line["kind"] == "run"], svg)
+        picture(runs_of(args.results), svg)
         args.out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -108,8 +108,9 @@ def test_precision_and_recall_by_hand():
     rng = np.random.default_rng(0)
     for share in (0.01, 0.4, 1.0):
         wrong = rng.random(500) < share
-        assert average_precision(wrong) == pytest.approx(average_precision_score(wrong, -np.arange(500)))
-    assert np.isnan(average_precision(np.zeros(3, dtype=bool)))
+        for score in (-np.arange(500.0), -(np.arange(500) // 7.0), np.zeros(500)):  # ties
+            assert average_precision(wrong, score) == pytest.approx(average_precision_score(wrong, score))
+    assert np.isnan(average_precision(np.zeros(3, dtype=bool), np.zeros(3)))
 
 
 def test_moved_data_and_the_table_as_a_label_file(root, tmp_path, capsys):

@@ -418,6 +418,14 @@ def test_classes_named_by_numbers_are_names(tmp_path):
         read_labels(written(tmp_path / "x.csv", "index,label\n0,0\n"), data)
 
 
+def test_spaces_around_a_label_are_those_of_a_class_or_none(tmp_path):
+    data = with_counts([2, 2, 2], ["a", " a", "b "])
+    text = "index,label\n0, a\n1,a\n2, a \n3,b \n4,a\n5,b \n"
+    assert read_labels(written(tmp_path / "x.csv", text), data).tolist() == [1, 0, 0, 2, 0, 2]
+    numbers = "index,label\n" + "".join(f"{k}, {k % 3} \n" for k in range(6))
+    assert read_labels(written(tmp_path / "x.csv", numbers), data).tolist() == [0, 1, 2, 0, 1, 2]
+
+
 # A run
 
 

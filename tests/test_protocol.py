@@ -17,9 +17,10 @@ import yaml
 from dlb_fast import cli
 from dlb_fast.presets import load_preset
 from dlb_fast.train import compare
-from dlb_fast.train.config import override
+from dlb_fast.train.config import load_config, override
 from dlb_fast.train.data import open_data
 from dlb_fast.train.evaluate import memorised
+from dlb_fast.train.loop import TrainingDiverged
 from dlb_fast.train.protocol import differences, load_protocol, noise_name
 
 torch.set_num_threads(1)
@@ -125,6 +126,16 @@ def test_equal_steps_and_the_chosen_setting(protocol):
             {"methods__ce": {"loss": {"method": "ce"}, "settings": [{"loss": {"label_smoothing": 0.1}}]}},
             "as many settings to choose from, got ce 1, dlb 2",
         ),
+        ({"seeds": 3}, "seeds must be a list of at least one entry, got 3"),
+        ({"tables": []}, "tables must be a list of at least one entry, got []"),
+        (
+            {"tables": [{"network": "cnn", "methods": [], "noises": ["none"]}]},
+            "tables[0].methods must be a list of at least one entry, got []",
+        ),
+        (
+            {"tables": [{"network": "cnn", "methods": "ce", "noises": ["none"]}]},
+            "tables[0].methods must be a list of at least one entry, got 'ce'",
+        ),
         ({"methods__ce": {"loss": {"method": "ce", "alpha": 2.0}}}, "loss.alpha is not used by method ce"),
     ],
 )  # fmt: skip
@@ -132,6 +143,19 @@ def test_a_wrong_file_is_refused(study, parts, message):
     with pytest.raises(ValueError, match="p.yaml: protocol: ") as error:
         load_protocol(changed(study, **parts), load_preset)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", [STUDY + "seeds: [3]\n", STUDY.replace("  none:\n", "  none:\n  none: {data: {}}\n")])
+def test_a_key_that_is_there_twice_is_refused(study, text):
+    """The last of them would be taken in silence. The same holds for a config; a merged key is no second one."""
+    study.write_text(text)
+    with pytest.raises(ValueError, match=r"cannot read .*p.yaml: (seeds|none) is there twice"):
+        load_protocol(study, load_preset)
+    study.write_text("optim: {lr: 0.1, lr: 0.2}")
+    with pytest.raises(ValueError, match=r"config: cannot read .*p.yaml: lr is there twice"):
+        load_config(study)
+    study.write_text("optim: &a {lr: 0.1}\ntrain: {epochs: 3}\nmodel: {<<: {model: vgg16}, model: small_cnn}\n")
+    assert load_config(study).model.model == "small_cnn"
 
 
 def test_flags_change_the_common_part_only(study, capsys):
@@ -143,6 +167,8 @@ def test_flags_change_the_common_part_only(study, capsys):
         (["--label-noise", "0.2"], "--label-noise has no effect, because noises.sym of the protocol sets it"),
         (["--methods", "ce"], "--methods has no effect with --protocol"),
         (["--only", "cnn/ce/nnoe/seed0"], "fits none of 12 runs; did you mean cnn/ce/none/seed0?"),
+        (["--only", "cnn/*", "--only", "late/ce/*"], "--only late/ce/* fits none of 12 runs"),
+        (["--jobs", "0"], "jobs must be at least 1, got 0"),
     ):
         assert cli.main([*command, *flags]) == 2
         assert message in capsys.readouterr().err
@@ -199,6 +225,129 @@ def test_two_sittings_on_one_folder(study, tmp_path):
     os.close(handle)
 
 
+@pytest.fixture
+def made(study, monkeypatch):
+    """Calls `run_protocol` with runs that are not trained; returns the names of those made."""
+    trained = []
+
+    def train_one(work, threads):
+        trained.append(work.about["cell"])
+        last = {"test_top1": 0.5, "step": 10}
+        return {**work.about, "last": last, "seconds": 1.0, "config": differences(compare.from_dict(work.config))}
+
+    monkeypatch.setattr(compare, "_train_one", train_one)
+
+    def call(out, **options):
+        trained.clear()
+        compare.run_protocol(load_protocol(study, load_preset), study.parent / out, jobs=1, **options)
+        return list(trained)
+
+    return call
+
+
+def test_a_cut_last_line_is_made_again_and_other_damage_is_named(made, study, capsys):
+    file = study.parent / "o" / "results.jsonl"
+    names = made("o", only=["cnn/ce/*"])
+    assert len(names) == 4 and made("o", only=["cnn/ce/*"]) == []
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-30])
+    assert made("o", only=["cnn/ce/*"]) == names[3:] and file.read_bytes() == whole
+    assert "results.jsonl:4: the line is cut and left out" in capsys.readouterr().err
+    for damage in (
+        whole[:20] + b"\n" + whole,
+        b"\xff\x00\n" + whole,
+        b"{}\n" + whole,
+        b'{"kind": "run"}\n' + whole,
+        b'{"kind": "chosen"}\n' + whole,
+        whole + b"[1]\n",
+        b"1\n" + whole,
+    ):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"results.jsonl:[15]: not a summary .*; delete the line, and its run is"):
+            made("o")
+    file.write_bytes(whole + b"\n")  # an empty line is none
+    assert made("o", only=["cnn/ce/*"]) == []
+
+
+def test_results_alone_in_a_new_folder_continue_the_study(made, study):
+    made("o", only=["cnn/ce/*/seed0", "tuning/*"])
+    (study.parent / "new").mkdir()
+    (study.parent / "new" / "results.jsonl").write_bytes((study.parent / "o" / "results.jsonl").read_bytes())
+    assert made("new", only=["cnn/ce/*", "cnn/both/none/seed0"]) == [
+        "cnn/both/none/seed0", "cnn/ce/none/seed1", "cnn/ce/sym/seed1"
+    ]  # fmt: skip
+
+
+def test_nothing_is_tuned_where_the_settings_are_given(made, study):
+    assert made("o", only=["late/dlb/sym/seed0"])[:2] == ["tuning/dlb/0", "tuning/dlb/1"]
+    names = made("new", tuned=study.parent / "o" / "results.jsonl")
+    assert len(names) == 10 and not any(name.startswith("tuning") for name in names)
+
+
+def test_methods_may_be_taken_out_of_a_protocol(made, study):
+    """Its results and its choice stay in the file; another setting of a tuned method is refused."""
+    made("o", only=["cnn/ce/none/seed0", "cnn/both/none/seed0"])
+    changed(study, methods__dlb={"loss": {"method": "dlb"}, "settings": [{"loss": {"alpha": 2.0}}] * 2})
+    with pytest.raises(ValueError, match="'alpha': 1.0}} was chosen for dlb; the protocol has no such setting"):
+        made("o")
+    values = {name: values for name, values in yaml.safe_load(STUDY)["methods"].items() if name == "ce"}
+    changed(study, methods=values, tables=[{"network": "cnn", "methods": ["ce"], "noises": ["none"]}])
+    assert made("o") == ["cnn/ce/none/seed1"]
+    assert [line["kind"] for line in compare.read_results(study.parent / "o" / "results.jsonl")] == [
+        "tuning", "tuning", "chosen", "run", "run", "run"
+    ]  # fmt: skip
+
+
+def test_a_missing_or_wrong_label_file_is_found_before_the_first_run(made, study):
+    changed(study, noises={"none": None, "sym": {"data": {"noise_kind": "file:x.npy"}}})
+    with pytest.raises(FileNotFoundError, match=r"labels: no file .*x.npy"):
+        made("o", labels=study.parent)
+    np.save(study.parent / "x.npy", np.zeros(5, dtype=int))
+    with pytest.raises(ValueError, match=r"labels: .*x.npy has the shape \(5,\)"):
+        made("o", labels=study.parent)
+    assert not (study.parent / "o").exists()
+    assert made("o", only=["*/none/*"])
+
+
+def test_lines_that_another_sitting_writes_meanwhile_are_kept(made, study, monkeypatch):
+    """A sitting reads the results before it waits for the folder; another may have ended in between."""
+    file, before = study.parent / "o" / "results.jsonl", compare.claimed
+    made("o", only=["cnn/ce/none/seed0"])
+    line = {**compare.read_results(file)[0], "cell": "gone/x", "extra": 1}
+
+    def late(path, asked):
+        file.write_text(file.read_text() + json.dumps(line) + "\n")
+        return before(path, asked)
+
+    monkeypatch.setattr(compare, "claimed", late)
+    made("o", only=["cnn/ce/none/seed1"])
+    assert [one["cell"] for one in compare.read_results(file)] == ["cnn/ce/none/seed0", "gone/x", "cnn/ce/none/seed1"]
+
+
+def test_a_diverged_run_is_of_its_config(study, monkeypatch):
+    """It is done, and with another setting it is another run."""
+
+    def diverge(*args, **options):
+        raise TrainingDiverged("the loss became NaN; lower the learning rate")
+
+    monkeypatch.setattr(compare, "train_run", diverge)
+    out, only = study.parent / "o", ["cnn/ce/none/seed0"]
+    compare.run_protocol(load_protocol(study, load_preset), out, jobs=1, only=only)
+    (line,) = compare.read_results(out / "results.jsonl")
+    assert line["diverged"] == "the loss became NaN" and line["config"]["per_class"] == 10
+    with pytest.raises(ValueError, match="none/seed0 was run with another config .*lr"):
+        slower = changed(study, methods__ce={"optim": {"lr": 0.01}, "loss": {"method": "ce"}})
+        compare.run_protocol(load_protocol(slower, load_preset), out, only=only, dry=True)
+
+
+def test_what_waits_for_a_tuning_that_cannot_run_here_is_left_out(made, study, monkeypatch, capsys):
+    networks = {"cnn": {"train": {"device": "cuda"}}, "late": None}
+    changed(study, networks=networks, tables=[{"network": "late", "methods": ["ce", "dlb"], "noises": ["none"]}])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert made("o") == ["late/ce/none/seed0", "late/ce/none/seed1"]
+    assert "the tuning of dlb needs a GPU" in capsys.readouterr().err
+
+
 def test_memorised_by_hand():
     """Labels 0 0 1 1, true classes 0 1 1 2, answers 0 0 2 2: one of two right labels, one of two wrong ones learned."""
     labels, true, answers = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 2, 2])
@@ -226,6 +375,27 @@ def test_the_protocol_of_the_study():
     assert drawn == {"none": 0, "symmetric-0.4": 2, "human-worst": 0}
     for network in protocol.networks:
         assert len({(c.config.train.max_steps, c.config.data.batch_size) for c in cells if c.network == network}) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_a_run_is_told():
+    with pytest.raises(RuntimeError, match="compare: the process of a run was killed"), compare._executor(1) as pool:
+        pool.submit(os._exit, 9).result()
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_ends_its_runs(study, tmp_path):
+    """The signal comes to the command alone; the runs save and end, 20 000 steps before their end."""
+    command = [sys.executable, "-m", "dlb_fast", "compare", "--protocol", str(study), "--jobs", "2", "--out", "o"]
+    command += ["--max-steps", "20000", "--eval-every", "10", "--only", "cnn/ce/*/seed0"]
+    where = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=where, stderr=subprocess.DEVNULL)
+    runs, end = [tmp_path / f"o/cnn/ce/{name}/seed0" for name in ("none", "sym")], time.monotonic() + 100
+    while not all(list(run.glob("checkpoints/step-*.pt")) for run in runs) and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert not any((run / "result.json").exists() for run in runs)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -168,7 +169,7 @@ def _claim(path: Path, asked: dict[str, Any]) -> None:
     elif path.exists() and any(entry.name != RESULTS for entry in path.iterdir()):
         raise ValueError(f"compare: {path} is not empty and holds no comparison; choose another --out")
     text = json.dumps(asked, indent=1).encode()
-    write_atomically(mark, lambda file: file.write(text))
+    write_atomically(mark, lambda file: file.write(text), "then repeat the command")
 
 
 def read_comparison(path: Path) -> list[tuple[Path, str]]:
@@ -242,8 +243,6 @@ def _executor(jobs: int) -> Iterator[concurrent.futures.Executor]:
     )
 
     def stop(number: int, frame: Any) -> None:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()  # a run saves and ends on SIGTERM
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -251,8 +250,15 @@ def _executor(jobs: int) -> Iterator[concurrent.futures.Executor]:
         with pool:
             try:
                 yield pool
-            except BaseException:
+            except BaseException as error:
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()  # a run saves and ends on SIGTERM
                 pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, BrokenProcessPool):
+                    raise RuntimeError(
+                        "compare: the process of a run was killed, perhaps because the memory was full; the same "
+                        "command continues, and fewer --jobs need less memory"
+                    ) from error
                 raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -295,7 +301,7 @@ def _train_one(work: Work, threads: int | None) -> dict[str, Any]:
     except TrainingDiverged as error:
         if work.about is None:
             raise
-        return {**work.about, "diverged": str(error).partition(";")[0]}
+        return {**work.about, "diverged": str(error).partition(";")[0], "config": differences(config)}
     if threads is not None and os.getppid() != parent:
         os._exit(1)  # the parent was killed, and nobody waits for the result
     if work.about is None or result["stopped_by"] is not None:
@@ -324,6 +330,7 @@ def _first(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 # Summaries
 
+RUN_KEYS = ("cell", "network", "noise", "method", "seed")
 CURVE = ("test_top1", "test_nll", "test_ece", "train_right_top1", "train_wrong_top1", "train_wrong_true")
 
 
@@ -375,23 +382,37 @@ def _processor() -> str:
 def read_results(path: Path | str) -> list[dict[str, Any]]:
     """The lines of a summary file: `kind` is run, tuning or chosen. Empty where there is no file.
 
+    A last line that is cut (it has no end of line and is no JSON) is left out with a warning: its run is made again.
+
     Raises:
-        ValueError: a line that is no JSON object; names the line.
+        ValueError: another line that is no JSON object with a `kind`; names the line.
     """
     path, found = Path(path), []
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(), 1):
+    lines = (path.read_bytes() if path.exists() else b"").split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a summary ({error})") from None
+            values = json.loads(line)
+            kind = values.get("kind") if isinstance(values, dict) else None
+            needed = {"run": RUN_KEYS, "tuning": RUN_KEYS, "chosen": ("method", "setting")}.get(str(kind), ())
+            if kind is None or (missing := [key for key in needed if key not in values]):
+                raise ValueError(f"expected an object with {', '.join(missing) if kind else 'kind'}")
+        except ValueError as error:
+            if number == len(lines):
+                print(f"{path}:{number}: the line is cut and left out", file=sys.stderr)
+                break
+            raise ValueError(
+                f"{path}:{number}: not a summary ({error}); delete the line, and its run is made again"
+            ) from None
+        found.append(values)
     return found
 
 
 def write_results(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write a summary file, whole or not at all."""
     text = "".join(f"{json.dumps(one)}\n" for one in lines).encode()
-    write_atomically(path, lambda file: file.write(text))
+    write_atomically(path, lambda file: file.write(text), "then repeat the command")
 
 
 # A protocol
@@ -406,22 +427,26 @@ class State:
     chosen: dict[str, Values]
 
     def asked(self, only: Sequence[str] = ()) -> list[Cell]:
-        """The runs that `fitting` finds."""
+        """The runs that `fitting` finds. No trial of a method with its setting chosen."""
         names = fitting([cell.name for cell in self.cells], only)
-        return [cell for cell in self.cells if cell.name in names]
+        return [
+            cell
+            for cell in self.cells
+            if cell.name in names and (cell.tried is None or cell.name in self.done or cell.method not in self.chosen)
+        ]
 
 
 def fitting(names: Sequence[str], only: Sequence[str]) -> list[str]:
     """The names of runs that fit one of the patterns; all without one.
 
     Raises:
-        ValueError: no name fits; the message has the nearest one.
+        ValueError: a pattern that no run fits; the message has the nearest name.
     """
-    fits = [name for name in names if not only or any(fnmatch.fnmatchcase(name, glob) for glob in only)]
-    if not fits:
-        hint = did_you_mean(only[0], names) or f"; they are named like {names[-1]}"
-        raise ValueError(f"compare: --only {' '.join(only)} fits none of {len(names)} runs{hint}")
-    return fits
+    for glob in only:
+        if not fnmatch.filter(names, glob):
+            hint = did_you_mean(glob, names) or f"; they are named like {names[-1]}"
+            raise ValueError(f"compare: --only {glob} fits none of {len(names)} runs{hint}")
+    return [name for name in names if not only or any(fnmatch.fnmatchcase(name, glob) for glob in only)]
 
 
 def states(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> State:
@@ -434,8 +459,10 @@ def states(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> State:
     for line in results:
         if line["kind"] == "chosen":
             method, setting = line["method"], line["setting"]
-            if method not in protocol.methods or setting not in protocol.methods[method].settings:
-                raise ValueError(f"compare: {setting} was chosen for {method}, which the protocol does not offer it")
+            if method not in protocol.methods or not protocol.methods[method].settings:
+                continue  # which the protocol does not tune any more
+            if setting not in protocol.methods[method].settings:
+                raise ValueError(f"compare: {setting} was chosen for {method}; the protocol has no such setting")
             chosen[method] = setting
     cells = protocol.cells(chosen)
     known, done = {cell.name: cell for cell in cells}, dict[str, dict[str, Any]]()
@@ -462,7 +489,10 @@ def _choice(protocol: Protocol, state: State, method: str) -> dict[str, Any] | N
         return None
     tried = [-1.0 if "diverged" in line else line["last"]["test_top1"] for line in lines if line is not None]
     if max(tried) < 0:
-        raise ValueError(f"compare: {method} diverged with every setting of its tuning; change the protocol")
+        raise ValueError(
+            f"compare: {method} diverged with every setting of its tuning; take it out of the protocol, or give it "
+            "other settings and choose another --out"
+        )
     best = tried.index(max(tried))
     told = [{"setting": s, "held_out_top1": v if v >= 0 else None} for s, v in zip(entry.settings, tried, strict=True)]
     return {"kind": "chosen", "method": method, "setting": entry.settings[best], "tried": told}
@@ -524,21 +554,28 @@ def run_protocol(
 
     Raises:
         ValueError: a folder of something else or in use, other data, or runs made with another config.
+        FileNotFoundError: the data or a label file is missing.
     """
     _check_patience(protocol.common)
     jobs = _jobs(jobs, protocol.common)
     opened, protocol = with_data(protocol, data, labels)
-    lines = read_results(out / RESULTS)
-    if tuned is not None:
-        known = {line["method"] for line in lines if line["kind"] == "chosen"}
-        found = [line for line in read_results(tuned) if line["kind"] == "chosen"]
-        if not found:
-            raise ValueError(f"compare: --tuned {tuned} holds no chosen setting")
-        lines += [line for line in found if line["method"] not in known]
-    state = states(protocol, lines)
+    lines: list[dict[str, Any]] = []
+
+    def read() -> State:
+        lines[:] = read_results(out / RESULTS)
+        if tuned is not None:
+            known = {line["method"] for line in lines if line["kind"] == "chosen"}
+            found = [line for line in read_results(tuned) if line["kind"] == "chosen"]
+            if not found:
+                raise ValueError(f"compare: --tuned {tuned} holds no chosen setting")
+            lines.extend(line for line in found if line["method"] not in known)
+        return states(protocol, lines)
+
+    state = read()
     state.asked(only)
     if dry:
         return state
+    _check_labels([cell for cell in state.asked(only) if cell.name not in state.done], data, labels)
     runs = {cell.name: protocol.methods[cell.method].label for cell in state.cells}
     asked = {"config": None, "runs": runs, "command": command, "data": identity(opened)}
 
@@ -567,15 +604,34 @@ def run_protocol(
         _say(len(state.done), len(state.cells), cell.name, top1)
 
     with claimed(out, asked):
+        state = read()  # another sitting may have ended since
         for method, entry in protocol.methods.items():  # a kill may have come between the last trial and the choice
             if entry.settings and method not in state.chosen and (choice := _choice(protocol, state, method)):
                 keep(choice)
         state = states(protocol, lines)
         todo = _with_tuning(protocol, state, [c for c in state.asked(only) if c.name not in state.done])
         todo = [cell for cell in todo if runs_here(protocol.base(cell.network).train.device)]
+        trials = {cell.name for cell in todo if cell.tried is not None}
+        if lost := {
+            c.method for c in _with_tuning(protocol, state, todo) if c.tried is not None and c.name not in trials
+        }:
+            print(
+                f"the tuning of {', '.join(sorted(lost))} needs a GPU; what waits for it is left out", file=sys.stderr
+            )
+            todo = [cell for cell in todo if cell.tried is not None or not lost & {*protocol.needs(cell.method)}]
         print(f"{len(todo)} of {len(state.cells)} runs to do, {jobs} at a time, in {out}", file=sys.stderr)
         _work_through(todo, prepare, record, jobs)
     return state
+
+
+def _check_labels(cells: Sequence[Cell], data: str | None, labels: Path | None) -> None:
+    """Read the label files of runs once, so that a missing or wrong one is found now and not in hours."""
+    files: dict[str, RunConfig] = {}
+    for cell in cells:
+        if cell.config is not None and cell.config.data.label_file is not None:
+            files.setdefault(cell.config.data.label_file, cell.config)
+    for config in files.values():
+        open_data(located(config, data, labels).data)
 
 
 def _with_tuning(protocol: Protocol, state: State, wanted: Sequence[Cell]) -> list[Cell]:

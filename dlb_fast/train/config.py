@@ -53,6 +53,7 @@ __all__ = [
     "load_config",
     "override",
     "parse",
+    "read_yaml",
     "to_dict",
     "without_effect",
 ]
@@ -602,15 +603,30 @@ def _parsed(current: Any, flags: tuple[str, ...], kinds: tuple[type[Any], ...]) 
     return parse(type(current), current, flags, "config", "FlagConversionOff")
 
 
-def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
-    """Read a YAML config; a missing, unreadable, wrong or (without `base`) empty file raises ValueError naming it."""
+def read_yaml(who: str, path: Path | str) -> Any:
+    """The content of a YAML file; ValueError that begins with `who` for an unreadable file or a repeated key."""
     import yaml
 
+    class Loader(yaml.SafeLoader):  # which would take the last of equal keys
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            names = [(key.tag, key.value) for key in keys]
+            for number, key in enumerate(keys):
+                if names[number] in names[:number]:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value} is there twice", key.start_mark)
+            return node
+
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
-        raise ValueError(f"config: cannot read {path}: {why}") from error
+        raise ValueError(f"{who}: cannot read {path}: {why}") from error
+
+
+def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
+    """Read a YAML config; a missing, unreadable, wrong or (without `base`) empty file raises ValueError naming it."""
+    values = read_yaml("config", path)
     if values is None and base is None:  # which would be a config of defaults
         raise ValueError(f"config: {path} is empty; expected the fields of a run")
     try:

@@ -53,20 +53,28 @@ class Doubts:
             said += f": precision {found / contradicted:.4f}, recall {found / total:.4f}"
         return (
             f"{said}\n{total} labels are wrong; of the {total} most doubted {first} are: precision and recall "
-            f"{first / total:.4f}\naverage precision {average_precision(self.wrong):.4f}, in random order "
+            f"{first / total:.4f}\naverage precision {average_precision(self.wrong, self.score):.4f}, in random order "
             f"{total / count:.4f}"
         )
 
 
-def average_precision(wrong: NDArray[np.bool_]) -> float:
+def average_precision(wrong: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
     """`mean over the ranks k of the wrong ones of (wrong ones among the first k) / k`; NaN if none is wrong.
 
+    Samples of one score have the rank of the last of them, because their order says nothing.
+
+    Args:
+        wrong: (N,) the truth.
+        score: (N,) falling.
+
     Example:
-        >>> average_precision(np.array([True, False, True, False]))  # (1/1 + 2/3) / 2
+        >>> average_precision(np.array([True, False, True, False]), np.array([4.0, 3.0, 2.0, 1.0]))  # (1/1 + 2/3) / 2
         0.8333333333333333
+        >>> average_precision(np.array([True, False, True, False]), np.zeros(4))  # 2/4
+        0.5
     """
-    ranks = np.flatnonzero(wrong) + 1
-    return float(np.mean(np.arange(1, len(ranks) + 1) / ranks)) if len(ranks) else float("nan")
+    ranks = np.searchsorted(-score, -score, side="right")[wrong]
+    return float(np.mean(np.cumsum(wrong)[ranks - 1] / ranks)) if len(ranks) else float("nan")
 
 
 def find_labels(run: Path | str, *, weights: str = "best", source: str | None = None, device: str = "auto") -> Doubts:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dlb_fast._args import did_you_mean
 
-from .config import FILE_KINDS, SPLIT_KINDS, RunConfig, from_dict, override, to_dict
+from .config import FILE_KINDS, SPLIT_KINDS, RunConfig, from_dict, override, read_yaml, to_dict
 from .methods import resolve, sampled_rows
 
 __all__ = ["Cell", "Entry", "Protocol", "Table", "Tuning", "differences", "equal_steps", "load_protocol", "noise_name"]
@@ -237,13 +237,7 @@ def load_protocol(path: Path | str, load_preset: Callable[[str], RunConfig]) -> 
         ValueError: a missing or damaged file, an unknown key or name (with the nearest known one), methods tuned with
             different numbers of settings, or a config that cannot run.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = (error.strerror if isinstance(error, OSError) else None) or error
-        raise ValueError(f"protocol: cannot read {path}: {why}") from error
+    values = read_yaml("protocol", path)
     try:
         protocol = _protocol(values, load_preset)
         protocol.cells()
@@ -280,6 +274,8 @@ def _protocol(values: Any, load_preset: Callable[[str], RunConfig]) -> Protocol:
         _check_name("tuning.noise", tuning.noise, noises)
     elif sizes:
         raise ValueError(f"protocol: {', '.join(sizes)} has settings to choose from, so tuning must say where")
+    for key in ("seeds", "tables"):
+        _check_list(key, values[key])
     seeds = tuple(values["seeds"])
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"protocol: seeds must be distinct numbers of at least 0, got {values['seeds']!r}")
@@ -292,6 +288,7 @@ def _protocol(values: Any, load_preset: Callable[[str], RunConfig]) -> Protocol:
         _check_keys(where, table, names, required=names)
         _check_name(f"{where}.network", table["network"], networks)
         for kind, known in (("methods", methods), ("noises", noises)):
+            _check_list(f"{where}.{kind}", table[kind])
             for name in table[kind]:
                 _check_name(f"{where}.{kind}", name, known)
         tables.append(Table(table["network"], tuple(table["methods"]), tuple(table["noises"])))
@@ -330,6 +327,11 @@ def _check_keys(where: str, values: Any, known: Sequence[str], required: Sequenc
             raise ValueError(f"protocol: unknown key {f'{where}.{key}' if where else key}{hint}")
     if missing := [key for key in required if key not in values]:
         raise ValueError(f"protocol: {where or 'the file'} lacks {', '.join(missing)}")
+
+
+def _check_list(where: str, value: Any) -> None:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"protocol: {where} must be a list of at least one entry, got {value!r}")
 
 
 def _check_name(where: str, name: Any, known: Mapping[str, Any]) -> None:

@@ -239,7 +239,7 @@ def _lines(path: str, parts: Sequence[Any], length: int) -> tuple[list[list[int]
                     raise ValueError(f"{where}: expected {len(header)} fields as in the first line")
                 rows.append(places.of(where, line, by_path, length))
                 numbers.append(reader.line_num)
-                labels.append(line["label"].strip())
+                labels.append(line["label"])
     except csv.Error as error:
         raise ValueError(f"labels: {path} is not a CSV: {error}") from error
     return rows, numbers, labels
@@ -293,6 +293,7 @@ def _normal(path: str) -> str:
 def _classes_of(path: str, classes: Sequence[str], labels: Sequence[str], numbers: Sequence[int]) -> list[int]:
     """Class indices of labels that are all names, or all indices where no class is named by a number."""
     names = {unicodedata.normalize("NFC", str(name)): k for k, name in enumerate(classes)}
+    labels = [label if unicodedata.normalize("NFC", label) in names else label.strip() for label in labels]
     if labels and all(map(_is_index, labels)) and not any(map(_is_index, names)):
         names = {str(k): k for k in range(len(classes))}
         labels = [str(int(label)) for label in labels]
