@@ -371,7 +371,7 @@ def test_the_protocol_of_the_study():
     chosen = {name: entry.settings[0] for name, entry in protocol.methods.items() if entry.settings}
     cells = [cell for cell in protocol.cells(chosen) if cell.tried is None]
     assert list(protocol.seeds) == [0, 1, 2]
-    drawn = {c.noise: c.config.data.data_seed for c in cells if c.network == "airbench" and c.seed == 2}
+    drawn = {c.noise: c.config.data.data_seed for c in cells if c.network == "airbench_small" and c.seed == 2}
     assert drawn == {"none": 0, "symmetric-0.4": 2, "human-worst": 0}
     for network in protocol.networks:
         assert len({(c.config.train.max_steps, c.config.data.batch_size) for c in cells if c.network == network}) == 1
