@@ -143,8 +143,8 @@ def _machine_code(compiled: Any, sass: bool) -> dict[str, Any]:
         file.flush()
         usage = dump("--dump-resource-usage")
         code = dump("-sass") if sass else compiled.asm["ptx"]
-    loads = r"\bLDG\.E\.[\w.]*128" if sass else r"\bld\.global[\w.:]*\.v4\.b32"
-    stores = r"\bSTG\.E\.[\w.]*128" if sass else r"\bst\.global[\w.:]*\.v4\.b32"
+    loads = r"\bLDG\.E\.[\w.]*128" if sass else r"\bld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)"
+    stores = r"\bSTG\.E\.[\w.]*128" if sass else r"\bst\.global[\w.:]*\.(?:v4\.b32|v2\.b64)"
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
         "local": len(re.findall(r"\b(?:LDL|STL)\b|\b(?:ld|st)\.local\b", code)),
