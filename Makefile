@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12         the interpreter to make .venv with
 #   PYTHON=python3 VENV=none  use an interpreter that already has torch and the test tools (an offline GPU machine)
-#   GPU_CHECK="--copy FOLDER"  what gpu-check is given: --budget SECONDS, --copy FOLDER
+#   GPU_CHECK="--out FOLDER"   what gpu-check is given: --budget SECONDS, --out FOLDER, --only PART ...
 #   DLB_FAST_BUILD=...        auto (default), require, cpu, cuda, none: see setup.py
 
 export PYTHON ?= python3
@@ -48,9 +48,9 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-# On a machine with a GPU: builds, proves and measures; see benchmarks/gpu_check.py.
+# On a machine with a GPU: builds (in its own time where there is no venv to make), proves and measures.
 gpu-check: export DLB_FAST_BUILD := cuda
-gpu-check: $(READY)
+gpu-check: $(filter-out .built,$(READY))
 	$(PY) -m benchmarks.gpu_check $(GPU_CHECK)
 
 bench: $(READY)

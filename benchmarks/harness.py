@@ -32,6 +32,8 @@ GPU = "cuda"
 SLEEP = 1_500_000  # clock cycles, 0.8 ms: what eager code takes to launch forward and backward
 IN_A_GRAPH = 20  # steps in one captured graph: the launch of the graph is then a small share of a step
 FLUSH = 256 << 20  # bytes written to make the second-level cache cold: five times the largest in use
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes of the copy that gives the bandwidth: larger than any cache
+UNCAPTURED = ("compile-ro", "liger")  # replays graphs of its own; waits for the device, which spoils a capture
 
 
 def command() -> str:
@@ -172,8 +174,8 @@ def all_times(
         times["device_cold"] = device_times(variants, seconds=seconds, cold=True)
         if small:  # a graph keeps the memory of its steps: several of them do not fit beside large shapes
             times["device_warm"] = device_times(variants, seconds=seconds, cold=False)
-            # What replays graphs of its own cannot be part of one, and a failed capture may leave its stream current.
-            able = {name: step for name, step in variants.items() if "compile-ro" not in name}
+            # After a capture that failed its stream may stay the current one, and its memory pool the allocator's.
+            able = {key: step for key, step in variants.items() if not any(name in str(key) for name in UNCAPTURED)}
             graphs = {name: graph for name, step in able.items() if (graph := captured(step)) is not None}
             times["graph"] = interleaved(graphs, device, seconds=seconds / 2)
             many = {name: graph for name in graphs if (graph := captured(variants[name], IN_A_GRAPH)) is not None}
@@ -206,7 +208,7 @@ def captured(work: Work, steps: int = 1) -> Work | None:
 
 def copy_bandwidth(device: str, seconds: float = 1.0) -> float:
     """Bytes per second, read plus written, of a copy larger than any cache: the roof for all that runs beside it."""
-    source = torch.ones((1 << 28) if device == "cuda" else (1 << 26), dtype=torch.float32, device=device)
+    source = torch.ones(COPIED[device] // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copy = {"copy": lambda: target.copy_(source)}
     if device == "cuda":
@@ -244,9 +246,17 @@ def kernels_between_marks(events: list[tuple[float, str]]) -> list[int]:
     return counts
 
 
+def append(path: Path, records: list[dict[str, Any]]) -> None:
+    """Append records to a JSON lines file; OSError where it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
 def write(path: Path | None, records: list[dict[str, Any]]) -> None:
-    """Append records to a JSON lines file."""
+    """Append records to a JSON lines file. Where it cannot be written (a full disk) they are printed, not lost."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        try:
+            append(path, records)
+        except OSError as error:
+            print(f"{path}: {error}; its records:", *map(json.dumps, records), sep="\n")

@@ -3,19 +3,22 @@
 Each is there by two paths. `autograd`: forward, then `loss.backward()` into the logits' `.grad`, as in training.
 `gradient`: the loss and its gradient as tensors (`torch.autograd.grad`; ours: the public `dlb_step`, which needs no
 autograd node). `NAME-op` is our bare op, without the checks around it.
+
+`ce-NAME` is plain cross entropy, its sum over the rows, and keeps nothing: all that quack has a kernel for. It is to be
+compared with `ce-cuda`, ours without a teacher, and not with the others.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlb_fast import LastBatchLoss, LogitBuffer, _backends, _options, dlb_step, functional, ops
+from dlb_fast import LastBatchLoss, LogitBuffer, _backends, _options, dlb_step, functional, fused_lb_loss, ops
 
 from .shapes import Shape
 
@@ -23,8 +26,11 @@ TAU = 3.0
 OURS = ("cuda", "triton", "cpu")
 PATHS = ("autograd", "gradient")
 NAMES = ("eager", "official", "compile", "compile-ro", "liger", *OURS)
+CE_NAMES = tuple(f"ce-{name}" for name in ("eager", "compile", "liger", "quack", *OURS))
+PICKED = 8  # rows of a gradient that are held against float64
 
 Key = tuple[str, str]  # variant, path
+Step = Callable[[], Any]  # the gradient is the last of what it returns
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -45,70 +51,156 @@ def official_loss(old: Tensor, new: Tensor, target: Tensor, teacher: Tensor) -> 
 
 def liger_loss(target: Tensor) -> Loss:
     """Liger's CE and KL kernels, composed as its users have to; ImportError where it is not installed."""
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-    from liger_kernel.ops.kl_div import LigerKLDivLossFunction
+    from liger_kernel.transformers.functional import liger_cross_entropy, liger_kl_div
 
     def loss(z: Tensor, t: Tensor) -> Tensor:
         student = F.log_softmax(z[: len(t)].float() / TAU, 1)
-        kl = LigerKLDivLossFunction.apply(student, F.softmax(t.float() / TAU, 1), "batchmean")
+        kl = liger_kl_div(student, F.softmax(t.float() / TAU, 1), reduction="batchmean")
         # Liger's CE writes its gradient over its input: a copy keeps the logits for the KL and the buffer.
-        return LigerCrossEntropyFunction.apply(z * 1, target)[0] + kl * TAU**2
+        return liger_cross_entropy(z * 1, target) + kl * TAU**2
 
     return loss
 
 
+def cross_entropies(name: str, values: Tensor, target: Tensor) -> dict[Key, Step]:
+    """Both paths of a plain cross entropy; ImportError where its package is not installed."""
+    leaf, logits = values.clone().requires_grad_(), values
+    loss: Callable[[Tensor], Tensor]
+    fast: Step | None = None
+    if name == "eager":
+        loss = lambda z: F.cross_entropy(z.float(), target, reduction="sum")  # noqa: E731
+    elif name == "compile":
+        loss = torch.compile(lambda z: F.cross_entropy(z.float(), target, reduction="sum"))
+    elif name == "liger":
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        loss = lambda z: liger_cross_entropy(z * 1, target, reduction="sum")  # noqa: E731
+    elif name == "quack":
+        from quack.cross_entropy import cross_entropy, cross_entropy_fwd
+
+        loss = lambda z: cross_entropy(z, target, reduction="sum")  # noqa: E731
+
+        def fast() -> tuple[Tensor, ...]:  # loss and gradient in one kernel, as ours
+            rows, gradient = cross_entropy_fwd(logits, target, return_dx=True)
+            return rows.sum(), gradient
+
+    else:
+        loss = lambda z: fused_lb_loss(z, target, reduction="sum", impl=name)  # noqa: E731
+
+    def autograd() -> tuple[Tensor | None]:
+        leaf.grad = None
+        loss(leaf).backward()
+        return (leaf.grad,)
+
+    def gradient() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(leaf), leaf)
+
+    return {(f"ce-{name}", "autograd"): autograd, (f"ce-{name}", "gradient"): fast or gradient}
+
+
+class Problem(NamedTuple):
+    """One step's logits, labels and teacher, the same for every contender."""
+
+    values: Tensor
+    target: Tensor
+    teacher: Tensor
+
+    def share_of_allowed(self, gradient: Tensor, plain: bool) -> float:
+        """The largest error of some rows' gradient, against float64, as a share of what its dtype explains.
+
+        That is four roundings of either term (two tensors added, each rounded, to one that is rounded) and float32
+        probabilities, which nearly cancel: the error is theirs. A term left out or scaled wrongly is far beyond it.
+        """
+        rows, half = len(self.values), len(self.teacher)
+        picked = torch.arange(0, rows, max(1, rows // PICKED), device=self.values.device)
+        z, y = self.values[picked].double(), self.target[picked, None]
+        p = torch.softmax(z, 1) * (1.0 if plain else 1 / rows)
+        ce = p.scatter_add(1, y, torch.full_like(z[:, :1], -1.0 if plain else -1 / rows))
+        kl, shares = torch.zeros_like(ce), p
+        if not plain:
+            old = picked[picked < half]
+            student = torch.softmax(z[: len(old)] / TAU, 1) * (TAU / half)
+            kl[: len(old)] = student - torch.softmax(self.teacher[old].double() / TAU, 1) * (TAU / half)
+            shares = p.index_add(0, torch.arange(len(old), device=p.device), student)
+        eps = torch.finfo(gradient.dtype).eps
+        allowed = 4 * eps * (ce.abs() + kl.abs()) + 1e-5 * shares
+        allowed += 6e-8 if gradient.dtype == torch.float16 else 1e-37  # the smallest that is not flushed to zero
+        return ((gradient[picked].double() - ce - kl).abs() / allowed).nan_to_num(torch.inf, torch.inf).max().item()
+
+
+def right(work: dict[Key, Step], problem: Problem) -> tuple[dict[Key, Step], list[str]]:
+    """The contenders whose first step gives this problem's gradient; and the others, each with the reason."""
+    found: dict[Key, Step] = {}
+    wrong: list[str] = []
+    for (name, path), step in work.items():
+        try:
+            off = problem.share_of_allowed(step()[-1].detach(), name.startswith("ce-"))
+            reason = "" if off <= 1 else f"computes something else: its gradient is off by {off:.3g} times the allowed"
+        except Exception as error:  # the others are worth having
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if reason:
+            wrong.append(f"{name} ({path}: {reason})")
+        else:
+            found[name, path] = step
+    return found, wrong
+
+
 def variants(
     shape: Shape, dtype: torch.dtype, device: str, wanted: list[str], paths: list[str]
-) -> tuple[dict[Key, Callable[[], object]], list[str]]:
-    """(variant, path) -> one step of the loss; and what was wanted but cannot run here, with the reason."""
+) -> tuple[dict[Key, Step], list[str], Problem]:
+    """(variant, path) -> one step of the loss; what was wanted but cannot run here, with the reason; and the inputs."""
     generator = torch.Generator(device).manual_seed(0)  # a thousand million numbers take a CPU half a minute
     rows, classes, half = shape.rows, shape.classes, shape.rows // 2
     values = (2 * torch.randn(rows, classes, generator=generator, device=device)).to(dtype)
     target = torch.randint(0, classes, (rows,), generator=generator, device=device)
     teacher = values[:half] + 0.1 * torch.randn(half, classes, generator=generator, device=device).to(dtype)
-    found: dict[Key, Callable[[], object]] = {}
+    found: dict[Key, Step] = {}
     missing: list[str] = []
 
     def add(name: str, loss: Loss) -> None:
         """Both paths of a loss of logits and teacher."""
-        leaf, memory = values.clone().requires_grad_(), teacher.clone()
+        leaf, kept, rolled = values.clone().requires_grad_(), teacher.clone(), teacher.clone()
 
         def autograd() -> tuple[Tensor | None]:
             leaf.grad = None
-            loss(leaf, memory).backward()
-            memory.copy_(leaf.detach()[half:])
+            loss(leaf, kept).backward()
+            kept.copy_(leaf.detach()[half:])
             return (leaf.grad,)
 
         def gradient() -> tuple[Tensor, ...]:
-            grads = torch.autograd.grad(loss(leaf, memory), leaf)
-            memory.copy_(leaf.detach()[half:])
+            grads = torch.autograd.grad(loss(leaf, rolled), leaf)
+            rolled.copy_(leaf.detach()[half:])
             return grads
 
         found[name, "autograd"], found[name, "gradient"] = autograd, gradient
 
     for name in wanted:
-        if name == "eager":
+        plain = name.removeprefix("ce-")
+        if plain in ("compile-ro", "liger", "quack") and device != "cuda":
+            missing.append(f"{name} (needs a CUDA GPU)")
+        elif plain in OURS and (reason := unusable(plain, device)) is not None:
+            missing.append(f"{name} ({reason})")
+        elif name == "eager":
             add(name, lambda z, t: eager_loss(z, target, t))
         elif name == "official":
             add(name, lambda z, t: official_loss(z[:half], z[half:], target, t))
         elif name == "compile":
             compiled = torch.compile(eager_loss)
             add(name, lambda z, t, f=compiled: f(z, target, t))  # type: ignore[misc]
-        elif name in ("compile-ro", "liger") and device != "cuda":
-            missing.append(f"{name} (needs a CUDA GPU)")
         elif name == "compile-ro":
             replayed = torch.compile(eager_loss, mode="reduce-overhead")
             add(name, lambda z, t, f=replayed: f(z, target, t))  # type: ignore[misc]
-        elif name == "liger":
-            try:
-                add(name, liger_loss(target))
-            except Exception as error:
-                missing.append(f"liger ({type(error).__name__}: {error})")
-        elif (reason := unusable(name, device)) is not None:
-            missing.append(f"{name} ({reason})")
         else:
-            found |= ours(name, values, target, teacher)
-    return {key: work for key, work in found.items() if key[1] in paths}, missing
+            try:
+                if name == "liger":
+                    add(name, liger_loss(target))
+                else:
+                    found |= (
+                        cross_entropies(plain, values, target) if plain != name else ours(name, values, target, teacher)
+                    )
+            except Exception as error:
+                missing.append(f"{name} ({type(error).__name__}: {error})")
+    return {key: work for key, work in found.items() if key[1] in paths}, missing, Problem(values, target, teacher)
 
 
 def unusable(impl: str, device: str) -> str | None:
@@ -119,7 +211,7 @@ def unusable(impl: str, device: str) -> str | None:
     return None if known.available else known.reason
 
 
-def ours(impl: str, values: Tensor, target: Tensor, teacher: Tensor) -> dict[Key, Callable[[], object]]:
+def ours(impl: str, values: Tensor, target: Tensor, teacher: Tensor) -> dict[Key, Step]:
     """The criterion, the public step without an autograd node, and the op below both."""
     half, classes = teacher.shape
 
@@ -147,16 +239,3 @@ def ours(impl: str, values: Tensor, target: Tensor, teacher: Tensor) -> dict[Key
         (impl, "gradient"): functools.partial(dlb_step, logits, target, kept, temperature=TAU, impl=impl),
         (f"{impl}-op", "gradient"): lambda: op(logits, rolled.rows, rolled.slots, None, -1, 0, *options),
     }
-
-
-def check_alike(work: dict[Key, Callable[[], Any]]) -> None:
-    """Raise RuntimeError unless all variants give the same gradient, by eight of its rows."""
-    first: tuple[str, Tensor] | None = None
-    for (name, _), step in work.items():
-        step()  # after this, every variant's teacher is the new half of the same logits
-        whole = step()[-1].detach()
-        rows = whole[:: max(1, len(whole) // 8)].float().clone()
-        first = first or (name, rows)
-        off, size = (rows - first[1]).abs().max().item(), first[1].abs().max().item()
-        if not off <= 0.02 * size:
-            raise RuntimeError(f"the gradients of {name} and {first[0]} differ by {off:.3g}; their size: {size:.3g}")

@@ -16,7 +16,10 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-PLAIN = ("dlb", "two_view", "ce", "lsr_kd", "tf_kd_reg", "bake", "cs_kd", "ddgsd", "ps_kd", "zipf")
+PLAIN = (
+    "dlb", "two_view", "ce", "lsr_kd", "tf_kd_reg", "bake", "cs_kd", "ddgsd", "ps_kd", "zipf", "gce", "sce", "elr",
+    "r_drop",
+)  # fmt: skip
 RUNS = {
     **{name: ["--method", name] for name in PLAIN},
     "mr_kd": ["--method", "mr_kd", "--copy-every", "15"],

@@ -53,6 +53,3 @@ def of(device: str, sweep: str | None) -> tuple[Shape, ...]:
     if sweep == "classes" and device == "cuda":
         return tuple(shape._replace(rows=GPU_SWEEP_ROWS) for shape in SWEEPS[sweep])
     return SWEEPS[sweep]
-
-
-EMULATED = Shape(8, 1000, "small enough for Triton's interpreter")

@@ -256,7 +256,7 @@ def demo_table() -> str:
 
 def sources() -> dict[str, Callable[[], str]]:
     """Table name -> what makes it."""
-    from . import imagenet_plan  # needs the trainer
+    from . import imagenet_plan, study_page  # need the trainer
 
     return {
         **imagenet_plan.TABLES,
@@ -266,6 +266,7 @@ def sources() -> dict[str, Callable[[], str]]:
         "loaders": views_table,
         "label noise": noise_table,
         "demo": demo_table,
+        "study": lambda: study_page.short_form(newest("cifar10-*.jsonl")),
     }
 
 

@@ -42,8 +42,9 @@ inline void must(AOTITorchError error) {
   STD_TORCH_CHECK(error == 0, "last_batch: torch could not allocate its outputs");
 }
 
-// A contiguous tensor on the device of `like`, straight from its allocator: through the dispatcher the three outputs
-// would take as long as the rows of a small batch.
+// A contiguous tensor on the device of `like`: on the CPU straight from its allocator (through the dispatcher the three
+// outputs would take as long as the rows of a small batch), on CUDA through the dispatcher. Each has its own storage:
+// outputs of an op must not alias, and to cut loss and parts from one tensor above the op takes longer than this.
 inline Tensor allocated(const Tensor& like, ST dtype, const std::array<int64_t, 2>& sizes, int64_t dims) {
   const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
   int32_t device_type = 0, device_index = 0, code = 0;

@@ -19,9 +19,13 @@ _NAMES = {
     "methods.bake": ("BakeLoss", "FeatureHook", "bake_loss"),
     "methods.cs_kd": ("CsKDLoss", "cs_kd_loss"),
     "methods.ddgsd": ("DdgsdLoss", "ddgsd_loss"),
+    "methods.elr": ("ElrLoss", "elr_loss"),
+    "methods.gce": ("GceLoss", "gce_loss"),
     "methods.lsr_kd": ("LsrKDLoss", "lsr_kd_loss"),
     "methods.mr_kd": ("MrKDLoss", "WeightSnapshots", "mr_kd_loss"),
     "methods.ps_kd": ("LogitBank", "PsKDLoss", "ps_kd_loss"),
+    "methods.r_drop": ("RDropLoss", "r_drop_loss"),
+    "methods.sce": ("SceLoss", "sce_loss"),
     "methods.tf_kd": ("TfKDRegLoss", "tf_kd_reg_loss"),
     "methods.zipf": ("ZipfLoss", "zipf_loss"),
 }
@@ -45,6 +49,10 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .methods.cs_kd import cs_kd_loss as cs_kd_loss
     from .methods.ddgsd import DdgsdLoss as DdgsdLoss
     from .methods.ddgsd import ddgsd_loss as ddgsd_loss
+    from .methods.elr import ElrLoss as ElrLoss
+    from .methods.elr import elr_loss as elr_loss
+    from .methods.gce import GceLoss as GceLoss
+    from .methods.gce import gce_loss as gce_loss
     from .methods.lsr_kd import LsrKDLoss as LsrKDLoss
     from .methods.lsr_kd import lsr_kd_loss as lsr_kd_loss
     from .methods.mr_kd import MrKDLoss as MrKDLoss
@@ -53,6 +61,10 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .methods.ps_kd import LogitBank as LogitBank
     from .methods.ps_kd import PsKDLoss as PsKDLoss
     from .methods.ps_kd import ps_kd_loss as ps_kd_loss
+    from .methods.r_drop import RDropLoss as RDropLoss
+    from .methods.r_drop import r_drop_loss as r_drop_loss
+    from .methods.sce import SceLoss as SceLoss
+    from .methods.sce import sce_loss as sce_loss
     from .methods.tf_kd import TfKDRegLoss as TfKDRegLoss
     from .methods.tf_kd import tf_kd_reg_loss as tf_kd_reg_loss
     from .methods.zipf import ZipfLoss as ZipfLoss

@@ -95,6 +95,13 @@ def readable(value: Tensor) -> bool:
     return value.is_cpu and has_values(value)
 
 
+def on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number or a tensor as a detached tensor there. A number is filled in: its copy would wait for a GPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def check_tensor(op: str, name: str, value: object) -> Tensor:
     """A tensor of this process whose entries lie in memory: not sharded, nested, masked, quantized or sparse."""
     if not isinstance(value, Tensor):

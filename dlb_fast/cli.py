@@ -28,6 +28,7 @@ COMMANDS = {
     "train": ("dlb_fast.cli:train", "train a network: --preset NAME, --data KIND[:PATH], --out FOLDER, --resume"),
     "eval": ("dlb_fast.cli:evaluate", "evaluate a run's weights: accuracy, likelihood, calibration"),
     "predict": ("dlb_fast.cli:predict", "class and probability of image files, by the network of a run"),
+    "find-labels": ("dlb_fast.cli:find_labels", "the training labels that the network of a run doubts most, as CSV"),
     "compare": ("dlb_fast.cli:compare", "methods x seeds at equal images seen: table, curves, report"),
     "demo": ("dlb_fast.cli:demo", "the comparison on handwritten digits, in about two minutes"),
     "report": ("dlb_fast.cli:report", "a page per run; tables, curves and calibration over several"),
@@ -42,7 +43,8 @@ exit codes: 0    done, or stopped by a signal with everything saved
             2    wrong use: a command, an option, a config, data or a folder is not as expected
             130  Ctrl-C where nothing is saved
             128+N  stopped by signal N under torchrun, which takes 0 for the end of the work; everything is saved"""
-ONE_PROCESS = ("compare", "demo", "eval", "predict")
+COMPARED = "ce,ls,two_view,dlb"  # methods of `compare` and `demo` by default
+ONE_PROCESS = ("compare", "demo", "eval", "find-labels", "predict")
 TRAIN_EXTRA = ("tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "simplejpeg", "sklearn")
 
 
@@ -252,7 +254,7 @@ def _write_page(folder: Path, quiet: bool) -> None:
 
 
 def _add_run(parser: Parser) -> None:
-    """What `eval` and `predict` have in common: the run, which of its weights, and where."""
+    """What `eval`, `predict` and `find-labels` have in common: the run, which of its weights, and where."""
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--weights", default="best", choices=("best", "last"), help="which weights (default: best)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
@@ -325,6 +327,30 @@ def predict(argv: list[str]) -> int:
     return 1 if skipped else 0
 
 
+def find_labels(argv: list[str]) -> int:
+    """`dlb-fast find-labels RUN [--data KIND:PATH] [--out FILE.csv]`: 1 when images were left out."""
+    parser = Parser(
+        prog="dlb-fast find-labels",
+        description="Sort the training images of a run by how much its network doubts their labels and write them as "
+        "CSV. Where the wrong labels are known, print precision and recall.",
+    )
+    _add_run(parser)
+    parser.add_argument("--data", help="KIND:PATH of the run's own data in another place")
+    parser.add_argument("--out", type=Path, help="the CSV (default: RUN/find-labels.csv)")
+    args = parser.parse_args(argv)
+    from dlb_fast.train import find_labels as labels
+
+    out = args.out or args.run / "find-labels.csv"
+    if out.suffix.lower() != ".csv" or not out.parent.is_dir():
+        raise ValueError(f"find-labels: --out must be a .csv file in a folder that exists, got {out}")
+    doubts = labels.find_labels(args.run, weights=args.weights, source=args.data, device=args.device)
+    labels.write_doubts(out, doubts)
+    print(f"{doubts.summary()}\nwrote {out}")
+    if doubts.unread:
+        print(f"{doubts.unread} images could not be read and are left out", file=sys.stderr)
+    return 1 if doubts.unread else 0
+
+
 def presets(argv: list[str]) -> int:
     """`dlb-fast presets [list] | show NAME`."""
     parser = Parser(prog="dlb-fast presets")
@@ -381,7 +407,10 @@ def report(argv: list[str]) -> int:
 
 
 def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None) -> int:
-    """`dlb-fast compare --preset NAME --methods ce,ls,two_view,dlb --seeds 5 --out FOLDER --jobs N [config flags]`."""
+    """`dlb-fast compare --preset NAME --methods ce,ls,two_view,dlb --seeds 5 --out FOLDER --jobs N [config flags]`.
+
+    With `--protocol FILE --data DIR --out DIR` the file names networks, noises, methods and seeds.
+    """
     from dlb_fast import report as pages
     from dlb_fast.train import compare as comparison
     from dlb_fast.train.config import RunConfig, check_effects, override, without_effect
@@ -393,13 +422,23 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
         description="Train methods x seeds at equal optimiser steps and rows per step; the same command continues a "
         "comparison that was interrupted. Further flags are those of `dlb-fast train` (--data, --epochs, --lr, ...).",
     )
-    parser.set_defaults(preset=preset, config=None)
+    parser.set_defaults(preset=preset, config=None, protocol=None, list=False, only=None, labels=None, tuned=None)
     if preset is None:
+        study = parser.add_argument_group("a study from a file")
+        study.add_argument("--protocol", type=Path, help="YAML file of networks, noises, methods, seeds; needs --out")
+        study.add_argument("--list", action="store_true", help="say what is done and what is missing; train nothing")
+        study.add_argument(
+            "--only", action="append", metavar="GLOB", help="runs with such names, as --list has them; may be repeated"
+        )
+        study.add_argument("--labels", type=Path, help="folder of noise_kind file:NAME (default: that of --data)")
+        study.add_argument(
+            "--tuned", type=Path, help="results.jsonl whose chosen settings are taken (default: they are tuned first)"
+        )
         parser.add_argument("--preset", help="recipe by name (default: digits, or the defaults with --data)")
         parser.add_argument("--config", type=Path, help="YAML config, on top of the preset if both are given")
-    names = f"comma-separated, or 'all' (default: %(default)s); known: {', '.join(comparison.VARIANTS)}"
-    parser.add_argument("--methods", default="ce,ls,two_view,dlb", help=names)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. SEEDS-1 (default: %(default)s)")
+    names = f"comma-separated, or 'all' (default: {COMPARED}); known: {', '.join(comparison.VARIANTS)}"
+    parser.add_argument("--methods", help=names)
+    parser.add_argument("--seeds", type=int, help="seeds 0 .. SEEDS-1 (default: 5)")
     parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default: one per core, one on a GPU)")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default: a new one under runs/)")
     parser.add_argument(
@@ -408,10 +447,16 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     args, rest = parser.parse_known_args(argv)
     data = Parser(add_help=False)
     data.add_argument("--data")
-    base, _ = _base_config(args.preset, args.config, data.parse_known_args(rest)[0].data)
+    place, others = data.parse_known_args(rest)
     own = {name: "" for name in ("methods", "seeds", "jobs", "out", "noises", "preset", "config")}
-    own |= {"seed": "the seeds are 0 .. SEEDS-1; use --seeds", "method": "use --methods"}
     own |= {"resume": "the same command continues a comparison", "smoke": "use dlb-fast train --smoke"}
+    if args.protocol is not None:
+        return _study(args, place.data, others, own, f"dlb-fast compare {shlex.join(argv)}")
+    if given := [name for name in ("list", "only", "labels", "tuned") if getattr(args, name)]:
+        raise ValueError(f"compare: --{given[0]} belongs to --protocol FILE")
+    args.methods, args.seeds = args.methods or COMPARED, 5 if args.seeds is None else args.seeds
+    base, _ = _base_config(args.preset, args.config, place.data)
+    own |= {"seed": "the seeds are 0 .. SEEDS-1; use --seeds", "method": "use --methods"}
     config = parse_flags(RunConfig, base, rest, f"dlb-fast {prog}", also=own)
     if preset is not None and config.data.source != base.data.source:
         raise ValueError(f"{prog} is a recipe for {preset}; compare other data with: dlb-fast compare --data KIND:PATH")
@@ -434,6 +479,8 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
             shares = [float(share) for share in args.noises.split(",")]
         except ValueError:
             raise ValueError(f"{prog}: --noises must be shares such as 0,0.2,0.4, got {args.noises!r}") from None
+        if config.data.label_file is not None:
+            raise ValueError(f"{prog}: --noises draws labels; leave it or --noise-kind {config.data.noise_kind} out")
         check_effects(override(config, label_noise=max(shares)))
         each = {s: override(config, label_noise=s) for s in shares}
         each = {s: override(c, **without_effect(c)) for s, c in each.items()}  # the kind of noise, where there is none
@@ -450,6 +497,51 @@ def compare(argv: list[str], *, prog: str = "compare", preset: str | None = None
     print(f"loss implementation that ran: {used}\nwrote {folder / 'report.html'}, report.md and curves.png")
     print(f"`dlb-fast report {shlex.quote(str(folder))}` writes a page per run")
     return 0
+
+
+def _study(args: argparse.Namespace, data: str | None, rest: list[str], own: dict[str, str], command: str) -> int:
+    """`compare --protocol`: train what is missing, or list it."""
+    from dlb_fast.presets import load_preset
+    from dlb_fast.train import compare as comparison
+    from dlb_fast.train.config import RunConfig
+    from dlb_fast.train.flags import parse_flags
+    from dlb_fast.train.protocol import load_protocol
+
+    in_file = ("methods", "seeds", "noises", "preset", "config")
+    if given := [name for name in in_file if getattr(args, name) is not None]:
+        raise ValueError(f"compare: --{given[0]} has no effect with --protocol, which names it; --only chooses runs")
+    if args.out is None:
+        raise ValueError("compare: --protocol needs --out, the folder that every sitting continues")
+    protocol = load_protocol(args.protocol, load_preset)
+    own |= dict.fromkeys(("seed", "method"), "the protocol names it; --only chooses runs")
+    protocol = protocol.with_flags(parse_flags(RunConfig, protocol.common, rest, "dlb-fast compare", also=own))
+    if not args.list and hasattr(os, "nice"):
+        os.nice(10)  # a study takes hours, and whoever else uses the machine goes first
+    state = comparison.run_protocol(
+        protocol, args.out, data=data, labels=args.labels, only=args.only or (), tuned=args.tuned, jobs=args.jobs,
+        command=command, dry=args.list,
+    )  # fmt: skip
+    asked = state.asked(args.only or ())
+    missing = [cell for cell in asked if cell.name not in state.done]
+    here = [cell for cell in missing if comparison.runs_here(protocol.base(cell.network).train.device)]
+    for cell in asked if args.list else ():
+        print(f"{cell.name:<48} {_said_of(state.done.get(cell.name), cell in here)}")
+    seconds = comparison.remaining_seconds(state, here)
+    time_left = "" if not here or seconds is None else f", about {seconds / 3600:.1f} hours of training one by one"
+    done = len(asked) - len(missing)
+    print(f"{done} of {len(asked)} runs are done, {len(here)} are missing{time_left}; {args.out / comparison.RESULTS}")
+    if len(here) < len(missing):
+        print(f"{len(missing) - len(here)} more need a GPU")
+    return 0
+
+
+def _said_of(line: dict[str, Any] | None, here: bool) -> str:
+    """A run in the list of a study."""
+    if line is None:
+        return "missing" if here else "missing, needs a GPU"
+    if "diverged" in line:
+        return f"diverged: {line['diverged']}"
+    return f"last top-1 {100 * line['last']['test_top1']:.2f} %, {line['seconds']:.0f} s"
 
 
 def demo(argv: list[str]) -> int:

@@ -219,7 +219,8 @@ def _op_tensors(
     if target_b is not None:
         dtype = reference.compute_dtype(logits.dtype)
         tensors["target_b"] = _integers(target_b)
-        tensors["lam"] = torch.as_tensor(lam, dtype=dtype, device=logits.device).contiguous()
+        assert lam is not None
+        tensors["lam"] = _args.on_device(lam, dtype, logits.device).contiguous()
     if options.weight is not None:
         _args.check_weight(options.op, logits, options.weight)
         tensors["weight"] = options.weight.to(reference.compute_dtype(logits.dtype)).contiguous()
@@ -410,9 +411,10 @@ def dlb_step(
     upstream: Scalar = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of one batch without autograd; the buffer takes the new rows.
+    """Loss and gradient of one batch without autograd, the fast loop; the buffer takes the new rows.
 
-    For loops that continue with ``logits.backward(grad)``, and for graph capture. The loss is that of
+    Continue with ``logits.backward(grad)``. On a GPU this is one launch, where a criterion and ``loss.backward()`` are
+    three: torch fills a 1 as the gradient of the loss, and a kernel reads it. The loss is that of
     :class:`LastBatchLoss` with ``reduction="mean"``.
 
     Args:
@@ -428,7 +430,9 @@ def dlb_step(
         label_smoothing: of the CE, as in torch.
         weight: ``(C,)`` class weights of the CE, as in torch.
         ignore_index: rows with this label leave the CE.
-        upstream: factor of the gradient (a loss scale), a number or a 0-d tensor; the loss is not multiplied.
+        upstream: factor of the gradient (a loss scale, 1 / n to accumulate n batches), a number or a 0-d tensor; the
+            loss is not multiplied. Any but the number 1, and float16 logits, take a second launch, and a number a
+            third that fills it in.
         impl: as in :func:`fused_lb_loss`.
 
     Returns:
@@ -637,8 +641,7 @@ def _reduce_constants(rows: Tensor, mask: Tensor | None, batch: int, reduction: 
         return rows.sum()
     if reduction == "none":
         return torch.cat([rows, rows.new_zeros(batch - rows.shape[0])])
-    count = rows.shape[0] if mask is None else mask.sum()
-    return rows.sum() / torch.as_tensor(count, device=rows.device).clamp(min=1)
+    return rows.sum() / (max(rows.shape[0], 1) if mask is None else mask.sum().clamp(min=1))
 
 
 def distillation_loss(

@@ -66,6 +66,8 @@ class Inputs(NamedTuple):
     ignore_index: int = -100
     target_b: Tensor | None = None  # (B,) second labels, where the images are mixed
     again: bool | Tensor = False  # whether the last recorded batch is evaluated again; a () bool where ids decide it
+    lam: Scalar | None = None  # share of ``target`` where the images are mixed
+    kd_mask: Tensor | None = None  # (B,) bool: False takes a row out of the method's own term
 
 
 class DistillationLoss(nn.Module):
@@ -73,10 +75,10 @@ class DistillationLoss(nn.Module):
 
     ``L = (ce_weight + ce_alpha * alpha) CE + alpha * tau^2 * mean KL(teacher || softmax(z / tau))``
 
-    A method overrides :meth:`teacher`. A method with a state also overrides :meth:`record` (called after the loss of
-    every training batch), :meth:`step` (after every optimiser step), :meth:`setup` (once, with the model),
-    :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and ``set_extra_state``. The training loop calls
-    ``setup(model)`` once and ``step()`` after every optimiser step.
+    A method overrides :meth:`teacher`, or :meth:`objective` where its loss is no KL to a teacher. A method with a state
+    also overrides :meth:`record` (called after the loss of every training batch), :meth:`step` (after every optimiser
+    step), :meth:`setup` (once, with the model), :meth:`reset`, :meth:`cost`, and torch's ``get_extra_state`` and
+    ``set_extra_state``. The training loop calls ``setup(model)`` once and ``step()`` after every optimiser step.
 
     In ``eval()`` every method is torch's cross entropy with the same options and does not change its state. In
     ``train()`` without gradient (``no_grad``, ``inference_mode``) the loss is computed with the same teacher, and
@@ -154,7 +156,7 @@ class DistillationLoss(nn.Module):
         self.reduction, self.impl = reduction, impl
         self.register_buffer("weight", weight)
         self.counted: int | None = None
-        self._parts: Tensor | None = None
+        self._parts: list[Tensor | None] = [None]  # a list, because setting a module's attribute takes a microsecond
         self._same: bool | None = None  # see _set_same; False until the batch is remembered
         self._last_without_grad = False  # of the calls in train(): such a call remembers nothing
         # Of the batch remembered last: its ids, at a fixed address while the number of rows stays, its epoch and rows.
@@ -213,6 +215,25 @@ class DistillationLoss(nn.Module):
     def teacher(self, inputs: Inputs) -> Teacher:
         """The teacher of this batch; every method writes it."""
         raise NotImplementedError(f"{type(self).__name__}: a method must define teacher(inputs) -> Teacher")
+
+    def objective(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Loss and parts of a training batch: the cross entropy and the KL to :meth:`teacher`.
+
+        A method whose loss is no KL to a teacher writes this instead. ``parts`` is detached and holds the loss, the
+        cross entropy, the method's own term, and how many rows have the largest logit at their label.
+        """
+        return self._distilled(self.teacher(inputs), inputs)
+
+    def _distilled(self, teacher: Teacher, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        temperature = self.temperature if self.softens_student else 1.0
+        result = distill(
+            type(self).__name__, inputs.logits, inputs.target, teacher, alpha=self.alpha, temperature=temperature,
+            ce_weight=self.ce_weight, ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
+            ignore_index=self.ignore_index, kd_mask=inputs.kd_mask, target_b=inputs.target_b, lam=inputs.lam,
+            reduction=self.reduction, impl=self.impl,
+        )  # fmt: skip
+        self.counted = teacher.rows
+        return result
 
     def record(self, inputs: Inputs) -> None:
         """Remember the batch; called without gradient after the loss of a training batch was computed.
@@ -285,13 +306,13 @@ class DistillationLoss(nn.Module):
     @property
     def parts(self) -> LossParts:
         """The terms of the last call, detached 0-d tensors on the device."""
-        if self._parts is None:
+        if self._parts[0] is None:
             raise RuntimeError(f"{type(self).__name__}.parts: there are none before the first call of the criterion")
-        return LossParts.unpack(self._parts)
+        return LossParts.unpack(self._parts[0])
 
     def _keep_parts(self, parts: Tensor) -> None:
         if not torch.compiler.is_exporting():  # an exported program keeps nothing
-            self._parts = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
+            self._parts[0] = ops.unwrapped(parts) if torch._C._are_functorch_transforms_active() else parts
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
@@ -361,7 +382,7 @@ class DistillationLoss(nn.Module):
             kd_mask: ``(B,)`` bool, False takes a row out of the KL.
         """
         op = type(self).__name__
-        teacher, inputs = Teacher("none"), None
+        inputs = None
         options = self._options()
         if self.training:
             _args.check_logits(op, logits, target)
@@ -388,20 +409,16 @@ class DistillationLoss(nn.Module):
                 ops.refuse_memory(op)
             again = remembers and self._is_again(logits.shape[0], ids, epoch)
             inputs = Inputs(
-                logits, target, options.temperature, ids, images, epoch, options.ignore_index, target_b, again
+                logits, target, options.temperature, ids, images, epoch, options.ignore_index, target_b, again,
+                lam, kd_mask,
             )  # fmt: skip
-            teacher = self.teacher(inputs)
+            loss, parts = self.objective(inputs)
         elif target is None:
             raise ValueError(f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute")
-        temperature = self.temperature if self.softens_student else 1.0
-        loss, parts = distill(
-            op, logits, target, teacher, alpha=self.alpha, temperature=temperature, ce_weight=self.ce_weight,
-            ce_alpha=self.ce_alpha, label_smoothing=self.label_smoothing, weight=self.weight,
-            ignore_index=self.ignore_index, kd_mask=kd_mask, target_b=target_b, lam=lam, reduction=self.reduction,
-            impl=self.impl,
-        )  # fmt: skip
+        else:
+            evaluated = Inputs(logits, target, 1.0, target_b=target_b, lam=lam, kd_mask=kd_mask)
+            loss, parts = self._distilled(Teacher("none"), evaluated)
         self._keep_parts(parts)
-        self.counted = teacher.rows
         if inputs is not None:
             recorded = torch.is_grad_enabled()
             if recorded and remembers:
@@ -499,7 +516,7 @@ class LastBatchLoss(DistillationLoss):
         self.num_classes = num_classes
         self.dtype = dtype
         self.buffer: LogitBuffer | None = None
-        self._batches_with_ids = [0]  # a list, because setting a module's attribute takes a microsecond
+        self._batches_with_ids = [0]  # a list, as `_parts`
         self._untaught: Tensor | None = None  # copy of buffer.untaught on the host
         self._warned = False
         self._warned_no_ids = False

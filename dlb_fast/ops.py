@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backends
+from . import _args, _backends
 from ._options import OPTIONS, PARTS, REDUCTION
 from .reference import compute_dtype
 
@@ -170,8 +170,8 @@ class _LastBatch(torch.autograd.Function):
             return (grad.to(parts.dtype) * factor).to(grad.dtype), None, None, None
         if not ctx.owned or torch._C._autograd._get_current_graph_task_keep_graph():
             grad = grad.clone()  # retain_graph=True: the next backward needs the saved gradient unchanged
-        # scale_grad_ itself skips a factor of 1; on the CPU, where reading it costs nothing, so does this line.
-        if upstream.dim() > 0 or not grad.is_cpu or grad.dtype is torch.float16 or upstream.item() != 1.0:
+        # scale_grad_ leaves at once for a factor of 1, which a GPU's host cannot read without waiting; a CPU's can.
+        if upstream.dim() > 0 or ctx.impl != "cpu" or grad.dtype is torch.float16 or upstream.item() != 1.0:
             op_for(ctx.impl, "scale_grad_")(grad, upstream, parts)
         return grad, None, None, None
 
@@ -191,6 +191,5 @@ def run_with_grad(
     """Loss and the gradient times ``upstream``, without autograd."""
     loss, parts, grad = op_for(impl, name)(logits.detach(), *args, True)
     if isinstance(upstream, Tensor) or upstream != 1.0 or logits.dtype == torch.float16:
-        factor = torch.as_tensor(upstream, dtype=parts.dtype, device=parts.device)
-        op_for(impl, "scale_grad_")(grad, factor, parts)
+        op_for(impl, "scale_grad_")(grad, _args.on_device(upstream, parts.dtype, parts.device), parts)
     return loss, grad

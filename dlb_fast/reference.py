@@ -86,7 +86,7 @@ def cross_entropy_rows(
         rows = _label_rows(log_p, first, weight)
         if target_b is not None:
             second = torch.where(keep, target_b, torch.zeros_like(target_b))
-            share_a = torch.as_tensor(1.0 if lam is None else lam, dtype=rows.dtype, device=rows.device)
+            share_a = lam if isinstance(lam, Tensor) else rows.new_full((), 1.0 if lam is None else lam)
             rows_b = _label_rows(log_p, second, weight)
             # 0 * inf, as in a dense target: a label without any share costs nothing even when its logit is -inf.
             rows = rows.masked_fill((share_a == 0) & rows.isinf(), 0.0)
@@ -118,7 +118,7 @@ def virtual_teacher(
 
 def finite_rows(teacher: Tensor) -> Tensor:
     """(H,) bool: the row's largest entry is finite, and with it the log-sum-exp of logits; NaN and +inf are not."""
-    return teacher.detach().amax(1).isfinite()
+    return teacher.detach().amax(1).abs() < float("inf")  # half of the launches of isfinite()
 
 
 def _log_softmax(logits: Tensor, temperature: Scalar) -> Tensor:

@@ -152,12 +152,11 @@ def test_plots_need_a_sweep(tmp_path, monkeypatch, capsys):
     assert "holds no sweep" in capsys.readouterr().err
 
 
-def test_gpu_table_has_losses_steps_and_loaders(tmp_path, capsys):
+def test_gpu_table_has_losses_steps_and_loaders():
     loader = {"what": "loader on a GPU", "name": "ResidentLoader", "missing": "no set"}
     cold = {"kind": "device_cold", "of_copy_bandwidth": 0.9, "launches": 1}
     losses = [loss_record("cuda", 9.0, **cold), loss_record("cuda", 5.0, "gradient", **cold)]
-    gpu_check.table(written(tmp_path / "g.jsonl", [*losses, step_record("dlb", 1.0, 1.02), loader]))
-    text = capsys.readouterr().out
+    text = "\n".join(gpu_check.table([*losses, step_record("dlb", 1.0, 1.02), loader]))
     assert "cuda  " in text and "cuda grad" in text and "90.0%" in text
     assert "step: net eager   dlb" in text and "1.0100 [1.0000, 1.0200] x ce" in text
     assert "not measured: no set" in text

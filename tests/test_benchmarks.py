@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks import bench_last_batch, loss_variants, shapes
+from benchmarks import bench_last_batch, harness, loss_variants, shapes
+from benchmarks.loss_variants import PATHS
 from dlb_fast import _backends
 
 pytestmark = pytest.mark.slow  # guards the benchmarks, not the package
@@ -46,7 +48,7 @@ def test_minimal_bytes():
 
 def test_what_cannot_run_is_missing_with_its_reason():
     names = ["compile-ro", "liger", "cuda"]
-    work, missing = loss_variants.variants(shapes.Shape(8, 5, ""), torch.float32, "cpu", names, ["autograd"])
+    work, missing, _ = loss_variants.variants(shapes.Shape(8, 5, ""), torch.float32, "cpu", names, ["autograd"])
     assert work == {}
     assert [text.split(" (")[0] for text in missing] == names
     assert all("GPU" in text for text in missing)
@@ -65,14 +67,60 @@ def test_classes_that_are_not_measured_are_refused(monkeypatch, capsys):
     assert "--classes: expected some of [100, 1000, 21843], got [5]" in capsys.readouterr().err
 
 
-def test_contenders_with_another_gradient_are_not_timed(monkeypatch):
-    shape, names = shapes.Shape(8, 5, ""), ["eager", "official"]
-    work, _ = loss_variants.variants(shape, torch.bfloat16, "cpu", names, ["gradient"])
-    loss_variants.check_alike(work)
-    monkeypatch.setattr(loss_variants, "official_loss", lambda old, new, target, teacher: 1.1 * new.float().sum())
-    work, _ = loss_variants.variants(shape, torch.bfloat16, "cpu", names, ["gradient"])
-    with pytest.raises(RuntimeError, match="official and eager differ"):
-        loss_variants.check_alike(work)
+LB, CE = ["eager", "official", "cpu"], ["ce-eager", "ce-cpu"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "classes"), [(256, 10), (64, 1000), (2, 5)])
+def test_every_contender_is_held_against_float64(rows, classes, dtype):
+    work, missing, problem = loss_variants.variants(shapes.Shape(rows, classes, ""), dtype, "cpu", LB + CE, PATHS)
+    found, wrong = loss_variants.right(work, problem)
+    assert found.keys() == work.keys() and not wrong and not missing
+    assert {name for name, _ in found} == {*LB, *CE, "cpu-op"}
+
+
+eager = loss_variants.eager_loss
+WRONG = {
+    "no teacher": lambda z, y, t: F.cross_entropy(z.float(), y),
+    "temperature squared left out": lambda z, y, t: (
+        (eager(z, y, t) - F.cross_entropy(z, y)) / 9 + F.cross_entropy(z, y)
+    ),
+    "mean over all elements": lambda z, y, t: F.cross_entropy(z, y) + (eager(z, y, t) - F.cross_entropy(z, y)) / 1000,
+    "five percent": lambda z, y, t: 1.05 * eager(z, y, t),
+    "nan": lambda z, y, t: torch.nan * eager(z, y, t),
+    "raises": lambda z, y, t: torch.zeros(2, requires_grad=True)[5],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_contenders_with_another_gradient_are_not_timed(name, monkeypatch):
+    monkeypatch.setattr(loss_variants, "eager_loss", WRONG[name])
+    given = shapes.Shape(64, 1000, ""), torch.bfloat16, "cpu", ["eager", "official"], ["gradient"]
+    work, _, problem = loss_variants.variants(*given)
+    found, wrong = loss_variants.right(work, problem)
+    assert [*found] == [("official", "gradient")]
+    (said,) = wrong
+    assert said.startswith("eager (gradient: " + ("IndexError" if name == "raises" else "computes something else"))
+
+
+def test_a_wrong_kernel_of_ours_fails_the_run_and_a_wrong_competitor_does_not(tmp_path, monkeypatch, capsys):
+    times = {"median_us": 1.0}
+    monkeypatch.setattr(harness, "all_times", lambda work, *a, **k: {"wall": {key: times for key in work}})
+    monkeypatch.setattr(bench_last_batch.memory, "peak_bytes", lambda *given: 0)
+    monkeypatch.setattr(bench_last_batch, "report", lambda records: None)
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda *given: 1e9)
+    out = tmp_path / "r.jsonl"
+    command = ["bench", "--device", "cpu", "--classes", "100", "--dtypes", "float32", "--out", str(out), "--variants"]
+    monkeypatch.setattr(sys, "argv", [*command, "eager", "official", "cpu"])
+    monkeypatch.setattr(loss_variants, "official_loss", lambda old, new, target, teacher: new.sum())
+    bench_last_batch.main()
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {r["variant"] for r in records} == {"eager", "cpu", "cpu-op"}
+    assert all("official (autograd: computes something else" in r["missing"][0] for r in records)
+    original = loss_variants.dlb_step
+    monkeypatch.setattr(loss_variants, "dlb_step", lambda *given, **o: [2 * part for part in original(*given, **o)])
+    with pytest.raises(SystemExit, match="failed at 256 x 100 float32"):
+        bench_last_batch.main()
 
 
 @pytest.mark.parametrize("sweep", shapes.SWEEPS)

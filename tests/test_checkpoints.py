@@ -554,7 +554,7 @@ def method(name):
 @quiet
 @pytest.mark.parametrize("used", [False, True], ids=["empty", "used"])
 @pytest.mark.parametrize("save", [by_safetensors, by_dcp, by_model_state_dict], ids=lambda save: save.__name__)
-@pytest.mark.parametrize("name", ["dlb", "ps_kd", "mr_kd", "bake"])
+@pytest.mark.parametrize("name", ["dlb", "ps_kd", "elr", "mr_kd", "bake"])
 def test_every_method_goes_on_as_if_nothing_had_happened(name, save, used, tmp_path):
     whole, saved, loaded = method(name), method(name), method(name)
     losses = whole.steps(0, 6)
@@ -609,7 +609,7 @@ def test_a_copy_of_model_and_criterion_is_independent(name):
     assert run.steps(3, 6) == losses
 
 
-@pytest.mark.parametrize("name", ["ps_kd", "mr_kd"])
+@pytest.mark.parametrize("name", ["ps_kd", "elr", "mr_kd"])
 def test_a_foreign_memory_is_refused(name):
     run = method(name)
     run.steps(0, 3)

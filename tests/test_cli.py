@@ -70,8 +70,8 @@ def test_the_start_says_where_the_numbers_come_from(here, capsys):
     data, said = capsys.readouterr().err.splitlines()[:2]
     assert data == (
         "data synthetic:40,2,8: 2 classes, 40 training images, 10 test images (drawn separately, data_seed 0); "
-        "subset: none; label noise: symmetric, 8 of 40 labels wrong; normalised by the mean and std of the training "
-        "images"
+        "subset: none; label noise: symmetric, 8 of 40 labels wrong (20.00 %); normalised by the mean and std of the "
+        "training images"
     )
     assert said == (
         "config from preset digits; then c.yaml: source digits -> synthetic:40,2,8, per_class 20 -> None, "
@@ -375,9 +375,11 @@ def test_a_comparison_refuses_a_number_without_effect(here, capsys, monkeypatch)
         raise ValueError("enough")
 
     monkeypatch.setattr("dlb_fast.train.compare.run", record)
-    for noises, kind in (("0,0.2", "symmetric"), ("0.2,0", "asymmetric")):  # no kind where there is no noise
-        assert "enough" in failing([*flags, "--noise-kind", "asymmetric", "--noises", noises], capsys)
+    for noises, kind in (("0,0.2", "symmetric"), ("0.2,0", "pair")):  # no kind where there is no noise
+        assert "enough" in failing([*flags, "--noise-kind", "pair", "--noises", noises], capsys)
         assert trained.pop().data.noise_kind == kind
+    file = ["--label-noise", "0", "--noise-kind", "file:x.npy"]
+    assert "leave it or --noise-kind file:x.npy out" in failing([*flags, *file, "--noises", "0"], capsys)
 
 
 def test_resume_without_a_run(here, capsys):

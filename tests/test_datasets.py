@@ -11,7 +11,6 @@ import torch
 from builders import contents, write_images
 
 from dlb_fast.data import (
-    ArrayDataset,
     EvalLoader,
     ImageFolder,
     MapDataset,
@@ -91,6 +90,8 @@ def write_cifar(folder, classes, records=7, bad_label=None):
     for number, name in enumerate(names):
         data = np.zeros((records, labels + 3072), np.uint8)
         data[:, labels - 1] = (np.arange(records) + number) % classes
+        if classes == 100:
+            data[:, 0] = 2 * data[:, 1]
         data[:, labels:] = np.arange(3072) % 251 + 0
         data[:, labels] = number
         if bad_label is not None:
@@ -113,6 +114,9 @@ def test_cifar_binary(tmp_path, classes, nested, caplog):
     assert "7 images; the published file has" in caplog.text
     if classes == 10:
         assert train.classes[3] == "cat" and train.images[7, 0, 0, 0] == 1
+    else:
+        assert train.superclasses.tolist() == [0, 2, 4, 6, 8, 10, 12] + [-1] * 93
+        assert train.select(np.array([5])).superclasses is train.superclasses
 
 
 def test_cifar_class_names_come_from_the_files(tmp_path):
@@ -144,6 +148,9 @@ def test_cifar_errors(tmp_path):
     write_cifar(tmp_path / "label", 10, bad_label=77)
     with pytest.raises(ValueError, match=r"record 3 \(byte 9219\) has label 77, expected below 10"):
         cifar(tmp_path / "label", 10)
+    write_cifar(tmp_path / "coarse", 100, bad_label=2)  # the superclass of its neighbour
+    with pytest.raises(ValueError, match="record 2 has the coarse label 4, others of its class 2 have 6: damaged"):
+        cifar(tmp_path / "coarse", 100)
 
 
 FOLDER = ["b/2.png", "b/1.JPG", "a/deep/er/x.png", "c/0.jpeg", "a/y.PNG"]
@@ -219,41 +226,6 @@ def test_symmetric_noise_is_exact_and_uniform(rate):
         assert (jumps - 0.25).abs().max() < 0.05
         assert not torch.equal(with_label_noise(data, rate, seed=4).targets, noisy.targets)
     assert torch.equal(with_label_noise(data, rate, seed=3).targets, noisy.targets)
-
-
-def test_asymmetric_noise_follows_the_confusions():
-    data = synthetic(length=1000, num_classes=10, size=4)
-    noisy = with_label_noise(data, 0.3, "asymmetric")
-    for label in range(10):
-        got = noisy.targets[data.targets == label]
-        assert got.bincount(minlength=10)[label] == 70 and got.bincount(minlength=10)[(label + 1) % 10] == 30
-    named = ArrayDataset(data.images, data.targets, cifar_names(), "cifar10")
-    noisy = with_label_noise(named, 0.4, "asymmetric")
-    pairs = set(zip(named.targets.tolist(), noisy.targets.tolist(), strict=True))
-    assert {p for p in pairs if p[0] != p[1]} == {(9, 1), (2, 0), (4, 7), (3, 5), (5, 3)}
-    noisy = with_label_noise(data, 1.0, "asymmetric", mapping={0: 2})
-    assert int((noisy.targets != data.targets).sum()) == 100 and (noisy.targets[data.targets == 0] == 2).all()
-
-
-def cifar_names():
-    from dlb_fast.data.datasets.arrays import CIFAR10_CLASSES
-
-    return CIFAR10_CLASSES
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"rate": 1.5}, r"rate must be in \[0, 1\], got 1.5"),
-        ({"rate": 0.1, "kind": "odd"}, 'must be "symmetric" or "asymmetric", got \'odd\''),
-        ({"rate": 0.1, "mapping": {0: 1}}, "mapping belongs to"),
-        ({"rate": 0.1, "kind": "asymmetric", "mapping": {0: 9}}, "mapping 0 -> 9 must join two classes"),
-        ({"rate": 0.1, "kind": "asymmetric", "mapping": {1: 1}}, "mapping 1 -> 1 must join two classes"),
-    ],
-)
-def test_noise_errors(options, match):
-    with pytest.raises(ValueError, match=match):
-        with_label_noise(synthetic(length=20, num_classes=2, size=4), **options)
 
 
 def test_map_dataset_and_loading_into_memory(tmp_path):

@@ -12,7 +12,7 @@ from builders import distance, last_checkpoint
 from ranks import CLASSES, digits, make, network, trained
 from torch import nn
 
-from dlb_fast import LastBatchLoss, PsKDLoss, bake_loss
+from dlb_fast import ElrLoss, LastBatchLoss, PsKDLoss, bake_loss
 from dlb_fast.data import EvalLoader
 from dlb_fast.methods import bake
 from dlb_fast.train import checkpoint
@@ -147,7 +147,21 @@ def cross_rank_methods():
         again = criterion(own, y[mine], torch.arange(12)[mine])  # no sample had been seen: its label still teaches
         torch.testing.assert_close(again, torch.nn.functional.cross_entropy(own, y[mine]))
         banks.append(criterion.bank.state_dict())
-    return loss.detach(), alone, own.grad, banks
+    averages = []
+    for cross_rank in (True, False):
+        criterion = ElrLoss(12, 4, cross_rank=cross_rank)
+        for ids in (torch.arange(12)[mine], torch.arange(12).roll(6)[mine]):  # the second time on the other rank
+            criterion(z[ids], y[ids], ids)
+            criterion(z[ids].requires_grad_(), y[ids], ids)  # the same batch, once
+            criterion.step()
+        averages.append(criterion.bank.state_dict())
+    return loss.detach(), alone, own.grad, banks, averages
+
+
+def elr_averages(z):
+    """The average after two visits with the same prediction: 0.3 (1 + 0.7) of it."""
+    p = torch.softmax(z, 1).clamp(1e-4, 1 - 1e-4)
+    return 0.3 * 1.7 * p / p.sum(1, keepdim=True)
 
 
 def method_rows():
@@ -165,7 +179,12 @@ def test_methods_on_two_ranks_are_one_rank_with_the_joined_batch(process_group):
     assert abs((first[1] + second[1]) / 2 - whole) > 1e-3  # is not what each rank does alone
     torch.testing.assert_close(torch.cat([first[2], second[2]]) / 2, joined.grad, rtol=1e-4, atol=1e-6)
     labelled = torch.ones(12, dtype=torch.bool).index_fill_(0, torch.tensor([0, 7]), False)
-    for rank, (_, _, _, (shared, own)) in enumerate((first, second)):
+    elr, p = elr_averages(z), torch.softmax(z, 1).clamp(1e-4, 1 - 1e-4)
+    for _, _, _, _, (shared, own) in (first, second):
+        assert torch.equal(shared["seen"], labelled) and torch.equal(own["seen"], labelled)
+        torch.testing.assert_close(shared["rows"][labelled], elr[labelled])
+        torch.testing.assert_close(own["rows"][labelled], 0.3 * (p / p.sum(1, keepdim=True))[labelled])
+    for rank, (_, _, _, (shared, own), _) in enumerate((first, second)):
         assert torch.equal(shared["seen"], labelled)  # both ranks' labelled rows are on every rank
         assert torch.equal(own["seen"], labelled & (torch.arange(12) // 6 == rank))
         for bank in (shared, own):

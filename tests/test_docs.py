@@ -138,6 +138,8 @@ def parse(arguments, monkeypatch):
         return
     if name in ("compare", "demo"):
         monkeypatch.setattr("dlb_fast.train.compare.run", raising)
+        monkeypatch.setattr("dlb_fast.train.compare.run_protocol", raising)
+        arguments = [str(ROOT / word) if word.startswith("benchmarks/") else word for word in arguments]
     elif name == "bench":
         monkeypatch.setattr(subprocess, "run", raising)
     elif name != "presets":  # which is done for real

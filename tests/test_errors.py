@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from method_cases import BANKS, SIBLINGS, function_of, make
 from method_cases import CASES as CASES_OF
-from method_cases import SIBLINGS, function_of, make
 
 from dlb_fast import (
     LastBatchLoss,
@@ -254,6 +254,8 @@ WRONG_OPTIONS = {
     "ce_alpha": [*NUMBERS, 1e39, INF, torch.ones(2)],
     "omega": [*NUMBERS, 1.0, -0.1],
     "power": [*NUMBERS, -1, 1e39],
+    "q": [*NUMBERS, 0.0, -0.1, 1.1, INF, torch.ones(2), torch.tensor(0.5)],
+    "beta": [*NUMBERS, -0.1, 1e39, INF, torch.ones(2), torch.tensor(0.5)],
     "multiplier": [*NUMBERS, 0.0, 1e39],
     "kind": ["a", None, 1],
     "upstream": [*NUMBERS, -1, torch.ones(2)],
@@ -387,10 +389,11 @@ def test_the_remedy_for_masks_ids_and_weights_of_another_form(impl):
 
 
 @pytest.mark.parametrize("ids", [[0, 8], [0, -1], [2**40, 0]])
-def test_ps_kd_names_an_id_outside_its_bank(impl, ids):
-    criterion = make("ps_kd", impl=impl)  # of 8 samples
+@pytest.mark.parametrize("name", BANKS)
+def test_an_id_outside_the_bank_is_named(impl, ids, name):
+    criterion = make(name, impl=impl)  # of 8 samples
     for before in ([7, 0], [1, 2]):
-        with pytest.raises(ValueError, match=r"PsKDLoss: ids must be in \[0, 8\), num_samples of the criterion, got"):
+        with pytest.raises(ValueError, match=r"Loss: ids must be in \[0, 8\), num_samples of the criterion, got"):
             criterion(ROWS[:2], LABELS[:2], torch.tensor(ids), epoch=0)
         criterion(ROWS[:2], torch.tensor([1, -100]), torch.tensor(before), epoch=0)
 
@@ -691,7 +694,9 @@ def test_an_empty_batch_has_loss_0_in_every_form(implementation, reduction):
         extras = {k: v.float() for k, v in case.extras(NO_ROWS, torch.Generator()).items()}
         for settings in case.settings:
             for form in EMPTY.values():
-                single = name in ("tf_kd_reg", "zipf") or settings.get("swap") or settings.get("correct_share")
+                single = (
+                    name in ("tf_kd_reg", "zipf", "gce", "sce") or settings.get("swap") or settings.get("correct_share")
+                )
                 if not single or form is EMPTY["labels"]:
                     given = {**form, **extras, **settings, **shared}
                     assert_nothing(lambda z, n=name, given=given: function_of(n)(logits=z, **given), reduction)

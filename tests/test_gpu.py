@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import available, eager_official, float32_error
 
-from dlb_fast import LastBatchLoss, fused_lb_loss
+from dlb_fast import LastBatchLoss, LogitBuffer, dlb_step, fused_lb_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -42,23 +42,23 @@ def test_every_regime(gpu, size, dtype):
     results = []
     for values, function in (
         (z, lambda v: fused_lb_loss(v, y, t, impl=gpu)),
-        (z, lambda v: eager_official(v, y, t)),
         (z.double(), lambda v: eager_official(v, y, t.double())),
     ):
         leaf = values.clone().requires_grad_()
         loss = function(leaf)
         (loss * 0.7).backward()
         results.append((loss.double(), leaf.grad.double()))
-    (loss, grad), (eager_loss, eager_grad), (true_loss, true_grad) = results
-    assert (loss - true_loss).abs() <= (eager_loss - true_loss).abs() + 1e-6 * true_loss.abs()
-    # One rounding (float16's smallest step, where it is subnormal), and the float32 behind it; and, but for that, no
-    # worse than eager.
+    (loss, grad), (true_loss, true_grad) = results
+    assert (loss - true_loss).abs() <= 1e-6 * (1 + z.double().abs().max())
+    # Two roundings, when the kernel stores it and when backward scales it (float16's smallest step, where it is
+    # subnormal), and the float32 behind them; and, as roundings go either way, half of that in the mean. Not what eager
+    # PyTorch is off by, which rounds once: right kernels would fail.
     rounding = 0.0 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
     step = 6e-8 if dtype == torch.float16 else 0.0
     allowed = 0.7 * float32_error(z, ce=4 / rows, kl=3.0 / (rows // 2)) + 2e-6 * true_grad.abs()
-    assert ((grad - true_grad).abs() <= 2 * rounding * true_grad.abs() + allowed + step).all()
-    ours, eagers = (grad - true_grad).norm(), (eager_grad - true_grad).norm()
-    assert ours <= 1.01 * eagers + 0.25 * allowed.norm() + step
+    allowed += 2 * rounding * true_grad.abs() + step
+    assert ((grad - true_grad).abs() <= allowed).all()
+    assert (grad - true_grad).norm() <= 0.5 * allowed.norm()
 
 
 def test_captured_loop_equals_eager_loop(gpu):
@@ -126,20 +126,33 @@ def test_no_synchronisation(gpu):
             criterion(z, y, ids + 4).backward()
             (criterion(z, y, ids) * 0.5).backward()
             _ = criterion.parts
+            fused_lb_loss(z, y, z.detach()[:4], target_b=y, lam=0.3, impl=gpu).backward()
+            dlb_step(z, y, criterion.buffer, upstream=2.0, impl=gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.alone
 def test_one_launch(gpu):
+    """And two of a backward, which do nothing: torch fills a 1, ours reads it. See docs/own-loop.md, the fast loop."""
     from benchmarks import harness
 
     for rows, classes in ((512, 1000), (256, 100)):
         criterion = LastBatchLoss(classes, capacity=rows // 2, device="cuda", impl=gpu)
         z = torch.randn(rows, classes, device="cuda")
         y = torch.zeros(rows, dtype=torch.long, device="cuda")
-        criterion(z, y)
-        with torch.no_grad():
-            assert harness.launches({"loss": lambda c=criterion, z=z, y=y: c(z, y)}) == {"loss": 1}
+        buffer = LogitBuffer(classes, rows // 2, device="cuda")
+        loss = criterion(z.clone().requires_grad_(), y)
+        dlb_step(z, y, buffer, impl=gpu)
+        works = {
+            "loss": lambda c=criterion, z=z, y=y: c(z, y),
+            "backward": loss.backward,
+            "step": lambda b=buffer, z=z, y=y: dlb_step(z, y, b, impl=gpu),
+        }
+        counts = harness.launches(works)
+        if not counts:
+            pytest.skip("the profiler sees no kernels on this machine")
+        assert counts == {"loss": 1, "backward": 2, "step": 1}
 
 
 def test_another_stream_and_bit_identical_runs(gpu):
@@ -190,6 +203,7 @@ def test_two_captured_graphs_replayed_at_once(gpu):
         torch.cuda.synchronize()
 
 
+@pytest.mark.alone
 def test_graphs_that_are_gone_hold_no_memory(gpu):
     z, y = torch.randn(64, 100, device="cuda"), torch.zeros(64, dtype=torch.long, device="cuda")
 

@@ -27,7 +27,6 @@ if REASON := reason_against("accelerate"):
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 from accelerate import Accelerator, skip_first_batches  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
 from accelerate.utils import DataLoaderConfiguration, send_to_device, set_seed  # noqa: E402
 
 from dlb_fast.integrations.accelerate import register_last_batch  # noqa: E402
@@ -206,7 +205,6 @@ def test_refusals():
 
 def test_an_accelerator_that_does_not_know_its_ranks(monkeypatch):
     """Under torchrun without a GPU and without cpu=True, Accelerate joins the process group and trains alone."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one that other tests have made
     monkeypatch.setitem(register_last_batch.__globals__, "rank_and_size", lambda: (1, 2))  # of a module imported once
     with pytest.raises(ValueError, match="has 2 ranks, but this Accelerator .* alone.* set ACCELERATE_USE_CPU=true"):
         register_last_batch(Accelerator(cpu=True), LastBatchLoss(4), LOADERS["resident"]())

@@ -90,7 +90,10 @@ def test_near_equal_teacher(impl, generator, classes, dtype):
     _, eager_grad = value_and_gradient(eager, z, upstream)
     _, true_grad = value_and_gradient(truth, z.double(), upstream)
     error, eager_error = (grad - true_grad).norm(), (eager_grad - true_grad).norm()
-    assert error <= 1.1 * eager_error + EPS[dtype] * true_grad.norm()
+    tolerance = EPS[dtype] * true_grad.norm()
+    if impl in ("cuda", "triton"):  # by luck eager is off by less than a GPU's exponential
+        tolerance += float32_error(z, ce=0.0, kl=3.0 / len(z)).norm().cpu()
+    assert error <= 1.1 * eager_error + tolerance
 
 
 OPTIONS = {

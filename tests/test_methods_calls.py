@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from method_cases import CASES, CLASSES, SIBLINGS, make
+from method_cases import BANKS, CASES, CLASSES, SIBLINGS, make, takes
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -57,14 +57,14 @@ class ClassMeans(DistillationLoss):
 def create(name, **options):
     if name == "class_means":
         return ClassMeans(alpha=0.5, temperature=2.0, **options)
-    if name == "ps_kd":
+    if name in BANKS:
         options.setdefault("memory_dtype", torch.float64)
     return make(name, **options)
 
 
 ALL = [*METHODS, "class_means"]
-REMEMBERS = ["dlb", "mr_kd", "ps_kd", "class_means"]
-WITHOUT_IDS = [name for name in ALL if name != "ps_kd"]
+REMEMBERS = ["dlb", "mr_kd", "ps_kd", "elr", "class_means"]
+WITHOUT_IDS = [name for name in ALL if name not in BANKS]
 
 
 def network():
@@ -85,7 +85,7 @@ def batch(step, with_ids=True):
 
 def ready(name, steps=3, with_ids=True, **options):
     """A model and its criterion after some steps, so that the teacher has something to say."""
-    if name == "ps_kd":
+    if name in BANKS:
         options.setdefault("num_samples", 2 * ROWS)
     model, criterion = network(), create(name, **options)
     criterion.setup(model)
@@ -161,9 +161,9 @@ def set_weights(model, weights):
 
 
 def known_by(names):
-    """How the batch is known; PS-KD has ids in any case."""
+    """How the batch is known; methods with a bank have ids in any case."""
     both = [(name, by) for name in names for by in ("ids", "same_batch", "both")]
-    return pytest.mark.parametrize(("name", "by"), [(n, by) for n, by in both if (n, by) != ("ps_kd", "same_batch")])
+    return pytest.mark.parametrize(("name", "by"), [(n, by) for n, by in both if n not in BANKS or by != "same_batch"])
 
 
 def block(by, criterion):
@@ -358,7 +358,7 @@ def test_a_nested_block_belongs_to_the_outer_and_errors_leave_it(name):
         assert abs(evaluate(model, criterion, x, given)[0] - want) > 1e-6 or name == "dlb"
 
 
-@pytest.mark.parametrize("name", ["mr_kd", "ps_kd", "class_means"])
+@pytest.mark.parametrize("name", ["mr_kd", "ps_kd", "elr", "class_means"])
 @pytest.mark.parametrize("how", ["step", "epoch", "reset"])
 def test_a_step_or_an_epoch_begins_a_new_batch_whatever_its_ids(name, how):
     """A set that is one batch has the same ids for ever; its teacher must not stay what it was at first."""
@@ -581,7 +581,7 @@ def test_a_partner_of_cs_kd_that_is_not_finite_does_not_teach():
 
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_an_option_that_is_set_later_counts_like_one_that_is_given(name):
-    options = {"alpha": 0.3, **CASES[name].settings[-1]}
+    options = {**({"alpha": 0.3} if takes(name, "alpha") else {}), **CASES[name].settings[-1]}
     (model, given), (other, later) = ready(name, **options), ready(name)
     set_weights(other, model.parameters())
     later.load_state_dict(given.state_dict())
@@ -611,6 +611,13 @@ SHOWN = {
         "PsKDLoss(num_samples=8, num_classes=5, alpha=tensor(0.2500), epochs=4, cross_rank=False)",
     ),
     "zipf": ({"power": 2.0, "impl": "torch"}, "ZipfLoss(alpha=0.1, power=2.0, impl='torch')"),
+    "gce": ({"q": 0.5}, "GceLoss(q=0.5)"),
+    "sce": ({"beta": 0.1, "alpha": 6.0}, "SceLoss(alpha=6.0, beta=0.1)"),
+    "elr": (
+        {"memory_device": "cpu", "beta": 0.9},
+        "ElrLoss(num_samples=8, num_classes=5, alpha=3.0, beta=0.9, memory_device=device(type='cpu'))",
+    ),
+    "r_drop": ({"reduction": "none"}, "RDropLoss(alpha=0.6, reduction='none')"),
     "dlb": (
         {"capacity": 3, "dtype": torch.float16, "ignore_index": 255},
         "LastBatchLoss(num_classes=5, capacity=3, dtype=torch.float16, alpha=1.0, temperature=3.0, ignore_index=255)",

@@ -171,7 +171,9 @@ def test_ignored_rows_touch_no_memory(name, ignore_index):
     assert same(*states)
 
 
-@pytest.mark.parametrize(("name", "missing"), [("mr_kd", "images="), ("ps_kd", "epoch= and ids="), ("bake", "setup")])
+@pytest.mark.parametrize(
+    ("name", "missing"), [("mr_kd", "images="), ("ps_kd", "epoch= and ids="), ("elr", "ids="), ("bake", "setup")]
+)
 def test_missing_needs_are_named(name, missing):
     criterion = make(name)
     if name == "mr_kd":

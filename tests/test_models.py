@@ -29,6 +29,8 @@ from dlb_fast.train.models import MODELS, create_model, list_models
 #   58680; final norm 264; fc 1330; stem 648 -> 47880+4800+55080+7440+58680+264+1330+648 = 176122
 # densenet100_12, published as 0.8 M: 769162
 # small_cnn, one channel: 144+32 + 4608+64 + 18432+128 + 650 = 24058
+# airbench: whitening 24 filters of 2x2x3 with a bias 312; 9 * (24*64 + 64*64 + 64*128 + 128*128 + 128*256 + 256*256)
+#   = 1156608; norms 2 * 2*(64 + 128 + 256) = 1792, of which half never change; fc without bias 2560 -> 1161272
 # resnet18 and resnet50 of ImageNet: the counts that torchvision documents for its weights
 COUNTS = {
     ("resnet32a", 10, 3): 464_154,
@@ -41,6 +43,7 @@ COUNTS = {
     ("densenet40_12", 10, 3): 176_122,
     ("densenet100_12", 10, 3): 769_162,
     ("small_cnn", 10, 1): 24_058,
+    ("airbench", 10, 3): 1_161_272,
     ("resnet18_imagenet", 1000, 3): 11_689_512,
     ("resnet50", 1000, 3): 25_557_032,
 }
@@ -122,6 +125,65 @@ def test_forward_and_gradient_are_finite():
     loss = model(torch.randn(4, 1, 8, 8)).square().sum()
     loss.backward()
     assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def correlated_images(count: int = 20, channels: int = 3, size: int = 12) -> torch.Tensor:
+    """Images whose neighbouring pixels and channels are alike, as in photographs, with a mean that is not zero."""
+    noise = torch.randn(count, channels, size + 2, size + 2, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.avg_pool2d(noise, 3, stride=1)
+    return 0.3 + 2 * smooth + smooth.mean(1, keepdim=True) + 0.5 * noise[:, :, 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_airbench_whitens_the_patches_of_the_images_it_is_given(channels):
+    images = correlated_images(channels=channels)
+    model = create_model("airbench", 10, channels)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    outputs = model.whiten(images)
+    assert not torch.allclose(second_moment(outputs), torch.eye(4 * channels), atol=0.3)  # before
+    model.init_from_images(images)
+    outputs = model.whiten(images)
+    assert outputs.shape == (20, 8 * channels, 11, 11)
+    torch.testing.assert_close(second_moment(outputs), torch.eye(4 * channels), atol=0.02, rtol=0)
+    torch.testing.assert_close(outputs[:, 4 * channels :], -outputs[:, : 4 * channels])
+    assert (model.whiten.weight[0].sum((1, 2)).abs() > model.whiten.weight[4 * channels - 1].sum((1, 2)).abs()).all()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, state[name])}
+    assert changed == {"whiten.weight"}
+
+
+def second_moment(outputs: torch.Tensor) -> torch.Tensor:
+    """`E[x x^T]` of the first half of the channels over all pixels."""
+    rows = outputs.detach().movedim(1, 3).flatten(0, 2)[:, : outputs.shape[1] // 2]
+    return rows.T @ rows / len(rows)
+
+
+def test_airbench_adds_little_to_an_image_without_contrast():
+    model = create_model("airbench_small", 10)
+    model.init_from_images(torch.full((2, 3, 8, 8), 0.5))  # one eigenvalue is not zero
+    assert model.whiten.weight.isfinite().all() and model.whiten.weight.abs().max() <= 5e-4**-0.5
+
+
+def test_airbench_trains_all_but_the_filters_and_the_scales_of_its_norms():
+    torch.manual_seed(0)
+    model = create_model("airbench_small", 10)
+    images = correlated_images(8, size=16)
+    model.init_from_images(images)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images.to(memory_format=torch.channels_last))
+    assert logits.shape == (8, 10) and logits.dtype == torch.bfloat16
+    torch.nn.functional.cross_entropy(logits.float(), torch.arange(8)).backward()
+    optimizer.step()
+    kept = {name for name, tensor in model.named_parameters() if torch.equal(tensor, before[name])}
+    assert kept == {"whiten.weight", *(n for n in before if n.startswith("features") and before[n].eq(1).all())}
+    assert len(kept) == 1 + 6
+
+
+def test_airbench_convolutions_start_as_the_identity_on_their_inputs():
+    model = create_model("airbench", 10)
+    images = torch.randn(2, 24, 5, 5)
+    torch.testing.assert_close(model.features[0](images)[:, :24], images)
 
 
 def test_option_a_shortcut_keeps_pixels_and_adds_zero_channels():

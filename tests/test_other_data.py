@@ -16,7 +16,7 @@ from PIL import Image
 from dlb_fast import cli
 from dlb_fast.data.datasets.folder import FileDataset
 from dlb_fast.train import compare
-from dlb_fast.train.config import RunConfig, override
+from dlb_fast.train.config import RunConfig, override, to_dict
 from dlb_fast.train.data import _by_name, check_same_data, classes_differ, fingerprint, identity, open_data
 from dlb_fast.train.run import evaluate_run, load_model
 
@@ -164,7 +164,7 @@ def test_a_resume_with_other_data_is_refused_and_changes_nothing(change, said, h
     assert "skipped" not in str(error.value) and files_of(run) == before
 
 
-@pytest.mark.parametrize("changes", [{"label_noise": 0.5}, {"label_noise": 0.5, "noise_kind": "asymmetric"}])
+@pytest.mark.parametrize("changes", [{"label_noise": 0.5}, {"label_noise": 0.5, "noise_kind": "pair"}])
 def test_a_resume_with_other_labels_is_refused(changes, here):
     with pytest.raises(ValueError, match="training images: the images are the same, their order or labels are not"):
         resume(here, **changes)
@@ -302,6 +302,7 @@ def test_eval_refuses_unknown_classes_and_images_of_another_shape(begun, tmp_pat
 
 def test_a_comparison_killed_in_its_first_write_is_started(tmp_path, monkeypatch):
     config = override(RunConfig(), source="digits", per_class=2)
+    asked = {"config": to_dict(config), "runs": {"ce-seed0": "CE"}, "command": "", "data": {}}
 
     def killed(source, target):
         (tmp_path / f".{compare.MARK}.7.tmp").write_bytes(Path(source).read_bytes()[:9])  # what a kill leaves
@@ -310,8 +311,8 @@ def test_a_comparison_killed_in_its_first_write_is_started(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            compare._claim(tmp_path, config, ["ce"], 1, "", {})
-    compare._claim(tmp_path, config, ["ce"], 1, "", {})
+            compare._claim(tmp_path, asked)
+    compare._claim(tmp_path, asked)
     assert os.listdir(tmp_path) == [compare.MARK]
 
 

@@ -35,7 +35,7 @@ def test_preset_number_has_a_comment_or_its_group_has(name):
 def test_preset_unknown_name():
     with pytest.raises(ValueError, match=r"unknown preset 'digit'; did you mean digits or .*presets` lists all"):
         preset_file("digit")
-    with pytest.raises(ValueError, match="unknown preset 'zzz'; known: cifar10-resnet32-alpha0, "):
+    with pytest.raises(ValueError, match="unknown preset 'zzz'; known: cifar10-cpu, cifar10-resnet32-alpha0, "):
         load_preset("zzz")
 
 

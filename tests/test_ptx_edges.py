@@ -26,8 +26,10 @@ def test_a_float16_gradient_that_would_not_fit_is_stored_smaller(
     result = harness.emulator().last_batch(logits, target, teacher=teacher, reduction=reduction, alpha=1e5)
     wanted = reference_of(logits, target, teacher, torch.float64, {"reduction": reduction, "alpha": 1e5})[2]
     assert result.grad is not None and float(result.parts[4]) < (1.0 if reduction != "mean" else 65536.0)
+    # Two shares of alpha tau that cancel, each off by a reciprocal's unit in the last place and two roundings.
+    shares = 1e5 * 3.0 / (len(teacher) if reduction == "mean" else 1)
     torch.testing.assert_close(
-        result.grad.double() / result.parts[4].double(), wanted, rtol=1e-3, atol=1e-6 * float(wanted.abs().max())
+        result.grad.double() / result.parts[4].double(), wanted, rtol=1e-3, atol=2.0**-22 * shares
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from ptx import compilers
 
@@ -17,12 +19,13 @@ pytestmark = [
 
 
 def test_every_regime_stays_below_what_memory_leaves_time_for():
-    """Both forms of the loads are counted, so what is issued is less. Bounds: the code of today and a tenth."""
+    """By the row's work alone. Bounds: the code of today and a tenth."""
     found = sass_budget.costs(compilers.cubin("kernels_bf16", 90), "bf16")
-    assert set(found) == set(sass_budget.GROUPS)
+    assert set(found) == set(itertools.product(sass_budget.GROUPS, (False, True)))
     needed = sass_budget.BANDWIDTH / 2 * sass_budget.LATENCY / sass_budget.PROCESSORS
-    for regime, cost in found.items():
-        assert cost.issue_share < 0.87, (regime, cost)
+    for (regime, whole), cost in found.items():
+        # The subtraction of a large maximum counts, which few batches execute: most beside a short row's work.
+        assert cost.issue_share < (0.80 if not whole else 0.75 if regime == "lanes" else 0.60), (regime, cost)
         assert cost.special_share < 0.63, (regime, cost)  # three exponentials per logit, a taught one has five
         if regime != "lanes":  # a row's packets are on their way together; short rows have few, and many groups
             assert cost.in_flight > needed, (regime, cost)

@@ -237,8 +237,8 @@ def test_a_run_says_first_what_was_done_to_the_data(small_folder, tmp_path, caps
     other = override(config, source=f"imagefolder:{held}", data_seed=3, per_class=2, label_noise=0.5)
     assert open_data(other.data).about == (
         f"data imagefolder:{held}: 2 classes, 4 training images, 2 test images (a tenth of each class held out, "
-        "data_seed 3); subset: 2 images per class of 8; label noise: symmetric, 2 of 4 labels wrong; normalised by the "
-        "mean and std of imagenet; crops of 16 x 16 pixels"
+        "data_seed 3); subset: 2 images per class of 8; label noise: symmetric, 2 of 4 labels wrong (50.00 %); "
+        "normalised by the mean and std of imagenet; crops of 16 x 16 pixels"
     )
     digits = open_data(load_preset("digits").data).about
     assert "10 classes, 200 training images, " in digits and "(half of each class held out, data_seed 0)" in digits

@@ -50,6 +50,7 @@ VARIANTS = {
     "two_pass": {"forward": "two_pass"},
     "ce": {"method": "ce", "batch_size": 10},
     "everything": {"ema": 0.9, "amp": "bf16", "clip_grad": 1.0, "optimizer": "adamw", "decay_norm_and_bias": False},
+    "airbench": {"model": "airbench_small", "method": "ce", "batch_size": 10, "amp": "bf16", "channels_last": True},
     "fp16-accumulated": {"amp": "fp16", "accumulate": 2, "epochs": 6},
 }
 

@@ -451,3 +451,67 @@ def test_a_torchvision_that_cannot_be_imported_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(CheckpointError, match="are torchvision's, whose import failed .*--init-from"):
         build_trainer(override(SMALL, model="resnet18_imagenet", pretrained=True))
+
+
+# ---- a network that looks at images before its first step
+
+WHITENED = override(SMALL, model="airbench_small")
+
+
+def test_a_new_network_sees_training_images_once(tmp_path):
+    """Normalised and without augmentation, and the same in every run of a seed."""
+    data = open_data(WHITENED.data)
+    trainer = build_trainer(WHITENED, data=data)
+    expected = create_model("airbench_small", 3)
+    pixels = torch.as_tensor(data.train.images).float() / 255
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
+    expected.init_from_images((pixels - mean) / std)
+    torch.testing.assert_close(trainer.model.whiten.weight, expected.whiten.weight, atol=1e-4, rtol=1e-4)
+    again = build_trainer(override(WHITENED, mixup_alpha=0.2), data=data).model.state_dict()
+    assert not loaded(trainer.model.state_dict(), again)
+
+
+def test_many_images_are_sampled_at_equal_distances():
+    data = open_data(override(SMALL, source="synthetic:24,3,8").data)
+    every = data.sample_images(100)
+    assert len(every) == 24 and torch.equal(data.sample_images(4), every[[0, 7, 15, 23]])
+
+
+def test_a_started_network_keeps_its_filters(tmp_path):
+    """In the training, the export, a new run that takes them over, and a resumed one."""
+    train(WHITENED, tmp_path / "whole")
+    first = build_trainer(WHITENED).model.whiten.weight
+    model, _ = load_model(tmp_path / "whole")
+    assert torch.equal(model.whiten.weight, first) and not torch.equal(model.whiten.bias, torch.zeros(24))
+    other = override(WHITENED, source="synthetic:24,3,12", init_from=str(tmp_path / "whole"))
+    assert torch.equal(build_trainer(other).model.whiten.weight, first)
+    assert not torch.allclose(build_trainer(override(other, init_from=None)).model.whiten.weight, first, atol=1e-3)
+    assert not torch.equal(build_trainer(WHITENED, initial=False).model.whiten.weight, first)
+
+
+def test_loaded_weights_are_not_changed_by_images(begun, monkeypatch):
+    """Published weights as well, which a run names in another way."""
+
+    class Sees(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3 * 8 * 8, 3)
+
+        def forward(self, x):
+            return self.fc(x.flatten(1))
+
+        def init_from_images(self, images):
+            raise AssertionError("seen")
+
+    monkeypatch.setitem(MODELS, "sees", lambda n, c: Sees())
+    monkeypatch.setattr("dlb_fast.train.run.load_initial_weights", lambda *_: "published")
+    build_trainer(override(SMALL, model="sees", pretrained=True))
+    with pytest.raises(AssertionError, match="seen"):
+        build_trainer(override(SMALL, model="sees"))
+
+
+def test_images_that_are_too_small_are_refused_before_a_network_sees_them():
+    data = open_data(WHITENED.data)
+    data.train.images = data.train.images[:, :, :1, :1]
+    with pytest.raises(ValueError, match="model airbench_small does not take images of 1 x 1 with 3 channels"):
+        build_trainer(WHITENED, data=data)

@@ -78,7 +78,7 @@ struct BatchState : Layout {
   Counts counts;
 };
 
-constexpr float log2e = 1.44269504f;
+constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
 
 DLB_DEVICE int pair_count(const DeviceArgs& a, const BatchState& s) {
   return s.start > a.batch - s.start ? s.start : a.batch - s.start;
@@ -86,21 +86,6 @@ DLB_DEVICE int pair_count(const DeviceArgs& a, const BatchState& s) {
 
 DLB_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 DLB_DEVICE int clamped(int64_t v, int high) { return v < 0 ? 0 : v > high ? high : static_cast<int>(v); }
-
-// Sums N values over the block, the same bits for every thread; `partial` is free again after the next block barrier.
-template <typename Op, int N>
-DLB_DEVICE void reduce_block(float (&v)[N], float (*partial)[max_block_warps]) {
-  reduce_lanes<Op>(v, warp_lanes);
-  const int lane = thread_index() % warp_lanes, warp = thread_index() / warp_lanes;
-  if (lane == 0) {
-    DLB_UNROLL for (int i = 0; i < N; ++i) shared_store(&partial[i][warp], v[i]);
-  }
-  sync_block();
-  const int other = lane % max_block_warps;
-  const bool used = other < block_threads() / warp_lanes;
-  DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = used ? shared_load(&partial[i][other]) : Op::identity();
-  reduce_lanes<Op>(v, max_block_warps);
-}
 
 // Rows of a generation, or the teacher given. Computed from the kernel's arguments, where the compiler sees that it is
 // global memory: an address kept in shared memory would give generic loads and stores.
@@ -130,7 +115,7 @@ DLB_DEVICE Header read_header(const DeviceArgs& a) {
 // Whether the ids say that this is the batch of the last call once more: its last rows are those that it stored, and
 // its first rows are not (as they are in the batch after it), or are all it has. Every thread of the block gets the
 // same answer.
-DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float (*partial)[max_block_warps]) {
+DLB_DEVICE bool again_by_ids(const DeviceArgs& a, const Header& header, float* partial) {
   const int count = header.count(a, header.latest()), first = a.batch - count;
   if (count == 0 || first < 0 || (a.num_old >= 0 && a.num_old != first)) return false;
   const int64_t* const stored = slots_of(a, header.latest()) + 1;
@@ -237,8 +222,7 @@ DLB_DEVICE void count_teachers(const DeviceArgs& a, const Layout& s, int thread,
 }
 
 struct StateShared {
-  float again[1][max_block_warps], partial[count_fields][max_block_warps];
-  float largest[max_block_warps], weight_sum[max_block_warps];
+  float again[block_scratch], partial[block_scratch], largest[block_scratch], weight_sum[block_scratch];
   BatchState state;
 };
 
@@ -253,6 +237,7 @@ DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
   BatchState s;
   const Header header = read_header(a);
   if (a.precounted) {
+    wait_for_launch_before();
     lay_out(a, header, load(&a.workspace->again) != 0, s);
     const Counts& n = a.workspace->counts;
     s.counts = {load(&n.weight), load(&n.valid), load(&n.unknown), load(&n.mismatched), load(&n.not_finite)};
@@ -273,8 +258,8 @@ DLB_DEVICE void prepare(const DeviceArgs& a, StateShared& shared) {
       weight_sum[0] += w;
       largest[0] = maximum(largest[0], w < 0.0f ? -w : w);
     }
-    reduce_block<Max>(largest, &shared.largest);
-    reduce_block<Sum>(weight_sum, &shared.weight_sum);
+    reduce_block<Max>(largest, shared.largest);
+    reduce_block<Sum>(weight_sum, shared.weight_sum);
   }
   if (thread_index() == 0) {
     s.alpha = scalar(a.alpha_ptr, a.alpha);

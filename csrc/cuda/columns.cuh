@@ -48,6 +48,13 @@ DLB_DEVICE void unpack_packet(const Packet& packet, float* out) {
 }
 
 template <typename X, int V>
+DLB_DEVICE Packet packed(const float* in) {
+  Packet packet;
+  DLB_UNROLL for (int i = 0; i < 4; ++i) packet.word[i] = pack<X>(in + i * (V / 4));
+  return packet;
+}
+
+template <typename X, int V>
 DLB_DEVICE void store_aligned(X* p, const float* in) {
   constexpr int per_word = 4 / static_cast<int>(sizeof(X)), words = V / per_word;
   if constexpr (words >= 4) {

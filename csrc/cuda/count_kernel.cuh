@@ -6,12 +6,13 @@ namespace dlb_fast {
 namespace cuda {
 
 struct CountShared {
-  float again[1][max_block_warps], partial[2][count_fields][max_block_warps];
+  float again[block_scratch], partial[2][block_scratch];
   bool last;
 };
 
 static DLB_KERNEL DLB_BOUNDS(256, 1) count_kernel(DLB_CONSTANT DeviceArgs a) {
   DLB_SHARED(CountShared, shared);
+  let_next_launch_begin();
   const Header header = read_header(a);
   const int thread = block_index() * block_threads() + thread_index(), threads = grid_blocks() * block_threads();
   Counts n;

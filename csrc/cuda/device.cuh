@@ -43,6 +43,7 @@ DLB_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
 
 constexpr unsigned all_lanes = 0xffffffffu;
 DLB_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(all_lanes, value, mask); }
+DLB_DEVICE float shuffle(float value, int lane) { return __shfl_sync(all_lanes, value, lane); }
 DLB_DEVICE bool warp_any(bool value) { return __any_sync(all_lanes, value); }
 DLB_DEVICE void sync_block() { __syncthreads(); }
 DLB_DEVICE void fence() { __threadfence(); }
@@ -90,6 +91,17 @@ DLB_DEVICE int clusters_in_grid() {
 DLB_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// Whether every block of the cluster runs: said early, asked before the first write into another one's memory.
+DLB_DEVICE void arrive_in_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;");
+#endif
+}
+DLB_DEVICE void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 // Writes N values to the place that `address` (in this block's shared memory) has in block `rank` of the cluster.
@@ -141,26 +153,17 @@ DLB_DEVICE Packet load_packet(const void* p, bool once) {
   }
   return r;
 }
-// The same under a condition, otherwise `fill` in every word, without a branch: loads of several packets stay side by
+// Read once, under a condition, otherwise `fill` in every word, without a branch: loads of several packets stay side by
 // side and are all on their way before the first is waited for. In a block of its own each would wait for the one
 // before.
-DLB_DEVICE Packet load_packet_if(bool wanted, const void* p, bool once, uint32_t fill) {
+DLB_DEVICE Packet load_packet_if(bool wanted, const void* p, uint32_t fill) {
   Packet r;
   r.word[0] = r.word[1] = r.word[2] = r.word[3] = fill;
-  if (once) {
-    asm volatile(
-        "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
-        "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-        : "+r"(r.word[0]), "+r"(r.word[1]), "+r"(r.word[2]), "+r"(r.word[3])
-        : "l"(p), "r"(static_cast<uint32_t>(wanted)));
-  } else {
-    asm volatile(
-        "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
-        "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-        : "+r"(r.word[0]), "+r"(r.word[1]), "+r"(r.word[2]), "+r"(r.word[3])
-        : "l"(p), "r"(static_cast<uint32_t>(wanted))
-        : "memory");
-  }
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
+      "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "+r"(r.word[0]), "+r"(r.word[1]), "+r"(r.word[2]), "+r"(r.word[3])
+      : "l"(p), "r"(static_cast<uint32_t>(wanted)));
   return r;
 }
 // By name: from an assignment the compiler makes four stores of a word where it loses sight of the alignment.
@@ -168,6 +171,15 @@ DLB_DEVICE void store_packet(void* p, const Packet& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
                "r"(v.word[3])
                : "memory");
+}
+
+// Under a condition, without a branch.
+DLB_DEVICE void store_packet_if(bool wanted, void* p, const Packet& v) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
+      "@wanted st.global.v4.u32 [%0], {%1, %2, %3, %4};\n\t}" ::"l"(p),
+      "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
 }
 
 // A hint that `bytes` from p on are wanted soon: into the second-level cache, by one instruction, without a register or
@@ -180,6 +192,26 @@ DLB_DEVICE void prefetch(const void* p, int64_t bytes) {
 #endif
 }
 
+// The same for the cache line that p is in: each lane its own, where the instruction above takes one after the other.
+DLB_DEVICE void prefetch_line(const void* p) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+#endif
+}
+
+// A launch that the next one depends on says that this may begin; the next one then waits until all that the first
+// wrote is there. Both do nothing in an ordinary launch and before sm_90.
+DLB_DEVICE void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DLB_DEVICE void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 2 ulp; results below 2^-126 become 0. -inf gives 0, NaN stays.
 DLB_DEVICE float exp2_fast(float x) {
   float y;
@@ -187,6 +219,20 @@ DLB_DEVICE float exp2_fast(float x) {
   return y;
 }
 DLB_DEVICE float log_accurate(float x) { return logf(x); }
+// 1 ulp; of an x below 2^-126 or above 2^126: infinite or 0.
+DLB_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DLB_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// sum + a * b, and the sum itself where a is 0, whatever b is: two instructions, where a selection takes three.
+DLB_DEVICE float add_unless_zero(float a, float b, float sum) {
+  asm("{\n\t.reg .pred counts;\n\tsetp.neu.f32 counts, %1, 0f00000000;\n\t@counts fma.rn.f32 %0, %1, %2, %0;\n\t}"
+      : "+f"(sum)
+      : "f"(a), "f"(b));
+  return sum;
+}
 DLB_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DLB_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 DLB_DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
@@ -232,6 +278,30 @@ DLB_DEVICE uint32_t pack<F16>(const float* in) {
   const __half2 v = __floats2half2_rn(in[0], in[1]);
   return __half_as_ushort(__low2half(v)) | static_cast<uint32_t>(__half_as_ushort(__high2half(v))) << 16;
 }
+
+// The larger of two words, element by element.
+template <typename T>
+DLB_DEVICE uint32_t larger_word(uint32_t a, uint32_t b) {
+  constexpr int n = 4 / static_cast<int>(sizeof(T));
+  float x[n], y[n];
+  unpack<T>(a, x), unpack<T>(b, y);
+  DLB_UNROLL for (int i = 0; i < n; ++i) x[i] = maximum(x[i], y[i]);
+  return pack<T>(x);
+}
+#if __CUDA_ARCH__ >= 800
+template <>
+DLB_DEVICE uint32_t larger_word<Bf16>(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+template <>
+DLB_DEVICE uint32_t larger_word<F16>(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+#endif
 
 }  // namespace cuda
 }  // namespace dlb_fast

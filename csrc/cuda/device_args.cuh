@@ -22,7 +22,7 @@ inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, vo
   d.teacher = buffer ? a.rows : const_cast<void*>(a.teacher);
   d.generation_bytes = a.rows_stride * element_size(a.teacher_dtype);
   d.teacher_stride = buffer ? a.classes : a.teacher_stride;
-  d.teacher_rows = static_cast<int>(buffer ? a.capacity : a.teacher_rows);
+  d.teacher_rows = a.kind == TeacherKind::none ? 0 : static_cast<int>(buffer ? a.capacity : a.teacher_rows);
   d.kd_mask = a.kd_mask, d.kd_mask_rows = a.kd_mask_rows;
   d.alpha_ptr = static_cast<const float*>(a.alpha_ptr),
   d.temperature_ptr = static_cast<const float*>(a.temperature_ptr);
@@ -40,33 +40,32 @@ inline DeviceArgs device_args(const LastBatchArgs& a, const LaunchPlan& plan, vo
 
 using Kernel = void (*)(DeviceArgs);
 
-template <typename T, Teach teach>
+template <typename T, bool whole>
 Kernel resident_kernel_of(Regime regime) {
   switch (regime) {
-    case Regime::lanes: return &resident_kernel<T, teach, 16, LaneGroup<8>>;
-    case Regime::warp: return &resident_kernel<T, teach, resident_columns, LaneGroup<32>>;
-    case Regime::block: return &resident_kernel<T, teach, resident_columns, BlockGroup<512, 1>>;
-    case Regime::cluster: return &resident_kernel<T, teach, resident_columns, ClusterGroup>;
+    case Regime::lanes: return &resident_kernel<T, 16, whole, LaneGroup<8>>;
+    case Regime::warp: return &resident_kernel<T, resident_columns, whole, LaneGroup<32>>;
+    case Regime::block: return &resident_kernel<T, resident_columns, whole, BlockGroup<512, 1>>;
+    case Regime::cluster: return &resident_kernel<T, resident_columns, whole, ClusterGroup>;
     default: return nullptr;
   }
 }
 
 // The kernel of a plan for logits of type T.
 template <typename T>
-Kernel kernel_for(const LaunchPlan& plan, TeacherKind kind) {
+Kernel kernel_for(const LaunchPlan& plan) {
   if (plan.regime == Regime::two_pass_warp) return &two_pass_kernel<T, Teach::any, true, LaneGroup<32>>;
   if (plan.regime == Regime::two_pass_block) {
     return plan.general ? &two_pass_kernel<T, Teach::any, true, BlockGroup<256, 2>>
                         : &two_pass_kernel<T, Teach::logits, false, BlockGroup<256, 3>>;
   }
-  return kind == TeacherKind::logits ? resident_kernel_of<T, Teach::logits>(plan.regime)
-                                     : resident_kernel_of<T, Teach::none>(plan.regime);
+  return plan.whole ? resident_kernel_of<T, true>(plan.regime) : resident_kernel_of<T, false>(plan.regime);
 }
 
 // One per element type, each in its own file so that they compile side by side.
-Kernel kernel_f32(const LaunchPlan& plan, TeacherKind kind);
-Kernel kernel_bf16(const LaunchPlan& plan, TeacherKind kind);
-Kernel kernel_f16(const LaunchPlan& plan, TeacherKind kind);
+Kernel kernel_f32(const LaunchPlan& plan);
+Kernel kernel_bf16(const LaunchPlan& plan);
+Kernel kernel_f16(const LaunchPlan& plan);
 
 }  // namespace cuda
 }  // namespace dlb_fast

@@ -10,7 +10,7 @@ namespace cuda {
 constexpr int total_fields = 3;
 
 struct FinishShared {
-  float partial[2][total_fields][max_block_warps];
+  float partial[2][block_scratch];
   bool last;
 };
 

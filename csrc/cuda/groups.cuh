@@ -27,10 +27,75 @@ DLB_DEVICE void reduce_lanes(float (&v)[N], int lanes) {
   }
 }
 
+// Several sums over a warp at once. At every step half of them go to the other half of the lanes, until each lane holds
+// one sum: N - 1 exchanges for that, where a sum at a time takes five each. Lane l then holds number slot_of<N>(l).
+template <int N>
+constexpr int slots = N <= 1 ? 1 : N <= 2 ? 2 : N <= 4 ? 4 : 8;
+template <int N>
+DLB_DEVICE int slot_of(int lane) {
+  return ((lane >> 4 & 1) | (lane >> 2 & 2) | (lane & 4)) % slots<N>;
+}
+DLB_DEVICE int lane_of(int slot) { return (slot & 1) << 4 | (slot & 2) << 2 | (slot & 4); }
+
+template <typename Op, int N>
+DLB_DEVICE float spread_over_lanes(float (&v)[N]) {
+  static_assert(N <= max_sums, "lanes");
+  const int lane = computed_here(thread_index() % warp_lanes);
+  DLB_UNROLL for (int step = 0; step < 5; ++step) {
+    const int mask = 16 >> step, left = (N + (1 << step) - 1) >> step;  // so many sums, before this step
+    DLB_UNROLL for (int i = 0; i < left; i += 2) {
+      if (i + 1 < left) {
+        const bool upper = (lane & mask) != 0;
+        const float kept = upper ? v[i + 1] : v[i], sent = upper ? v[i] : v[i + 1];
+        v[i / 2] = Op::combine(kept, shuffle_xor(sent, mask));
+      } else {
+        v[i / 2] = Op::combine(v[i], shuffle_xor(v[i], mask));
+      }
+    }
+  }
+  return v[0];
+}
+
+// The same sums for every lane.
+template <typename Op, int N>
+DLB_DEVICE void reduce_warp(float (&v)[N]) {
+  const float mine = spread_over_lanes<Op>(v);
+  if constexpr (N > 1) {
+    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = shuffle(mine, lane_of(i));
+  }
+}
+
+// Adds the partials of `warps` warps, slots<N> of each in a row, in every warp.
+template <typename Op, int N>
+DLB_DEVICE void reduce_partials(const float* partial, int warps, float (&v)[N]) {
+  constexpr int width = slots<N>, together = warp_lanes / width;
+  const int lane = computed_here(thread_index() % warp_lanes), slot = lane % width;
+  float mine = Op::identity();
+  DLB_NO_UNROLL for (int w = slot < N ? lane / width : warps; w < warps; w += together)
+    mine = Op::combine(mine, shared_load(partial + w * width + slot));
+  DLB_UNROLL for (int mask = warp_lanes / 2; mask >= width; mask >>= 1)
+    mine = Op::combine(mine, shuffle_xor(mine, mask));
+  DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = shuffle(mine, i);
+}
+
+// Sums over the block, the same bits for every thread. `partial` is free again after the next barrier of the block.
+constexpr int block_scratch = max_block_warps * max_sums;
+template <typename Op, int N>
+DLB_DEVICE void reduce_block(float (&v)[N], float* partial) {
+  const float mine = spread_over_lanes<Op>(v);
+  const int here = computed_here(thread_index()), lane = here % warp_lanes, warp = here / warp_lanes;
+  const int slot = slot_of<N>(lane);
+  if (lane % (warp_lanes / slots<N>) == 0 && slot < N) shared_store(partial + warp * slots<N> + slot, mine);
+  sync_block();
+  reduce_partials<Op>(partial, block_threads() / warp_lanes, v);
+}
+
 // `lanes` neighbours in a warp: several rows per warp, no shared memory and no block barrier.
 template <int lanes>
 struct LaneGroup {
-  static constexpr int launch_threads = 128, min_blocks = 4;
+  // Neighbours that ask for a row's cache lines, each for one: five hold the longest row that 8 lanes hold.
+  static constexpr bool by_line = lanes < warp_lanes;
+  static constexpr int launch_threads = 128, min_blocks = lanes < warp_lanes ? 5 : 4;
   struct Shared {};
   int rank, index;
   DLB_DEVICE explicit LaneGroup(Shared&) : rank(thread_index() % lanes), index(thread_index() / lanes) {}
@@ -40,11 +105,15 @@ struct LaneGroup {
   DLB_DEVICE static int part() { return 0; }  // of a row that this block's first thread prefetches
   DLB_DEVICE static int parts() { return 1; }
   DLB_DEVICE bool prefetches() const { return rank == 0; }
+  DLB_DEVICE static void meet() {}
   // The warp's rows go the same way through every shuffle: what one of them needs, all of them execute.
   DLB_DEVICE static bool any(bool value) { return lanes == warp_lanes ? value : warp_any(value); }
   template <typename Op, int buffer, int N>
   DLB_DEVICE void reduce(float (&v)[N]) {
-    reduce_lanes<Op>(v, lanes);
+    if constexpr (lanes == warp_lanes)
+      reduce_warp<Op>(v);
+    else
+      reduce_lanes<Op>(v, lanes);
   }
 };
 
@@ -52,9 +121,10 @@ struct LaneGroup {
 // another one, which every reader of it has passed; so one barrier per reduction suffices.
 template <int threads_at_most, int blocks_at_least>
 struct BlockGroup {
+  static constexpr bool by_line = false;
   static constexpr int launch_threads = threads_at_most, min_blocks = blocks_at_least;
   struct Shared {
-    float partial[3][max_sums][max_block_warps];
+    float partial[3][block_scratch];
   };
   Shared& shared;
   int rank;
@@ -66,21 +136,11 @@ struct BlockGroup {
   DLB_DEVICE static int part() { return 0; }
   DLB_DEVICE static int parts() { return 1; }
   DLB_DEVICE bool prefetches() const { return rank == 0; }
+  DLB_DEVICE static void meet() {}
   DLB_DEVICE static bool any(bool value) { return value; }
   template <typename Op, int buffer, int N>
   DLB_DEVICE void reduce(float (&v)[N]) {
-    static_assert(N <= max_sums, "scratch");
-    reduce_lanes<Op>(v, warp_lanes);
-    const int here = computed_here(rank), lane = here % warp_lanes, warp = here / warp_lanes;
-    if (lane == 0) {
-      DLB_UNROLL for (int i = 0; i < N; ++i) shared_store(&shared.partial[buffer][i][warp], v[i]);
-    }
-    sync_block();
-    const int other = lane % max_block_warps;
-    const bool used = other < block_threads() / warp_lanes;
-    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] =
-        used ? shared_load(&shared.partial[buffer][i][other]) : Op::identity();
-    reduce_lanes<Op>(v, max_block_warps);
+    reduce_block<Op>(v, shared.partial[buffer]);
   }
 };
 
@@ -88,16 +148,18 @@ struct BlockGroup {
 // every block holds all of them. Nothing is read remotely and nothing is written after the last barrier, so a block may
 // leave.
 struct ClusterGroup {
+  static constexpr bool by_line = false;
   static constexpr int launch_threads = max_block_threads, min_blocks = 1;
   struct Shared {
-    float partial[2][max_cluster * max_block_warps][max_resident_sums];  // an odd stride: no bank conflicts
+    float partial[2][max_cluster * block_scratch];
   };
   Shared& shared;
   int rank;
   static constexpr int index = 0;
   DLB_DEVICE explicit ClusterGroup(Shared& s) : shared(s), rank(cluster_rank() * block_threads() + thread_index()) {
-    sync_cluster();  // every block of the cluster runs before anybody writes into its memory
+    arrive_in_cluster();
   }
+  DLB_DEVICE static void meet() { wait_for_cluster(); }  // before the first reduction
   DLB_DEVICE int size() const { return cluster_blocks() * block_threads(); }
   DLB_DEVICE int groups_in_grid() const { return clusters_in_grid(); }
   DLB_DEVICE int first() const { return cluster_index(); }
@@ -107,17 +169,11 @@ struct ClusterGroup {
   DLB_DEVICE static bool any(bool value) { return value; }
   template <typename Op, int buffer, int N>
   DLB_DEVICE void reduce(float (&v)[N]) {
-    static_assert(N <= max_resident_sums, "scratch");
-    reduce_lanes<Op>(v, warp_lanes);
+    reduce_warp<Op>(v);
     const int here = computed_here(rank), lane = here % warp_lanes, mine = here / warp_lanes;
-    if (lane < cluster_blocks()) cluster_store(shared.partial[buffer][mine], lane, v);
+    if (lane < cluster_blocks()) cluster_store(shared.partial[buffer] + mine * slots<N>, lane, v);
     sync_cluster();
-    const int warps = size() / warp_lanes;
-    DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = Op::identity();
-    DLB_NO_UNROLL for (int w = lane; w < warps; w += warp_lanes) {
-      DLB_UNROLL for (int i = 0; i < N; ++i) v[i] = Op::combine(v[i], shared_load(&shared.partial[buffer][w][i]));
-    }
-    reduce_lanes<Op>(v, warp_lanes);
+    reduce_partials<Op>(shared.partial[buffer], size() / warp_lanes, v);
   }
 };
 

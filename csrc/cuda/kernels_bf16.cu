@@ -2,6 +2,6 @@
 
 namespace dlb_fast {
 namespace cuda {
-Kernel kernel_bf16(const LaunchPlan& plan, TeacherKind kind) { return kernel_for<Bf16>(plan, kind); }
+Kernel kernel_bf16(const LaunchPlan& plan) { return kernel_for<Bf16>(plan); }
 }  // namespace cuda
 }  // namespace dlb_fast

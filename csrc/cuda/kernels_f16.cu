@@ -2,6 +2,6 @@
 
 namespace dlb_fast {
 namespace cuda {
-Kernel kernel_f16(const LaunchPlan& plan, TeacherKind kind) { return kernel_for<F16>(plan, kind); }
+Kernel kernel_f16(const LaunchPlan& plan) { return kernel_for<F16>(plan); }
 }  // namespace cuda
 }  // namespace dlb_fast

@@ -2,6 +2,6 @@
 
 namespace dlb_fast {
 namespace cuda {
-Kernel kernel_f32(const LaunchPlan& plan, TeacherKind kind) { return kernel_for<float>(plan, kind); }
+Kernel kernel_f32(const LaunchPlan& plan) { return kernel_for<float>(plan); }
 }  // namespace cuda
 }  // namespace dlb_fast

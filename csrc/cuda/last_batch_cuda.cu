@@ -2,7 +2,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdio>
+#include <map>
 #include <mutex>
+#include <tuple>
 
 #include "count_kernel.cuh"
 #include "device_args.cuh"
@@ -50,32 +52,56 @@ const char* text_of(cudaError_t error) {
   return text;
 }
 
-Kernel kernel_of(DType dtype, const LaunchPlan& plan, TeacherKind kind) {
-  return dtype == DType::f32 ? kernel_f32(plan, kind) : dtype == DType::bf16 ? kernel_bf16(plan, kind)
-                                                                             : kernel_f16(plan, kind);
+Kernel kernel_of(DType dtype, const LaunchPlan& plan) {
+  return dtype == DType::f32 ? kernel_f32(plan) : dtype == DType::bf16 ? kernel_bf16(plan) : kernel_f16(plan);
 }
 
-// The largest cluster of 512 threads a block that finds room on one group of multiprocessors: 16 is the non-portable
-// size, and a slice of a GPU may not hold 8. 0 where the kernel holds no code for clusters: PTX made for an older GPU.
-int largest_cluster(Kernel kernel) {
-  const void* const function = reinterpret_cast<const void*>(kernel);
-  cudaFuncAttributes built = {};
-  int size = 16, fitting = 0;
-  if (cudaFuncGetAttributes(&built, function) != cudaSuccess || built.ptxVersion < 90) size = 0;
-  for (; size > 1; size /= 2) {
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attribute = {};
+// A launch of `blocks` blocks of a plan's shape, where CUDA takes it from.
+struct Shape {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[2] = {};
+  Shape(const LaunchPlan& plan, int blocks, cudaStream_t stream = nullptr) {
+    config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+    config.stream = stream, config.attrs = attributes;
+    if (plan.cluster == 1) return;
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(size), attribute.val.clusterDim.y = 1,
+    attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster), attribute.val.clusterDim.y = 1,
     attribute.val.clusterDim.z = 1;
-    config.gridDim = dim3(static_cast<unsigned>(size)), config.blockDim = dim3(512);
-    config.attrs = &attribute, config.numAttrs = 1;
-    if (size > 8 && cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
-      continue;
-    if (cudaOccupancyMaxActiveClusters(&fitting, function, &config) == cudaSuccess && fitting > 0) break;
   }
-  cudaGetLastError();  // a refusal here is an answer, not an error
-  return size > 1 ? size : 0;
+  Shape(const Shape&) = delete;
+  // Its blocks may begin while the kernel before it ends.
+  void begins_early() {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+};
+
+// How many blocks of a kernel the device holds at a time; 0 where it holds none, or no cluster. 16 blocks are the non-portable size of a cluster and have to be allowed first.
+int64_t resident_blocks(const void* function, const LaunchPlan& plan, int multiprocessors) {
+  int fitting = 0;
+  if (plan.cluster == 1) {
+    if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, function, plan.threads, 0) != cudaSuccess) return 0;
+    return static_cast<int64_t>(fitting) * multiprocessors;
+  }
+  if (plan.cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return 0;
+  }
+  const Shape shape(plan, plan.cluster);
+  if (cudaOccupancyMaxActiveClusters(&fitting, function, &shape.config) != cudaSuccess) return 0;
+  return static_cast<int64_t>(fitting) * plan.cluster;
+}
+
+// The largest cluster of 512 threads a block that finds room on one group of multiprocessors: a slice of a GPU may not
+// hold 8. 0 where none does.
+int largest_cluster(const void* function) {
+  LaunchPlan plan;
+  plan.threads = 512;
+  for (plan.cluster = 16; plan.cluster > 1; plan.cluster /= 2)
+    if (resident_blocks(function, plan, 0) > 0) return plan.cluster;
+  return 0;
 }
 
 // Read once per device, with a kernel of the first call's dtype: another one would load a module that nobody needs.
@@ -89,17 +115,37 @@ const char* current_device(DType dtype, Device& out, int& index) {
   Known& entry = known[index];
   if (!entry.read) {
     const RelaxedCapture relaxed;
-    int major = 0, can_cluster = 0;
+    int can_cluster = 0, driver = 0;
     error = cudaDeviceGetAttribute(&entry.device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&can_cluster, cudaDevAttrClusterLaunch, index);
+    if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
     if (error != cudaSuccess) return text_of(error);
-    if (major >= 9 && can_cluster)
-      entry.device.largest_cluster = largest_cluster(kernel_of(dtype, {Regime::cluster}, TeacherKind::logits));
+    // PTX made for an older GPU holds no code for either.
+    const void* const function = reinterpret_cast<const void*>(kernel_of(dtype, {Regime::cluster}));
+    cudaFuncAttributes built = {};
+    if (can_cluster && cudaFuncGetAttributes(&built, function) == cudaSuccess && built.ptxVersion >= 90) {
+      entry.device.dependent_launch = driver >= 12030;  // from there on in a captured graph, too
+      entry.device.largest_cluster = largest_cluster(function);
+    }
+    cudaGetLastError();  // a refusal here is an answer, not an error
     entry.read = true;
   }
   out = entry.device;
   return nullptr;
+}
+
+// The same of a plan's kernel, remembered, because asking takes longer than a launch.
+int64_t resident_on(int index, Kernel kernel, const LaunchPlan& plan, int multiprocessors) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, Kernel, int, int>, int64_t> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, fresh] = known.try_emplace({index, kernel, plan.threads, plan.cluster}, 0);
+  if (fresh) {
+    const RelaxedCapture relaxed;
+    entry->second = resident_blocks(reinterpret_cast<const void*>(kernel), plan, multiprocessors);
+    cudaGetLastError();  // the launch will say it again
+  }
+  return entry->second;
 }
 
 Workspaces& workspaces() {
@@ -164,7 +210,7 @@ extern "C" const char* dlb_fast_cuda_build() {
   return DLB_FAST_CUDA_ARCHS " " DLB_TEXT(CUDART_VERSION);
 }
 
-const char* last_batch_cuda(const LastBatchArgs& args, void* stream) {
+const char* last_batch_cuda(const LastBatchArgs& args, void* stream, int64_t most_blocks) {
   if (const char* reason = refusal(args)) return reason;
   Device device;
   int index = 0;
@@ -172,29 +218,20 @@ const char* last_batch_cuda(const LastBatchArgs& args, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   void* workspace = nullptr;
   if (const char* reason = workspace_for(index, on, workspace)) return reason;
-  const LaunchPlan plan = plan_launch(args, device);
+  LaunchPlan plan = plan_launch(args, device);
+  const Kernel kernel = kernel_of(args.dtype, plan);
+  const int64_t resident = resident_on(index, kernel, plan, device.multiprocessors);
+  fit_grid(plan, resident < most_blocks ? resident : most_blocks);
   const DeviceArgs d = device_args(args, plan, workspace);
-  const Kernel kernel = kernel_of(args.dtype, plan, args.kind);
+  Shape shape(plan, plan.blocks, on);
   cudaGetLastError();  // clears the error of an earlier call, which would otherwise be taken for this launch's
-  if (plan.count_blocks > 0) count_kernel<<<plan.count_blocks, 256, 0, on>>>(d);
-  if (plan.cluster == 1) {
-    kernel<<<plan.blocks, plan.threads, 0, on>>>(d);
-    return text_of(cudaGetLastError());
+  if (plan.count_blocks > 0) {
+    count_kernel<<<plan.count_blocks, 256, 0, on>>>(d);
+    if (device.dependent_launch) shape.begins_early();
   }
-  if (plan.cluster > 8) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return text_of(error);
-  }
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster), attribute.val.clusterDim.y = 1,
-  attribute.val.clusterDim.z = 1;
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks)),
-  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-  config.stream = on, config.attrs = &attribute, config.numAttrs = 1;
-  return text_of(cudaLaunchKernelEx(&config, kernel, d));
+  const cudaError_t error = cudaLaunchKernelEx(&shape.config, kernel, d);
+  const cudaError_t earlier = cudaGetLastError();  // of the first launch, or of a kernel before
+  return text_of(error != cudaSuccess ? error : earlier);
 }
 
 const char* scale_grad_cuda(const ScaleGradArgs& args, void* stream) {

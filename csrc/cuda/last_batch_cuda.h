@@ -19,7 +19,8 @@ constexpr char cuda_error[] = "CUDA error: ";
 // refused. Compute dtype (A) is float. Labels outside [0, C) give a NaN row, not an error: the host cannot see them.
 // The first call on a device, and then the first one of every 31st stream or capture (workspaces.h), allocates 2 MiB
 // and waits until they are zeroed, also while capturing; no other call allocates or waits.
-DLB_API const char* last_batch_cuda(const LastBatchArgs& args, void* stream);
+// `most_blocks`: a grid of no more, each block then takes several pairs; the prover asks for it.
+DLB_API const char* last_batch_cuda(const LastBatchArgs& args, void* stream, int64_t most_blocks = 1 << 20);
 
 // grad[i, :] *= upstream[i] / parts[part_grad_scale], rounded once; leaves grad untouched, after one load per block,
 // when every factor is 1. The decision is taken on the device.

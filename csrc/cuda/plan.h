@@ -13,12 +13,14 @@ enum class Regime : int32_t { lanes, warp, block, cluster, two_pass_warp, two_pa
 
 struct Device {
   int multiprocessors = 132;
+  bool dependent_launch = false;  // a kernel may begin while the one before it ends: from sm_90 on
   int largest_cluster = 0;  // blocks of 512 threads: 0 (before sm_90) to 8, or 16 where the device grants that size
 };
 
 struct LaunchPlan {
   Regime regime = Regime::block;
   bool general = false;
+  bool whole = false;  // the rows of every array are whole packets: a resident kernel without code for edges
   int threads = 0, blocks = 0, cluster = 1;
   int count_blocks = 0;  // > 0: count_kernel runs first
 };
@@ -26,6 +28,7 @@ struct LaunchPlan {
 // Every block can count the batch's labels itself up to here: 32 KB of L2 reads, about 0.3 us beside the row loads,
 // where a second launch costs 2 us. Above, the launch is cheaper.
 constexpr int64_t self_count_rows = 4096;
+constexpr int64_t max_blocks = 4096;      // what the workspace has room for
 constexpr int64_t resident_columns = 32;  // per thread: a logit and a teacher value each fill 64 of the 128 registers
 
 inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
@@ -80,6 +83,7 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
   } else {
     plan.regime = c <= 1024 ? Regime::two_pass_warp : Regime::two_pass_block, group = 32;
   }
+  plan.whole = aligned && c % per_packet == 0;
   // A plain two-pass kernel exists for logits teachers of long rows only, the one case that matters without clusters.
   const bool two_pass = plan.regime == Regime::two_pass_warp || plan.regime == Regime::two_pass_block;
   plan.general = two_pass && (options || plan.regime == Regime::two_pass_warp || a.kind != TeacherKind::logits);
@@ -101,8 +105,8 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
       plan.threads = span <= 2048 ? 64 : span <= 4096 ? 128 : span <= 8192 ? 256 : 512;
       break;
     case Regime::cluster: {
-      // Blocks of 256 threads while 8 of them hold the row (or as many as fit): two per multiprocessor, so that one loads
-      // while the other reduces. 16 blocks are the non-portable size.
+      // Blocks of 256 threads while 8 of them hold the row (or as many as fit): two per multiprocessor, so that one
+      // loads while the other reduces. 16 blocks are the non-portable size.
       plan.threads = span <= (largest_cluster < 8 ? largest_cluster : 8) * 256 * resident_columns ? 256 : 512;
       plan.cluster = 2;
       while (plan.cluster * plan.threads * resident_columns < span) plan.cluster *= 2;
@@ -112,17 +116,21 @@ inline LaunchPlan plan_launch(const LastBatchArgs& a, const Device& device) {
       plan.threads = c <= 8192 ? 128 : 256;
       break;
   }
-  // Enough blocks for a few waves; each then takes several pairs, and the final sum stays short.
-  const int64_t most = sms * 8 < 4096 ? sms * 8 : 4096;
-  const int64_t cluster_most = most / plan.cluster > 0 ? most / plan.cluster : 1;
-  if (blocks > cluster_most) blocks = cluster_most;
-  if (blocks < 1) blocks = 1;
-  plan.blocks = static_cast<int>(blocks) * plan.cluster;
+  const int64_t clusters = blocks < 1 ? 1 : blocks;
+  plan.blocks = static_cast<int>(clusters * plan.cluster < max_blocks ? clusters : max_blocks / plan.cluster);
+  plan.blocks *= plan.cluster;
   if (a.batch > self_count_rows) {
     const int64_t wanted = (a.batch + 1023) / 1024;
     plan.count_blocks = static_cast<int>(wanted < 64 ? wanted : 64);
   }
   return plan;
+}
+
+// No more blocks than are on the device at a time: each takes several pairs, asks for the next one while it works on
+// one, and prepares itself once.
+inline void fit_grid(LaunchPlan& plan, int64_t resident) {
+  const int64_t clusters = resident / plan.cluster > 0 ? resident / plan.cluster : 1;
+  if (plan.blocks > clusters * plan.cluster) plan.blocks = static_cast<int>(clusters) * plan.cluster;
 }
 
 // Why these arguments cannot be computed here, or nullptr. What the binding checks for every device is not repeated.

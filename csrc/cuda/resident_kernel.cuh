@@ -27,72 +27,94 @@ struct ResidentShared {
 // The columns one thread of a group holds: packets rank, rank + size, ... Whole packets move as 16 bytes; of the two
 // that may stick out of the row, the first can only be a thread's packet 0 and the last is its packet `tail()`. They go
 // element by element, once per row and array, so that the code for it exists once and not per packet. Every array of a
-// resident kernel is shifted alike (plan_launch sees to it), except the slot a row is stored in.
-template <typename T, int E>
+// resident kernel is shifted alike (plan_launch sees to it), except the slot a row is stored in. `whole`: compiled for
+// rows that are whole packets in every array, where nothing sticks out.
+template <typename T, int E, bool whole_rows>
 struct ResidentColumns {
   static constexpr int V = packet_columns<T>, packets = E / V;
+  static constexpr bool whole = whole_rows;
   int first, step;  // column at which the thread's packet 0 begins (may be negative), and columns between packets
-  int classes;
-  DLB_DEVICE ResidentColumns(int rank, int size, int shift, int c)
-      : first(rank * V - shift), step(size * V), classes(c) {}
+  int classes, shift;
+  DLB_DEVICE ResidentColumns(int rank, int size, int shift_of_row, int c)
+      : first(rank * V - (whole ? 0 : shift_of_row)), step(size * V), classes(c), shift(whole ? 0 : shift_of_row) {}
   // The thread's packet that begins inside the row and ends outside, or -1. (A row within one packet counts as the
   // first.)
   DLB_DEVICE int tail() const {
+    if (whole) return -1;
     const int before = classes - 1 - first, p = before / step;
     return before >= 0 && column(p) >= 0 && column(p) + V > classes ? p : -1;
   }
   DLB_DEVICE int column(int p) const { return first + p * step; }
-  DLB_DEVICE bool head() const { return first < 0; }
-  DLB_DEVICE bool whole(int p) const { return column(p) >= 0 && column(p) + V <= classes; }
+  DLB_DEVICE bool head() const { return !whole && first < 0; }
+  // Whether nothing of the row is there, for the whole group.
+  DLB_DEVICE bool beyond(int p) const { return p > 0 && p * step - shift >= classes; }
+  DLB_DEVICE bool inside(int p) const {
+    return whole ? column(p) < classes : column(p) >= 0 && column(p) + V <= classes;
+  }
 };
 
-// `once`: as in load_packet. Columns outside: -inf.
-template <typename T, typename X, int E>
-DLB_DEVICE void load_resident(const ResidentColumns<T, E>& columns, const X* row, float* out, bool once) {
-  constexpr int V = ResidentColumns<T, E>::V;
-  constexpr int packets = ResidentColumns<T, E>::packets;
+// Columns outside, and all where the row is not `wanted`: -inf. Returns the largest of this thread's. `copy`: where a
+// row of the same type and shift goes as it is, or null.
+template <typename Columns, typename X, int E>
+DLB_DEVICE float load_resident(const Columns& columns, const X* row, bool wanted, float (&out)[E], X* copy = nullptr) {
+  constexpr int V = Columns::V, packets = Columns::packets;
+  const X* const begin = row + columns.first;
   if constexpr (V * sizeof(X) == 16) {
     Packet raw[packets];
-    if (once) {
-      DLB_UNROLL for (int p = 0; p < packets; ++p)
-        raw[p] = load_packet_if(columns.whole(p), row + columns.column(p), true, lowest_word<X>());
-    } else {
-      DLB_UNROLL for (int p = 0; p < packets; ++p)
-        raw[p] = load_packet_if(columns.whole(p), row + columns.column(p), false, lowest_word<X>());
+    DLB_UNROLL for (int p = 0; p < packets; ++p)
+      raw[p] = load_packet_if(wanted && columns.inside(p), begin + p * columns.step, lowest_word<X>());
+    if (copy != nullptr) {
+      DLB_UNROLL for (int p = 0; p < packets; ++p) {
+        store_packet_if(columns.inside(p), copy + columns.first + p * columns.step, raw[p]);
+      }
     }
     DLB_UNROLL for (int p = 0; p < packets; ++p) unpack_packet<X, V>(raw[p], out + p * V);
+    if (Columns::whole) {  // two 16-bit elements a comparison
+      constexpr int elements = 4 / static_cast<int>(sizeof(X));
+      uint32_t largest = raw[0].word[0];
+      DLB_UNROLL for (int w = 1; w < 4 * packets; ++w) largest = larger_word<X>(largest, raw[w / 4].word[w % 4]);
+      float top[2];
+      unpack<X>(largest, top);
+      return maximum(-infinity(), maximum(top[0], top[elements - 1]));
+    }
   } else {
     DLB_UNROLL for (int e = 0; e < E; ++e) out[e] = -infinity();
     DLB_UNROLL for (int p = 0; p < packets; ++p) {
-      if (columns.whole(p)) load_aligned<X, V>(row + columns.column(p), out + p * V, once);
+      if (wanted && columns.inside(p)) load_aligned<X, V>(begin + p * columns.step, out + p * V, true);
     }
   }
-  if (columns.head()) load_edge<X, V>(row, columns.first, columns.classes, out);
+  if (wanted && columns.head()) load_edge<X, V>(row, columns.first, columns.classes, out);
   const int tail = columns.tail();
-  if (tail >= 0) {
+  if (wanted && tail >= 0) {
     float edge[V];
     load_edge<X, V>(row, columns.column(tail), columns.classes, edge);
-    DLB_UNROLL for (int p = 0; p < ResidentColumns<T, E>::packets; ++p) {
+    DLB_UNROLL for (int p = 0; p < packets; ++p) {
       // A select per element: a branch would be turned into an indexed store, and `out` into local memory.
       DLB_UNROLL for (int e = 0; e < V; ++e) out[p * V + e] = p == tail ? edge[e] : out[p * V + e];
     }
   }
+  float top = -infinity();
+  DLB_UNROLL for (int e = 0; e < E; ++e) top = maximum(top, out[e]);
+  return top;
 }
 
 // Stores what `value(p, out)` puts into out[V] for each packet p.
-template <typename T, typename X, int E, typename Value>
-DLB_DEVICE void store_resident(const ResidentColumns<T, E>& columns, X* row, Value value) {
-  constexpr int V = ResidentColumns<T, E>::V;
+template <typename Columns, typename X, typename Value>
+DLB_DEVICE void store_resident(const Columns& columns, X* row, Value value) {
+  constexpr int V = Columns::V;
   uint32_t edge[V * sizeof(X) / 4];
-  DLB_UNROLL for (int p = 0; p < ResidentColumns<T, E>::packets; ++p) {
-    if (columns.column(p) >= columns.classes) continue;
+  X* const begin = row + columns.first;
+  DLB_UNROLL for (int p = 0; p < Columns::packets; ++p) {
+    if (columns.beyond(p) || (!Columns::whole && columns.column(p) >= columns.classes)) continue;
     float out[V];
     value(p, out);
-    if (columns.whole(p)) {
-      store_aligned<X, V>(row + columns.column(p), out);
+    if constexpr (Columns::whole && V * sizeof(X) == 16) {
+      store_packet_if(columns.inside(p), begin + p * columns.step, packed<X, V>(out));
+    } else if (columns.inside(p)) {
+      store_aligned<X, V>(begin + p * columns.step, out);
     } else if (p == 0 && columns.head()) {
       store_edge<X, V>(row, columns.first, columns.classes, out);
-    } else {
+    } else if (!Columns::whole) {
       pack_columns<X, V>(out, edge);
     }
   }
@@ -101,26 +123,26 @@ DLB_DEVICE void store_resident(const ResidentColumns<T, E>& columns, X* row, Val
 }
 
 // Teacher and buffer of another dtype than the logits: float32 logits may keep 16-bit rows, the rest takes two passes.
-template <typename T, int E>
-DLB_DEVICE void load_teacher(const DeviceArgs& a, const BatchState& s, const ResidentColumns<T, E>& columns, int row,
-                             float* out) {
+template <typename T, typename Columns, int E>
+DLB_DEVICE float load_teacher(const DeviceArgs& a, const BatchState& s, const Columns& columns, int row, bool wanted,
+                              float (&out)[E]) {
   const int64_t offset = row * a.teacher_stride;
   if constexpr (sizeof(T) == 2) {
-    load_resident(columns, rows_of<const T>(a, s.taught) + offset, out, true);
+    return load_resident(columns, rows_of<const T>(a, s.taught) + offset, wanted, out);
   } else if (a.teacher_dtype == DType::f32) {
-    load_resident(columns, rows_of<const float>(a, s.taught) + offset, out, true);
+    return load_resident(columns, rows_of<const float>(a, s.taught) + offset, wanted, out);
   } else if (a.teacher_dtype == DType::bf16) {
-    load_resident(columns, rows_of<const Bf16>(a, s.taught) + offset, out, true);
+    return load_resident(columns, rows_of<const Bf16>(a, s.taught) + offset, wanted, out);
   } else {
-    load_resident(columns, rows_of<const F16>(a, s.taught) + offset, out, true);
+    return load_resident(columns, rows_of<const F16>(a, s.taught) + offset, wanted, out);
   }
 }
 
-template <typename T, typename X, int E, typename Group>
-DLB_DEVICE void store_slot_as(const DeviceArgs& a, const ResidentColumns<T, E>& columns, const Group& group,
-                              const T* z_row, int shift, X* slot_row, const float* z) {
-  constexpr int V = ResidentColumns<T, E>::V;
-  if (shift_of<V>(slot_row) == shift) {
+template <typename T, typename X, typename Columns, typename Group>
+DLB_DEVICE void store_slot_as(const DeviceArgs& a, const Columns& columns, const Group& group, const T* z_row,
+                              int shift, X* slot_row, const float* z) {
+  constexpr int V = Columns::V;
+  if (Columns::whole || shift_of<V>(slot_row) == shift) {
     store_resident(columns, slot_row, [z](int p, float* out) {
       DLB_UNROLL for (int e = 0; e < V; ++e) out[e] = z[p * V + e];
     });
@@ -133,9 +155,9 @@ DLB_DEVICE void store_slot_as(const DeviceArgs& a, const ResidentColumns<T, E>& 
   }
 }
 
-template <typename T, int E, typename Group>
-DLB_DEVICE void store_slot(const DeviceArgs& a, const BatchState& s, const ResidentColumns<T, E>& columns,
-                           const Group& group, const T* z_row, int shift, int slot, const float* z) {
+template <typename T, typename Columns, typename Group>
+DLB_DEVICE void store_slot(const DeviceArgs& a, const BatchState& s, const Columns& columns, const Group& group,
+                           const T* z_row, int shift, int slot, const float* z) {
   const int64_t offset = static_cast<int64_t>(slot) * a.classes;
   if constexpr (sizeof(T) == 2) {
     store_slot_as(a, columns, group, z_row, shift, rows_of<T>(a, s.written) + offset, z);
@@ -148,41 +170,41 @@ DLB_DEVICE void store_slot(const DeviceArgs& a, const BatchState& s, const Resid
   }
 }
 
+// What to subtract from v * scale so that the row's largest logit, `top`, gives 0 or, by the product's rounding, nearly
+// so: from 2^24 on it could be off by more than 1, and `top` is subtracted from v itself.
+template <int E>
+DLB_DEVICE float base_of(float (&v)[E], float top, float scale) {
+  const float base = top * scale;
+  if (maximum(base, -base) < 16777216.0f) return base;
+  DLB_UNROLL for (int e = 0; e < E; ++e) v[e] -= top;
+  return 0.0f;
+}
+
 // One row. `exists` is false for groups of a warp that have run out of rows but take part in its shuffles.
 // `with_teacher`: whether the teacher's arithmetic is compiled in. slot < 0: the row is not stored.
-template <typename T, Teach teach, bool with_teacher, int E, typename Group>
+template <typename T, bool with_teacher, int E, bool whole, typename Group>
 DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& group, const RowRole& role, bool exists,
                          int row, int slot, Totals& totals) {
-  using Columns = ResidentColumns<T, E>;
+  using Columns = ResidentColumns<T, E, whole>;
   constexpr int V = Columns::V;
   const T* z_row = static_cast<const T*>(a.logits) + (exists ? row * a.logits_stride : 0);
   const int shift = shift_of<V>(z_row);
   const Columns columns(group.rank, group.size(), shift, a.classes);
-  float z[E];  // the logits; later x, without a teacher exp(x)
+  float z[E];  // the logits; later x in units of log2, without a teacher exp(x)
+  float top[2] = {-infinity(), -infinity()};
   const bool read = exists && (role.active() || slot >= 0);
-  if (!read) {
-    DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = -infinity();
-  } else {
-    // A row that is stored with another shift is read once more: it may stay in L1.
-    load_resident(columns, z_row, z, slot < 0);
-    // A stored row is a new row, and new rows have no teacher (teacher_limit <= start).
-    if constexpr (!with_teacher) {
-      if (slot >= 0) store_slot(a, s, columns, group, z_row, shift, slot, z);
-    }
+  // A stored row is a new row, and new rows have no teacher (teacher_limit <= start).
+  constexpr bool copies = whole && !with_teacher && sizeof(T) == 2;
+  T* const copy = copies && slot >= 0 ? rows_of<T>(a, s.written) + static_cast<int64_t>(slot) * a.classes : nullptr;
+  top[0] = load_resident(columns, z_row, read, z, copy);
+  if constexpr (!with_teacher && !copies) {
+    if (slot >= 0) store_slot(a, s, columns, group, z_row, shift, slot, z);
   }
   RowGradient g;
   float et[with_teacher ? E : 1];  // the teacher's logits, then exp(y / tau)
-  float m = 0;
   if (Group::any(read)) {
-    float top[2] = {-infinity(), -infinity()};
-    DLB_UNROLL for (int e = 0; e < E; ++e) top[0] = maximum(top[0], z[e]);
     if constexpr (with_teacher) {
-      if (exists && role.valid) {
-        load_teacher(a, s, columns, row, et);
-      } else {
-        DLB_UNROLL for (int e = 0; e < E; ++e) et[e] = -infinity();
-      }
-      DLB_UNROLL for (int e = 0; e < E; ++e) top[1] = maximum(top[1], et[e]);
+      top[1] = load_teacher<T>(a, s, columns, row, exists && role.valid, et);
       group.template reduce<Max, 0>(top);
     } else {
       float only[1] = {top[0]};
@@ -193,44 +215,61 @@ DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& gr
     DLB_UNROLL for (int i = 0; i < 2; ++i) top[i] = top[i] == -infinity() ? 0.0f : top[i];
 
     RowSums n;
-    n.top = m = top[0];
+    n.top = top[0];
     float sum[max_resident_sums] = {0, 0, 0, 0, 0};  // d1, d2, dt, gap, x_sum
-    if (s.scales.even > 0.0f) {
+    const bool smoothed = s.scales.even > 0.0f;
+    if (smoothed) {
       DLB_UNROLL for (int p = 0; p < Columns::packets; ++p) {
         DLB_UNROLL for (int e = 0; e < V; ++e) {
           const bool inside = static_cast<unsigned>(columns.column(p) + e) < static_cast<unsigned>(a.classes);
-          sum[4] += inside ? z[p * V + e] - m : 0.0f;
+          sum[4] += inside ? z[p * V + e] - top[0] : 0.0f;
         }
       }
     }
+    // Exponents of 2 by one instruction, z log2(e) - base. What the base's rounding adds to all of a row's exponents
+    // cancels between exponentials and their sum; `excess` takes it out of the logarithm of the sum.
+    const float base = base_of(z, top[0], log2e);
+    n.excess = base == 0.0f ? 0.0f : multiply_add(top[0], log2e, -base);
+    float teacher_base = 0.0f;
+    if constexpr (with_teacher) teacher_base = base_of(et, top[1], s.log2e_over_t);
     DLB_UNROLL for (int p = 0; p < Columns::packets; ++p) {
-      if (p > 0 && p * columns.step - shift >= a.classes) continue;  // for the whole group: nothing there
+      if (columns.beyond(p)) continue;
       DLB_UNROLL for (int e = p * V; e < p * V + V; ++e) {
-        const float x = z[e] - m, e1 = exp2_fast(x * log2e);
+        z[e] = multiply_add(z[e], log2e, -base);
+        const float e1 = exp2_fast(z[e]);
         sum[0] += e1;
         if constexpr (with_teacher) {
-          z[e] = x;
-          sum[1] += exp2_fast(x * s.log2e_over_t);
-          const float y = et[e] - top[1];
-          et[e] = exp2_fast(y * s.log2e_over_t);
+          const float x = z[e] * s.inverse, y = multiply_add(et[e], s.log2e_over_t, -teacher_base);
+          sum[1] += exp2_fast(x);
+          et[e] = exp2_fast(y);
           sum[2] += et[e];
           // A class without teacher mass costs nothing, also where the student's logit is -inf.
-          sum[3] += et[e] * (et[e] == 0.0f ? 0.0f : y - x);
+          sum[3] = add_unless_zero(et[e], y - x, sum[3]);
         } else {
           z[e] = e1;
         }
       }
     }
     if constexpr (with_teacher) {
-      group.template reduce<Sum, 1>(sum);
-    } else {
+      if (smoothed) {
+        group.template reduce<Sum, 1>(sum);
+      } else {
+        float four[4] = {sum[0], sum[1], sum[2], sum[3]};
+        group.template reduce<Sum, 1>(four);
+        DLB_UNROLL for (int i = 0; i < 4; ++i) sum[i] = four[i];
+      }
+    } else if (smoothed) {
       float both[2] = {sum[0], sum[4]};
       group.template reduce<Sum, 1>(both);
       sum[0] = both[0], sum[4] = both[1];
+    } else {
+      float only[1] = {sum[0]};
+      group.template reduce<Sum, 1>(only);
+      sum[0] = only[0];
     }
-    n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2], n.gap = sum[3] * s.inverse, n.x_sum = sum[4];
-    constexpr Teach by = with_teacher ? teach : Teach::none;
-    if (exists && role.active()) g = finish_row<by, false>(a, s, role, n, z_row, row, group.rank == 0, totals);
+    n.d1 = sum[0], n.d2 = sum[1], n.dt = sum[2], n.gap = sum[3] * ln2, n.x_sum = sum[4];
+    constexpr Teach teach = with_teacher ? Teach::logits : Teach::none;
+    if (exists && role.active()) g = finish_row<teach, false>(a, s, role, n, z_row, row, group.rank == 0, totals);
     if constexpr (!with_teacher) {
       if (slot >= 0 && group.rank == 0) write_slot(a, s, slot, is_finite(a, n));
     }
@@ -244,6 +283,7 @@ DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& gr
   // Of an idle row nothing is left but zeros: with a teacher by exp(-inf) and coefficients of 0, here by hand.
   if constexpr (!with_teacher) {
     if (!role.active()) {
+      asm volatile("" ::: "memory");  // a branch, not a selection for every row
       DLB_UNROLL for (int e = 0; e < E; ++e) z[e] = 0.0f;
     }
   }
@@ -253,8 +293,8 @@ DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& gr
       if constexpr (with_teacher) {
         const float x = z[p * V + e];
         v = -g.k * et[p * V + e] - g.constant;  // the small difference first: student and teacher are one step apart
-        v = g.b * exp2_fast(x * s.log2e_over_t) + v;
-        v = g.a * exp2_fast(x * log2e) + v;
+        v = g.b * exp2_fast(x * s.inverse) + v;
+        v = g.a * exp2_fast(x) + v;
       } else {
         v = g.a * z[p * V + e] - g.constant;
       }
@@ -264,15 +304,20 @@ DLB_DEVICE void resident_row(const DeviceArgs& a, const BatchState& s, Group& gr
   });
 }
 
-// Asks for row `row` of an array before anybody waits for it.
+// Asks for row `row` of an array before anybody waits for it. Not worth it for less than a cache line.
 template <typename Group>
-DLB_DEVICE void prefetch_row(const DeviceArgs& a, const Group& group, const void* rows, int64_t stride, int64_t size,
+DLB_DEVICE void prefetch_row(const DeviceArgs& a, const Group& group, const void* rows, int64_t stride, int size,
                              int row) {
-  if (!group.prefetches()) return;
+  constexpr int line = 128;
   const int share = (a.classes + Group::parts() - 1) / Group::parts(), first = share * Group::part();
-  const int columns = smaller(share, a.classes - first);
-  if (columns * size < 128) return;  // less than a cache line
-  prefetch(static_cast<const char*>(rows) + (row * stride + first) * size, columns * size);
+  const int bytes = smaller(share, a.classes - first) * size;
+  const char* const begin = static_cast<const char*>(rows) + (row * stride + first) * size;
+  if (bytes < line) return;
+  if constexpr (Group::by_line) {  // every line that the row is in, and the one with its end
+    if (group.rank * line < bytes + line - 1) prefetch_line(begin + smaller(group.rank * line, bytes - 1));
+  } else if (group.prefetches()) {
+    prefetch(begin, bytes);
+  }
 }
 template <typename T, typename Group>
 DLB_DEVICE void prefetch_logits(const DeviceArgs& a, const Group& group, int row) {
@@ -280,11 +325,11 @@ DLB_DEVICE void prefetch_logits(const DeviceArgs& a, const Group& group, int row
 }
 template <typename Group>
 DLB_DEVICE void prefetch_teacher(const DeviceArgs& a, const Group& group, int generation, int row) {
-  const int64_t size = a.teacher_dtype == DType::f32 ? 4 : 2;
+  const int size = a.teacher_dtype == DType::f32 ? 4 : 2;
   prefetch_row(a, group, rows_of<const char>(a, generation), a.teacher_stride, size, row);
 }
 
-template <typename T, Teach teach, int E, typename Group>
+template <typename T, int E, bool whole, typename Group>
 DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(DLB_CONSTANT DeviceArgs a) {
   DLB_SHARED(ResidentShared<Group>, shared);
   Group group(shared.group);
@@ -293,7 +338,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
   if (const int pair = group.first() + group.index; pair < a.batch / 2) {
     prefetch_logits<T>(a, group, pair);
     prefetch_logits<T>(a, group, (a.batch + 1) / 2 + pair);
-    if (teach != Teach::none && pair < a.teacher_rows && group.prefetches()) {
+    if (pair < a.teacher_rows && (Group::by_line || group.prefetches())) {
       // Of a batch whose ids are still to be compared: a new one. `prepare` would wait for this load, too.
       const int taught =
           a.slots != nullptr ? static_cast<int>(load(a.slots + slots_latest) & 1) ^ (a.again > 0 ? 1 : 0) : 0;
@@ -301,6 +346,7 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
     }
   }
   prepare(a, shared.state);
+  group.meet();
   const BatchState& s = shared.state.state;
   Totals& totals = shared.totals[group.index];
   const bool leader = group.rank == 0;
@@ -319,14 +365,14 @@ DLB_KERNEL DLB_BOUNDS(Group::launch_threads, Group::min_blocks) resident_kernel(
       const int next = pair + group.groups_in_grid();
       if (next < s.start) {
         prefetch_logits<T>(a, group, next);
-        if (teach != Teach::none && next < s.teacher_limit) prefetch_teacher(a, group, s.taught, next);
+        if (next < s.teacher_limit) prefetch_teacher(a, group, s.taught, next);
       }
       if (s.start + next < a.batch) prefetch_logits<T>(a, group, s.start + next);
     }
-    if (teach != Teach::none && Group::any(role.valid))
-      resident_row<T, teach, teach != Teach::none, E>(a, s, group, role, exists, row, slot, totals);
+    if (Group::any(role.valid))
+      resident_row<T, true, E, whole>(a, s, group, role, exists, row, slot, totals);
     else
-      resident_row<T, teach, false, E>(a, s, group, role, exists, row, slot, totals);
+      resident_row<T, false, E, whole>(a, s, group, role, exists, row, slot, totals);
   }
   finish_launch(a, s, totals, leader, shared.finish);
 }

@@ -53,6 +53,7 @@ DLB_DEVICE RowRole row_role(const DeviceArgs& a, const BatchState& s, int row) {
 // Sums over the columns of one row. The x_ sums are relative to the row maximum.
 struct RowSums {
   float top = 0;                    // m
+  float excess = 0;                 // log2 of a factor that all terms of d1 have
   float d1 = 1, d2 = 1, dt = 1;     // for given probabilities dt is their sum
   float gap = 0;                    // logits: sum et (y - x) / tau; probabilities: sum p (ln p - x / tau)
   float x_sum = 0;                  // sum x_c (needed by label smoothing and by a virtual teacher)
@@ -90,9 +91,8 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
   RowGradient g;
   const TermScales<float>& scales = s.scales;
   float ce = 0, kl = 0;
-  const float x_label = to_float(load(z_row + role.label)) - n.top;
+  const float x_label = leader ? to_float(load(z_row + role.label)) - n.top : 0.0f;  // losses are the leader's
   if (role.counts) {
-    const float log_d1 = log_accurate(n.d1);
     float mass = scales.hard * role.share;
     float dot = mass == 0.0f ? 0.0f : mass * x_label;
     if (general && role.label_b >= 0) {
@@ -111,8 +111,8 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
       mass += scales.even * s.weight_sum;
       dot += scales.even * (general && a.weight != nullptr ? n.weighted_x : n.x_sum);
     }
-    ce = mass * log_d1 - dot;
-    const RowCoefficients<float> r = ce_coefficients<float>(scales, mass, role.share, n.d1);
+    if (leader) ce = mass * (log_accurate(n.d1) - n.excess * ln2) - dot;
+    const RowCoefficients<float> r = ce_coefficients<float>(scales, mass * reciprocal(n.d1), role.share, 1.0f);
     g.a = r.a;
     if (general && a.weight != nullptr) g.per_weight = r.s; else g.constant = r.s;
     if (a.dense == nullptr) g.label = role.label, g.at_label = r.label;
@@ -133,13 +133,14 @@ DLB_DEVICE RowGradient finish_row(const DeviceArgs& a, const BatchState& s, cons
       g.constant += scales.kl_grad * p.wrong;
       if (a.correct_share >= 0.0f) g.label = role.label, g.at_label += scales.kl_grad * more;
     } else if (kind == TeacherKind::probabilities) {
-      kl = n.gap + n.dt * log_accurate(n.d2);
+      if (leader) kl = n.gap + n.dt * log_accurate(n.d2);
       g.b = scales.kl_grad * n.dt / n.d2;
       g.k = scales.kl_grad;
     } else {
-      kl = n.gap / n.dt + log_accurate(n.d2 / n.dt);
-      g.b = scales.kl_grad / n.d2;
-      g.k = scales.kl_grad / n.dt;
+      const float share = reciprocal(n.dt);
+      if (leader) kl = n.gap * share + log_accurate(n.d2 * share);
+      g.b = scales.kl_grad * reciprocal(n.d2);
+      g.k = scales.kl_grad * share;
     }
   }
   if (leader) {

@@ -111,7 +111,7 @@ class LastBatchCallback(_pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the terms of the batch, without reading them."""
         self._same_batch(None)
-        packed = getattr(self._used, "_parts", None)
+        (packed,) = getattr(self._used, "_parts", [None])
         if packed is None or packed is self._logged:
             return  # the step did not use the criterion
         self._logged = packed

@@ -11,8 +11,7 @@ Source: **official** code lgcnsai/PS-KD-Pytorch, `loss/pskd_loss.py` and `main.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from .._args import as_int, check_device, check_dtype, check_ignore_index, check_logits, check_rows, check_target
 from ..functional import LossParts, Teacher, distill
-from ..losses import DistillationLoss, Inputs
-from ..reference import Scalar, compute_dtype, finite_rows
-from ._common import chosen, format_bytes, gather_rows, labels
+from ..losses import Inputs
+from ..reference import Scalar, compute_dtype
+from ._common import labels
+from .bank import BankLoss, SampleBank
 from .registry import Method, register
 
 __all__ = ["LogitBank", "PsKDLoss", "ps_kd_loss", "reference"]
@@ -82,7 +82,7 @@ def ps_kd_loss(
     return (loss, LossParts.unpack(parts)) if return_parts else loss
 
 
-class LogitBank:
+class LogitBank(SampleBank):
     """The last prediction for every sample of a set: ``(num_samples, C)`` log-probabilities by sample id.
 
     Log-probabilities rather than logits, because the classes that matter lie near 0, where float16 is finest (relative
@@ -115,44 +115,7 @@ class LogitBank:
         dtype: torch.dtype = MEMORY_DTYPE,
         device: torch.device | str | None = None,
     ) -> None:
-        self.num_samples = as_int(num_samples, "LogitBank", "num_samples", 1)
-        self.num_classes = as_int(num_classes, "LogitBank", "num_classes", 1)
-        self.dtype = dtype
-        self.device = check_device("LogitBank", "device", device)
-        # Made with the first logits, which show the device. One row more than samples: ignored rows are written there.
-        self._rows: Tensor | None = None
-        self._seen: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the bank."""
-        return self.num_samples * (self.num_classes * self.dtype.itemsize + 1)
-
-    def _place(self, near: torch.device) -> torch.device:
-        if self.device is not None:
-            return self.device
-        if near.type == "cuda" and self.nbytes > torch.cuda.mem_get_info(near)[0] // 4:
-            return torch.device("cpu")
-        return near
-
-    def _storage(self, near: torch.device | str) -> tuple[Tensor, Tensor]:
-        if self._rows is None or self._seen is None:
-            place, samples = self._place(torch.device(near)), self.num_samples + 1
-            self._rows = torch.zeros(samples, self.num_classes, dtype=self.dtype, device=place)
-            self._seen = torch.zeros(samples, dtype=torch.bool, device=place)
-        return self._rows, self._seen
-
-    def rows(self, ids: Tensor, near: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Stored log-probabilities (n, C) of these samples and which (n,) have any, on device ``near``."""
-        index = ids.to(torch.int64)  # uint8 would select as a mask
-        # A negative id, or that of the row for what is not stored, must be refused as any other outside the bank.
-        index = torch.where((index < 0) | (index == self.num_samples), self.num_samples + 1, index)
-        if self._rows is None or self._seen is None:  # asking allocates nothing
-            nothing = torch.zeros((), dtype=torch.bool, device=near).expand(self.num_samples + 1)
-            seen = nothing[index.to(near)]
-            return torch.zeros(len(seen), self.num_classes, dtype=self.dtype, device=near), seen
-        index = index.to(self._rows.device)
-        return self._rows[index].to(near), self._seen[index].to(near)
+        super().__init__(num_samples, num_classes, dtype, device)
 
     @torch.no_grad()
     def store(self, ids: Tensor, logits: Tensor, keep: Tensor | None = None) -> None:
@@ -165,38 +128,11 @@ class LogitBank:
             logits: ``(n, C)``.
             keep: ``(n,)`` bool, False leaves the bank as it is; decided on the device, without a synchronisation.
         """
-        rows, seen = self._storage(logits.device)
         logits = logits.detach().to(compute_dtype(logits.dtype))
-        finite = finite_rows(logits)
-        values = torch.log_softmax(logits, 1).to(rows.device, self.dtype)
-        index = torch.where(finite if keep is None else finite & keep, ids.to(torch.int64), self.num_samples)
-        index = index.to(rows.device)
-        rows.index_copy_(0, index, values)
-        seen.index_fill_(0, index, True)
-
-    def reset(self) -> None:
-        """Forget every row."""
-        self._rows = self._seen = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Rows and which are filled, on the CPU; empty before the first batch."""
-        if self._rows is None or self._seen is None:
-            return {}
-        return {"rows": self._rows[:-1].cpu().clone(), "seen": self._seen[:-1].cpu().clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``; ValueError when it belongs to another set or number of classes."""
-        self.reset()
-        if not state:
-            return
-        wanted, got = (self.num_samples, self.num_classes), tuple(state["rows"].shape)
-        if got != wanted:
-            raise ValueError(f"LogitBank: expected {wanted} (samples, classes), the saved bank holds {got}")
-        rows, seen = self._storage(self.device or "cpu")
-        rows[:-1], seen[:-1] = state["rows"], state["seen"] & finite_rows(state["rows"])
+        super().store(ids, torch.log_softmax(logits, 1), keep)
 
 
-class PsKDLoss(DistillationLoss):
+class PsKDLoss(BankLoss):
     """PS-KD as a criterion: the loss of :func:`ps_kd_loss`, with a :class:`LogitBank` of past predictions.
 
     Every training batch needs ``ids``, and ``epoch`` unless ``epochs`` is None. ``cost()`` tells the size of the bank.
@@ -219,13 +155,6 @@ class PsKDLoss(DistillationLoss):
     >>> criterion(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor([7, 3])).shape
     torch.Size([])
     """
-
-    _kept_as: ClassVar[Mapping[str, str]] = {
-        "num_samples": "bank.num_samples",
-        "num_classes": "bank.num_classes",
-        "memory_dtype": "bank.dtype",
-        "memory_device": "bank.device",
-    }
 
     def __init__(
         self,
@@ -250,35 +179,16 @@ class PsKDLoss(DistillationLoss):
         if epochs is not None:
             epochs = as_int(epochs, op, "epochs", 1)
         super().__init__(
+            LogitBank(num_samples, num_classes, memory_dtype, memory_device), cross_rank,
             alpha=alpha, temperature=1.0, ce_alpha=-1.0, label_smoothing=label_smoothing, weight=weight,
             ignore_index=ignore_index, reduction=reduction, impl=impl,
         )  # fmt: skip
-        self.bank = LogitBank(num_samples, num_classes, memory_dtype, memory_device)
-        self.epochs, self.cross_rank = epochs, cross_rank
-        # What this batch met, and what the batch recorded last had met: its rows (B, C), and which were seen (B,).
-        self._met: tuple[Tensor, Tensor] | None = None
-        self._last: tuple[Tensor, Tensor] | None = None
+        self.epochs = epochs
         self.needs = frozenset({"ids"} if epochs is None else {"ids", "epoch"})
 
     def teacher(self, inputs: Inputs) -> Teacher:
         target = labels("PsKDLoss", inputs.target, inputs.target_b, "a mixed image belongs to no single sample")
-        if inputs.logits.shape[1] != self.bank.num_classes:
-            raise ValueError(
-                f"PsKDLoss: logits must have C = {self.bank.num_classes} classes, num_classes of the criterion, got "
-                f"{inputs.logits.shape[1]}"
-            )
-        assert inputs.ids is not None
-        try:
-            rows, seen = self.bank.rows(inputs.ids, inputs.logits.device)
-        except IndexError:
-            raise ValueError(
-                f"PsKDLoss: ids must be in [0, {self.bank.num_samples}), num_samples of the criterion, got "
-                f"{int(inputs.ids.min())} to {int(inputs.ids.max())}; num_samples counts the whole training set"
-            ) from None
-        if inputs.again is not False:  # the bank has this batch's own predictions by now
-            assert self._last is not None
-            rows, seen = (chosen(inputs.again, *pair) for pair in zip(self._last, (rows, seen), strict=True))
-        self._met = (rows, seen) if torch.is_grad_enabled() else None
+        rows, seen = self.meet(inputs)
         past = torch.softmax(rows.to(compute_dtype(rows.dtype)), 1)  # float16 rows sum to 1 only nearly
         label = torch.zeros_like(past).scatter(1, target.long().clamp(0, past.shape[1] - 1)[:, None], 1.0)
         scale = 1.0
@@ -289,49 +199,7 @@ class PsKDLoss(DistillationLoss):
         return teacher._replace(mask=target != inputs.ignore_index, alpha_scale=scale)
 
     def record(self, inputs: Inputs) -> None:
-        assert inputs.ids is not None and inputs.target is not None
-        ids, logits = inputs.ids.long(), inputs.logits.detach()
-        keep = inputs.target != inputs.ignore_index
-        if self.cross_rank:
-            columns, _ = gather_rows(torch.stack([ids, keep.long()], 1))
-            ids, keep, logits = columns[:, 0], columns[:, 1] > 0, gather_rows(logits)[0]
-        self.bank.store(ids, logits, keep)
-        met, self._met = self._met, None
-        assert met is not None
-        if self._last is None or self._last[0].shape != met[0].shape or self._last[0].device != met[0].device:
-            self._last = met
-        else:  # at the same address, for a captured graph
-            for last, now in zip(self._last, met, strict=True):
-                last.copy_(now)
-
-    def reset(self) -> None:
-        super().reset()
-        self.bank.reset()
-        self._met = self._last = None
-
-    def cost(self) -> str:
-        bank = self.bank
-        dtype = str(bank.dtype).removeprefix("torch.")
-        return f"a bank of {bank.num_samples} x {bank.num_classes} {dtype} rows, {format_bytes(bank.nbytes)}"
-
-    def get_extra_state(self) -> Tensor:
-        """The bank (num_samples, C) for ``state_dict()``; +inf, which no log-probability is, for samples never seen."""
-        bank, saved = self.bank, self.bank.state_dict()
-        if not saved:
-            return torch.full((bank.num_samples, bank.num_classes), torch.inf, dtype=bank.dtype, device="cpu")
-        return saved["rows"].masked_fill_(~saved["seen"][:, None], torch.inf)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over a saved bank."""
-        bank = self.bank
-        wanted = (bank.num_samples, bank.num_classes)
-        if not isinstance(state, Tensor) or state.shape != wanted or not state.is_floating_point():
-            got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
-            raise ValueError(f"PsKDLoss: expected a saved bank of shape {wanted} (samples, classes), got {got}")
-        self.reset()
-        seen = state[:, 0] < torch.inf
-        if seen.any():
-            bank.load_state_dict({"rows": state, "seen": seen})
+        self.leave(inputs, inputs.logits)
 
 
 def reference(logits: Tensor, target: Tensor, past: Tensor, *, alpha: float = ALPHA) -> Tensor:

@@ -90,7 +90,7 @@ def _setting(runs: Sequence[Run]) -> list[str]:
         return [
             f"data {data.source}"
             + (f", {data.per_class} training images per class" if data.per_class else "")
-            + (f", {100 * data.label_noise:g} % of the training labels wrong" if data.label_noise else ""),
+            + (f", {_noise(run)}" if data.noisy else ""),
             f"{number(run.last('test_count'), ',.0f')} test images (never noisy)",
             f"model {run.config.model.model}",
             f"{data.batch_size} rows per step, forward {train.forward}",
@@ -99,8 +99,15 @@ def _setting(runs: Sequence[Run]) -> list[str]:
     return [lines[0] for lines in zip(*map(facts, runs), strict=True) if len(set(lines)) == 1]
 
 
+def _noise(run: Run) -> str:
+    """The real share of wrong labels and where they are from."""
+    data, wrong = run.config.data, run.versions.get("wrong_labels", run.config.data.label_noise)
+    of = f"labels of {data.label_file}" if data.label_file else f"{data.noise_kind} noise {data.label_noise:g}"
+    return f"{100 * wrong:.0f} % of the training labels wrong ({of})"
+
+
 def _caveat(config: RunConfig) -> str:
-    scarce = ["few images"] * bool(config.data.per_class) + ["wrong labels"] * bool(config.data.label_noise)
+    scarce = ["few images"] * bool(config.data.per_class) + ["wrong labels"] * config.data.noisy
     if not scarce:
         return "this says nothing about others."
     return f"{' and '.join(scarce)} favour every method that smooths targets; the gap is no promise for other settings."

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .runs import Run, groups_of
 
-__all__ = ["COLUMNS", "Table", "compare_table", "evaluations_table", "noise_table", "number", "paired_table"]
+__all__ = ["COLUMNS", "Table", "compare_table", "evaluations_table", "noise_table", "number", "paired_table", "spread"]
 
 # column -> (heading, format, factor)
 COLUMNS = {
@@ -60,7 +60,7 @@ def number(value: float, form: str = ".2f", factor: float = 1) -> str:
     return "-" if math.isnan(value) else format(factor * value, form)
 
 
-def _spread(values: Sequence[float], scale: float = 1.0, form: str = ".2f") -> str:
+def spread(values: Sequence[float], scale: float = 1.0, form: str = ".2f") -> str:
     """Mean ± sample standard deviation; a single value has none, and nan is left out."""
     values = [scale * v for v in values if not math.isnan(v)]
     if not values:
@@ -76,14 +76,14 @@ def compare_table(runs: Sequence[Run]) -> Table:
         return {
             "method": label,
             "seeds": str(len(group)),
-            "last top-1 %": _spread([r.last("test_top1") for r in group], 100),
-            "best top-1 %": _spread([r.best() for r in group], 100),
-            "last NLL": _spread([r.last("test_nll") for r in group], form=".3f"),
-            "last ECE %": _spread([r.last("test_ece") for r in group], 100, ".1f"),
+            "last top-1 %": spread([r.last("test_top1") for r in group], 100),
+            "best top-1 %": spread([r.best() for r in group], 100),
+            "last NLL": spread([r.last("test_nll") for r in group], form=".3f"),
+            "last ECE %": spread([r.last("test_ece") for r in group], 100, ".1f"),
             "images seen": "/".join(sorted({number(r.last("images_seen"), ",.0f") for r in group})),
             "steps": "/".join(sorted({number(r.last("step"), ",.0f") for r in group})),
-            "seconds": _spread([r.last("seconds") for r in group], form=".1f"),
-            "peak MiB": _spread([r.peak_mib for r in group], form=".0f"),
+            "seconds": spread([r.last("seconds") for r in group], form=".1f"),
+            "peak MiB": spread([r.peak_mib for r in group], form=".0f"),
         }
 
     rows = [row(label, group) for label, group in groups_of(runs).items()]
@@ -99,7 +99,7 @@ def paired_table(runs: Sequence[Run], against: str) -> Table | None:
         gains = [base[r.seed].last("test_top1") - r.last("test_top1") for r in group if r.seed in base]
         if label != against and gains:
             wins = f"{sum(g > 0 for g in gains)} of {len(gains)}"
-            body.append((f"{against} - {label}", _spread(gains, 100), wins))
+            body.append((f"{against} - {label}", spread(gains, 100), wins))
     return Table(("difference of last top-1", "points", f"seeds where {against} is ahead"), body) if body else None
 
 
@@ -111,7 +111,7 @@ def noise_table(found: Mapping[float, Sequence[Run]]) -> Table:
     for label in next(iter(groups.values())):
         tried = [groups[share].get(label, []) for share in found]
         seeds = "/".join(sorted({str(len(runs)) for runs in tried}))
-        body.append([label, seeds, *(_spread([r.last("test_top1") for r in runs], 100) for runs in tried)])
+        body.append([label, seeds, *(spread([r.last("test_top1") for r in runs], 100) for runs in tried)])
     return Table(head, body)
 
 

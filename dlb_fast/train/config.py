@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import re
@@ -23,6 +24,8 @@ import torch
 
 from dlb_fast._args import did_you_mean
 from dlb_fast.data import Cutout, Mix, RandAugment, RandomErasing
+from dlb_fast.data.datasets.labels import LabelFile
+from dlb_fast.data.datasets.noise import NOISE_KINDS
 from dlb_fast.data.decode.decode import MAX_PIXELS
 from dlb_fast.methods import METHODS, find
 
@@ -50,6 +53,7 @@ __all__ = [
     "load_config",
     "override",
     "parse",
+    "read_yaml",
     "to_dict",
     "without_effect",
 ]
@@ -71,9 +75,11 @@ class DataConfig:
     per_class: int | None = None
     """Keep only this many training images of each class."""
     label_noise: float = 0.0
-    """Fraction of wrong training labels."""
-    noise_kind: Literal["symmetric", "asymmetric"] = "symmetric"
-    """symmetric: any other class, uniformly; asymmetric: a fixed class per class, such as cat for dog."""
+    """Fraction of the training labels that are drawn anew; the run's first line has the fraction that is wrong."""
+    noise_kind: str = "symmetric"
+    """symmetric: any other class, uniformly. uniform: any class, the true one included. pair: the next class.
+    superclass: the next class of the superclass (CIFAR-100). asymmetric: the customary confusions of CIFAR-10 and
+    CIFAR-100. file:PATH: the labels of a file (.csv, .npy, .npz:KEY)."""
     data_seed: int = 0
     """Seed of splits, subset and label noise; separate from `seed`, so that runs with other seeds share the data."""
     padding: int | None = None
@@ -103,6 +109,16 @@ class DataConfig:
         _require(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "even and >= 2", self.batch_size)
         _require(self.per_class is None or self.per_class >= 1, "per_class", "at least 1", self.per_class)
         _require(0 <= self.label_noise <= 1, "label_noise", "in [0, 1]", self.label_noise)
+        if self.label_file is not None:
+            try:
+                LabelFile.of(self.label_file)
+            except ValueError as error:
+                raise ValueError(f"config: noise_kind: {error}") from None
+        elif self.noise_kind not in NOISE_KINDS:
+            raise ValueError(
+                f"config: noise_kind must be one of {', '.join(NOISE_KINDS)} or file:PATH, got {self.noise_kind!r}"
+                f"{did_you_mean(self.noise_kind, NOISE_KINDS)}"
+            )
         _require(self.padding is None or self.padding >= 0, "padding", "at least 0 or null", self.padding)
         _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
         _require(self.eval_size is None or self.eval_size >= 1, "eval_size", "at least 1 or null", self.eval_size)
@@ -112,6 +128,17 @@ class DataConfig:
         _require(self.eval_batch_size >= 1, "eval_batch_size", "at least 1", self.eval_batch_size)
         _require(self.num_threads >= 1, "num_threads", "at least 1", self.num_threads)
         _require(self.max_pixels >= 1, "max_pixels", "at least 1", self.max_pixels)
+
+    @property
+    def label_file(self) -> str | None:
+        """The file of the training labels as `noise_kind` names it, or None."""
+        prefix, _, rest = self.noise_kind.partition(":")
+        return rest if prefix == "file" else None
+
+    @property
+    def noisy(self) -> bool:
+        """Whether training labels are drawn anew or are those of a file."""
+        return self.label_noise > 0 or self.label_file is not None
 
     @property
     def kind(self) -> str:
@@ -432,7 +459,8 @@ def _decays(config: RunConfig) -> bool:
 
 EFFECTS: dict[str, tuple[tuple[str, ...], Callable[[RunConfig], bool], str]] = {
     **dict.fromkeys(("image_size", "eval_size", "eval_resize", "num_threads", "max_pixels", "on_error"), _IMAGE_FILES),
-    "noise_kind": (("label_noise",), lambda c: c.data.label_noise > 0, "label_noise above 0"),
+    "label_noise": (("noise_kind",), lambda c: c.data.label_file is None, "a noise_kind that draws labels"),
+    "noise_kind": (("label_noise",), lambda c: c.data.noisy, "label_noise above 0"),
     "data_seed": (
         ("data", "per_class", "label_noise"),
         lambda c: c.data.kind not in SPLIT_KINDS or c.data.per_class is not None or c.data.label_noise > 0,
@@ -559,7 +587,7 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
         if isinstance(current, OptimConfig) and isinstance(part.get("optimizer"), str):
             current = current.switched(part["optimizer"])
         try:
-            made = parse(type(current), current, flags, "config", "FlagConversionOff")
+            made = _parsed(current, tuple(flags), tuple(map(type, vars(current).values())))
         except ValueError as error:
             text = str(error).removeprefix("config: ")
             for flag in re.findall(r"--[\w-]+", text):
@@ -569,15 +597,36 @@ def from_dict(values: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
     return config
 
 
-def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
-    """Read a YAML config; a missing, unreadable, wrong or (without `base`) empty file raises ValueError naming it."""
+@functools.lru_cache(maxsize=1024)
+def _parsed(current: Any, flags: tuple[str, ...], kinds: tuple[type[Any], ...]) -> Any:
+    """A group with flags, remembered: a study has hundreds of configs, and tyro takes 25 ms. `kinds`: 1 is not 1.0."""
+    return parse(type(current), current, flags, "config", "FlagConversionOff")
+
+
+def read_yaml(who: str, path: Path | str) -> Any:
+    """The content of a YAML file; ValueError that begins with `who` for an unreadable file or a repeated key."""
     import yaml
 
+    class Loader(yaml.SafeLoader):  # which would take the last of equal keys
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            names = [(key.tag, key.value) for key in keys]
+            for number, key in enumerate(keys):
+                if names[number] in names[:number]:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value} is there twice", key.start_mark)
+            return node
+
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
-        raise ValueError(f"config: cannot read {path}: {why}") from error
+        raise ValueError(f"{who}: cannot read {path}: {why}") from error
+
+
+def load_config(path: Path | str, base: RunConfig | None = None) -> RunConfig:
+    """Read a YAML config; a missing, unreadable, wrong or (without `base`) empty file raises ValueError naming it."""
+    values = read_yaml("config", path)
     if values is None and base is None:  # which would be a config of defaults
         raise ValueError(f"config: {path} is empty; expected the fields of a run")
     try:

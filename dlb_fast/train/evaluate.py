@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .distributed import Ranks, is_sharded
 
-__all__ = ["ECE_BINS", "evaluate", "predictions"]
+__all__ = ["ECE_BINS", "evaluate", "memorised", "predictions"]
 
 ECE_BINS = 15  # Guo et al., ICML 2017
 
@@ -107,6 +107,41 @@ def evaluate(
         "count": count,
         "calibration": dict(zip(("share", "accuracy", "confidence"), (b.tolist() for b in bins), strict=True)),
         "confusion": torch.stack((pairs // classes, pairs % classes, images), dim=1).tolist(),
+    }
+
+
+def memorised(
+    model: nn.Module, batches: Iterable[Any], classes: int, *, ranks: Ranks | None = None
+) -> dict[str, float]:
+    """How a model fits training images of which some have a wrong label, in shares of these images.
+
+    Args:
+        model: the network.
+        batches: as in `predictions`; a target is `label * classes + true class`.
+        classes: number of classes.
+        ranks: as in `predictions`.
+
+    Returns:
+        train_right_top1: of the images with the right label, those classified so.
+        train_wrong_top1: of the images with a wrong label, those classified as this label: memorised.
+        train_wrong_true: of the images with a wrong label, those classified as their true class.
+
+    Example:
+        >>> targets = torch.tensor([3 * 0 + 0, 3 * 1 + 1, 3 * 1 + 0])  # the third image is of class 0, labelled 1
+        >>> memorised(nn.Identity(), [(torch.eye(3)[[0, 1, 1]], targets)], 3)
+        {'train_right_top1': 1.0, 'train_wrong_top1': 1.0, 'train_wrong_true': 0.0}
+    """
+    logits, coded = predictions(model, batches, ranks=ranks)
+    labels, true, found = coded // classes, coded % classes, logits.argmax(dim=1)
+    right = labels == true
+
+    def share(hit: Tensor, of: Tensor) -> float:
+        return (hit & of).sum().item() / max(1, int(of.sum()))
+
+    return {
+        "train_right_top1": share(found == labels, right),
+        "train_wrong_top1": share(found == labels, ~right),
+        "train_wrong_true": share(found == true, ~right),
     }
 
 

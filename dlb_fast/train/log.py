@@ -326,6 +326,7 @@ _PHRASES = (
     ("test_top1", "test", 100, ".2f"),
     ("test_nll", "nll", 1, ".4f"),
     ("test_ece", "ece", 1, ".4f"),
+    ("train_wrong_top1", "wrong labels learned", 100, ".1f"),
     ("lr", "lr", 1, ".3g"),
     ("images_per_second", "images/s", 1, ".0f"),
     ("data_wait", "waiting for data", 100, ".0f"),

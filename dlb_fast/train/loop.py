@@ -62,7 +62,8 @@ class Trainer:
         loader: any iterable of `Batch`; one pass is an epoch. With `state_dict` and `load_state_dict` it resumes
             exactly; without, a resume skips the batches of the epoch so far, which is exact for a fixed sequence.
         scheduler: stepped once per optimiser step; None keeps the learning rates.
-        evaluate: `model -> {"top1": ..., ...}`, called every `eval_every` steps; its values are logged as `test_*`.
+        evaluate: `model -> {"top1": ..., ...}`, called every `eval_every` steps; its values are logged as `test_*`,
+            those named `train_*` as they are.
         folder: run folder for metrics and checkpoints; None writes nothing.
         config: length, precision and output of the training.
         log: console, metric files and trackers of rank 0; by default made from `folder` and `config`.
@@ -375,7 +376,7 @@ class Trainer:
             reshard(weights)
             if (confusion := scores.pop("confusion", None)) is not None and self.ranks.is_main:
                 self.log.confusion({"step": self.step, "classes": self.metadata.get("classes"), "pairs": confusion})
-            row |= {f"test_{name}": value for name, value in scores.items()}
+            row |= {name if name.startswith("train_") else f"test_{name}": v for name, v in scores.items()}
             self.model.train()
             self.stale += 1
             if scores.get("top1", -1.0) > self.best.get("top1", -1.0):

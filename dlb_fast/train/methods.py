@@ -171,7 +171,7 @@ def variant(config: RunConfig, name: str) -> RunConfig:
     method, own = find(fields["method"]), find(config.loss.method)
     dropped = [n for n in METHOD_FIELDS if n not in method.options]
     if method.criterion is not own.criterion:
-        dropped += ["alpha", "temperature"]
+        dropped += ["alpha", "beta", "temperature"]  # another criterion means something else by them
     if method.forward is None and (
         config.train.forward == "partners" or (config.train.forward == "two_pass" and method.batches != "overlap")
     ):

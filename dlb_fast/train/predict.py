@@ -7,15 +7,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import softmax
 
-from dlb_fast.data import ImageDecoder
+from dlb_fast.data import Batch, ImageDecoder
 from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, LeftOut, is_image, read_file, tree, unreadable
 
 from .checkpoint import write_atomically
@@ -23,7 +24,10 @@ from .config import FILE_KINDS
 from .data import eval_loader, evaluation_config
 from .run import RunFolder, load_model, resolve_device
 
-__all__ = ["ENDINGS", "find_images", "predict", "one_field", "printable", "stored_images_note", "write_predictions"]
+__all__ = [
+    "ENDINGS", "find_images", "predict", "one_field", "printable", "stored_images_note", "with_logits",
+    "write_predictions",
+]  # fmt: skip
 
 LISTS = (".txt", ".tsv", ".lst")  # endings of files that list images
 ENDINGS = (".csv", ".json")  # of what `write_predictions` writes
@@ -142,14 +146,20 @@ def predict(
     files = ImageFiles(paths, ImageDecoder(max_pixels=config.max_pixels), about["channels"])
     loader = eval_loader(files, evaluation_config(config, about), about["mean"], about["std"], where)
     count = min(top, len(about["classes"]))
-    for batch in loader:
-        with torch.no_grad():
-            values, classes = softmax(model(batch.images).double(), dim=1).topk(count, dim=1)
+    for batch, logits in with_logits(model, loader):
+        values, classes = softmax(logits, dim=1).topk(count, dim=1)
         for index, row, names in zip(batch.targets.tolist(), values.tolist(), classes.tolist(), strict=True):
             if index in files.failed:
                 yield paths[index], files.failed[index]
             else:
                 yield paths[index], [(about["classes"][k], value) for k, value in zip(names, row, strict=True)]
+
+
+@torch.no_grad()
+def with_logits(model: nn.Module, loader: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """(batch, its logits in float64) of every batch, without a gradient."""
+    for batch in loader:
+        yield batch, model(batch.images).double()
 
 
 def stored_images_note(run: Path, weights: str) -> str:

@@ -1,11 +1,15 @@
 """Train a run in its folder, from a config; load or evaluate a run from its folder.
 
-A run folder holds config.yaml, versions.json, metrics.csv, metrics.jsonl, checkpoints/ and, once finished, result.json.
+A run folder holds config.yaml, versions.json, metrics.csv, metrics.jsonl, checkpoints/ and, once finished, result.json;
+with label noise also labels.csv, the labels that it trains on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import ctypes
+import io
 import json
 import math
 import os
@@ -30,6 +34,7 @@ from torch import nn
 from dlb_fast import _backends
 from dlb_fast.buffer import rank_and_size
 from dlb_fast.data.datasets.folder import IMAGE_EXTENSIONS, is_hidden, is_image
+from dlb_fast.data.datasets.labels import LabelFile, label_rows
 from dlb_fast.data.datasets.open import class_names, find_splits
 from dlb_fast.data.datasets.tar import shard_files
 
@@ -44,7 +49,7 @@ from .checkpoint import (
 from .config import RunConfig, check_effects, load_config, override, to_dict, without_effect
 from .data import RunData, eval_loader, evaluation_config, identity, open_data, open_test
 from .distributed import Ranks
-from .evaluate import evaluate
+from .evaluate import evaluate, memorised
 from .log import RunLog
 from .loop import Trainer, total_steps
 from .methods import find, make_criterion, make_sampler, resolve
@@ -62,7 +67,9 @@ __all__ = [
     "build_trainer",
     "evaluate_run",
     "load_model",
+    "lock_folder",
     "newest_run",
+    "open_own_data",
     "rehearse",
     "resolve_device",
     "shortened",
@@ -71,8 +78,10 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
+INIT_IMAGES = 512  # most training images that a network with `init_from_images` sees before the first step
 FILES = re.compile(
-    r"config\.yaml|(versions|result|confusion)\.json|tracker_id|report\.(html|md)|curves\.png|(best|last)\.safetensors"
+    r"config\.yaml|(versions|result|confusion)\.json|labels\.csv|tracker_id|report\.(html|md)|curves\.png|"
+    r"(best|last)\.safetensors"
 )
 
 
@@ -87,6 +96,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.labels = self.path / "labels.csv"
         self.checkpoints = self.path / "checkpoints"
         self._lock: int | None = None
         self._reserved = False
@@ -99,24 +109,16 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            if fcntl is None:
-                return
-            handle = os.open(self.path, os.O_RDONLY)
+            self._lock = lock_folder(
+                self.path,
+                f"run folder: another process is training in {self.path}, and two would overwrite each other's files; "
+                "wait for it or end it, or name another folder with --out",
+            )
         except OSError as error:
             why = error.strerror or error
             raise ValueError(f"run folder: cannot make {self.path} ({why}); name another one with --out") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ValueError(
-                f"run folder: another process is training in {self.path}, and two would overwrite each other's files; "
-                "wait for it or end it, or name another folder with --out"
-            ) from None
-        except OSError:  # a file system without locks
-            os.close(handle)
+        if self._lock is None:
             return
-        self._lock = handle
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder, FILES)
 
@@ -167,15 +169,24 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what a run without a checkpoint has left, so that none of it is taken for that of a new run."""
-        left = ("metrics.csv", "metrics.jsonl", "confusion.json", "tracker_id", "checkpoints/best.safetensors")
+        left = (
+            "metrics.csv", "metrics.jsonl", "confusion.json", "labels.csv", "tracker_id", "checkpoints/best.safetensors"
+        )  # fmt: skip
         for name in (*left, "config.yaml"):  # the config, which marks a run, last: cut short, this is done again
             (self.path / name).unlink(missing_ok=True)
 
-    def create(self, config: RunConfig, impl: str, initial: str = "") -> None:
-        """Write versions.json, then config.yaml, which marks the folder as a run; `initial`: the first weights."""
+    def create(self, config: RunConfig, impl: str, initial: str = "", data: RunData | None = None) -> None:
+        """Write labels.csv where `data` have label noise, versions.json, then config.yaml, which marks a run.
+
+        `initial`: the first weights.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "report.html").unlink(missing_ok=True)  # it shows an earlier state
         known = {**versions(), "implementation": impl, **({"initial_weights": initial} if initial else {})}
+        if data is not None and (wrong := data.wrong_labels) is not None:
+            known["wrong_labels"] = wrong / len(data.train)
+            rows = label_rows(data.train)
+            write_atomically(self.labels, lambda file: file.write(rows))
         report = json.dumps(known, indent=1).encode()
         write_atomically(self.path / "versions.json", lambda file: file.write(report))
         text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
@@ -186,6 +197,26 @@ class RunFolder:
         if not self.exists():
             raise ValueError(f"there is no run in {self.path}: {self.config} is missing")
         return load_config(self.config)
+
+
+def lock_folder(path: Path, busy: str) -> int | None:
+    """Lock a folder until the handle is closed or this process ends; None where the system has no locks.
+
+    Raises:
+        ValueError: another process has the lock; its message is `busy`.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(busy) from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
 
 
 def newest_run(root: Path | str = RUNS) -> RunFolder:
@@ -308,6 +339,8 @@ def build_trainer(
     if ranks.rank:  # the weights are equal on all ranks, but dropout must differ
         seed_everything(config.train.seed + ranks.rank)
     _check_fit(model, config, data, device)
+    if initial and not loaded and hasattr(model, "init_from_images"):  # the trainer copies rank 0's weights to all
+        ranks.run_on_main(lambda: model.init_from_images(data.sample_images(INIT_IMAGES)))  # type: ignore[operator]
     rows = config.data.batch_size // ranks.world_size
     loader = data.train_loader(
         overlap=find(config.loss.method).batches == "overlap",
@@ -331,13 +364,19 @@ def build_trainer(
         steps_per_epoch=len(loader) / config.train.accumulate,
     )
     tested = data.test_batches(device, ranks)  # one loader, which names an unreadable image once
+    fitted = data.fitted_batches(device, ranks)
+
+    def scores(network: nn.Module) -> dict[str, Any]:
+        known = {} if fitted is None else memorised(network, fitted, data.num_classes, ranks=ranks)
+        return {**evaluate(network, tested, ranks=ranks), **known}
+
     return Trainer(
         model,
         criterion.to(device),
         optimizer,
         loader,
         scheduler=scheduler,
-        evaluate=lambda network: evaluate(network, tested, ranks=ranks),
+        evaluate=scores,
         folder=folder,
         config=config.train,
         log=log,
@@ -404,8 +443,10 @@ def train_run(
         log = RunLog(quiet=True)
         if ranks.is_main:
             log = RunLog(folder.path, quiet=quiet, trackers=config.train.trackers, config=to_dict(config))
-        _reset_peak_memory(resolve_device(config.train.device, ranks))
-        data = data or open_data(config.data)
+        device = resolve_device(config.train.device, ranks)
+        _keep_freed_memory(device)
+        _reset_peak_memory(device)
+        data = data or (open_own_data(folder, config) if resume else open_data(config.data))
         log.say(data.about + (f"\n{note}" if note else ""))
         begun = resume and ranks.run_on_main(lambda: _same_start(folder, config))
         trainer = build_trainer(config, data=data, folder=folder.path, log=log, ranks=ranks, initial=not begun)
@@ -435,7 +476,7 @@ def train_run(
             _compare_versions(folder, log)
         initial = json.loads(trainer.metadata["initial_weights"])
         if not resume:
-            ranks.run_on_main(lambda: folder.create(config, impl, initial))
+            ranks.run_on_main(lambda: folder.create(config, impl, initial, data))
         parameters = sum(p.numel() for p in trainer.model.parameters())
         log.say(
             f"{config.loss.method} with {config.model.model} ({parameters:,} parameters) on "
@@ -449,12 +490,14 @@ def train_run(
         ranks.check_shared(folder.config)
         if resume:
             found = trainer.resume()
+            if found:
+                ranks.run_on_main(lambda: _check_labels(folder, data))
             # after resume(), so that a refused resume does not change the config of the run
             initial = json.loads(trainer.metadata["initial_weights"])
             complete = trainer.step >= trainer.total_steps
             kept = ""
             if not (complete or trainer.out_of_patience):
-                ranks.run_on_main(lambda: folder.create(config, impl, initial))
+                ranks.run_on_main(lambda: folder.create(config, impl, initial, data))
             elif to_dict(config) != to_dict(folder.read_config()):
                 kept = "; nothing is left to train, so its config stays as it was"
             log.say(f"continuing from {found}" if found else "the run had no checkpoint yet: starting from scratch")
@@ -493,6 +536,31 @@ def train_run(
             "end"
         )
     return result
+
+
+def open_own_data(folder: RunFolder, config: RunConfig) -> RunData:
+    """`open_data` for a run that has begun: the labels of a file that is gone are those that the run folder keeps."""
+    file = config.data.label_file
+    if file is not None and folder.labels.exists() and not Path(LabelFile.of(file).path).exists():
+        config = override(config, noise_kind=f"file:{folder.labels}")
+    return open_data(config.data)
+
+
+def _check_labels(folder: RunFolder, data: RunData) -> None:
+    """ValueError if the run folder keeps other labels than those that the run continues with."""
+    if data.wrong_labels is None or not folder.labels.exists():
+        return
+    before, now = folder.labels.read_bytes(), label_rows(data.train)
+    if before != now and _column(before, "label") != _column(now, "label"):
+        raise ValueError(
+            f"--resume: {folder.labels} has other labels than those that the run was trained on; bring the file back, "
+            "or delete it, and it is written again"
+        )
+
+
+def _column(content: bytes, name: str) -> list[str | None]:
+    text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
+    return [row.get(name) for row in csv.DictReader(text)]
 
 
 def _same_start(folder: RunFolder, config: RunConfig) -> bool:
@@ -534,6 +602,15 @@ def _compare_versions(folder: RunFolder, log: RunLog) -> None:
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
         log.say(f"changed since the start, so the continuation may differ in the last bits: {', '.join(changed)}")
+
+
+def _keep_freed_memory(device: torch.device) -> None:
+    """Let glibc keep what a step frees on the CPU; it would give it back, and every step fault its pages in anew."""
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+            library = ctypes.CDLL(None)
+            library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            library.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def _reset_peak_memory(device: torch.device) -> None:
@@ -627,7 +704,7 @@ def shortened(config: RunConfig, *, real_data: bool = False) -> RunConfig:
         kind = config.data.source.split(":")[0]
         size = 8 if kind in ("digits", "synthetic") else min(SMOKE_PIXELS, config.data.image_size)
         source = f"synthetic:{SMOKE_ROWS * SMOKE_CLASSES},{SMOKE_CLASSES},{size}"
-        # asymmetric noise is defined for the classes of the config's own data
+        # some kinds of noise are defined for the classes of the config's own data, and a file is of its images
         config = override(config, source=source, per_class=None, noise_kind="symmetric")
         config = override(config, **without_effect(config))  # such as the size of image files
     rows = min(SMOKE_ROWS, config.data.batch_size)
@@ -706,6 +783,8 @@ def rehearse(config: RunConfig, *, real_data: bool = False, quiet: bool = False,
             source = ranks.run_on_main(lambda: few_images(config.data.source, path / "data"))
             fewer = source != config.data.source
             short = override(short, source=source, per_class=None if fewer else config.data.per_class)
+            if fewer and config.data.label_file is not None:  # whose labels are for all images
+                short = override(short, noise_kind="symmetric")
         try:
             data = open_data(short.data)
         except ValueError as error:  # name the user's folder in place of the links

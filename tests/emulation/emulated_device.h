@@ -33,6 +33,7 @@ inline int block_threads() { return emulator::here().threads; }
 inline int block_index() { return emulator::here().block; }
 inline int grid_blocks() { return emulator::here().blocks; }
 inline float shuffle_xor(float value, int mask) { return emulator::warp_exchange(mask, value); }
+inline float shuffle(float value, int lane) { return emulator::warp_broadcast(lane, value); }
 inline bool warp_any(bool value) { return emulator::warp_any(value); }
 inline void sync_block() { emulator::sync_block(); }
 inline void fence() { emulator::maybe_yield(); }
@@ -40,6 +41,10 @@ inline int cluster_rank() { return emulator::here().cluster_rank; }
 inline int cluster_blocks() { return emulator::here().cluster_blocks; }
 inline int cluster_index() { return block_index() / cluster_blocks(); }
 inline int clusters_in_grid() { return grid_blocks() / cluster_blocks(); }
+inline void arrive_in_cluster() {}
+inline void wait_for_cluster() { emulator::sync_cluster(); }
+inline void let_next_launch_begin() {}
+inline void wait_for_launch_before() {}
 inline void sync_cluster() { emulator::sync_cluster(); }
 template <int N>
 void cluster_store(float* address, int rank, const float (&values)[N]) {
@@ -88,8 +93,8 @@ inline Packet load_packet(const void* p, bool once) {
   std::memcpy(&packet, p, 16);
   return packet;
 }
-inline Packet load_packet_if(bool wanted, const void* p, bool once, uint32_t fill) {
-  return wanted ? load_packet(p, once) : Packet{{fill, fill, fill, fill}};
+inline Packet load_packet_if(bool wanted, const void* p, uint32_t fill) {
+  return wanted ? load_packet(p, true) : Packet{{fill, fill, fill, fill}};
 }
 inline void store_packet(void* p, const Packet& packet) {
   emulator::maybe_yield();
@@ -97,6 +102,11 @@ inline void store_packet(void* p, const Packet& packet) {
   std::memcpy(p, &packet, 16);
 }
 
+inline void store_packet_if(bool wanted, void* p, const Packet& packet) {
+  if (wanted) store_packet(p, packet);
+}
+
+inline void prefetch_line(const void* p) { emulator::check_prefetch(p, 1); }
 inline void prefetch(const void* p, int64_t bytes) { emulator::check_prefetch(p, static_cast<size_t>(bytes)); }
 
 inline float exp2_fast(float x) {
@@ -104,6 +114,9 @@ inline float exp2_fast(float x) {
   return y < std::numeric_limits<float>::min() ? 0.0f : y;  // flushed, as by ex2.approx.ftz
 }
 inline float log_accurate(float x) { return std::log(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float add_unless_zero(float a, float b, float sum) { return a == 0.0f ? sum : std::fma(a, b, sum); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline float not_a_number() { return std::numeric_limits<float>::quiet_NaN(); }
@@ -167,6 +180,15 @@ uint32_t pack(const float* in) {
     from_float(in[1], high);
     return low.bits | static_cast<uint32_t>(high.bits) << 16;
   }
+}
+
+template <typename T>
+uint32_t larger_word(uint32_t a, uint32_t b) {
+  constexpr int n = 4 / sizeof(T);
+  float x[n], y[n];
+  unpack<T>(a, x), unpack<T>(b, y);
+  for (int i = 0; i < n; ++i) x[i] = std::fmax(x[i], y[i]);
+  return pack<T>(x);
 }
 
 }  // namespace cuda

@@ -252,6 +252,10 @@ float warp_exchange(int mask, float value) {
   const int set = collective(1, mask, value);
   return my_warp().value[set][(current->at.thread % warp_size) ^ mask];
 }
+float warp_broadcast(int lane, float value) {
+  const int set = collective(3, 0, value);
+  return my_warp().value[set][lane];
+}
 bool warp_any(bool value) {
   const int set = collective(2, 0, value ? 1.0f : 0.0f);
   const Warp& warp = my_warp();

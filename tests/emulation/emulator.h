@@ -47,6 +47,7 @@ void sync_block();
 void sync_cluster();
 // All 32 lanes call the same collective with the same argument; returns the lane's result.
 float warp_exchange(int mask, float value);
+float warp_broadcast(int lane, float value);
 bool warp_any(bool value);
 float* address_in_cluster(float* own, int rank);
 

@@ -28,8 +28,8 @@ KINDS = {"none": 0, "logits": 1, "probabilities": 2, "virtual": 3}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 # Parts of the mangled names, by regime: the group, and the two-pass kernels' bounds.
 RESIDENT = {
-    "lanes": "ELi16ENS0_9LaneGroupILi8EEE", "warp": "ELi32ENS0_9LaneGroupILi32EEE",
-    "block": "ELi32ENS0_10BlockGroupI", "cluster": "ELi32ENS0_12ClusterGroupE",
+    "lanes": "NS0_9LaneGroupILi8EEE", "warp": "NS0_9LaneGroupILi32EEE",
+    "block": "NS0_10BlockGroupI", "cluster": "NS0_12ClusterGroupE",
 }  # fmt: skip
 TWO_PASS = {
     ("two_pass_warp", True): "TeachE2ELb1ENS0_9LaneGroupI", ("two_pass_block", True): "TeachE2ELb1ENS0_10BlockGroupI",
@@ -67,11 +67,11 @@ def _named(unit: str, *parts: str) -> str:
     return found[0]
 
 
-def kernel_name(plan: dict[str, Any], kind: str, dtype: torch.dtype) -> tuple[str, str]:
+def kernel_name(plan: dict[str, Any], dtype: torch.dtype) -> tuple[str, str]:
     """File and mangled name of a plan's kernel, as ``device_args.cuh`` chooses it."""
     unit, regime = UNITS[dtype], plan["regime"]
     if regime in RESIDENT:
-        return unit, _named(unit, f"TeachE{int(kind == 'logits')}", RESIDENT[regime])
+        return unit, _named(unit, "resident_kernel", f"Lb{int(plan['whole'])}E{RESIDENT[regime]}")
     return unit, _named(unit, TWO_PASS[regime, plan["general"]])
 
 
@@ -204,12 +204,14 @@ class Emulator:
         plan, arguments = host().launch(given, workspace, self.multiprocessors, self.largest_cluster)
         if plan["count_blocks"]:
             count = self.kernel("last_batch_cuda", _named("last_batch_cuda", "count_kernel"))
-            count.run(arguments, ranges, blocks=plan["count_blocks"], threads=256, seed=self.seed, card=self.card)
+            shape = {"blocks": plan["count_blocks"], "threads": 256}
+            counted = count.run(arguments, ranges, **shape, seed=self.seed, card=self.card)["touched"]
         shape = {"blocks": plan["blocks"], "threads": plan["threads"], "cluster": plan["cluster"]}
+        main = self.kernel(*kernel_name(plan, logits.dtype))
+        # A kernel that waits for the launch before it may have begun while that one ran.
+        overlaps = plan["count_blocks"] and any("griddepcontrol.wait" in i.text for i in main.program.code)
         # An array must not be longer than it says: ranges that touch would hide a step over the end.
-        plan |= self.kernel(*kernel_name(plan, kind, logits.dtype)).run(
-            arguments, ranges, **shape, seed=self.seed, card=self.card
-        )
+        plan |= main.run(arguments, ranges, **shape, seed=self.seed, card=self.card, before=counted if overlaps else ())
         assert self.workspace[:2].tolist() == [0, 0], "the tickets must be back at zero after every launch"
         return Result(loss, parts, grad, plan)
 

@@ -56,23 +56,30 @@ const char* name_of(Regime regime) {
 
 py::dict described(const LaunchPlan& plan) {
   py::dict d;
-  d["regime"] = name_of(plan.regime), d["general"] = plan.general;
+  d["regime"] = name_of(plan.regime), d["general"] = plan.general, d["whole"] = plan.whole;
   d["threads"] = plan.threads, d["blocks"] = plan.blocks;
   d["cluster"] = plan.cluster, d["count_blocks"] = plan.count_blocks;
   return d;
 }
 
+// As on a device whose multiprocessors hold 512 threads: 128 registers each.
+LaunchPlan planned(const LastBatchArgs& a, int multiprocessors, int largest_cluster) {
+  LaunchPlan plan = plan_launch(a, {multiprocessors, true, largest_cluster});
+  fit_grid(plan, multiprocessors * (512 / plan.threads));
+  return plan;
+}
+
 py::object plan_of(const py::dict& d, int multiprocessors, int largest_cluster) {
   const LastBatchArgs a = arguments(d);
   if (const char* reason = refusal(a)) return py::str(reason);
-  return described(plan_launch(a, {multiprocessors, largest_cluster}));
+  return described(planned(a, multiprocessors, largest_cluster));
 }
 
 // The plan, and the bytes of the kernel's parameter.
 py::tuple launch_of(const py::dict& d, uintptr_t workspace, int multiprocessors, int largest_cluster) {
   const LastBatchArgs a = arguments(d);
   if (const char* reason = refusal(a)) throw py::value_error(reason);
-  const LaunchPlan plan = plan_launch(a, {multiprocessors, largest_cluster});
+  const LaunchPlan plan = planned(a, multiprocessors, largest_cluster);
   const DeviceArgs on_device = device_args(a, plan, reinterpret_cast<void*>(workspace));
   return py::make_tuple(described(plan), py::bytes(reinterpret_cast<const char*>(&on_device), sizeof on_device));
 }

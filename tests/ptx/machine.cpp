@@ -32,9 +32,9 @@ constexpr uint32_t shared_base = 1024;  // address 0 is nobody's
 constexpr uint32_t window = 1u << 24;   // a cluster's shared memories lie this far apart
 
 struct Instruction {
-  int32_t op, guard_kind, guard;  // kind 0: always, 1: where the predicate holds, 2: where it does not
+  int32_t op, guard_kind, guard;  // kind 0: always, 1: where the predicate holds, 2: where it does not, 3: never
   int32_t r[6];                   // rows of registers; ~row: of constants
-  int32_t size, count, width, flags;  // memory: bytes of an element, elements, bytes of a register
+  int32_t size, count, width, flags;  // memory: bytes of an element, elements; bytes of a register, or of the result
   int64_t imm;
 };
 enum Flag { read_only = 1, with_sign = 2, where_true = 4, where_false = 8 };
@@ -52,31 +52,49 @@ struct Range {
   uintptr_t begin, bytes;
   int32_t writable;
   const char* name;
+  int32_t before;   // what the launch before may do to it still: 1 read, 2 write. Until this one waits for it.
+  int32_t touched;  // what this launch has done to it
 };
 struct Launch {
   int32_t blocks, threads, cluster, ranges;
   uint64_t seed, card;  // who comes first; how the approximations err
+  uint64_t steps;       // instructions of warps after which it has hung
   const unsigned char* parameters;
-  const Range* range;
+  Range* range;
   unsigned char* executed;  // per instruction
+  uint64_t* issued;         // per instruction, by how many warps and how often
+  // A mutant: where, and what stood there; noise: its results are noise where they differ from what they were.
+  int32_t mutant, noise;
+  const Instruction* original;
+  uint32_t* orders;  // per instruction, of a barrier: how many pairs of accesses it orders that the lost one ordered
 };
 struct Counters {
   uint64_t loads16, stores16, loads, stores, bytes_loaded, bytes_stored, prefetched;
+  // Instructions of warps; how often a mutant's differed in effect; of all bytes that could be written, at the end.
+  uint64_t steps, infected, digest;
 };
 
 [[noreturn]] void fault(const std::string& what) { throw std::runtime_error(what); }
 
-// When and by whom an access happened. Barriers order what lies in different epochs of their scope.
+// When and by whom an access happened: a vector clock, of which barriers keep all but these entries equal.
 struct Stamp {
   int32_t thread = -1;   // in the grid
   int32_t spread = 0;    // 1: also other lanes of its warp, 2: other warps of its block
-  uint32_t in_block = 0, in_warp = 0, in_cluster = 0, segment = 0;
-  int32_t instruction = -1;  // -2: of several reads, different ones
+  uint32_t in_block = 0, in_warp = 0;
+  uint32_t arrived = 0, waited = 0;  // how often its warp had, of the cluster's barriers
+  uint32_t segment = 0;  // how often it had released
+  uint32_t gone = 0;     // how often it had passed the barrier that a mutant lacks
+  int32_t instruction = -1;  // -2: of several, different ones
 };
+// Several accesses, whoever is ordered after all of them. Of one block each: the others' are a list.
+struct Accesses {
+  Stamp last;
+  int32_t others = -1;
+};
+// Of the same bytes: who left them there, who has read them, and both for what they were before.
 struct Cell {
-  Stamp write, read;
-  int32_t other_blocks = -1;  // their reads, a list
-  bool atomic = false;        // the last write
+  Accesses writes, reads, writes_before, reads_before;
+  bool atomic = false, changed = false;
 };
 // Loads that race with a store of their own block: instruction and threads. What they load may be nobody's: a launch is
 // repeated with noise in its place, and must end as it did.
@@ -84,23 +102,27 @@ struct Suspects {
   std::map<int32_t, std::set<int32_t>> threads;
   std::string first;  // in words
 };
-struct Reads {
-  std::vector<Stamp> of_block;
-};
 
 // What a release published: everything its thread had done, and what barriers had ordered before it.
+struct Learnt {
+  uint64_t place;  // address of a counter
+  size_t count;    // how many of its releases are known
+  bool strict;     // only those by a fence.sc
+};
+using Known = std::vector<Learnt>;
 struct Release {
   Stamp by;
-  std::vector<std::pair<uint64_t, size_t>> known;  // transitively
+  Known known;  // transitively
+  bool strict;
 };
-using Known = std::vector<std::pair<uint64_t, size_t>>;  // address of a counter, how many of its releases are known
 
 void learn(Known& known, const Known& more) {
-  for (const auto& [place, count] : more) {
+  for (const Learnt& one : more) {
     bool found = false;
-    for (auto& entry : known)
-      if (entry.first == place) entry.second = std::max(entry.second, count), found = true;
-    if (!found) known.push_back({place, count});
+    for (Learnt& entry : known)
+      if (entry.place == one.place && entry.strict == one.strict)
+        entry.count = std::max(entry.count, one.count), found = true;
+    if (!found) known.push_back(one);
   }
 }
 
@@ -111,6 +133,7 @@ struct Shadow {
 struct Area {
   uintptr_t begin = 0, end = 0;
   bool writable = false;
+  int32_t before = 0, touched = 0;
   std::string name;
   Shadow shadow;
 };
@@ -126,22 +149,35 @@ struct Block {
   std::vector<Warp*> waiting;
   size_t running = 0;
   uint32_t epoch = 0;
+  std::vector<int32_t> barriers;  // by epoch, the instruction that ended it
+  Accesses remote;                // writes into its shared memory by other blocks
 };
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Warp*> waiting;
+  size_t arrived = 0;             // of the barrier at hand
+  bool relaxed = false;           // one of them without a release
   uint32_t epoch = 0;
+  std::vector<int32_t> barriers;
+  Known known, learning;          // as of the last barrier; of those that have arrived since
 };
 struct Warp {
   Block* block;
   int index;
   unsigned char* registers;
   uint32_t pc[lanes_per_warp] = {};
-  uint32_t alive = everybody, blocked = 0, epoch = 0;
+  uint32_t alive = everybody, blocked = 0, epoch = 0, gone = 0;
+  uint32_t arrived = 0, waited = 0;  // of the cluster's barriers
+  bool again = false;                // the collective that it waits in is executed once more
+  bool waited_for_launch = false;    // the one before
+  std::vector<int32_t> barriers;     // by epoch, as a block's
   uint32_t segment[lanes_per_warp] = {};
-  Known known[lanes_per_warp], pending[lanes_per_warp];
+  // Acquired; seen by an atomic, acquired by the next fence; seen by a thread of its block before a barrier: by the
+  // next fence.sc, as the order of such fences agrees with everything else.
+  Known known[lanes_per_warp], pending[lanes_per_warp], passed[lanes_per_warp];
   Stamp fenced[lanes_per_warp];
   Known fenced_known[lanes_per_warp];
+  bool fenced_strict[lanes_per_warp] = {};
 };
 
 template <typename X>
@@ -245,13 +281,21 @@ inline float of_bf16(uint16_t v) { return float_of(static_cast<uint32_t>(v) << 1
 inline uint16_t to_f16(float v) { return v != v ? 0x7fff : __builtin_bit_cast(uint16_t, static_cast<_Float16>(v)); }
 inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_Float16, v)); }
 
+template <uint16_t (*to)(float), float (*of)(uint16_t)>
+inline uint32_t larger_pair(uint32_t a, uint32_t b) {
+  const auto one = [&](int shift) {
+    return uint32_t{to(larger(of(static_cast<uint16_t>(a >> shift)), of(static_cast<uint16_t>(b >> shift))))};
+  };
+  return one(0) | one(16) << 16;
+}
+
 // name, what it does; x, y, z are the operands of a lane in this type.
 // Handled by hand; the collectives stand together.
 #define SPECIAL_OPERATIONS(X) \
   X(nop, ) X(exit_, ) X(bra, ) X(trap, ) X(special, ) X(ld_param, ) X(ld_global, ) X(st_global, ) X(ld_shared, ) \
-  X(st_shared, ) X(st_cluster, ) X(atom_add_relaxed, ) X(atom_add_acq_rel, ) X(fence, ) X(prefetch, ) X(bar_sync, ) \
-  X(bar_warp, ) X(cluster_sync, ) X(shfl_bfly, ) X(vote_any, ) X(redux_add, ) \
-  X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
+  X(st_shared, ) X(st_cluster, ) X(atom_add_relaxed, ) X(atom_add_acq_rel, ) X(fence, ) X(prefetch, ) \
+  X(launch_wait, ) X(gone, ) X(bar_sync, ) X(bar_warp, ) X(cluster_arrive, ) X(cluster_wait, ) X(shfl_bfly, ) \
+  X(shfl_idx, ) X(vote_any, ) X(redux_add, ) X(redux_min, ) X(redux_max, ) X(st_matrix, ) X(ld_matrix, )
 #define OPERATIONS_OF_LANES(X) \
   X(mov_pred, UN(bool, bool, x)) X(mov_b16, UN(uint16_t, uint16_t, x)) X(mov_b32, UN(uint32_t, uint32_t, x)) \
   X(mov_b64, UN(uint64_t, uint64_t, x)) \
@@ -265,6 +309,8 @@ inline float of_f16(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_
   X(rcp_f32, UN(float, float, 1.0f / x)) X(rcp_approx_f32, UN(float, float, rcp_approximate(x, seed))) \
   X(ex2_approx_f32, UN(float, float, ex2_approximate(x, seed))) \
   X(lg2_approx_f32, UN(float, float, lg2_approximate(x, seed))) \
+  X(max_bf16x2, BI(uint32_t, uint32_t, (larger_pair<to_bf16, of_bf16>(x, y)))) \
+  X(max_f16x2, BI(uint32_t, uint32_t, (larger_pair<to_f16, of_f16>(x, y)))) \
   X(min_f32, BI(float, float, smaller(x, y))) X(max_f32, BI(float, float, larger(x, y))) \
   X(neg_f32, UN(float, float, -x)) X(abs_f32, UN(float, float, std::fabs(x))) \
   X(abs_ftz_f32, UN(float, float, flushed(std::fabs(x)))) \
@@ -342,6 +388,7 @@ enum Op {
 #undef NAME
       op_count
 };
+constexpr int first_of_lanes = op_mov_pred;
 const char* const op_names[] = {
 #define NAME(name, body) #name,
     OPERATIONS(NAME)
@@ -410,7 +457,7 @@ class Machine {
       const Range& range = launch.range[i];
       Area area;
       area.begin = range.begin, area.end = range.begin + range.bytes, area.writable = range.writable != 0;
-      area.name = range.name;
+      area.name = range.name, area.before = range.before;
       area.shadow.granule = 2;
       if (area.writable) area.shadow.cells.resize((range.bytes + 1) / 2);
       areas_.push_back(std::move(area));
@@ -427,6 +474,7 @@ class Machine {
     if (launch_.blocks % launch_.cluster != 0) fault("grid is not a multiple of the cluster");
     if (launch_.threads % lanes_per_warp != 0) fault("a block is not made of whole warps");
     std::vector<int> order(static_cast<size_t>(launch_.blocks / launch_.cluster));
+    releases_of_cluster_.resize(order.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
     std::shuffle(order.begin(), order.end(), random_);
     const size_t together = static_cast<size_t>(std::max(1, resident_threads / (launch_.threads * launch_.cluster)));
@@ -450,6 +498,7 @@ class Machine {
       if (unfinished_ > 0)
         fault("deadlock: " + std::to_string(unfinished_) + " warps wait for others that have left or wait elsewhere");
     }
+    for (size_t i = 0; i < areas_.size(); ++i) launch_.range[i].touched |= areas_[i].touched;
   }
 
  private:
@@ -464,11 +513,13 @@ class Machine {
   std::vector<unsigned char> constants_;
   std::vector<std::unique_ptr<Cluster>> clusters_;
   std::vector<Warp*> runnable_;
-  std::vector<Reads> reads_;
+  std::vector<std::vector<Stamp>> others_;
+  std::vector<std::vector<char>> releases_of_cluster_;  // by epoch of its barrier: whether that orders memory
   std::unordered_map<uint64_t, std::vector<Release>> releases_;
   Warp* warp_ = nullptr;
   size_t unfinished_ = 0, used_registers_ = 0;
   uint32_t at_ = 0;
+  bool peeking_ = false;  // what a mutant's load would have found: leaves no trace
   static std::vector<std::unique_ptr<unsigned char[]>> register_files_;
   static std::vector<size_t> register_bytes_;
 
@@ -480,6 +531,18 @@ class Machine {
       register_bytes_[used_registers_] = bytes;
     }
     return register_files_[used_registers_++].get();
+  }
+
+  // What a mutant no longer writes is noise, and not what an earlier launch has left there.
+  void forget(unsigned char* registers) {
+    if (launch_.mutant < 0) return;
+    const Instruction& i = program_.code[launch_.mutant];
+    if (i.op == op_bra) {
+      std::memset(registers, noise[0], static_cast<size_t>(program_.register_bytes));
+    } else if (i.width > 0) {
+      for (int k = 0; k < std::max(i.count, 1); ++k)
+        if (i.r[k] >= 0) std::memset(registers + i.r[k], noise[0], static_cast<size_t>(i.width) * lanes_per_warp);
+    }
   }
 
   void start(int index) {
@@ -496,6 +559,7 @@ class Machine {
         block.warps.push_back(std::make_unique<Warp>());
         Warp& warp = *block.warps.back();
         warp.block = &block, warp.index = w, warp.registers = register_file();
+        forget(warp.registers);
         runnable_.push_back(&warp);
         ++unfinished_;
       }
@@ -509,38 +573,114 @@ class Machine {
   Stamp now(int lane) const {
     Stamp s;
     s.thread = thread_of(*warp_, lane), s.in_block = warp_->block->epoch, s.in_warp = warp_->epoch;
-    s.in_cluster = warp_->block->cluster->epoch, s.segment = warp_->segment[lane];
+    s.arrived = warp_->arrived, s.waited = warp_->waited, s.segment = warp_->segment[lane], s.gone = warp_->gone;
     s.instruction = static_cast<int32_t>(at_);
     return s;
+  }
+  // The first barrier of a cluster, at or after the `arrived`-th, of which all arrivals released.
+  uint32_t releasing(int cluster, uint32_t arrived) const {
+    const std::vector<char>& releases = releases_of_cluster_[static_cast<size_t>(cluster)];
+    while (arrived < releases.size() && !releases[arrived]) ++arrived;
+    return arrived;
+  }
+  // Of the barriers between an access and a later one of the same block or cluster: none, or one that orders them.
+  enum Order { none, by_program, by_block, by_warp, by_cluster };
+  Order barrier_between(const Stamp& before, const Stamp& later) const {
+    if (before.spread == 0 && before.thread == later.thread) return by_program;
+    const int block = block_of(before), theirs = block_of(later);
+    if (block == theirs) {
+      if (before.in_block < later.in_block) return by_block;
+      if (before.spread < 2 && before.thread / lanes_per_warp == later.thread / lanes_per_warp &&
+          before.in_warp < later.in_warp)
+        return by_warp;
+    }
+    const int cluster = block / launch_.cluster;
+    if (cluster == theirs / launch_.cluster && before.arrived < later.waited &&
+        releasing(cluster, before.arrived) < later.waited)
+      return by_cluster;
+    return none;
   }
 
   // Whether `before`, which was executed earlier, is ordered before what thread `me` does now.
   bool ordered(const Stamp& before, const Stamp& me, int lane) {
     if (before.thread < 0) return true;
-    if (before.spread == 0 && before.thread == me.thread) return true;
-    const int block = block_of(before), mine = block_of(me);
-    if (block == mine) {
-      if (before.in_block < me.in_block) return true;
-      if (before.spread < 2 && before.thread / lanes_per_warp == me.thread / lanes_per_warp &&
-          before.in_warp < me.in_warp)
-        return true;
+    const Order order = barrier_between(before, me);
+    if (order == none) return knows(warp_->known[lane], before);
+    if (launch_.orders != nullptr && order != by_program && before.gone < me.gone) {
+      // A mutant lacks a barrier between the two: which one orders them in its place?
+      const std::vector<int32_t>& barriers = order == by_block  ? warp_->block->barriers
+                                             : order == by_warp ? warp_->barriers
+                                                                : warp_->block->cluster->barriers;
+      const uint32_t epoch = order == by_block  ? before.in_block
+                             : order == by_warp ? before.in_warp
+                                                : releasing(block_of(me) / launch_.cluster, before.arrived);
+      ++launch_.orders[barriers[epoch]];
     }
-    if (block / launch_.cluster == mine / launch_.cluster && before.in_cluster < me.in_cluster) return true;
-    return knows(warp_->known[lane], before);
+    return true;
+  }
+  bool ordered(const Accesses& before, const Stamp& me, int lane) {
+    return unordered(before, me, lane).thread < 0;
+  }
+  // Of several accesses one that is not ordered before `me`.
+  Stamp unordered(const Accesses& before, const Stamp& me, int lane) {
+    if (!ordered(before.last, me, lane)) return before.last;
+    if (before.others >= 0)
+      for (const Stamp& one : others_[static_cast<size_t>(before.others)])
+        if (!ordered(one, me, lane)) return one;
+    return Stamp();
+  }
+  // Whether an atomic of this thread, or of one that it is ordered after, came after all others of that place so far:
+  // then so does what this thread does next.
+  bool observed(uint64_t place, int lane) {
+    const size_t all = releases_[place].size();
+    const auto in = [&](const Known& known) {
+      return std::any_of(known.begin(), known.end(),
+                         [&](const Learnt& one) { return one.place == place && one.count >= all; });
+    };
+    return all > 0 && (in(warp_->pending[lane]) || in(warp_->passed[lane]) || in(warp_->known[lane]));
   }
   bool knows(const Known& known, const Stamp& before) {
-    for (const auto& [place, count] : known) {
-      const std::vector<Release>& list = releases_[place];
-      for (size_t i = 0; i < count; ++i) {
+    for (const Learnt& learnt : known) {
+      const std::vector<Release>& list = releases_[learnt.place];
+      for (size_t i = 0; i < learnt.count; ++i) {
+        if (learnt.strict && !list[i].strict) continue;
         const Stamp& by = list[i].by;
+        if (by.thread < 0) continue;
         if (before.spread == 0 && by.thread == before.thread && before.segment < by.segment) return true;
-        const int block = block_of(before), theirs = block_of(by);
-        if (block == theirs && before.in_block < by.in_block) return true;
-        if (block / launch_.cluster == theirs / launch_.cluster && before.in_cluster < by.in_cluster) return true;
-        if (!list[i].known.empty() && knows(list[i].known, before)) return true;
+        const Order order = barrier_between(before, by);
+        if (order != none && order != by_program) return true;
+        for (const Learnt& further : list[i].known)  // of this place, all that it knew stand in the list themselves
+          if (further.place != learnt.place && knows({further}, before)) return true;
       }
     }
     return false;
+  }
+
+  // Adds an access to others of the same kind. Whatever is ordered after the sum is ordered after each of them.
+  void add(Accesses& sum, const Stamp& me) {
+    Stamp* of_block = &sum.last;
+    if (sum.last.thread >= 0 && block_of(sum.last) != block_of(me)) {
+      if (sum.others < 0) sum.others = static_cast<int32_t>(others_.size()), others_.emplace_back();
+      std::vector<Stamp>& others = others_[static_cast<size_t>(sum.others)];
+      const auto found =
+          std::find_if(others.begin(), others.end(), [&](const Stamp& s) { return block_of(s) == block_of(me); });
+      if (found == others.end()) {
+        others.push_back(me);
+        return;
+      }
+      of_block = &*found;
+    }
+    Stamp& last = *of_block;
+    if (last.thread < 0 || barrier_between(last, me) != none) {
+      last = me;
+      return;
+    }
+    const bool one_warp = last.spread < 2 && last.thread / lanes_per_warp == me.thread / lanes_per_warp;
+    const Stamp earlier = last;
+    last = me, last.spread = one_warp ? 1 : 2;
+    if (earlier.instruction != me.instruction) last.instruction = -2;
+    last.in_block = std::max(last.in_block, earlier.in_block), last.in_warp = std::max(last.in_warp, earlier.in_warp);
+    last.arrived = std::max(last.arrived, earlier.arrived), last.gone = std::max(last.gone, earlier.gone);
   }
 
   std::string who(const Stamp& s) const {
@@ -561,41 +701,41 @@ class Machine {
       if (thread != write.thread) found_.threads[read.instruction].insert(thread);
   }
 
-  void note_read(Cell& cell, const Stamp& me, int lane, const std::string& where, size_t byte) {
-    if (!ordered(cell.write, me, lane))
-      suspect(me, cell.write, race("write", "read", cell.write, me, where + " at byte " + std::to_string(byte)));
-    Stamp& last = cell.read;
-    if (last.thread < 0 || (last.spread == 0 && last.thread == me.thread)) {
-      last = me;
-    } else if (block_of(last) == block_of(me)) {
-      if (last.in_block < me.in_block || last.in_cluster < me.in_cluster) {
-        last = me;
-      } else {
-        const bool one_warp = last.spread < 2 && last.thread / lanes_per_warp == me.thread / lanes_per_warp;
-        const int32_t spread = !one_warp ? 2 : last.in_warp < me.in_warp ? 0 : 1;
-        const int32_t instruction = spread == 0 || last.instruction == me.instruction ? me.instruction : -2;
-        last = me, last.spread = spread, last.instruction = instruction;
-      }
-    } else {
-      if (cell.other_blocks < 0) cell.other_blocks = static_cast<int32_t>(reads_.size()), reads_.emplace_back();
-      std::vector<Stamp>& others = reads_[static_cast<size_t>(cell.other_blocks)].of_block;
-      const auto found =
-          std::find_if(others.begin(), others.end(), [&](const Stamp& s) { return block_of(s) == block_of(last); });
-      if (found == others.end()) others.push_back(last);
-      else *found = last;
-      last = me;
-    }
+  // The rules by which a launch without a fault has one result. By induction over what each thread reads: where a
+  // location's bytes change, the write is ordered after every earlier access of it; a write of the bytes that are there
+  // is ordered after everything that met other bytes; a read is ordered after all who wrote what it finds, unless it
+  // stood there before the launch. Then no other schedule can put other bytes in front of a read.
+  void note_read(Cell& cell, const Stamp& me, int lane, const std::string& where, size_t byte, uint64_t place = 0) {
+    if (cell.changed && !(cell.atomic && observed(place, lane)))
+      if (const Stamp write = unordered(cell.writes, me, lane); write.thread >= 0)
+        suspect(me, write, race("write", "read", write, me, where + " at byte " + std::to_string(byte)));
+    add(cell.reads, me);
   }
   void note_write(Cell& cell, const Stamp& me, int lane, bool atomic, const std::string& where, size_t byte,
-                  bool same = false) {
-    const auto text = [&] { return where + " at byte " + std::to_string(byte); };
-    if (!(atomic && cell.atomic) && !same && !ordered(cell.write, me, lane))
-      fault(race("write", "write", cell.write, me, text()));
-    if (!ordered(cell.read, me, lane)) suspect(cell.read, me, race("read", "write", cell.read, me, text()));
-    if (cell.other_blocks >= 0)
-      for (const Stamp& read : reads_[static_cast<size_t>(cell.other_blocks)].of_block)
-        if (!ordered(read, me, lane)) suspect(read, me, race("read", "write", read, me, text()));
-    cell.write = me, cell.read = Stamp(), cell.other_blocks = -1, cell.atomic = atomic;
+                  bool same, uint64_t place = 0, bool strict = false) {
+    const bool joins = same || (atomic && cell.atomic);  // atomics are ordered among themselves
+    const auto check = [&](const Accesses& before, const char* kind) {
+      const Stamp one = unordered(before, me, lane);
+      if (one.thread < 0 || (cell.atomic && !joins && &before == &cell.writes && observed(place, lane))) return;
+      const std::string words = race(kind, "write", one, me, where + " at byte " + std::to_string(byte));
+      if (kind[0] == 'w') fault(words);
+      suspect(one, me, words);
+    };
+    if (atomic || !same || strict) check(cell.reads, "read");
+    if (joins) {
+      // Scratch holds the same bytes by chance, unless the threads of one store share a part of a layout.
+      if (const Stamp one = strict ? unordered(cell.writes, me, lane) : Stamp();
+          one.thread >= 0 && one.instruction != me.instruction)
+        fault(race("write", "write", one, me, where + " at byte " + std::to_string(byte)));
+      check(cell.writes_before, "write"), check(cell.reads_before, "read");
+    } else {
+      check(cell.writes, "write");
+      cell.writes_before = cell.writes, cell.reads_before = cell.reads;
+      cell.writes = Accesses(), cell.reads = Accesses();
+    }
+    add(cell.writes, me);
+    cell.atomic = atomic && (joins ? cell.atomic || !cell.changed : true);
+    cell.changed |= atomic || !same;
   }
 
   Area& area_of(uintptr_t at, size_t bytes, bool write) {
@@ -625,17 +765,22 @@ class Machine {
       for (const Area& other : areas_)
         if (other.writable && at < other.end && at + bytes > other.begin)
           fault("load through the read-only path from " + other.name + ", which the launch writes");
+    if (!warp_->waited_for_launch && (area.before & (write ? 3 : 2)) != 0)
+      fault("access of " + area.name + ", which the launch before may still " +
+            ((area.before & 2) != 0 ? "write" : "read"));
     unsigned char* const p = reinterpret_cast<unsigned char*>(at);
+    if (peeking_) return p;
+    area.touched |= write ? 2 : 1;
     if (area.writable) {
-      // Bytes that stay what they are race with nobody: a batch that is shown again writes its ids once more.
-      const bool changes = !write || atomic || std::memcmp(p, value, bytes) != 0;
-      if (changes) {
-        const Stamp me = now(lane);
-        for (size_t byte = at - area.begin, end = byte + bytes; byte < end; byte += 2) {
-          Cell& cell = area.shadow.cells[byte / 2];
-          if (write) note_write(cell, me, lane, atomic, area.name, byte);
-          else note_read(cell, me, lane, area.name, byte);
-        }
+      const Stamp me = now(lane);
+      const size_t first = at - area.begin;
+      for (size_t byte = first; byte < first + bytes; byte += 2) {
+        Cell& cell = area.shadow.cells[byte / 2];
+        const size_t wide = std::min<size_t>(2, first + bytes - byte), from = byte - first;
+        // A batch that is shown again writes its ids once more: the same bytes.
+        if (write) note_write(cell, me, lane, atomic, area.name, byte,
+                              !atomic && std::memcmp(p + from, value + from, wide) == 0, at);
+        else note_read(cell, me, lane, area.name, byte, at);
       }
     }
     (write ? (bytes == 16 ? counters_.stores16 : counters_.stores)
@@ -650,14 +795,15 @@ class Machine {
       fault("access outside the block's shared memory, at byte " +
             std::to_string(static_cast<int64_t>(at) - shared_base) + " of " + std::to_string(block.shared.size()));
     const size_t first = at - shared_base;
-    // Threads that hold the same part of a layout write the same: two such writes need no order.
-    const bool same = write && std::memcmp(block.shared.data() + first, value, bytes) == 0;
     const Stamp me = now(lane);
     for (size_t byte = first; byte < first + bytes; ++byte) {
-      if (write) note_write(block.shadow.cells[byte], me, lane, false, "shared memory", byte, same);
-      else if (block.shadow.cells[byte].write.thread < 0)
+      Cell& cell = block.shadow.cells[byte];
+      // Threads that hold the same part of a layout write the same. What was there before anybody is not the same.
+      if (write) note_write(cell, me, lane, false, "shared memory", byte,
+                            cell.changed && block.shared[byte] == value[byte - first], 0, true);
+      else if (!cell.changed)
         fault("read of shared memory that nobody has written, at byte " + std::to_string(byte));
-      else note_read(block.shadow.cells[byte], me, lane, "shared memory", byte);
+      else if (!peeking_) note_read(cell, me, lane, "shared memory", byte);
     }
     return block.shared.data() + first;
   }
@@ -698,41 +844,43 @@ class Machine {
     std::memcpy(p, &after, bytes);
     set_lane(i.r[0], i.size, lane, reinterpret_cast<unsigned char*>(&before), i.size);
     std::vector<Release>& list = releases_[at];
-    Known seen = {{at, list.size()}};
+    const Known seen = {{at, list.size() + 1, false}};
     if (acq_rel) {
-      learn(warp_->known[lane], seen);
       ++warp_->segment[lane];
-      list.push_back({now(lane), warp_->known[lane]});
+      list.push_back({now(lane), warp_->known[lane], false});
+      learn(warp_->known[lane], seen);
     } else {
+      // Without a fence before it, it publishes nothing but itself.
+      list.push_back({warp_->fenced[lane], warp_->fenced_known[lane], warp_->fenced_strict[lane]});
       learn(warp_->pending[lane], seen);
-      if (warp_->fenced[lane].thread >= 0) list.push_back({warp_->fenced[lane], warp_->fenced_known[lane]});
     }
   }
 
-  template <typename Waiting>
-  bool arrive(Waiting& waiting, size_t expected) {
-    waiting.push_back(warp_);
-    return waiting.size() == expected;
-  }
-  // What one thread has acquired, or will have by a fence, all threads have behind the barrier.
+  // What one thread has acquired, or will have by a fence.sc, all threads have behind the barrier.
   void share_known(const std::vector<Warp*>& warps) {
-    Known known, pending;
+    Known known, passed;
+    for (Warp* w : warps) gather(*w, known, passed);
+    if (known.empty() && passed.empty()) return;
     for (Warp* w : warps)
-      for (int l = 0; l < lanes_per_warp; ++l) learn(known, w->known[l]), learn(pending, w->pending[l]);
-    if (known.empty() && pending.empty()) return;
-    for (Warp* w : warps)
-      for (int l = 0; l < lanes_per_warp; ++l) w->known[l] = known, w->pending[l] = pending;
+      for (int l = 0; l < lanes_per_warp; ++l) w->known[l] = known, w->passed[l] = passed;
+  }
+  static void gather(Warp& w, Known& known, Known& passed) {
+    for (int l = 0; l < lanes_per_warp; ++l) {
+      learn(known, w.known[l]), learn(passed, w.passed[l]);
+      for (Learnt one : w.pending[l]) one.strict = true, learn(passed, {one});
+    }
   }
 
   // A collective of all lanes. True: the warp goes on; false: it waits.
   bool collective(const Instruction& i) {
-    if (i.op != op_bar_sync && i.op != op_cluster_sync && i.op < op_st_matrix) {
+    if (i.op != op_bar_sync && i.op != op_cluster_arrive && i.op != op_cluster_wait && i.op < op_st_matrix) {
       const uint32_t* const named = row<uint32_t>(i.r[4]);
       for (int l = 0; l < lanes_per_warp; ++l)
         if (named[l] != everybody) fault("a collective that does not name all lanes");
     }
     switch (i.op) {
-      case op_shfl_bfly: {
+      case op_shfl_bfly:
+      case op_shfl_idx: {
         uint32_t from[lanes_per_warp];
         std::memcpy(from, row<uint32_t>(i.r[1]), sizeof from);
         const uint32_t *const mask = row<uint32_t>(i.r[2]), *const clamp = row<uint32_t>(i.r[3]);
@@ -740,7 +888,8 @@ class Machine {
           if (clamp[l] != 31) fault("an exchange within parts of a warp");
         if (i.imm != no_register) std::memset(row<bool>(static_cast<int32_t>(i.imm)), 1, lanes_per_warp);
         uint32_t* const d = row<uint32_t>(i.r[0]);
-        for (int l = 0; l < lanes_per_warp; ++l) d[l] = from[(static_cast<uint32_t>(l) ^ mask[l]) & 31];
+        for (int l = 0; l < lanes_per_warp; ++l)
+          d[l] = from[(i.op == op_shfl_idx ? mask[l] : static_cast<uint32_t>(l) ^ mask[l]) & 31];
         break;
       }
       case op_vote_any: {
@@ -780,24 +929,49 @@ class Machine {
         break;
       case op_bar_warp:
         ++warp_->epoch;
+        warp_->barriers.push_back(static_cast<int32_t>(at_));
         share_known({warp_});
         break;
       case op_bar_sync: {
         Block& block = *warp_->block;
-        if (!arrive(block.waiting, block.warps.size())) return false;
+        block.waiting.push_back(warp_);
+        if (block.waiting.size() < block.warps.size()) return false;
         ++block.epoch;
+        block.barriers.push_back(static_cast<int32_t>(at_));
         share_known(block.waiting);
         runnable_.insert(runnable_.end(), block.waiting.begin(), block.waiting.end());
         block.waiting.clear();
         return false;  // the last to arrive need not be the first to go on
       }
-      case op_cluster_sync: {
+      case op_cluster_arrive: {
         Cluster& cluster = *warp_->block->cluster;
-        if (!arrive(cluster.waiting, cluster.blocks.size() * warp_->block->warps.size())) return false;
+        if (warp_->arrived != warp_->waited) fault("arrives twice at a cluster's barrier without waiting");
+        ++warp_->arrived;
+        const bool relaxed = i.imm != 0;
+        cluster.relaxed |= relaxed;
+        Known passed;
+        if (!relaxed) gather(*warp_, cluster.learning, passed);
+        if (++cluster.arrived < cluster.blocks.size() * warp_->block->warps.size()) break;
         ++cluster.epoch;
-        share_known(cluster.waiting);
+        cluster.barriers.push_back(static_cast<int32_t>(at_));
+        releases_of_cluster_[static_cast<size_t>(warp_->block->index / launch_.cluster)].push_back(!cluster.relaxed);
+        learn(cluster.known, cluster.learning);
+        cluster.arrived = 0, cluster.relaxed = false, cluster.learning.clear();
         runnable_.insert(runnable_.end(), cluster.waiting.begin(), cluster.waiting.end());
         cluster.waiting.clear();
+        break;
+      }
+      case op_cluster_wait: {
+        Cluster& cluster = *warp_->block->cluster;
+        if (warp_->arrived == warp_->waited) fault("waits for a cluster's barrier without having arrived");
+        if (warp_->waited < cluster.epoch) {
+          ++warp_->waited;
+          for (int l = 0; l < lanes_per_warp; ++l) learn(warp_->known[l], cluster.known);
+          runnable_.push_back(warp_);
+        } else {
+          warp_->again = true;  // the instruction is executed again when all have arrived
+          cluster.waiting.push_back(warp_);
+        }
         return false;
       }
     }
@@ -812,6 +986,8 @@ class Machine {
       uint32_t ready = w.alive & ~w.blocked;
       if (ready == 0) {
         if (w.alive == 0) {
+          for (int l = 0; l < lanes_per_warp; ++l)
+            if (!ordered(w.block->remote, now(l), l)) fault(leaving);
           --unfinished_, --w.block->running;
           return;
         }
@@ -821,8 +997,13 @@ class Machine {
         if (w.alive != everybody) fault("a collective of a warp of which lanes have left");
         for (int l = 0; l < lanes_per_warp; ++l) w.pc[l] = pc + 1;
         w.blocked = 0;
-        launch_.executed[pc] = 1;
-        if (!collective(code[pc])) return;
+        launch_.executed[pc] = 1, ++launch_.issued[pc];
+        ++counters_.steps;
+        const bool goes_on = collective(code[pc]);
+        if (w.again)
+          for (int l = 0; l < lanes_per_warp; ++l) w.pc[l] = pc;
+        w.again = false;
+        if (!goes_on) return;
         continue;
       }
       // The lanes that are furthest behind go first: they meet the others again where their ways join.
@@ -845,16 +1026,20 @@ class Machine {
         const Instruction& i = code[pc];
         uint32_t active = mask;
         if (i.guard_kind != 0) {
-          const uint32_t holds = truth(i.guard);
-          active &= i.guard_kind == 1 ? holds : ~holds;
+          active &= guarded(i);
         }
         if (active != 0) launch_.executed[pc] = 1;
+        ++launch_.issued[pc];
+        if (++counters_.steps > launch_.steps) fault("does not end");
+        if (static_cast<int32_t>(pc) == launch_.mutant && execute_mutant(i, mask, active, seed)) continue;
         if (i.op >= op_bar_sync && i.op <= op_ld_matrix) {
           if (mask == w.alive && mask == everybody) {
             if (collective(i)) continue;
-            put(mask, pc + 1);
+            put(mask, w.again ? pc : pc + 1);
+            w.again = false;
             return;
           }
+          --launch_.issued[pc];  // but once, when all lanes have met
           put(mask, pc);
           w.blocked |= mask;
           break;
@@ -952,12 +1137,15 @@ class Machine {
   void execute(const Instruction& i, uint32_t mask, uint64_t seed) {
     switch (i.op) {
       case op_trap: fault("trap");
+      case op_launch_wait: warp_->waited_for_launch = true; return;
+      case op_gone: ++warp_->gone; return;
       case op_special: return special(i, mask);
       case op_fence:
         lanes(mask, [&](int l) {
           learn_pending(l);
+          if (i.imm != 0) learn(warp_->known[l], warp_->passed[l]);
           ++warp_->segment[l];
-          warp_->fenced[l] = now(l), warp_->fenced_known[l] = warp_->known[l];
+          warp_->fenced[l] = now(l), warp_->fenced_known[l] = warp_->known[l], warp_->fenced_strict[l] = i.imm != 0;
         });
         return;
       case op_ld_param:
@@ -1002,17 +1190,19 @@ class Machine {
           const uint32_t a = static_cast<uint32_t>(at), rank = (a >> 24) - 1;
           auto& blocks = warp_->block->cluster->blocks;
           if (rank >= blocks.size()) fault("no such block in the cluster");
-          if (warp_->block->cluster->epoch == 0)
-            fault("write into the shared memory of a block that may not have begun");
+          if (warp_->waited == 0) fault("write into the shared memory of a block that may not have begun");
           Block& other = *blocks[rank];
-          if (other.running < other.warps.size()) fault("write into the shared memory of a block that is leaving");
+          if (other.running < other.warps.size()) fault(leaving);
+          add(other.remote, now(l));
           return shared(other, a & (window - 1), n, l, true, v);
         }, true);
       case op_prefetch:
         lanes(mask, [&](int l) {
           const uintptr_t at = lane_value(i.r[4], 8, l) + static_cast<uint64_t>(i.imm);
           const size_t bytes = lane_value(i.r[1], 4, l);
-          if (at % 16 != 0 || bytes % 16 != 0 || bytes == 0) fault("a bulk prefetch moves whole packets of 16 bytes");
+          if (i.flags != 0) counters_.prefetched += 127;  // the line of a byte
+          else if (at % 16 != 0 || bytes % 16 != 0 || bytes == 0)
+            fault("a bulk prefetch moves whole packets of 16 bytes");
           const bool inside = std::any_of(areas_.begin(), areas_.end(),
                                           [&](const Area& a) { return at + 16 > a.begin && at + bytes <= a.end; });
           if (!inside) fault("out of bounds prefetch");
@@ -1029,6 +1219,61 @@ class Machine {
   }
 
   static constexpr int32_t no_register = std::numeric_limits<int32_t>::max();
+  static constexpr const char* leaving = "write into the shared memory of a block that is leaving";
+
+  uint32_t guarded(const Instruction& i) {
+    if (i.guard_kind == 0) return everybody;
+    if (i.guard_kind == 3) return 0;
+    const uint32_t holds = truth(i.guard);
+    return i.guard_kind == 1 ? holds : ~holds;
+  }
+
+  // Counts where a mutant's instruction does what the original would not. True: it has been executed; a jump, a store
+  // or a collective is executed by whoever called.
+  bool execute_mutant(const Instruction& i, uint32_t mask, uint32_t active, uint64_t seed) {
+    const Instruction& o = *launch_.original;
+    const uint32_t would = mask & guarded(o);
+    const bool load = i.op == op_ld_global || i.op == op_ld_shared || i.op == op_ld_param;
+    if (!load && i.op < first_of_lanes && i.op != op_special) {
+      if (would != active || i.imm != o.imm) ++counters_.infected;
+      return false;
+    }
+    const int rows = load ? i.count : 1;
+    const size_t bytes = static_cast<size_t>(i.width) * lanes_per_warp;
+    std::vector<unsigned char> before, wanted;
+    const auto kept = [&] {
+      std::vector<unsigned char> all;
+      for (int k = 0; k < rows; ++k) {
+        const unsigned char* const p = row<unsigned char>(i.r[k]);
+        all.insert(all.end(), p, p + bytes);
+      }
+      return all;
+    };
+    before = kept();
+    const Counters counted = counters_;
+    peeking_ = true;
+    try {
+      if (would != 0) execute(o, would, seed);
+      wanted = kept();
+    } catch (const std::runtime_error&) {  // the mutant's own doing, by an earlier pass
+    }
+    peeking_ = false, counters_ = counted;
+    for (int k = 0; k < rows; ++k)
+      std::memcpy(row<unsigned char>(i.r[k]), &before[bytes * static_cast<size_t>(k)], bytes);
+    if (active != 0) execute(i, active, seed);
+    bool differs = wanted.empty();
+    for (int k = 0; k < rows; ++k)
+      for (int l = 0; l < lanes_per_warp && !wanted.empty(); ++l) {
+        unsigned char* const got = row<unsigned char>(i.r[k]) + l * i.width;
+        if (std::memcmp(got, &wanted[bytes * static_cast<size_t>(k) + static_cast<size_t>(l * i.width)],
+                        static_cast<size_t>(i.width)) == 0)
+          continue;
+        differs = true;
+        if (launch_.noise != 0 && i.width > 1) std::memcpy(got, noise, static_cast<size_t>(i.width));
+      }
+    counters_.infected += differs;
+    return true;
+  }
 
   // As a float of any size large, and no NaN: a maximum would pass over that.
   static constexpr unsigned char noise[8] = {0x4b, 0x4b, 0x4b, 0x4b, 0x4b, 0x4b, 0x4b, 0x4b};
@@ -1128,6 +1373,15 @@ int ptx_run(const Program* program, const Launch* launch, Counters* counters, ch
         for (int32_t thread : threads) more |= noisy.threads[where].count(thread) == 0;
       if (!more) break;
     }
+    uint64_t digest = 0;
+    memory([&](const unsigned char* p, size_t bytes) {
+      for (size_t at = 0; at < bytes; at += 8) {
+        uint64_t word = 0;
+        std::memcpy(&word, p + at, std::min<size_t>(8, bytes - at));
+        digest = mixed(digest * 0x9e3779b97f4a7c15ull + word + at);
+      }
+    });
+    counters->digest = digest;
   } catch (const std::exception& e) {
     std::strncpy(error, e.what(), static_cast<size_t>(room) - 1);
     return 1;

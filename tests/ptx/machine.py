@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ class _Range(ctypes.Structure):
         ("bytes", ctypes.c_size_t),
         ("writable", ctypes.c_int32),
         ("name", ctypes.c_char_p),
+        ("before", ctypes.c_int32),
+        ("touched", ctypes.c_int32),
     )
 
 
@@ -106,13 +109,20 @@ class _Launch(ctypes.Structure):
         *((n, ctypes.c_int32) for n in ("blocks", "threads", "cluster", "ranges")),
         ("seed", ctypes.c_uint64),
         ("card", ctypes.c_uint64),
+        ("steps", ctypes.c_uint64),
         ("parameters", ctypes.c_char_p),
         ("range", ctypes.POINTER(_Range)),
         ("executed", ctypes.c_void_p),
+        ("issued", ctypes.c_void_p),
+        ("mutant", ctypes.c_int32),
+        ("noise", ctypes.c_int32),
+        ("original", ctypes.c_char_p),
+        ("orders", ctypes.c_void_p),
     )
 
 
 COUNTERS = ("loads16", "stores16", "loads", "stores", "bytes_loaded", "bytes_stored", "prefetched")
+COUNTERS += ("steps", "infected", "digest")
 
 
 class _Counters(ctypes.Structure):
@@ -134,11 +144,21 @@ class Fault(RuntimeError):
 
 
 class Kernel:
-    """A program as the machine takes it. ``shared_bytes``: of dynamic shared memory."""
+    """A program as the machine takes it. ``shared_bytes``: of dynamic shared memory.
+
+    ``launches``, where it is a list, gets what each launch has counted. A ``mutant`` (a place, and what stood there)
+    has its differences counted too; ``noise`` has its results replaced where they differ; ``orders``, of four bytes per
+    instruction, counts for each barrier the pairs of accesses that it orders in place of a lost one.
+    """
 
     def __init__(self, program: Program, shared_bytes: int = 0) -> None:
         self.program, self._library = program, _library()[0]
         self.executed = bytearray(len(program.code))
+        self.issued = (ctypes.c_uint64 * len(program.code))()
+        self.launches: list[dict[str, int]] | None = None
+        self.mutant: tuple[int, ptx.Instruction] | None = None
+        self.noise, self.orders = False, bytearray()
+        self.steps = 2**40  # after which a launch has hung
         code = ptx.packed(program.code, _library()[1])
         constants = (_Constant * max(len(program.constants), 1))(*program.constants)
         self._raw = _Program(
@@ -147,21 +167,33 @@ class Kernel:
             len(program.constants), constants,
         )  # fmt: skip
 
-    def changed(self, index: int, instruction: ptx.Instruction) -> Kernel:
-        """The same kernel with another instruction in one place."""
-        return Kernel(self.program.with_change(index, instruction), self._raw.shared_bytes)
+    def changed(self, changes: dict[int, ptx.Instruction], program: Program | None = None) -> Kernel:
+        """The same kernel (or ``program``, the same with other constants) with other instructions in some places."""
+        code = list((program or self.program).code)
+        for index, instruction in changes.items():
+            code[index] = instruction
+        kernel = Kernel(replace(program or self.program, code=code), self._raw.shared_bytes)
+        kernel.launches = []
+        first = min(changes)
+        kernel.mutant = first, self.program.code[first]
+        return kernel
 
     def run(
         self, parameters: bytes, ranges: Sequence[tuple[int, int, bool, str]], *, blocks: int, threads: int,
-        cluster: int = 1, seed: int = 0, card: int | None = None,
-    ) -> dict[str, int]:  # fmt: skip
-        """One launch over memory (address, bytes, writable, name); what it moved, or ``Fault``.
+        cluster: int = 1, seed: int = 0, card: int | None = None, before: Sequence[int] = (),
+    ) -> dict[str, Any]:  # fmt: skip
+        """One launch over memory (address, bytes, writable, name); what it moved and touched, or ``Fault``.
 
-        ``seed`` draws the order of threads and atomics, ``card`` how the approximate instructions err.
+        ``seed`` draws the order of threads and atomics, ``card`` how the approximate instructions err. ``before``: what
+        an earlier launch, which may be under way still, has touched: per range 1 read, 2 written.
         """
         if len(parameters) != self.program.parameter_bytes:
             raise ValueError(f"{len(parameters)} bytes of parameters, expected {self.program.parameter_bytes}")
         memory = (_Range * max(len(ranges), 1))(*[(a, n, w, name.encode()) for a, n, w, name in ranges])
+        for one, flags in zip(memory, before, strict=False):
+            one.before = flags
+        original = ptx.packed([self.mutant[1]], _library()[1]) if self.mutant else None
+        orders = (ctypes.c_ubyte * len(self.orders)).from_buffer(self.orders) if self.orders else None
         executed = (ctypes.c_ubyte * len(self.executed)).from_buffer(self.executed)
         launch = _Launch(
             blocks,
@@ -170,9 +202,15 @@ class Kernel:
             len(ranges),
             seed,
             seed if card is None else card,
+            self.steps,
             parameters,
             memory,
             ctypes.addressof(executed),
+            ctypes.addressof(self.issued),
+            self.mutant[0] if self.mutant else -1,
+            self.noise,
+            original,
+            ctypes.addressof(orders) if orders else None,
         )
         counters, error = _Counters(), ctypes.create_string_buffer(2000)
         failed = self._library.ptx_run(
@@ -183,4 +221,7 @@ class Kernel:
             if at := found.rpartition("instruction ")[2].rstrip(")"):
                 found += f": {self.program.code[int(at)].text}" if at.isdigit() else ""
             raise Fault(found)
-        return {name: getattr(counters, name) for name in COUNTERS}
+        counted: dict[str, Any] = {name: getattr(counters, name) for name in COUNTERS}
+        if self.launches is not None:
+            self.launches.append(dict(counted))
+        return counted | {"touched": [one.touched for one in memory[: len(ranges)]]}

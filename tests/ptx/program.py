@@ -109,6 +109,8 @@ def _table() -> dict[str, tuple[str, tuple[int, ...], int]]:
         known(f"cvt.rn.{name}", f"cvt_{name.replace('.', '_')}", WIDTH[to], WIDTH[of])
     known("cvt.rn.bf16x2.f32", "cvt_bf16x2_f32", 4, 4, 4)
     known("cvt.rn.f16x2.f32", "cvt_f16x2_f32", 4, 4, 4)
+    known("max.bf16x2", "max_bf16x2", 4, 4, 4)
+    known("max.f16x2", "max_f16x2", 4, 4, 4)
     known("mapa.shared::cluster.u32", "mapa", 4, 4, 4)
     # An address within global or shared memory and the generic one are the same number here.
     known("cvta.to.global.u64 cvta.global.u64", "mov_b64", 8, 8)
@@ -137,6 +139,7 @@ class Instruction:
     flags: int = 0
     imm: int = 0
     text: str = ""
+    line: int = 0  # of the module's text
 
 
 @dataclass
@@ -156,8 +159,11 @@ class Program:
     def parameter_bytes(self) -> int:
         return sum(self.parameters[-1]) if self.parameters else 0
 
-    def with_change(self, index: int, instruction: Instruction) -> Program:
-        return replace(self, code=[*self.code[:index], instruction, *self.code[index + 1 :]])
+    def with_constant(self, bits: int, width: int) -> tuple[Program, int]:
+        """The program with a constant more, and the operand that reads it."""
+        constants = [*self.constants, (bits & ((1 << 8 * width) - 1), width, self.constant_bytes)]
+        room = self.constant_bytes + -(-32 * width // 64) * 64
+        return replace(self, constants=constants, constant_bytes=room), ~self.constant_bytes
 
 
 def entries(text: str) -> dict[str, str]:
@@ -185,6 +191,7 @@ class _Decoder:
         self.labels: dict[str, int] = {}
         self.jumps: list[tuple[int, str]] = []
         head, _, body = text.partition(")")
+        self.line = module[: module.index(text) + text.index("{", len(head))].count("\n") + 1
         self._parameters(head)
         for kind in re.finditer(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]", module):
             self.symbols[kind.group(1)] = ("shared", 0)
@@ -266,7 +273,8 @@ class _Decoder:
 
     def _body(self, body: str) -> None:
         for statement in body.split(";"):
-            rest = statement.strip()
+            rest, first = statement.strip(), len(self.code)
+            self.line += statement.count("\n")
             while rest:
                 if rest[0] == "{":
                     self.rows.append({})
@@ -289,6 +297,8 @@ class _Decoder:
                 continue
             try:
                 self._instruction(" ".join(rest.split()))
+                for made in self.code[first:]:
+                    made.line = self.line
             except UnknownPtx as error:
                 raise UnknownPtx(f"{self.name}: {' '.join(rest.split())}: {error}") from None
         raise UnknownPtx(f"{self.name}: no end")
@@ -337,7 +347,14 @@ class _Decoder:
             made.r[4], made.r[5], made.imm, _ = self._address(operands[1])
             made.r[1] = self._value(operands[2], made.size)
         elif opcode in ("membar.gl", "fence.acq_rel.gpu", "fence.sc.gpu"):
-            made.operation = "fence"
+            made.operation, made.imm = "fence", int(opcode != "fence.acq_rel.gpu")  # membar is fence.sc
+        elif opcode == "prefetch.global.L2":
+            made.operation = "prefetch"
+            made.r[4], made.r[5], made.imm, _ = self._address(operands[0])
+            made.r[1], made.flags = self._constant(1, 4), 1
+        elif opcode in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+            # When dependents may begin is a matter of time: the machine takes them to have begun at once.
+            made.operation = "launch_wait" if opcode.endswith("wait") else "nop"
         elif opcode.startswith("createpolicy.fractional.L2::evict_"):
             made.operation = "mov_b64"
             made.r[:2] = [self._value(operands[0], 8), self._constant(0, 8)]
@@ -352,6 +369,7 @@ class _Decoder:
             if opcode.startswith("cvt"):  # whose operand may be wider than it reads
                 operands = [operands[0], *(self._narrowed(o, w) for o, w in zip(operands[1:], widths[1:], strict=True))]
             made.r[: len(widths)] = [self._value(o, w) for o, w in zip(operands, widths, strict=True)]
+            made.width = widths[0]
         else:
             self._collective(made, opcode, operands)
         self.code.append(made)
@@ -363,15 +381,13 @@ class _Decoder:
             made.operation = "bar_sync"
         elif opcode == "bar.warp.sync":
             made.operation, made.r[4] = "bar_warp", self._value(operands[0], 4)
-        elif opcode == "barrier.cluster.arrive.release":
-            made.operation = "nop"
-        elif opcode == "barrier.cluster.wait.acquire":
-            if not self.code or not self.code[-1].text.startswith("barrier.cluster.arrive"):
-                raise UnknownPtx("a cluster's arrive and wait apart")
-            made.operation = "cluster_sync"
-        elif opcode == "shfl.sync.bfly.b32":
+        elif found := re.fullmatch(r"barrier\.cluster\.arrive(\.release|\.relaxed)?(\.aligned)?", opcode):
+            made.operation, made.imm = "cluster_arrive", int(found[1] == ".relaxed")
+        elif re.fullmatch(r"barrier\.cluster\.wait(\.acquire)?(\.aligned)?", opcode):
+            made.operation = "cluster_wait"
+        elif opcode in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32"):
             result, _, second = operands[0].partition("|")
-            made.operation, made.imm = "shfl_bfly", NO_REGISTER
+            made.operation, made.imm = f"shfl_{opcode.split('.')[2]}", NO_REGISTER
             if second:
                 made.imm = self._value(second, 1)
             made.r[:5] = [self._value(operand, 4) for operand in (result, *operands[1:])]
@@ -459,7 +475,7 @@ class _Decoder:
             written: set[int] = set()
             for later in range(at + 1, len(self.code)):
                 i = self.code[later]
-                if later in targets or i.operation in ("bra", "exit_", "bar_sync", "cluster_sync"):
+                if later in targets or i.operation in ("bra", "exit_", "bar_sync", "cluster_wait"):
                     break
                 if i.operation.startswith("selp") and load.r[0] in i.r[1:3]:
                     if i.r[3] not in written and not i.guard_kind:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
 
-from . import mutants
+from . import fuzz, mutants
 from .machine import Kernel
 from .oracle import Stream, batch, compare
 from .triton_device import PRETENDED, TritonDevice, instead
@@ -58,7 +59,7 @@ def options_of(options: dict[str, Any], rows: int, classes: int, step: int) -> d
 
 
 def run(name: str, seed: int = 0) -> None:
-    """The calls of one case."""
+    """The calls of one case; with a ``seed``, calls at random of the same kernels."""
     from dlb_fast.kernels import launch
 
     classes, rows, dtype, options = CASES[name]
@@ -67,7 +68,16 @@ def run(name: str, seed: int = 0) -> None:
     if options.get("counted"):  # a batch of these few rows by the kernel that counts
         launch.COUNT_HERE_ROWS, launch.COUNT_CHUNK = 4, 16
     try:
-        if options.get("roll"):
+        if options.get("roll") and seed:
+            pick, g = random.Random(seed), torch.Generator().manual_seed(seed)
+            made = options_of(options, rows, classes, seed)
+            masked = (made.pop("kd_mask", None) is not None,)
+            stream = Stream(device, classes, pick.choice([rows // 2, rows // 2 + 1, rows]), DTYPES[dtype])
+            logits, target, _ = batch(rows, classes, DTYPES[dtype], seed=seed, scale=pick.choice([0.1, 2.0, 10.0]))
+            target[torch.rand(rows, generator=g) < 0.2] = -100
+            given = {"alpha": 0.7, **made}
+            fuzz.steps(stream, logits, target, pick, g, given, (True,), masked, ((0, 0),))
+        elif options.get("roll"):
             stream = Stream(device, classes, rows // 2, DTYPES[dtype])
             for step, moved in enumerate((0, 1, 1, 2, 3)):  # the first, the next, that one again, the next, a last one
                 logits, target, _ = batch(rows, classes, DTYPES[dtype], seed=classes + moved)
@@ -79,59 +89,54 @@ def run(name: str, seed: int = 0) -> None:
                     ids[rows // 2 :] = ids[: rows // 2]
                 given = {"alpha": 0.7, **options_of(options, rows, classes, step)}
                 stream.step(logits, target, ids, **given)
-            return
-        logits, target, teacher = batch(rows, classes, DTYPES[dtype], seed=classes)
-        target[1] = -100
-        if options.get("dense"):
-            target = torch.softmax(torch.randn(rows, classes, generator=torch.Generator().manual_seed(1)), 1)
-        kind = options["kind"]
-        given = {"logits": teacher, "probabilities": torch.softmax(teacher.float(), 1)}.get(kind)
-        if kind == "probabilities":
-            given = given.to(DTYPES[dtype]) if given is not None else None
-        made = options_of(options, rows, classes, 0)
-        compare(device.last_batch(logits, target, teacher=given, **made), logits, target, given, **made)
+        else:
+            logits, target, teacher = batch(rows, classes, DTYPES[dtype], seed=classes + seed)
+            target[1] = -100
+            if options.get("dense"):
+                target = torch.softmax(torch.randn(rows, classes, generator=torch.Generator().manual_seed(1)), 1)
+            kind = options["kind"]
+            shares = torch.softmax(teacher.float(), 1).to(DTYPES[dtype])
+            given = {"logits": teacher, "probabilities": shares}.get(kind)
+            made = options_of(options, rows, classes, seed)
+            compare(device.last_batch(logits, target, teacher=given, **made), logits, target, given, **made)
     finally:
         launch.COUNT_HERE_ROWS, launch.COUNT_CHUNK = here
 
 
-def launched(name: str) -> list[Kernel]:
-    """The kernels that a case launches, with the marks of what it has executed and no other case has."""
+def studies(name: str, calls: int) -> list[mutants.Study]:
+    """The kernels that a case launches, each with the call of the case and others at random."""
     PRETENDED.launched.clear()
     run(name)
-    kernels = list(dict.fromkeys(PRETENDED.launched))
-    for kernel in kernels:
-        kernel.executed[:] = bytes(len(kernel.executed))
-    run(name)
-    return kernels
 
-
-def check(name: str) -> None:
-    """One case, right and without a fault."""
-    run(name)
-
-
-def broken(name: str) -> dict[str, Any]:
-    """Which barriers of a case's kernels can be taken away unnoticed, and a few wrong indices and lost predicates."""
-    found: dict[str, Any] = {"barriers": 0, "unreached": [], "redundant": [], "others": 0, "unnoticed": []}
-    for kernel in launched(name):
-        code = kernel.program.code
-
-        def cases(changed: Kernel, kernel: Kernel = kernel) -> None:
+    def case(kernel: Kernel, seed: int) -> mutants.Case:
+        def call(changed: Kernel) -> None:
             with instead(kernel, changed):
-                run(name)
+                run(name, seed)
 
-        every = list(mutants.without_barriers(kernel.program))
-        reached = [mutant for mutant in every if kernel.executed[mutant[0]]]
-        found["barriers"] += len(reached)
-        found["unreached"] += [f"{at}: {code[at].text}" for at, _ in every if not kernel.executed[at]]
-        found["redundant"] += [f"{at}: {code[at].text}" for at in mutants.survivors(kernel, reached, cases)]
-        # Loads too: most predicates of Triton's stores choose one of several lanes that hold the same number.
-        lost = mutants.lost_predicates(kernel.program, mutants.ACCESSES)
-        for change in (mutants.wrong_indices(kernel.program), lost):
-            some = mutants.some(change, kernel, 6, seed=1)
-            found["others"] += len(some)
-            found["unnoticed"] += [f"{at}: {code[at].text}" for at in mutants.survivors(kernel, some, cases)]
-    return found
+        return call
+
+    kernels = list(dict.fromkeys(PRETENDED.launched))
+    return [
+        mutants.Study(
+            kernel, [case(kernel, seed) for seed in range(calls)], [case(kernel, seed) for seed in range(calls, 40)]
+        )
+        for kernel in kernels
+    ]
+
+
+def broken(name: str, barriers: bool, count: int) -> dict[str, list[mutants.Verdict]]:
+    """Verdicts by rule: of every barrier, fence and release, or of ``count`` wrong indices and lost predicates."""
+    verdicts: dict[str, list[mutants.Verdict]] = {}
+    for study in studies(name, 6 if barriers else 12):
+        if barriers:
+            chosen = study.reached(mutants.without_barriers(study.kernel.program))
+        else:
+            chosen = study.sampled(count)
+        for mutant in chosen:
+            verdict = study.judge(mutant)
+            mutant.program = None  # a process away, nobody runs it
+            verdicts.setdefault(verdict.why, []).append(verdict)
+    return verdicts
 
 
 def scaled() -> None:

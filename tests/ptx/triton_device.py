@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .harness import Result, buffer_ranges, extent
-from .machine import CACHE, Kernel, decoded
+from .machine import CACHE, COUNTERS, Kernel, decoded
 
 OUTPUTS = ("loss_ptr", "parts_ptr", "grad_ptr", "ticket_ptr", "partials_ptr", "counts_ptr")
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
@@ -129,10 +129,16 @@ def install() -> None:
 
 
 class TritonDevice:
-    """The face of ``harness.Emulator`` over ``dlb_fast.kernels``."""
+    """The face of ``harness.Emulator`` over ``dlb_fast.kernels``; as there, a fresh device has a workspace of its own.
+
+    A mutant may have left a ticket behind, for which the next launch would be blamed.
+    """
 
     def __init__(self, seed: int = 0) -> None:
+        from dlb_fast.kernels import launch
+
         self.seed = seed
+        launch._workspaces.clear()
 
     def last_batch(
         self, logits: Tensor, target: Tensor | None = None, *, teacher: Tensor | None = None, kind: str | None = None,
@@ -144,6 +150,7 @@ class TritonDevice:
 
         from dlb_fast._options import TEACHER_KIND
         from dlb_fast.kernels import last_batch_triton as triton_kernels
+        from dlb_fast.kernels import launch
 
         PRETENDED.seed, PRETENDED.counters = self.seed, []
         PRETENDED.buffer = (
@@ -159,7 +166,9 @@ class TritonDevice:
         else:
             kind = kind or ("logits" if teacher is not None else "none")
             loss, parts, grad = triton_kernels.last_batch(logits, teacher, TEACHER_KIND[kind], *given)
-        moved = {key: sum(one[key] for one in PRETENDED.counters) for key in PRETENDED.counters[0]}
+        tickets = [space.ticket.tolist() for space in launch._workspaces.values()]
+        assert all(ticket == [0, 0] for ticket in tickets), "the tickets must be back at zero after every launch"
+        moved = {key: sum(one[key] for one in PRETENDED.counters) for key in COUNTERS}
         return Result(loss, parts, grad if need_grad else None, moved)
 
     def scale_grad(self, grad: Tensor, upstream: Tensor, grad_scale: float) -> int:

@@ -1,10 +1,12 @@
 // Runs the CPU op's kernels on seeded random batches under AddressSanitizer and UBSan. Every array is a heap block of
 // exactly the size the op promises to touch, so that one element too far is an error. Prints the number of batches.
+// With the name of an array as second argument that one is an element too short, to see that it is noticed.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "../../csrc/cpu/batch_plan.h"
@@ -14,6 +16,7 @@ using namespace dlb_fast;
 namespace {
 
 std::mt19937_64 rng;
+std::string too_short;
 int64_t draw(int64_t high) { return static_cast<int64_t>(rng() % static_cast<uint64_t>(high)); }
 double real() { return std::normal_distribution<double>()(rng); }
 
@@ -25,8 +28,11 @@ struct Block {
   template <typename T> T* as() { return reinterpret_cast<T*>(bytes.get()); }
 };
 
+int64_t held(int64_t n, const char* name) { return n > 0 && *name && too_short == name ? n - 1 : n; }
+
 // Random numbers of the dtype, with infinities and NaN now and then.
-Block numbers(int64_t n, DType d) {
+Block numbers(int64_t n, DType d, const char* name = "") {
+  n = held(n, name);
   Block b(n * size_of(d));
   for (int64_t i = 0; i < n; ++i) {
     double v = 4 * real();
@@ -48,12 +54,12 @@ void one(uint64_t seed) {
   a.teacher_dtype = static_cast<DType>(draw(4));
   const DType acc = a.dtype == DType::f64 ? DType::f64 : DType::f32;
   a.logits_stride = draw(4) ? a.classes + draw(5) : 0;
-  Block logits = numbers(a.batch ? (a.batch - 1) * a.logits_stride + a.classes : 0, a.dtype);
+  Block logits = numbers(a.batch ? (a.batch - 1) * a.logits_stride + a.classes : 0, a.dtype, "logits");
   a.logits = logits.bytes.get();
   a.ignore_index = draw(2) ? -100 : draw(a.classes);
 
-  Block labels(a.batch * 2 * 8), second(a.batch * 8), lam = numbers(a.batch, acc), weight = numbers(a.classes, acc);
-  Block dense = numbers(a.batch * a.classes, acc);
+  Block labels(a.batch * 2 * 8), second(a.batch * 8), lam = numbers(a.batch, acc);
+  Block weight = numbers(a.classes, acc, "weight"), dense = numbers(a.batch * a.classes, acc, "dense");
   for (int64_t i = 0; i < a.batch; ++i) {
     labels.as<int64_t>()[2 * i] = draw(6) ? draw(a.classes) : a.ignore_index;
     second.as<int64_t>()[i] = draw(6) ? draw(a.classes) : a.ignore_index;
@@ -76,10 +82,10 @@ void one(uint64_t seed) {
   if (draw(2)) a.weight = weight.bytes.get();
 
   const int64_t taught = draw(a.batch + 1);
-  Block teacher = numbers(taught * a.classes, a.teacher_dtype);
+  Block teacher = numbers(taught * a.classes, a.teacher_dtype, "teacher");
   a.capacity = 1 + draw(6);
-  a.rows_stride = (a.capacity + draw(3)) * a.classes;
-  Block stored = numbers(2 * a.rows_stride, a.teacher_dtype), slots(slots_base(2, a.capacity) * 8);
+  a.rows_stride = (a.capacity + draw(too_short == "stored" ? 1 : 3)) * a.classes;
+  Block stored = numbers(2 * a.rows_stride, a.teacher_dtype, "stored"), slots(slots_base(2, a.capacity) * 8);
   Block ids(a.batch * 8), mask(a.batch);
   for (int64_t i = 0; i < a.batch; ++i) {
     ids.as<int64_t>()[i] = draw(4);
@@ -126,7 +132,7 @@ void one(uint64_t seed) {
   a.temperature = 0.5 + static_cast<double>(draw(8));
   a.reduction = static_cast<Reduction>(draw(3));
   Block loss((a.reduction == Reduction::none ? a.batch : 1) * size_of(acc)), parts(part_count * size_of(acc));
-  Block grad(a.batch * a.classes * size_of(a.dtype));
+  Block grad(held(a.batch * a.classes, "grad") * size_of(a.dtype));
   a.loss = loss.bytes.get();
   a.parts = parts.bytes.get();
   a.grad = draw(4) ? grad.bytes.get() : nullptr;
@@ -153,6 +159,7 @@ void one(uint64_t seed) {
 
 int main(int argc, char** argv) {
   const uint64_t batches = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 500;
+  if (argc > 2) too_short = argv[2];
   for (uint64_t seed = 0; seed < batches; ++seed) one(seed);
   std::printf("%llu batches\n", static_cast<unsigned long long>(batches));
 }

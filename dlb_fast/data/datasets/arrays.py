@@ -36,6 +36,9 @@ class ArrayDataset:
         classes: class names.
         name: name of the dataset, for messages and logs.
 
+    Attributes:
+        rows: (N,) positions of the samples in the data set as it was before `select`.
+
     Raises:
         TypeError: another dtype or number of dimensions.
         ValueError: lengths that differ, or a target out of range.
@@ -46,6 +49,7 @@ class ArrayDataset:
         self.targets = torch.from_numpy(class_indices(name, targets))
         self.classes = list(classes)
         self.name = name
+        self.rows: NDArray[np.int64] = np.arange(len(self.targets))
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise TypeError(
                 f"{name}: images must be uint8 (N, channels, height, width), got {self.images.dtype} "
@@ -75,6 +79,7 @@ class ArrayDataset:
         chosen = copy.copy(self)
         rows = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         chosen.images, chosen.targets = self.images[rows], self.targets[rows]
+        chosen.rows = self.rows[indices]
         return chosen
 
     def with_targets(self, targets: NDArray[np.int64]) -> Self:
@@ -137,7 +142,7 @@ def digits(split: str = "train", *, seed: int = 0, test_share: float = 0.5) -> A
     targets = found.target.astype(np.int64)
     train, test = stratified_split(targets, test_share, seed)
     chosen = train if split == "train" else test
-    return ArrayDataset(images[chosen], targets[chosen], [str(d) for d in range(10)], name="digits")
+    return ArrayDataset(images, targets, [str(d) for d in range(10)], name="digits").select(chosen)
 
 
 def synthetic(
@@ -188,6 +193,8 @@ def _bytes(key: int, count: int) -> NDArray[np.uint8]:
 def cifar(path: str | Path, classes: int, split: str = "train") -> ArrayDataset:
     """CIFAR-10 or CIFAR-100 from the published *binary* version; the Python version is not read, because it is pickled.
 
+    CIFAR-100 has `superclasses` (100,), the coarse label of each class.
+
     Args:
         path: the unpacked folder (`cifar-10-batches-bin`, `cifar-100-binary`) or its parent.
         classes: 10 or 100 (fine labels).
@@ -217,8 +224,24 @@ def cifar(path: str | Path, classes: int, split: str = "train") -> ArrayDataset:
     if (folder / names_file).is_file():
         listed = [line.strip() for line in (folder / names_file).read_text().splitlines() if line.strip()]
         names = listed if len(listed) == classes else names
-    images = np.concatenate([part[0] for part in parts])
-    return ArrayDataset(images, np.concatenate([part[1] for part in parts]), names, name=name)
+    images, targets, coarse = (np.concatenate(part) for part in zip(*parts, strict=True))
+    dataset: Any = ArrayDataset(images, targets, names, name=name)
+    if classes == 100:
+        dataset.superclasses = _superclasses(folder / files[0], targets, coarse)
+    return dataset
+
+
+def _superclasses(file: Path, targets: NDArray[np.int64], coarse: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """(100,) coarse label of each fine one; -1 for a class without an image."""
+    found = np.full(100, -1)
+    found[targets] = coarse
+    wrong = np.flatnonzero(found[targets] != coarse)
+    if len(wrong):
+        raise ValueError(
+            f"{file}: record {wrong[0]} has the coarse label {coarse[wrong[0]]}, others of its class "
+            f"{targets[wrong[0]]} have {found[targets[wrong[0]]]}: damaged, or another set's file"
+        )
+    return found
 
 
 def _cifar_folder(path: Path, inner: str, files: list[str], name: str) -> Path:
@@ -239,7 +262,8 @@ def _cifar_folder(path: Path, inner: str, files: list[str], name: str) -> Path:
     return folder
 
 
-def _read_cifar(file: Path, labels: int, classes: int, published: int) -> tuple[Any, Any]:
+def _read_cifar(file: Path, labels: int, classes: int, published: int) -> tuple[Any, Any, Any]:
+    """(images, labels, first label of each record) of a file."""
     record, size = labels + _CIFAR_PIXELS, file.stat().st_size
     if size == 0 or size % record:
         raise ValueError(
@@ -256,4 +280,4 @@ def _read_cifar(file: Path, labels: int, classes: int, published: int) -> tuple[
         )
     if len(data) != published:
         _LOG.warning("%s has %d images; the published file has %d", file, len(data), published)
-    return np.ascontiguousarray(data[:, labels:]).reshape(-1, 3, 32, 32), targets
+    return np.ascontiguousarray(data[:, labels:]).reshape(-1, 3, 32, 32), targets, data[:, 0]

@@ -148,6 +148,7 @@ class FileDataset:
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.targets: NDArray[np.int64] = np.asarray(targets, dtype=np.int64)
         self.classes = list(classes)
+        self._rows: NDArray[np.int64] | None = None
         self.root = str(root)
         self.name = name
 
@@ -155,6 +156,11 @@ class FileDataset:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.classes)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(N,) positions of the samples in the data set as it was before `select`."""
+        return np.arange(len(self)) if self._rows is None else self._rows
 
     @property
     def files(self) -> NDArray[np.bytes_]:
@@ -180,6 +186,7 @@ class FileDataset:
         """A dataset of only these samples, in this order; ids start again at 0."""
         chosen = copy.copy(self)
         chosen._paths, chosen.targets = self._paths[indices], self.targets[indices]
+        chosen._rows = self.rows[indices]
         return chosen
 
     def with_targets(self, targets: NDArray[np.int64]) -> Self:

@@ -2,6 +2,7 @@
 // what the kernels leave behind: "gradient" or "rows" (one bit), "nan", "count", "outside", or "crash", "hang".
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -36,14 +37,15 @@ void plant(const LastBatchArgs& a) {
 
 }  // namespace
 
-const char* last_batch_cuda(const LastBatchArgs& a, void*) {
+const char* last_batch_cuda(const LastBatchArgs& a, void*, int64_t most_blocks) {
   if (const char* reason = cuda::refusal(a)) return reason;
   static std::vector<char> workspace(sizeof(cuda::Workspace), 0);
-  const cuda::LaunchPlan plan = cuda::plan_launch(a, {4, 8});
+  cuda::LaunchPlan plan = cuda::plan_launch(a, {4, true, 8});
+  cuda::fit_grid(plan, std::min<int64_t>(most_blocks, 4 * (512 / plan.threads)));
   const cuda::DeviceArgs d = cuda::device_args(a, plan, workspace.data());
-  const cuda::Kernel kernel = a.dtype == DType::f32    ? cuda::kernel_f32(plan, a.kind)
-                              : a.dtype == DType::bf16 ? cuda::kernel_bf16(plan, a.kind)
-                                                       : cuda::kernel_f16(plan, a.kind);
+  const cuda::Kernel kernel = a.dtype == DType::f32    ? cuda::kernel_f32(plan)
+                              : a.dtype == DType::bf16 ? cuda::kernel_bf16(plan)
+                                                       : cuda::kernel_f16(plan);
   const auto known = [](const void* p, size_t bytes, bool writable, const char* name) {
     if (p) emulator::add_memory(p, bytes, writable, name);
   };
