@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlb_fast import DistillationLoss, LastBatchLoss, fused_lb_loss
+from dlb_fast import DistillationLoss, Inputs, LastBatchLoss, Teacher
 from dlb_fast.data import OverlapPlan, PlanSampler
 from dlb_fast.presets import load_preset
 from dlb_fast.train import compare
@@ -42,17 +42,11 @@ OURS, MODULE = "dlb", "benchmarks.dlb_ablations"  # which is __main__ when it ru
 class OneDirection(DistillationLoss):
     """`CE(all rows) + alpha tau^2 mean KL(second views || first views)`, the second views detached."""
 
-    parts: Any = None
-
     def __init__(self, *, alpha: float = 1.0, temperature: float = 3.0, impl: str = "auto") -> None:
         super().__init__(alpha=alpha, temperature=temperature, impl=impl)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        loss, self.parts = fused_lb_loss(
-            logits, target, logits[len(logits) // 2 :].detach(), alpha=self.alpha, temperature=self.temperature,
-            impl=self.impl, return_parts=True,
-        )  # fmt: skip
-        return loss
+    def teacher(self, inputs: Inputs) -> Teacher:
+        return Teacher("logits", inputs.logits[len(inputs.logits) // 2 :].detach())
 
 
 class OneStream(LastBatchLoss):

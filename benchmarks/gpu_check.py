@@ -460,8 +460,7 @@ def loss_bars(records: list[dict[str, Any]], why: str) -> list[Bar]:
 
 def as_markdown(title: str, found: list[Bar]) -> str:
     """The table of the bars."""
-    clean = lambda text: " ".join(text.replace("|", "/").split())  # noqa: E731
-    rows = [f"| {' | '.join(map(clean, bar[:4]))} |" for bar in found]
+    rows = [f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in bar[:4])} |" for bar in found]
     count = {word: sum(bar.verdict.startswith(word) for bar in found) for word in ("met", "MISSED", "not measured")}
     said = ", ".join(f"{number} {word}" for word, number in count.items())
     return "\n".join([title, "", "| what | here | bar | |", "| --- | --- | --- | --- |", *rows, "", said, ""])

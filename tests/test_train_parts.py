@@ -1,10 +1,12 @@
 """Config, schedules, optimiser groups, averaged weights, evaluation: each against a formula written out here."""
 
+import ctypes
 import json
 import math
 import platform
 import resource
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -335,9 +337,31 @@ def test_every_option_of_the_table_is_tried():
 # --- memory
 
 
+@pytest.mark.parametrize(
+    ("largest", "asked"),
+    [
+        (2**30, [(-3, 2**30), (-1, 2**30)]),
+        (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**30)]),  # an older glibc
+        (0, [(-3, 2**30), (-3, 2**25)]),  # nothing else is changed where the threshold cannot be
+    ],
+)
+def test_memory_is_kept_as_far_as_the_c_library_allows(monkeypatch, largest, asked):
+    calls = []
+
+    def mallopt(what, value):
+        calls.append((what, value))
+        return int(what != -3 or value <= largest)
+
+    monkeypatch.setattr(run.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    run._keep_freed_memory(torch.device("cpu"))
+    assert calls == asked
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_that_a_step_frees_is_kept_for_the_next():
     run._keep_freed_memory(torch.device("cpu"))
+    if not ctypes.CDLL(None).mallopt(-3, 2**30):
+        pytest.skip("this glibc keeps blocks of 32 MiB at most")
 
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

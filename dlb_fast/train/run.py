@@ -609,8 +609,10 @@ def _keep_freed_memory(device: torch.device) -> None:
     if device.type == "cpu":
         with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
             library = ctypes.CDLL(None)
-            library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            library.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+            # M_MMAP_THRESHOLD, of which an older glibc takes 32 MiB at most; without it the next line would only stop
+            # glibc from raising the threshold by itself.
+            if library.mallopt(-3, 2**30) or library.mallopt(-3, 2**25):
+                library.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def _reset_peak_memory(device: torch.device) -> None:
