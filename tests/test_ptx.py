@@ -13,6 +13,8 @@ import torch
 from ptx import harness
 from ptx.oracle import Stream, batch, compare, run
 
+from dlb_fast.reference import last_batch_loss
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(harness.missing()), reason=f"PTX: {harness.missing()}"),
@@ -212,6 +214,17 @@ def test_infinite_logits(classes: int, clusters: int) -> None:
     logits[4] = -torch.inf
     rows = emulator.last_batch(logits, target, teacher=teacher, reduction="none")
     assert rows.loss[1:4].isfinite().all() and rows.loss[5].isfinite()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("classes", [96, 100, 1000, 1001, 8192, 8193, 17000, 17001])
+def test_a_common_offset_costs_no_digits(classes: int, dtype: torch.dtype) -> None:
+    """Rows of all regimes far from 0, where the rounding of what is subtracted from an exponent is 3e-4 of a loss."""
+    logits, target, teacher = batch(6, classes, dtype)
+    logits, teacher = logits + 1e4, teacher + 1e4
+    result = harness.emulator().last_batch(logits, target, teacher=teacher, reduction="none")
+    wanted, _ = last_batch_loss(logits.double(), target, teacher.double(), reduction="none")
+    torch.testing.assert_close(result.loss.double(), wanted, rtol=1e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000, 1100, 17000])
