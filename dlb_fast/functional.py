@@ -77,7 +77,8 @@ class TopK(NamedTuple):
             for piece in logits.split(max(rows, 1)):
                 values, indices = _largest(piece, k)
                 values = values.to(reference.compute_dtype(logits.dtype))
-                tempered = (piece - values[:, :1]).div_(temperature)
+                tempered = piece - values[:, :1]
+                tempered = tempered / temperature if isinstance(temperature, Tensor) else tempered.div_(temperature)
                 # Cross entropy with the largest class for a label: log sum_c exp((t_c - max) / tau).
                 log_sum, _ = row_loss(options, tempered, indices[:, 0])
                 found.append((values - values[:, :1], indices, log_sum))
