@@ -16,6 +16,7 @@ _NAMES = {
     "buffer": ("LogitBuffer",),
     "functional": ("LossParts", "Teacher", "distillation_loss", "dlb_step", "fused_lb_loss"),
     "linear": ("fused_linear_lb_loss",),
+    "functional": ("LossParts", "Teacher", "TopK", "distillation_loss", "dlb_step", "fused_lb_loss"),
     "losses": ("DistillationLoss", "Inputs", "LastBatchLoss"),
     "methods.bake": ("BakeLoss", "FeatureHook", "bake_loss"),
     "methods.cs_kd": ("CsKDLoss", "cs_kd_loss"),
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .buffer import LogitBuffer as LogitBuffer
     from .functional import LossParts as LossParts
     from .functional import Teacher as Teacher
+    from .functional import TopK as TopK
     from .functional import distillation_loss as distillation_loss
     from .functional import dlb_step as dlb_step
     from .functional import fused_lb_loss as fused_lb_loss

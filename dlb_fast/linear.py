@@ -19,10 +19,20 @@ from torch.nn import functional as F
 
 from . import _args, _backends, ops, reference
 from ._options import OPTIONS, PARTS, REDUCTION, TEACHER_KIND, TENSORS
-from .functional import LossParts, Options, _beyond_cuda, _op_tensors, _rows_contiguous, prepare, row_loss
+from .functional import (
+    LossParts,
+    Options,
+    TopK,
+    _beyond_cuda,
+    _op_tensors,
+    _rows_contiguous,
+    pack_top_k,
+    prepare,
+    row_loss,
+)
 from .reference import Scalar
 
-KINDS = ("logits", "probabilities", "hidden")
+KINDS = ("logits", "probabilities", "hidden", "top_k")
 LOGIT_BYTES = {"cpu": 32 << 20}
 """Default ``max_memory`` of a device type, and below for the others: few chunks, because each reads the whole weight."""
 OTHER_LOGIT_BYTES = 256 << 20
@@ -40,8 +50,8 @@ _SCHEMA = {**_FIRST, **OPTIONS, **_LAST}
 SCHEMA = f"({', '.join(f'{kind} {name}' for name, kind in _SCHEMA.items())}) -> "
 SCHEMA += "(Tensor loss, Tensor parts, Tensor kept, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 """``dtype`` is that of the logits (autocast's, or that of the hidden states). ``row_factors`` (B,) multiply the rows'
-gradients. ``kept`` are the logits of the rows from ``kept_from`` on (``keep=-1``), or nothing (``keep=0``). The
-gradients are those of the loss times ``parts[grad_scale]``."""
+gradients. ``kept`` are the logits of the rows from ``kept_from`` on (``keep=-1``), their packed top k (``keep=k``), or
+nothing (``keep=0``). The gradients are those of the loss times ``parts[grad_scale]``."""
 
 
 def _empty_outputs(call: SimpleNamespace) -> tuple[Tensor, ...]:
@@ -51,10 +61,11 @@ def _empty_outputs(call: SimpleNamespace) -> tuple[Tensor, ...]:
     per_row = call.reduction == REDUCTION["none"]
     # A half-precision gradient of the hidden states may lie below or above float16 before the loss scale is known.
     narrow = call.dtype if call.dtype is torch.bfloat16 and not hidden.is_cuda else wide
+    columns, kept_dtype = (2 * call.keep + 1, wide) if call.keep > 0 else (classes, call.dtype)
     return (
         hidden.new_empty((batch,) if per_row else (), dtype=wide),
         hidden.new_empty((len(PARTS),), dtype=wide),
-        hidden.new_empty((batch - call.kept_from if call.keep else 0, classes), dtype=call.dtype),
+        hidden.new_empty((batch - call.kept_from if call.keep else 0, columns), dtype=kept_dtype),
         hidden.new_empty(hidden.shape if call.need_hidden else (0, hidden.shape[1]), dtype=narrow),
         hidden.new_empty(weight.shape if call.need_weight else (0, weight.shape[1]), dtype=wide),
         hidden.new_empty((classes if call.need_bias else 0,), dtype=wide),
@@ -228,7 +239,10 @@ class _Chunks:
         z = self.products("student", hidden, self.weight, self.bias)
         if call.keep and stop > call.kept_from:
             first = max(start, call.kept_from)
-            self.kept[first - call.kept_from : stop - call.kept_from] = z[first - start :]
+            new = z[first - start :]
+            if call.keep > 0:
+                new = TopK.of(new, call.keep, fixed["temperature"] if fixed["temperature_t"] is None else fixed["temperature_t"]).packed()
+            self.kept[first - call.kept_from : stop - call.kept_from] = new
         options = dict(fixed)
         for name in ("target", "target_b", "lam"):
             value = options[name]
@@ -444,7 +458,7 @@ def fused_linear_lb_loss(
         head_bias: ``(C,)`` the bias of the last layer.
         kind: ``"logits"``: teacher ``(H, C)``; ``"probabilities"``: ``(H, C)``, used as they are; ``"hidden"``:
             teacher ``(hidden_t (H, D2), head_weight_t (C, D2))``, or with a third ``(C,)`` bias: its logits are formed
-            chunk by chunk too.
+            chunk by chunk too; ``"top_k"``: a :class:`TopK` of ``H`` rows (on a GPU in plain PyTorch).
         alpha: as in :func:`fused_lb_loss`, and so are the other options up to ``reduction``.
         temperature: tau of both distributions.
         label_smoothing: of the cross entropy.
@@ -581,6 +595,13 @@ def linear_loss(
     refusal = ops.unsupported(
         hidden, target=target, weight=options.weight, lam=lam, alpha=options.alpha, temperature=options.temperature
     )
+    if kind == "top_k" and rows is not None and impl in ("cuda", "triton"):
+        if options.impl != "auto":
+            raise RuntimeError(
+                f"{op}: impl={impl!r} has no teacher of kind 'top_k'; use impl='auto', which computes it in plain "
+                "PyTorch on this device"
+            )
+        impl = "torch"
     if options.impl == "torch" or refusal:
         if options.impl not in ("auto", "torch"):
             raise RuntimeError(f"{op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
@@ -619,6 +640,10 @@ def _teacher_parts(
     """The teacher's rows, the head that makes logits of them, and the dtype of that product."""
     if teacher is None:
         return None, (), None
+    if kind == "top_k":
+        packed = pack_top_k(op, teacher).to(reference.compute_dtype(like.dtype))
+        _args.check_packed(op, like, packed)
+        return packed, (), packed.dtype
     if kind != "hidden":
         _args.check_teacher(op, like, teacher, "teacher")
         return teacher, (), teacher.dtype
