@@ -104,11 +104,8 @@ class _Chunks:
         if call.teacher_weight is not None:
             head = (call.teacher, call.teacher_weight, call.teacher_bias)
             self.teacher_head = [None if part is None else part.detach().to(call.teacher_dtype) for part in head]
-        self.by_class = call.reduction == REDUCTION["none"] or call.reduction == REDUCTION["sum"]
         self.mean = call.reduction == REDUCTION["mean"]
-        self.needs_grad = (call.need_hidden or call.need_weight or call.need_bias) and (
-            call.reduction != REDUCTION["none"] or call.row_factors is not None
-        )
+        self.needs_grad = call.need_hidden or call.need_weight or call.need_bias
         row_bytes = self.classes * call.dtype.itemsize
         if self.teacher_head is not None:
             row_bytes += self.classes * call.teacher_dtype.itemsize
@@ -227,7 +224,7 @@ class _Chunks:
         self.parts[0] = sums[0] / after
         self.parts[1] = sums[1] * share_ce
         self.parts[2] = sums[2] * share_kl
-        self.parts[_GRAD_SCALE] = 1.0 if self.call.row_factors is not None else sums[_GRAD_SCALE] * after
+        self.parts[_GRAD_SCALE] = 1.0 if call.row_factors is not None else sums[_GRAD_SCALE] * after
         return True
 
     def chunk(

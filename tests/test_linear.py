@@ -16,7 +16,7 @@ from dlb_fast import TopK, _backends, distillation_loss, fused_lb_loss, fused_li
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="nothing is compiled here")
 
 ROWS, WIDTH, CLASSES, TAUGHT = 9, 5, 23, 4
-WAYS = ("cpu", "torch in chunks", "torch", "no host", "triton, no host")
+WAYS = ("cpu", "torch in chunks", "torch", "no host")
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -76,16 +76,13 @@ def assert_near(found, wanted, within=1e-12):
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """Every way to a chunk's rows, as arguments of the function; two of them as on a device that nothing waits for."""
-    name = request.param
-    if "no host" in name:
+    """Every way to a chunk's rows, as arguments of the function; one of them as on a device that nothing waits for."""
+    if request.param == "no host":
         monkeypatch.setattr(linear, "_on_host", lambda tensor: False)
-    if name == "torch in chunks":
+    if request.param == "torch in chunks":
         monkeypatch.setenv("DLB_FAST_BACKEND", "torch")
-    if name.startswith("triton") and not available("triton"):
-        pytest.skip("no Triton here")
     _backends.forget_picks()
-    yield {"impl": {"cpu": "cpu", "torch": "torch"}.get(name, "triton" if name.startswith("triton") else "auto")}
+    yield {"impl": request.param if request.param in ("cpu", "torch") else "auto"}
     monkeypatch.undo()
     _backends.forget_picks()
 
@@ -117,8 +114,6 @@ OPTIONS = {
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_as_with_all_logits(name, reduction, way):
-    if way["impl"] == "triton" and (reduction != "mean" or name not in ("plain", "mask", "all ignored", "pair")):
-        pytest.skip("the interpreter is slow")
     given = dict(OPTIONS[name])
     y = given.pop("y", labels())
     teacher = draw(TAUGHT, CLASSES, seed=4, scale=2.0)
@@ -145,8 +140,6 @@ def teacher_of(kind, rows=TAUGHT, dtype=torch.float64, classes=CLASSES):
 @pytest.mark.parametrize("kind", linear.KINDS)
 @pytest.mark.parametrize("taught", [0, 1, TAUGHT, ROWS])
 def test_every_kind_of_teacher(kind, taught, way):
-    if way["impl"] == "triton" and (kind == "top_k" or taught != TAUGHT):
-        pytest.skip("the interpreter is slow, and has no top k")
     teacher, parts, y = teacher_of(kind, taught), layer(), labels()
     wanted = outcome(by_logits(y, teacher, kind), parts)
     for memory in (1, 3 * CLASSES * 8, None):
@@ -157,8 +150,6 @@ def test_every_kind_of_teacher(kind, taught, way):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_teacher_row_that_is_not_finite_teaches_nothing(kind, bad, way):
     """Also where it shows only when other chunks are done, whose gradients stood over their logits."""
-    if way["impl"] == "triton" and kind == "top_k":
-        pytest.skip("no top k")
     teacher, parts, y = teacher_of(kind, ROWS), layer(), labels()
     if kind == "top_k":
         teacher.logsumexp[6] = bad
@@ -204,12 +195,31 @@ def test_against_finite_differences(kind, reduction):
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "mask", "all ignored", "pair", "scalars"])
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_by_triton(name, kind, reduction, monkeypatch):
+    """In the interpreter, as on a GPU: a gradient of its own for every chunk, and no value read."""
+    if not available("triton"):
+        pytest.skip("no Triton here")
+    monkeypatch.setattr(linear, "_on_host", lambda tensor: False)
+    given = dict(OPTIONS[name])
+    y, teacher, parts = given.pop("y", labels()), teacher_of(kind), layer()
+    upstream = torch.linspace(-1, 2, ROWS) if reduction == "none" else None
+    (teacher[0] if kind == "hidden" else teacher)[2] = float("nan")
+    wanted = outcome(by_logits(y, teacher, kind, reduction=reduction, **given), parts, upstream)
+    given["max_memory"] = 5 * CLASSES * 8
+    assert_near(outcome(by_chunks(y, teacher, kind, reduction=reduction, impl="triton", **given), parts, upstream), wanted)
+    if kind == "logits" and reduction == "mean":
+        with pytest.raises(RuntimeError, match=r"impl='triton' has no teacher of kind 'top_k'; use impl='auto'"):
+            by_chunks(y, teacher_of("top_k"), "top_k", impl="triton")(*parts)
+
+
 def test_parts_are_those_of_the_loss_of_all_logits(way):
     hidden, weight, bias = layer()
     y, teacher = ignoring(labels()), teacher_of("logits")
     for reduction in ("mean", "sum", "none"):
-        if way["impl"] == "triton" and reduction != "mean":
-            continue
         _, wanted = fused_lb_loss(
             F.linear(hidden, weight, bias), y, teacher, reduction=reduction, impl="torch", return_parts=True
         )
@@ -295,7 +305,8 @@ class Products(TorchDispatchMode):
                 return linear._run(*args)
         result = func(*args, **(kwargs or {}))
         self.count += func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
-        if isinstance(result, torch.Tensor):
+        given = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
             self.largest = max(self.largest, result.numel())
         return result
 
@@ -510,8 +521,6 @@ def test_opcheck(reduction):
 @pytest.mark.parametrize("keep", [-1, 4])
 def test_rows_are_kept_before_their_gradient_takes_their_place(keep, way):
     hidden, weight, bias = layer()
-    if way["impl"] == "triton":
-        pytest.skip("as without it")
     options = linear.prepare("test", temperature=2.0, **way)
     for grad in (False, True):
         _, _, kept = linear.linear_loss(
