@@ -17,6 +17,7 @@ namespace dlb_fast {
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, parts, grad
+using LossAndParts = std::tuple<Tensor, Tensor>;
 using ST = torch::headeronly::ScalarType;
 
 inline DType dtype_of(const Tensor& t, const char* name) {

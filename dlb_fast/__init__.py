@@ -15,6 +15,7 @@ from ._version import __version__ as __version__
 _NAMES = {
     "buffer": ("LogitBuffer",),
     "functional": ("LossParts", "Teacher", "TopK", "distillation_loss", "dlb_step", "fused_lb_loss"),
+    "linear": ("fused_linear_lb_loss",),
     "losses": ("DistillationLoss", "Inputs", "LastBatchLoss"),
     "methods.bake": ("BakeLoss", "FeatureHook", "bake_loss"),
     "methods.cs_kd": ("CsKDLoss", "cs_kd_loss"),
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .functional import distillation_loss as distillation_loss
     from .functional import dlb_step as dlb_step
     from .functional import fused_lb_loss as fused_lb_loss
+    from .linear import fused_linear_lb_loss as fused_linear_lb_loss
     from .losses import DistillationLoss as DistillationLoss
     from .losses import Inputs as Inputs
     from .losses import LastBatchLoss as LastBatchLoss
