@@ -104,11 +104,8 @@ class _Chunks:
         if call.teacher_weight is not None:
             head = (call.teacher, call.teacher_weight, call.teacher_bias)
             self.teacher_head = [None if part is None else part.detach().to(call.teacher_dtype) for part in head]
-        self.by_class = call.reduction == REDUCTION["none"] or call.reduction == REDUCTION["sum"]
         self.mean = call.reduction == REDUCTION["mean"]
-        self.needs_grad = (call.need_hidden or call.need_weight or call.need_bias) and (
-            call.reduction != REDUCTION["none"] or call.row_factors is not None
-        )
+        self.needs_grad = call.need_hidden or call.need_weight or call.need_bias
         row_bytes = self.classes * call.dtype.itemsize
         if self.teacher_head is not None:
             row_bytes += self.classes * call.teacher_dtype.itemsize
@@ -227,7 +224,7 @@ class _Chunks:
         self.parts[0] = sums[0] / after
         self.parts[1] = sums[1] * share_ce
         self.parts[2] = sums[2] * share_kl
-        self.parts[_GRAD_SCALE] = 1.0 if self.call.row_factors is not None else sums[_GRAD_SCALE] * after
+        self.parts[_GRAD_SCALE] = 1.0 if call.row_factors is not None else sums[_GRAD_SCALE] * after
         return True
 
     def chunk(
@@ -241,7 +238,8 @@ class _Chunks:
             first = max(start, call.kept_from)
             new = z[first - start :]
             if call.keep > 0:
-                new = TopK.of(new, call.keep, fixed["temperature"] if fixed["temperature_t"] is None else fixed["temperature_t"]).packed()
+                temperature = call.temperature if call.temperature_t is None else call.temperature_t
+                new = TopK.of(new, call.keep, temperature).packed()
             self.kept[first - call.kept_from : stop - call.kept_from] = new
         options = dict(fixed)
         for name in ("target", "target_b", "lam"):
@@ -378,6 +376,7 @@ class _LinearLastBatch(torch.autograd.Function):
         later = args["reduction"] == REDUCTION["none"]  # the factor of a row is known in the backward
         loss, parts, kept, *grads = op(hidden, weight, bias, *args.values(), *((False,) * 3 if later else needs))
         ctx.impl, ctx.needs, ctx.later, ctx.owned = args["impl"], needs, later, ops.owns_saved()
+        ctx.enlarged = args["dtype"] is torch.float16 or not _on_host(hidden)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         if later:
             tensors = {name: value for name, value in args.items() if isinstance(value, Tensor)}
@@ -407,7 +406,7 @@ class _LinearLastBatch(torch.autograd.Function):
         for grad, need, dtype in zip(grads, ctx.needs, ctx.dtypes, strict=True):
             if need and not ctx.later:
                 rows = grad if grad.dim() == 2 else grad[None]
-                grad = ops.times_upstream(ctx.impl, rows, upstream, parts, ctx.owned).view(grad.shape)
+                grad = ops.times_upstream(ctx.impl, rows, upstream, parts, ctx.owned, ctx.enlarged).view(grad.shape)
             result.append(grad.to(dtype) if need else None)
         return *result, None, None
 
@@ -613,8 +612,8 @@ def linear_loss(
             options._replace(impl="torch"), logits, target, teacher=rows,
             teacher_kind="logits" if kind == "hidden" else kind, kd_mask=kd_mask, target_b=target_b, lam=lam,
         )  # fmt: skip
-        kept = logits.detach()[kept_from:].clone() if keep else logits.new_empty((0, logits.shape[1]))
-        return loss, parts, kept
+        new = logits.detach()[kept_from:] if keep else logits.new_empty((0, logits.shape[1]))
+        return loss, parts, TopK.of(new, keep, options.temperature).packed() if keep > 0 else new
 
     tensors = _op_tensors(options, like, target, kd_mask, target_b, lam)
     numbers = dict(zip([name for name in OPTIONS if name not in TENSORS], options.numbers, strict=True))

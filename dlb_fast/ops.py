@@ -159,8 +159,13 @@ def refuse_second_derivative() -> None:
         )
 
 
-def times_upstream(impl: str, grad: Tensor, upstream: Tensor, parts: Tensor, owned: bool) -> Tensor:
-    """A saved gradient (rows, columns) times the upstream gradient, 0-d or (rows,); in place where it is ``owned``."""
+def times_upstream(
+    impl: str, grad: Tensor, upstream: Tensor, parts: Tensor, owned: bool, enlarged: bool = False
+) -> Tensor:
+    """A saved gradient (rows, columns) times the upstream gradient, 0-d or (rows,); in place where it is ``owned``.
+
+    It is stored multiplied by ``parts[grad_scale]``, which is 1 on a CPU but for float16 and with ``enlarged``.
+    """
     if (
         torch.compiler.is_compiling()
         or type(upstream) is not Tensor
@@ -178,7 +183,7 @@ def times_upstream(impl: str, grad: Tensor, upstream: Tensor, parts: Tensor, own
     if impl == "torch":
         return grad.mul_(upstream / parts[_GRAD_SCALE])
     # scale_grad_ leaves at once for a factor of 1, which a GPU's host cannot read without waiting; a CPU's can.
-    if upstream.dim() > 0 or impl != "cpu" or grad.dtype is torch.float16 or upstream.item() != 1.0:
+    if upstream.dim() > 0 or impl != "cpu" or enlarged or grad.dtype is torch.float16 or upstream.item() != 1.0:
         op_for(impl, "scale_grad_")(grad, upstream, parts)
     return grad
 
