@@ -14,7 +14,6 @@ from ._version import __version__ as __version__
 # reports on a torch that does not import.
 _NAMES = {
     "buffer": ("LogitBuffer",),
-    "functional": ("LossParts", "Teacher", "distillation_loss", "dlb_step", "fused_lb_loss"),
     "functional": ("LossParts", "Teacher", "TopK", "distillation_loss", "dlb_step", "fused_lb_loss"),
     "linear": ("fused_linear_lb_loss",),
     "losses": ("DistillationLoss", "Inputs", "LastBatchLoss"),

@@ -33,9 +33,8 @@ from .functional import (
 from .reference import Scalar
 
 KINDS = ("logits", "probabilities", "hidden", "top_k")
-LOGIT_BYTES = {"cpu": 32 << 20}
-"""Default ``max_memory`` of a device type, and below for the others: few chunks, because each reads the whole weight."""
-OTHER_LOGIT_BYTES = 256 << 20
+LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 32 << 20
+"""Default ``max_memory``: few chunks, because each reads the whole weight and adds to its whole gradient."""
 _SLICE_BYTES = 1 << 20  # of the weight's gradient, for a part that has to pass through another dtype: stays in a cache
 _GRAD_SCALE, _VALID = PARTS.index("grad_scale"), PARTS.index("valid")
 
@@ -79,9 +78,12 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 def _run(*args: Any) -> tuple[Tensor, ...]:
     call = SimpleNamespace(**dict(zip(_SCHEMA, args, strict=True)))
     device = call.hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+    with torch.no_grad(), torch.autocast(device, enabled=False) if _autocasts(device) else contextlib.nullcontext():
         return _Chunks(call).run()
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _on_host(tensor: Tensor) -> bool:
@@ -147,7 +149,7 @@ class _Chunks:
         return torch.cat([reference.finite_rows(self.teachers(a, min(a + self.rows, self.taught))) for a in chunks])
 
     def divisors(self, valid: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-        """Of the sums of the two terms, in the mean: the weight of the rows that count, the number of valid teachers."""
+        """Of the sums of the two terms in the mean: the weight of the rows that count, the number of valid teachers."""
         call = self.call
         by_ce: Tensor | float = 1.0
         if call.target is not None and call.target.dim() == 2:
@@ -345,6 +347,7 @@ def _by_autograd(
     names = {number: name for name, number in TEACHER_KIND.items()}
     alpha = options["alpha"] if options["alpha_t"] is None else options["alpha_t"]
     temperature = options["temperature"] if options["temperature_t"] is None else options["temperature_t"]
+    ce_weight = options["ce_weight"] + (options["ce_alpha"] * alpha if options["ce_alpha"] else 0.0)
     inference = torch.inference_mode(False) if need else contextlib.nullcontext()
     with inference, torch.set_grad_enabled(need):
         leaf = z.float() if z.dtype is torch.float16 else z.detach()
@@ -354,8 +357,7 @@ def _by_autograd(
             label_smoothing=options["label_smoothing"], weight=options["weight"], ignore_index=options["ignore_index"],
             kd_mask=options["kd_mask"], reduction="none" if options["reduction"] == REDUCTION["none"] else "sum",
             target_b=options["target_b"], lam=options["lam"],
-            ce_weight=options["ce_weight"] + options["ce_alpha"] * alpha if options["ce_alpha"] else options["ce_weight"],
-            teacher_kind=names[kind],
+            ce_weight=ce_weight, teacher_kind=names[kind],
         )  # fmt: skip
         grad = torch.autograd.grad(loss.sum(), leaf)[0] if need else None
     return loss.detach(), parts, grad
@@ -496,11 +498,20 @@ def fused_linear_lb_loss(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
+    if kind == "top_k" and teacher is not None:
+        teacher = pack_top_k(op, teacher)
     loss, parts, _ = linear_loss(
         options, hidden, head_weight, target, teacher, head_bias=head_bias, kind=kind, kd_mask=kd_mask,
         target_b=target_b, lam=lam, max_memory=max_memory,
     )  # fmt: skip
     return (loss, LossParts.unpack(parts)) if return_parts else loss
+
+
+def logits_of(op: str, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Tensor:
+    """Shape, dtype and device of the logits, for checks: (B, C) without values. The layer is checked before."""
+    _check_head(op, hidden, head_weight, head_bias, _HEAD)
+    dtype = _product_dtype(op, hidden, head_weight, head_bias, _HEAD)
+    return hidden.new_empty((), dtype=dtype).expand(hidden.shape[0], head_weight.shape[0])
 
 
 def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]) -> None:
@@ -535,9 +546,8 @@ def _product_dtype(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     """The dtype of ``F.linear(hidden, weight, bias)``: autocast's, or the one that all have."""
     given = {name: t.dtype for name, t in zip(names, (hidden, weight, bias), strict=True) if t is not None}
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        if torch.float64 not in given.values():
-            return torch.get_autocast_dtype(device)
+    if torch.float64 not in given.values() and _autocasts(device):
+        return torch.get_autocast_dtype(device)
     for name, dtype in given.items():
         if dtype != hidden.dtype:
             raise TypeError(
@@ -567,11 +577,13 @@ def linear_loss(
     kept_from: int = 0,
     keep: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, parts and the kept rows of :func:`fused_linear_lb_loss`; errors name ``options.op``."""
+    """Loss, parts and the kept rows of :func:`fused_linear_lb_loss`; errors name ``options.op``.
+
+    A teacher of kind ``"top_k"`` is packed. The rows from ``kept_from`` on are kept as the op says.
+    """
     op = options.op
-    _check_head(op, hidden, head_weight, head_bias, _HEAD)
-    dtype = _product_dtype(op, hidden, head_weight, head_bias, _HEAD)
-    like = hidden.new_empty((), dtype=dtype).expand(hidden.shape[0], head_weight.shape[0])  # the logits, but for values
+    like = logits_of(op, hidden, head_weight, head_bias)
+    dtype = like.dtype
     if target is not None:
         target = _args.check_target(op, like, target)
     if target_b is not None or lam is not None:
@@ -581,7 +593,7 @@ def linear_loss(
     if options.float64_only and dtype is not torch.float64:
         _args.check_temperature(op, options.temperature, dtype)
     if max_memory is None:
-        max_memory = LOGIT_BYTES.get(hidden.device.type, OTHER_LOGIT_BYTES)
+        max_memory = LOGIT_BYTES_ON_CPU if hidden.is_cpu else LOGIT_BYTES
     else:
         max_memory = _args.as_int(max_memory, op, "max_memory", 1, "a number of bytes or None")
     rows, head, teacher_dtype = _teacher_parts(op, like, teacher, kind)
@@ -640,7 +652,7 @@ def _teacher_parts(
     if teacher is None:
         return None, (), None
     if kind == "top_k":
-        packed = pack_top_k(op, teacher).to(reference.compute_dtype(like.dtype))
+        packed = teacher.to(reference.compute_dtype(like.dtype))
         _args.check_packed(op, like, packed)
         return packed, (), packed.dtype
     if kind != "hidden":

@@ -34,8 +34,8 @@ SCHEMAS = {
 }
 IN_PLACE = f"(Tensor(a!) logits, Tensor? teacher, int teacher_kind, {OPTION_SCHEMA}bool need_grad) -> "
 IN_PLACE += "(Tensor loss, Tensor parts)"
-"""``last_batch_``, on the CPU only: the gradient is written over the logits. Rows whose teacher is not finite are masked
-by the caller; where one is not, ``parts`` counts fewer valid rows than were asked for, and the result is not used."""
+"""``last_batch_``, on the CPU only: the gradient is written over the logits. The caller masks the rows whose teacher is
+not finite; where one is left, ``parts`` counts fewer valid rows than were asked for, and the result is not used."""
 
 
 def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

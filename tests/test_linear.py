@@ -11,7 +11,7 @@ from builders import value_and_gradient
 from conftest import available, eager_official, op_options
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlb_fast import TopK, _backends, distillation_loss, fused_lb_loss, fused_linear_lb_loss, linear, ops
+from dlb_fast import LastBatchLoss, TopK, _backends, distillation_loss, fused_lb_loss, fused_linear_lb_loss, linear, ops
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="nothing is compiled here")
 
@@ -102,7 +102,10 @@ OPTIONS = {
     "all ignored": {"y": torch.full((ROWS,), -100)},
     "mask": {"kd_mask": MASK},
     "all masked": {"kd_mask": ~MASK & MASK},
-    "pair": {"target_b": ignoring(labels().flip(0)), "lam": torch.rand(ROWS, generator=torch.Generator().manual_seed(1))},
+    "pair": {
+        "target_b": ignoring(labels().flip(0)),
+        "lam": torch.rand(ROWS, generator=torch.Generator().manual_seed(1)),
+    },
     "pair of one share": {"target_b": labels().flip(0), "lam": 0.3, "weight": draw(CLASSES, seed=3).abs()},
     "dense": {"y": DENSE, "weight": draw(CLASSES, seed=3).abs()},
     "no target": {"y": None},
@@ -210,7 +213,9 @@ def test_by_triton(name, kind, reduction, monkeypatch):
     (teacher[0] if kind == "hidden" else teacher)[2] = float("nan")
     wanted = outcome(by_logits(y, teacher, kind, reduction=reduction, **given), parts, upstream)
     given["max_memory"] = 5 * CLASSES * 8
-    assert_near(outcome(by_chunks(y, teacher, kind, reduction=reduction, impl="triton", **given), parts, upstream), wanted)
+    assert_near(
+        outcome(by_chunks(y, teacher, kind, reduction=reduction, impl="triton", **given), parts, upstream), wanted
+    )
     if kind == "logits" and reduction == "mean":
         with pytest.raises(RuntimeError, match=r"impl='triton' has no teacher of kind 'top_k'; use impl='auto'"):
             by_chunks(y, teacher_of("top_k"), "top_k", impl="triton")(*parts)
@@ -278,7 +283,9 @@ def test_autocast(dtype, reduction):
     low = [part.to(dtype).double() for part in (hidden, weight, bias)]
     wanted = outcome(by_logits(y, teacher.double(), reduction=reduction), low, upstream)
     with torch.autocast("cpu", dtype):
-        found = outcome(by_chunks(y, teacher, reduction=reduction, max_memory=4 * 700 * 2), (hidden, weight, bias), upstream)
+        found = outcome(
+            by_chunks(y, teacher, reduction=reduction, max_memory=4 * 700 * 2), (hidden, weight, bias), upstream
+        )
         leaf = weight.clone().requires_grad_()
         fused_linear_lb_loss(hidden, leaf, y, teacher).backward()
         assert leaf.grad.dtype == torch.float32
@@ -556,3 +563,67 @@ def test_eager_official_is_the_value():
     parts, y, teacher = layer(), labels(), teacher_of("logits")
     wanted = outcome(lambda h, w, b: eager_official(F.linear(h, w, b), y, teacher, alpha=0.5), parts)
     assert_near(outcome(by_chunks(y, teacher, alpha=0.5, max_memory=1), parts), wanted)
+
+
+# The criterion from hidden states
+
+
+def stream(batches=6, new=4, dtype=torch.float64):
+    """Hidden states, labels and ids of batches that overlap; the third is evaluated twice."""
+    for i in [0, 1, 2, 2, *range(3, batches)]:
+        rows = new if i == 0 else 2 * new
+        ids = torch.arange((i + 1) * new - rows, (i + 1) * new)
+        yield draw(rows, WIDTH, seed=i).to(dtype), labels(rows, seed=i), ids
+
+
+@pytest.mark.parametrize("given_ids", [True, False])
+@pytest.mark.parametrize("options", [{}, {"keep": "top_k", "k": 5}, {"reduction": "none"}, {"capacity": 4}], ids=str)
+def test_the_criterion_remembers_the_same_as_from_logits(options, given_ids, way):
+    _, weight, bias = layer()
+    one, other = (LastBatchLoss(CLASSES, **options, **part) for part in (way, {"impl": "torch"}))
+    for hidden, y, ids in stream():
+        ids = ids if given_ids else None
+        parts = (hidden, weight, bias)
+        upstream = torch.ones(len(y)) if "reduction" in options else None
+        with torch.no_grad():
+            early = one(hidden, y, ids, head_weight=weight, head_bias=bias)
+        found = outcome(lambda h, w, b, y=y, ids=ids: one(h, y, ids, head_weight=w, head_bias=b), parts, upstream)
+        with torch.no_grad():
+            other(F.linear(hidden, weight, bias), y, ids)
+        wanted = outcome(lambda h, w, b, y=y, ids=ids: other(F.linear(h, w, b), y, ids), parts, upstream)
+        assert_near([early, *found], [found[0], *wanted], 1e-12)
+        torch.testing.assert_close(torch.stack(one.parts), torch.stack(other.parts))
+        torch.testing.assert_close(one.buffer.state_dict(), other.buffer.state_dict())
+    assert one.parts.lb > 0
+    one.eval()
+    assert_near([one(hidden, y, head_weight=weight, head_bias=bias)], [other.eval()(F.linear(hidden, weight, bias), y)])
+
+
+def test_the_criterion_says_what_a_layer_lacks():
+    hidden, weight, bias = layer()
+    with pytest.raises(ValueError, match="LastBatchLoss: head_bias was given without head_weight"):
+        LastBatchLoss(CLASSES)(hidden, labels(), head_bias=bias)
+    with pytest.raises(ValueError, match="LastBatchLoss: logits must have C = 7 classes, got 23; make the criterion"):
+        LastBatchLoss(7)(hidden, labels(), head_weight=weight)
+    criterion = LastBatchLoss(CLASSES)
+    with pytest.raises(ValueError, match=r"target\[0\] = 99 is not a class"):
+        criterion(hidden, torch.full((ROWS,), 99), head_weight=weight)
+    assert criterion.buffer is None  # a refused batch changes nothing
+
+
+def test_the_criterion_compiles():
+    torch._dynamo.reset()
+    losses = []
+    for compiled in (False, True):
+        criterion = LastBatchLoss(CLASSES, keep="top_k", k=5, capacity=4)
+        _, weight, bias = layer(torch.float32)
+        leaf = weight.requires_grad_()
+        step = lambda h, y, ids, c=criterion: c(h, y, ids, head_weight=leaf, head_bias=bias)  # noqa: B023, E731
+        step = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+        losses.append([])
+        for hidden, y, ids in stream(dtype=torch.float32):
+            loss = step(hidden, y, ids)
+            loss.backward()
+            losses[-1].append(loss.item())
+        losses[-1].append(leaf.grad)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
