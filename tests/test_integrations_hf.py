@@ -338,16 +338,18 @@ class Reader(LastBatchTrainer):
         return super().compute_loss(model, inputs, *args, **options)
 
 
-def language(folder, items=Sequences, net=None, criterion=None, shift=True, **options):
+def language(folder, items=Sequences, net=None, criterion=None, shift=True, from_hidden=False, **options):
     set_seed(0)
     arguments = {
         "use_cpu": True, "per_device_train_batch_size": 16, "max_steps": 5, "save_strategy": "no", "report_to": [],
         "disable_tqdm": True, "learning_rate": 0.5, "optim": "sgd", "lr_scheduler_type": "constant",
-        "weight_decay": 0.0, "max_grad_norm": 0.0, "dataloader_pin_memory": False, "logging_steps": 1, **options,
+        "weight_decay": 0.0, "max_grad_norm": 0.0, "dataloader_pin_memory": False, "logging_steps": 1,
+        "remove_unused_columns": False, **options,
     }  # fmt: skip
     return Reader(
         net or Language().double(), TrainingArguments(folder, **arguments), train_dataset=items("train"),
         eval_dataset=items("test"), criterion=criterion or LastBatchLoss(5, alpha=2.0), shift_labels=shift,
+        from_hidden=from_hidden,
     )  # fmt: skip
 
 
@@ -416,6 +418,51 @@ def test_a_causal_language_model_shifts_and_resumes(tmp_path):
         want = whole.model.eval()(input_ids=tokens, labels=tokens).loss
     found = whole.evaluate(torch.utils.data.Subset(whole.eval_dataset, [0]))["eval_loss"]
     assert found == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"keep": "top_k"}])
+def test_from_hidden_states_trains_as_from_logits(tmp_path, options):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=5, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    seen = []
+
+    class Seen(GPT2LMHeadModel):
+        def forward(self, *args, **options):
+            outputs = super().forward(*args, **options)
+            seen.append(tuple(outputs["logits"].shape[:2]))
+            return outputs
+
+    def run(from_hidden, keep="logits", **options):
+        set_seed(0)
+        criterion = LastBatchLoss(5, alpha=2.0, temperature=2.0, keep=keep, k=3)
+        trainer = language(
+            tmp_path, net=Seen(config).double(), criterion=criterion, learning_rate=0.1, from_hidden=from_hidden,
+            **options,
+        )  # fmt: skip
+        seen.clear()
+        trainer.train()
+        assert {tokens for _, tokens in seen} == {1 if from_hidden else 6}  # that logits were formed of
+        return trainer
+
+    plain, hidden = run(False, **options), run(True, **options)
+    assert hidden.criterion.buffer.taught == plain.criterion.buffer.taught > 0
+    assert (weights(hidden) - weights(plain)).abs().max() < 1e-10
+    assert hidden.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-10)
+
+
+def test_logits_that_are_no_product_are_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    class Scaled(GPT2LMHeadModel):
+        def forward(self, *args, **options):
+            outputs = super().forward(*args, **options)
+            outputs["logits"] = outputs["logits"] / 2
+            return outputs
+
+    config = GPT2Config(vocab_size=5, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    with pytest.raises(ValueError, match="but Scaled scales, caps or computes them otherwise"):
+        language(tmp_path, net=Scaled(config), from_hidden=True).train()
 
 
 def test_tokens_that_cannot_be_paired_are_refused(tmp_path):

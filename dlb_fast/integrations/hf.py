@@ -51,6 +51,8 @@ class LastBatchTrainer(_hf.Trainer):
         image_key: the model's argument for images, used with loaders that yield `Batch`.
         shift_labels: with labels ``(B, T)``, whether the logits of a token predict the label after it. None: they do
             in the causal language models of transformers; with other models say it.
+        from_hidden: train from the last hidden states and the output embeddings, without the logits of a batch in
+            memory; for language models of transformers that take `logits_to_keep`. Evaluation forms the logits.
         **options: as for `Trainer`. The labels are found by `args.label_names`.
 
     Raises:
@@ -70,6 +72,7 @@ class LastBatchTrainer(_hf.Trainer):
         train_loader: Any = None,
         image_key: str = "pixel_values",
         shift_labels: bool | None = None,
+        from_hidden: bool = False,
         **options: Any,
     ) -> None:
         if not isinstance(criterion, LastBatchLoss):
@@ -87,6 +90,8 @@ class LastBatchTrainer(_hf.Trainer):
         self.train_loader = train_loader
         self.image_key = image_key
         self.shift_labels = self._predicts_the_next() if shift_labels is None else shift_labels
+        self.from_hidden = from_hidden
+        self._seen_head = False
         # The Trainer looks for the names in the model's forward, which takes no labels here.
         found = list(getattr(self, "label_names", None) or ["labels"])
         self.label_names: list[str] = ["labels"] if "labels" in found and self.args.label_names is None else found
@@ -255,9 +260,15 @@ class LastBatchTrainer(_hf.Trainer):
         """The loss of the criterion; in evaluation that is torch's cross entropy, and nothing is remembered."""
         labels = self._labels(inputs)
         dropped = (*_GIVEN, "skip_logits", *self.label_names)
-        outputs = model(**{name: value for name, value in inputs.items() if name not in dropped})
-        logits = _logits(outputs)
         given = {name: inputs.get(name) for name in _GIVEN}
+        own = {name: value for name, value in inputs.items() if name not in dropped}
+        if self.from_hidden and model.training:
+            outputs = model(**own, output_hidden_states=True, logits_to_keep=1)
+            logits = outputs["hidden_states"][-1]
+            given |= self._head(model, logits, outputs["logits"])
+        else:
+            outputs = model(**own)
+            logits = _logits(outputs)
         rows, targets = logits, labels
         if logits.dim() == 3 and _of_tokens(labels):
             if model.training:
@@ -280,6 +291,24 @@ class LastBatchTrainer(_hf.Trainer):
             logs |= {"cross_entropy": ce, "last_batch": lb}
             self._terms, self._logged = torch.zeros_like(terms), self.state.global_step
         super().log(logs, *args, **options)
+
+    def _head(self, model: nn.Module, hidden: torch.Tensor, last: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """The last layer, which has to make the logits of the last tokens."""
+        head: Any = self.accelerator.unwrap_model(model).get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if not self._seen_head:
+            with torch.no_grad():
+                product = nn.functional.linear(hidden[:, -1:], weight, bias)
+            off = (product - last).abs().max() / last.abs().max().clamp(min=1e-30)
+            capped = getattr(getattr(self.model, "config", None), "final_logit_softcapping", None)
+            if capped or product.shape != last.shape or off > max(0.01, 8 * torch.finfo(product.dtype).eps):
+                raise ValueError(
+                    "LastBatchTrainer: from_hidden needs logits that are the product of the last hidden states and the "
+                    f"output embeddings, but {type(self.model).__name__} scales, caps or computes them otherwise; "
+                    "leave from_hidden at False"
+                )
+            self._seen_head = True
+        return {"head_weight": weight, "head_bias": bias}
 
     def _predicts_the_next(self) -> bool | None:
         """Whether the logits of a token predict the next one; None where the model does not tell."""
