@@ -101,7 +101,7 @@ class _Chunks:
         self.batch, self.classes = self.hidden.shape[0], self.weight.shape[0]
         self.outputs = _empty_outputs(call)
         self.loss, self.parts, self.kept, self.grad_hidden, self.grad_weight, self.grad_bias = self.outputs
-        self.teacher_head = None
+        self.teacher_head: list[Any] | None = None
         self.taught = 0 if call.teacher is None else call.teacher.shape[0]
         if call.teacher_weight is not None:
             head = (call.teacher, call.teacher_weight, call.teacher_bias)
@@ -377,7 +377,8 @@ class _LinearLastBatch(torch.autograd.Function):
         op = torch.ops.dlb_fast.linear_last_batch.default
         later = args["reduction"] == REDUCTION["none"]  # the factor of a row is known in the backward
         loss, parts, kept, *grads = op(hidden, weight, bias, *args.values(), *((False,) * 3 if later else needs))
-        ctx.impl, ctx.needs, ctx.later, ctx.owned = args["impl"], needs, later, ops.owns_saved()
+        ctx.impl, ctx.needs, ctx.later = args["impl"], needs, later
+        ctx.owned = torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         ctx.enlarged = args["dtype"] is torch.float16 or not _on_host(hidden)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         if later:

@@ -142,12 +142,6 @@ def unsupported(logits: Tensor | None, **given: Any) -> str:
     return ""
 
 
-def owns_saved() -> bool:
-    """Whether what a Function saves now is its own: who has saved tensors packed (checkpoint, save_on_cpu, a log of
-    what is saved) may hold on to them."""
-    return torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-
-
 def refuse_second_derivative() -> None:
     """In a backward: raise with create_graph=True."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -194,7 +188,8 @@ class _LastBatch(torch.autograd.Function):
         loss, parts, grad = op_for(impl, name)(logits, *args, True)
         ctx.save_for_backward(grad, parts)
         ctx.impl = impl
-        ctx.owned = owns_saved()
+        # Whoever has saved tensors packed (checkpoint, save_on_cpu, a log of what is saved) may hold on to them.
+        ctx.owned = torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         return loss, parts
