@@ -51,7 +51,7 @@ LOSSES = {
 }
 PRODUCTS = ("forward", "hidden", "weight")  # of the logits, and of the gradients of hidden states and weight
 # Relative errors, of the loss and in the norm of a gradient, up to which a contender computes the same.
-ALLOWED = {"float32": (1e-5, 1e-4), "bfloat16": (2e-3, 3e-2), "float16": (5e-4, 1e-2), "float64": (1e-12, 1e-11)}
+ALLOWED = {"float32": (1e-5, 1e-4), "bfloat16": (5e-3, 3e-2), "float16": (5e-4, 1e-2), "float64": (1e-12, 1e-11)}
 PIECE = 64 << 20  # bytes of float64 logits at once
 # What the fused loss must reach: bytes, and ratios of time.
 BAR_BYTES, BAR_TOP_K = 64e6, 1.10
@@ -327,8 +327,8 @@ def bars(
 ) -> list[Bar]:  # fmt: skip
     """What the fused loss must reach.
 
-    An error must not be larger than eager's in the same dtype, but for one rounding of a float32 number, which is no
-    merit of either.
+    An error is the largest of all losses, each over eager's in the same dtype. Eager's counts as one rounding of a
+    float32 number where it is smaller, which is chance.
     """
     mine = [r for r in records if r.get("bench") == "linear"]
     lines = []
@@ -338,23 +338,30 @@ def bars(
         gone = {text.partition(" (")[0]: text for r in same for text in r["missing"]}
         where = f"C={shape.classes} rows={shape.rows} {dtype}"
 
-        def line(what: str, form: str, value: Any, bar: Any, other: str = "", right: bool = False) -> None:
+        def line(what: str, form: str, value: Any, bar: Any, other: str = "", said: str = "") -> None:
             """One bar; ``value`` is None where it was not measured."""
             told = "-" if value is None else format(value, form)
             met = None if value is None else value <= bar
-            reason = gone.get("fused") or gone.get(other) or why  # noqa: B023
-            lines.append(judged(f"{what}, {where}", told, f"<= {format(bar, form)}", met, reason, right))  # noqa: B023
+            reason = said or gone.get("fused") or gone.get(other) or why  # noqa: B023
+            lines.append(judged(f"{what}, {where}", told, f"<= {format(bar, form)}", met, reason))  # noqa: B023
 
         def ratio(loss: str, base: str) -> Any:
             return found.get(("fused", loss), {}).get("ratios", {}).get(base, {}).get("ratio")  # noqa: B023
 
         for loss in DENSE:
-            peak = found.get(("fused", loss), {}).get("peak_bytes")
+            ours = found.get(("fused", loss), {})
+            peak = ours.get("peak_bytes")
             most = BAR_BYTES
             if device == "cuda":  # a chunk's logits and gradient, and the gradients in their own dtype
                 width = getattr(torch, dtype).itemsize
                 most = 2 * OTHER_LOGIT_BYTES + width * shape.features * (shape.rows + shape.classes)
-            line(f"memory MB, {loss}", ".1f", None if peak is None else peak / 1e6, most / 1e6)
+            line(
+                f"memory MB, {loss}",
+                ".1f",
+                None if peak is None else peak / 1e6,
+                most / 1e6,
+                said=ours.get("no_peak", ""),
+            )
             for other, bar in BAR_TIME[device].items():
                 if loss in LOSSES[other]:
                     line(f"time over {other}, {loss}", ".2f", ratio(loss, other), bar, other)
@@ -362,12 +369,14 @@ def bars(
                 line(f"time over the products, {loss}", ".2f", ratio(loss, "products"), BAR_PRODUCTS[dtype])
         if "liger" in BAR_TIME[device]:
             line("time over liger, ce", ".2f", ratio("ce", "liger"), BAR_TIME[device]["liger"], "liger")
-        for loss, what in itertools.product(LOSSES["eager"], ("loss", "hidden", "weight")):
-            ours, eager = (found.get((name, loss), {}).get("errors", {}).get(what) for name in ("fused", "eager"))
-            known = ours is not None and eager is not None
-            limit = max(eager, torch.finfo(torch.float32).eps / 2) if known else 0.0
-            name = f"error of {what} over eager's, {loss}"
-            line(name, ".2f", ours / limit if known else None, 1.0, "eager")
+        for what in ("loss", "hidden", "weight"):
+            least = torch.finfo(torch.float32).eps / 2
+            shares = []
+            for loss in LOSSES["eager"]:
+                ours, eager = (found.get((name, loss), {}).get("errors", {}) for name in ("fused", "eager"))
+                if ours and eager:
+                    shares.append(ours[what] / max(eager[what], least))
+            line(f"error of {what} over eager's", ".2f", max(shares, default=None), 1.0, "eager")
         line("time of top_k over ce", ".2f", ratio("top_k", "ce"), BAR_TOP_K)
     return lines
 
@@ -405,11 +414,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.shape, args.seconds, args.rounds = args.shape or [32, 16, 500], 0.0, 2
-    sizes = [shapes.LinearShape(*args.shape, "")] if args.shape else [*shapes.LINEAR[args.device]]
+    sizes = [*shapes.LINEAR[args.device]]
+    if args.shape:
+        rows, features, classes = args.shape
+        sizes = [shapes.LinearShape(rows, features, classes, "")]
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
     if args.alone:
-        print(json.dumps({"peak_bytes": alone(*args.alone, sizes[0], getattr(torch, args.dtypes[0]))}))
+        name, loss = args.alone
+        print(json.dumps({"peak_bytes": alone(name, loss, sizes[0], getattr(torch, args.dtypes[0]))}))
         return
     env = harness.environment(args.device)
     print(f"{env['hardware']}, {env['threads']} threads, torch {env['versions']['torch']}, load {env['load']}")
@@ -419,7 +432,7 @@ def main() -> None:
         everything += records
         harness.write(args.out, [{**record, **env} for record in records])
         print("", *lines(records), *(f"not measured: {text}" for text in records[0]["missing"]), sep="\n")
-    judgement = bars(everything, args.device, sizes, args.dtypes)
+    judgement = bars(everything, args.device, sizes, args.dtypes, "left out")
     print("", harness.as_markdown("What the fused loss must reach", judgement), sep="\n")
     if wrong := [text for r in everything for text in r["wrong"] if text.startswith("fused")]:
         raise SystemExit(f"bench_linear: {wrong[0]}")
