@@ -14,9 +14,8 @@ from ._version import __version__ as __version__
 # reports on a torch that does not import.
 _NAMES = {
     "buffer": ("LogitBuffer",),
-    "functional": ("LossParts", "Teacher", "distillation_loss", "dlb_step", "fused_lb_loss"),
-    "linear": ("fused_linear_lb_loss",),
     "functional": ("LossParts", "Teacher", "TopK", "distillation_loss", "dlb_step", "fused_lb_loss"),
+    "linear": ("fused_linear_lb_loss",),
     "losses": ("DistillationLoss", "Inputs", "LastBatchLoss"),
     "methods.bake": ("BakeLoss", "FeatureHook", "bake_loss"),
     "methods.cs_kd": ("CsKDLoss", "cs_kd_loss"),

@@ -33,9 +33,8 @@ from .functional import (
 from .reference import Scalar
 
 KINDS = ("logits", "probabilities", "hidden", "top_k")
-LOGIT_BYTES = {"cpu": 32 << 20}
-"""Default ``max_memory`` of a device type, and below for the others: few chunks, because each reads the whole weight."""
-OTHER_LOGIT_BYTES = 256 << 20
+LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 32 << 20
+"""Default ``max_memory``: few chunks, because each reads the whole weight and adds to its whole gradient."""
 _SLICE_BYTES = 1 << 20  # of the weight's gradient, for a part that has to pass through another dtype: stays in a cache
 _GRAD_SCALE, _VALID = PARTS.index("grad_scale"), PARTS.index("valid")
 
@@ -79,9 +78,12 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 def _run(*args: Any) -> tuple[Tensor, ...]:
     call = SimpleNamespace(**dict(zip(_SCHEMA, args, strict=True)))
     device = call.hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+    with torch.no_grad(), torch.autocast(device, enabled=False) if _autocasts(device) else contextlib.nullcontext():
         return _Chunks(call).run()
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _on_host(tensor: Tensor) -> bool:
@@ -99,16 +101,13 @@ class _Chunks:
         self.batch, self.classes = self.hidden.shape[0], self.weight.shape[0]
         self.outputs = _empty_outputs(call)
         self.loss, self.parts, self.kept, self.grad_hidden, self.grad_weight, self.grad_bias = self.outputs
-        self.teacher_head = None
+        self.teacher_head: list[Any] | None = None
         self.taught = 0 if call.teacher is None else call.teacher.shape[0]
         if call.teacher_weight is not None:
             head = (call.teacher, call.teacher_weight, call.teacher_bias)
             self.teacher_head = [None if part is None else part.detach().to(call.teacher_dtype) for part in head]
-        self.by_class = call.reduction == REDUCTION["none"] or call.reduction == REDUCTION["sum"]
         self.mean = call.reduction == REDUCTION["mean"]
-        self.needs_grad = (call.need_hidden or call.need_weight or call.need_bias) and (
-            call.reduction != REDUCTION["none"] or call.row_factors is not None
-        )
+        self.needs_grad = call.need_hidden or call.need_weight or call.need_bias
         row_bytes = self.classes * call.dtype.itemsize
         if self.teacher_head is not None:
             row_bytes += self.classes * call.teacher_dtype.itemsize
@@ -150,7 +149,7 @@ class _Chunks:
         return torch.cat([reference.finite_rows(self.teachers(a, min(a + self.rows, self.taught))) for a in chunks])
 
     def divisors(self, valid: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-        """Of the sums of the two terms, in the mean: the weight of the rows that count, the number of valid teachers."""
+        """Of the sums of the two terms in the mean: the weight of the rows that count, the number of valid teachers."""
         call = self.call
         by_ce: Tensor | float = 1.0
         if call.target is not None and call.target.dim() == 2:
@@ -227,7 +226,7 @@ class _Chunks:
         self.parts[0] = sums[0] / after
         self.parts[1] = sums[1] * share_ce
         self.parts[2] = sums[2] * share_kl
-        self.parts[_GRAD_SCALE] = 1.0 if self.call.row_factors is not None else sums[_GRAD_SCALE] * after
+        self.parts[_GRAD_SCALE] = 1.0 if call.row_factors is not None else sums[_GRAD_SCALE] * after
         return True
 
     def chunk(
@@ -241,7 +240,8 @@ class _Chunks:
             first = max(start, call.kept_from)
             new = z[first - start :]
             if call.keep > 0:
-                new = TopK.of(new, call.keep, fixed["temperature"] if fixed["temperature_t"] is None else fixed["temperature_t"]).packed()
+                temperature = call.temperature if call.temperature_t is None else call.temperature_t
+                new = TopK.of(new, call.keep, temperature).packed()
             self.kept[first - call.kept_from : stop - call.kept_from] = new
         options = dict(fixed)
         for name in ("target", "target_b", "lam"):
@@ -347,6 +347,7 @@ def _by_autograd(
     names = {number: name for name, number in TEACHER_KIND.items()}
     alpha = options["alpha"] if options["alpha_t"] is None else options["alpha_t"]
     temperature = options["temperature"] if options["temperature_t"] is None else options["temperature_t"]
+    ce_weight = options["ce_weight"] + (options["ce_alpha"] * alpha if options["ce_alpha"] else 0.0)
     inference = torch.inference_mode(False) if need else contextlib.nullcontext()
     with inference, torch.set_grad_enabled(need):
         leaf = z.float() if z.dtype is torch.float16 else z.detach()
@@ -356,8 +357,7 @@ def _by_autograd(
             label_smoothing=options["label_smoothing"], weight=options["weight"], ignore_index=options["ignore_index"],
             kd_mask=options["kd_mask"], reduction="none" if options["reduction"] == REDUCTION["none"] else "sum",
             target_b=options["target_b"], lam=options["lam"],
-            ce_weight=options["ce_weight"] + options["ce_alpha"] * alpha if options["ce_alpha"] else options["ce_weight"],
-            teacher_kind=names[kind],
+            ce_weight=ce_weight, teacher_kind=names[kind],
         )  # fmt: skip
         grad = torch.autograd.grad(loss.sum(), leaf)[0] if need else None
     return loss.detach(), parts, grad
@@ -377,7 +377,9 @@ class _LinearLastBatch(torch.autograd.Function):
         op = torch.ops.dlb_fast.linear_last_batch.default
         later = args["reduction"] == REDUCTION["none"]  # the factor of a row is known in the backward
         loss, parts, kept, *grads = op(hidden, weight, bias, *args.values(), *((False,) * 3 if later else needs))
-        ctx.impl, ctx.needs, ctx.later, ctx.owned = args["impl"], needs, later, ops.owns_saved()
+        ctx.impl, ctx.needs, ctx.later = args["impl"], needs, later
+        ctx.owned = torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        ctx.enlarged = args["dtype"] is torch.float16 or not _on_host(hidden)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         if later:
             tensors = {name: value for name, value in args.items() if isinstance(value, Tensor)}
@@ -407,7 +409,7 @@ class _LinearLastBatch(torch.autograd.Function):
         for grad, need, dtype in zip(grads, ctx.needs, ctx.dtypes, strict=True):
             if need and not ctx.later:
                 rows = grad if grad.dim() == 2 else grad[None]
-                grad = ops.times_upstream(ctx.impl, rows, upstream, parts, ctx.owned).view(grad.shape)
+                grad = ops.times_upstream(ctx.impl, rows, upstream, parts, ctx.owned, ctx.enlarged).view(grad.shape)
             result.append(grad.to(dtype) if need else None)
         return *result, None, None
 
@@ -497,11 +499,20 @@ def fused_linear_lb_loss(
         op, impl=impl, alpha=alpha, temperature=temperature, label_smoothing=label_smoothing, weight=weight,
         ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
+    if kind == "top_k" and teacher is not None:
+        teacher = pack_top_k(op, teacher)
     loss, parts, _ = linear_loss(
         options, hidden, head_weight, target, teacher, head_bias=head_bias, kind=kind, kd_mask=kd_mask,
         target_b=target_b, lam=lam, max_memory=max_memory,
     )  # fmt: skip
     return (loss, LossParts.unpack(parts)) if return_parts else loss
+
+
+def logits_of(op: str, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Tensor:
+    """Shape, dtype and device of the logits, for checks: (B, C) without values. The layer is checked before."""
+    _check_head(op, hidden, head_weight, head_bias, _HEAD)
+    dtype = _product_dtype(op, hidden, head_weight, head_bias, _HEAD)
+    return hidden.new_empty((), dtype=dtype).expand(hidden.shape[0], head_weight.shape[0])
 
 
 def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]) -> None:
@@ -536,9 +547,8 @@ def _product_dtype(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     """The dtype of ``F.linear(hidden, weight, bias)``: autocast's, or the one that all have."""
     given = {name: t.dtype for name, t in zip(names, (hidden, weight, bias), strict=True) if t is not None}
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        if torch.float64 not in given.values():
-            return torch.get_autocast_dtype(device)
+    if torch.float64 not in given.values() and _autocasts(device):
+        return torch.get_autocast_dtype(device)
     for name, dtype in given.items():
         if dtype != hidden.dtype:
             raise TypeError(
@@ -568,11 +578,13 @@ def linear_loss(
     kept_from: int = 0,
     keep: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, parts and the kept rows of :func:`fused_linear_lb_loss`; errors name ``options.op``."""
+    """Loss, parts and the kept rows of :func:`fused_linear_lb_loss`; errors name ``options.op``.
+
+    A teacher of kind ``"top_k"`` is packed. The rows from ``kept_from`` on are kept as the op says.
+    """
     op = options.op
-    _check_head(op, hidden, head_weight, head_bias, _HEAD)
-    dtype = _product_dtype(op, hidden, head_weight, head_bias, _HEAD)
-    like = hidden.new_empty((), dtype=dtype).expand(hidden.shape[0], head_weight.shape[0])  # the logits, but for values
+    like = logits_of(op, hidden, head_weight, head_bias)
+    dtype = like.dtype
     if target is not None:
         target = _args.check_target(op, like, target)
     if target_b is not None or lam is not None:
@@ -582,7 +594,7 @@ def linear_loss(
     if options.float64_only and dtype is not torch.float64:
         _args.check_temperature(op, options.temperature, dtype)
     if max_memory is None:
-        max_memory = LOGIT_BYTES.get(hidden.device.type, OTHER_LOGIT_BYTES)
+        max_memory = LOGIT_BYTES_ON_CPU if hidden.is_cpu else LOGIT_BYTES
     else:
         max_memory = _args.as_int(max_memory, op, "max_memory", 1, "a number of bytes or None")
     rows, head, teacher_dtype = _teacher_parts(op, like, teacher, kind)
@@ -613,8 +625,8 @@ def linear_loss(
             options._replace(impl="torch"), logits, target, teacher=rows,
             teacher_kind="logits" if kind == "hidden" else kind, kd_mask=kd_mask, target_b=target_b, lam=lam,
         )  # fmt: skip
-        kept = logits.detach()[kept_from:].clone() if keep else logits.new_empty((0, logits.shape[1]))
-        return loss, parts, kept
+        new = logits.detach()[kept_from:] if keep else logits.new_empty((0, logits.shape[1]))
+        return loss, parts, TopK.of(new, keep, options.temperature).packed() if keep > 0 else new
 
     tensors = _op_tensors(options, like, target, kd_mask, target_b, lam)
     numbers = dict(zip([name for name in OPTIONS if name not in TENSORS], options.numbers, strict=True))
@@ -641,7 +653,7 @@ def _teacher_parts(
     if teacher is None:
         return None, (), None
     if kind == "top_k":
-        packed = pack_top_k(op, teacher).to(reference.compute_dtype(like.dtype))
+        packed = teacher.to(reference.compute_dtype(like.dtype))
         _args.check_packed(op, like, packed)
         return packed, (), packed.dtype
     if kind != "hidden":

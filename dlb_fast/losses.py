@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import _args, ops
 from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, stored_dtype, unpack_state
 from .functional import LossParts, Options, Teacher, TopK, distill, prepare, row_loss
+from .linear import linear_loss, logits_of
 from .reference import Scalar, compute_dtype
 
 _MANY_TIMES = 100  # evaluations of one batch after which a loop is warned; a line search takes fewer
@@ -580,6 +581,8 @@ class LastBatchLoss(DistillationLoss):
         target: Tensor | None,
         ids: Tensor | None = None,
         *,
+        head_weight: Tensor | None = None,
+        head_bias: Tensor | None = None,
         num_old: int | None = None,
         images: Tensor | None = None,
         epoch: int | None = None,
@@ -590,10 +593,14 @@ class LastBatchLoss(DistillationLoss):
         """The loss of one batch.
 
         Args:
-            logits: ``(B, C)``.
+            logits: ``(B, C)``, or with ``head_weight`` the hidden states ``(B, D)`` of which the last layer makes them.
             target: ``(B,)`` labels, ``(B, C)`` probabilities, or None, as in :func:`fused_lb_loss`.
             ids: ``(B,)`` integer sample ids; a row whose id differs from the stored one gets no KL and is counted in
                 ``buffer.mismatched`` (``buffer.unknown`` where the row was stored without an id).
+            head_weight: ``(C, D)`` the weight of the last layer: its product, the loss and every gradient are computed
+                for a few rows at a time, without the logits of the batch, as in :func:`fused_linear_lb_loss`. With
+                ``keep="top_k"`` nothing of the size of the logits is stored either.
+            head_bias: ``(C,)`` the bias of the last layer.
             num_old: how many of the first rows repeat the stored ones; None takes the number stored. Needed only where
                 the buffer cannot know: a stream resumed without its buffer.
             images: not used; accepted as by every method.
@@ -604,6 +611,12 @@ class LastBatchLoss(DistillationLoss):
             kd_mask: ``(B,)`` bool, False takes a repeated row out of the KL.
         """
         op = "LastBatchLoss"
+        layer = None
+        if head_weight is not None:
+            layer = logits, head_weight
+            logits = logits_of(op, logits, head_weight, head_bias)
+        elif head_bias is not None:
+            raise ValueError(f"{op}: head_bias was given without head_weight, which makes logits of hidden states")
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
             _args.check_logits(op, logits, target)
             raise ValueError(
@@ -622,13 +635,24 @@ class LastBatchLoss(DistillationLoss):
                 raise ValueError(
                     f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute"
                 )
-            loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
+            if layer is None:
+                loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
+            else:
+                loss, parts, _ = linear_loss(
+                    options, *layer, target, head_bias=head_bias, target_b=target_b, lam=lam
+                )  # fmt: skip
         elif not torch.is_grad_enabled():
             teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
-            loss, parts = row_loss(
-                options, logits, target, teacher=teacher, teacher_kind=self.keep, kd_mask=mask, target_b=target_b,
-                lam=lam,
-            )  # fmt: skip
+            if layer is None:
+                loss, parts = row_loss(
+                    options, logits, target, teacher=teacher, teacher_kind=self.keep, kd_mask=mask, target_b=target_b,
+                    lam=lam,
+                )  # fmt: skip
+            else:
+                loss, parts, _ = linear_loss(
+                    options, *layer, target, teacher, head_bias=head_bias, kind=self.keep, kd_mask=mask,
+                    target_b=target_b, lam=lam,
+                )  # fmt: skip
             self._note_call(False)
             if ids is None and self._batches_with_ids[0]:
                 self._warn_no_ids()
@@ -636,7 +660,7 @@ class LastBatchLoss(DistillationLoss):
             before = self.buffer, self._dtype_follows
             try:
                 buffer, stored, again = self._buffer_for(logits, target, ids, num_old, self._again(ids))
-                if self.keep == "logits":
+                if self.keep == "logits" and layer is None:
                     loss, parts = row_loss(
                         options, logits, target, buffer=buffer, ids=ids, num_old=num_old, again=again, kd_mask=kd_mask,
                         target_b=target_b, lam=lam,
@@ -646,12 +670,19 @@ class LastBatchLoss(DistillationLoss):
                     if torch._C._are_functorch_transforms_active():
                         ops.refuse_memory(op)
                     teacher, mask = self._taught_by(buffer, logits.shape[0], ids, num_old, again, kd_mask)
-                    loss, parts = row_loss(
-                        options, logits, target, teacher=teacher, teacher_kind="top_k", kd_mask=mask, target_b=target_b,
-                        lam=lam,
-                    )  # fmt: skip
-                    top = TopK.of(logits[logits.shape[0] - stored :], self.k, self.temperature)
-                    self._store(buffer, top.packed(), logits.shape[0], ids, num_old, again, kd_mask)
+                    if layer is None:
+                        loss, parts = row_loss(
+                            options, logits, target, teacher=teacher, teacher_kind="top_k", kd_mask=mask,
+                            target_b=target_b, lam=lam,
+                        )  # fmt: skip
+                        new = TopK.of(logits[logits.shape[0] - stored :], self.k, self.temperature).packed()
+                    else:
+                        loss, parts, new = linear_loss(
+                            options, *layer, target, teacher, head_bias=head_bias, kind=self.keep, kd_mask=mask,
+                            target_b=target_b, lam=lam, kept_from=logits.shape[0] - stored,
+                            keep=self.k if self.keep == "top_k" else -1,
+                        )  # fmt: skip
+                    self._store(buffer, new, logits.shape[0], ids, num_old, again, kd_mask)
             except Exception:
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before

@@ -34,8 +34,8 @@ SCHEMAS = {
 }
 IN_PLACE = f"(Tensor(a!) logits, Tensor? teacher, int teacher_kind, {OPTION_SCHEMA}bool need_grad) -> "
 IN_PLACE += "(Tensor loss, Tensor parts)"
-"""``last_batch_``, on the CPU only: the gradient is written over the logits. Rows whose teacher is not finite are masked
-by the caller; where one is not, ``parts`` counts fewer valid rows than were asked for, and the result is not used."""
+"""``last_batch_``, on the CPU only: the gradient is written over the logits. The caller masks the rows whose teacher is
+not finite; where one is left, ``parts`` counts fewer valid rows than were asked for, and the result is not used."""
 
 
 def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,12 +142,6 @@ def unsupported(logits: Tensor | None, **given: Any) -> str:
     return ""
 
 
-def owns_saved() -> bool:
-    """Whether what a Function saves now is its own: who has saved tensors packed (checkpoint, save_on_cpu, a log of
-    what is saved) may hold on to them."""
-    return torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-
-
 def refuse_second_derivative() -> None:
     """In a backward: raise with create_graph=True."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -159,8 +153,13 @@ def refuse_second_derivative() -> None:
         )
 
 
-def times_upstream(impl: str, grad: Tensor, upstream: Tensor, parts: Tensor, owned: bool) -> Tensor:
-    """A saved gradient (rows, columns) times the upstream gradient, 0-d or (rows,); in place where it is ``owned``."""
+def times_upstream(
+    impl: str, grad: Tensor, upstream: Tensor, parts: Tensor, owned: bool, enlarged: bool = False
+) -> Tensor:
+    """A saved gradient (rows, columns) times the upstream gradient, 0-d or (rows,); in place where it is ``owned``.
+
+    It is stored multiplied by ``parts[grad_scale]``, which is 1 on a CPU but for float16 and with ``enlarged``.
+    """
     if (
         torch.compiler.is_compiling()
         or type(upstream) is not Tensor
@@ -178,7 +177,7 @@ def times_upstream(impl: str, grad: Tensor, upstream: Tensor, parts: Tensor, own
     if impl == "torch":
         return grad.mul_(upstream / parts[_GRAD_SCALE])
     # scale_grad_ leaves at once for a factor of 1, which a GPU's host cannot read without waiting; a CPU's can.
-    if upstream.dim() > 0 or impl != "cpu" or grad.dtype is torch.float16 or upstream.item() != 1.0:
+    if upstream.dim() > 0 or impl != "cpu" or enlarged or grad.dtype is torch.float16 or upstream.item() != 1.0:
         op_for(impl, "scale_grad_")(grad, upstream, parts)
     return grad
 
@@ -189,7 +188,8 @@ class _LastBatch(torch.autograd.Function):
         loss, parts, grad = op_for(impl, name)(logits, *args, True)
         ctx.save_for_backward(grad, parts)
         ctx.impl = impl
-        ctx.owned = owns_saved()
+        # Whoever has saved tensors packed (checkpoint, save_on_cpu, a log of what is saved) may hold on to them.
+        ctx.owned = torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         return loss, parts
