@@ -279,6 +279,17 @@ def views_table() -> str:
     return f"{wrapped(told)}\n\n{table(('loader', 'views per second', 'per CPU second', 'over A'), lines, right=True)}"
 
 
+def fidelity_table() -> str:
+    """What a top-k teacher loses against the dense one."""
+    from . import top_k_fidelity  # needs torch
+
+    path = newest("top-k-fidelity-cpu-*.jsonl")
+    records = read(path)
+    about = "{words:,} words of text, {classes:,} classes, {rows} rows, after {steps} steps. ".format(**records[0])
+    told = f"{about}`{path.name}`: {machine(records[0])}. `{records[0]['command']}`."
+    return f"{top_k_fidelity.table(records)}\n\n{wrapped(told)}"
+
+
 def noise_table() -> str:
     """Accuracy of the methods under label noise, as the report of the comparison has it."""
     text = (RESULTS / "digits-label-noise" / "report.md").read_text(encoding="utf-8")
@@ -315,6 +326,7 @@ def sources() -> dict[str, Callable[[], str]]:
         "loss": lambda: tables_of(newest("cpu-[0-9]*.jsonl")),
         "linear": lambda: tables_of(newest("linear-cpu-[0-9]*.jsonl")),
         "linear bars": linear_bars,
+        "top k fidelity": fidelity_table,
         "steps": lambda: tables_of(newest("step-cpu-[0-9]*.jsonl")),
         "methods": lambda: tables_of(newest("methods-cpu-[0-9]*.jsonl")),
         "loaders": views_table,
