@@ -464,6 +464,13 @@ def test_logits_that_are_no_product_are_refused(tmp_path):
     with pytest.raises(ValueError, match="but Scaled scales, caps or computes them otherwise"):
         language(tmp_path, net=Scaled(config), from_hidden=True).train()
 
+    class Own(Language):
+        def forward(self, input_ids, output_hidden_states=False, logits_to_keep=0):
+            return super().forward(input_ids)
+
+    with pytest.raises(ValueError, match="needs a model of transformers with hidden states .* got Own"):
+        language(tmp_path, net=Own(), from_hidden=True).train()
+
 
 def test_tokens_that_cannot_be_paired_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Language does not tell where they belong; pass shift_labels=True"):

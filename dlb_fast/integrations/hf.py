@@ -264,8 +264,8 @@ class LastBatchTrainer(_hf.Trainer):
         own = {name: value for name, value in inputs.items() if name not in dropped}
         if self.from_hidden and model.training:
             outputs = model(**own, output_hidden_states=True, logits_to_keep=1)
-            logits = outputs["hidden_states"][-1]
-            given |= self._head(model, logits, outputs["logits"])
+            logits, head = self._hidden(model, outputs)
+            given |= head
         else:
             outputs = model(**own)
             logits = _logits(outputs)
@@ -292,23 +292,30 @@ class LastBatchTrainer(_hf.Trainer):
             self._terms, self._logged = torch.zeros_like(terms), self.state.global_step
         super().log(logs, *args, **options)
 
-    def _head(self, model: nn.Module, hidden: torch.Tensor, last: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """The last layer, which has to make the logits of the last tokens."""
-        head: Any = self.accelerator.unwrap_model(model).get_output_embeddings()
-        weight, bias = head.weight, getattr(head, "bias", None)
+    def _hidden(self, model: nn.Module, outputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        """The last hidden states, and the layer that makes logits of them."""
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        head = unwrapped.get_output_embeddings() if hasattr(unwrapped, "get_output_embeddings") else None
+        states = outputs.get("hidden_states")
+        if head is None or states is None:
+            raise ValueError(
+                "LastBatchTrainer: from_hidden needs a model of transformers with hidden states and output embeddings, "
+                f"got {type(unwrapped).__name__}; leave from_hidden at False"
+            )
+        hidden, weight, bias = states[-1], head.weight, getattr(head, "bias", None)
         if not self._seen_head:
             with torch.no_grad():
-                product = nn.functional.linear(hidden[:, -1:], weight, bias)
+                product, last = nn.functional.linear(hidden[:, -1:], weight, bias), outputs["logits"]
             off = (product - last).abs().max() / last.abs().max().clamp(min=1e-30)
-            capped = getattr(getattr(self.model, "config", None), "final_logit_softcapping", None)
+            capped = getattr(getattr(unwrapped, "config", None), "final_logit_softcapping", None)
             if capped or product.shape != last.shape or off > max(0.01, 8 * torch.finfo(product.dtype).eps):
                 raise ValueError(
                     "LastBatchTrainer: from_hidden needs logits that are the product of the last hidden states and the "
-                    f"output embeddings, but {type(self.model).__name__} scales, caps or computes them otherwise; "
-                    "leave from_hidden at False"
+                    f"output embeddings, but {type(unwrapped).__name__} scales, caps or computes them otherwise; leave "
+                    "from_hidden at False"
                 )
             self._seen_head = True
-        return {"head_weight": weight, "head_bias": bias}
+        return hidden, {"head_weight": weight, "head_bias": bias}
 
     def _predicts_the_next(self) -> bool | None:
         """Whether the logits of a token predict the next one; None where the model does not tell."""
