@@ -105,7 +105,8 @@ def compare(student: Tensor, teacher: Tensor) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    lines = ["| tau | k | teacher's mass in k | KL too small by | gradient off by | cosine |", "| --- " + "| ---: " * 5 + "|"]
+    lines = ["| tau | k | teacher's mass in k | KL too small by | gradient off by | cosine |"]
+    lines.append("| --- " + "| ---: " * 5 + "|")
     for r in records:
         lines.append(
             f"| {r['temperature']:g} | {r['k']} | {r['mass']:.1%} | {r['kl_error']:.1%} | {r['gradient_error']:.1%} "

@@ -23,7 +23,7 @@ UNKNOWN_ID = -(2**63)
 COUNTERS = ("latest", "taught", "mismatched", "unknown", "not_finite", "untaught")
 """Header of ``slots``: which generation was stored last, and what became of the repeated rows; see `LogitBuffer`."""
 HEADER = len(COUNTERS)
-_VERSION = 1
+_VERSION = 2
 
 
 class Match(NamedTuple):
@@ -503,7 +503,8 @@ def _state_trouble(
     version = state.get("version", _VERSION)
     if version != _VERSION:
         return f"version {_VERSION} expected, got {version}"
-    least = {"num_classes": 1, "capacity": 1, **dict.fromkeys(("of_classes", "count", "rank", "world_size", *COUNTERS[1:]), 0)}
+    from_zero = ("of_classes", "count", "rank", "world_size", *COUNTERS[1:])
+    least = {"num_classes": 1, "capacity": 1, **dict.fromkeys(from_zero, 0)}
     missing = [key for key in (*least, "logits", "ids") if key not in state]
     if missing:
         return f"missing {', '.join(missing)}"

@@ -593,8 +593,8 @@ class Teacher(NamedTuple):
     """The teacher of one batch, as the kernel takes it.
 
     ``kind``: ``"logits"`` (softened with the temperature of the student), ``"probabilities"`` (used as they are),
-    ``"top_k"`` (``tensor`` is a :class:`TopK` ``.packed()``), ``"uniform"`` (no tensor: the same probability for every class, or ``correct_share`` for the right class and the
-    rest divided equally), or ``"none"`` (plain cross entropy).
+    ``"top_k"`` (the tensor is a :class:`TopK` ``.packed()``), ``"uniform"`` (no tensor: the same probability for every
+    class, or ``correct_share`` for the right class and the rest divided equally), or ``"none"`` (plain cross entropy).
     """
 
     kind: str
@@ -779,8 +779,8 @@ def distillation_loss(
     Args:
         logits: ``(B, C)`` as in :func:`fused_lb_loss`.
         target: ``(B,)`` labels, ``(B, C)`` probabilities, or None for the KL alone.
-        teacher: ``(H, C)`` or a :class:`TopK` of ``H`` rows, ``H <= B``, for the first ``H`` rows; None with ``kind="uniform"``, otherwise None means
-            plain cross entropy. Detached.
+        teacher: ``(H, C)`` or a :class:`TopK` of ``H`` rows, ``H <= B``, for the first ``H`` rows; None with
+            ``kind="uniform"``, otherwise None means plain cross entropy. Detached.
         kind: ``"logits"`` (softened with ``temperature``), ``"probabilities"`` (used as they are), ``"top_k"`` (the k
             largest logits and one bucket for the rest) or ``"uniform"``.
         alpha: weight of the KL, a number >= 0 or a 0-d tensor.

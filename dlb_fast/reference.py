@@ -155,9 +155,7 @@ def kl_rows(
     return RowTerms(rows, keep.sum().to(rows.dtype))
 
 
-def top_k_kl_rows(
-    logits: Tensor, packed: Tensor, *, temperature: Scalar, keep: Tensor | None = None
-) -> RowTerms:
+def top_k_kl_rows(logits: Tensor, packed: Tensor, *, temperature: Scalar, keep: Tensor | None = None) -> RowTerms:
     """``tau^2 KL`` per row (H,) to a teacher of ``k`` classes and one bucket for the others.
 
     ``KL = sum_j p_j (log p_j - log q_j) + p_rest (log p_rest - log q_rest)``, ``p_j = exp(t_j / tau - s)``; ``q_rest``
@@ -246,8 +244,9 @@ def last_batch_loss(
     """The objective: ``ce_weight * L_CE + alpha * L_LB``.
 
     ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), ``"top_k"`` (H, 2 k + 1) as
-    :func:`top_k_kl_rows` takes it, or ``"virtual"`` (no tensor: all rows learn from :func:`virtual_teacher`). Returns ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached
-    ``[loss, L_CE, L_LB, correct]``; with ``reduction="none"`` the parts are sums over the rows.
+    :func:`top_k_kl_rows` takes it, or ``"virtual"`` (no tensor: all rows learn from :func:`virtual_teacher`). Returns
+    ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached ``[loss, L_CE, L_LB, correct]``; with
+    ``reduction="none"`` the parts are sums over the rows.
 
     >>> z, y = torch.zeros(2, 4), torch.tensor([0, 1])
     >>> loss, parts = last_batch_loss(z, y, z[:1])
