@@ -35,7 +35,7 @@ from .reference import Scalar
 KINDS = ("logits", "probabilities", "hidden", "top_k")
 LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 32 << 20
 """Default ``max_memory``: few chunks, because each reads the whole weight and adds to its whole gradient."""
-_SLICE_BYTES = 1 << 20  # of the weight's gradient, for a part that has to pass through another dtype: stays in a cache
+_SLICE_BYTES = 4 << 20  # of the weight's gradient, where it passes through another dtype: it should stay in a cache
 _GRAD_SCALE, _VALID = PARTS.index("grad_scale"), PARTS.index("valid")
 
 _FIRST = {
@@ -136,6 +136,12 @@ class _Chunks:
         if bias is None:
             return torch.mm(rows, weight.t(), out=out)
         return torch.addmm(bias, rows, weight.t(), out=out)
+
+    def reused(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for a slice of classes, which is at most as long as the first."""
+        if name not in self.memory:
+            self.memory[name] = torch.empty_like(like, dtype=dtype)
+        return self.memory[name][: like.shape[0]]
 
     def teachers(self, start: int, stop: int) -> Tensor:
         """The teachers of rows [start, stop)."""
@@ -287,7 +293,7 @@ class _Chunks:
 
     def slices(self) -> range:
         """Of the classes, where the products pass through another dtype."""
-        return range(0, self.classes, max(_SLICE_BYTES // (4 * max(self.hidden.shape[1], 1)), 64))
+        return range(0, self.classes, max(_SLICE_BYTES // (4 * max(self.hidden.shape[1], 1)), 256))
 
     def add_gradients(self, grad: Tensor, hidden: Tensor, start: int, stop: int) -> None:
         """The chunk's share of every gradient that is needed."""
@@ -325,19 +331,19 @@ class _Chunks:
     def add_weight_slices(self, grad: Tensor, hidden: Tensor, first: bool, widen: bool) -> None:
         """``grad_weight += grad^T hidden`` in float32, by slices of classes: the product of a slice has the dtype of
         its operands where torch has no other, and it does not leave the cache before it is added."""
-        into = self.grad_weight
-        for c in self.slices():
-            part, of = into[c : c + self.slices().step], grad[:, c : c + self.slices().step].t()
+        into, step = self.grad_weight, self.slices().step
+        for c in range(0, self.classes, step):
+            part, of = into[c : c + step], grad[:, c : c + step].t()
             if widen:
                 of = of.to(into.dtype)
             if of.is_cuda and of.dtype != into.dtype:
                 product = torch.mm(of, hidden, out_dtype=into.dtype)
             else:
-                product = torch.mm(of, hidden)
+                product = torch.mm(of, hidden, out=self.reused("product", part, of.dtype))
             if first:
                 part.copy_(product)
             else:
-                part.add_(product.to(into.dtype))
+                part.add_(self.reused("wide", part, into.dtype).copy_(product))
 
 
 def _by_autograd(
