@@ -30,9 +30,11 @@ def inputs(dtype=torch.float64, seed=0):
     labels[0, 1] = -100
     dense = normal(ROWS, CLASSES).softmax(1)
     dense[2] = 0
-    dense[2, [3, 20]] = 0.5  # a tie between two ranks
+    dense[2, [3, 20]] = 0.5  # a tie between two ranks, whose second class has the largest logit: not correct
+    logits = 3 * normal(ROWS, CLASSES)
+    logits[2, 20] = 12
     return {
-        "logits": (3 * normal(ROWS, CLASSES)).to(dtype),
+        "logits": logits.to(dtype),
         "teacher": (3 * normal(OLD, CLASSES)).to(dtype),
         "weight": normal(CLASSES).abs() + 0.1,
         "target": labels[0],
@@ -61,6 +63,11 @@ CASES = {
     "none": lambda given: (*both_options(given)[:2], {**both_options(given)[2], "reduction": "none"}),
     "smoothing": lambda given: (given["target"], None, {"label_smoothing": 1.0}),
     "weight": lambda given: (given["target"], None, {"weight": given["weight"]}),
+    "weightless": lambda given: (
+        given["target"],
+        None,
+        {"weight": given["weight"].index_fill(0, given["target"].clamp(0), 0), "label_smoothing": 0.1},
+    ),
     "ignored": lambda given: (torch.full((ROWS,), -100), given["teacher"], {}),
     "dense": lambda given: (given["dense"], given["teacher"], {}),
     "dense options": lambda given: (given["dense"], None, {"weight": given["weight"], "label_smoothing": 0.1}),
@@ -89,10 +96,13 @@ def broken(given):
     z[6] = -float("inf")
     z[7, 5] = -float("inf")
     y[7] = 5
+    given["dense"][7, 5] = 0
+    y[8], given["target_b"][8] = 1, 2  # whose share is 0
+    z[8, 2] = -float("inf")
     t[2, 2:9] = -float("inf")
     t[3, 21] = float("nan")
     t[4] = -float("inf")
-    return given
+    return given | {"options": {"reduction": "none"}}  # a mean of these rows would be NaN
 
 
 def upstream_of(loss):
@@ -103,6 +113,7 @@ def upstream_of(loss):
 def one_process(given, case):
     logits = given["logits"].clone().requires_grad_()
     target, teacher, options = case(given)
+    options |= given.get("options", {})
     for name in ("alpha", "temperature"):  # plain autograd gives a class at -inf no gradient where tau is a tensor
         options |= {name: float(options[name])} if name in options else {}
     loss, parts = fused_lb_loss(logits, target, teacher, impl="torch", return_parts=True, **options)
@@ -117,6 +128,7 @@ def part(values, split, place, dim=1):
 def one_rank(given, case, split, place, group=None):
     """Loss, parts and the gradient of this rank's part."""
     target, teacher, options = case(given)
+    options |= given.get("options", {})
     logits = part(given["logits"], split, place).clone().requires_grad_()
     if target is not None and target.dim() == 2:
         target = part(target, split, place)
