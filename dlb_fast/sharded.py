@@ -110,7 +110,7 @@ def _agree(logits: Tensor, call: _Call) -> _Agreed:
     op, dtype, batch = call.options.op, reference.compute_dtype(logits.dtype), logits.shape[0]
     sizes = torch.full((call.ranks,), -float("inf"), dtype=dtype, device=logits.device)
     shares = sizes.expand(batch, -1).clone() if call.dense is not None else None
-    sizes[call.place] = logits.shape[1]
+    sizes[call.place].fill_(logits.shape[1])
     mark = _fingerprint(call, logits.device).to(dtype)
     pieces = {"m": _row_maximum(logits, dtype), "sizes": sizes, "mark": torch.stack([mark, -mark])}
     if call.teacher is not None:
@@ -350,8 +350,8 @@ def _is_dtensor(value: object) -> bool:
     return any(kind.__name__ == "DTensor" for kind in type(value).__mro__)
 
 
-def _from_mesh(op: str, logits: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any], Any, int]:
-    """The local parts of DTensors, the group that shares the classes, and this rank's place in it."""
+def _from_mesh(op: str, logits: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any], Any]:
+    """The local parts of DTensors, and the group that shares the classes."""
     from torch.distributed.tensor import Replicate, Shard
 
     mesh, placements = logits.device_mesh, tuple(logits.placements)
@@ -385,10 +385,8 @@ def _from_mesh(op: str, logits: Any, given: dict[str, Any]) -> tuple[Any, dict[s
                 "torch.distributed.tensor.distribute_tensor for the whole, DTensor.from_local for a part"
             )
         local[name] = value
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise ValueError(f"{op}: this process is not in the mesh of the logits; call it on the ranks of {mesh}")
-    return logits.to_local(grad_placements=placements), local, mesh.get_group(dim), coordinate[dim]
+    # The parts follow the ranks of the group, as where torch gathers them.
+    return logits.to_local(grad_placements=placements), local, mesh.get_group(dim)
 
 
 def sharded_lb_loss(
@@ -467,11 +465,9 @@ def sharded_lb_loss(
         if group is not None:
             raise ValueError(f"{op}: group must be None with a DTensor, whose mesh names it; got a group")
         given = {"target": target, "last_logits": last_logits, "weight": weight, "kd_mask": kd_mask}
-        logits, given, group, place = _from_mesh(op, logits, given | {"target_b": target_b, "lam": lam})
+        logits, given, group = _from_mesh(op, logits, given | {"target_b": target_b, "lam": lam})
         target, last_logits, weight, kd_mask, target_b, lam = given.values()
-        ranks = dist.get_world_size(group)
-    else:
-        ranks, place = _place(op, group)
+    ranks, place = _place(op, group)
     empty = ranks > 1 and isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] == 0
     _args.check_logits(op, logits.new_empty(len(logits), 1) if empty else logits, target)
     if logits.shape[1] > _MOST_CLASSES:
