@@ -139,7 +139,7 @@ def test_ours_that_computes_something_else_fails_the_run(monkeypatch, capsys):
     monkeypatch.setattr(bench_linear, "fused_linear_lb_loss", lambda *given, **named: 1.1 * right(*given, **named))
     command = ["bench", "--device", "cpu", "--quick", "--dtypes", "float32", "--variants", "fused", "--losses", "ce"]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match=r"bench_linear: fused \(ce: computes something else: loss is off by 0\.1"):
+    with pytest.raises(SystemExit, match=r"bench_linear: fused \(ce: computes something else: hidden is off by 0\.1"):
         bench_linear.main()
 
 
