@@ -29,6 +29,7 @@ _NAMES = {
     "methods.sce": ("SceLoss", "sce_loss"),
     "methods.tf_kd": ("TfKDRegLoss", "tf_kd_reg_loss"),
     "methods.zipf": ("ZipfLoss", "zipf_loss"),
+    "sharded": ("sharded_lb_loss",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [*_MODULE_OF, "__version__"]
@@ -72,6 +73,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .methods.tf_kd import tf_kd_reg_loss as tf_kd_reg_loss
     from .methods.zipf import ZipfLoss as ZipfLoss
     from .methods.zipf import zipf_loss as zipf_loss
+    from .sharded import sharded_lb_loss as sharded_lb_loss
 
 
 def __getattr__(name: str) -> Any:

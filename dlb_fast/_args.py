@@ -33,8 +33,8 @@ small number, and the small one has the rounding error of the two entropies whos
 tau^2 * 6e-8 in float32 (6e-4 at 100, 600 at 1e5) and by tau^2 * 1e-16 in float64. Below 1e-18, tau^2 leaves float32."""
 
 _INSTEAD = {
-    "DTensor": "a DTensor (loss parallel is not supported); pass {0}.full_tensor(), or {0}.to_local() where every rank "
-    "computes the loss of whole rows of its own",
+    "DTensor": "a DTensor (sharded_lb_loss takes split classes); pass {0}.full_tensor(), or {0}.to_local() where every "
+    "rank computes the loss of whole rows of its own",
     "MaskedTensor": "a MaskedTensor; pass {0}.get_data(), and leave rows out by ignore_index and kd_mask",
     "nested": "a nested tensor; join its rows with torch.cat({0}.unbind())",
     "quantized": "a quantized tensor; pass {0}.dequantize()",

@@ -13,6 +13,7 @@ from conftest import DTYPES, available
 from test_buffer import overlapping
 from test_last_batch import Call, assert_as_good_as_eager
 
+from benchmarks import top_k_fidelity
 from dlb_fast import LastBatchLoss, LogitBuffer, Teacher, TopK, _args, distillation_loss, dlb_step, reference
 from dlb_fast.functional import distill
 from dlb_fast.losses import Inputs
@@ -137,7 +138,7 @@ def test_options(impl, generator, name):
 
 @pytest.mark.parametrize("classes", [9, 40, 5000])
 @pytest.mark.parametrize("target", [True, False])
-@pytest.mark.parametrize("margin", [5.0, 15.0, 60.0, 400.0, 2000.0])
+@pytest.mark.parametrize("margin", [5.0, 30.0, 60.0, 400.0, 2000.0])
 def test_a_sure_student(impl, generator, margin, target, classes):
     """All but the k classes together have e^-5 down to nothing that float32 can hold; the teacher thinks otherwise."""
     z, y, t = problem(generator, 3, 3, classes, torch.float32)
@@ -495,6 +496,20 @@ def test_a_method_may_teach_so(generator):
     z, y, _ = problem(generator)
     wanted = distillation_loss(z, y, TopK.of(z.flip(0), 3, 2.0), kind="top_k", temperature=2.0)
     torch.testing.assert_close(Last(temperature=2.0)(z, y), wanted)
+
+
+def test_the_benchmark_of_its_fidelity(generator):
+    teacher = 2 * torch.randn(6, 300, generator=generator, dtype=torch.float64)
+    student = teacher + torch.randn(6, 300, generator=generator, dtype=torch.float64)
+    records = top_k_fidelity.compare(student, teacher)
+    assert len(top_k_fidelity.table(records).splitlines()) == 2 + 15
+    for tau in (1.0, 2.0, 4.0):
+        of_tau = [r for r in records if r["temperature"] == tau]
+        losses = [r["kl_error"] for r in of_tau]  # a finer partition has the larger KL, and no partition more than all
+        assert losses == sorted(losses, reverse=True) and losses[-1] > 0
+        wanted = plain(student, teacher, 256, tau).mean() / plain(student, teacher, 300, tau).mean()
+        assert of_tau[-1]["kl_error"] == pytest.approx(1 - wanted.item(), rel=1e-9)
+        assert of_tau[-1]["cosine"] > 0.98 and of_tau[-1]["gradient_error"] < of_tau[0]["gradient_error"]
 
 
 def test_class_numbers_are_exact():
