@@ -25,7 +25,7 @@ from .reference import RowTerms, Scalar
 
 PIECE_BYTES = {"cpu": 1 << 20}
 """Bytes of one temporary of a piece, about five of which live at once; elsewhere than in this table the next line."""
-PIECE_BYTES_ELSEWHERE = 64 << 20
+PIECE_BYTES_ELSEWHERE = 32 << 20
 _MOST_CLASSES = 1 << 24  # of a rank: the sizes of the parts travel in float32
 _COEFFICIENTS = ("a", "even", "dense", "label", "label_b", "b", "k")  # of the gradient, per row
 
@@ -415,10 +415,12 @@ def sharded_lb_loss(
     given by its part, everything else is the same on all ranks: labels are those of the whole. Every rank returns
     the same loss, and the gradient of its own part.
 
-    A call runs two collectives of ``O(B)`` numbers, a MAX and a SUM; the backward runs none. The upstream gradient must
-    be the same on all ranks, as it is where each calls ``loss.backward()``: do not divide the loss by the number of
-    ranks. Beyond the gradient, a few MB of temporaries; plain PyTorch on every device, no wait of a host for its
-    device. The gradient is made in the backward of ``logits`` and ``last_logits``: overwrite neither before.
+    A call runs two collectives of ``O(B)`` numbers, a MAX and a SUM (with a dense target ``O(B)`` per rank); the
+    backward runs none. The upstream gradient must be the same on all ranks, as it is where each calls
+    ``loss.backward()``: do not divide the loss by the number of ranks. It is plain PyTorch on every device, and the
+    host does not wait for it. Nothing but the gradient has the size of the logits; about five temporaries of 1 MiB
+    (CPU) or 32 MiB live beside it. The gradient is made in the backward, from ``logits`` and ``last_logits``:
+    overwrite neither before.
 
     Args:
         logits: ``(B, C_local)`` float32, bfloat16, float16 or float64, or a DTensor ``(B, C)`` with ``Shard(1)`` on one
@@ -446,11 +448,13 @@ def sharded_lb_loss(
     Raises:
         ValueError, TypeError: on this rank alone, before the first collective, what does not fit this rank's logits; on
             all ranks together, after it, labels outside ``[0, C)`` and labels, masks, shares or options that differ
-            between the ranks (where the labels are on a GPU, the loss is NaN instead). Ranks that differ in ``B``, in
-            ``H``, in the dtype or in whether they give a teacher or a dense target would need a further collective to
-            find out: the first one fails or hangs. RuntimeError: a gradient that this loss does not have.
+            between the ranks (on a GPU, whose values are not read, the loss is NaN instead). Ranks that differ in
+            ``B``, in ``H``, in the dtype or in whether they give a teacher or a dense target would need a further
+            collective to find out: the first one fails or hangs; on a GPU the second does where only some give
+            ``weight``, ``target_b`` or ``label_smoothing``. RuntimeError: a gradient that this loss does not have.
 
-    Source: the row statistics are those of ``VocabParallelCrossEntropy`` in Shoeybi et al., "Megatron-LM", 2019.
+    Source: the objective as :func:`fused_lb_loss`; cross entropy over a split vocabulary: Shoeybi et al.,
+        "Megatron-LM", 2019.
 
     >>> import torch
     >>> from dlb_fast import fused_lb_loss, sharded_lb_loss

@@ -193,6 +193,10 @@ class Watched(TorchDispatchMode):
         self.collectives: list[tuple[str, int]] = []
         self.largest = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # or the first use imports the compiler, which takes seconds
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional"):
