@@ -144,7 +144,7 @@ def test_a_sure_student(impl, generator, margin, target, classes):
     z, y, t = problem(generator, 3, 3, classes, torch.float32)
     z = z.clone()
     z[:, :4] += margin
-    t[:, :4] += 2  # so that most of them are among the k
+    t[:, :4] = t.amax(1, keepdim=True) + torch.tensor([0.1, 0.3, 0.2, 0.5])
     tau = 3.0
     y = torch.tensor([0, 5, 8]) if target else None
     top = TopK.of(t, 4, tau)
@@ -202,17 +202,18 @@ def test_wrong_classes_make_the_row_nan(impl, generator, indices):
     assert rows.isnan().tolist() == [False, True, *[False] * 5]
 
 
-def test_another_temperature_leaves_a_distribution(impl, generator):
-    """Made at tau = 1, used at 4: the k would have more than 1 together. They have all, and the KL is none < 0."""
+@pytest.mark.parametrize(("k", "made", "tau"), [(5, 1.0, 4.0), (20, 4.0, 1.0)])
+def test_another_temperature_leaves_a_distribution(impl, generator, k, made, tau):
+    """Where the k would have more than 1 together, or are all and would have less, they have 1; the KL is not < 0."""
     z, _, t = problem(generator, taught=7)
-    top = TopK.of(t, 5, 1.0)
+    top = TopK.of(t, k, made)
     z.requires_grad_()
-    rows = distillation_loss(z, None, top, kind="top_k", temperature=4.0, reduction="none", impl=impl)
+    rows = distillation_loss(z, None, top, kind="top_k", temperature=tau, reduction="none", impl=impl)
     (grad,) = torch.autograd.grad(rows.sum(), z)
-    p = (top.values / 4).softmax(1)
-    log_q = (z.detach() / 4).log_softmax(1)
-    torch.testing.assert_close(rows.detach(), 16 * (p * (p.log() - log_q.gather(1, top.indices))).sum(1))
-    torch.testing.assert_close(grad, 4 * log_q.exp().scatter_add(1, top.indices, -p), atol=1e-12, rtol=1e-9)
+    p = (top.values / tau).softmax(1)
+    log_q = (z.detach() / tau).log_softmax(1)
+    torch.testing.assert_close(rows.detach(), tau**2 * (p * (p.log() - log_q.gather(1, top.indices))).sum(1))
+    torch.testing.assert_close(grad, tau * log_q.exp().scatter_add(1, top.indices, -p), atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
