@@ -14,7 +14,7 @@ from test_buffer import overlapping
 from test_last_batch import Call, assert_as_good_as_eager
 
 from benchmarks import top_k_fidelity
-from dlb_fast import LastBatchLoss, LogitBuffer, Teacher, TopK, _args, distillation_loss, dlb_step, reference
+from dlb_fast import LastBatchLoss, LogitBuffer, Teacher, TopK, _args, _backends, distillation_loss, dlb_step, reference
 from dlb_fast.functional import distill
 from dlb_fast.losses import Inputs
 from dlb_fast.train.checkpoint import _divide_buffer
@@ -168,6 +168,8 @@ def test_rows_that_are_not_finite_do_not_teach(impl, generator):
     z.requires_grad_()
     top = TopK.of(t, 5, 3.0)
     assert top.packed()[:, -1].isnan().tolist() == [False, True, True, False]
+    nothing = TopK(torch.full((1, 2), -inf), torch.tensor([[0, 1]]), torch.tensor([-inf]))
+    assert nothing.packed()[0, -1].isnan()
     loss, parts = distillation_loss(z, y, top, kind="top_k", temperature=3.0, return_parts=True, impl=impl)
     loss.backward()
     good = plain(z.detach()[[0, 3]], t[[0, 3]], 5, 3.0)
@@ -230,8 +232,8 @@ def test_of_is_topk_and_logsumexp(generator, dtype):
         wanted = (relative.double() / 2).logsumexp(1).to(compute)
         torch.testing.assert_close(top.logsumexp, wanted, rtol=5e-7 if compute == torch.float32 else 1e-14, atol=0)
     offset = torch.tensor([[0.0, -1.0, -2.0, -30.0]], dtype=torch.float32) + 4096.0
-    wanted = math.log(1 + math.exp(-1) + math.exp(-2))
-    assert TopK.of(offset, 2, 1.0).logsumexp.item() == pytest.approx(wanted, rel=3e-7)
+    wanted = math.log(1 + math.exp(-1 / 3) + math.exp(-2 / 3) + math.exp(-10))
+    assert TopK.of(offset, 2, 3.0).logsumexp.item() == pytest.approx(wanted, rel=3e-7)
     packed = top.packed()
     assert packed.shape == (70, 11) and packed.dtype == compute and torch.equal(packed[:, 5:10].long(), top.indices)
 
@@ -268,7 +270,8 @@ def test_the_criterion_is_a_top_k_kept_by_hand(impl, generator, news, capacity, 
     wanted, last = by_hand(batches, 3, impl=impl)
     torch.testing.assert_close(run(criterion, batches), wanted)
     buffer = criterion.buffer
-    assert buffer.num_classes == 7 and buffer.dtype == reference.compute_dtype(dtype)
+    assert (buffer.num_classes, buffer.of_classes) == (7, batches[0][0].shape[1])
+    assert buffer.dtype == reference.compute_dtype(dtype)
     assert torch.equal(buffer.logits, last.packed()) and buffer.ids.tolist() == batches[-1][2][-news[-1] :].tolist()
     assert int(buffer.taught) == sum(news[:-1]) and int(buffer.mismatched) == 0
 
@@ -417,6 +420,17 @@ def test_errors_elsewhere(monkeypatch):
     buffer.of_classes = 9
     with pytest.raises(ValueError, match="must hold logits, got one that holds their top k"):
         dlb_step(torch.zeros(3, 5), torch.tensor([0, 1, 2]), buffer)
+
+
+@pytest.mark.parametrize("picked", ["cuda", "triton"])
+def test_auto_takes_plain_pytorch_where_the_kernels_lack_it(generator, picked, monkeypatch):
+    z, y, t = problem(generator)
+    top = TopK.of(t, 3, 2.0)
+    monkeypatch.setattr(_backends, "pick", lambda *_: picked)
+    found = distillation_loss(z, y, top, kind="top_k", temperature=2.0)
+    monkeypatch.undo()
+    wanted = distillation_loss(z, y, top, kind="top_k", temperature=2.0, impl="torch")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not available("triton"), reason="no Triton")
