@@ -190,6 +190,10 @@ def test_no_mass_costs_nothing(impl):
     assert rows.tolist() == pytest.approx([first.item(), -q[0].log().item()], rel=1e-5)
     wanted = [[1 - 2 * p.item(), 2 * p.item() - 1, 0, 0], [q[0].item() - 1, q[1].item(), q[2].item(), 0]]
     torch.testing.assert_close(z.grad, torch.tensor(wanted))
+    # All mass is in the bucket.
+    bucket = TopK(torch.full((1, 2), -inf), torch.tensor([[0, 3]]), torch.zeros(1))
+    q = torch.tensor([[0.1, 0.3, 0.4, 0.2]])
+    assert distillation_loss(q.log(), None, bucket, kind="top_k", impl=impl).item() == pytest.approx(-math.log(0.7))
     # The teacher sees classes that the student holds impossible.
     never = torch.tensor([[1.0, 2.0, -inf, -inf]])
     assert distillation_loss(never, None, TopK.of(torch.zeros(1, 4), 2, 1.0), kind="top_k", impl=impl).item() == inf
