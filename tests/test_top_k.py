@@ -14,7 +14,7 @@ from test_buffer import overlapping
 from test_last_batch import Call, assert_as_good_as_eager
 
 from benchmarks import top_k_fidelity
-from dlb_fast import LastBatchLoss, LogitBuffer, Teacher, TopK, _args, distillation_loss, dlb_step, reference
+from dlb_fast import LastBatchLoss, LogitBuffer, Teacher, TopK, _args, _backends, distillation_loss, dlb_step, reference
 from dlb_fast.functional import distill
 from dlb_fast.losses import Inputs
 from dlb_fast.train.checkpoint import _divide_buffer
@@ -144,7 +144,7 @@ def test_a_sure_student(impl, generator, margin, target, classes):
     z, y, t = problem(generator, 3, 3, classes, torch.float32)
     z = z.clone()
     z[:, :4] += margin
-    t[:, :4] += 2  # so that most of them are among the k
+    t[:, :4] = t.amax(1, keepdim=True) + torch.tensor([0.1, 0.3, 0.2, 0.5])
     tau = 3.0
     y = torch.tensor([0, 5, 8]) if target else None
     top = TopK.of(t, 4, tau)
@@ -168,6 +168,8 @@ def test_rows_that_are_not_finite_do_not_teach(impl, generator):
     z.requires_grad_()
     top = TopK.of(t, 5, 3.0)
     assert top.packed()[:, -1].isnan().tolist() == [False, True, True, False]
+    nothing = TopK(torch.full((1, 2), -inf), torch.tensor([[0, 1]]), torch.tensor([-inf]))
+    assert nothing.packed()[0, -1].isnan()
     loss, parts = distillation_loss(z, y, top, kind="top_k", temperature=3.0, return_parts=True, impl=impl)
     loss.backward()
     good = plain(z.detach()[[0, 3]], t[[0, 3]], 5, 3.0)
@@ -188,6 +190,10 @@ def test_no_mass_costs_nothing(impl):
     assert rows.tolist() == pytest.approx([first.item(), -q[0].log().item()], rel=1e-5)
     wanted = [[1 - 2 * p.item(), 2 * p.item() - 1, 0, 0], [q[0].item() - 1, q[1].item(), q[2].item(), 0]]
     torch.testing.assert_close(z.grad, torch.tensor(wanted))
+    # All mass is in the bucket.
+    bucket = TopK(torch.full((1, 2), -inf), torch.tensor([[0, 3]]), torch.zeros(1))
+    q = torch.tensor([[0.1, 0.3, 0.4, 0.2]])
+    assert distillation_loss(q.log(), None, bucket, kind="top_k", impl=impl).item() == pytest.approx(-math.log(0.7))
     # The teacher sees classes that the student holds impossible.
     never = torch.tensor([[1.0, 2.0, -inf, -inf]])
     assert distillation_loss(never, None, TopK.of(torch.zeros(1, 4), 2, 1.0), kind="top_k", impl=impl).item() == inf
@@ -202,17 +208,18 @@ def test_wrong_classes_make_the_row_nan(impl, generator, indices):
     assert rows.isnan().tolist() == [False, True, *[False] * 5]
 
 
-def test_another_temperature_leaves_a_distribution(impl, generator):
-    """Made at tau = 1, used at 4: the k would have more than 1 together. They have all, and the KL is none < 0."""
+@pytest.mark.parametrize(("k", "made", "tau"), [(5, 1.0, 4.0), (20, 4.0, 1.0)])
+def test_another_temperature_leaves_a_distribution(impl, generator, k, made, tau):
+    """Where the k would have more than 1 together, or are all and would have less, they have 1; the KL is not < 0."""
     z, _, t = problem(generator, taught=7)
-    top = TopK.of(t, 5, 1.0)
+    top = TopK.of(t, k, made)
     z.requires_grad_()
-    rows = distillation_loss(z, None, top, kind="top_k", temperature=4.0, reduction="none", impl=impl)
+    rows = distillation_loss(z, None, top, kind="top_k", temperature=tau, reduction="none", impl=impl)
     (grad,) = torch.autograd.grad(rows.sum(), z)
-    p = (top.values / 4).softmax(1)
-    log_q = (z.detach() / 4).log_softmax(1)
-    torch.testing.assert_close(rows.detach(), 16 * (p * (p.log() - log_q.gather(1, top.indices))).sum(1))
-    torch.testing.assert_close(grad, 4 * log_q.exp().scatter_add(1, top.indices, -p), atol=1e-12, rtol=1e-9)
+    p = (top.values / tau).softmax(1)
+    log_q = (z.detach() / tau).log_softmax(1)
+    torch.testing.assert_close(rows.detach(), tau**2 * (p * (p.log() - log_q.gather(1, top.indices))).sum(1))
+    torch.testing.assert_close(grad, tau * log_q.exp().scatter_add(1, top.indices, -p), atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -229,8 +236,8 @@ def test_of_is_topk_and_logsumexp(generator, dtype):
         wanted = (relative.double() / 2).logsumexp(1).to(compute)
         torch.testing.assert_close(top.logsumexp, wanted, rtol=5e-7 if compute == torch.float32 else 1e-14, atol=0)
     offset = torch.tensor([[0.0, -1.0, -2.0, -30.0]], dtype=torch.float32) + 4096.0
-    wanted = math.log(1 + math.exp(-1) + math.exp(-2))
-    assert TopK.of(offset, 2, 1.0).logsumexp.item() == pytest.approx(wanted, rel=3e-7)
+    wanted = math.log(1 + math.exp(-1 / 3) + math.exp(-2 / 3) + math.exp(-10))
+    assert TopK.of(offset, 2, 3.0).logsumexp.item() == pytest.approx(wanted, rel=3e-7)
     packed = top.packed()
     assert packed.shape == (70, 11) and packed.dtype == compute and torch.equal(packed[:, 5:10].long(), top.indices)
 
@@ -267,7 +274,8 @@ def test_the_criterion_is_a_top_k_kept_by_hand(impl, generator, news, capacity, 
     wanted, last = by_hand(batches, 3, impl=impl)
     torch.testing.assert_close(run(criterion, batches), wanted)
     buffer = criterion.buffer
-    assert buffer.num_classes == 7 and buffer.dtype == reference.compute_dtype(dtype)
+    assert (buffer.num_classes, buffer.of_classes) == (7, batches[0][0].shape[1])
+    assert buffer.dtype == reference.compute_dtype(dtype)
     assert torch.equal(buffer.logits, last.packed()) and buffer.ids.tolist() == batches[-1][2][-news[-1] :].tolist()
     assert int(buffer.taught) == sum(news[:-1]) and int(buffer.mismatched) == 0
 
@@ -416,6 +424,17 @@ def test_errors_elsewhere(monkeypatch):
     buffer.of_classes = 9
     with pytest.raises(ValueError, match="must hold logits, got one that holds their top k"):
         dlb_step(torch.zeros(3, 5), torch.tensor([0, 1, 2]), buffer)
+
+
+@pytest.mark.parametrize("picked", ["cuda", "triton"])
+def test_auto_takes_plain_pytorch_where_the_kernels_lack_it(generator, picked, monkeypatch):
+    z, y, t = problem(generator)
+    top = TopK.of(t, 3, 2.0)
+    monkeypatch.setattr(_backends, "pick", lambda *_: picked)
+    found = distillation_loss(z, y, top, kind="top_k", temperature=2.0)
+    monkeypatch.undo()
+    wanted = distillation_loss(z, y, top, kind="top_k", temperature=2.0, impl="torch")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not available("triton"), reason="no Triton")
