@@ -177,6 +177,18 @@ def test_odd_shapes(rows, width, classes, bias):
         assert_near(outcome(by_chunks(y, teacher, max_memory=memory), parts), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_slices_of_classes_make_one_gradient(dtype, monkeypatch):
+    """Where products pass through another dtype; 600 classes are three slices here."""
+    parts, y = [part.to(dtype) for part in layer(classes=600)], labels(classes=600)
+    teacher = draw(TAUGHT, 600).to(dtype)
+    wanted = outcome(by_logits(y, teacher.double()), [part.double() for part in parts])
+    monkeypatch.setattr(linear, "_SLICE_BYTES", 1)
+    found = outcome(by_chunks(y, teacher, max_memory=4 * 600 * dtype.itemsize), parts)
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        assert (one - other).norm() <= max(2 * torch.finfo(dtype).eps, 1e-14) * other.norm()
+
+
 def test_any_layout():
     hidden, weight, bias = layer()
     teacher, y = teacher_of("logits"), labels()
@@ -417,6 +429,8 @@ def test_a_head_that_teaches_itself_gets_no_gradient_as_teacher():
     loss.backward()
     wanted = outcome(by_logits(y, (teacher.detach(), weight, bias), "hidden"), (hidden, weight, bias))
     assert teacher.grad is None
+    frozen = fused_linear_lb_loss(hidden, weight, y, (teacher, leaf, bias), kind="hidden")
+    assert not frozen.requires_grad
     assert_near([loss.detach(), leaf.grad], [wanted[0], wanted[2]])
 
 
