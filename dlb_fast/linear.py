@@ -33,7 +33,7 @@ from .functional import (
 from .reference import Scalar
 
 KINDS = ("logits", "probabilities", "hidden", "top_k")
-LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 48 << 20
+LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 36 << 20
 """Default ``max_memory``: few chunks, because each reads the whole weight and adds to its whole gradient."""
 _SLICE_BYTES = 2 << 20  # of the weight's gradient, where it passes through another dtype: it should stay in a cache
 _GRAD_SCALE, _VALID = PARTS.index("grad_scale"), PARTS.index("valid")
@@ -491,7 +491,7 @@ def fused_linear_lb_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` for losses ``(B,)``.
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``; ``"torch"`` is the definition, plain autograd with all
             logits in memory.
-        max_memory: bytes for the logits of a chunk, at least one row's; None takes 48 MiB on a CPU, 256 MiB elsewhere.
+        max_memory: bytes for the logits of a chunk, at least one row's; None takes 36 MiB on a CPU, 256 MiB elsewhere.
             On a GPU the chunk's gradient takes as much again. The result does not depend on it beyond rounding.
         return_parts: also return :class:`LossParts`.
 
