@@ -177,6 +177,18 @@ def test_odd_shapes(rows, width, classes, bias):
         assert_near(outcome(by_chunks(y, teacher, max_memory=memory), parts), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_slices_of_classes_make_one_gradient(dtype, monkeypatch):
+    """Where products pass through another dtype; 600 classes are three slices here."""
+    parts, y = [part.to(dtype) for part in layer(classes=600)], labels(classes=600)
+    teacher = draw(TAUGHT, 600).to(dtype)
+    wanted = outcome(by_logits(y, teacher.double()), [part.double() for part in parts])
+    monkeypatch.setattr(linear, "_SLICE_BYTES", 1)
+    found = outcome(by_chunks(y, teacher, max_memory=4 * 600 * dtype.itemsize), parts)
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        assert (one - other).norm() <= max(2 * torch.finfo(dtype).eps, 1e-14) * other.norm()
+
+
 def test_any_layout():
     hidden, weight, bias = layer()
     teacher, y = teacher_of("logits"), labels()
@@ -237,20 +249,26 @@ def test_parts_are_those_of_the_loss_of_all_logits(way):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("kind", "reduction"), [("logits", "mean"), ("hidden", "mean"), ("logits", "none")])
+@pytest.mark.parametrize(
+    ("kind", "reduction"), [("logits", "mean"), ("hidden", "mean"), ("logits", "none"), (None, "mean")]
+)
 def test_no_less_accurate_than_eager(dtype, kind, reduction):
     """The error of loss and gradients against float64 from the same numbers, beside that of the usual code."""
-    rows, width, classes, taught = 64, 24, 1501, 32
+    rows, width, classes, taught = 64, 24, 1501, 32 if kind else 0
     parts = layer(dtype, rows, width, classes)
-    parts = [part * scale for part, scale in zip(parts, (1.0, 0.3, 0.1), strict=True)]
+    parts = [part * scale for part, scale in zip(parts, (1.0, 0.3 if kind else 0.05, 0.1), strict=True)]
     y = labels(rows, classes)
     hidden = draw(taught, 7, seed=8).to(dtype), draw(classes, 7, seed=9).to(dtype)
     teacher = hidden if kind == "hidden" else F.linear(*hidden)
     wide = [part.double() for part in parts]
     wide_teacher = tuple(part.double() for part in hidden) if kind == "hidden" else teacher.double()
+    if kind is None:
+        teacher, wide_teacher, kind = None, None, "logits"
 
     def eager(hidden, weight, bias):
         z, t = F.linear(hidden, weight, bias), F.linear(*teacher) if kind == "hidden" else teacher
+        if t is None:
+            return F.cross_entropy(z, y)
         kl = F.kl_div(F.log_softmax(z[:taught] / 3, 1), F.softmax(t / 3, 1), reduction="none").sum(1)
         if reduction == "mean":
             return F.cross_entropy(z, y) + 9 * kl.mean()
@@ -411,6 +429,8 @@ def test_a_head_that_teaches_itself_gets_no_gradient_as_teacher():
     loss.backward()
     wanted = outcome(by_logits(y, (teacher.detach(), weight, bias), "hidden"), (hidden, weight, bias))
     assert teacher.grad is None
+    frozen = fused_linear_lb_loss(hidden, weight, y, (teacher, leaf, bias), kind="hidden")
+    assert not frozen.requires_grad
     assert_near([loss.detach(), leaf.grad], [wanted[0], wanted[2]])
 
 
