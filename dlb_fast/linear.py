@@ -33,9 +33,9 @@ from .functional import (
 from .reference import Scalar
 
 KINDS = ("logits", "probabilities", "hidden", "top_k")
-LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 32 << 20
+LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 48 << 20
 """Default ``max_memory``: few chunks, because each reads the whole weight and adds to its whole gradient."""
-_SLICE_BYTES = 1 << 20  # of the weight's gradient, for a part that has to pass through another dtype: stays in a cache
+_SLICE_BYTES = 2 << 20  # of the weight's gradient, where it passes through another dtype: it should stay in a cache
 _GRAD_SCALE, _VALID = PARTS.index("grad_scale"), PARTS.index("valid")
 
 _FIRST = {
@@ -108,12 +108,16 @@ class _Chunks:
             self.teacher_head = [None if part is None else part.detach().to(call.teacher_dtype) for part in head]
         self.mean = call.reduction == REDUCTION["mean"]
         self.needs_grad = call.need_hidden or call.need_weight or call.need_bias
-        row_bytes = self.classes * call.dtype.itemsize
+        # The gradient of a row is rounded once, after its factor.
+        self.factored = call.row_factors is not None and call.dtype.itemsize < 4
+        row_bytes = self.classes * (call.dtype.itemsize + 4 * self.factored)
         if self.teacher_head is not None:
             row_bytes += self.classes * call.teacher_dtype.itemsize
         most = max(call.max_memory // row_bytes, 1)
         self.rows = -(-self.batch // max(-(-self.batch // most), 1))  # of a chunk: all of one size, but for the last
         self.memory: dict[str, Tensor] = {}  # of a chunk, reused by the next
+        # Of several chunks each product is rounded, and then the sum once more to a weight of that dtype.
+        self.twice = self.rows < self.batch and call.head_weight.dtype is torch.bfloat16
 
     def run(self) -> tuple[Tensor, ...]:
         if self.batch == 0:
@@ -136,6 +140,12 @@ class _Chunks:
         if bias is None:
             return torch.mm(rows, weight.t(), out=out)
         return torch.addmm(bias, rows, weight.t(), out=out)
+
+    def reused(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for rows or a slice of classes, of which the first are the longest."""
+        if name not in self.memory:
+            self.memory[name] = torch.empty_like(like, dtype=dtype)
+        return self.memory[name][: like.shape[0]]
 
     def teachers(self, start: int, stop: int) -> Tensor:
         """The teachers of rows [start, stop)."""
@@ -257,7 +267,10 @@ class _Chunks:
             if call.impl not in ("cpu", "torch") and not all_known:
                 finite = reference.finite_rows(teacher)
                 options["kd_mask"] = finite if options["kd_mask"] is None else options["kd_mask"] & finite
-        loss, parts, grad = self.row_op(z, teacher, kind, options)
+        logits = z
+        if self.factored:
+            logits = self.reused("wide logits", z, torch.float32).copy_(z)
+        loss, parts, grad = self.row_op(logits, teacher, kind, options)
         if call.impl == "cpu" and asked and not all_known:
             asked = asked if options["kd_mask"] is None else int(options["kd_mask"].sum())
             if int(parts[_VALID]) < asked:
@@ -269,6 +282,8 @@ class _Chunks:
                     grad = grad.mul_(factors[:, None])
                 else:
                     ops.op_for(call.impl, "scale_grad_")(grad, factors, parts)
+            if self.factored and call.dtype is torch.bfloat16:
+                grad = z.copy_(grad)
             self.add_gradients(grad, hidden, start, stop)
         return loss, parts, False
 
@@ -287,7 +302,7 @@ class _Chunks:
 
     def slices(self) -> range:
         """Of the classes, where the products pass through another dtype."""
-        return range(0, self.classes, max(_SLICE_BYTES // (4 * max(self.hidden.shape[1], 1)), 64))
+        return range(0, self.classes, max(_SLICE_BYTES // (4 * max(self.hidden.shape[1], 1)), 256))
 
     def add_gradients(self, grad: Tensor, hidden: Tensor, start: int, stop: int) -> None:
         """The chunk's share of every gradient that is needed."""
@@ -324,20 +339,24 @@ class _Chunks:
 
     def add_weight_slices(self, grad: Tensor, hidden: Tensor, first: bool, widen: bool) -> None:
         """``grad_weight += grad^T hidden`` in float32, by slices of classes: the product of a slice has the dtype of
-        its operands where torch has no other, and it does not leave the cache before it is added."""
-        into = self.grad_weight
-        for c in self.slices():
-            part, of = into[c : c + self.slices().step], grad[:, c : c + self.slices().step].t()
+        its operands where torch has no other, and it does not leave the cache before it is added. What its rounding
+        took comes from a second product, from which the rounded one is subtracted."""
+        into, step = self.grad_weight, self.slices().step
+        for c in range(0, self.classes, step):
+            part, of = into[c : c + step], grad[:, c : c + step].t()
             if widen:
                 of = of.to(into.dtype)
             if of.is_cuda and of.dtype != into.dtype:
                 product = torch.mm(of, hidden, out_dtype=into.dtype)
             else:
-                product = torch.mm(of, hidden)
+                product = torch.mm(of, hidden, out=self.reused("product", part, of.dtype))
             if first:
                 part.copy_(product)
             else:
-                part.add_(product.to(into.dtype))
+                part.add_(self.reused("wide", part, into.dtype).copy_(product))
+            if self.twice and product.dtype != into.dtype:
+                product.addmm_(of, hidden, beta=-1)
+                part.add_(self.reused("wide", part, into.dtype).copy_(product))
 
 
 def _by_autograd(
@@ -472,7 +491,7 @@ def fused_linear_lb_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` for losses ``(B,)``.
         impl: ``"auto" | "cuda" | "triton" | "cpu" | "torch"``; ``"torch"`` is the definition, plain autograd with all
             logits in memory.
-        max_memory: bytes for the logits of a chunk, at least one row's; None takes 32 MiB on a CPU, 256 MiB elsewhere.
+        max_memory: bytes for the logits of a chunk, at least one row's; None takes 48 MiB on a CPU, 256 MiB elsewhere.
             On a GPU the chunk's gradient takes as much again. The result does not depend on it beyond rounding.
         return_parts: also return :class:`LossParts`.
 

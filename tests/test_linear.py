@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from builders import value_and_gradient
 from conftest import available, eager_official, op_options
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -236,32 +237,70 @@ def test_parts_are_those_of_the_loss_of_all_logits(way):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["logits", "hidden"])
-def test_no_less_accurate_than_eager(dtype, kind):
+@pytest.mark.parametrize(
+    ("kind", "reduction"), [("logits", "mean"), ("hidden", "mean"), ("logits", "none"), (None, "mean")]
+)
+def test_no_less_accurate_than_eager(dtype, kind, reduction):
     """The error of loss and gradients against float64 from the same numbers, beside that of the usual code."""
-    rows, width, classes, taught = 64, 24, 1501, 32
+    rows, width, classes, taught = 64, 24, 1501, 32 if kind else 0
     parts = layer(dtype, rows, width, classes)
-    parts = [part * scale for part, scale in zip(parts, (1.0, 0.3, 0.1), strict=True)]
+    parts = [part * scale for part, scale in zip(parts, (1.0, 0.3 if kind else 0.05, 0.1), strict=True)]
     y = labels(rows, classes)
     hidden = draw(taught, 7, seed=8).to(dtype), draw(classes, 7, seed=9).to(dtype)
     teacher = hidden if kind == "hidden" else F.linear(*hidden)
     wide = [part.double() for part in parts]
     wide_teacher = tuple(part.double() for part in hidden) if kind == "hidden" else teacher.double()
+    if kind is None:
+        teacher, wide_teacher, kind = None, None, "logits"
 
     def eager(hidden, weight, bias):
         z, t = F.linear(hidden, weight, bias), F.linear(*teacher) if kind == "hidden" else teacher
-        kl = F.kl_div(F.log_softmax(z[:taught] / 3, 1), F.softmax(t / 3, 1), reduction="batchmean")
-        return F.cross_entropy(z, y) + 9 * kl
+        if t is None:
+            return F.cross_entropy(z, y)
+        kl = F.kl_div(F.log_softmax(z[:taught] / 3, 1), F.softmax(t / 3, 1), reduction="none").sum(1)
+        if reduction == "mean":
+            return F.cross_entropy(z, y) + 9 * kl.mean()
+        return F.cross_entropy(z, y, reduction="none") + 9 * torch.cat([kl, kl.new_zeros(rows - taught)])
 
-    scale = torch.tensor(1024.0 if dtype == torch.float16 else 1.0)
-    wanted = outcome(by_logits(y, wide_teacher, kind), wide, scale)
-    theirs = outcome(eager, parts, scale)
+    upstream = torch.linspace(0.1, 1, rows) if reduction == "none" else None
+    wanted = outcome(by_logits(y, wide_teacher, kind, reduction=reduction), wide, upstream)
+    theirs = outcome(eager, parts, upstream)
     for memory in (8 * classes * dtype.itemsize, None):
-        ours = outcome(by_chunks(y, teacher, kind, max_memory=memory), parts, scale)
+        ours = outcome(by_chunks(y, teacher, kind, reduction=reduction, max_memory=memory), parts, upstream)
         for name, one, other, right in zip(("loss", "hidden", "weight", "bias"), ours, theirs, wanted, strict=True):
             unit = 2e-7 if dtype == torch.float32 else 0.0  # eager float32 may be right to the last digit by luck
             limit = (other - right).norm() + unit * right.norm()
             assert (one - right).norm() <= limit, f"{name}: {(one - right).norm():g} > {limit:g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 65536.0])
+def test_a_loss_scale_reaches_the_gradients(dtype, factor):
+    """Of 4096 rows: without the scale a float16 gradient would lie below its smallest number."""
+    rows, classes = 64, 300
+    parts, y = [part.to(dtype) for part in layer(torch.float64, rows, 8, classes)], labels(rows, classes)
+    wide = [part.double() for part in parts]
+    factor = torch.tensor(factor / 64)
+    wanted = outcome(by_logits(y), wide, factor)
+    found = outcome(by_chunks(y, max_memory=20 * classes * dtype.itemsize), parts, factor)
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        # 8 units of the largest entry, and what the dtype itself cannot hold.
+        limit = 8 * torch.finfo(dtype).eps * other.abs().max() + torch.finfo(dtype).smallest_normal * 2**-9
+        assert (one - other).abs().max() <= limit
+
+
+def test_a_recomputed_loss_and_saved_tensors_that_others_hold():
+    """Activation checkpointing, and hooks that keep what is saved: the saved gradients are not written to."""
+    y, teacher, parts = labels(), teacher_of("logits"), layer()
+    wanted = outcome(by_logits(y, teacher), parts, torch.tensor(3.0))
+    loss = by_chunks(y, teacher)
+    found = outcome(lambda *leaves: torch.utils.checkpoint.checkpoint(loss, *leaves, use_reentrant=False), parts,
+                    torch.tensor(3.0))  # fmt: skip
+    assert_near(found, wanted)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append((t, t.clone())) or t, lambda t: t):
+        assert_near(outcome(loss, parts, torch.tensor(3.0)), wanted)
+    assert len(held) >= 4 and all(torch.equal(now, then) for now, then in held)
 
 
 def test_the_chunk_size_changes_rounding_only():
@@ -539,7 +578,8 @@ def test_rows_are_kept_before_their_gradient_takes_their_place(keep, way):
         assert not kept.requires_grad
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compile_fullgraph(backend, reduction, autocast):
@@ -611,6 +651,7 @@ def test_the_criterion_says_what_a_layer_lacks():
     assert criterion.buffer is None  # a refused batch changes nothing
 
 
+@pytest.mark.slow
 def test_the_criterion_compiles():
     torch._dynamo.reset()
     losses = []
