@@ -67,6 +67,7 @@ WRONG = {
     "temperature squared left out": lambda z, y, t: (eager_loss(z, y, t) + 8 * F.cross_entropy(z.float(), y)) / 9,
     "five percent": lambda z, y, t: 1.05 * eager_loss(z, y, t),
     "its gradient alone": lambda z, y, t: eager_loss(1.05 * z - 0.05 * z.detach(), y, t),
+    "its value alone": lambda z, y, t: eager_loss(z, y, t) + 0.05 * eager_loss(z, y, t).detach(),
     "nan": lambda z, y, t: torch.nan * eager_loss(z, y, t),
     "raises": lambda z, y, t: torch.zeros(2, requires_grad=True)[5],
 }
