@@ -10,6 +10,8 @@ before the first chunk.
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +37,7 @@ from .reference import Scalar
 KINDS = ("logits", "probabilities", "hidden", "top_k")
 LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 36 << 20
 """Default ``max_memory``: few chunks, because each reads the whole weight and adds to its whole gradient."""
-_SLICE_BYTES = 2 << 20  # of the weight's gradient, where it passes through another dtype: it should stay in a cache
+_SLICE_BYTES = 4 << 20  # of the gradient of logits in float32, where a product needs it so: it should stay in a cache
 _GRAD_SCALE, _VALID = PARTS.index("grad_scale"), PARTS.index("valid")
 
 _FIRST = {
@@ -116,8 +118,6 @@ class _Chunks:
         most = max(call.max_memory // row_bytes, 1)
         self.rows = -(-self.batch // max(-(-self.batch // most), 1))  # of a chunk: all of one size, but for the last
         self.memory: dict[str, Tensor] = {}  # of a chunk, reused by the next
-        # Of several chunks each product is rounded, and then the sum once more to a weight of that dtype.
-        self.twice = self.rows < self.batch and call.head_weight.dtype is torch.bfloat16
 
     def run(self) -> tuple[Tensor, ...]:
         if self.batch == 0:
@@ -142,10 +142,10 @@ class _Chunks:
         return torch.addmm(bias, rows, weight.t(), out=out)
 
     def reused(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for rows or a slice of classes, of which the first are the longest."""
+        """Memory of the shape of ``like``, which is at most as large as the first of that name."""
         if name not in self.memory:
-            self.memory[name] = torch.empty_like(like, dtype=dtype)
-        return self.memory[name][: like.shape[0]]
+            self.memory[name] = like.new_empty(like.shape, dtype=dtype)
+        return self.memory[name][: like.shape[0], : like.shape[1]]
 
     def teachers(self, start: int, stop: int) -> Tensor:
         """The teachers of rows [start, stop)."""
@@ -300,63 +300,71 @@ class _Chunks:
         loss, parts, grad = ops.op_for(impl, "last_batch")(z, *args, need)
         return loss, parts, grad if need else None
 
-    def slices(self) -> range:
-        """Of the classes, where the products pass through another dtype."""
-        return range(0, self.classes, max(_SLICE_BYTES // (4 * max(self.hidden.shape[1], 1)), 256))
+    @property
+    def slice_classes(self) -> int:
+        """How many classes at a time, where a product's operands are widened."""
+        return max(_SLICE_BYTES // (4 * self.rows), 256)
 
     def add_gradients(self, grad: Tensor, hidden: Tensor, start: int, stop: int) -> None:
         """The chunk's share of every gradient that is needed."""
-        call, first = self.call, start == 0
-        wide = self.grad_weight.dtype
-        # In float16 without products into float32, the operands are widened.
-        widen = grad.dtype != wide and not grad.is_cuda and call.dtype is torch.float16
-        if grad.dtype == wide and hidden.dtype != wide:
-            widen = True
-        weight, step = self.weight, self.slices().step
-        if call.need_hidden:
+        first, wide, step = start == 0, self.grad_weight.dtype, self.slice_classes
+        narrow = hidden.dtype != wide and not grad.is_cuda
+        slices = range(0, self.classes, step)
+        if self.call.need_hidden:
             out = self.grad_hidden[start:stop]
-            if widen:
+            if out.dtype == grad.dtype == hidden.dtype:
+                torch.mm(grad, self.weight, out=out)
+            elif narrow:
                 out.zero_()
-                for c in range(0, self.classes, step):
-                    out.addmm_(grad[:, c : c + step].to(out.dtype), weight[c : c + step].to(out.dtype))
-            elif out.dtype != grad.dtype:
-                out.copy_(torch.mm(grad, weight, out_dtype=out.dtype))
+                for c in slices:
+                    out.addmm_(grad[:, c : c + step].to(out.dtype), self.weight[c : c + step].to(out.dtype))
             else:
-                torch.mm(grad, weight, out=out)
-        if call.need_weight:
-            if grad.dtype == wide and not widen:
-                if first:
-                    torch.mm(grad.t(), hidden, out=self.grad_weight)
-                else:
-                    self.grad_weight.addmm_(grad.t(), hidden)
+                out.copy_(torch.mm(grad, self.weight, out_dtype=out.dtype))
+        if self.call.need_weight and narrow:
+            # Without a product of half-precision operands into float32, the operands are widened.
+            wider = self.reused("wide hidden", hidden, wide).copy_(hidden)
+            with _bfloat16_products() if grad.dtype is torch.bfloat16 else contextlib.nullcontext():
+                for c in slices:
+                    part = self.reused("wide gradient", grad[:, c : c + step], wide).copy_(grad[:, c : c + step])
+                    self.grad_weight[c : c + step].addmm_(part.t(), wider, beta=0 if first else 1)
+        elif self.call.need_weight:
+            if grad.dtype == wide:
+                self.grad_weight.addmm_(grad.t(), hidden, beta=0 if first else 1)
             else:
-                self.add_weight_slices(grad, hidden.to(wide) if widen else hidden, first, widen)
-        if call.need_bias:
+                product = torch.mm(grad.t(), hidden, out_dtype=wide)
+                self.grad_weight.copy_(product) if first else self.grad_weight.add_(product)
+        if self.call.need_bias:
             if first:
                 self.grad_bias.zero_()
-            for c in range(0, self.classes, step):
+            for c in slices:
                 self.grad_bias[c : c + step] += grad[:, c : c + step].sum(0, dtype=wide)
 
-    def add_weight_slices(self, grad: Tensor, hidden: Tensor, first: bool, widen: bool) -> None:
-        """``grad_weight += grad^T hidden`` in float32, by slices of classes: the product of a slice has the dtype of
-        its operands where torch has no other, and it does not leave the cache before it is added. What its rounding
-        took comes from a second product, from which the rounded one is subtracted."""
-        into, step = self.grad_weight, self.slices().step
-        for c in range(0, self.classes, step):
-            part, of = into[c : c + step], grad[:, c : c + step].t()
-            if widen:
-                of = of.to(into.dtype)
-            if of.is_cuda and of.dtype != into.dtype:
-                product = torch.mm(of, hidden, out_dtype=into.dtype)
-            else:
-                product = torch.mm(of, hidden, out=self.reused("product", part, of.dtype))
-            if first:
-                part.copy_(product)
-            else:
-                part.add_(self.reused("wide", part, into.dtype).copy_(product))
-            if self.twice and product.dtype != into.dtype:
-                product.addmm_(of, hidden, beta=-1)
-                part.add_(self.reused("wide", part, into.dtype).copy_(product))
+
+_IN_BFLOAT16 = [0]  # threads inside _bfloat16_products
+_BEFORE = [""]  # the setting that the first of them found
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Let float32 operands that hold bfloat16 values be multiplied as such: exact, summed in float32, and as fast.
+
+    torch has no product of bfloat16 operands into float32 on a CPU, but a setting by which oneDNN rounds float32
+    operands to bfloat16 first, where the processor multiplies these faster. It is one of the process: while one thread
+    needs it, float32 products of other threads are rounded as well.
+    """
+    setting = torch.backends.mkldnn.matmul
+    with _LOCK:
+        if _IN_BFLOAT16[0] == 0:
+            _BEFORE[0], setting.fp32_precision = setting.fp32_precision, "bf16"
+        _IN_BFLOAT16[0] += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _IN_BFLOAT16[0] -= 1
+            if _IN_BFLOAT16[0] == 0:
+                setting.fp32_precision = _BEFORE[0]
 
 
 def _by_autograd(
