@@ -241,17 +241,6 @@ def linear_table(records: list[Record]) -> str:
     return "\n\n".join(parts)
 
 
-def linear_bars() -> str:
-    """What the newest CPU results of the loss from hidden states say of its bars."""
-    from . import bench_linear, shapes  # needs torch
-
-    path = newest("linear-cpu-[0-9]*.jsonl")
-    records = latest(read(path))
-    dtypes = dict.fromkeys(r["dtype"] for r in records)
-    found = bench_linear.bars(records, "cpu", shapes.LINEAR["cpu"], dtypes, "left out")
-    return f"{table(('what', 'here', 'bar', ''), (bar[:4] for bar in found))}\n\n{origin(path, records)}"
-
-
 BENCHMARKS = {"last_batch": loss_table, "step": step_table, "methods": methods_table, "linear": linear_table}
 
 
@@ -325,7 +314,6 @@ def sources() -> dict[str, Callable[[], str]]:
         **imagenet_plan.TABLES,
         "loss": lambda: tables_of(newest("cpu-[0-9]*.jsonl")),
         "linear": lambda: tables_of(newest("linear-cpu-[0-9]*.jsonl")),
-        "linear bars": linear_bars,
         "top k fidelity": fidelity_table,
         "steps": lambda: tables_of(newest("step-cpu-[0-9]*.jsonl")),
         "methods": lambda: tables_of(newest("methods-cpu-[0-9]*.jsonl")),

@@ -353,7 +353,7 @@ def _bfloat16_products() -> Iterator[None]:
     operands to bfloat16 first, where the processor multiplies these faster. It is one of the process: while one thread
     needs it, float32 products of other threads are rounded as well.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined, unused-ignore]
     with _LOCK:
         if _IN_BFLOAT16[0] == 0:
             _BEFORE[0], setting.fp32_precision = setting.fp32_precision, "bf16"
