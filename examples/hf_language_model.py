@@ -27,7 +27,7 @@ from dlb_fast.integrations.hf import LastBatchTrainer
 
 @dataclass
 class Arguments:
-    data: str = str(Path(__file__).resolve().parent.parent)  # this project's own text
+    data: str = str(Path(__file__).resolve().parent.parent / "docs")  # of this project
     vocabulary: int = 2048
     length: int = 64  # tokens of a sequence
     width: int = 96
