@@ -15,7 +15,10 @@ from benchmarks import bench_linear, gpu_check, harness, memory, shapes, tables
 from benchmarks.bench_linear import TAU, TAUGHT, Problem
 from benchmarks.loss_variants import eager_loss
 
-pytestmark = pytest.mark.slow  # guards the benchmarks, not the package
+pytestmark = [
+    pytest.mark.slow,  # guards the benchmarks, not the package
+    pytest.mark.usefixtures("one_thread"),  # the command sets the number of threads, which later tests must not meet
+]
 
 SHAPE = shapes.LinearShape(24, 8, 120, "")
 

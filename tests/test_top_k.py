@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, available
+from conftest import DTYPES, available, require
 from test_buffer import overlapping
 from test_last_batch import Call, assert_as_good_as_eager
 
@@ -20,6 +20,18 @@ from dlb_fast.losses import Inputs
 from dlb_fast.train.checkpoint import _divide_buffer
 
 inf, nan = math.inf, math.nan
+
+
+ON_GPU = [pytest.param("auto", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["torch", "cpu", *ON_GPU])
+def impl(request):
+    """What has this teacher: on a GPU plain PyTorch, which "auto" takes."""
+    if request.param != "auto":
+        require(request.param)
+    with torch.device("cuda" if request.param == "auto" else "cpu"):
+        yield request.param
 
 
 def plain(z, t, k, tau):
@@ -87,8 +99,6 @@ def test_gradient_by_finite_differences(impl, generator):
 @pytest.mark.parametrize("size", [(2, 1, 2, 1), (7, 3, 10, 3), (33, 20, 1000, 64), (5, 5, 5001, 64)], ids=str)
 @pytest.mark.parametrize("tau", [3.0, 1.5])
 def test_as_good_as_eager(impl, generator, size, dtype, tau):
-    if impl == "cuda":
-        pytest.skip("no CUDA kernel has this teacher")
     rows, taught, classes, k = size
     z, y, t = problem(generator, rows, taught, classes, dtype)
     packed = TopK.of(t, k, tau).packed()
