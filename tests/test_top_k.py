@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, available, require
+from conftest import DTYPES, available, device_of, require
 from test_buffer import overlapping
 from test_last_batch import Call, assert_as_good_as_eager
 
@@ -30,7 +30,7 @@ def impl(request):
     """What has this teacher: on a GPU plain PyTorch, which "auto" takes."""
     if request.param != "auto":
         require(request.param)
-    with torch.device("cuda" if request.param == "auto" else "cpu"):
+    with torch.device(device_of(request.param)):
         yield request.param
 
 
