@@ -32,19 +32,19 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from dlb_fast import _backends, _proof
 
-from . import gpu_report, harness, shapes
+from . import bench_linear, gpu_report, harness, shapes
+from .harness import SEE_THE_LOG, Bar, as_markdown, judged  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 TIME_OVER, ERRORS_FOUND = 124, 9
 BUDGET = 510.0  # seconds for everything
 LAST = 10.0  # seconds for a process that has been killed; one that hangs in the driver may never end
-SEE_THE_LOG = "left out or not possible: see gpu-check.log"
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 # What the CUDA kernels must reach in bfloat16: shares of the copy bandwidth, and microseconds where launches decide.
 BAR_SHARE_1000, BAR_SHARE, BAR_WALL_US, BAR_GRAPH_US = 0.85, 0.90, 15.0, 4.0
@@ -242,6 +242,12 @@ def steps(check: Check) -> None:
     check.run("steps", "steps", [*step, "--modes", "eager", "--out", str(check.results)], 60)
 
 
+def linear(check: Check) -> None:
+    """The loss from hidden states at a language model's size."""
+    short = ["--device", "cuda", "--dtypes", "bfloat16", "--seconds", "5", "--rounds", "3", "--out", str(check.results)]
+    check.run("linear", "linear", [sys.executable, "-m", "benchmarks.bench_linear", *short], 75)
+
+
 def loader(check: Check) -> None:
     """Steps that wait for data."""
     script = [sys.executable, "benchmarks/loader_gpu.py", "--steps", "50", "--out", str(check.results)]
@@ -250,7 +256,7 @@ def loader(check: Check) -> None:
 
 PARTS: dict[str, Callable[[Check], None]] = {
     "build": build, "proof": proof, "tests": cuda_tests, "loss": loss, "sanitizer": sanitizer, "triton": triton,
-    "others": others, "steps": steps, "loader": loader,
+    "linear": linear, "others": others, "steps": steps, "loader": loader,
 }  # fmt: skip
 
 
@@ -321,7 +327,7 @@ def table(records: list[dict[str, Any]]) -> list[str]:
         ratio = f"{r['ratio']:.4f} [{r['ratio_low']:.4f}, {r['ratio_high']:.4f}] x {r['base']}"
         what = f"{r['model']} {r['mode']:<8}{r['variant']:<10}"
         lines.append(f"step: {what}{r['median_us'] / 1e3:9.2f} ms, {ratio}, peak {r['peak_ratio']:.4f} x")
-    return [*lines, *map(loader_line, loaders)]
+    return [*lines, *bench_linear.lines(records), *map(loader_line, loaders)]
 
 
 def loader_line(r: dict[str, Any]) -> str:
@@ -337,22 +343,6 @@ def loader_line(r: dict[str, Any]) -> str:
     return f"loader: {r['name']:<36} {told}"
 
 
-class Bar(NamedTuple):
-    """One line of the table: ``verdict`` is "met", "MISSED" or "not measured: reason"."""
-
-    what: str
-    value: str
-    bar: str
-    verdict: str
-    about_right: bool = False  # a result is wrong where it is missed, and not only slow
-
-
-def judged(what: str, value: str, bar: str, met: bool | None, why: str = "", right: bool = False) -> Bar:
-    """A bar with its verdict; ``met`` is None where nothing was measured."""
-    told = "met" if met else "MISSED" if met is not None else f"not measured: {why or SEE_THE_LOG}"
-    return Bar(what, value, bar, told, right)
-
-
 def bars(check: Check) -> list[Bar]:
     """Everything that is asked of a GPU."""
     records, why = check.records(), lambda part: check.why.get(part, "not reached")
@@ -364,6 +354,7 @@ def bars(check: Check) -> list[Bar]:
         test_bar(check.tests("triton"), "triton", why("triton")),
         *sanitizer_bars(check, why("sanitizer")),
         *loss_bars([r for r in records if r.get("bench") == "last_batch"], why("loss")),
+        *bench_linear.bars(records, "cuda", shapes.LINEAR["cuda"], ["bfloat16"], why("linear")),
     ]
 
 
@@ -456,14 +447,6 @@ def loss_bars(records: list[dict[str, Any]], why: str) -> list[Bar]:
             lines.append(line(shape, path, "wall", "median_us", "wall us", ".1f", BAR_WALL_US, False))
             lines.append(line(shape, path, "graph_each", "median_us", "graph replay us", ".1f", BAR_GRAPH_US, False))
     return lines
-
-
-def as_markdown(title: str, found: list[Bar]) -> str:
-    """The table of the bars."""
-    rows = [f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in bar[:4])} |" for bar in found]
-    count = {word: sum(bar.verdict.startswith(word) for bar in found) for word in ("met", "MISSED", "not measured")}
-    said = ", ".join(f"{number} {word}" for word, number in count.items())
-    return "\n".join([title, "", "| what | here | bar | |", "| --- | --- | --- | --- |", *rows, "", said, ""])
 
 
 def status(check: Check, found: list[Bar]) -> int:

@@ -33,6 +33,7 @@ SLEEP = 1_500_000  # clock cycles, 0.8 ms: what eager code takes to launch forwa
 IN_A_GRAPH = 20  # steps in one captured graph: the launch of the graph is then a small share of a step
 FLUSH = 256 << 20  # bytes written to make the second-level cache cold: five times the largest in use
 COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes of the copy that gives the bandwidth: larger than any cache
+SEE_THE_LOG = "left out or not possible: see gpu-check.log"
 UNCAPTURED = ("compile-ro", "liger")  # replays graphs of its own; waits for the device, which spoils a capture
 
 
@@ -260,3 +261,27 @@ def write(path: Path | None, records: list[dict[str, Any]]) -> None:
             append(path, records)
         except OSError as error:
             print(f"{path}: {error}; its records:", *map(json.dumps, records), sep="\n")
+
+
+class Bar(NamedTuple):
+    """One line of the table: ``verdict`` is "met", "MISSED" or "not measured: reason"."""
+
+    what: str
+    value: str
+    bar: str
+    verdict: str
+    about_right: bool = False  # a result is wrong where it is missed, and not only slow
+
+
+def judged(what: str, value: str, bar: str, met: bool | None, why: str = "", right: bool = False) -> Bar:
+    """A bar with its verdict; ``met`` is None where nothing was measured."""
+    told = "met" if met else "MISSED" if met is not None else f"not measured: {why or SEE_THE_LOG}"
+    return Bar(what, value, bar, told, right)
+
+
+def as_markdown(title: str, found: list[Bar]) -> str:
+    """The table of the bars."""
+    rows = [f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in bar[:4])} |" for bar in found]
+    count = {word: sum(bar.verdict.startswith(word) for bar in found) for word in ("met", "MISSED", "not measured")}
+    said = ", ".join(f"{number} {word}" for word, number in count.items())
+    return "\n".join([title, "", "| what | here | bar | |", "| --- | --- | --- | --- |", *rows, "", said, ""])

@@ -1,14 +1,24 @@
-"""Peak memory in bytes, counted where torch allocates: the CPU by its profiler, a GPU by the caching allocator."""
+"""Peak memory in bytes, counted where torch allocates: the CPU by its profiler, a GPU by the caching allocator.
+
+`resident_peak` is what Linux counts for the whole process, with what libraries allocate behind torch.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 Work = Callable[[], object]
+
+PROCESS = Path("/proc/self")
+FORGOTTEN = 1 << 20  # bytes by which the system's two counts may differ
 
 
 def peak_bytes(work: Work, device: str) -> int:
@@ -26,6 +36,30 @@ def peak_of(build: Callable[[], Work], device: str, calls: int) -> int:
             work()
 
     return _peak(life, device)
+
+
+def resident_peak(work: Work) -> int:
+    """Largest resident memory of this process during one call of ``work``, beyond what it had before.
+
+    For a process that has done nothing of this size yet: memory that was freed but is still the process's own would be
+    taken without being counted. OSError where the system does not count it or cannot forget an earlier peak.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc returns what it keeps
+    (PROCESS / "clear_refs").write_text("5")  # the peak is the present size
+    before = _resident("VmRSS")
+    if _resident("VmHWM") > before + FORGOTTEN:
+        raise OSError("clear_refs did not reset the peak")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", (PROCESS / "status").read_text(), re.M)
+    if found is None:
+        raise OSError(f"{PROCESS}/status has no {name}")
+    return int(found[1]) * 1024
 
 
 def _peak(work: Work, device: str) -> int:

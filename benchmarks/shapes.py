@@ -13,6 +13,15 @@ class Shape(NamedTuple):
     why: str
 
 
+class LinearShape(NamedTuple):
+    """Hidden states ``(rows, features)`` and the weight ``(classes, features)`` of a last layer."""
+
+    rows: int
+    features: int
+    classes: int
+    why: str
+
+
 CPU = (
     Shape(256, 100, "CIFAR-100 at the usual batch: host cost counts"),
     Shape(256, 1000, "ImageNet-1k, one worker's batch"),
@@ -29,6 +38,10 @@ GPU_LAUNCH = (
     Shape(256, 100, "CIFAR-100 batch: launches and host time decide"),
     Shape(512, 1000, "ImageNet batch: one microsecond of traffic"),
 )
+LINEAR = {
+    "cpu": (LinearShape(1024, 256, 50257, "GPT-2's vocabulary, a model that a CPU can train"),),
+    "cuda": (LinearShape(8192, 4096, 128256, "Llama 3's vocabulary and width: 2 GB of logits in bfloat16"),),
+}
 SWEEPS = {
     "classes": tuple(
         Shape(

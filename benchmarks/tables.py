@@ -62,7 +62,7 @@ def newest(pattern: str) -> Path:
 
 def latest(records: list[Record]) -> list[Record]:
     """Only the last of the records that measured the same thing."""
-    names = ("kind", "variant", "path", "rows", "classes", "dtype", "model", "size", "mode")
+    names = ("kind", "variant", "path", "loss", "rows", "features", "classes", "dtype", "model", "size", "mode")
     return list({tuple(r.get(name) for name in names): r for r in records}.values())
 
 
@@ -200,7 +200,48 @@ def methods_table(records: list[Record]) -> str:
     )
 
 
-BENCHMARKS = {"last_batch": loss_table, "step": step_table, "methods": methods_table}
+TEACHERS = {
+    "ce": "no teacher",
+    "half": "logits, half of the rows",
+    "full": "logits, all rows",
+    "hidden": "hidden states and weight, half of the rows",
+    "top_k": "top 64, half of the rows",
+}
+LINEAR_LABELS = {**LABELS, "fused": "ours", "torch": "F.linear_cross_entropy", "liger": "Liger"}
+
+
+def linear_table(records: list[Record]) -> str:
+    """The loss from hidden states. Ratios are of the same rounds; memory without the weight's float32 gradient."""
+
+    def shape(r: Record) -> tuple[Any, ...]:
+        return r["rows"], r["features"], r["classes"], r["dtype"]
+
+    ours = {(shape(r), r["loss"]): r["ratios"] for r in records if r["variant"] == "fused"}
+    heads = ["teacher", "", "ms [20 %, 80 %]", "x products", "x ours", "peak MB", "error of hidden", "of weight"]
+    parts = []
+    for size in dict.fromkeys(map(shape, records)):
+        here = [r for r in records if shape(r) == size]
+        rows = []
+        for r in sorted((r for r in here if "part" not in r), key=lambda r: list(TEACHERS).index(r["loss"])):
+            over = ours.get((size, r["loss"]), {}).get(r["variant"])  # ours over this one
+            rows.append(
+                [
+                    TEACHERS[r["loss"]],
+                    LINEAR_LABELS.get(r["variant"], r["variant"]),
+                    spread(r, 1e3),
+                    f"{r['ratios']['products']['ratio']:.2f}",
+                    f"{1 / over['ratio']:.2f}" if over else "1.00" if r["variant"] == "fused" else "-",
+                    f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "-",
+                    *(f"{r['errors'][name]:.1e}" for name in ("hidden", "weight")),
+                ]
+            )
+        times = ", ".join(f"{r['loss']} {spread(r, 1e3)} ms" for r in here if "part" in r)
+        what = "B={}, D={}, C={}, {}".format(*size)
+        parts.append(f"{what}; the bare products: {times}.\n\n{table(heads, rows, right=True)}")
+    return "\n\n".join(parts)
+
+
+BENCHMARKS = {"last_batch": loss_table, "step": step_table, "methods": methods_table, "linear": linear_table}
 
 
 def tables_of(path: Path) -> str:
@@ -225,6 +266,17 @@ def views_table() -> str:
             spread = f"{views['median']:,.0f} ({views['q25']:,.0f} to {views['q75']:,.0f})"
             lines.append((row["name"], spread, f"{cpu['median']:,.0f}", f"{over['median']:.2f}"))
     return f"{wrapped(told)}\n\n{table(('loader', 'views per second', 'per CPU second', 'over A'), lines, right=True)}"
+
+
+def fidelity_table() -> str:
+    """What a top-k teacher loses against the dense one."""
+    from . import top_k_fidelity  # needs torch
+
+    path = newest("top-k-fidelity-cpu-*.jsonl")
+    records = read(path)
+    about = "{words:,} words of text, {classes:,} classes, {rows} rows, after {steps} steps. ".format(**records[0])
+    told = f"{about}`{path.name}`: {machine(records[0])}. `{records[0]['command']}`."
+    return f"{top_k_fidelity.table(records)}\n\n{wrapped(told)}"
 
 
 def noise_table() -> str:
@@ -261,6 +313,8 @@ def sources() -> dict[str, Callable[[], str]]:
     return {
         **imagenet_plan.TABLES,
         "loss": lambda: tables_of(newest("cpu-[0-9]*.jsonl")),
+        "linear": lambda: tables_of(newest("linear-cpu-[0-9]*.jsonl")),
+        "top k fidelity": fidelity_table,
         "steps": lambda: tables_of(newest("step-cpu-[0-9]*.jsonl")),
         "methods": lambda: tables_of(newest("methods-cpu-[0-9]*.jsonl")),
         "loaders": views_table,

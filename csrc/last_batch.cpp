@@ -29,7 +29,11 @@ void run_on_cpu(const LastBatchArgs& args) {
   STD_TORCH_CHECK(plan.error.empty(), plan.error.c_str());
   RowLosses losses;
   run_pairs(args, plan, losses);
-  if (std::find(losses.unusable.begin(), losses.unusable.end(), 1) != losses.unusable.end()) {
+  const auto unusable = std::count(losses.unusable.begin(), losses.unusable.end(), 1);
+  if (unusable > 0 && args.grad == args.logits) {
+    // The logits are overwritten, so the batch cannot be done once more here: its caller sees that fewer rows are valid.
+    plan.valid_rows -= static_cast<double>(unusable);
+  } else if (unusable > 0) {
     // Rows of the given teacher are not finite: the means divide by fewer rows.
     plan = plan_batch(args, &losses.unusable);
     run_pairs(args, plan, losses);
@@ -44,6 +48,18 @@ Outputs run_with_teacher(const Tensor& logits, const MaybeTensor& teacher, int64
   unpack_teacher(logits, teacher, teacher_kind, args);
   run_on_cpu(args);
   return outputs;
+}
+
+// The gradient over the logits: a row kernel has read a row, or what it needs of it, before it writes the row's gradient.
+LossAndParts run_in_place(Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, const Options& options,
+                          bool need_grad) {
+  STD_TORCH_CHECK(logits.is_contiguous(), "last_batch: logits that take their gradient must be contiguous");
+  LastBatchArgs args;
+  auto [loss, parts, no_grad] = unpack(logits, options, false, args);
+  unpack_teacher(logits, teacher, teacher_kind, args);
+  if (need_grad) args.grad = logits.mutable_data_ptr();
+  run_on_cpu(args);
+  return {loss, parts};
 }
 
 Outputs run_with_buffer(const Tensor& logits, const Tensor& rows, const Tensor& slots, const MaybeTensor& ids,
@@ -83,15 +99,17 @@ void scale_grad_cpu(Tensor grad, Tensor upstream, Tensor parts) {
 }
 
 STABLE_TORCH_LIBRARY(dlb_fast, m) {
-  m.def("last_batch(Tensor logits, Tensor? teacher, int teacher_kind, " DLB_OPTION_SCHEMA);
+  m.def("last_batch(Tensor logits, Tensor? teacher, int teacher_kind, " DLB_OPTION_SCHEMA ", Tensor grad)");
+  m.def("last_batch_(Tensor(a!) logits, Tensor? teacher, int teacher_kind, " DLB_OPTION_SCHEMA ")");
   m.def("last_batch_update(Tensor logits, Tensor(a!) rows, Tensor(b!) slots, Tensor? ids, int num_old, int again, "
-        DLB_OPTION_SCHEMA);
+        DLB_OPTION_SCHEMA ", Tensor grad)");
   m.def("scale_grad_(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()");
   m.def(DLB_CROPS_SCHEMA);  // implemented in resized_crops.cpp; a library has one such block
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlb_fast, CPU, m) {
   m.impl("last_batch", TORCH_BOX(&last_batch<run_with_teacher>));
+  m.impl("last_batch_", TORCH_BOX(&last_batch_<run_in_place>));
   m.impl("last_batch_update", TORCH_BOX(&last_batch_update<run_with_buffer>));
   m.impl("scale_grad_", TORCH_BOX(&scale_grad_cpu));
 }

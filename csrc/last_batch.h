@@ -9,7 +9,7 @@
 namespace dlb_fast {
 
 enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
-enum class TeacherKind : int32_t { none = 0, logits = 1, probabilities = 2, virtual_teacher = 3 };
+enum class TeacherKind : int32_t { none = 0, logits = 1, probabilities = 2, virtual_teacher = 3, top_k = 4 };
 enum class Reduction : int32_t { mean = 0, sum = 1, none = 2 };
 
 // Entries of the op's `parts` output, as in dlb_fast/ops.py PARTS.
@@ -43,8 +43,9 @@ struct LastBatchArgs {
   // Teacher: rows given, or one generation of the buffer; the new rows of the batch are written into the other one.
   TeacherKind kind = TeacherKind::none;
   DType teacher_dtype = DType::f32;      // of teacher or rows
-  const void* teacher = nullptr;         // (H, C)
+  const void* teacher = nullptr;         // (H, C); of top_k (A) (H, 2 k + 1): k logits, k classes, log-sum-exp
   int64_t teacher_stride = 0, teacher_rows = 0;
+  int64_t kept = 0;                      // k
   void* rows = nullptr;                  // (2, R, C) contiguous, R >= S
   int64_t rows_stride = 0;               // R * C: elements between the generations
   int64_t capacity = 0;                  // S

@@ -9,7 +9,7 @@
 #define DLB_OPTION_SCHEMA                                                                                              \
   DLB_TENSOR_OPTIONS(DLB_TENSOR_SCHEMA)                                                                                \
   DLB_NUMBER_OPTIONS(DLB_NUMBER_SCHEMA) DLB_INTEGER_OPTIONS(DLB_INTEGER_SCHEMA)                                        \
-  "bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
+  "bool need_grad) -> (Tensor loss, Tensor parts"
 
 #define DLB_TENSOR_PARAMETER(name) MaybeTensor name,
 #define DLB_NUMBER_PARAMETER(name, initial) double name,
@@ -31,6 +31,12 @@ namespace dlb_fast {
 
 template <auto run>
 Outputs last_batch(Tensor logits, MaybeTensor teacher, int64_t teacher_kind, DLB_OPTION_PARAMETERS) {
+  return run(logits, teacher, teacher_kind, DLB_OPTIONS, need_grad);
+}
+
+// The gradient, if it is needed, lies over the logits.
+template <auto run>
+LossAndParts last_batch_(Tensor logits, MaybeTensor teacher, int64_t teacher_kind, DLB_OPTION_PARAMETERS) {
   return run(logits, teacher, teacher_kind, DLB_OPTIONS, need_grad);
 }
 

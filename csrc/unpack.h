@@ -17,6 +17,7 @@ namespace dlb_fast {
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, parts, grad
+using LossAndParts = std::tuple<Tensor, Tensor>;
 using ST = torch::headeronly::ScalarType;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
@@ -142,13 +143,22 @@ inline Outputs unpack(const Tensor& logits, const Options& o, bool need_grad, La
 }
 
 inline void unpack_teacher(const Tensor& logits, const MaybeTensor& teacher, int64_t teacher_kind, LastBatchArgs& a) {
-  STD_TORCH_CHECK(teacher_kind >= 0 && teacher_kind <= 3, "last_batch: unknown teacher_kind ", teacher_kind);
+  STD_TORCH_CHECK(teacher_kind >= 0 && teacher_kind <= 4, "last_batch: unknown teacher_kind ", teacher_kind);
   a.kind = static_cast<TeacherKind>(teacher_kind);
   STD_TORCH_CHECK(a.kind != TeacherKind::virtual_teacher || a.correct_share < 0 || a.target || a.batch == 0,
                   "last_batch: a virtual teacher that knows the right class needs labels");
   if (a.kind == TeacherKind::none || a.kind == TeacherKind::virtual_teacher) return;
   STD_TORCH_CHECK(teacher, "last_batch: this teacher_kind needs a teacher");
-  check_rows(*teacher, "teacher", a.classes);
+  if (a.kind == TeacherKind::top_k) {
+    STD_TORCH_CHECK(!logits.is_cuda(), "last_batch: the CUDA kernels have no teacher of kind top_k");
+    STD_TORCH_CHECK(teacher->dim() == 2 && teacher->size(1) % 2 == 1 && teacher->size(1) >= 3 &&
+                        teacher->size(1) <= 2 * a.classes + 1,
+                    "last_batch: a teacher of kind top_k must have 2 k + 1 columns with 1 <= k <= ", a.classes);
+    STD_TORCH_CHECK(teacher->scalar_type() == (a.dtype == DType::f64 ? ST::Double : ST::Float),
+                    "last_batch: a teacher of kind top_k must have the compute dtype");
+    a.kept = teacher->size(1) / 2;
+  }
+  check_rows(*teacher, "teacher", a.kind == TeacherKind::top_k ? 2 * a.kept + 1 : a.classes);
   STD_TORCH_CHECK(teacher->device() == logits.device(), "last_batch: teacher must be on the device of the logits");
   STD_TORCH_CHECK(teacher->size(0) <= a.batch, "last_batch: teacher has more rows than the logits");
   a.teacher_dtype = dtype_of(*teacher, "teacher");

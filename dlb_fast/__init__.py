@@ -14,7 +14,8 @@ from ._version import __version__ as __version__
 # reports on a torch that does not import.
 _NAMES = {
     "buffer": ("LogitBuffer",),
-    "functional": ("LossParts", "Teacher", "distillation_loss", "dlb_step", "fused_lb_loss"),
+    "functional": ("LossParts", "Teacher", "TopK", "distillation_loss", "dlb_step", "fused_lb_loss"),
+    "linear": ("fused_linear_lb_loss",),
     "losses": ("DistillationLoss", "Inputs", "LastBatchLoss"),
     "methods.bake": ("BakeLoss", "FeatureHook", "bake_loss"),
     "methods.cs_kd": ("CsKDLoss", "cs_kd_loss"),
@@ -28,6 +29,7 @@ _NAMES = {
     "methods.sce": ("SceLoss", "sce_loss"),
     "methods.tf_kd": ("TfKDRegLoss", "tf_kd_reg_loss"),
     "methods.zipf": ("ZipfLoss", "zipf_loss"),
+    "sharded": ("sharded_lb_loss",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [*_MODULE_OF, "__version__"]
@@ -36,9 +38,11 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .buffer import LogitBuffer as LogitBuffer
     from .functional import LossParts as LossParts
     from .functional import Teacher as Teacher
+    from .functional import TopK as TopK
     from .functional import distillation_loss as distillation_loss
     from .functional import dlb_step as dlb_step
     from .functional import fused_lb_loss as fused_lb_loss
+    from .linear import fused_linear_lb_loss as fused_linear_lb_loss
     from .losses import DistillationLoss as DistillationLoss
     from .losses import Inputs as Inputs
     from .losses import LastBatchLoss as LastBatchLoss
@@ -69,6 +73,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .methods.tf_kd import tf_kd_reg_loss as tf_kd_reg_loss
     from .methods.zipf import ZipfLoss as ZipfLoss
     from .methods.zipf import zipf_loss as zipf_loss
+    from .sharded import sharded_lb_loss as sharded_lb_loss
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch")
 CUDA_LARGEST = 1 << 24  # rows or classes of the CUDA kernels, as in csrc/cuda/plan.h
+FLOAT32_INTEGERS = 1 << 24  # below it every integer is a float32
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -32,8 +33,8 @@ small number, and the small one has the rounding error of the two entropies whos
 tau^2 * 6e-8 in float32 (6e-4 at 100, 600 at 1e5) and by tau^2 * 1e-16 in float64. Below 1e-18, tau^2 leaves float32."""
 
 _INSTEAD = {
-    "DTensor": "a DTensor (loss parallel is not supported); pass {0}.full_tensor(), or {0}.to_local() where every rank "
-    "computes the loss of whole rows of its own",
+    "DTensor": "a DTensor (sharded_lb_loss takes split classes); pass {0}.full_tensor(), or {0}.to_local() where every "
+    "rank computes the loss of whole rows of its own",
     "MaskedTensor": "a MaskedTensor; pass {0}.get_data(), and leave rows out by ignore_index and kd_mask",
     "nested": "a nested tensor; join its rows with torch.cat({0}.unbind())",
     "quantized": "a quantized tensor; pass {0}.dequantize()",
@@ -242,6 +243,49 @@ def check_teacher(op: str, logits: Tensor, teacher: Tensor, name: str = "last_lo
         )
     if teacher.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be floating point, got {teacher.dtype}; pass {name}.float()")
+
+
+def check_kept(op: str, k: object, classes: int) -> int:
+    """``k`` of the top k of ``classes`` logits, whose class numbers must be exact in float32."""
+    number = as_int(k, op, "k", 1)
+    if number > classes:
+        raise ValueError(f"{op}: k must be at most the {classes} classes, got {number}; keep the logits instead")
+    if classes > FLOAT32_INTEGERS:
+        raise ValueError(f"{op}: the top k takes at most {FLOAT32_INTEGERS} classes, got {classes}; keep the logits")
+    return number
+
+
+def check_top_k(op: str, values: Tensor, indices: Tensor, logsumexp: Tensor) -> None:
+    """The fields of a TopK: (H, k) floating, (H, k) integer and (H,) floating, on one device."""
+    for name, value in (("values", values), ("indices", indices), ("logsumexp", logsumexp)):
+        check_tensor(op, f"TopK.{name}", value)
+        if value.device != values.device:
+            raise ValueError(f"{op}: the fields of a TopK must be on one device, got {values.device}, {value.device}")
+    if values.dim() != 2 or indices.shape != values.shape or logsumexp.shape != values.shape[:1]:
+        raise ValueError(
+            f"{op}: a TopK must have values (H, k), indices (H, k) and logsumexp (H,), got {tuple(values.shape)}, "
+            f"{tuple(indices.shape)} and {tuple(logsumexp.shape)}; TopK.of(logits, k, temperature) makes them"
+        )
+    if values.dtype not in FLOATS or indices.dtype not in INTEGERS or logsumexp.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: a TopK must have floating values and logsumexp and integer indices, got {values.dtype}, "
+            f"{logsumexp.dtype} and {indices.dtype}; use indices.long()"
+        )
+
+
+def check_packed(op: str, logits: Tensor, packed: Tensor) -> None:
+    """A packed TopK (H, 2 k + 1), H <= B, in a dtype that holds the class numbers."""
+    check_tensor(op, "teacher", packed)
+    check_same_device(op, "teacher", packed, logits)
+    batch, classes = logits.shape
+    if packed.dim() != 2 or packed.shape[1] % 2 == 0 or packed.shape[1] < 3 or packed.shape[0] > batch:
+        raise ValueError(
+            f"{op}: a teacher of kind 'top_k' must have shape (H, 2 k + 1) with H <= {batch}, got "
+            f"{tuple(packed.shape)}; TopK.of(logits, k, temperature).packed() makes it"
+        )
+    check_kept(op, packed.shape[1] // 2, classes)
+    if packed.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: a teacher of kind 'top_k' must be float32 or float64, got {packed.dtype}")
 
 
 def check_kd_mask(op: str, logits: Tensor, kd_mask: Tensor, rows: int, name: str = "kd_mask") -> None:

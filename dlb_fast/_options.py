@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 REDUCTION = {"mean": 0, "sum": 1, "none": 2}
-TEACHER_KIND = {"none": 0, "logits": 1, "probabilities": 2, "virtual": 3}
+TEACHER_KIND = {"none": 0, "logits": 1, "probabilities": 2, "virtual": 3, "top_k": 4}
 PARTS = ("loss", "ce", "lb", "correct", "grad_scale", "valid")
 """Entries of the op's ``parts``. ``valid`` counts the rows of the KL. ``grad_scale`` is the power of two by which a
 float16 gradient is stored multiplied, so that it neither underflows before the upstream gradient (a loss scale) reaches

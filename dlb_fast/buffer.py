@@ -23,7 +23,7 @@ UNKNOWN_ID = -(2**63)
 COUNTERS = ("latest", "taught", "mismatched", "unknown", "not_finite", "untaught")
 """Header of ``slots``: which generation was stored last, and what became of the repeated rows; see `LogitBuffer`."""
 HEADER = len(COUNTERS)
-_VERSION = 1
+_VERSION = 2
 
 
 class Match(NamedTuple):
@@ -67,6 +67,8 @@ class LogitBuffer:
         batch: rows of that batch.
         taught, mismatched, unknown, not_finite: how many rows so far had a teacher, met the row of another sample, met
             a row stored without an id, met logits that are not finite (0-d int64 on the device).
+        of_classes: where the rows are the packed top k of logits (``TopK.packed``), of how many classes; 0: they are
+            logits.
         untaught: batches in a row that met stored rows and repeated none of them (0-d int64 on the device).
 
     Raises:
@@ -102,6 +104,7 @@ class LogitBuffer:
             self._generations[:, 1 : 1 + capacity] = UNKNOWN_ID
         # The host computes its copy of the count from the batch sizes; nothing is read from the device.
         self.count = self.batch = 0
+        self.of_classes = 0
 
     @property
     def num_classes(self) -> int:
@@ -320,6 +323,7 @@ class LogitBuffer:
     def resized(self, capacity: int, skip: int = 0) -> LogitBuffer:
         """A buffer of another capacity with the stored rows of this one from ``skip`` on."""
         other = LogitBuffer(self.num_classes, capacity, self.rows.dtype, self.rows.device)
+        other.of_classes = self.of_classes
         latest = self._generations.index_select(0, self._latest)[0]
         kept, size = self.count - skip, self.capacity
         slots = other._generations[0]
@@ -340,6 +344,7 @@ class LogitBuffer:
         return {
             "version": _VERSION,
             "num_classes": self.num_classes,
+            "of_classes": self.of_classes,
             "capacity": self.capacity,
             "count": self.count,
             "rank": rank,
@@ -355,7 +360,7 @@ class LogitBuffer:
         The capacity may differ as long as the rows fit, and so may the dtype: the rows are as if stored in this one.
         """
         self.reset()
-        trouble = _state_trouble(state, self.num_classes, self.capacity)
+        trouble = _state_trouble(state, self.num_classes, self.capacity, self.of_classes)
         if trouble:
             _warn_of(trouble)
             return False
@@ -373,17 +378,23 @@ class LogitBuffer:
 
     @classmethod
     def from_state(
-        cls, state: dict[str, Any], num_classes: int | None = None, dtype: torch.dtype | None = None
+        cls,
+        state: dict[str, Any],
+        num_classes: int | None = None,
+        dtype: torch.dtype | None = None,
+        of_classes: int | None = None,
     ) -> LogitBuffer | None:
         """A saved buffer, on the CPU; None, with a warning, where the state cannot be read.
 
-        ``num_classes`` and ``dtype``, where given, replace those of the state; another number of classes is refused.
+        ``num_classes``, ``of_classes`` and ``dtype``, where given, replace those of the state; others are refused
+        (classes) or converted (dtype).
         """
-        trouble = _state_trouble(state, num_classes)
+        trouble = _state_trouble(state, num_classes, of_classes=of_classes)
         if trouble:
             _warn_of(trouble)
             return None
         buffer = cls(state["num_classes"], state["capacity"], dtype or state["logits"].dtype)
+        buffer.of_classes = state["of_classes"]
         buffer.load_state_dict(state)
         return buffer
 
@@ -425,7 +436,7 @@ def split_bytes(packed: Tensor, forms: Iterable[tuple[Sequence[int], torch.dtype
 
 
 # The numbers of a packed buffer; its ids and rows follow.
-_NUMBERS = ("version", "dtype", "num_classes", "capacity", "count", "rank", "world_size", *COUNTERS[1:])
+_NUMBERS = ("version", "dtype", "num_classes", "of_classes", "capacity", "count", "rank", "world_size", *COUNTERS[1:])
 
 
 def pack_state(state: dict[str, Any], itemsize: int = 0) -> Tensor:
@@ -481,7 +492,9 @@ def _warn_of(trouble: str) -> None:
     )
 
 
-def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = None) -> str:
+def _state_trouble(
+    state: Any, num_classes: int | None, capacity: int | None = None, of_classes: int | None = None
+) -> str:
     """Why a buffer of so many classes and rows (None: of the state's) cannot take over a state; "" where it can."""
     if not isinstance(state, dict):
         return f"a dict expected, got {type(state).__name__}"
@@ -490,13 +503,17 @@ def _state_trouble(state: Any, num_classes: int | None, capacity: int | None = N
     version = state.get("version", _VERSION)
     if version != _VERSION:
         return f"version {_VERSION} expected, got {version}"
-    least = {"num_classes": 1, "capacity": 1, **dict.fromkeys(("count", "rank", "world_size", *COUNTERS[1:]), 0)}
+    from_zero = ("of_classes", "count", "rank", "world_size", *COUNTERS[1:])
+    least = {"num_classes": 1, "capacity": 1, **dict.fromkeys(from_zero, 0)}
     missing = [key for key in (*least, "logits", "ids") if key not in state]
     if missing:
         return f"missing {', '.join(missing)}"
     for name, bound in least.items():
         if not isinstance(state[name], int) or not bound <= state[name] < 2**63:
             return f"{name} must be an integer >= {bound}, got {state[name]!r}"
+    if of_classes is not None and state["of_classes"] != of_classes:
+        names = [f"the top k of {n} classes" if n else "logits" for n in (of_classes, state["of_classes"])]
+        return f"expected {names[0]}, saved {names[1]}"
     rows, count, logits, ids = state["capacity"], state["count"], state["logits"], state["ids"]
     if not isinstance(logits, Tensor) or logits.dtype not in FLOATS:
         return f"logits must be a floating tensor, got {getattr(logits, 'dtype', type(logits).__name__)}"

@@ -34,6 +34,83 @@ class LossParts(NamedTuple):
         return cls(loss, ce, lb, correct)
 
 
+class TopK(NamedTuple):
+    """The ``k`` largest logits of teacher rows, and how much all logits sum to: a teacher of ``k + 1`` probabilities.
+
+    ``p_j = exp(values_j / tau - logsumexp)`` for the k classes, ``p_rest = 1 - sum_j p_j`` for all others together.
+    The loss compares the student's ``q_j`` of the k classes and its ``q_rest = 1 - sum_j q_j`` with them:
+
+    ``KL = sum_j p_j (log p_j - log q_j) + p_rest (log p_rest - log q_rest)``
+
+    which is exact for these distributions, never negative and at most the KL to all ``C`` probabilities. The gradient
+    by ``z / tau`` is ``q_c - p_c`` for the k classes and ``q_c (1 - p_rest / q_rest)`` for the others.
+
+    ``values`` are relative to the row's largest logit, which changes no probability and keeps the digits of
+    ``logsumexp``; those of a user may have any offset, if ``logsumexp`` has it too. ``logsumexp`` belongs to one
+    temperature: at another tau of the loss the rest is wrong.
+
+    >>> z = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    >>> top = TopK.of(z, 2, temperature=1.0)
+    >>> top.indices.tolist(), top.values.tolist()
+    ([[0, 2]], [[0.0, -1.0]])
+    >>> abs(distillation_loss(z, None, top, kind="top_k").item()) < 1e-6
+    True
+    """
+
+    values: Tensor  # (H, k) floating
+    indices: Tensor  # (H, k) int64 classes, all different
+    logsumexp: Tensor  # (H,) log sum_c exp(t_c / tau) over all classes
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int, temperature: Scalar) -> TopK:
+        """The top k of ``logits`` (H, C), detached, in float32 (float64 for float64 logits)."""
+        op = "TopK.of"
+        _args.check_logits(op, logits)
+        k = _args.check_kept(op, k, logits.shape[1])
+        temperature = _args.check_temperature(op, temperature, logits.dtype)
+        options = prepare(op, reduction="none")
+        logits, rows = logits.detach(), len(logits)
+        if logits.is_cpu and not torch.compiler.is_compiling():
+            rows = max(_PIECE // logits.shape[1], 1)  # what stays in the cache
+        found = []
+        with torch.no_grad():
+            for piece in logits.split(max(rows, 1)):
+                values, indices = _largest(piece, k)
+                values = values.to(reference.compute_dtype(logits.dtype))
+                tempered = piece - values[:, :1]
+                tempered = tempered / temperature if isinstance(temperature, Tensor) else tempered.div_(temperature)
+                # Cross entropy with the largest class for a label: log sum_c exp((t_c - max) / tau).
+                log_sum, _ = row_loss(options, tempered, indices[:, 0])
+                found.append((values - values[:, :1], indices, log_sum))
+        return cls(*found[0]) if len(found) == 1 else cls(*map(torch.cat, zip(*found, strict=True)))
+
+    def packed(self) -> Tensor:
+        """(H, 2 k + 1) float32, or float64 with float64 values: values, indices, logsumexp, as the ops take them.
+
+        A row whose logsumexp is not finite has NaN there, and teaches nothing.
+        """
+        dtype = reference.compute_dtype(self.values.dtype)
+        log_sum = self.logsumexp.to(dtype)
+        log_sum = torch.where(log_sum.isfinite(), log_sum, float("nan"))
+        return torch.cat([self.values.to(dtype), self.indices.to(dtype), log_sum[:, None]], 1)
+
+
+_PIECE = 1 << 19  # logits of TopK.of at a time
+
+
+def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``rows.topk(k, 1)``. On a CPU, which sorts, of long rows only the k of 32 columns each that have the largest
+    maxima: the k largest are among them."""
+    width = rows.shape[1] // 32
+    if width < 4 * k or not rows.is_cpu or torch.compiler.is_compiling():
+        return rows.topk(k, 1)
+    blocks = rows[:, : 32 * width].unflatten(1, (32, width)).amax(1).topk(k, 1, sorted=False).indices
+    last = torch.arange(32 * width, rows.shape[1]).expand(len(rows), -1)
+    columns = torch.cat([(blocks[:, None] + width * torch.arange(32)[:, None]).flatten(1), last], 1)
+    values, at = rows.gather(1, columns).topk(k, 1)
+    return values, columns.gather(1, at)
+
+
 class Options(NamedTuple):
     """The options of a loss, checked by :func:`prepare`."""
 
@@ -146,8 +223,17 @@ def row_loss(
             if options.impl != "auto":
                 raise RuntimeError(f"{options.op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
             impl = "torch"
+        if teacher is not None and teacher_kind == "top_k":
+            teacher = teacher.to(reference.compute_dtype(logits.dtype))
+            if impl in ("cuda", "triton"):
+                if options.impl != "auto":
+                    raise RuntimeError(
+                        f"{options.op}: impl={impl!r} has no teacher of kind 'top_k'; use impl='auto', which computes "
+                        "it in plain PyTorch on this device"
+                    )
+                impl = "torch"
         if impl not in ("cpu", "cuda") or type(logits) is not Tensor or torch.compiler.is_compiling():
-            _examine(options, logits, target, target_b, teacher, buffer, ids)
+            _examine(options, logits, target, target_b, teacher, teacher_kind, buffer, ids)
             examined = True
         if buffer is not None:
             teacher_kind = "logits"
@@ -181,7 +267,7 @@ def row_loss(
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # not checkpoint's early stop
         if not examined:
             try:
-                _examine(options, logits, target, target_b, teacher, buffer, ids)
+                _examine(options, logits, target, target_b, teacher, teacher_kind, buffer, ids)
             except (TypeError, ValueError) as reason:
                 raise reason from None
         # A limit of one implementation; torch's check puts function and file before it.
@@ -239,6 +325,7 @@ def _examine(
     target: Tensor | None,
     target_b: Tensor | None,
     teacher: Tensor | None,
+    teacher_kind: str,
     buffer: LogitBuffer | None,
     ids: Tensor | None,
 ) -> None:
@@ -249,7 +336,9 @@ def _examine(
         _args.check_target(op, logits, target)
     if options.weight is not None:
         _args.check_weight(op, logits, options.weight)
-    if teacher is not None:
+    if teacher is not None and teacher_kind == "top_k":
+        _args.check_packed(op, logits, teacher)
+    elif teacher is not None:
         _args.check_teacher(op, logits, teacher)
     if buffer is not None:
         _check_buffer(op, logits, buffer)
@@ -266,6 +355,8 @@ def _check_buffer(op: str, logits: Tensor, buffer: LogitBuffer) -> None:
             f"{op}: buffer must have C = {logits.shape[1]} classes on {logits.device}, got {buffer.num_classes} on "
             f"{buffer.device}; make it with num_classes={logits.shape[1]} and device={str(logits.device)!r}"
         )
+    if buffer.of_classes:
+        raise ValueError(f"{op}: buffer must hold logits, got one that holds their top k; LastBatchLoss uses that one")
 
 
 def _plain_torch(
@@ -487,16 +578,27 @@ def dlb_step(
     return loss, grad
 
 
+def pack_top_k(op: str, teacher: object) -> Tensor:
+    """The packed form of a :class:`TopK` that a user gave; errors name ``op``."""
+    if not isinstance(teacher, TopK):
+        raise TypeError(
+            f"{op}: a teacher of kind 'top_k' must be a dlb_fast.TopK, got {type(teacher).__name__}; "
+            "TopK.of(logits, k, temperature) makes one"
+        )
+    _args.check_top_k(op, *teacher)
+    return teacher.packed()
+
+
 class Teacher(NamedTuple):
     """The teacher of one batch, as the kernel takes it.
 
     ``kind``: ``"logits"`` (softened with the temperature of the student), ``"probabilities"`` (used as they are),
-    ``"uniform"`` (no tensor: the same probability for every class, or ``correct_share`` for the right class and the
-    rest divided equally), or ``"none"`` (plain cross entropy).
+    ``"top_k"`` (the tensor is a :class:`TopK` ``.packed()``), ``"uniform"`` (no tensor: the same probability for every
+    class, or ``correct_share`` for the right class and the rest divided equally), or ``"none"`` (plain cross entropy).
     """
 
     kind: str
-    tensor: Tensor | None = None  # (H, C): teacher of the first H <= B rows
+    tensor: Tensor | None = None  # (H, C) or packed (H, 2 k + 1): teacher of the first H <= B rows
     correct_share: float | None = None  # with kind "uniform": probability of the right class
     mask: Tensor | None = None  # (H,) bool: False takes a row out of the KL
     rows: int | None = None  # only the first rows have a loss at all; None: all
@@ -506,7 +608,7 @@ class Teacher(NamedTuple):
     alpha_scale: float = 1.0  # multiplies alpha wherever alpha stands: a schedule
 
 
-_KINDS = {"logits": True, "probabilities": True, "uniform": False, "none": False}
+_KINDS = {"logits": True, "probabilities": True, "top_k": True, "uniform": False, "none": False}
 """Kind of a teacher -> whether it has a tensor."""
 
 
@@ -581,7 +683,9 @@ def distill(
         teacher = teacher._replace(student=None if teacher.student is None else teacher.student[:rows])
         target, target_b, kd_mask = (None if t is None else t[:rows] for t in (target, target_b, kd_mask))
         lam = lam[:rows] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
-    if teacher.tensor is not None:
+    if teacher.tensor is not None and teacher.kind == "top_k":
+        _args.check_packed(op, logits, teacher.tensor)
+    elif teacher.tensor is not None:
         _args.check_teacher(op, logits, teacher.tensor, "teacher")
     if teacher.mask is not None:
         rows = len(logits if teacher.tensor is None else teacher.tensor)
@@ -647,7 +751,7 @@ def _reduce_constants(rows: Tensor, mask: Tensor | None, batch: int, reduction: 
 def distillation_loss(
     logits: Tensor,
     target: Tensor | None,
-    teacher: Tensor | None = None,
+    teacher: Tensor | TopK | None = None,
     *,
     kind: str = "logits",
     alpha: Scalar = 1.0,
@@ -675,9 +779,10 @@ def distillation_loss(
     Args:
         logits: ``(B, C)`` as in :func:`fused_lb_loss`.
         target: ``(B,)`` labels, ``(B, C)`` probabilities, or None for the KL alone.
-        teacher: ``(H, C)``, ``H <= B``, for the first ``H`` rows; None with ``kind="uniform"``, otherwise None means
-            plain cross entropy. Detached.
-        kind: ``"logits"`` (softened with ``temperature``), ``"probabilities"`` (used as they are) or ``"uniform"``.
+        teacher: ``(H, C)`` or a :class:`TopK` of ``H`` rows, ``H <= B``, for the first ``H`` rows; None with
+            ``kind="uniform"``, otherwise None means plain cross entropy. Detached.
+        kind: ``"logits"`` (softened with ``temperature``), ``"probabilities"`` (used as they are), ``"top_k"`` (the k
+            largest logits and one bucket for the rest) or ``"uniform"``.
         alpha: weight of the KL, a number >= 0 or a 0-d tensor.
         temperature: tau of the student and of teacher logits, as in :func:`fused_lb_loss`.
         ce_weight: weight of the cross entropy.
@@ -706,8 +811,8 @@ def distillation_loss(
     1.2477
     """
     op = "distillation_loss"
-    if kind not in ("logits", "probabilities", "uniform"):
-        raise ValueError(f"{op}: kind must be 'logits', 'probabilities' or 'uniform', got {kind!r}")
+    if kind not in ("logits", "probabilities", "top_k", "uniform"):
+        raise ValueError(f"{op}: kind must be 'logits', 'probabilities', 'top_k' or 'uniform', got {kind!r}")
     if kind == "uniform" and teacher is not None:
         raise ValueError(f"{op}: teacher must be None with kind='uniform', which needs no tensor")
     if kind != "uniform" and correct_share is not None:
@@ -715,6 +820,10 @@ def distillation_loss(
     if kd_mask is not None and teacher is None and kind != "uniform":
         raise ValueError(f"{op}: kd_mask was given without a teacher; there is no KL term to mask")
     _args.check_logits(op, logits, target)
+    if kind == "top_k" and teacher is not None:
+        teacher = pack_top_k(op, teacher)
+    elif isinstance(teacher, TopK):
+        raise TypeError(f"{op}: a TopK belongs to kind='top_k', got kind={kind!r}")
     given = Teacher("none" if teacher is None and kind != "uniform" else kind, teacher, correct_share)
     loss, parts = distill(
         op, logits, target, given, alpha=alpha, temperature=temperature, ce_weight=ce_weight, ce_alpha=ce_alpha,

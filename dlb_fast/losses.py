@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from . import _args, ops
 from .buffer import UNKNOWN_ID, LogitBuffer, pack_state, stored_dtype, unpack_state
-from .functional import LossParts, Options, Teacher, distill, prepare, row_loss
-from .reference import Scalar
+from .functional import LossParts, Options, Teacher, TopK, distill, prepare, row_loss
+from .linear import linear_loss, logits_of
+from .reference import Scalar, compute_dtype
 
 _MANY_TIMES = 100  # evaluations of one batch after which a loop is warned; a line search takes fewer
 _CHECK_EVERY = 16  # batches between two looks at how many repeated no row
@@ -447,11 +448,18 @@ class LastBatchLoss(DistillationLoss):
     before and after training when ``capacity`` is given: torch.distributed.checkpoint loads only equal sizes. A saved
     buffer that does not fit or is another rank's, or a checkpoint without one, restarts it with a warning.
 
+    ``keep="top_k"`` stores ``2 k + 1`` numbers per row instead of ``C``, for many classes: the k largest logits, their
+    classes, and the log-sum-exp of all at the temperature of that call. The teacher then has k classes and one bucket
+    for the rest, see :class:`TopK`. A temperature that is set anew holds from the next stored rows on: those stored
+    before it have the rest of the old one.
+
     Args:
         num_classes: ``C``.
+        keep: what is stored of a row: "logits", all C, or "top_k", the k largest and the sum of all.
+        k: how many with keep="top_k"; at most C.
         capacity: rows stored, half the batch the model sees; None takes it from the first batches.
         dtype: dtype of the stored logits; None takes that of the first logits (lossless), for which a checkpoint keeps
-            8 bytes per logit when ``capacity`` is given.
+            8 bytes per logit when ``capacity`` is given. With keep="top_k" float32, or float64 for float64 logits.
         alpha: weight of the KL, a number >= 0 or a 0-d tensor; may be set at any time. The default is the community's,
             not a value read from the paper.
         temperature: tau, as in :func:`fused_lb_loss`; may be set at any time. The default is the community's.
@@ -489,6 +497,8 @@ class LastBatchLoss(DistillationLoss):
         self,
         num_classes: int,
         *,
+        keep: str = "logits",
+        k: int = 64,
         capacity: int | None = None,
         dtype: torch.dtype | None = None,
         alpha: Scalar = 1.0,
@@ -502,6 +512,14 @@ class LastBatchLoss(DistillationLoss):
     ) -> None:
         op = "LastBatchLoss"
         num_classes = _args.as_int(num_classes, op, "num_classes", 1)
+        if keep not in ("logits", "top_k"):
+            raise ValueError(f"{op}: keep must be 'logits' or 'top_k', got {keep!r}")
+        k = _args.check_kept(op, k, num_classes) if keep == "top_k" else _args.as_int(k, op, "k", 1)
+        if keep == "top_k" and dtype not in (None, torch.float32, torch.float64):
+            raise TypeError(
+                f"{op}: keep='top_k' stores float32 or float64, which hold the numbers of the classes, got {dtype}; "
+                "leave dtype=None"
+            )
         if capacity is not None:
             capacity = _args.as_int(capacity, op, "capacity", 1)
         device = _args.check_device(op, "device", device)
@@ -514,6 +532,7 @@ class LastBatchLoss(DistillationLoss):
             ignore_index=ignore_index, reduction=reduction, impl=impl,
         )  # fmt: skip
         self.num_classes = num_classes
+        self.keep, self.k = keep, k
         self.dtype = dtype
         self.buffer: LogitBuffer | None = None
         self._batches_with_ids = [0]  # a list, as `_parts`
@@ -523,9 +542,30 @@ class LastBatchLoss(DistillationLoss):
         self._size_follows = capacity is None
         self._dtype_follows = capacity is not None and dtype is None
         if capacity is not None:
-            self.buffer = LogitBuffer(num_classes, capacity, dtype or torch.float32, device or "cpu")
+            self.buffer = self._new_buffer(capacity, dtype or torch.float32, device or "cpu")
+
+    @property
+    def _of_classes(self) -> int:
+        """``LogitBuffer.of_classes`` of its buffer."""
+        return self.num_classes if self.keep == "top_k" else 0
+
+    @property
+    def _columns(self) -> int:
+        """What is stored of a row."""
+        return 2 * self.k + 1 if self.keep == "top_k" else self.num_classes
+
+    def _stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which dtype rows of logits of this dtype are stored."""
+        return self.dtype or (compute_dtype(dtype) if self.keep == "top_k" else dtype)
+
+    def _new_buffer(self, capacity: int, dtype: torch.dtype, device: torch.device | str) -> LogitBuffer:
+        buffer = LogitBuffer(self._columns, capacity, dtype, device)
+        buffer.of_classes = self._of_classes
+        return buffer
 
     def cost(self) -> str:
+        if self.keep == "top_k":
+            return f"two times {2 * self.k + 1} numbers per stored row, and a pass over the new rows that finds them"
         return "a batch of logits (one half teaches, one is stored); no extra forward or pass over the logits"
 
     def reset(self) -> None:
@@ -541,6 +581,8 @@ class LastBatchLoss(DistillationLoss):
         target: Tensor | None,
         ids: Tensor | None = None,
         *,
+        head_weight: Tensor | None = None,
+        head_bias: Tensor | None = None,
         num_old: int | None = None,
         images: Tensor | None = None,
         epoch: int | None = None,
@@ -551,10 +593,14 @@ class LastBatchLoss(DistillationLoss):
         """The loss of one batch.
 
         Args:
-            logits: ``(B, C)``.
+            logits: ``(B, C)``, or with ``head_weight`` the hidden states ``(B, D)`` of which the last layer makes them.
             target: ``(B,)`` labels, ``(B, C)`` probabilities, or None, as in :func:`fused_lb_loss`.
             ids: ``(B,)`` integer sample ids; a row whose id differs from the stored one gets no KL and is counted in
                 ``buffer.mismatched`` (``buffer.unknown`` where the row was stored without an id).
+            head_weight: ``(C, D)`` the weight of the last layer: its product, the loss and every gradient are computed
+                for a few rows at a time, without the logits of the batch, as in :func:`fused_linear_lb_loss`. With
+                ``keep="top_k"`` nothing of the size of the logits is stored either.
+            head_bias: ``(C,)`` the bias of the last layer.
             num_old: how many of the first rows repeat the stored ones; None takes the number stored. Needed only where
                 the buffer cannot know: a stream resumed without its buffer.
             images: not used; accepted as by every method.
@@ -565,6 +611,12 @@ class LastBatchLoss(DistillationLoss):
             kd_mask: ``(B,)`` bool, False takes a repeated row out of the KL.
         """
         op = "LastBatchLoss"
+        layer = None
+        if head_weight is not None:
+            layer = logits, head_weight
+            logits = logits_of(op, logits, head_weight, head_bias)
+        elif head_bias is not None:
+            raise ValueError(f"{op}: head_bias was given without head_weight, which makes logits of hidden states")
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
             _args.check_logits(op, logits, target)
             raise ValueError(
@@ -583,10 +635,24 @@ class LastBatchLoss(DistillationLoss):
                 raise ValueError(
                     f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute"
                 )
-            loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
+            if layer is None:
+                loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
+            else:
+                loss, parts, _ = linear_loss(
+                    options, *layer, target, head_bias=head_bias, target_b=target_b, lam=lam
+                )  # fmt: skip
         elif not torch.is_grad_enabled():
             teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
-            loss, parts = row_loss(options, logits, target, teacher=teacher, kd_mask=mask, target_b=target_b, lam=lam)
+            if layer is None:
+                loss, parts = row_loss(
+                    options, logits, target, teacher=teacher, teacher_kind=self.keep, kd_mask=mask, target_b=target_b,
+                    lam=lam,
+                )  # fmt: skip
+            else:
+                loss, parts, _ = linear_loss(
+                    options, *layer, target, teacher, head_bias=head_bias, kind=self.keep, kd_mask=mask,
+                    target_b=target_b, lam=lam,
+                )  # fmt: skip
             self._note_call(False)
             if ids is None and self._batches_with_ids[0]:
                 self._warn_no_ids()
@@ -594,11 +660,29 @@ class LastBatchLoss(DistillationLoss):
             before = self.buffer, self._dtype_follows
             try:
                 buffer, stored, again = self._buffer_for(logits, target, ids, num_old, self._again(ids))
-                loss, parts = row_loss(
-                    options, logits, target, buffer=buffer, ids=ids, num_old=num_old, again=again, kd_mask=kd_mask,
-                    target_b=target_b, lam=lam,
-                )  # fmt: skip
-                buffer.count, buffer.batch = stored, logits.shape[0]
+                if self.keep == "logits" and layer is None:
+                    loss, parts = row_loss(
+                        options, logits, target, buffer=buffer, ids=ids, num_old=num_old, again=again, kd_mask=kd_mask,
+                        target_b=target_b, lam=lam,
+                    )  # fmt: skip
+                    buffer.count, buffer.batch = stored, logits.shape[0]
+                else:
+                    if torch._C._are_functorch_transforms_active():
+                        ops.refuse_memory(op)
+                    teacher, mask = self._taught_by(buffer, logits.shape[0], ids, num_old, again, kd_mask)
+                    if layer is None:
+                        loss, parts = row_loss(
+                            options, logits, target, teacher=teacher, teacher_kind="top_k", kd_mask=mask,
+                            target_b=target_b, lam=lam,
+                        )  # fmt: skip
+                        new = TopK.of(logits[logits.shape[0] - stored :], self.k, self.temperature).packed()
+                    else:
+                        loss, parts, new = linear_loss(
+                            options, *layer, target, teacher, head_bias=head_bias, kind=self.keep, kd_mask=mask,
+                            target_b=target_b, lam=lam, kept_from=logits.shape[0] - stored,
+                            keep=self.k if self.keep == "top_k" else -1,
+                        )  # fmt: skip
+                    self._store(buffer, new, logits.shape[0], ids, num_old, again, kd_mask)
             except Exception:
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
@@ -630,9 +714,30 @@ class LastBatchLoss(DistillationLoss):
             again = 0
             if _repeats_second_half(buffer, batch, ids):
                 buffer = buffer.resized(batch // 2, skip=batch // 2)
+        return self._taught_by(buffer, batch, ids, num_old, again, kd_mask)
+
+    @staticmethod
+    def _taught_by(
+        buffer: LogitBuffer, batch: int, ids: Tensor | None, num_old: int | None, again: int, kd_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The rows of the buffer that teach the first rows of a batch, and which of them are valid."""
         match = buffer.match(batch, ids, num_old, again)
         valid = match.repeats
         return buffer.teacher(match), valid if kd_mask is None else valid & kd_mask[: len(valid)]
+
+    @staticmethod
+    def _store(
+        buffer: LogitBuffer,
+        new_rows: Tensor,
+        batch: int,
+        ids: Tensor | None,
+        num_old: int | None,
+        again: int,
+        kd_mask: Tensor | None,
+    ) -> None:
+        """Store the last rows of a batch, given as the buffer keeps them; of the others it needs no logits."""
+        old = new_rows.new_zeros(batch - len(new_rows), new_rows.shape[1])
+        buffer.update(torch.cat([old, new_rows]), ids, num_old, again, kd_mask)
 
     def _warn_untaught(self, buffer: LogitBuffer) -> None:
         """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""
@@ -693,9 +798,9 @@ class LastBatchLoss(DistillationLoss):
             _args.check_ids(op, logits, ids)
         if buffer is None:
             new = max(batch - (num_old or 0), 1)
-            buffer = LogitBuffer(self.num_classes, new, self.dtype or logits.dtype, logits.device)
-        elif self._dtype_follows and buffer.count == 0 and buffer.dtype != logits.dtype:
-            buffer = LogitBuffer(self.num_classes, buffer.capacity, logits.dtype, logits.device)
+            buffer = self._new_buffer(new, self._stored_dtype(logits.dtype), logits.device)
+        elif self._dtype_follows and buffer.count == 0 and buffer.dtype != self._stored_dtype(logits.dtype):
+            buffer = self._new_buffer(buffer.capacity, self._stored_dtype(logits.dtype), logits.device)
         elif buffer.device != logits.device:
             buffer = buffer.to(logits.device)
         again = buffer.recognise(batch, ids, num_old, again)
@@ -740,9 +845,9 @@ class LastBatchLoss(DistillationLoss):
             # Its own logits have chosen a dtype already: take the one that holds both.
             dtype = buffer.dtype if saved is None else torch.promote_types(buffer.dtype, saved)
         if buffer is None or self._size_follows:
-            self.buffer = LogitBuffer.from_state(state, self.num_classes, dtype)
+            self.buffer = LogitBuffer.from_state(state, self._columns, dtype, self._of_classes)
             return
         if dtype is not None and dtype != buffer.dtype:
-            self.buffer = buffer = LogitBuffer(self.num_classes, buffer.capacity, dtype, buffer.device)
+            self.buffer = buffer = self._new_buffer(buffer.capacity, dtype, buffer.device)
         loaded = buffer.load_state_dict(state)
         self._dtype_follows = self._dtype_follows and not (loaded and saved is not None)

@@ -1,8 +1,9 @@
 """The ops ``dlb_fast::last_batch``, ``last_batch_update`` and ``scale_grad_``: schemas, fake tensors, derivative.
 
-``last_batch`` computes the loss, its gradient and the top-1 count in one call. ``last_batch_update`` takes its teacher
-from the logit buffer and then replaces the stored rows by the batch's new rows. ``scale_grad_`` multiplies a gradient
-by the upstream gradient in place, and touches nothing where that is 1.
+``last_batch`` computes the loss, its gradient and the top-1 count in one call; ``last_batch_`` writes the gradient over
+the logits. ``last_batch_update`` takes its teacher from the logit buffer and then replaces the stored rows by the
+batch's new rows. ``scale_grad_`` multiplies a gradient by the upstream gradient in place, and touches nothing where
+that is 1.
 
 The compiled ops are defined in ``csrc/last_batch.cpp``, their Triton forms (``*_triton``) here. Both take their
 arguments from the table in ``options.h``. The derivative is an ``autograd.Function`` around the op: the gradient is
@@ -22,8 +23,8 @@ from ._options import OPTIONS, PARTS, REDUCTION
 from .reference import compute_dtype
 
 _GRAD_SCALE = PARTS.index("grad_scale")
-_TAIL = "".join(f"{kind} {name}, " for name, kind in OPTIONS.items())
-_TAIL += "bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
+OPTION_SCHEMA = "".join(f"{kind} {name}, " for name, kind in OPTIONS.items())
+_TAIL = OPTION_SCHEMA + "bool need_grad) -> (Tensor loss, Tensor parts, Tensor grad)"
 SCHEMAS = {
     "last_batch": f"(Tensor logits, Tensor? teacher, int teacher_kind, {_TAIL}",
     "last_batch_update": (
@@ -31,6 +32,10 @@ SCHEMAS = {
     ),
     "scale_grad_": "(Tensor(a!) grad, Tensor upstream, Tensor parts) -> ()",
 }
+IN_PLACE = f"(Tensor(a!) logits, Tensor? teacher, int teacher_kind, {OPTION_SCHEMA}bool need_grad) -> "
+IN_PLACE += "(Tensor loss, Tensor parts)"
+"""``last_batch_``, on the CPU only: the gradient is written over the logits. The caller masks the rows whose teacher is
+not finite; where one is left, ``parts`` counts fewer valid rows than were asked for, and the result is not used."""
 
 
 def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +52,10 @@ def _fake_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss, parts, grad
 
 
+def _fake_in_place(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_loss(logits, *args)[:2]
+
+
 def _fake_scale_grad(grad: Tensor, upstream: Tensor, parts: Tensor) -> None:
     return None
 
@@ -55,6 +64,7 @@ _FAKES: dict[str, Any] = {
     "last_batch": _fake_loss,
     "last_batch_update": _fake_loss,
     "scale_grad_": _fake_scale_grad,
+    "last_batch_": _fake_in_place,
 }
 _TRITON = {
     "last_batch": "last_batch_triton",
@@ -132,6 +142,46 @@ def unsupported(logits: Tensor | None, **given: Any) -> str:
     return ""
 
 
+def refuse_second_derivative() -> None:
+    """In a backward: raise with create_graph=True."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # torch's once_differentiable would refuse only where the upstream gradient requires a gradient; that of a loss
+        # is a constant, and a gradient penalty would silently train on a part.
+        raise RuntimeError(
+            "the compiled losses are differentiable once, and backward was called with create_graph=True; use "
+            "impl='torch' for second derivatives"
+        )
+
+
+def times_upstream(
+    impl: str, grad: Tensor, upstream: Tensor, parts: Tensor, owned: bool, enlarged: bool = False
+) -> Tensor:
+    """A saved gradient (rows, columns) times the upstream gradient, 0-d or (rows,); in place where it is ``owned``.
+
+    It is stored multiplied by ``parts[grad_scale]``, which is 1 on a CPU but for float16 and with ``enlarged``.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(upstream) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.is_legacy_batchedtensor(upstream)
+        or torch._C._are_functorch_transforms_active()
+    ):
+        # Traced, fake, watched by a mode, or batched (is_grads_batched): the upstream gradient has no value to read, or
+        # more than one, and what is saved must not be written to.
+        factor = upstream / parts[_GRAD_SCALE]
+        factor = factor if factor.dim() == 0 else factor[:, None]
+        return (grad.to(parts.dtype) * factor).to(grad.dtype)
+    if not owned or torch._C._autograd._get_current_graph_task_keep_graph():
+        grad = grad.clone()  # retain_graph=True: the next backward needs the saved gradient unchanged
+    if impl == "torch":
+        return grad.mul_(upstream / parts[_GRAD_SCALE])
+    # scale_grad_ leaves at once for a factor of 1, which a GPU's host cannot read without waiting; a CPU's can.
+    if upstream.dim() > 0 or impl != "cpu" or enlarged or grad.dtype is torch.float16 or upstream.item() != 1.0:
+        op_for(impl, "scale_grad_")(grad, upstream, parts)
+    return grad
+
+
 class _LastBatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, impl: str, name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -149,31 +199,8 @@ class _LastBatch(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None
         grad, parts = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # create_graph=True. torch's once_differentiable would refuse only where the upstream gradient requires a
-            # gradient; that of a loss is a constant, and a gradient penalty would silently train on a part.
-            raise RuntimeError(
-                "the compiled losses are differentiable once, and backward was called with create_graph=True; use "
-                "impl='torch' for second derivatives"
-            )
-        if (
-            torch.compiler.is_compiling()
-            or type(upstream) is not Tensor
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.is_legacy_batchedtensor(upstream)
-            or torch._C._are_functorch_transforms_active()
-        ):
-            # Traced, fake, watched by a mode, or batched (is_grads_batched): the upstream gradient has no value to
-            # read, or more than one, and what is saved must not be written to.
-            factor = upstream / parts[_GRAD_SCALE]
-            factor = factor if factor.dim() == 0 else factor[:, None]
-            return (grad.to(parts.dtype) * factor).to(grad.dtype), None, None, None
-        if not ctx.owned or torch._C._autograd._get_current_graph_task_keep_graph():
-            grad = grad.clone()  # retain_graph=True: the next backward needs the saved gradient unchanged
-        # scale_grad_ leaves at once for a factor of 1, which a GPU's host cannot read without waiting; a CPU's can.
-        if upstream.dim() > 0 or ctx.impl != "cpu" or grad.dtype is torch.float16 or upstream.item() != 1.0:
-            op_for(ctx.impl, "scale_grad_")(grad, upstream, parts)
-        return grad, None, None, None
+        refuse_second_derivative()
+        return times_upstream(ctx.impl, grad, upstream, parts, ctx.owned), None, None, None
 
 
 def run(impl: str, name: str, logits: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

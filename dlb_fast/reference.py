@@ -155,6 +155,45 @@ def kl_rows(
     return RowTerms(rows, keep.sum().to(rows.dtype))
 
 
+def top_k_kl_rows(logits: Tensor, packed: Tensor, *, temperature: Scalar, keep: Tensor | None = None) -> RowTerms:
+    """``tau^2 KL`` per row (H,) to a teacher of ``k`` classes and one bucket for the others.
+
+    ``KL = sum_j p_j (log p_j - log q_j) + p_rest (log p_rest - log q_rest)``, ``p_j = exp(t_j / tau - s)``; ``q_rest``
+    is the student's probability of all other classes. ``packed`` (H, 2 k + 1) holds the ``k`` logits ``t``, their
+    classes and the log-sum-exp ``s`` of all teacher logits / tau; it is a constant. Where ``s`` is too small for the k
+    (made at another tau) they have all mass. A class that is given twice, or is none, makes the row NaN.
+    """
+    classes, k = logits.shape[1], packed.shape[1] // 2
+    finite = finite_rows(packed)
+    keep = finite if keep is None else keep & finite
+    packed = packed.detach()
+    index = torch.where(keep[:, None], packed[:, k : 2 * k], torch.arange(k, device=packed.device)).long()
+    values = _keep_finite_gradient(packed[:, :k], keep)
+    log_sum = torch.where(keep, packed[:, -1], 0.0)
+    in_range = ((index >= 0) & (index < classes)).all(1)
+    index = index.clamp(0, classes - 1)
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, True)
+    proper = in_range & (kept.sum(1) == k)
+
+    log_p = values / (temperature.detach() if isinstance(temperature, Tensor) else temperature)
+    log_kept = log_p.logsumexp(1)
+    log_sum = log_kept if k == classes else torch.maximum(log_kept, log_sum)
+    log_p = log_p - log_sum[:, None]
+    p, p_rest = log_p.exp(), -torch.expm1(log_kept - log_sum)
+
+    log_q = _log_softmax(_keep_finite_gradient(logits, keep), temperature)
+    gap = torch.where(p == 0, torch.zeros_like(p), log_p - log_q.gather(1, index))
+    rows = (p * gap).sum(1)
+    if k < classes:
+        # The sum over the other classes: 1 - sum q_j has no digits where the student is sure. 0 log 0 = 0 here too.
+        none = p_rest == 0
+        log_q_rest = log_q.masked_fill(kept, -float("inf")).masked_fill(none[:, None], 0.0).logsumexp(1)
+        rows = rows + torch.where(none, torch.zeros_like(p_rest), p_rest * (p_rest.log() - log_q_rest))
+    rows = torch.where(proper, rows, torch.full_like(rows, float("nan"))) * (temperature * temperature)
+    rows = torch.where(keep, rows, torch.zeros_like(rows))
+    return RowTerms(rows, keep.sum().to(rows.dtype))
+
+
 def reduce_rows(terms: RowTerms, reduction: str) -> Tensor:
     """``mean`` (0 when no row counts: a defined choice, torch's CE gives NaN), ``sum`` or ``none``."""
     if reduction == "none":
@@ -204,9 +243,10 @@ def last_batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """The objective: ``ce_weight * L_CE + alpha * L_LB``.
 
-    ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), or ``"virtual"`` (no tensor: all rows learn from
-    :func:`virtual_teacher`). Returns ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached
-    ``[loss, L_CE, L_LB, correct]``; with ``reduction="none"`` the parts are sums over the rows.
+    ``teacher_kind``: ``"logits"`` (H, C), ``"probabilities"`` (H, C), ``"top_k"`` (H, 2 k + 1) as
+    :func:`top_k_kl_rows` takes it, or ``"virtual"`` (no tensor: all rows learn from :func:`virtual_teacher`). Returns
+    ``(loss, parts)``: the loss 0-d or (B,), and ``parts`` (4,) detached ``[loss, L_CE, L_LB, correct]``; with
+    ``reduction="none"`` the parts are sums over the rows.
 
     >>> z, y = torch.zeros(2, 4), torch.tensor([0, 1])
     >>> loss, parts = last_batch_loss(z, y, z[:1])
@@ -240,10 +280,13 @@ def last_batch_loss(
             kd_mask = labelled if kd_mask is None else kd_mask & labelled
     if teacher is not None:
         rows = teacher.shape[0]
-        lb = kl_rows(
-            z[:rows], teacher.to(dtype), temperature=temperature, keep=kd_mask,
-            teacher_is_probabilities=teacher_kind != "logits",
-        )  # fmt: skip
+        if teacher_kind == "top_k":
+            lb = top_k_kl_rows(z[:rows], teacher.to(dtype), temperature=temperature, keep=kd_mask)
+        else:
+            lb = kl_rows(
+                z[:rows], teacher.to(dtype), temperature=temperature, keep=kd_mask,
+                teacher_is_probabilities=teacher_kind != "logits",
+            )  # fmt: skip
         lb = RowTerms(torch.cat([lb.rows, z.new_zeros(batch - rows)]), lb.norm)
 
     loss = ce_weight * reduce_rows(ce, reduction)

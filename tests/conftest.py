@@ -47,7 +47,7 @@ def available(impl: str) -> bool:
 
 def device_of(impl: str) -> str:
     """Where the tensors of an implementation live."""
-    return "cuda" if impl == "cuda" or (impl == "triton" and torch.cuda.is_available()) else "cpu"
+    return "cuda" if impl == "cuda" or (impl in ("triton", "auto") and torch.cuda.is_available()) else "cpu"
 
 
 def eager_official(logits, target, last_logits, *, alpha=1.0, temperature=3.0, **ce):

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "dlb_fast"
 
 # A module or folder imports only what stands before it in this list; so nothing imports `integrations`.
 ORDER = ["_version", "_args", "_options", "reference", "_proof", "_backends", "kernels", "ops", "buffer", "functional"]
-ORDER += ["losses", "methods", "__init__", "data", "train", "presets", "doctor", "report", "cli", "__main__"]
+ORDER += ["linear", "sharded", "losses", "methods", "__init__", "data", "train", "presets", "doctor", "report", "cli"]
+ORDER += ["__main__"]
 ORDER += ["integrations"]
 ONLY = {  # stricter than the order: the definition stands alone, and the data knows no losses
     "reference": set(),

@@ -247,7 +247,7 @@ def test_half_precision_storage_of_float32_logits(impl, generator):
     ("change", "said"),
     [
         ({"num_classes": 7}, "expected logits"),
-        ({"version": 99}, "version 1 expected, got 99"),
+        ({"version": 99}, "version 2 expected, got 99"),
         ({"count": 40, "logits": torch.zeros(40, 6), "ids": torch.arange(40)}, "capacity 4, saved 40 rows"),
         ({"logits": torch.zeros(2, 6)}, "expected logits"),
         ({"logits": None}, "logits must be a floating tensor, got NoneType"),

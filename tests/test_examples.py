@@ -1,11 +1,13 @@
 """Every example runs as a user would start it: it learns, rows are taught, and it resumes; where it can, on two ranks.
 
-docs/integrations.md shows these files; the last test compares them.
+docs/integrations.md shows the files for images; the last test compares them.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from builders import ROOT, python
@@ -40,7 +42,7 @@ STEPS = 240 // ROWS  # of an epoch of one rank
 
 
 def test_every_example_is_known():  # test_image_folder.py and test_distributed_ray.py run theirs
-    known = {"image_folder", "ray_train", "digits_folder", *(f"{name}_images" for name in IMAGES)}
+    known = {"image_folder", "ray_train", "digits_folder", "hf_language_model", *(f"{name}_images" for name in IMAGES)}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == known
 
 
@@ -86,6 +88,39 @@ def test_an_example_on_two_ranks(name, folder, tmp_path):
     expected = 2 * (steps - 1) * ROWS
     # In bfloat16 on the CPU logits become NaN now and then, with torch's cross entropy too; such rows teach nothing.
     assert rows == expected if "bf16" not in options else 0 < rows <= expected
+
+
+def language_model(folder, *options, launch=()):
+    """The perplexities that the language model prints at its ends, without the last-batch term and with it."""
+    if reason := reason_against("transformers.trainer"):
+        pytest.skip(reason)
+    small = "--vocabulary 400 --length 32 --width 32 --layers 1 --learning_rate 1e-2 --num_train_epochs 2 --use_cpu 1"
+    given = (*small.split(), "--data", folder, "--disable_tqdm", "1", "--output_dir", folder / "out", *options)
+    said = python(*launch, "examples/hf_language_model.py", *given, HF_HUB_OFFLINE="1").stdout
+    found = re.findall(r"^alpha (\S+): perplexity (\S+)$", said, re.M)
+    assert [alpha for alpha, _ in found] == ["0.0", "1.0"], said
+    return [value for _, value in found]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    for page in ("docs/index.md", "docs/loaders.md"):
+        (tmp_path / Path(page).name).write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_language_model_learns_and_resumes(texts):
+    values = language_model(texts)
+    assert values[0] != values[1] and max(map(float, values)) < 250  # 400: all tokens alike
+    for run in (texts / "out").iterdir():
+        checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        assert len(checkpoints) == 2
+        shutil.rmtree(checkpoints[1])
+    assert language_model(texts, "--resume") == values
+
+
+def test_the_language_model_on_two_ranks(texts):
+    assert max(map(float, language_model(texts, launch=TORCHRUN))) < 300
 
 
 def test_the_page_shows_the_files():

@@ -290,7 +290,7 @@ def test_what_it_imports_is_on_a_gpu_machine():
     """torch, triton, numpy and pytest: nothing of the trainer's command line, nothing else that pip brings."""
     names = ABSENT.split()
     code = f"import sys; sys.modules.update(dict.fromkeys({names!r})); "
-    code += "import benchmarks.gpu_check, benchmarks.bench_last_batch, benchmarks.bench_step; "
+    code += "import benchmarks.gpu_check, benchmarks.bench_last_batch, benchmarks.bench_linear, benchmarks.bench_step; "
     code += "from dlb_fast.train.loop import Trainer; from dlb_fast.train.config import TrainConfig; TrainConfig()"
     python("-c", code)
 
@@ -342,7 +342,7 @@ CPU_OP = gpu_check._backends.LIBRARY.exists()
 @pytest.mark.skipif(not CPU_OP, reason="the pretended kernels are the CPU's")
 def test_rehearsal_of_everything(pretended, tmp_path):
     """All but the build, with the real commands, tests and benchmarks."""
-    process = pretended("proof", "tests", "loss", "sanitizer", "triton", "others")
+    process = pretended("proof", "tests", "loss", "sanitizer", "triton", "linear", "others")
     text, _ = process.communicate(timeout=2 * PATIENCE)
     found = rows(text)
     assert process.returncode in (0, 3), text[-9000:]
@@ -353,7 +353,10 @@ def test_rehearsal_of_everything(pretended, tmp_path):
     assert [found[name][2] for name in right] == ["met"] * len(right), text[-9000:]
     slow = [name for name in found if name not in right and name != "build" and "auto" not in name]
     late = f"not measured: {gpu_check.SEE_THE_LOG}"  # what a busy machine does not come to
-    assert len(slow) == 8 and {found[name][2] for name in slow} <= {"met", "MISSED", late}
+    liger = found["time over liger, ce, C=500 rows=32 bfloat16"][2]
+    assert liger.startswith(("not measured: liger (", late))
+    assert len(slow) == 8 + 11 and {found[name][2] for name in slow} <= {"met", "MISSED", late, liger}
+    assert found["error of weight over eager's, C=500 rows=32 bfloat16"][2] in ("met", late)
     assert found["launches, C=100 rows=8 gradient"][2] == "met"
     (table,) = (tmp_path / "out").glob("*.md")
     assert rows(table.read_text()) == found

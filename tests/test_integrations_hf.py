@@ -306,6 +306,191 @@ def test_weights_and_logs_are_those_of_a_plain_loop(tmp_path, case):
         assert entry["loss"] == pytest.approx(ce + 2 * lb, rel=1e-6)
 
 
+class Sequences(torch.utils.data.Dataset):
+    """Sequences of tokens of five kinds; the labels of the last tokens are missing, two of them in a row at most."""
+
+    def __init__(self, split, length=6):
+        self.length = length
+
+    def __len__(self):
+        return len(DATA["train"])
+
+    def __getitem__(self, index):
+        length = self.length if type(self.length) is int else self.length(index)
+        tokens = torch.randint(5, (length,), generator=torch.Generator().manual_seed(int(index)))
+        counts = torch.arange(length) < length - index % 3
+        return {"input_ids": tokens, "labels": tokens.where(counts, -100)}
+
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(5, 8), nn.Tanh(), nn.Linear(8, 5))
+
+    def forward(self, input_ids):
+        return {"logits": self.net(input_ids)}
+
+
+class Reader(LastBatchTrainer):
+    def compute_loss(self, model, inputs, *args, **options):
+        if model.training:
+            self.batches = [*getattr(self, "batches", []), (inputs["input_ids"], inputs["labels"], inputs["num_old"])]
+        return super().compute_loss(model, inputs, *args, **options)
+
+
+def language(folder, items=Sequences, net=None, criterion=None, shift=True, from_hidden=False, **options):
+    set_seed(0)
+    arguments = {
+        "use_cpu": True, "per_device_train_batch_size": 16, "max_steps": 5, "save_strategy": "no", "report_to": [],
+        "disable_tqdm": True, "learning_rate": 0.5, "optim": "sgd", "lr_scheduler_type": "constant",
+        "weight_decay": 0.0, "max_grad_norm": 0.0, "dataloader_pin_memory": False, "logging_steps": 1,
+        "remove_unused_columns": False, **options,
+    }  # fmt: skip
+    return Reader(
+        net or Language().double(), TrainingArguments(folder, **arguments), train_dataset=items("train"),
+        eval_dataset=items("test"), criterion=criterion or LastBatchLoss(5, alpha=2.0), shift_labels=shift,
+        from_hidden=from_hidden,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_tokens_are_rows(tmp_path, accumulate, shift):
+    """Labels (B, T): the weights and logs of a plain loop, with and without a shift between logits and labels."""
+    trainer = language(tmp_path, shift=shift, gradient_accumulation_steps=accumulate)
+    net = Language().double()
+    net.load_state_dict(trainer.model.state_dict())
+    trainer.train()
+    optimizer, stored, logs = torch.optim.SGD(net.parameters(), lr=0.5), None, []
+    kept = trainer.batches
+    epochs = [kept[first : first + 7] for first in range(0, len(kept), 7)]
+    for group in (epoch[k : k + accumulate] for epoch in epochs for k in range(0, len(epoch), accumulate)):
+        ce, count, kl = 0.0, 0, []
+        for tokens, labels, old in group:
+            z, y = net(tokens)["logits"], labels
+            if shift:
+                z, y = z[:, :-1], labels[:, 1:]
+            ce = ce + F.cross_entropy(z.reshape(-1, 5), y.reshape(-1), reduction="sum")
+            count += (y != -100).sum()
+            if stored is not None:
+                valid = y[:old] != -100
+                teacher, student = F.softmax(stored / 3, -1)[valid], F.log_softmax(z[:old] / 3, -1)[valid]
+                kl.append(9 * F.kl_div(student, teacher, reduction="batchmean"))
+            else:
+                kl.append(z.sum() * 0)
+            stored = z[old:].detach()
+        optimizer.zero_grad()
+        (ce / count + 2 * sum(kl) / len(kl)).backward()
+        optimizer.step()
+        logs.append(((ce / count).item(), (sum(kl) / len(kl)).item()))
+    want = torch.cat([value.flatten() for value in net.state_dict().values()])
+    assert (weights(trainer) - want).abs().max() < 1e-6 and max(kl for _, kl in logs) > 1e-3
+    assert trainer.criterion.buffer.mismatched == 0
+    found = [(entry["cross_entropy"], entry["last_batch"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert [value for pair in found for value in pair] == pytest.approx([v for pair in logs for v in pair], rel=1e-5)
+    with torch.no_grad():
+        batch = [trainer.eval_dataset[index] for index in range(8)]
+        tokens, y = (torch.stack([item[name] for item in batch]) for name in ("input_ids", "labels"))
+        z = net(tokens)["logits"]
+        z, y = (z[:, :-1], y[:, 1:]) if shift else (z, y)
+    found = trainer.evaluate(torch.utils.data.Subset(trainer.eval_dataset, range(8)))["eval_loss"]
+    assert found == pytest.approx(F.cross_entropy(z.reshape(-1, 5), y.reshape(-1)).item(), rel=1e-5)
+
+
+def test_a_causal_language_model_shifts_and_resumes(tmp_path):
+    """The Trainer knows by the model that the labels are shifted; the loss in evaluation is the model's own."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=5, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+
+    def run(folder, resume=None, **options):
+        net = GPT2LMHeadModel(config)
+        trainer = language(folder, net=net, shift=None, save_strategy="steps", save_steps=4, max_steps=9, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    assert whole.shift_labels is True and whole.criterion.buffer.taught > 0
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4"))
+    assert torch.equal(weights(resumed), weights(whole))
+    tokens = whole.eval_dataset[0]["input_ids"][None]
+    with torch.no_grad():
+        want = whole.model.eval()(input_ids=tokens, labels=tokens).loss
+    found = whole.evaluate(torch.utils.data.Subset(whole.eval_dataset, [0]))["eval_loss"]
+    assert found == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"keep": "top_k"}])
+def test_from_hidden_states_trains_as_from_logits(tmp_path, options):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=5, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    seen = []
+
+    class Seen(GPT2LMHeadModel):
+        def forward(self, *args, **options):
+            outputs = super().forward(*args, **options)
+            seen.append(tuple(outputs["logits"].shape[:2]))
+            return outputs
+
+    def run(from_hidden, keep="logits", **options):
+        set_seed(0)
+        criterion = LastBatchLoss(5, alpha=2.0, temperature=2.0, keep=keep, k=3)
+        trainer = language(
+            tmp_path, net=Seen(config).double(), criterion=criterion, learning_rate=0.1, from_hidden=from_hidden,
+            **options,
+        )  # fmt: skip
+        seen.clear()
+        trainer.train()
+        assert {tokens for _, tokens in seen} == {1 if from_hidden else 6}  # that logits were formed of
+        return trainer
+
+    plain, hidden = run(False, **options), run(True, **options)
+    assert hidden.criterion.buffer.taught == plain.criterion.buffer.taught > 0
+    assert (weights(hidden) - weights(plain)).abs().max() < 1e-10
+    assert hidden.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-10)
+
+
+def test_logits_that_are_no_product_are_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    class Scaled(GPT2LMHeadModel):
+        def forward(self, *args, **options):
+            outputs = super().forward(*args, **options)
+            outputs["logits"] = outputs["logits"] / 2
+            return outputs
+
+    config = GPT2Config(vocab_size=5, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    with pytest.raises(ValueError, match="but Scaled scales, caps or computes them otherwise"):
+        language(tmp_path, net=Scaled(config), from_hidden=True).train()
+
+    class Own(Language):
+        def forward(self, input_ids, output_hidden_states=False, logits_to_keep=0):
+            return super().forward(input_ids)
+
+    with pytest.raises(ValueError, match="needs a model of transformers with hidden states .* got Own"):
+        language(tmp_path, net=Own(), from_hidden=True).train()
+
+
+def test_tokens_that_cannot_be_paired_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Language does not tell where they belong; pass shift_labels=True"):
+        language(tmp_path, shift=None).train()
+
+    def longer(split):
+        return Sequences(split, lambda index: length[0])
+
+    class Growing(Reader):
+        def training_step(self, *args):
+            length[0] += 1
+            return super().training_step(*args)
+
+    length = [6]
+    trainer = language(tmp_path, items=longer)
+    trainer.__class__ = Growing
+    with pytest.raises(ValueError, match=r"as many in every batch, got 6 after 5, .* pad all sequences to one length"):
+        trainer.train()
+
+
 def test_logs_are_means_over_the_updates_since_the_last_log_without_reading_the_device(tmp_path):
     class Read(TorchDispatchMode):
         reads = 0

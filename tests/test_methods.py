@@ -308,7 +308,7 @@ def test_distillation_loss_is_every_kind(impl, generator):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "hidden"}, "kind must be 'logits', 'probabilities' or 'uniform', got 'hidden'"),
+        ({"kind": "hidden"}, "kind must be 'logits', 'probabilities', 'top_k' or 'uniform', got 'hidden'"),
         ({"kind": "uniform", "teacher": torch.zeros(4, 5)}, "teacher must be None with kind='uniform'"),
         ({"correct_share": 0.5}, "correct_share belongs to kind='uniform', got kind='logits'"),
         ({"kind": "uniform", "correct_share": 1.5}, "correct_share must be None"),
@@ -330,7 +330,7 @@ def test_distillation_loss_names_misuse(options, message):
     ("teacher", "message"),
     [
         (torch.zeros(4, 5), "teacher.inputs. must return a dlb_fast.Teacher, got Tensor"),
-        (Teacher("probs", torch.zeros(4, 5)), "kind must be one of logits, probabilities, uniform, none, got 'probs'"),
+        (Teacher("probs", torch.zeros(4, 5)), "one of logits, probabilities, top_k, uniform, none, got 'probs'"),
         (Teacher("logits"), "kind 'logits' needs a tensor"),
         (Teacher("none", torch.zeros(4, 5)), "kind 'none' takes no tensor"),
         (Teacher("logits", torch.zeros(4, 5), correct_share=0.9), "correct_share belongs to a teacher of kind 'unif"),
@@ -354,7 +354,7 @@ def test_distillation_loss_names_misuse(options, message):
         (Teacher("uniform", kl_weight=float("nan")), "the teacher's kl_weight must be finite and > 0, got nan"),
         (Teacher("uniform", kl_weight=torch.tensor(1.0)), "the teacher's kl_weight must be a number, got Tensor"),
         (Teacher("uniform", alpha_scale=-1.0), "the teacher's alpha_scale must be finite and >= 0, got -1"),
-        (Teacher(0, torch.zeros(4, 5)), "kind must be one of logits, probabilities, uniform, none, got 0"),
+        (Teacher(0, torch.zeros(4, 5)), "kind must be one of logits, probabilities, top_k, uniform, none, got 0"),
     ],
 )
 def test_a_teacher_whose_fields_do_not_fit_is_refused(impl, teacher, message):

@@ -284,6 +284,25 @@ def test_nothing_is_tuned_where_the_settings_are_given(made, study):
     assert len(names) == 10 and not any(name.startswith("tuning") for name in names)
 
 
+def test_data_of_another_kind_than_the_protocol_s(made, study, tmp_path):
+    """A sitting goes on with the kind that the first one was given, and no other."""
+    for name in (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"):
+        records = torch.randint(256, (8, 3073), dtype=torch.uint8)
+        records[:, 0] = torch.arange(8) % 4
+        (tmp_path / name).write_bytes(records.numpy().tobytes())
+    common = {"preset": "cifar10-cpu", "data": {"source": "imagefolder", "batch_size": 8}}
+    changed(
+        study, common=common, networks={"cnn": {}}, tables=[{"network": "cnn", "methods": ["ce"], "noises": ["none"]}]
+    )
+    data = f"cifar10:{tmp_path}"
+    assert made("o", data=data, only=["*/seed0"]) == ["cnn/ce/none/seed0"]
+    assert made("o", data=data) == ["cnn/ce/none/seed1"]
+    lines = compare.read_results(study.parent / "o" / "results.jsonl")
+    assert [line["config"]["source"] for line in lines] == ["cifar10", "cifar10"]
+    with pytest.raises((FileNotFoundError, ValueError)):
+        made("o", data=str(tmp_path))
+
+
 def test_methods_may_be_taken_out_of_a_protocol(made, study):
     """Its results and its choice stay in the file; another setting of a tuned method is refused."""
     made("o", only=["cnn/ce/none/seed0", "cnn/both/none/seed0"])

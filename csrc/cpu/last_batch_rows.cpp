@@ -15,6 +15,8 @@ struct Gradient {
   RowCoefficients<A> at;
   A constant = 0;             // of a virtual teacher: kl_grad * (share of a wrong class)
   const A *e1 = nullptr, *e2 = nullptr, *et = nullptr, *weight = nullptr, *dense = nullptr;
+  const A *kept_class = nullptr, *kept_kl = nullptr;  // of a top_k teacher: its classes, and the KL's gradient there
+  int64_t kept = 0;
   A dense_scale = 0;
   int power = 0;              // e1 is e2 to this power, where e1 is not given
   int64_t label = -1, label_b = -1;
@@ -28,24 +30,36 @@ DLB_INLINE A power_of(A v, int power) {
 
 // The two terms apart: each is a difference of near numbers, and their sum must not round before them.
 template <typename A>
-DLB_INLINE A gradient_element(const Gradient<A>& g, int64_t c) {
+DLB_INLINE A ce_element(const Gradient<A>& g, int64_t c) {
   const A w = g.weight ? g.weight[c] : A(1);
-  A ce = 0, kl = -g.constant;
+  A ce = 0;
   if (g.e1) ce += g.at.a * g.e1[c];
   if (g.power) ce += g.at.a * power_of(g.e2[c], g.power);
   if (c == g.label) ce -= g.at.label;
   if (c == g.label_b) ce -= g.label_b_scale;
   if (g.at.s != 0) ce -= g.at.s * w;
   if (g.dense) ce -= g.dense_scale * g.dense[c] * w;
+  return ce;
+}
+
+template <typename A>
+DLB_INLINE A gradient_element(const Gradient<A>& g, int64_t c) {
+  A kl = -g.constant;
   if (g.e2) kl += g.at.b * g.e2[c];
   if (g.et) kl -= g.at.k * g.et[c];
-  return ce + kl;
+  return ce_element(g, c) + kl;
 }
 
 template <int power, typename T, typename A>
 DLB_INLINE void write_powered(const Gradient<A>& g, int64_t n, A constant, T* out) {
   const A a = g.at.a, b = g.at.b, k = g.at.k;
   const A *e2 = g.e2, *et = g.et;
+  if (!et) {
+    return write_row<A>(n, out, [=](int64_t c) {
+      const auto v = load<A>(e2 + c);
+      return a * raised<power>(v) + b * v - constant;
+    });
+  }
   write_row<A>(n, out, [=](int64_t c) {
     const auto v = load<A>(e2 + c);
     return a * raised<power>(v) + (b * v - k * load<A>(et + c)) - constant;
@@ -78,6 +92,10 @@ DLB_INLINE void write_gradient(const Gradient<A>& g, int64_t n, T* out) {
   }
   if (g.label >= 0) store(gradient_element(g, g.label), out + g.label);
   if (g.label_b >= 0) store(gradient_element(g, g.label_b), out + g.label_b);
+  for (int64_t j = 0; j < g.kept; ++j) {
+    const auto c = static_cast<int64_t>(g.kept_class[j]);
+    store(ce_element(g, c) + g.kept_kl[j], out + c);
+  }
 }
 
 template <typename T, typename TT, typename A>
@@ -184,11 +202,11 @@ struct RowKernel {
   const TT* teacher(int64_t row) const { return static_cast<const TT*>(job.teacher) + row * job.teacher_stride; }
 
   // Whether the log-sum-exp of a row is finite: nothing in it is NaN or +inf, and not all of it is -inf.
-  bool finite(const TT* values) const {
+  bool finite(const TT* values, int64_t columns) const {
     constexpr A infinity = std::numeric_limits<A>::infinity();
     int above = 0, wrong = 0;
 #pragma omp simd reduction(| : above, wrong)
-    for (int64_t c = 0; c < args.classes; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       const A v = to_acc(values[c]);
       above |= v > -infinity;
       wrong |= !(v < infinity);
@@ -222,6 +240,93 @@ struct RowKernel {
     }
   }
 
+  // The KL to a teacher of k classes and one bucket for the others, whose classes the student's bucket holds as well;
+  // with a power also the sum that the CE needs. The k classes are left out of e2 while the bucket is summed, and a
+  // class that is given twice, or is none, makes the row NaN.
+  template <int power>
+  double top_k_distillation(const TT* packed, double& kl, const Row<A>& of_row, Gradient<A>& g) {
+    const int64_t n = args.classes, k = args.kept;
+    const A *values = packed, *index = packed + k, *z = of_row.v, m = of_row.max;
+    const double inverse = 1.0 / job.temperature, infinity = std::numeric_limits<double>::infinity();
+    A *e2 = scratch.e2, *student = scratch.t, *of_teacher = scratch.e1;
+    double d1 = 0, d2 = exp_sum<power>(of_row, tempered, e2, &d1), kept = 0, mass = 0;
+    A largest = values[0];
+    bool usable = packed[2 * k] < infinity;
+    for (int64_t j = 0; j < k; ++j) {
+      usable = usable && index[j] >= 0 && index[j] < n && !std::signbit(e2[static_cast<int64_t>(index[j])]);
+      if (!usable) break;
+      A& e = e2[static_cast<int64_t>(index[j])];
+      kept += student[j] = e;
+      e = A(-0.0);
+      largest = values[j] > largest ? values[j] : largest;
+    }
+    g.e2 = e2;
+    g.power = power;
+    if (!usable) {
+      kl = g.at.b = std::numeric_limits<A>::quiet_NaN();
+      return d1;
+    }
+    // A difference of near numbers has no digits left; the sum of the others has them all.
+    double rest = k == n ? 0 : d2 - kept;
+    if (k < n && !(rest > 0.5 * d2)) {
+      rest = weighted_sum<A>(e2, nullptr, n, A(0));
+      d2 = kept + rest;
+    }
+    const double of_d2 = 1.0 / d2, log_d2 = std::log(d2), scale = job.scales.kl_grad * job.grad_scale;
+    // Where the temperature has changed, the k classes alone may have more than the stored log-sum-exp.
+    for (int64_t j = 0; j < k; ++j) {
+      of_teacher[j] = largest == -infinity ? A(0) : static_cast<A>(std::exp((values[j] - largest) * inverse));
+      mass += of_teacher[j];
+    }
+    const double log_kept = largest * inverse + std::log(mass), stored = packed[2 * k];
+    const double log_sum = k < n && stored > log_kept ? stored : log_kept;
+    const double share = mass == 0 ? 0 : std::exp(log_kept - log_sum) / mass;
+    const double p_rest = -std::expm1(log_kept - log_sum);
+    double gap = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      const auto c = static_cast<int64_t>(index[j]);
+      const double p = of_teacher[j] * share;
+      if (p != 0) gap += p * ((values[j] - (static_cast<double>(z[c]) - m)) * inverse - log_sum + log_d2);
+      e2[c] = student[j];
+      student[j] = static_cast<A>(scale * (student[j] * of_d2 - p));
+    }
+    g.kept_class = index;
+    g.kept_kl = student;
+    g.kept = k;
+    double down = 1;  // of e2 for the other classes
+    if (k < n && p_rest > 0 && rest < 1e-30) {  // too small for the exponentials: by their own maximum
+      A* others = scratch.e1;
+      for (int64_t c = 0; c < n; ++c) others[c] = z[c];
+      for (int64_t j = 0; j < k; ++j) others[static_cast<int64_t>(index[j])] = nothing<A>;
+      A top = others[0];
+      for (int64_t c = 1; c < n; ++c) top = others[c] > top ? others[c] : top;
+      if (top > -infinity) {
+        rest = exp_sum(Row<A>{others, n, top}, tempered, e2);
+        down = std::exp((static_cast<double>(top) - m) * inverse);
+        gap -= p_rest * (static_cast<double>(top) - m) * inverse;
+        g.power = 0;
+      }
+    }
+    if (p_rest > 0) gap += p_rest * (std::log(p_rest) - std::log(rest) + log_d2);
+    kl = gap;
+    g.at.b = static_cast<A>(scale * (down * of_d2 - (rest > 0 ? p_rest / rest : 0)));
+    return d1;
+  }
+
+  double top_k_distillation(int64_t row, int power, const Row<A>& of_row, Gradient<A>& g) {
+    if constexpr (std::is_same_v<TT, A>) {  // as unpack_teacher has checked
+      const TT* packed = teacher(row);
+      switch (power) {
+        case 1: return top_k_distillation<1>(packed, job.kl[row], of_row, g);
+        case 2: return top_k_distillation<2>(packed, job.kl[row], of_row, g);
+        case 3: return top_k_distillation<3>(packed, job.kl[row], of_row, g);
+        case 4: return top_k_distillation<4>(packed, job.kl[row], of_row, g);
+        default: return top_k_distillation<0>(packed, job.kl[row], of_row, g);
+      }
+    }
+    return 0;
+  }
+
   void compute(int64_t row, bool valid) {
     const int64_t n = args.classes;
     bool counts = args.dense != nullptr, labelled = counts;
@@ -240,8 +345,13 @@ struct RowKernel {
     Gradient<A> g;
     const A* w = static_cast<const A*>(args.weight);
     const bool by_logits = valid && args.kind == TeacherKind::logits;
+    const bool by_top_k = valid && args.kind == TeacherKind::top_k;
     double d1 = 0;
     if (by_logits) d1 = logit_distillation(row, counts ? whole_temperature : 0, of_row, g);
+    if (by_top_k) {
+      d1 = top_k_distillation(row, counts ? whole_temperature : 0, of_row, g);
+      if (!counts) g.e1 = g.e2;  // times 0, for the loops that have both
+    }
     if (counts) {
       if (g.power == 0) {
         d1 = exp_sum(of_row, plain, scratch.e1);
@@ -255,10 +365,10 @@ struct RowKernel {
       job.correct[row] = d1 == d1 && z[y] >= m;
       cross_entropy(row, z, m, d1, w, g);
     }
-    if (valid && !by_logits) distillation(row, of_row, g);
+    if (valid && !by_logits && !by_top_k) distillation(row, of_row, g);
     // A buffer knows which of its rows are finite. Of a given teacher it shows here; the batch is then done once more.
     if (valid && job.teacher && !args.rows && !(std::fabs(job.kl[row]) <= std::numeric_limits<double>::max()))
-      job.unusable[row] = !finite(teacher(row));
+      job.unusable[row] = !finite(teacher(row), args.kept ? 2 * args.kept + 1 : args.classes);
     if (args.grad) write_gradient(g, n, static_cast<T*>(args.grad) + row * n);
   }
 
@@ -272,7 +382,7 @@ struct RowKernel {
 #pragma omp simd
       for (int64_t c = 0; c < args.classes; ++c) store(to_acc(from[c]), to + c);
     }
-    job.finite[slot] = finite(to);
+    job.finite[slot] = finite(to, args.classes);
   }
 };
 

@@ -111,34 +111,6 @@ DLB_INLINE void write_row(int64_t n, T* out, const F& at) {
 template <typename A>
 constexpr A nothing = -std::numeric_limits<A>::infinity();
 
-// e[c] = exp((v[c] - max) k), returns the sum. The exponent by value: behind a reference it would be read again after
-// every store.
-template <typename A>
-DLB_INLINE double exp_sum(const Row<A>& row, Exponent<A> k, A* e) {
-  using V = typename Lanes<A>::V;
-  constexpr int64_t lanes = Lanes<A>::count;
-  const A *v = row.v, m = row.max;
-  double total = 0;
-  for (int64_t start = 0; start < row.columns; start += block) {
-    const int64_t stop = start + block < row.columns ? start + block : row.columns;
-    V sum{};
-    const auto add = [&](int64_t c, V at) __attribute__((always_inline)) {
-      const V value = exp_at(at - m, k);
-      store(value, e + c);
-      sum += value;
-    };
-    int64_t c = start;
-    for (; c + lanes <= stop; c += lanes) add(c, load<A>(v + c));
-    if (c < stop) add(c, last_vector(v + c, stop - c, nothing<A>));
-    total += sum_of(sum);
-  }
-  return total;
-}
-
-struct TeacherSums {
-  double student = 0, teacher = 0, gap = 0, untempered = 0;
-};
-
 // v to the power of a small whole temperature: exp(x) = exp(x / tau)^tau without a second exponential.
 template <int power, typename V>
 DLB_INLINE V raised(V v) {
@@ -146,6 +118,36 @@ DLB_INLINE V raised(V v) {
   else if constexpr (power % 2 == 0) return raised<power / 2>(v * v);
   else return v * raised<power - 1>(v);
 }
+
+// e[c] = exp((v[c] - max) k), returns the sum; with a power also adds up e^power. The exponent by value: behind a
+// reference it would be read again after every store.
+template <int power = 0, typename A>
+DLB_INLINE double exp_sum(const Row<A>& row, Exponent<A> k, A* e, double* of_powers = nullptr) {
+  using V = typename Lanes<A>::V;
+  constexpr int64_t lanes = Lanes<A>::count;
+  const A *v = row.v, m = row.max;
+  double total = 0;
+  for (int64_t start = 0; start < row.columns; start += block) {
+    const int64_t stop = start + block < row.columns ? start + block : row.columns;
+    V sum{}, powers{};
+    const auto add = [&](int64_t c, V at) __attribute__((always_inline)) {
+      const V value = exp_at(at - m, k);
+      store(value, e + c);
+      sum += value;
+      if constexpr (power > 0) powers += raised<power>(value);
+    };
+    int64_t c = start;
+    for (; c + lanes <= stop; c += lanes) add(c, load<A>(v + c));
+    if (c < stop) add(c, last_vector(v + c, stop - c, nothing<A>));
+    total += sum_of(sum);
+    if constexpr (power > 0) *of_powers += sum_of(powers);
+  }
+  return total;
+}
+
+struct TeacherSums {
+  double student = 0, teacher = 0, gap = 0, untempered = 0;
+};
 
 // Student and teacher at one temperature in one pass: e2, et (over t) and the sums of row_math.h, gap without 1 / tau;
 // with a power also the sum of exp(x).

@@ -39,12 +39,20 @@ class LastBatchTrainer(_hf.Trainer):
     micro-batch before it. Beside `loss` the Trainer logs `cross_entropy` and `last_batch` (without alpha), means over
     the same updates. Evaluation is torch's cross entropy with the criterion's options.
 
+    With labels ``(B, T)`` and logits ``(B, T, C)`` the rows of the loss are tokens, whose ids are made of the ids of
+    their sequences and their positions. A label of ``ignore_index`` takes a token out of both terms. T is the same in
+    every batch.
+
     Args:
         *args: as for `Trainer`.
         criterion: `LastBatchLoss`. `args.label_smoothing_factor` becomes its `label_smoothing`.
         train_loader: a loader of `dlb_fast.data`, or a DataLoader with an `OverlapBatchSampler`; None makes such a
             DataLoader from `train_dataset`, `data_collator` and `args`.
         image_key: the model's argument for images, used with loaders that yield `Batch`.
+        shift_labels: with labels ``(B, T)``, whether the logits of a token predict the label after it. None: they do
+            in the causal language models of transformers; with other models say it.
+        from_hidden: train from the last hidden states and the output embeddings, without the logits of a batch in
+            memory; for language models of transformers that take `logits_to_keep`. Evaluation forms the logits.
         **options: as for `Trainer`. The labels are found by `args.label_names`.
 
     Raises:
@@ -63,6 +71,8 @@ class LastBatchTrainer(_hf.Trainer):
         criterion: LastBatchLoss,
         train_loader: Any = None,
         image_key: str = "pixel_values",
+        shift_labels: bool | None = None,
+        from_hidden: bool = False,
         **options: Any,
     ) -> None:
         if not isinstance(criterion, LastBatchLoss):
@@ -79,6 +89,9 @@ class LastBatchTrainer(_hf.Trainer):
         self.criterion = criterion.to(self.args.device)
         self.train_loader = train_loader
         self.image_key = image_key
+        self.shift_labels = self._predicts_the_next() if shift_labels is None else shift_labels
+        self.from_hidden = from_hidden
+        self._seen_head = False
         # The Trainer looks for the names in the model's forward, which takes no labels here.
         found = list(getattr(self, "label_names", None) or ["labels"])
         self.label_names: list[str] = ["labels"] if "labels" in found and self.args.label_names is None else found
@@ -92,6 +105,7 @@ class LastBatchTrainer(_hf.Trainer):
         # The terms of the updates since the last log, and the update they begin after.
         self._terms = torch.zeros(2, device=self.args.device)
         self._logged = 0
+        self._tokens: int | None = None  # of a sequence of the batch before
 
     def _check(self) -> None:
         """Refuse what would be ignored, or would separate repeated rows from the rows they repeat."""
@@ -216,6 +230,7 @@ class LastBatchTrainer(_hf.Trainer):
             folder = need("transformers.trainer_utils", "").get_last_checkpoint(self.args.output_dir)
         self.memory.folder = Path(folder) if folder else None
         self._logged = -1  # the terms of an earlier training are dropped at its first batch
+        self._tokens = None
         return super().train(resume_from_checkpoint, *args, **options)
 
     def get_batch_samples(
@@ -243,15 +258,29 @@ class LastBatchTrainer(_hf.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of the criterion; in evaluation that is torch's cross entropy, and nothing is remembered."""
-        labels = inputs[self.label_names[0]]
+        labels = self._labels(inputs)
         dropped = (*_GIVEN, "skip_logits", *self.label_names)
-        outputs = model(**{name: value for name, value in inputs.items() if name not in dropped})
-        logits = _logits(outputs)
+        given = {name: inputs.get(name) for name in _GIVEN}
+        own = {name: value for name, value in inputs.items() if name not in dropped}
+        if self.from_hidden and model.training:
+            outputs = model(**own, output_hidden_states=True, logits_to_keep=1)
+            logits, head = self._hidden(model, outputs)
+            given |= head
+        else:
+            outputs = model(**own)
+            logits = _logits(outputs)
+        rows, targets = logits, labels
+        if logits.dim() == 3 and _of_tokens(labels):
+            if model.training:
+                self._check_length(labels.shape[1])
+            rows, targets, given = _token_rows(
+                logits[:, :-1] if self.shift_labels else logits, labels, given, self.criterion.ignore_index
+            )
         self.criterion.train(model.training)
         if model.training:
-            loss = self._training_loss(logits, labels, inputs, num_items_in_batch)
+            loss = self._training_loss(rows, targets, given, inputs, num_items_in_batch)
         else:
-            loss = self.criterion(logits, labels)
+            loss = self.criterion(rows, targets)
         return (loss, outputs if isinstance(outputs, Mapping) else {"logits": logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
@@ -263,10 +292,65 @@ class LastBatchTrainer(_hf.Trainer):
             self._terms, self._logged = torch.zeros_like(terms), self.state.global_step
         super().log(logs, *args, **options)
 
+    def _hidden(self, model: nn.Module, outputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        """The last hidden states, and the layer that makes logits of them."""
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        head = unwrapped.get_output_embeddings() if hasattr(unwrapped, "get_output_embeddings") else None
+        states = outputs.get("hidden_states")
+        if head is None or states is None:
+            raise ValueError(
+                "LastBatchTrainer: from_hidden needs a model of transformers with hidden states and output embeddings, "
+                f"got {type(unwrapped).__name__}; leave from_hidden at False"
+            )
+        hidden, weight, bias = states[-1], head.weight, getattr(head, "bias", None)
+        if not self._seen_head:
+            with torch.no_grad():
+                product, last = nn.functional.linear(hidden[:, -1:], weight, bias), outputs["logits"]
+            off = (product - last).abs().max() / last.abs().max().clamp(min=1e-30)
+            capped = getattr(getattr(unwrapped, "config", None), "final_logit_softcapping", None)
+            if capped or product.shape != last.shape or off > max(0.01, 8 * torch.finfo(product.dtype).eps):
+                raise ValueError(
+                    "LastBatchTrainer: from_hidden needs logits that are the product of the last hidden states and the "
+                    f"output embeddings, but {type(unwrapped).__name__} scales, caps or computes them otherwise; leave "
+                    "from_hidden at False"
+                )
+            self._seen_head = True
+        return hidden, {"head_weight": weight, "head_bias": bias}
+
+    def _predicts_the_next(self) -> bool | None:
+        """Whether the logits of a token predict the next one; None where the model does not tell."""
+        names = need("transformers.models.auto.modeling_auto", "").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        model = self.model
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+        return True if type(model).__name__ in names.values() else None
+
+    def _labels(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The labels as the logits predict them."""
+        labels: torch.Tensor = batch[self.label_names[0]]
+        if not _of_tokens(labels):
+            return labels
+        if self.shift_labels is None:
+            raise ValueError(
+                f"LastBatchTrainer: labels have shape {tuple(labels.shape)}, one per token, and "
+                f"{type(self.model).__name__} does not tell where they belong; pass shift_labels=True if the logits of "
+                "a token predict the label after it, as in a causal language model, else False"
+            )
+        return labels[:, 1:] if self.shift_labels else labels
+
+    def _check_length(self, tokens: int) -> None:
+        """A row learns from the same row of the batch before, so both have as many tokens to a sequence."""
+        if self._tokens not in (None, tokens):
+            raise ValueError(
+                f"LastBatchTrainer: the labels of a sequence must be as many in every batch, got {tokens} after "
+                f"{self._tokens}, so tokens would not meet their own logits of the batch before; pad all sequences to "
+                'one length (padding="max_length")'
+            )
+        self._tokens = tokens
+
     def _items(self, batch: Mapping[str, Any], device: torch.device) -> torch.Tensor:
         """What the mean of the cross entropy divides by, as in torch: rows that count, or the sum of their weights."""
-        labels, second = batch[self.label_names[0]].to(device), batch.get("target_b")
-        if labels.dim() > 1:  # probabilities
+        labels, second = self._labels(batch).to(device), batch.get("target_b")
+        if labels.is_floating_point():  # probabilities
             return torch.full((), labels.shape[0], dtype=torch.float32, device=device)
         ignored, weight = self.criterion.ignore_index, self.criterion.weight
         counted = labels != ignored
@@ -277,9 +361,10 @@ class LastBatchTrainer(_hf.Trainer):
         # A label out of range becomes a NaN in the loss, not an index that ends the process.
         return (weight[labels.where(counted, 0).clamp(0, len(weight) - 1).long()] * counted).sum()
 
-    def _training_loss(self, logits: torch.Tensor, labels: torch.Tensor, inputs: dict[str, Any], items: Any) -> Any:
+    def _training_loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, given: dict[str, Any], inputs: dict[str, Any], items: Any
+    ) -> Any:
         criterion, micro_batches = self.criterion, self.current_gradient_accumulation_steps
-        given = {name: inputs.get(name) for name in _GIVEN}
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         if items is None or micro_batches * ranks == 1:  # without a count the Trainer divides by the micro-batches
             loss, share = criterion(logits, labels, **given), 1 / micro_batches
@@ -502,6 +587,22 @@ def _collate(collator: Any, rows: list[tuple[SampleIndex, Any]]) -> dict[str, An
         )
     indices = [index for index, _ in rows]
     return {**batch, "ids": torch.tensor([int(i) for i in indices]), "num_old": sum(i.view for i in indices)}
+
+
+def _of_tokens(labels: torch.Tensor) -> bool:
+    return labels.dim() == 2 and not labels.is_floating_point()
+
+
+def _token_rows(
+    logits: torch.Tensor, labels: torch.Tensor, given: dict[str, Any], ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """What the criterion is given, with rows of tokens, from logits ``(B, T, C)`` and labels ``(B, T)``."""
+    tokens, ids, old = labels.shape[1], given["ids"], given["num_old"]
+    if ids is not None:  # the same for the same token, whatever T is
+        ids = (ids[:, None] * 2**32 + torch.arange(tokens, device=ids.device)).flatten()
+    old = None if old is None else old * tokens
+    mask = (labels != ignore_index).flatten()
+    return logits.flatten(0, 1), labels.flatten(), {**given, "ids": ids, "num_old": old, "kd_mask": mask}
 
 
 def _first(rows: list[Any]) -> Any:

@@ -15,7 +15,7 @@ from .registry import Method, register
 _shared: dict[str, Any] = {
     "card": "dlb",
     "batches": "overlap",
-    "hidden": ("dtype", "device"),
+    "hidden": ("dtype", "device", "keep", "k"),
 }
 
 register(

@@ -513,7 +513,10 @@ def located(config: RunConfig, data: str | None, labels: Path | None) -> RunConf
 
 
 def with_data(protocol: Protocol, data: str | None, labels: Path | None) -> tuple[RunData, Protocol]:
-    """The data of a protocol's common part, and the protocol with the lengths of its networks' training sets."""
+    """The data of a protocol's common part, and the protocol with its place and the lengths of the training sets."""
+    if data is not None:  # the kind may be another than the protocol's
+        common = override(protocol.common, source=located(protocol.common, data, labels).data.source)
+        protocol = replace(protocol, common=common)
     opened = open_data(located(protocol.common, data, labels).data)
     lengths = {}
     for network in protocol.networks:

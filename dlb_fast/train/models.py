@@ -255,8 +255,9 @@ class AirBench(nn.Module):
 
     `gelu(whiten(x))`, then three groups `conv 3x3 - max-pool - norm - gelu - conv 3x3 - norm - gelu`, the maximum over
     what is left of the plane, and a linear layer without bias, times 1/9. The norms have a bias and no scale, and the
-    convolutions start as the identity on as many channels as they have inputs. Against the source: narrower, poolings
-    that round up (32 - 31 - 16 - 8 - 4), and torch's momentum and eps of the norms.
+    convolutions start as the identity on as many channels as they have inputs. Against the source: narrower, no bias of
+    the whitening (so nothing before the first 3x3 convolution needs a gradient), poolings that round up (32 - 31 - 16 -
+    8 - 4), and torch's momentum and eps of the norms.
 
     Args:
         num_classes: number of logits.
@@ -273,9 +274,8 @@ class AirBench(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, *, widths: Sequence[int]) -> None:
         super().__init__()
-        self.whiten = nn.Conv2d(in_channels, 8 * in_channels, 2)
+        self.whiten = nn.Conv2d(in_channels, 8 * in_channels, 2, bias=False)
         self.whiten.weight.requires_grad_(False)
-        nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type, unused-ignore]
         channels = 8 * in_channels
         layers: list[nn.Module] = []
         for width in widths:
