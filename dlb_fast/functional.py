@@ -49,6 +49,11 @@ class TopK(NamedTuple):
     ``logsumexp``; those of a user may have any offset, if ``logsumexp`` has it too. ``logsumexp`` belongs to one
     temperature: at another tau of the loss the rest is wrong.
 
+    Raises:
+        ValueError: by ``of``, for k outside ``1 <= k <= C`` and for more than 2^24 classes.
+
+    >>> import torch
+    >>> from dlb_fast import TopK, distillation_loss
     >>> z = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
     >>> top = TopK.of(z, 2, temperature=1.0)
     >>> top.indices.tolist(), top.values.tolist()

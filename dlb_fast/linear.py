@@ -509,7 +509,11 @@ def fused_linear_lb_loss(
     Raises:
         ValueError, TypeError: as :func:`fused_lb_loss`; a teacher that does not fit ``kind``. RuntimeError: as there.
 
+    Source: the objective as :func:`fused_lb_loss`; chunks of rows with their gradients in the forward: Hsu et al.,
+    "Liger Kernel", arXiv 2410.10989.
+
     >>> import torch
+    >>> from dlb_fast import fused_linear_lb_loss
     >>> hidden, head = torch.randn(4, 8, requires_grad=True), torch.nn.Linear(8, 100)
     >>> y, teacher = torch.tensor([1, 5, 7, 99]), torch.randn(2, 100)
     >>> loss = fused_linear_lb_loss(hidden, head.weight, y, teacher, head_bias=head.bias)

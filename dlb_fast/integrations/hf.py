@@ -52,7 +52,8 @@ class LastBatchTrainer(_hf.Trainer):
         shift_labels: with labels ``(B, T)``, whether the logits of a token predict the label after it. None: they do
             in the causal language models of transformers; with other models say it.
         from_hidden: train from the last hidden states and the output embeddings, without the logits of a batch in
-            memory; for language models of transformers that take `logits_to_keep`. Evaluation forms the logits.
+            memory; for language models of transformers that take `logits_to_keep`. Evaluation forms the logits; its
+            `eval_loss` is the Trainer's mean over batches, where a token of a batch with more padding counts for more.
         **options: as for `Trainer`. The labels are found by `args.label_names`.
 
     Raises:
@@ -60,7 +61,7 @@ class LastBatchTrainer(_hf.Trainer):
         ValueError: an odd batch size, a loader made for other ranks, a checkpoint saved with other data or options, or
             an option that a last-batch term cannot be trained with.
 
-    Example: ``examples/hf_images.py``.
+    Examples: ``examples/hf_images.py``, ``examples/hf_language_model.py``.
     """
 
     _train_batch_size: int
