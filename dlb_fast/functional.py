@@ -110,8 +110,9 @@ def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if width < 4 * k or not rows.is_cpu or torch.compiler.is_compiling():
         return rows.topk(k, 1)
     blocks = rows[:, : 32 * width].unflatten(1, (32, width)).amax(1).topk(k, 1, sorted=False).indices
-    last = torch.arange(32 * width, rows.shape[1]).expand(len(rows), -1)
-    columns = torch.cat([(blocks[:, None] + width * torch.arange(32)[:, None]).flatten(1), last], 1)
+    columns = torch.arange(rows.shape[1], device=rows.device)
+    last = columns[32 * width :].expand(len(rows), -1)
+    columns = torch.cat([(blocks[:, None] + width * columns[:32, None]).flatten(1), last], 1)
     values, at = rows.gather(1, columns).topk(k, 1)
     return values, columns.gather(1, at)
 

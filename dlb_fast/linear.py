@@ -550,7 +550,7 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, na
     """Hidden states (B, D), the weight (C, D) and bias (C,) of a last layer, in one dtype and on one device."""
     of_hidden, of_weight, of_bias = names
     for name, value in zip(names, (hidden, weight, bias), strict=True):
-        if value is None:
+        if value is None and name == of_bias:
             continue
         _args.check_tensor(op, name, value)
         if value.dtype not in _args.FLOATS:
@@ -687,7 +687,14 @@ def _teacher_parts(
         packed = teacher.to(reference.compute_dtype(like.dtype))
         _args.check_packed(op, like, packed)
         return packed, (), packed.dtype
+    if isinstance(teacher, TopK):
+        raise TypeError(f"{op}: a TopK belongs to kind='top_k', got kind={kind!r}")
     if kind != "hidden":
+        if isinstance(teacher, (tuple, list)):
+            raise TypeError(
+                f"{op}: with kind={kind!r} the teacher must be a torch.Tensor, got {type(teacher).__name__}; hidden "
+                "states and the layer that makes logits of them belong to kind='hidden'"
+            )
         _args.check_teacher(op, like, teacher, "teacher")
         return teacher, (), teacher.dtype
     if not isinstance(teacher, (tuple, list)) or len(teacher) not in (2, 3):

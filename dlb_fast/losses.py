@@ -515,6 +515,8 @@ class LastBatchLoss(DistillationLoss):
         if keep not in ("logits", "top_k"):
             raise ValueError(f"{op}: keep must be 'logits' or 'top_k', got {keep!r}")
         k = _args.check_kept(op, k, num_classes) if keep == "top_k" else _args.as_int(k, op, "k", 1)
+        if keep == "logits" and k != 64:
+            raise ValueError(f"{op}: k belongs to keep='top_k', got k={k} with keep='logits', which stores all classes")
         if keep == "top_k" and dtype not in (None, torch.float32, torch.float64):
             raise TypeError(
                 f"{op}: keep='top_k' stores float32 or float64, which hold the numbers of the classes, got {dtype}; "

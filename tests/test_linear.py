@@ -496,6 +496,21 @@ WRONG = {
         "kind": "hidden", "teacher": (torch.zeros(4, 3), torch.zeros(22, 3))
     },
     r"a teacher of kind 'top_k' must be a dlb_fast.TopK, got Tensor": {"kind": "top_k"},
+    r"a TopK belongs to kind='top_k', got kind='logits'": {"teacher": TopK.of(torch.zeros(4, 23), 2, 1.0)},
+    r"a TopK belongs to kind='top_k', got kind='hidden'": {
+        "kind": "hidden", "teacher": TopK.of(torch.zeros(4, 23), 2, 1.0)
+    },
+    r"with kind='logits' the teacher must be a torch.Tensor, got tuple; .* kind='hidden'": {
+        "teacher": (torch.zeros(4, 3), torch.zeros(23, 3))
+    },
+    r"hidden must be a torch.Tensor, got NoneType": {"hidden": None},
+    r"head_weight must be a torch.Tensor, got NoneType": {"head_weight": None},
+    r"the teacher's hidden states must be a torch.Tensor, got NoneType": {
+        "kind": "hidden", "teacher": (None, torch.zeros(23, 3))
+    },
+    r"the teacher's head_weight must be a torch.Tensor, got NoneType": {
+        "kind": "hidden", "teacher": (torch.zeros(4, 3), None)
+    },
     r"kd_mask was given without a teacher": {"teacher": None, "kd_mask": MASK},
     r"target and teacher are both None": {"teacher": None, "target": None},
     r"kd_mask must be a bool tensor of shape \(4,\)": {"kd_mask": torch.ones(9, dtype=torch.bool)},

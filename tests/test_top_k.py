@@ -252,6 +252,13 @@ def test_of_is_topk_and_logsumexp(generator, dtype):
     assert packed.shape == (70, 11) and packed.dtype == compute and torch.equal(packed[:, 5:10].long(), top.indices)
 
 
+def test_of_follows_its_logits_not_the_default_device(generator):
+    logits = torch.randn(3, 9001, generator=generator)
+    with torch.device("meta"):
+        found = TopK.of(logits, 5, 2.0)
+    assert all(map(torch.equal, found, TopK.of(logits, 5, 2.0)))
+
+
 def by_hand(batches, k, **options):
     """Losses and gradients of a stream whose top k are kept by hand; the next batch repeats all new rows."""
     last, found = None, []
@@ -426,6 +433,8 @@ def test_errors_elsewhere(monkeypatch):
         LastBatchLoss(10, keep="all")
     with pytest.raises(ValueError, match="LastBatchLoss: k must be at most the 10 classes, got 64"):
         LastBatchLoss(10, keep="top_k")
+    with pytest.raises(ValueError, match="k belongs to keep='top_k', got k=8 with keep='logits'"):
+        LastBatchLoss(10, k=8)
     with pytest.raises(ValueError, match="takes at most 16777216 classes, got 16777217"):
         LastBatchLoss(2**24 + 1, keep="top_k")
     with pytest.raises(TypeError, match="stores float32 or float64.*got torch.bfloat16"):
