@@ -435,7 +435,8 @@ def test_from_hidden_states_trains_as_from_logits(tmp_path, options):
 
     def run(from_hidden, keep="logits", **options):
         set_seed(0)
-        criterion = LastBatchLoss(5, alpha=2.0, temperature=2.0, keep=keep, k=3)
+        kept = {"keep": keep, "k": 3} if keep == "top_k" else {}
+        criterion = LastBatchLoss(5, alpha=2.0, temperature=2.0, **kept)
         trainer = language(
             tmp_path, net=Seen(config).double(), criterion=criterion, learning_rate=0.1, from_hidden=from_hidden,
             **options,
@@ -451,6 +452,27 @@ def test_from_hidden_states_trains_as_from_logits(tmp_path, options):
     assert hidden.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-10)
 
 
+def test_from_hidden_states_in_the_precision_of_the_model(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=5, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    found = []
+
+    class Seen(LastBatchLoss):
+        def forward(self, *args, **options):
+            found.append(super().forward(*args, **options).detach())
+            return found[-1].clone().requires_grad_()  # nothing is learned
+
+    for from_hidden in (False, True):
+        set_seed(0)
+        criterion = Seen(5, capacity=40)
+        language(tmp_path, net=GPT2LMHeadModel(config), criterion=criterion, from_hidden=from_hidden, bf16=True).train()
+        if from_hidden:
+            assert criterion.buffer.dtype is torch.bfloat16
+    plain, hidden = found[: len(found) // 2], found[len(found) // 2 :]
+    torch.testing.assert_close(hidden, plain, rtol=1e-6, atol=0)  # both of logits that are rounded to bfloat16
+
+
 def test_logits_that_are_no_product_are_refused(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -463,6 +485,19 @@ def test_logits_that_are_no_product_are_refused(tmp_path):
     config = GPT2Config(vocab_size=5, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     with pytest.raises(ValueError, match="but Scaled scales, caps or computes them otherwise"):
         language(tmp_path, net=Scaled(config), from_hidden=True).train()
+
+    class Adapted(nn.Linear):  # as LoRA: a product of two matrices beside the weight, of which one starts at zero
+        def __init__(self):
+            super().__init__(8, 5, bias=False)
+            self.down, self.up = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.zeros(5, 2))
+
+        def forward(self, x):
+            return super().forward(x) + x @ self.down.T @ self.up.T
+
+    model = GPT2LMHeadModel(config)
+    model.lm_head = Adapted()
+    with pytest.raises(ValueError, match="but the Adapted has down, up to train as well; leave from_hidden at False"):
+        language(tmp_path, net=model, from_hidden=True).train()
 
     class Own(Language):
         def forward(self, input_ids, output_hidden_states=False, logits_to_keep=0):

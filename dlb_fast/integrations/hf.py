@@ -6,6 +6,7 @@ rank adds one small file to a checkpoint folder, `dlb_fast_RANK.pt`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import warnings
@@ -279,7 +280,9 @@ class LastBatchTrainer(_hf.Trainer):
             )
         self.criterion.train(model.training)
         if model.training:
-            loss = self._training_loss(rows, targets, given, inputs, num_items_in_batch)
+            # The Trainer leaves autocast with the model; the product of the layer belongs to it as well.
+            with self.accelerator.autocast() if "head_weight" in given else contextlib.nullcontext():
+                loss = self._training_loss(rows, targets, given, inputs, num_items_in_batch)
         else:
             loss = self.criterion(rows, targets)
         return (loss, outputs if isinstance(outputs, Mapping) else {"logits": logits}) if return_outputs else loss
@@ -305,6 +308,12 @@ class LastBatchTrainer(_hf.Trainer):
             )
         hidden, weight, bias = states[-1], head.weight, getattr(head, "bias", None)
         if not self._seen_head:
+            others = [n for n, p in head.named_parameters() if p.requires_grad and p is not weight and p is not bias]
+            if weight.is_leaf and others:  # of an adapter, which often starts as one that changes nothing
+                raise ValueError(
+                    f"LastBatchTrainer: from_hidden trains the weight and bias of the output embeddings alone, but the "
+                    f"{type(head).__name__} has {', '.join(others)} to train as well; leave from_hidden at False"
+                )
             with torch.no_grad():
                 product, last = nn.functional.linear(hidden[:, -1:], weight, bias), outputs["logits"]
             off = (product - last).abs().max() / last.abs().max().clamp(min=1e-30)
