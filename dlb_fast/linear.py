@@ -340,31 +340,23 @@ class _Chunks:
                 self.grad_bias[c : c + step] += grad[:, c : c + step].sum(0, dtype=wide)
 
 
-_IN_BFLOAT16 = [0]  # threads inside _bfloat16_products
-_BEFORE = [""]  # the setting that the first of them found
-_LOCK = threading.Lock()
-
-
 @contextlib.contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """Let float32 operands that hold bfloat16 values be multiplied as such: exact, summed in float32, and as fast.
 
     torch has no product of bfloat16 operands into float32 on a CPU, but a setting by which oneDNN rounds float32
-    operands to bfloat16 first, where the processor multiplies these faster. It is one of the process: while one thread
-    needs it, float32 products of other threads are rounded as well.
+    operands to bfloat16 first, where the processor multiplies these faster. It is one of the process: beside other
+    threads, whose float32 products it would round as well, these products stay in float32.
     """
+    if threading.active_count() > 1:
+        yield
+        return
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined, unused-ignore]
-    with _LOCK:
-        if _IN_BFLOAT16[0] == 0:
-            _BEFORE[0], setting.fp32_precision = setting.fp32_precision, "bf16"
-        _IN_BFLOAT16[0] += 1
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         yield
     finally:
-        with _LOCK:
-            _IN_BFLOAT16[0] -= 1
-            if _IN_BFLOAT16[0] == 0:
-                setting.fp32_precision = _BEFORE[0]
+        setting.fp32_precision = before
 
 
 def _by_autograd(
@@ -552,7 +544,7 @@ def _check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, na
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         if value is None and name == of_bias:
             continue
-        _args.check_tensor(op, name, value)
+        value = _args.check_tensor(op, name, value)
         if value.dtype not in _args.FLOATS:
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
         if value.device != hidden.device:

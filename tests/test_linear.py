@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 
 import pytest
 import torch
@@ -188,6 +189,34 @@ def test_slices_of_classes_make_one_gradient(dtype, monkeypatch):
     found = outcome(by_chunks(y, teacher, max_memory=4 * 600 * dtype.itemsize), parts)
     for one, other in zip(found[1:], wanted[1:], strict=True):
         assert (one - other).norm() <= max(2 * torch.finfo(dtype).eps, 1e-14) * other.norm()
+
+
+def test_other_threads_keep_their_precision(monkeypatch):
+    """A bfloat16 product sets a precision of the process, which rounds the float32 products of every thread."""
+    setting, seen, product = torch.backends.mkldnn.matmul, [], torch.Tensor.addmm_
+
+    def looked_at(out, *operands, **scales):
+        seen.append(setting.fp32_precision)
+        if fails:
+            raise ArithmeticError
+        return product(out, *operands, **scales)
+
+    def run():
+        hidden, weight, bias = (part.requires_grad_() for part in layer(torch.bfloat16))
+        seen.clear()
+        fused_linear_lb_loss(hidden, weight, labels(), head_bias=bias).backward()
+        return {*seen}
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", looked_at)
+    monkeypatch.setattr(threading, "active_count", lambda: threads)
+    before, fails, threads = setting.fp32_precision, False, 2
+    assert run() == {before}
+    threads = 1
+    assert run() == {"bf16"}
+    fails = True
+    with pytest.raises(ArithmeticError):
+        run()
+    assert setting.fp32_precision == before
 
 
 def test_any_layout():
