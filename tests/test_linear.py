@@ -729,23 +729,6 @@ def test_the_criterion_compiles():
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("before", ["none", "ieee"])
-def test_the_setting_of_products_comes_back(before):
-    """Also where calls of two threads overlap, and where one of them raises."""
-    setting = torch.backends.mkldnn.matmul
-    own, setting.fp32_precision = setting.fp32_precision, before
-    try:
-        first = contextlib.ExitStack()
-        first.enter_context(linear._bfloat16_products())
-        with pytest.raises(ZeroDivisionError), linear._bfloat16_products():
-            first.close()
-            assert setting.fp32_precision == "bf16"
-            raise ZeroDivisionError
-        assert setting.fp32_precision == before
-    finally:
-        setting.fp32_precision = own
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_operands_are_multiplied_as_bfloat16_where_they_are(dtype, monkeypatch):
     used = []
