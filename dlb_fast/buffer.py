@@ -24,6 +24,7 @@ COUNTERS = ("latest", "taught", "mismatched", "unknown", "not_finite", "untaught
 """Header of ``slots``: which generation was stored last, and what became of the repeated rows; see `LogitBuffer`."""
 HEADER = len(COUNTERS)
 _VERSION = 2
+_PIECE = 1 << 24  # logits that are stored at a time
 
 
 class Match(NamedTuple):
@@ -268,15 +269,17 @@ class LogitBuffer:
         num_old: int | None = None,
         again: int = -1,
         kd_mask: Tensor | None = None,
+        start: int = 0,
     ) -> None:
         """Store the new rows of a batch and count, in plain torch, without reading the device.
 
         Args:
-            logits: ``(B, C)``; the rows after the repeated ones are stored, cast to the buffer's dtype.
+            logits: ``(B - start, C)``; the rows after the repeated ones are stored, cast to the buffer's dtype.
             ids: ``(B,)`` sample ids, or None.
             num_old: how many of the first rows repeat; None takes the device's count.
             again: 1 for the batch stored last, 0 for a new one, -1 to compare the ids.
             kd_mask: ``(B,)`` bool, rows that may be taught; only the counter of taught rows depends on it.
+            start: the row of the batch that ``logits`` begin with, at most the first one that is stored.
         """
         op = "LogitBuffer.update"
         check_logits(op, logits)
@@ -285,9 +288,9 @@ class LogitBuffer:
                 f"{op}: logits must have C = {self.num_classes} classes on {self.device}, got {logits.shape[1]} on "
                 f"{logits.device}; make a buffer with num_classes={logits.shape[1]} and device={str(logits.device)!r}"
             )
+        batch, size = start + logits.shape[0], self.capacity
         if ids is not None:
-            check_ids(op, logits, ids)
-        batch, size = logits.shape[0], self.capacity
+            check_ids(op, logits[:1].expand(batch, -1) if start else logits, ids)
         num_old = check_num_old(op, num_old)
         again = self.recognise(batch, ids, num_old, again, op)
         count = self.stored_rows(batch, num_old, again, op)
@@ -303,17 +306,22 @@ class LogitBuffer:
         source = match.first + torch.arange(rows, device=self.slots.device)
         written = source < batch
         source = source.clamp(max=max(batch - 1, 0))
-        new_rows = logits.detach().index_select(0, source).to(self.rows.dtype)
-        generation = self.rows.index_select(0, written_to)
-        generation[0, :rows] = torch.where(written[:, None], new_rows, generation[0, :rows])
-        self.rows.index_copy_(0, written_to, generation)
+        finite = torch.empty_like(written)
+        flat, piece = self.rows.flatten(0, 1), max(_PIECE // self.num_classes, 1)
+        for at in range(0, rows, piece):  # a copy of a few rows at a time
+            some = slice(at, min(at + piece, rows))
+            new_rows = logits.detach().index_select(0, (source[some] - start).clamp(min=0)).to(flat.dtype)
+            finite[some] = finite_rows(new_rows)
+            places = written_to * self.rows.shape[1] + torch.arange(some.start, some.stop, device=flat.device)
+            new_rows = torch.where(written[some, None], new_rows, flat.index_select(0, places))
+            flat.index_copy_(0, places, new_rows)
 
         new_ids = torch.full_like(source, UNKNOWN_ID) if ids is None else ids.to(torch.int64).index_select(0, source)
         slots = self._generations.index_select(0, written_to)[0]
         slots[0] = batch - match.first
         slots[1 : 1 + rows] = torch.where(written, new_ids, slots[1 : 1 + rows])
-        finite = finite_rows(new_rows).to(torch.int64)
-        slots[1 + size : 1 + size + rows] = torch.where(written, finite, slots[1 + size : 1 + size + rows])
+        of_finite = slice(1 + size, 1 + size + rows)
+        slots[of_finite] = torch.where(written, finite.to(torch.int64), slots[of_finite])
         self._generations.index_copy_(0, written_to, slots[None])
         self.slots[:1] = written_to
         self.slots[1:5] += torch.stack([valid.sum(), *counts])

@@ -684,7 +684,8 @@ class LastBatchLoss(DistillationLoss):
                             target_b=target_b, lam=lam, kept_from=logits.shape[0] - stored,
                             keep=self.k if self.keep == "top_k" else -1,
                         )  # fmt: skip
-                    self._store(buffer, new, logits.shape[0], ids, num_old, again, kd_mask)
+                    del teacher  # a copy of the stored rows
+                    buffer.update(new, ids, num_old, again, kd_mask, start=logits.shape[0] - stored)
             except Exception:
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before
@@ -726,20 +727,6 @@ class LastBatchLoss(DistillationLoss):
         match = buffer.match(batch, ids, num_old, again)
         valid = match.repeats
         return buffer.teacher(match), valid if kd_mask is None else valid & kd_mask[: len(valid)]
-
-    @staticmethod
-    def _store(
-        buffer: LogitBuffer,
-        new_rows: Tensor,
-        batch: int,
-        ids: Tensor | None,
-        num_old: int | None,
-        again: int,
-        kd_mask: Tensor | None,
-    ) -> None:
-        """Store the last rows of a batch, given as the buffer keeps them; of the others it needs no logits."""
-        old = new_rows.new_zeros(batch - len(new_rows), new_rows.shape[1])
-        buffer.update(torch.cat([old, new_rows]), ids, num_old, again, kd_mask)
 
     def _warn_untaught(self, buffer: LogitBuffer) -> None:
         """Warn once when many batches in a row repeat no row of the batch before. Never waits for the device."""

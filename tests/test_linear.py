@@ -14,7 +14,17 @@ from builders import value_and_gradient
 from conftest import available, eager_official, op_options
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlb_fast import LastBatchLoss, TopK, _backends, distillation_loss, fused_lb_loss, fused_linear_lb_loss, linear, ops
+from dlb_fast import (
+    LastBatchLoss,
+    TopK,
+    _backends,
+    buffer,
+    distillation_loss,
+    fused_lb_loss,
+    fused_linear_lb_loss,
+    linear,
+    ops,
+)
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="nothing is compiled here")
 
@@ -696,6 +706,23 @@ def test_the_criterion_remembers_the_same_as_from_logits(options, given_ids, way
     assert one.parts.lb > 0
     one.eval()
     assert_near([one(hidden, y, head_weight=weight, head_bias=bias)], [other.eval()(F.linear(hidden, weight, bias), y)])
+
+
+@pytest.mark.parametrize("keep", ["logits", "top_k"])
+def test_the_criterion_makes_no_tensor_of_all_logits(keep, monkeypatch):
+    """Nor a second copy of the stored rows while it stores them."""
+    new, classes = 32, 500
+    monkeypatch.setattr(buffer, "_PIECE", 8 * classes)
+    criterion, (_, weight, _) = LastBatchLoss(classes, keep=keep, k=10), layer(torch.float32, classes=classes)
+    monkeypatch.setattr(linear, "LOGIT_BYTES_ON_CPU", 8 * 4 * classes)
+    leaf = weight.requires_grad_()
+    for first in (0, 0, new):
+        ids = torch.arange(first, first + (2 * new if criterion.buffer else new))
+        with Products() as seen:
+            loss = criterion(draw(len(ids), WIDTH).float(), labels(len(ids), classes), ids, head_weight=leaf)
+            loss.backward()
+    assert seen.largest == (new if keep == "logits" else 8) * classes
+    assert criterion.buffer.taught == 2 * new
 
 
 def test_the_criterion_says_what_a_layer_lacks():
