@@ -713,7 +713,8 @@ def test_the_criterion_makes_no_tensor_of_all_logits(keep, monkeypatch):
     """Nor a second copy of the stored rows while it stores them."""
     new, classes = 32, 500
     monkeypatch.setattr(buffer, "_PIECE", 8 * classes)
-    criterion, (_, weight, _) = LastBatchLoss(classes, keep=keep, k=10), layer(torch.float32, classes=classes)
+    criterion = LastBatchLoss(classes, keep=keep, **({"k": 10} if keep == "top_k" else {}))
+    _, weight, _ = layer(torch.float32, classes=classes)
     monkeypatch.setattr(linear, "LOGIT_BYTES_ON_CPU", 8 * 4 * classes)
     leaf = weight.requires_grad_()
     for first in (0, 0, new):
