@@ -39,7 +39,6 @@ KINDS = ("logits", "probabilities", "hidden", "top_k")
 LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 36 << 20
 """Default ``max_memory``: few chunks, because each reads the whole weight and adds to its whole gradient."""
 _SLICE_BYTES = 4 << 20  # of the logits' gradient where it is widened for a product: so much stays in a cache
-_SUM = torch.float64  # of the loss, the parts and the divisors over the chunks
 _GRAD_SCALE, _VALID = PARTS.index("grad_scale"), PARTS.index("valid")
 
 _FIRST = {
@@ -115,6 +114,7 @@ class _Chunks:
             head = (call.teacher, call.teacher_weight, call.teacher_bias)
             self.teacher_head = [None if part is None else part.detach().to(call.teacher_dtype) for part in head]
         self.mean = call.reduction == REDUCTION["mean"]
+        self.sum_dtype = torch.float64 if self.hidden.device.type != "mps" else torch.float32  # over the chunks
         self.needs_grad = call.need_hidden or call.need_weight or call.need_bias
         # With a factor per row the logits are widened, so that a gradient is rounded once, after its factor.
         self.factored = call.row_factors is not None and call.dtype.itemsize < 4
@@ -173,11 +173,11 @@ class _Chunks:
             if call.target_b is not None:
                 counts = counts & (call.target_b != call.ignore_index)
             if call.weight is not None and call.target_b is None:
-                weights = call.weight[call.target.clamp(0, self.classes - 1)].to(_SUM)
+                weights = call.weight[call.target.clamp(0, self.classes - 1)].to(self.sum_dtype)
                 by_ce = torch.where(counts, weights, torch.zeros_like(weights)).sum()
             else:
-                by_ce = counts.sum(dtype=_SUM)
-        by_kl = float(self.taught) if valid is None else valid.sum(dtype=_SUM)
+                by_ce = counts.sum(dtype=self.sum_dtype)
+        by_kl = float(self.taught) if valid is None else valid.sum(dtype=self.sum_dtype)
         return by_ce, by_kl
 
     def walk(self, finite: Tensor | None) -> bool:
@@ -203,8 +203,8 @@ class _Chunks:
             share_ce, share_kl = 1.0 / by_ce if by_ce else 0.0, 1.0 / by_kl if by_kl else 0.0
         elif self.mean:
             # No value is read, which would wait for the device: by_ce times the loss is summed, and divided at the end.
-            by_ce = torch.as_tensor(by_ce, dtype=_SUM, device=self.hidden.device)
-            by_kl = torch.as_tensor(by_kl, dtype=_SUM, device=self.hidden.device)
+            by_ce = torch.as_tensor(by_ce, dtype=self.sum_dtype, device=self.hidden.device)
+            by_kl = torch.as_tensor(by_kl, dtype=self.sum_dtype, device=self.hidden.device)
             none = by_ce == 0
             if call.target is not None and call.target.dim() == 1:
                 fixed["target"] = torch.where(none, torch.full_like(call.target, call.ignore_index), call.target)
@@ -217,7 +217,7 @@ class _Chunks:
         else:
             after, share_ce, share_kl = 1.0, 1.0, 1.0
 
-        sums = torch.zeros(len(PARTS), dtype=_SUM, device=self.hidden.device)
+        sums = torch.zeros(len(PARTS), dtype=self.sum_dtype, device=self.hidden.device)
         scale: Tensor | float = 1.0
         for start in range(0, self.batch, self.rows):
             stop = min(start + self.rows, self.batch)
