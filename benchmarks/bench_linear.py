@@ -76,7 +76,10 @@ class Problem(NamedTuple):
     def of(cls, shape: shapes.LinearShape, dtype: torch.dtype, device: str, losses: Iterable[str] = ()) -> Problem:
         """Logits of deviation 4; no product of this size is computed, which would be memory of a library's own."""
         generator = torch.Generator(device).manual_seed(0)
-        draw = lambda *size: torch.randn(*size, generator=generator, device=device)  # noqa: E731
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, device=device)
+
         rows, features, classes = shape.rows, shape.features, shape.classes
         hidden = draw(rows, features)
         dense = any(loss in losses for loss in (*DENSE, "top_k"))
@@ -124,8 +127,9 @@ def exact(problem: Problem, losses: Iterable[str]) -> dict[str, Exact]:
     """Each loss and its gradients in float64, some rows at a time."""
     hidden, weight, target = problem.hidden.double(), problem.weight.double(), problem.target
     count = len(hidden)
-    zero = lambda: Exact(hidden.new_zeros(()), torch.zeros_like(hidden), torch.zeros_like(weight))  # noqa: E731
-    found = {loss: zero() for loss in losses}
+    found = {
+        loss: Exact(hidden.new_zeros(()), torch.zeros_like(hidden), torch.zeros_like(weight)) for loss in losses
+    }
     teachers = {loss: problem.of_loss(loss) for loss in found}
     for rows in torch.arange(count, device=hidden.device).split(max(1, PIECE // (8 * len(weight)))):
         z = hidden[rows] @ weight.t()
@@ -287,8 +291,11 @@ def ratios(key: Key, times: dict[Key, harness.Times]) -> dict[str, dict[str, flo
         bases |= {other: [(other, loss)] for other in LOSSES if other != "fused" and (other, loss) in times}
         if loss != "ce" and ("fused", "ce") in times:
             bases["ce"] = [("fused", "ce")]
-    base_of = lambda keys: [sum(parts) for parts in zip(*(times[key].wall for key in keys), strict=True)]  # noqa: E731
-    return {base: harness.paired(times[key].wall, base_of(keys)) for base, keys in bases.items()}
+
+    def together(keys: Sequence[Key]) -> list[float]:
+        return [sum(parts) for parts in zip(*(times[one].wall for one in keys), strict=True)]
+
+    return {base: harness.paired(times[key].wall, together(keys)) for base, keys in bases.items()}
 
 
 def measure(shape: shapes.LinearShape, dtype_name: str, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -77,7 +77,10 @@ def environment(device: str) -> dict[str, Any]:
 def spread(samples: list[float]) -> dict[str, float]:
     """Median, 20 and 80 % quantile, and n, of times in microseconds."""
     ordered = sorted(samples)
-    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+
+    def at(q: float) -> float:
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
     return {"median_us": statistics.median(ordered), "p20_us": at(0.2), "p80_us": at(0.8), "n": len(ordered)}
 
 

@@ -65,27 +65,33 @@ def liger_loss(target: Tensor) -> Loss:
 def cross_entropies(name: str, values: Tensor, target: Tensor) -> dict[Key, Step]:
     """Both paths of a plain cross entropy; ImportError where its package is not installed."""
     leaf, logits = values.clone().requires_grad_(), values
-    loss: Callable[[Tensor], Tensor]
     fast: Step | None = None
-    if name == "eager":
-        loss = lambda z: F.cross_entropy(z.float(), target, reduction="sum")  # noqa: E731
-    elif name == "compile":
-        loss = torch.compile(lambda z: F.cross_entropy(z.float(), target, reduction="sum"))
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z.float(), target, reduction="sum")
+
+    if name == "compile":
+        loss = torch.compile(loss)
     elif name == "liger":
         from liger_kernel.transformers.functional import liger_cross_entropy
 
-        loss = lambda z: liger_cross_entropy(z * 1, target, reduction="sum")  # noqa: E731
+        def loss(z: Tensor) -> Tensor:
+            return liger_cross_entropy(z * 1, target, reduction="sum")
+
     elif name == "quack":
         from quack.cross_entropy import cross_entropy, cross_entropy_fwd
 
-        loss = lambda z: cross_entropy(z, target, reduction="sum")  # noqa: E731
+        def loss(z: Tensor) -> Tensor:
+            return cross_entropy(z, target, reduction="sum")
 
         def fast() -> tuple[Tensor, ...]:  # loss and gradient in one kernel, as ours
             rows, gradient = cross_entropy_fwd(logits, target, return_dx=True)
             return rows.sum(), gradient
 
-    else:
-        loss = lambda z: fused_lb_loss(z, target, reduction="sum", impl=name)  # noqa: E731
+    elif name != "eager":
+
+        def loss(z: Tensor) -> Tensor:
+            return fused_lb_loss(z, target, reduction="sum", impl=name)
 
     def autograd() -> tuple[Tensor | None]:
         leaf.grad = None

@@ -255,19 +255,24 @@ def best_methods(lines: Sequence[Record]) -> list[str]:
 
 
 def missing_runs(lines: Sequence[Record], protocol: Path) -> list[str]:
-    """The runs of the protocol that are not in the results, by network and method."""
+    """The runs of the protocol that are not in the results, by network."""
     known = {line["cell"] for line in lines}
     planned = [cell for cell in load_protocol(protocol, load_preset).cells() if cell.tried is None]
-    found: dict[str, list[int]] = {}
-    for cell in planned:
-        found.setdefault(f"{cell.network}, {cell.method}", []).append(cell.name not in known)
-    return [f"{name}: {sum(lost)} of {len(lost)} runs" for name, lost in found.items() if any(lost)]
+    found = []
+    for network in dict.fromkeys(cell.network for cell in planned):
+        cells = [cell for cell in planned if cell.network == network]
+        lost = [cell for cell in cells if cell.name not in known]
+        methods = dict.fromkeys(cell.method for cell in lost)
+        told = [f"{sum(cell.method == method for cell in lost)} of {method}" for method in methods]
+        if lost:
+            found.append(f"{network}: " + (f"none of {len(cells)}" if lost == cells else ", ".join(told)))
+    return found
 
 
 def origin(lines: Sequence[Record]) -> str:
     """Where, when and with what the runs were made."""
     made = [line for line in lines if "torch" in line]
-    facts = {f"{r['hardware']}, {r['threads']} threads, {r['jobs']} at a time, torch {r['torch']}" for r in made}
+    facts = {f"{r['hardware']}, {r['jobs']} at a time of {r['threads']} threads, torch {r['torch']}" for r in made}
     commits = sorted({line["commit"] for line in lines if line.get("commit")})
     dates = sorted({line["date"] for line in lines if "date" in line})
     if not made:
@@ -330,6 +335,7 @@ wrong label for which the network predicts it."""
 TUNED = """\
 The settings of these methods were chosen by the program from as many runs each, by the last top-1 on a tenth of the
 training set that was held out with its wrong labels, on one network at one noise, with a seed of its own."""
+ROUGH = "A score on {n} images has a standard error of up to {points:.1f} points, so near ones may change places."
 NOT = """\
 It does not show what another network, data set, image size, learning rate or a longer training would give. The
 learning rate, the weight decay and the schedule are one recipe for all methods of a network; no method's own was
@@ -367,14 +373,16 @@ def page(results: Path, protocol: Path, svg: str) -> str:
     if ablations := once(every, "ablation"):
         blocks += ["## The lag, and the second augmentation", ablation_table(ablations, lines)]
     if chosen := once(every, "chosen", "method"):
-        blocks += ["## Settings", TUNED, tuning_table(chosen)]
+        images = {line["test_images"] for line in once(every, "tuning") if "test_images" in line}
+        rough = [ROUGH.format(n=n, points=50 / math.sqrt(n)) for n in sorted(images)]
+        blocks += ["## Settings", " ".join([TUNED, *rough]), tuning_table(chosen)]
     blocks += ["## How it was made", HOW]
     wide, count = ONE, sum("95 % interval" in sentence for sentence in said)
     if n > 1:
         wide = WIDE.format(n=n, t=t.ppf(0.975, n - 1), count=count, ours=_label(lines, OURS))
     blocks += ["## What it does not show", NOT.format(wide=wide)]
     if lost := missing_runs(lines, protocol):
-        blocks += ["Not run, though in the protocol: " + "; ".join(lost) + "."]
+        blocks += ["Runs of the protocol that were not made: " + "; ".join(lost) + "."]
     where = protocol.relative_to(ROOT) if protocol.is_relative_to(ROOT) else protocol.name
     name = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results.name
     first = next((line["cell"] for line in lines if line["method"] == OURS), lines[0]["cell"])

@@ -231,13 +231,7 @@ def row_loss(
             impl = "torch"
         if teacher is not None and teacher_kind == "top_k":
             teacher = teacher.to(reference.compute_dtype(logits.dtype))
-            if impl in ("cuda", "triton"):
-                if options.impl != "auto":
-                    raise RuntimeError(
-                        f"{options.op}: impl={impl!r} has no teacher of kind 'top_k'; use impl='auto', which computes "
-                        "it in plain PyTorch on this device"
-                    )
-                impl = "torch"
+            impl = top_k_impl(options, impl)
         if impl not in ("cpu", "cuda") or type(logits) is not Tensor or torch.compiler.is_compiling():
             _examine(options, logits, target, target_b, teacher, teacher_kind, buffer, ids)
             examined = True
@@ -582,6 +576,18 @@ def dlb_step(
     if where:
         buffer.count, buffer.batch = stored, logits.shape[0]
     return loss, grad
+
+
+def top_k_impl(options: Options, impl: str) -> str:
+    """What computes a teacher of kind ``"top_k"`` where ``impl`` was picked."""
+    if impl not in ("cuda", "triton"):
+        return impl
+    if options.impl != "auto":
+        raise RuntimeError(
+            f"{options.op}: impl={impl!r} has no teacher of kind 'top_k'; use impl='auto', which computes it in plain "
+            "PyTorch on this device"
+        )
+    return "torch"
 
 
 def pack_top_k(op: str, teacher: object) -> Tensor:

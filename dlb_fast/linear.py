@@ -31,13 +31,14 @@ from .functional import (
     pack_top_k,
     prepare,
     row_loss,
+    top_k_impl,
 )
 from .reference import Scalar
 
 KINDS = ("logits", "probabilities", "hidden", "top_k")
 LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 256 << 20, 36 << 20
 """Default ``max_memory``: few chunks, because each reads the whole weight and adds to its whole gradient."""
-_SLICE_BYTES = 4 << 20  # of the gradient of logits in float32, where a product needs it so: it should stay in a cache
+_SLICE_BYTES = 4 << 20  # of the logits' gradient where it is widened for a product: so much stays in a cache
 _GRAD_SCALE, _VALID = PARTS.index("grad_scale"), PARTS.index("valid")
 
 _FIRST = {
@@ -55,30 +56,34 @@ gradients. ``kept`` are the logits of the rows from ``kept_from`` on (``keep=-1`
 nothing (``keep=0``). The gradients are those of the loss times ``parts[grad_scale]``."""
 
 
+def _named(args: tuple[Any, ...]) -> SimpleNamespace:
+    return SimpleNamespace(**dict(zip(_SCHEMA, args, strict=True)))
+
+
 def _empty_outputs(call: SimpleNamespace) -> tuple[Tensor, ...]:
     hidden, weight = call.hidden, call.head_weight
     batch, classes = hidden.shape[0], weight.shape[0]
     wide = reference.compute_dtype(call.dtype)
     per_row = call.reduction == REDUCTION["none"]
-    # A half-precision gradient of the hidden states may lie below or above float16 before the loss scale is known.
-    narrow = call.dtype if call.dtype is torch.bfloat16 and not hidden.is_cuda else wide
+    # In float16 a gradient may underflow or overflow before the loss scale reaches it. A GPU sums into float32.
+    of_hidden = call.dtype if call.dtype is torch.bfloat16 and not hidden.is_cuda else wide
     columns, kept_dtype = (2 * call.keep + 1, wide) if call.keep > 0 else (classes, call.dtype)
     return (
         hidden.new_empty((batch,) if per_row else (), dtype=wide),
         hidden.new_empty((len(PARTS),), dtype=wide),
         hidden.new_empty((batch - call.kept_from if call.keep else 0, columns), dtype=kept_dtype),
-        hidden.new_empty(hidden.shape if call.need_hidden else (0, hidden.shape[1]), dtype=narrow),
+        hidden.new_empty(hidden.shape if call.need_hidden else (0, hidden.shape[1]), dtype=of_hidden),
         hidden.new_empty(weight.shape if call.need_weight else (0, weight.shape[1]), dtype=wide),
         hidden.new_empty((classes if call.need_bias else 0,), dtype=wide),
     )
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    return _empty_outputs(SimpleNamespace(**dict(zip(_SCHEMA, args, strict=True))))
+    return _empty_outputs(_named(args))
 
 
 def _run(*args: Any) -> tuple[Tensor, ...]:
-    call = SimpleNamespace(**dict(zip(_SCHEMA, args, strict=True)))
+    call = _named(args)
     device = call.hidden.device.type
     with torch.no_grad(), torch.autocast(device, enabled=False) if _autocasts(device) else contextlib.nullcontext():
         return _Chunks(call).run()
@@ -109,8 +114,9 @@ class _Chunks:
             head = (call.teacher, call.teacher_weight, call.teacher_bias)
             self.teacher_head = [None if part is None else part.detach().to(call.teacher_dtype) for part in head]
         self.mean = call.reduction == REDUCTION["mean"]
+        self.sum_dtype = torch.float64 if self.hidden.device.type != "mps" else torch.float32  # over the chunks
         self.needs_grad = call.need_hidden or call.need_weight or call.need_bias
-        # The gradient of a row is rounded once, after its factor.
+        # With a factor per row the logits are widened, so that a gradient is rounded once, after its factor.
         self.factored = call.row_factors is not None and call.dtype.itemsize < 4
         row_bytes = self.classes * (call.dtype.itemsize + 4 * self.factored)
         if self.teacher_head is not None:
@@ -132,27 +138,25 @@ class _Chunks:
             self.walk(self.finite_teachers())
         return self.outputs
 
-    def products(self, name: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``rows weight^T + bias`` in the memory of that name."""
+    def reused(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory without values; the first of a name is the largest."""
         if name not in self.memory:
-            self.memory[name] = rows.new_empty(self.rows, weight.shape[0])
-        out = self.memory[name][: rows.shape[0]]
+            self.memory[name] = self.hidden.new_empty(shape, dtype=dtype)
+        return self.memory[name][: shape[0], : shape[1]]
+
+    def logits(self, name: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``rows weight^T + bias`` in the memory of that name."""
+        out = self.reused(name, (rows.shape[0], weight.shape[0]), rows.dtype)
         if bias is None:
             return torch.mm(rows, weight.t(), out=out)
         return torch.addmm(bias, rows, weight.t(), out=out)
-
-    def reused(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory of the shape of ``like``, which is at most as large as the first of that name."""
-        if name not in self.memory:
-            self.memory[name] = like.new_empty(like.shape, dtype=dtype)
-        return self.memory[name][: like.shape[0], : like.shape[1]]
 
     def teachers(self, start: int, stop: int) -> Tensor:
         """The teachers of rows [start, stop)."""
         if self.teacher_head is None:
             return self.call.teacher[start:stop]
         rows, weight, bias = self.teacher_head
-        return self.products("teacher", rows[start:stop], weight, bias)
+        return self.logits("teacher", rows[start:stop], weight, bias)
 
     def finite_teachers(self) -> Tensor:
         chunks = range(0, self.taught, self.rows)
@@ -169,19 +173,15 @@ class _Chunks:
             if call.target_b is not None:
                 counts = counts & (call.target_b != call.ignore_index)
             if call.weight is not None and call.target_b is None:
-                weights = call.weight[call.target.clamp(0, self.classes - 1)].to(self.wide_sum)
+                weights = call.weight[call.target.clamp(0, self.classes - 1)].to(self.sum_dtype)
                 by_ce = torch.where(counts, weights, torch.zeros_like(weights)).sum()
             else:
-                by_ce = counts.sum(dtype=self.wide_sum)
-        by_kl = float(self.taught) if valid is None else valid.sum(dtype=self.wide_sum)
+                by_ce = counts.sum(dtype=self.sum_dtype)
+        by_kl = float(self.taught) if valid is None else valid.sum(dtype=self.sum_dtype)
         return by_ce, by_kl
 
-    @property
-    def wide_sum(self) -> torch.dtype:
-        return torch.float64 if self.hidden.device.type != "mps" else torch.float32
-
     def walk(self, finite: Tensor | None) -> bool:
-        """All chunks; False where a teacher row is not finite that was not known not to be, and nothing is right."""
+        """Every chunk. False: a teacher row is not finite and was not masked, so that the outputs are wrong."""
         call, host = self.call, _on_host(self.hidden)
         mask = call.kd_mask
         if finite is not None:
@@ -202,9 +202,9 @@ class _Chunks:
             after: Any = 1.0  # divides the result
             share_ce, share_kl = 1.0 / by_ce if by_ce else 0.0, 1.0 / by_kl if by_kl else 0.0
         elif self.mean:
-            # Nothing waits for the device: the sums are those of by_ce times the loss, and divided in the end.
-            by_ce = torch.as_tensor(by_ce, dtype=self.wide_sum, device=self.hidden.device)
-            by_kl = torch.as_tensor(by_kl, dtype=self.wide_sum, device=self.hidden.device)
+            # No value is read, which would wait for the device: by_ce times the loss is summed, and divided at the end.
+            by_ce = torch.as_tensor(by_ce, dtype=self.sum_dtype, device=self.hidden.device)
+            by_kl = torch.as_tensor(by_kl, dtype=self.sum_dtype, device=self.hidden.device)
             none = by_ce == 0
             if call.target is not None and call.target.dim() == 1:
                 fixed["target"] = torch.where(none, torch.full_like(call.target, call.ignore_index), call.target)
@@ -217,7 +217,8 @@ class _Chunks:
         else:
             after, share_ce, share_kl = 1.0, 1.0, 1.0
 
-        sums = torch.zeros(len(PARTS), dtype=self.wide_sum, device=self.hidden.device)
+        sums = torch.zeros(len(PARTS), dtype=self.sum_dtype, device=self.hidden.device)
+        scale: Tensor | float = 1.0
         for start in range(0, self.batch, self.rows):
             stop = min(start + self.rows, self.batch)
             loss, parts, wrong = self.chunk(start, stop, fixed, mask, finite is not None)
@@ -226,17 +227,15 @@ class _Chunks:
             if self.loss.dim() == 1:
                 self.loss[start:stop] = loss
             sums[: len(parts)] += parts
-            if self.call.dtype is torch.float16 and len(parts) > _GRAD_SCALE:
-                sums[_GRAD_SCALE] = parts[_GRAD_SCALE]
-            else:
-                sums[_GRAD_SCALE] = 1.0
+            if call.dtype is torch.float16 and len(parts) > _GRAD_SCALE:
+                scale = parts[_GRAD_SCALE]
         if self.loss.dim() == 0:
             self.loss.copy_(sums[0] / after)
         self.parts.copy_(sums)
         self.parts[0] = sums[0] / after
         self.parts[1] = sums[1] * share_ce
         self.parts[2] = sums[2] * share_kl
-        self.parts[_GRAD_SCALE] = 1.0 if call.row_factors is not None else sums[_GRAD_SCALE] * after
+        self.parts[_GRAD_SCALE] = 1.0 if call.row_factors is not None else scale * after
         return True
 
     def chunk(
@@ -245,7 +244,7 @@ class _Chunks:
         """Rows [start, stop): loss, parts, and whether a teacher row turned out not to be finite."""
         call = self.call
         hidden = self.hidden[start:stop]
-        z = self.products("student", hidden, self.weight, self.bias)
+        z = self.logits("student", hidden, self.weight, self.bias)
         if call.keep and stop > call.kept_from:
             first = max(start, call.kept_from)
             new = z[first - start :]
@@ -269,7 +268,7 @@ class _Chunks:
                 options["kd_mask"] = finite if options["kd_mask"] is None else options["kd_mask"] & finite
         logits = z
         if self.factored:
-            logits = self.reused("wide logits", z, torch.float32).copy_(z)
+            logits = self.reused("wide logits", z.shape, torch.float32).copy_(z)
         loss, parts, grad = self.row_op(logits, teacher, kind, options)
         if call.impl == "cpu" and asked and not all_known:
             asked = asked if options["kd_mask"] is None else int(options["kd_mask"].sum())
@@ -300,33 +299,30 @@ class _Chunks:
         loss, parts, grad = ops.op_for(impl, "last_batch")(z, *args, need)
         return loss, parts, grad if need else None
 
-    @property
-    def slice_classes(self) -> int:
-        """How many classes at a time, where a product's operands are widened."""
-        return max(_SLICE_BYTES // (4 * self.rows), 256)
-
     def add_gradients(self, grad: Tensor, hidden: Tensor, start: int, stop: int) -> None:
         """The chunk's share of every gradient that is needed."""
-        first, wide, step = start == 0, self.grad_weight.dtype, self.slice_classes
-        narrow = hidden.dtype != wide and not grad.is_cuda
+        first, wide = start == 0, self.grad_weight.dtype
+        # Only a GPU has a product of half-precision operands into float32; elsewhere they are widened, in slices.
+        widens = hidden.dtype != wide and not grad.is_cuda
+        step = max(_SLICE_BYTES // (4 * self.rows), 256)
         slices = range(0, self.classes, step)
         if self.call.need_hidden:
             out = self.grad_hidden[start:stop]
             if out.dtype == grad.dtype == hidden.dtype:
                 torch.mm(grad, self.weight, out=out)
-            elif narrow:
+            elif widens:
                 out.zero_()
                 for c in slices:
                     out.addmm_(grad[:, c : c + step].to(out.dtype), self.weight[c : c + step].to(out.dtype))
             else:
                 out.copy_(torch.mm(grad, self.weight, out_dtype=out.dtype))
-        if self.call.need_weight and narrow:
-            # Without a product of half-precision operands into float32, the operands are widened.
-            wider = self.reused("wide hidden", hidden, wide).copy_(hidden)
+        if self.call.need_weight and widens:
+            wide_hidden = self.reused("wide hidden", hidden.shape, wide).copy_(hidden)
             with _bfloat16_products() if grad.dtype is torch.bfloat16 else contextlib.nullcontext():
                 for c in slices:
-                    part = self.reused("wide gradient", grad[:, c : c + step], wide).copy_(grad[:, c : c + step])
-                    self.grad_weight[c : c + step].addmm_(part.t(), wider, beta=0 if first else 1)
+                    part = grad[:, c : c + step]
+                    part = self.reused("wide gradient", part.shape, wide).copy_(part)
+                    self.grad_weight[c : c + step].addmm_(part.t(), wide_hidden, beta=0 if first else 1)
         elif self.call.need_weight:
             if grad.dtype == wide:
                 self.grad_weight.addmm_(grad.t(), hidden, beta=0 if first else 1)
@@ -415,15 +411,14 @@ class _LinearLastBatch(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None, None
+        ops.refuse_second_derivative()
         if ctx.later:
             hidden, weight, bias, *tensors = ctx.saved_tensors
-            ops.refuse_second_derivative()
             args = {**ctx.args, **dict(zip(ctx.names, tensors, strict=True)), "row_factors": upstream, "keep": 0}
             op = torch.ops.dlb_fast.linear_last_batch.default
             _, parts, _, *grads = op(hidden, weight, bias, *args.values(), *ctx.needs)
         else:
             parts, *grads = ctx.saved_tensors
-            ops.refuse_second_derivative()
         result: list[Tensor | None] = []
         for grad, need, dtype in zip(grads, ctx.needs, ctx.dtypes, strict=True):
             if need and not ctx.later:
@@ -431,12 +426,6 @@ class _LinearLastBatch(torch.autograd.Function):
                 grad = ops.times_upstream(ctx.impl, rows, upstream, parts, ctx.owned, ctx.enlarged).view(grad.shape)
             result.append(grad.to(dtype) if need else None)
         return *result, None, None
-
-
-def _op_args(**given: Any) -> dict[str, Any]:
-    """The op's arguments after the bias and before the needs, in order."""
-    names = [*_FIRST, *OPTIONS][3:]
-    return {name: given[name] for name in names}
 
 
 def fused_linear_lb_loss(
@@ -630,13 +619,9 @@ def linear_loss(
     refusal = ops.unsupported(
         hidden, target=target, weight=options.weight, lam=lam, alpha=options.alpha, temperature=options.temperature
     )
-    if kind == "top_k" and rows is not None and impl in ("cuda", "triton"):
-        if options.impl != "auto":
-            raise RuntimeError(
-                f"{op}: impl={impl!r} has no teacher of kind 'top_k'; use impl='auto', which computes it in plain "
-                "PyTorch on this device"
-            )
-        impl = "torch"
+    if kind == "top_k" and rows is not None:
+        impl = top_k_impl(options, impl)
+    rows_kind = "logits" if kind == "hidden" else kind
     if options.impl == "torch" or refusal:
         if options.impl not in ("auto", "torch"):
             raise RuntimeError(f"{op}: impl={impl!r} {refusal} use impl='torch', plain autograd")
@@ -646,20 +631,21 @@ def linear_loss(
                 rows = F.linear(rows, *head)
         loss, parts = row_loss(
             options._replace(impl="torch"), logits, target, teacher=rows,
-            teacher_kind="logits" if kind == "hidden" else kind, kd_mask=kd_mask, target_b=target_b, lam=lam,
+            teacher_kind=rows_kind, kd_mask=kd_mask, target_b=target_b, lam=lam,
         )  # fmt: skip
         new = logits.detach()[kept_from:] if keep else logits.new_empty((0, logits.shape[1]))
         return loss, parts, TopK.of(new, keep, options.temperature).packed() if keep > 0 else new
 
     tensors = _op_tensors(options, like, target, kd_mask, target_b, lam)
     numbers = dict(zip([name for name in OPTIONS if name not in TENSORS], options.numbers, strict=True))
-    teacher_kind = "none" if rows is None else "logits" if kind == "hidden" else kind
-    args = _op_args(
+    given = dict(
         teacher=None if rows is None else rows.detach(), teacher_weight=head[0] if head else None,
-        teacher_bias=head[1] if len(head) > 1 else None, row_factors=None, teacher_kind=TEACHER_KIND[teacher_kind],
-        impl=impl, max_memory=max_memory, dtype=dtype, teacher_dtype=teacher_dtype or dtype, kept_from=kept_from,
-        keep=keep, **{name: tensors.get(name) for name in TENSORS}, **numbers,
+        teacher_bias=head[1] if len(head) > 1 else None, row_factors=None,
+        teacher_kind=TEACHER_KIND["none" if rows is None else rows_kind], impl=impl, max_memory=max_memory,
+        dtype=dtype, teacher_dtype=teacher_dtype or dtype, kept_from=kept_from, keep=keep,
+        **{name: tensors.get(name) for name in TENSORS}, **numbers,
     )  # fmt: skip
+    args = {name: given[name] for name in [*_FIRST, *OPTIONS][3:]}  # between the bias and the needs, in order
     needs = tuple(t is not None and t.requires_grad for t in (hidden, head_weight, head_bias))
     if torch.is_grad_enabled() and any(needs):
         loss, parts, kept = _LinearLastBatch.apply(hidden, head_weight, head_bias, args, needs)

@@ -632,29 +632,30 @@ class LastBatchLoss(DistillationLoss):
         if target_b is not None or lam is not None:
             lam = _args.check_pair(op, logits, target, target_b, lam)
         options = self._options()
+
+        def evaluate(
+            teacher: Tensor | None, mask: Tensor | None, kept_from: int = 0, keep: int = 0
+        ) -> tuple[Tensor, Tensor, Tensor | None]:
+            if layer is not None:
+                return linear_loss(
+                    options, *layer, target, teacher, head_bias=head_bias, kind=self.keep, kd_mask=mask,
+                    target_b=target_b, lam=lam, kept_from=kept_from, keep=keep,
+                )  # fmt: skip
+            loss, parts = row_loss(
+                options, logits, target, teacher=teacher, teacher_kind=self.keep, kd_mask=mask, target_b=target_b,
+                lam=lam,
+            )  # fmt: skip
+            return loss, parts, None
+
         if not self.training or logits.shape[0] == 0:  # an empty batch has no row to teach or to store
             if target is None and not self.training:
                 raise ValueError(
                     f"{op}: target is None in eval(), where there is no teacher; nothing is left to compute"
                 )
-            if layer is None:
-                loss, parts = row_loss(options, logits, target, target_b=target_b, lam=lam)
-            else:
-                loss, parts, _ = linear_loss(
-                    options, *layer, target, head_bias=head_bias, target_b=target_b, lam=lam
-                )  # fmt: skip
+            loss, parts, _ = evaluate(None, None)
         elif not torch.is_grad_enabled():
             teacher, mask = self._stored_teacher(logits, ids, num_old, kd_mask)
-            if layer is None:
-                loss, parts = row_loss(
-                    options, logits, target, teacher=teacher, teacher_kind=self.keep, kd_mask=mask, target_b=target_b,
-                    lam=lam,
-                )  # fmt: skip
-            else:
-                loss, parts, _ = linear_loss(
-                    options, *layer, target, teacher, head_bias=head_bias, kind=self.keep, kd_mask=mask,
-                    target_b=target_b, lam=lam,
-                )  # fmt: skip
+            loss, parts, _ = evaluate(teacher, mask)
             self._note_call(False)
             if ids is None and self._batches_with_ids[0]:
                 self._warn_no_ids()
@@ -672,20 +673,12 @@ class LastBatchLoss(DistillationLoss):
                     if torch._C._are_functorch_transforms_active():
                         ops.refuse_memory(op)
                     teacher, mask = self._taught_by(buffer, logits.shape[0], ids, num_old, again, kd_mask)
-                    if layer is None:
-                        loss, parts = row_loss(
-                            options, logits, target, teacher=teacher, teacher_kind="top_k", kd_mask=mask,
-                            target_b=target_b, lam=lam,
-                        )  # fmt: skip
-                        new = TopK.of(logits[logits.shape[0] - stored :], self.k, self.temperature).packed()
-                    else:
-                        loss, parts, new = linear_loss(
-                            options, *layer, target, teacher, head_bias=head_bias, kind=self.keep, kd_mask=mask,
-                            target_b=target_b, lam=lam, kept_from=logits.shape[0] - stored,
-                            keep=self.k if self.keep == "top_k" else -1,
-                        )  # fmt: skip
+                    first = logits.shape[0] - stored
+                    loss, parts, new = evaluate(teacher, mask, first, self.k if self.keep == "top_k" else -1)
+                    if new is None:
+                        new = TopK.of(logits[first:], self.k, self.temperature).packed()
                     del teacher  # a copy of the stored rows
-                    buffer.update(new, ids, num_old, again, kd_mask, start=logits.shape[0] - stored)
+                    buffer.update(new, ids, num_old, again, kd_mask, start=first)
             except Exception:
                 # A refused batch changes nothing, not even the size that it would have given the buffer.
                 self.buffer, self._dtype_follows = before

@@ -23,10 +23,8 @@ from . import _args, ops, reference
 from .functional import LossParts, Options, prepare
 from .reference import RowTerms, Scalar
 
-PIECE_BYTES = {"cpu": 1 << 20}
-"""Bytes of one temporary of a piece, about five of which live at once; elsewhere than in this table the next line."""
-PIECE_BYTES_ELSEWHERE = 32 << 20
-_MOST_CLASSES = 1 << 24  # of a rank: the sizes of the parts travel in float32
+PIECE_BYTES, PIECE_BYTES_ON_CPU = 32 << 20, 1 << 20
+"""Bytes of one temporary of a piece, about five of which live at once."""
 _COEFFICIENTS = ("a", "even", "dense", "label", "label_b", "b", "k")  # of the gradient, per row
 
 
@@ -69,7 +67,7 @@ def _pieces(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
     """Slices of rows within the budget; a compiler makes no temporaries, so it has the whole."""
     if torch.compiler.is_compiling():
         return [slice(0, rows)]
-    budget = PIECE_BYTES.get(device.type, PIECE_BYTES_ELSEWHERE)
+    budget = PIECE_BYTES_ON_CPU if device.type == "cpu" else PIECE_BYTES
     step = max(1, budget // max(1, columns * dtype.itemsize))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -91,7 +89,7 @@ def _row_maximum(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fingerprint(call: _Call, device: torch.device) -> Tensor:
-    """A whole number below 2^24 of the labels, masks, shares and options, which the ranks must have alike."""
+    """A hash below 2^24 (exact in float32) of what the ranks must have alike: labels, masks, shares and options."""
     given = (call.options.numbers, call.options.weight is None, None if isinstance(call.lam, Tensor) else call.lam)
     # A compiled program does not depend on the values of options that become its inputs.
     code = 0 if torch.compiler.is_compiling() else zlib.crc32(repr(given).encode())
@@ -100,7 +98,7 @@ def _fingerprint(call: _Call, device: torch.device) -> Tensor:
         if isinstance(values, Tensor):
             bits = values.detach().float().view(torch.int32) if values.is_floating_point() else values
             bits = bits.long().reshape(-1)
-            odd = torch.arange(1, 2 * bits.numel() + 1, 2, device=device)  # rows in another order: another number
+            odd = torch.arange(1, 2 * bits.numel() + 1, 2, device=device)  # the order of the rows counts
             total = total * 0x5851F42D4C957F2D + (bits * odd).sum()
     return ((total * 0x1E3779B97F4A7C15) >> 40) & 0xFFFFFF
 
@@ -474,8 +472,9 @@ def sharded_lb_loss(
     ranks, place = _place(op, group)
     empty = ranks > 1 and isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] == 0
     _args.check_logits(op, logits.new_empty(len(logits), 1) if empty else logits, target)
-    if logits.shape[1] > _MOST_CLASSES:
-        raise ValueError(f"{op}: logits must have at most {_MOST_CLASSES} classes on a rank, got {logits.shape[1]}")
+    most = _args.FLOAT32_INTEGERS  # the sizes of the parts travel in float32
+    if logits.shape[1] > most:
+        raise ValueError(f"{op}: logits must have at most {most} classes on a rank, got {logits.shape[1]}")
     if target_b is not None or lam is not None:
         lam = _args.check_pair(op, logits, target, target_b, lam)
     elif target is not None:

@@ -174,7 +174,8 @@ def broken_inputs():
 
 
 def on_two(make):
-    with patch.dict(sharded.PIECE_BYTES, cpu=3 * 8 * CLASSES // 2):  # pieces of a few rows, whose last is smaller
+    few = 3 * 8 * CLASSES // 2  # pieces of a few rows, whose last is smaller
+    with patch.object(sharded, "PIECE_BYTES_ON_CPU", few):
         return against_one_process(make, {2: None})
 
 
@@ -213,7 +214,7 @@ def watched_call():
     generator = torch.Generator().manual_seed(rank)
     logits = torch.randn(64, 1000, generator=generator, requires_grad=True)
     teacher = torch.randn(32, 1000, generator=generator)
-    with patch.dict(sharded.PIECE_BYTES, cpu=5 * 4 * 1000):
+    with patch.object(sharded, "PIECE_BYTES_ON_CPU", 5 * 4 * 1000):
         with Watched() as forward:
             loss = sharded_lb_loss(logits, torch.arange(64), teacher, label_smoothing=0.1)
         with Watched() as backward:

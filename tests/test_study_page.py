@@ -35,12 +35,13 @@ def results(tmp_path):
          "tried": [{"setting": {"loss": {"alpha": 1.0}}, "held_out_top1": 0.5},
                    {"setting": {"loss": {"alpha": 3.0}}, "held_out_top1": 0.625}]}
     )  # fmt: skip
+    lines.append({**line("dlb", 100, 50), "kind": "tuning", "cell": "tuning/dlb/0", "test_images": 100})
     lines += [{**line("lag0", s, v), "kind": "ablation", "cell": f"x{s}"} for s, v in enumerate((71, 73, 75))]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     (tmp_path / "p.yaml").write_text(
-        "seeds: [0, 1, 2, 3]\nnetworks: {net: }\nnoises: {sym: {data: {label_noise: 0.4}}}\n"
+        "seeds: [0, 1, 2, 3]\nnetworks: {net: , large: }\nnoises: {sym: {data: {label_noise: 0.4}}}\n"
         "methods: {ce: {loss: {method: ce}}, dlb: {loss: {method: dlb}}}\n"
-        "tables: [{network: net, methods: [ce, dlb], noises: [sym]}]\n"
+        "tables: [{network: net, methods: [ce, dlb], noises: [sym]}, {network: large, methods: [ce], noises: [sym]}]\n"
     )
     return tmp_path / "results.jsonl"
 
@@ -95,8 +96,9 @@ def test_the_page(results, tmp_path):
     assert "DLB minus CE +3.00 points (95 % interval 0.52 to 5.48), above on 3 of 3 seeds: higher" in flat
     assert "DLB has the highest mean; not shown to be lower: TWO_VIEW." in flat
     assert "| dlb | alpha 3 | 62.50 | chosen |" in text and "| dlb | alpha 1 | 50.00 | - |" in text
-    assert "Not run, though in the protocol: net, ce: 1 of 4 runs; net, dlb: 1 of 4 runs." in flat
-    assert "a machine, 1 threads, 2 at a time, torch 2; commits abc; 2026-12-01 to 2026-12-01" in flat
+    assert "A score on 100 images has a standard error of up to 5.0 points" in flat
+    assert "Runs of the protocol that were not made: net: 1 of ce, 1 of dlb; large: none of 4." in flat
+    assert "a machine, 2 at a time of 1 threads, torch 2; commits abc; 2026-12-01 to 2026-12-01" in flat
     assert max(map(len, (x for x in text.splitlines() if not x.startswith(("|", "dlb-fast", "python"))))) <= 120
     assert "| DLB | 74.00 ± 2.00 (3) |" in study_page.short_form(results)
 
