@@ -402,17 +402,22 @@ def _key(line: Record) -> tuple[str, str, str]:
 
 
 def short_form(results: Path) -> str:
-    """The few lines of the README: DLB, its control and cross entropy on the first network."""
-    lines = runs_of(results)
-    lines = [line for line in lines if line["network"] == lines[0]["network"]]
-    noises = ordered(lines, "noise")
-    noises = [noise for noise in noises if of(lines, noise=noise, method=OURS)] or noises
-    rows = []
-    for method in ordered(lines, "method"):
-        groups = [[last(r) for r in of(lines, noise=noise, method=method)] for noise in noises]
-        rows.append([_label(lines, method), *(f"{spread(g)} ({len(g)})" if g else "-" for g in groups)])
-    heads = [f"last top-1 %, {lines[0]['network']} on {DATA}", *(named(lines, noise) for noise in noises)]
-    return f"{table(heads, rows, right=True)}\n\nMean ± standard deviation (seeds).\n\n{bullets(statements(lines))}"
+    """The table of the README: DLB, its control, cross entropy and the best method, a row per network and noise."""
+    lines, rows = runs_of(results), []
+    for network in ordered(lines, "network"):
+        here = [line for line in lines if line["network"] == network]
+        for noise in ordered(here, "noise"):
+            groups = {m: runs for m in ordered(here, "method") if (runs := of(here, noise=noise, method=m))}
+            if OURS not in groups:
+                continue
+            gaps = [shown(difference(groups[OURS], groups.get(other, []))) for other in (CONTROL, BASE)]
+            values = [spread(list(map(last, groups.get(m, [])))) if m in groups else "-" for m in (BASE, CONTROL, OURS)]
+            top = max(groups, key=lambda m: statistics.fmean(map(last, groups[m])))
+            best = f"{_label(here, top)} {statistics.fmean(map(last, groups[top])):.2f}, of {len(groups)}"
+            rows.append([network, named(here, noise), *values, *gaps, best])
+    names = [_label(lines, m) for m in (BASE, CONTROL, OURS)]
+    heads = ["network", "wrong labels", *names, f"{names[2]} - {names[1]}", f"{names[2]} - {names[0]}", "highest mean"]
+    return table(heads, rows, right=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
