@@ -148,7 +148,7 @@ def results_table(lines: Sequence[Record]) -> str:
             n = f"{len(runs)}" + (f" ({lost} diverged)" if lost else "")
             if not runs:
                 if lost:
-                    rows.append([noise, label, n, *["-"] * 7])
+                    rows.append([noise, label, n, *["-"] * 6])
                 continue
             against = [
                 "-" if method == other else shown(difference(runs, of(lines, noise=noise, method=other)))
@@ -159,10 +159,9 @@ def results_table(lines: Sequence[Record]) -> str:
                 spread([r["best"]["test_top1"] for r in runs], 100),
                 spread([r["last"]["test_nll"] for r in runs], form=".3f"),
                 spread([r["last"]["test_ece"] for r in runs], 100, ".1f"),
-                spread([r["seconds"] for r in runs], form=".0f"),
             ]
             rows.append([noise, label, n, *measured, *against])
-    heads = ("noise", "method", "seeds", "last top-1 %", "best top-1 %", "NLL", "ECE %", "seconds")
+    heads = ("noise", "method", "seeds", "last top-1 %", "best top-1 %", "NLL", "ECE %")
     return table([*heads, f"- {_label(lines, CONTROL)}", f"- {_label(lines, BASE)}"], rows, right=True)
 
 
@@ -367,8 +366,7 @@ def page(results: Path, protocol: Path, svg: str) -> str:
         blocks += [f"## {network}", results_table([line for line in lines if line["network"] == network])]
     blocks.append(
         "Mean ± sample standard deviation over seeds. The columns that begin with a minus are differences of last "
-        "top-1 in points, paired by seed, with 95 % t intervals, except of one seed or equal values. Seconds are the "
-        "training time of one run."
+        "top-1 in points, paired by seed, with 95 % t intervals, except of one seed or equal values."
     )
     if ablations := once(every, "ablation"):
         blocks += ["## The lag, and the second augmentation", ablation_table(ablations, lines)]

@@ -665,5 +665,5 @@ def remaining_seconds(state: State, cells: Sequence[Cell]) -> float | None:
         same = [line for line in lines if line["method"] == cell.method] or lines
         if not same:
             return None
-        total += statistics.fmean(line["seconds"] for line in same)
+        total += statistics.median(line["seconds"] for line in same)  # a run may have been paused
     return total
