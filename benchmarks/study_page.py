@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlb_fast.presets import load_preset
-from dlb_fast.report.pictures import style
+from dlb_fast.report.pictures import COLORS, style
 from dlb_fast.report.tables import spread
 from dlb_fast.train.compare import read_results
 from dlb_fast.train.protocol import load_protocol
@@ -27,6 +27,7 @@ from .tables import ROOT, Record, table, wrapped
 PROTOCOL = ROOT / "benchmarks" / "protocol-cifar10.yaml"
 DATA = "CIFAR-10 (JPEG)"
 OURS, CONTROL, BASE = "dlb", "two_view", "ce"
+MARKERS = "os^DvPX*<>ph8"  # with as many colours as COLORS has, a look of its own for each of 91 methods
 Value = Callable[[Record], float]
 
 
@@ -287,7 +288,8 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
     import matplotlib
     from matplotlib.figure import Figure
 
-    networks = ordered(lines, "network")
+    networks, every = ordered(lines, "network"), ordered(lines, "method")
+    looks = {m: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, m in enumerate(every)}
     with style():
         figure = Figure(figsize=(10, 4.2 * len(networks)), layout="constrained", facecolor="white")
         axes = figure.subplots(len(networks), 2, squeeze=False)
@@ -300,10 +302,10 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
                 found = [(i, interval(values)) for i, values in enumerate(groups) if values]
                 x = [i + 0.6 * (number / max(1, len(methods) - 1) - 0.5) for i, _ in found]
                 half = [one.high - one.mean if math.isfinite(one.high) else 0.0 for _, one in found]
-                bar = left.errorbar(x, [one.mean for _, one in found], half, linestyle="", elinewidth=1, capsize=2)
-                handles[_label(here, method)] = bar
+                means, thin = [one.mean for _, one in found], {"linestyle": "", "elinewidth": 1, "capsize": 2}
+                handles.setdefault(_label(lines, method), left.errorbar(x, means, half, **thin, **looks[method]))
             left.set_xticks(range(len(noises)), [named(here, noise).replace(" (", "\n(") for noise in noises])
-            left.set(title=f"{network}: test top-1 at the end, %; bars are 95 % intervals over seeds")
+            left.set(title=f"{network}: last top-1 %")
             wrong = [noise for noise in noises if any(r["wrong_labels"] for r in of(here, noise=noise))]
             for method in methods if wrong else ():
                 curves = [
@@ -313,10 +315,9 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
                 points = list(zip(*curves, strict=False))
                 x = [point[0]["epoch"] for point in points]
                 y = [100 * statistics.fmean(one["train_wrong_top1"] for one in point) for point in points]
-                color = handles[_label(here, method)][0].get_color()
-                right.plot(x, y, color=color, markevery=max(1, len(x) // 8))
+                right.plot(x, y, linestyle="-", markevery=max(1, len(x) // 8), **looks[method])
             right.set_title(f"{network}, {wrong[0] if wrong else 'no noise'}: wrong labels learned, %")
-            right.set_xlabel("epochs of images")
+            right.set_xlabel("images seen / training images")
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
         matplotlib.rcParams.update(FILE)
         figure.savefig(out, metadata={"Date": None, "Description": f"from {len(lines)} runs"})
@@ -345,6 +346,9 @@ WIDE = """\
 With few seeds a 95 % interval is wide ({n} seeds: {t:.2f} standard errors to either side), so a difference that is not
 shown may be there; and where there is no difference, one interval in twenty excludes 0 by chance (the sentences on
 {ours} read {count}, those on the highest mean more)."""
+BARS = """\
+Left: the bars are 95 % intervals of each method's mean. The sentences and tables have intervals of differences paired
+by seed, so methods may be shown to differ though their bars overlap. Right: means over the seeds."""
 ONE = "One seed gives no interval, so no difference is shown."
 SHORT = "The sentences are generated from the runs; each says what its interval says."
 
@@ -361,7 +365,7 @@ def page(results: Path, protocol: Path, svg: str) -> str:
     said, best = statements(lines), best_methods(lines)
     n = max(len(of(lines, network=a, noise=b, method=c)) for a, b, c in {_key(line) for line in lines})
     blocks = [f"# A study on {DATA}", SHORT if said or best else "", bullets(said)]
-    blocks += [bullets(best), f"![Accuracy over the noises, and wrong labels learned]({svg})"]
+    blocks += [bullets(best), f"![Accuracy over the noises, and wrong labels learned]({svg})", BARS]
     for network in ordered(lines, "network"):
         blocks += [f"## {network}", results_table([line for line in lines if line["network"] == network])]
     blocks.append(
