@@ -11,7 +11,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ PROTOCOL = ROOT / "benchmarks" / "protocol-cifar10.yaml"
 DATA = "CIFAR-10 (JPEG)"
 OURS, CONTROL, BASE = "dlb", "two_view", "ce"
 MARKERS = "os^DvPX*<>ph8"  # with as many colours as COLORS has, a look of its own for each of 91 methods
-Value = Callable[[Record], float]
 
 
 class Interval(NamedTuple):
@@ -60,10 +59,10 @@ def of(lines: Sequence[Record], **where: Any) -> list[Record]:
     return sorted(found, key=lambda line: line["seed"])
 
 
-def difference(ours: Sequence[Record], theirs: Sequence[Record], value: Value = last) -> Interval | None:
-    """Of the seeds that both have, ours minus theirs; None without such a seed."""
-    other = {line["seed"]: value(line) for line in theirs}
-    found = [value(line) - other[line["seed"]] for line in ours if line["seed"] in other]
+def difference(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval | None:
+    """Of the seeds that both have, last top-1 of ours minus theirs in points; None without such a seed."""
+    other = {line["seed"]: last(line) for line in theirs}
+    found = [last(line) - other[line["seed"]] for line in ours if line["seed"] in other]
     return interval(found) if found else None
 
 
@@ -92,7 +91,7 @@ def verdict(found: Interval) -> str:
     if equal(found):
         return f"{found.mean:+.2f} points on each of {n} seeds: without a spread there is no interval"
     span = f"95 % interval {found.low:.2f} to {found.high:.2f}"
-    told = f"{found.mean:+.2f} points ({span}), above on {above} of {n} seeds"
+    told = f"{found.mean:+.2f} points ({span}), above 0 on {above} of {n} seeds"
     if found.low > 0:
         return f"{told}: higher, the interval excludes 0"
     if found.high < 0:
@@ -145,7 +144,7 @@ def results_table(lines: Sequence[Record]) -> str:
         for method in ordered(lines, "method"):
             runs = of(lines, noise=noise, method=method)
             lost = len(diverged(lines, noise, method))
-            label = next(line["label"] for line in lines if line["method"] == method)
+            label = _label(lines, method)
             n = f"{len(runs)}" + (f" ({lost} diverged)" if lost else "")
             if not runs:
                 if lost:
@@ -215,7 +214,7 @@ def statements(lines: Sequence[Record]) -> list[str]:
                 tried = {line["method"] for line in here if line["noise"] == noise}
                 if gap is None and not (lost and {OURS, other} <= tried):
                     continue
-                told = verdict(gap) if gap is not None else "has no seed on which both finished"
+                told = f"is {verdict(gap)}" if gap is not None else "has no seed on which both finished"
                 told += "".join(
                     f"; {_label(here, m)} diverged with seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
                     for m, seeds in lost.items()
@@ -240,17 +239,15 @@ def best_methods(lines: Sequence[Record]) -> list[str]:
             if len(groups) < 2:
                 continue
             means = {m: statistics.fmean(map(last, runs)) for m, runs in groups.items()}
-            top, *same = (m for m in means if means[m] > max(means.values()) - 1e-6)
+            top = max(means, key=means.__getitem__)  # of equals the first; the others are not shown to be lower
             gaps = {m: difference(groups[top], runs) for m, runs in groups.items() if m != top}
             close = [_label(here, m) for m, gap in gaps.items() if gap is not None and not higher(gap)]
             apart = [_label(here, m) for m, gap in gaps.items() if gap is None]
-            told = [f"not shown to be lower: {', '.join(close)}"] if close else []
-            told += [f"without a seed in common: {', '.join(apart)}"] if apart else []
-            best = f"{_label(here, top)} has the highest mean"
-            if same:
-                best = f"{', '.join(_label(here, m) for m in (top, *same))} have the highest mean"
-            told = told or ["its intervals to all others that finished exclude 0"]
-            found.append(f"{network}, {named(here, noise)}: {'; '.join([best, *told])}.")
+            told = [f"{_label(here, top)} has the highest mean"]
+            told += [f"Not shown to be lower: {'; '.join(close)}"] if close else []  # a label may have a comma
+            told += [f"Without a seed in common: {'; '.join(apart)}"] if apart else []
+            told += [] if close or apart else ["Its intervals to all others that finished exclude 0"]
+            found.append(f"{network}, {named(here, noise)}: {'. '.join(told)}.")
     return found
 
 
@@ -350,7 +347,8 @@ BARS = """\
 Left: the bars are 95 % intervals of each method's mean. The sentences and tables have intervals of differences paired
 by seed, so methods may be shown to differ though their bars overlap. Right: means over the seeds."""
 ONE = "One seed gives no interval, so no difference is shown."
-SHORT = "The sentences are generated from the runs; each says what its interval says."
+SHORT = "Generated from the runs. A difference is called higher or lower only where its 95 % interval excludes 0."
+BEST = "The method with the highest mean of last top-1, and those that are not shown to be lower:"
 
 
 def page(results: Path, protocol: Path, svg: str) -> str:
@@ -365,7 +363,7 @@ def page(results: Path, protocol: Path, svg: str) -> str:
     said, best = statements(lines), best_methods(lines)
     n = max(len(of(lines, network=a, noise=b, method=c)) for a, b, c in {_key(line) for line in lines})
     blocks = [f"# A study on {DATA}", SHORT if said or best else "", bullets(said)]
-    blocks += [bullets(best), f"![Accuracy over the noises, and wrong labels learned]({svg})", BARS]
+    blocks += [BEST if best else "", bullets(best), f"![Accuracy over the noises, and wrong labels learned]({svg})", BARS]
     for network in ordered(lines, "network"):
         blocks += [f"## {network}", results_table([line for line in lines if line["network"] == network])]
     blocks.append(

@@ -58,13 +58,13 @@ def test_the_interval_by_hand():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ((1, 2, 3), "+2.00 points (95 % interval -0.48 to 4.48), above on 3 of 3 seeds: the interval includes 0"),
-        ((1, 1.1, 1.2), "above on 3 of 3 seeds: higher, the interval excludes 0"),
-        ((-1, -1.1, -1.2), "above on 0 of 3 seeds: lower, the interval excludes 0"),
-        ((-2, 0, 2), "+0.00 points (95 % interval -4.97 to 4.97), above on 1 of 3 seeds: the interval includes 0"),
+        ((1, 2, 3), "+2.00 points (95 % interval -0.48 to 4.48), above 0 on 3 of 3 seeds: the interval includes 0"),
+        ((1, 1.1, 1.2), "above 0 on 3 of 3 seeds: higher, the interval excludes 0"),
+        ((-1, -1.1, -1.2), "above 0 on 0 of 3 seeds: lower, the interval excludes 0"),
+        ((-2, 0, 2), "+0.00 points (95 % interval -4.97 to 4.97), above 0 on 1 of 3 seeds: the interval includes 0"),
         ((0.5, 0.5, 0.5), "+0.50 points on each of 3 seeds: without a spread there is no interval"),
         ((0, 0), "+0.00 points on each of 2 seeds: without a spread there is no interval"),
-        ((1, 1.2), "+1.10 points (95 % interval -0.17 to 2.37), above on 2 of 2 seeds: the interval includes 0"),
+        ((1, 1.2), "+1.10 points (95 % interval -0.17 to 2.37), above 0 on 2 of 2 seeds: the interval includes 0"),
         ((1.5,), "+1.50 points on the one seed there is, which says nothing about others"),
     ],
 )
@@ -91,10 +91,10 @@ def test_the_page(results, tmp_path):
     assert rows["LAG0"][1:] == ["LAG0", "net", "3", "73.00 ± 2.00", "-1.00"]
     flat = " ".join(text.split())
     assert (
-        "DLB minus TWO_VIEW +2.00 points (95 % interval -0.48 to 4.48), above on 3 of 3 seeds: the interval in" in flat
+        "DLB minus TWO_VIEW is +2.00 points (95 % interval -0.48 to 4.48), above 0 on 3 of 3 seeds: the interval in" in flat
     )
-    assert "DLB minus CE +3.00 points (95 % interval 0.52 to 5.48), above on 3 of 3 seeds: higher" in flat
-    assert "DLB has the highest mean; not shown to be lower: TWO_VIEW." in flat
+    assert "DLB minus CE is +3.00 points (95 % interval 0.52 to 5.48), above 0 on 3 of 3 seeds: higher" in flat
+    assert "DLB has the highest mean. Not shown to be lower: TWO_VIEW." in flat
     assert "| dlb | alpha 3 | 62.50 | chosen |" in text and "| dlb | alpha 1 | 50.00 | - |" in text
     assert "A score on 100 images has a standard error of up to 5.0 points" in flat
     assert "Runs of the protocol that were not made: net: 1 of ce, 1 of dlb; large: none of 4." in flat
@@ -133,22 +133,22 @@ def test_partial_results(tmp_path):
     runs = [line(m, s, v) for m, values in many.items() for s, v in enumerate(values)]
     text = write(tmp_path, [*runs[:5], lost("dlb", 2)])
     assert (
-        "DLB minus TWO_VIEW +1.00 points on each of 2 seeds: without a spread there is no interval; DLB diverged with "
+        "DLB minus TWO_VIEW is +1.00 points on each of 2 seeds: without a spread there is no interval; DLB diverged with "
         "seed 2." in text
     )
     text = write(tmp_path, [*runs[:3], *(lost("dlb", s) for s in range(3))])
     assert "DLB minus TWO_VIEW has no seed on which both finished; DLB diverged with seeds 0, 1, 2." in text
     text = write(tmp_path, [lost("dlb", 0)])  # nothing finished
-    assert "| sym | DLB | 0 (1 diverged) |" in text and "The runs: none finished." in text and "generated" not in text
+    assert "| sym | DLB | 0 (1 diverged) |" in text and "The runs: none finished." in text and "Generated" not in text
     text = write(tmp_path, [line("ce", 0, 60), line("dlb", 1, 70)])  # no seed in common
-    assert "DLB has the highest mean; without a seed in common: CE." in text and "DLB minus" not in text
+    assert "DLB has the highest mean. Without a seed in common: CE." in text and "DLB minus" not in text
     assert "One seed gives no interval, so no difference is shown." in text and "inf" not in text
     text = write(tmp_path, [line(m, s, 60 + s) for m in ("ce", "dlb") for s in range(2)])
-    assert "CE, DLB have the highest mean; not shown to be lower: DLB." in text
+    assert "CE has the highest mean. Not shown to be lower: DLB." in text
     # the highest mean is of other seeds than what it is compared on
     text = write(tmp_path, [*(line("ce", s, v) for s, v in enumerate((50, 50.2, 90))),
                             *(line("dlb", s, v) for s, v in enumerate((60, 60)))])  # fmt: skip
-    assert "CE has the highest mean; not shown to be lower: DLB." in text
+    assert "CE has the highest mean. Not shown to be lower: DLB." in text
     assert study_page.named([line("ce", s, 60, wrong_labels=w) for s, w in enumerate((0.101, 0.099, 0.1))], "sym") == (
         "sym (9.9 to 10.1 % wrong)"
     )
