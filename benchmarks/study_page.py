@@ -151,7 +151,7 @@ def results_table(lines: Sequence[Record]) -> str:
                     rows.append([noise, label, n, *["-"] * 6])
                 continue
             against = [
-                "-" if method == other else shown(difference(runs, of(lines, noise=noise, method=other)))
+                "-" if method in (other, BASE) else shown(difference(runs, of(lines, noise=noise, method=other)))
                 for other in (CONTROL, BASE)
             ]
             measured = [
@@ -162,11 +162,11 @@ def results_table(lines: Sequence[Record]) -> str:
             ]
             rows.append([noise, label, n, *measured, *against])
     heads = ("noise", "method", "seeds", "last top-1 %", "best top-1 %", "NLL", "ECE %")
-    return table([*heads, f"- {_label(lines, CONTROL)}", f"- {_label(lines, BASE)}"], rows, right=True)
+    return table([*heads, f"minus {_label(lines, CONTROL)}", f"minus {_label(lines, BASE)}"], rows, right=True)
 
 
 def _label(lines: Sequence[Record], method: str) -> str:
-    return next((line["label"] for line in lines if line["method"] == method), method)
+    return next((line["label"] for line in lines if line.get("method") == method and "label" in line), method)
 
 
 def ablation_table(lines: Sequence[Record], runs: Sequence[Record]) -> str:
@@ -180,11 +180,13 @@ def ablation_table(lines: Sequence[Record], runs: Sequence[Record]) -> str:
         values = spread([last(line) for line in found]) if found else "-"
         reference = of(runs, network=network, noise=noise, method=OURS)
         rows.append((noise, _label(here, method), network, n, values, shown(difference(found, reference))))
-    return table(("noise", "variant", "network", "seeds", "last top-1 %", f"- {_label(runs, OURS)}"), rows, right=True)
+    return table(
+        ("noise", "variant", "network", "seeds", "last top-1 %", f"minus {_label(runs, OURS)}"), rows, right=True
+    )
 
 
-def tuning_table(lines: Sequence[Record]) -> str:
-    """What was tried for every tuned method and what was chosen."""
+def tuning_table(lines: Sequence[Record], every: Sequence[Record]) -> str:
+    """What was tried for every tuned method and what was chosen; `every` has the methods' labels."""
     rows = []
     for line in lines:
         for one in line["tried"]:
@@ -194,7 +196,9 @@ def tuning_table(lines: Sequence[Record]) -> str:
                 for k, v in part.items()
             )
             score = "diverged" if one["held_out_top1"] is None else f"{100 * one['held_out_top1']:.2f}"
-            rows.append((line["method"], values, score, "chosen" if one["setting"] == line["setting"] else "-"))
+            rows.append(
+                (_label(every, line["method"]), values, score, "chosen" if one["setting"] == line["setting"] else "-")
+            )
     return table(("method", "setting", "held-out top-1 %", ""), rows, right=True)
 
 
@@ -254,22 +258,23 @@ def best_methods(lines: Sequence[Record]) -> list[str]:
 def missing_runs(lines: Sequence[Record], protocol: Path) -> list[str]:
     """The runs of the protocol that are not in the results, by network."""
     known = {line["cell"] for line in lines}
-    planned = [cell for cell in load_protocol(protocol, load_preset).cells() if cell.tried is None]
+    study = load_protocol(protocol, load_preset)
+    planned = [cell for cell in study.cells() if cell.tried is None]
     found = []
     for network in dict.fromkeys(cell.network for cell in planned):
         cells = [cell for cell in planned if cell.network == network]
         lost = [cell for cell in cells if cell.name not in known]
         methods = dict.fromkeys(cell.method for cell in lost)
-        told = [f"{sum(cell.method == method for cell in lost)} of {method}" for method in methods]
+        told = [f"{sum(cell.method == method for cell in lost)} of {study.methods[method].label}" for method in methods]
         if lost:
-            found.append(f"{network}: " + (f"none of {len(cells)}" if lost == cells else ", ".join(told)))
+            found.append(f"{network}: " + (f"none of {len(cells)}" if lost == cells else "; ".join(told)))
     return found
 
 
 def origin(lines: Sequence[Record]) -> str:
     """Where, when and with what the runs were made."""
     made = [line for line in lines if "torch" in line]
-    facts = {f"{r['hardware']}, {r['jobs']} at a time of {r['threads']} threads, torch {r['torch']}" for r in made}
+    facts = {f"{r['jobs']} at a time, threads each: {r['threads']}, {r['hardware']}, torch {r['torch']}" for r in made}
     commits = sorted({line["commit"] for line in lines if line.get("commit")})
     dates = sorted({line["date"] for line in lines if "date" in line})
     if not made:
@@ -325,29 +330,47 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
 
 HOW = """\
 All runs of a network make the same optimiser steps on the same number of rows; DLB and its control start with half a
-batch less. A seed draws the weights, the order, the augmentation and, where labels are drawn, the wrong labels. All
-methods start from the same weights and train on the same labels, so differences are paired by seed. Test labels are
-never wrong. "Wrong labels learned" counts, of 2000 training images without augmentation, those of the images with a
-wrong label for which the network predicts it."""
+batch less. DLB, alone and with mixup, its control, DDGSD and R-Drop show every image twice in a row (DDGSD and
+R-Drop in one batch) and so make half as many passes over the images as the other methods, which alone changes how
+many wrong labels are learned. So only of DLB is the difference to the control what its term of the loss does. A seed
+draws the weights, the order, the augmentation and, where they are drawn, the training images and the wrong labels.
+All methods start from the same weights and train on the same images and labels, so differences are paired by seed.
+Test labels are never wrong. "Wrong labels learned" is, of the images with a wrong label among 2000 training images
+without augmentation, the share for which the network predicts it."""
+MIRRORED = """\
+On {networks} images are mirrored at random and not shifted, so about half of the second views have the pixels of the
+first."""
+LAGS = """\
+Variants of DLB, all with its chosen setting and its order of images. The teacher of a repeated image is what the
+network said of it one step before (DLB, lag 1), two steps before (lag 2), or in the same step of another view of it
+(lag 0: one direction of DDGSD, with DLB's setting). "The same view twice" repeats the pixels, too."""
 TUNED = """\
-The settings of these methods were chosen by the program from as many runs each, by the last top-1 on a tenth of the
-training set that was held out with its wrong labels, on one network at one noise, with a seed of its own."""
-ROUGH = "A score on {n} images has a standard error of up to {points:.1f} points, so near ones may change places."
+The program chose the setting with the highest last top-1 on a tenth of the training set, which was held out with its
+wrong labels; a run per setting, with a seed that the study does not have. The setting is used on all networks and
+noises. Methods without a row have none of their own."""
+ROUGH = """\
+The runs are of {network} with {noise}; for other noises and networks another setting may be better. {wrong:.0f} % of
+the labels are wrong, so right answers would score about {right:.0f} %. {n} images give a score a standard error of
+up to {points:.1f} points, and the seed adds to it, so near ones may change places."""
 NOT = """\
 It does not show what another network, data set, image size, learning rate or a longer training would give. The
 learning rate, the weight decay and the schedule are one recipe for all methods of a network; no method's own was
-looked for. {wide} "Best" picks the evaluation by the test set and is optimistic; "last" is what a user has. The images
-are JPEG files, whose pixels differ a little from those of the data set, so no figure compares with published ones to a
-tenth of a point."""
+looked for. {wide} "Best" picks the evaluation by the test set and is optimistic; "last" is what a user has. The
+images are JPEG copies, whose pixels differ a little from those of the data set, so no figure compares with published
+ones to a tenth of a point."""
 WIDE = """\
-With few seeds a 95 % interval is wide ({n} seeds: {t:.2f} standard errors to either side), so a difference that is not
-shown may be there; and where there is no difference, one interval in twenty excludes 0 by chance (the sentences on
-{ours} read {count}, those on the highest mean more)."""
+With few seeds a 95 % interval is wide ({n} seeds: {t:.2f} standard errors to either side), so a difference that is
+not shown may be there. Where there is no difference, one interval in twenty excludes 0 by chance, and the tables
+have {count}. The method with the highest mean was picked because it is high, so its intervals exclude 0 by chance
+more often than that."""
 BARS = """\
-Left: the bars are 95 % intervals of each method's mean. The sentences and tables have intervals of differences paired
-by seed, so methods may be shown to differ though their bars overlap. Right: means over the seeds."""
+Left: the bars are 95 % intervals of each method's mean. The sentences and tables have intervals of differences
+paired by seed, so methods may be shown to differ though their bars overlap. Right: means over the seeds."""
 ONE = "One seed gives no interval, so no difference is shown."
-SHORT = "Generated from the runs. A difference is called higher or lower only where its 95 % interval excludes 0."
+SHORT = """\
+Generated from the runs. A difference is called higher or lower only where its 95 % interval excludes 0. The control,
+"{control}", has the batches of {ours} without its term of the loss: {ours} minus the control is what the term does,
+{ours} minus {base} also what it does to see images twice in a row in half as many passes."""
 BEST = "The method with the highest mean of last top-1, and those that are not shown to be lower:"
 
 
@@ -361,28 +384,51 @@ def page(results: Path, protocol: Path, svg: str) -> str:
     from scipy.stats import t
 
     said, best = statements(lines), best_methods(lines)
+    short = SHORT.format(
+        **{name: _label(lines, m) for name, m in (("ours", OURS), ("control", CONTROL), ("base", BASE))}
+    )
     n = max(len(of(lines, network=a, noise=b, method=c)) for a, b, c in {_key(line) for line in lines})
-    blocks = [f"# A study on {DATA}", SHORT if said or best else "", bullets(said)]
-    blocks += [BEST if best else "", bullets(best), f"![Accuracy over the noises, and wrong labels learned]({svg})", BARS]
+    blocks = [f"# A study on {DATA}", short if said or best else "", bullets(said)]
+    blocks += [
+        BEST if best else "",
+        bullets(best),
+        f"![Accuracy over the noises, and wrong labels learned]({svg})",
+        BARS,
+    ]
     for network in ordered(lines, "network"):
         blocks += [f"## {network}", results_table([line for line in lines if line["network"] == network])]
     blocks.append(
-        "Mean ± sample standard deviation over seeds. The columns that begin with a minus are differences of last "
-        "top-1 in points, paired by seed, with 95 % t intervals, except of one seed or equal values."
+        "Mean ± sample standard deviation over seeds, on the test set: last top-1, NLL (mean negative log-likelihood) "
+        "and ECE (expected calibration error) at the end of the training, best top-1 of all evaluations. The last "
+        "columns are differences of last top-1 in points, paired by seed, with 95 % t intervals, except of one seed or "
+        "equal values."
     )
-    if ablations := once(every, "ablation"):
-        blocks += ["## The lag, and the second augmentation", ablation_table(ablations, lines)]
+    ablations = once(every, "ablation")
+    if ablations:
+        blocks += ["## The age of the teacher, and the second augmentation", LAGS, ablation_table(ablations, lines)]
     if chosen := once(every, "chosen", "method"):
-        images = {line["test_images"] for line in once(every, "tuning") if "test_images" in line}
-        rough = [ROUGH.format(n=n, points=50 / math.sqrt(n)) for n in sorted(images)]
-        blocks += ["## Settings", " ".join([TUNED, *rough]), tuning_table(chosen)]
-    blocks += ["## How it was made", HOW]
-    wide, count = ONE, sum("95 % interval" in sentence for sentence in said)
+        finished = [line for line in once(every, "tuning") if "diverged" not in line]
+        rough = dict.fromkeys(
+            ROUGH.format(
+                network=line["network"],
+                noise=line["noise"],
+                wrong=100 * line["wrong_labels"],
+                right=100 - 100 * line["wrong_labels"],
+                n=line["test_images"],
+                points=50 / math.sqrt(line["test_images"]),
+            )
+            for line in finished
+        )
+        blocks += ["## Settings", " ".join([TUNED, *rough]), tuning_table(chosen, every)]
+    still = ordered([line for line in lines if line.get("config", {}).get("padding") == 0], "network")
+    mirrored = [MIRRORED.format(networks=" and ".join(still))] if still else []
+    blocks += ["## How it was made", " ".join([HOW, *mirrored])]
+    wide, count = ONE, sum(block.count(" [") for block in blocks if block.startswith("|"))
     if n > 1:
-        wide = WIDE.format(n=n, t=t.ppf(0.975, n - 1), count=count, ours=_label(lines, OURS))
+        wide = WIDE.format(n=n, t=t.ppf(0.975, n - 1), count=count)
     blocks += ["## What it does not show", NOT.format(wide=wide)]
     if lost := missing_runs(lines, protocol):
-        blocks += ["Runs of the protocol that were not made: " + "; ".join(lost) + "."]
+        blocks += ["Runs of the protocol that were not made:", bullets(lost)]
     where = protocol.relative_to(ROOT) if protocol.is_relative_to(ROOT) else protocol.name
     name = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results.name
     first = next((line["cell"] for line in lines if line["method"] == OURS), lines[0]["cell"])
@@ -391,7 +437,7 @@ def page(results: Path, protocol: Path, svg: str) -> str:
         "## Again",
         f"```bash\n{command}\n{command} --tuned {name} --only {first}   # one run\n"
         f"python -m benchmarks.study_page OUT/results.jsonl --out docs/study.md\n```",
-        f"`{where}` says where the data and the labels come from. The runs: {origin(lines)}",
+        f"`{where}` says where the data and the labels come from. The runs: {origin([*lines, *ablations])}",
     ]
     made = [one if one.startswith(("|", "*", "```", "#", "!")) else wrapped(one) for one in blocks if one]
     return "\n\n".join(made) + "\n"

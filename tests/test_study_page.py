@@ -91,14 +91,15 @@ def test_the_page(results, tmp_path):
     assert rows["LAG0"][1:] == ["LAG0", "net", "3", "73.00 ± 2.00", "-1.00"]
     flat = " ".join(text.split())
     assert (
-        "DLB minus TWO_VIEW is +2.00 points (95 % interval -0.48 to 4.48), above 0 on 3 of 3 seeds: the interval in" in flat
+        "DLB minus TWO_VIEW is +2.00 points (95 % interval -0.48 to 4.48), above 0 on 3 of 3 seeds: the interval in"
+        in flat
     )
     assert "DLB minus CE is +3.00 points (95 % interval 0.52 to 5.48), above 0 on 3 of 3 seeds: higher" in flat
     assert "DLB has the highest mean. Not shown to be lower: TWO_VIEW." in flat
-    assert "| dlb | alpha 3 | 62.50 | chosen |" in text and "| dlb | alpha 1 | 50.00 | - |" in text
-    assert "A score on 100 images has a standard error of up to 5.0 points" in flat
-    assert "Runs of the protocol that were not made: net: 1 of ce, 1 of dlb; large: none of 4." in flat
-    assert "a machine, 2 at a time of 1 threads, torch 2; commits abc; 2026-12-01 to 2026-12-01" in flat
+    assert "| DLB | alpha 3 | 62.50 | chosen |" in text and "| DLB | alpha 1 | 50.00 | - |" in text
+    assert "40 % of the labels are wrong, so right answers would score about 60 %. 100 images give" in flat
+    assert "Runs of the protocol that were not made: * net: 1 of ce; 1 of dlb * large: none of 4" in flat
+    assert "2 at a time, threads each: 1, a machine, torch 2; commits abc; 2026-12-01 to 2026-12-01" in flat
     assert max(map(len, (x for x in text.splitlines() if not x.startswith(("|", "dlb-fast", "python"))))) <= 120
 
 
@@ -133,15 +134,15 @@ def test_partial_results(tmp_path):
     runs = [line(m, s, v) for m, values in many.items() for s, v in enumerate(values)]
     text = write(tmp_path, [*runs[:5], lost("dlb", 2)])
     assert (
-        "DLB minus TWO_VIEW is +1.00 points on each of 2 seeds: without a spread there is no interval; DLB diverged with "
-        "seed 2." in text
+        "DLB minus TWO_VIEW is +1.00 points on each of 2 seeds: without a spread there is no interval; DLB diverged "
+        "with seed 2." in text
     )
     text = write(tmp_path, [*runs[:3], *(lost("dlb", s) for s in range(3))])
     assert "DLB minus TWO_VIEW has no seed on which both finished; DLB diverged with seeds 0, 1, 2." in text
     text = write(tmp_path, [lost("dlb", 0)])  # nothing finished
     assert "| sym | DLB | 0 (1 diverged) |" in text and "The runs: none finished." in text and "Generated" not in text
     text = write(tmp_path, [line("ce", 0, 60), line("dlb", 1, 70)])  # no seed in common
-    assert "DLB has the highest mean. Without a seed in common: CE." in text and "DLB minus" not in text
+    assert "DLB has the highest mean. Without a seed in common: CE." in text and "DLB minus CE is" not in text
     assert "One seed gives no interval, so no difference is shown." in text and "inf" not in text
     text = write(tmp_path, [line(m, s, 60 + s) for m in ("ce", "dlb") for s in range(2)])
     assert "CE has the highest mean. Not shown to be lower: DLB." in text
@@ -163,7 +164,7 @@ def test_joined_files_count_a_run_once(tmp_path):
     text = write(tmp_path, [run, *[other] * 2, *[chosen] * 2, {**lost("lag2", 0), "kind": "ablation", "cell": "x"}])
     assert "| sym | LAG2 | net | 0 (1 diverged) | - | - |" in text
     assert "| sym | LAG0 | net | 1 | 60.00 | -10.00 |" in text
-    assert text.count("| dlb | impl cpu | diverged | chosen |") == 1
+    assert text.count("| DLB | impl cpu | diverged | chosen |") == 1
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(ValueError, match="none.jsonl holds no run"):
         study_page.short_form(tmp_path / "none.jsonl")
