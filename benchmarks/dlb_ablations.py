@@ -5,10 +5,11 @@
 A batch is `[half t - lag | half t]` of DLB's own plan of halves, the teacher of a row is what the network said of its
 image `lag` steps ago, and alpha and temperature are those chosen for DLB in OUT/results.jsonl. Lag 1 is DLB.
 
-- `lag0`: both views of a half in one batch. The first views learn from the second ones' logits of the same forward,
-  detached: DDGSD with one of its two directions.
+- `lag0`: both views of a half in one batch. The first half of the rows learns from the logits of the second half, of
+  the same forward and detached: DDGSD with one of its two directions.
 - `lag2`: two streams of DLB, the even and the odd batches, each with a criterion of its own.
-- `same_view`: DLB whose repeated half has the pixels of its first visit.
+- `same_view`: DLB whose repeated half has the pixels of its first visit. Where a view is only mirrored at random (the
+  protocol's first network), half of the rows of DLB have these anyway.
 
 OUT is the folder of `dlb-fast compare --protocol`, whose runs of `dlb` are the reference. Every run appends a line to
 results.jsonl; what is there is not run again, and what was cut short continues.
@@ -40,7 +41,7 @@ OURS, MODULE = "dlb", "benchmarks.dlb_ablations"  # which is __main__ when it ru
 
 
 class OneDirection(DistillationLoss):
-    """`CE(all rows) + alpha tau^2 mean KL(second views || first views)`, the second views detached."""
+    """`CE(all rows) + alpha tau^2 mean KL(second half || first half)`, the second half of the rows detached."""
 
     def __init__(self, *, alpha: float = 1.0, temperature: float = 3.0, impl: str = "auto") -> None:
         super().__init__(alpha=alpha, temperature=temperature, impl=impl)
@@ -102,8 +103,9 @@ VARIANTS = {
 class LagSampler(PlanSampler):
     """Batches `[half t - lag | half t]` of the plan of DLB's sampler; the first `lag` of a run have no old half.
 
-    With lag 0 these are two views of the same half. `view` is that of the old half's images; 0 repeats the pixels of
-    their first visit.
+    With lag 0 these are two views of the same half. With lag 2 the first two batches of an epoch may have an image in
+    both halves, which the plan rules out for lag 1: about 2 of 128 with 10 000 images. `view` is that of the old half's
+    images; 0 repeats the pixels of their first visit.
     """
 
     def __init__(self, length: int, batch_size: int, lag: int, view: int, seed: int) -> None:

@@ -83,6 +83,10 @@ def test_lag_one_has_the_images_of_dlb():
     options = {"overlap": True, "seed": 3, "device": torch.device("cpu")}
     for mine, theirs in zip(ours.train_loader(**options), data.train_loader(**options), strict=True):
         assert torch.equal(mine.images, theirs.images) and torch.equal(mine.ids, theirs.ids)
+    for view, same in ((0, True), (1, False)):  # whether a repeated half has the pixels of its first visit
+        ours.variant = ablations.Variant("", "dlb", 1, view)
+        before, now = list(ours.train_loader(**options))[:2]
+        assert torch.equal(before.images[-4:], now.images[:4]) == same
 
 
 def test_all_variants_are_run_once(tmp_path, monkeypatch):
