@@ -360,9 +360,10 @@ images are JPEG copies, whose pixels differ a little from those of the data set,
 ones to a tenth of a point."""
 WIDE = """\
 With few seeds a 95 % interval is wide ({n} seeds: {t:.2f} standard errors to either side), so a difference that is
-not shown may be there. Where there is no difference, one interval in twenty excludes 0 by chance, and the tables
-have {count}. The method with the highest mean was picked because it is high, so its intervals exclude 0 by chance
-more often than that."""
+not shown may be there. It is over seeds alone: all runs have the same test images, and the same labels where people
+gave them. Where there is no difference, one interval in twenty excludes 0 by chance, and the tables have {count}.
+The method with the highest mean was picked because it is high, so its intervals exclude 0 by chance more often than
+that."""
 BARS = """\
 Left: the bars are 95 % intervals of each method's mean. The sentences and tables have intervals of differences
 paired by seed, so methods may be shown to differ though their bars overlap. Right: means over the seeds."""
