@@ -148,7 +148,7 @@ def results_table(lines: Sequence[Record]) -> str:
             n = f"{len(runs)}" + (f" ({lost} diverged)" if lost else "")
             if not runs:
                 if lost:
-                    rows.append([noise, label, n, *["-"] * 6])
+                    rows.append([noise, label, n, *["-"] * 7])
                 continue
             against = [
                 "-" if method in (other, BASE) else shown(difference(runs, of(lines, noise=noise, method=other)))
@@ -159,9 +159,10 @@ def results_table(lines: Sequence[Record]) -> str:
                 spread([r["best"]["test_top1"] for r in runs], 100),
                 spread([r["last"]["test_nll"] for r in runs], form=".3f"),
                 spread([r["last"]["test_ece"] for r in runs], 100, ".1f"),
+                f"{statistics.median(r['seconds'] for r in runs):.0f}",
             ]
             rows.append([noise, label, n, *measured, *against])
-    heads = ("noise", "method", "seeds", "last top-1 %", "best top-1 %", "NLL", "ECE %")
+    heads = ("noise", "method", "seeds", "last top-1 %", "best top-1 %", "NLL", "ECE %", "seconds")
     return table([*heads, f"minus {_label(lines, CONTROL)}", f"minus {_label(lines, BASE)}"], rows, right=True)
 
 
@@ -353,7 +354,8 @@ The runs are of {network} with {noise}; for other noises and networks another se
 the labels are wrong, so right answers would score about {right:.0f} %. {n} images give a score a standard error of
 up to {points:.1f} points, and the seed adds to it, so near ones may change places."""
 NOT = """\
-It does not show what another network, data set, image size, learning rate or a longer training would give. The
+It does not show what another network, data set, image size, learning rate or a longer training would give, nor how
+much of the control's difference to cross entropy half as many passes alone would make. The
 learning rate, the weight decay and the schedule are one recipe for all methods of a network; no method's own was
 looked for. {wide} "Best" picks the evaluation by the test set and is optimistic; "last" is what a user has. The
 images are JPEG copies, whose pixels differ a little from those of the data set, so no figure compares with published
@@ -400,9 +402,10 @@ def page(results: Path, protocol: Path, svg: str) -> str:
         blocks += [f"## {network}", results_table([line for line in lines if line["network"] == network])]
     blocks.append(
         "Mean ± sample standard deviation over seeds, on the test set: last top-1, NLL (mean negative log-likelihood) "
-        "and ECE (expected calibration error) at the end of the training, best top-1 of all evaluations. The last "
-        "columns are differences of last top-1 in points, paired by seed, with 95 % t intervals, except of one seed or "
-        "equal values."
+        "and ECE (expected calibration error) at the end of the training, best top-1 of all evaluations. Seconds are "
+        "the median time of a run, in which pauses and other work on the machine count. The last columns are "
+        "differences of last top-1 in points, paired by seed, with 95 % t intervals, except of one seed or equal "
+        "values."
     )
     ablations = once(every, "ablation")
     if ablations:
@@ -463,8 +466,8 @@ def short_form(results: Path) -> str:
             best = f"{_label(here, top)} {statistics.fmean(map(last, groups[top])):.2f}, of {len(groups)}"
             rows.append([network, named(here, noise), *values, *gaps, best])
     names = [_label(lines, m) for m in (BASE, CONTROL, OURS)]
-    heads = ["network", "wrong labels", *names, f"{names[2]} - {names[1]}", f"{names[2]} - {names[0]}", "highest mean"]
-    return table(heads, rows, right=True)
+    minus = [f"{names[2]} minus {name}" for name in (names[1], names[0])]
+    return table(["network", "wrong labels", *names, *minus, "highest mean"], rows, right=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

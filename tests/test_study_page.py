@@ -84,7 +84,7 @@ def test_the_page(results, tmp_path):
         r[1]: r for x in text.splitlines() if x.startswith("| sym") for r in [[c.strip() for c in x.split("|")[1:-1]]]
     }
     assert rows["DLB"] == [
-        "sym", "DLB", "3", "74.00 ± 2.00", "76.00 ± 2.00", "1.500 ± 0.000", "20.0 ± 0.0",
+        "sym", "DLB", "3", "74.00 ± 2.00", "76.00 ± 2.00", "1.500 ± 0.000", "20.0 ± 0.0", "60",
         "+2.00 [-0.48, 4.48]", "+3.00 [0.52, 5.48]",
     ]  # fmt: skip
     assert rows["LATE"][2] == "0 (1 diverged)"
