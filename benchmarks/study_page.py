@@ -344,7 +344,8 @@ first."""
 LAGS = """\
 Variants of DLB, all with its chosen setting and its order of images. The teacher of a repeated image is what the
 network said of it one step before (DLB, lag 1), two steps before (lag 2), or in the same step of another view of it
-(lag 0: one direction of DDGSD, with DLB's setting). "The same view twice" repeats the pixels, too."""
+(lag 0: one direction of DDGSD, with DLB's setting). "The same view twice" repeats the pixels, too. The new halves
+alone are the same steps with half the rows: no image twice in a row and no teacher."""
 TUNED = """\
 The program chose the setting with the highest last top-1 on a tenth of the training set, which was held out with its
 wrong labels; a run per setting, with a seed that the study does not have. The setting is used on all networks and
@@ -354,8 +355,7 @@ The runs are of {network} with {noise}; for other noises and networks another se
 the labels are wrong, so right answers would score about {right:.0f} %. {n} images give a score a standard error of
 up to {points:.1f} points, and the seed adds to it, so near ones may change places."""
 NOT = """\
-It does not show what another network, data set, image size, learning rate or a longer training would give, nor how
-much of the control's difference to cross entropy half as many passes alone would make. The
+It does not show what another network, data set, image size, learning rate or a longer training would give. The
 learning rate, the weight decay and the schedule are one recipe for all methods of a network; no method's own was
 looked for. {wide} "Best" picks the evaluation by the test set and is optimistic; "last" is what a user has. The
 images are JPEG copies, whose pixels differ a little from those of the data set, so no figure compares with published
@@ -409,7 +409,7 @@ def page(results: Path, protocol: Path, svg: str) -> str:
     )
     ablations = once(every, "ablation")
     if ablations:
-        blocks += ["## The age of the teacher, and the second augmentation", LAGS, ablation_table(ablations, lines)]
+        blocks += ["## The age of the teacher and the second visit", LAGS, ablation_table(ablations, lines)]
     if chosen := once(every, "chosen", "method"):
         finished = [line for line in once(every, "tuning") if "diverged" not in line]
         rough = dict.fromkeys(
