@@ -1,14 +1,17 @@
-"""Two ablations of DLB on a protocol's data: the age of the teacher, and whether the second visit is augmented anew.
+"""Ablations of DLB on a protocol's data: the age of the teacher, a new augmentation, and no second visit at all.
 
     python -m benchmarks.dlb_ablations --protocol benchmarks/protocol-cifar10.yaml --data DATA --out OUT
 
 A batch is `[half t - lag | half t]` of DLB's own plan of halves, the teacher of a row is what the network said of its
 image `lag` steps ago, and alpha and temperature are those chosen for DLB in OUT/results.jsonl. Lag 1 is DLB.
 
-- `lag0`: both views of a half in one batch. The first views learn from the second ones' logits of the same forward,
-  detached: DDGSD with one of its two directions.
+- `lag0`: both views of a half in one batch. The first half of the rows learns from the logits of the second half, of
+  the same forward and detached: DDGSD with one of its two directions.
 - `lag2`: two streams of DLB, the even and the odd batches, each with a criterion of its own.
-- `same_view`: DLB whose repeated half has the pixels of its first visit.
+- `same_view`: DLB whose repeated half has the pixels of its first visit. Where a view is only mirrored at random (the
+  protocol's first network), half of the rows of DLB have these anyway.
+- `once`: the new halves alone with cross entropy, the same steps with half the rows. Beside the control, DLB's batches
+  without its term, it tells what showing the images a second time does.
 
 OUT is the folder of `dlb-fast compare --protocol`, whose runs of `dlb` are the reference. Every run appends a line to
 results.jsonl; what is there is not run again, and what was cut short continues.
@@ -40,7 +43,7 @@ OURS, MODULE = "dlb", "benchmarks.dlb_ablations"  # which is __main__ when it ru
 
 
 class OneDirection(DistillationLoss):
-    """`CE(all rows) + alpha tau^2 mean KL(second views || first views)`, the second views detached."""
+    """`CE(all rows) + alpha tau^2 mean KL(second half || first half)`, the second half of the rows detached."""
 
     def __init__(self, *, alpha: float = 1.0, temperature: float = 3.0, impl: str = "auto") -> None:
         super().__init__(alpha=alpha, temperature=temperature, impl=impl)
@@ -84,11 +87,14 @@ class TwoStreams(DistillationLoss):
 
 
 class Variant(NamedTuple):
-    """A variant of DLB: its name in tables, its criterion, the age of the teacher, and the view of the second visit."""
+    """A variant of DLB: its name in tables, its criterion, the age of the teacher, and the view of the second visit.
+
+    `lag` None: no second visit.
+    """
 
     label: str
     method: str
-    lag: int
+    lag: int | None
     view: int
 
 
@@ -96,26 +102,31 @@ VARIANTS = {
     "lag0": Variant("lag 0 (one direction of DDGSD)", f"{MODULE}:OneDirection", 0, 1),
     "lag2": Variant("lag 2", f"{MODULE}:TwoStreams", 2, 1),
     "same_view": Variant("lag 1, the same view twice", f"{MODULE}:OneStream", 1, 0),
+    "once": Variant("cross entropy of the new halves alone", "ce", None, 0),
 }
 
 
 class LagSampler(PlanSampler):
     """Batches `[half t - lag | half t]` of the plan of DLB's sampler; the first `lag` of a run have no old half.
 
-    With lag 0 these are two views of the same half. `view` is that of the old half's images; 0 repeats the pixels of
-    their first visit.
+    With lag None no batch has one. With lag 0 these are two views of the same half. With lag 2 the first two
+    batches of an epoch may have an image in both halves, which the plan rules out for lag 1: about 2 of 128 with 10
+    000 images. `view` is that of the old half's images; 0 repeats the pixels of their first visit.
     """
 
-    def __init__(self, length: int, batch_size: int, lag: int, view: int, seed: int) -> None:
+    def __init__(self, length: int, batch_size: int, lag: int | None, view: int, seed: int) -> None:
         super().__init__(OverlapPlan(length, batch_size // 2, seed=seed), 0, batch_size)
         self.lag, self.view = lag, view
 
     def views(self, epoch: int, step: int) -> tuple[Any, Any, Any]:
         """The old rows, then the new ones."""
         new, at = self.plan.half(epoch, step), (epoch, step)
+        alone = new, np.full(len(new), epoch), np.zeros(len(new), np.int64)
+        if self.lag is None:
+            return alone
         for _ in range(self.lag):
             if (before := self.plan.before(*at)) is None:
-                return new, np.full(len(new), epoch), np.zeros(len(new), np.int64)
+                return alone
             at = before
         old = self.plan.half(*at)
         epochs = np.repeat([at[0], epoch], [len(old), len(new)])
@@ -137,8 +148,10 @@ class LagData(RunData):
 def train(config: RunConfig, name: str, folder: RunFolder) -> dict[str, Any]:
     """Train a variant with a config of DLB, or continue it; returns its summary."""
     data = LagData(**vars(open_data(config.data)))
-    data.variant = VARIANTS[name]
-    method = override(config, method=VARIANTS[name].method)
+    data.variant = variant = VARIANTS[name]
+    method = override(config, method=variant.method)
+    if variant.lag is None:  # cross entropy has no numbers of its own
+        method = override(method, alpha=None, temperature=None)
     if not (folder.path / "result.json").exists():
         try:
             result = train_run(method, folder, resume=folder.exists(), quiet=True, data=data)
@@ -175,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = {"config": None, "runs": labels, "command": " ".join(sys.argv[1:]), "data": identity(opened)}
     wanted = compare.fitting(list(cells), args.only)
     with compare.claimed(args.out, asked):
-        lines = compare.read_results(results)  # another sitting may have ended since
+        lines = compare.read_results(results)  # another command may have ended since
         known = {line.get("cell") for line in lines}
         for cell in wanted:
             if cell in known:

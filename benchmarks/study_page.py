@@ -11,12 +11,12 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlb_fast.presets import load_preset
-from dlb_fast.report.pictures import style
+from dlb_fast.report.pictures import COLORS, style
 from dlb_fast.report.tables import spread
 from dlb_fast.train.compare import read_results
 from dlb_fast.train.protocol import load_protocol
@@ -27,7 +27,7 @@ from .tables import ROOT, Record, table, wrapped
 PROTOCOL = ROOT / "benchmarks" / "protocol-cifar10.yaml"
 DATA = "CIFAR-10 (JPEG)"
 OURS, CONTROL, BASE = "dlb", "two_view", "ce"
-Value = Callable[[Record], float]
+MARKERS = "os^DvPX*<>ph8"  # with as many colours as COLORS has, a look of its own for each of 91 methods
 
 
 class Interval(NamedTuple):
@@ -59,10 +59,10 @@ def of(lines: Sequence[Record], **where: Any) -> list[Record]:
     return sorted(found, key=lambda line: line["seed"])
 
 
-def difference(ours: Sequence[Record], theirs: Sequence[Record], value: Value = last) -> Interval | None:
-    """Of the seeds that both have, ours minus theirs; None without such a seed."""
-    other = {line["seed"]: value(line) for line in theirs}
-    found = [value(line) - other[line["seed"]] for line in ours if line["seed"] in other]
+def difference(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval | None:
+    """Of the seeds that both have, last top-1 of ours minus theirs in points; None without such a seed."""
+    other = {line["seed"]: last(line) for line in theirs}
+    found = [last(line) - other[line["seed"]] for line in ours if line["seed"] in other]
     return interval(found) if found else None
 
 
@@ -91,7 +91,7 @@ def verdict(found: Interval) -> str:
     if equal(found):
         return f"{found.mean:+.2f} points on each of {n} seeds: without a spread there is no interval"
     span = f"95 % interval {found.low:.2f} to {found.high:.2f}"
-    told = f"{found.mean:+.2f} points ({span}), above on {above} of {n} seeds"
+    told = f"{found.mean:+.2f} points ({span}), above 0 on {above} of {n} seeds"
     if found.low > 0:
         return f"{told}: higher, the interval excludes 0"
     if found.high < 0:
@@ -144,14 +144,14 @@ def results_table(lines: Sequence[Record]) -> str:
         for method in ordered(lines, "method"):
             runs = of(lines, noise=noise, method=method)
             lost = len(diverged(lines, noise, method))
-            label = next(line["label"] for line in lines if line["method"] == method)
+            label = _label(lines, method)
             n = f"{len(runs)}" + (f" ({lost} diverged)" if lost else "")
             if not runs:
                 if lost:
                     rows.append([noise, label, n, *["-"] * 7])
                 continue
             against = [
-                "-" if method == other else shown(difference(runs, of(lines, noise=noise, method=other)))
+                "-" if method in (other, BASE) else shown(difference(runs, of(lines, noise=noise, method=other)))
                 for other in (CONTROL, BASE)
             ]
             measured = [
@@ -159,15 +159,15 @@ def results_table(lines: Sequence[Record]) -> str:
                 spread([r["best"]["test_top1"] for r in runs], 100),
                 spread([r["last"]["test_nll"] for r in runs], form=".3f"),
                 spread([r["last"]["test_ece"] for r in runs], 100, ".1f"),
-                spread([r["seconds"] for r in runs], form=".0f"),
+                f"{statistics.median(r['seconds'] for r in runs):.0f}",
             ]
             rows.append([noise, label, n, *measured, *against])
     heads = ("noise", "method", "seeds", "last top-1 %", "best top-1 %", "NLL", "ECE %", "seconds")
-    return table([*heads, f"- {_label(lines, CONTROL)}", f"- {_label(lines, BASE)}"], rows, right=True)
+    return table([*heads, f"minus {_label(lines, CONTROL)}", f"minus {_label(lines, BASE)}"], rows, right=True)
 
 
 def _label(lines: Sequence[Record], method: str) -> str:
-    return next((line["label"] for line in lines if line["method"] == method), method)
+    return next((line["label"] for line in lines if line.get("method") == method and "label" in line), method)
 
 
 def ablation_table(lines: Sequence[Record], runs: Sequence[Record]) -> str:
@@ -181,11 +181,13 @@ def ablation_table(lines: Sequence[Record], runs: Sequence[Record]) -> str:
         values = spread([last(line) for line in found]) if found else "-"
         reference = of(runs, network=network, noise=noise, method=OURS)
         rows.append((noise, _label(here, method), network, n, values, shown(difference(found, reference))))
-    return table(("noise", "variant", "network", "seeds", "last top-1 %", f"- {_label(runs, OURS)}"), rows, right=True)
+    return table(
+        ("noise", "variant", "network", "seeds", "last top-1 %", f"minus {_label(runs, OURS)}"), rows, right=True
+    )
 
 
-def tuning_table(lines: Sequence[Record]) -> str:
-    """What was tried for every tuned method and what was chosen."""
+def tuning_table(lines: Sequence[Record], every: Sequence[Record]) -> str:
+    """What was tried for every tuned method and what was chosen; `every` has the methods' labels."""
     rows = []
     for line in lines:
         for one in line["tried"]:
@@ -195,7 +197,9 @@ def tuning_table(lines: Sequence[Record]) -> str:
                 for k, v in part.items()
             )
             score = "diverged" if one["held_out_top1"] is None else f"{100 * one['held_out_top1']:.2f}"
-            rows.append((line["method"], values, score, "chosen" if one["setting"] == line["setting"] else "-"))
+            rows.append(
+                (_label(every, line["method"]), values, score, "chosen" if one["setting"] == line["setting"] else "-")
+            )
     return table(("method", "setting", "held-out top-1 %", ""), rows, right=True)
 
 
@@ -215,7 +219,7 @@ def statements(lines: Sequence[Record]) -> list[str]:
                 tried = {line["method"] for line in here if line["noise"] == noise}
                 if gap is None and not (lost and {OURS, other} <= tried):
                     continue
-                told = verdict(gap) if gap is not None else "has no seed on which both finished"
+                told = f"is {verdict(gap)}" if gap is not None else "has no seed on which both finished"
                 told += "".join(
                     f"; {_label(here, m)} diverged with seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
                     for m, seeds in lost.items()
@@ -240,39 +244,38 @@ def best_methods(lines: Sequence[Record]) -> list[str]:
             if len(groups) < 2:
                 continue
             means = {m: statistics.fmean(map(last, runs)) for m, runs in groups.items()}
-            top, *same = (m for m in means if means[m] > max(means.values()) - 1e-6)
+            top = max(means, key=means.__getitem__)  # of equals the first; the others are not shown to be lower
             gaps = {m: difference(groups[top], runs) for m, runs in groups.items() if m != top}
             close = [_label(here, m) for m, gap in gaps.items() if gap is not None and not higher(gap)]
             apart = [_label(here, m) for m, gap in gaps.items() if gap is None]
-            told = [f"not shown to be lower: {', '.join(close)}"] if close else []
-            told += [f"without a seed in common: {', '.join(apart)}"] if apart else []
-            best = f"{_label(here, top)} has the highest mean"
-            if same:
-                best = f"{', '.join(_label(here, m) for m in (top, *same))} have the highest mean"
-            told = told or ["its intervals to all others that finished exclude 0"]
-            found.append(f"{network}, {named(here, noise)}: {'; '.join([best, *told])}.")
+            told = [f"{_label(here, top)} has the highest mean"]
+            told += [f"Not shown to be lower: {'; '.join(close)}"] if close else []  # a label may have a comma
+            told += [f"Without a seed in common: {'; '.join(apart)}"] if apart else []
+            told += [] if close or apart else ["Its intervals to all others that finished exclude 0"]
+            found.append(f"{network}, {named(here, noise)}: {'. '.join(told)}.")
     return found
 
 
 def missing_runs(lines: Sequence[Record], protocol: Path) -> list[str]:
     """The runs of the protocol that are not in the results, by network."""
     known = {line["cell"] for line in lines}
-    planned = [cell for cell in load_protocol(protocol, load_preset).cells() if cell.tried is None]
+    study = load_protocol(protocol, load_preset)
+    planned = [cell for cell in study.cells() if cell.tried is None]
     found = []
     for network in dict.fromkeys(cell.network for cell in planned):
         cells = [cell for cell in planned if cell.network == network]
         lost = [cell for cell in cells if cell.name not in known]
         methods = dict.fromkeys(cell.method for cell in lost)
-        told = [f"{sum(cell.method == method for cell in lost)} of {method}" for method in methods]
+        told = [f"{sum(cell.method == method for cell in lost)} of {study.methods[method].label}" for method in methods]
         if lost:
-            found.append(f"{network}: " + (f"none of {len(cells)}" if lost == cells else ", ".join(told)))
+            found.append(f"{network}: " + (f"none of {len(cells)}" if lost == cells else "; ".join(told)))
     return found
 
 
 def origin(lines: Sequence[Record]) -> str:
     """Where, when and with what the runs were made."""
     made = [line for line in lines if "torch" in line]
-    facts = {f"{r['hardware']}, {r['jobs']} at a time of {r['threads']} threads, torch {r['torch']}" for r in made}
+    facts = {f"{r['jobs']} at a time, threads each: {r['threads']}, {r['hardware']}, torch {r['torch']}" for r in made}
     commits = sorted({line["commit"] for line in lines if line.get("commit")})
     dates = sorted({line["date"] for line in lines if "date" in line})
     if not made:
@@ -288,7 +291,8 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
     import matplotlib
     from matplotlib.figure import Figure
 
-    networks = ordered(lines, "network")
+    networks, every = ordered(lines, "network"), ordered(lines, "method")
+    looks = {m: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, m in enumerate(every)}
     with style():
         figure = Figure(figsize=(10, 4.2 * len(networks)), layout="constrained", facecolor="white")
         axes = figure.subplots(len(networks), 2, squeeze=False)
@@ -301,10 +305,10 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
                 found = [(i, interval(values)) for i, values in enumerate(groups) if values]
                 x = [i + 0.6 * (number / max(1, len(methods) - 1) - 0.5) for i, _ in found]
                 half = [one.high - one.mean if math.isfinite(one.high) else 0.0 for _, one in found]
-                bar = left.errorbar(x, [one.mean for _, one in found], half, linestyle="", elinewidth=1, capsize=2)
-                handles[_label(here, method)] = bar
+                means, thin = [one.mean for _, one in found], {"linestyle": "", "elinewidth": 1, "capsize": 2}
+                handles.setdefault(_label(lines, method), left.errorbar(x, means, half, **thin, **looks[method]))
             left.set_xticks(range(len(noises)), [named(here, noise).replace(" (", "\n(") for noise in noises])
-            left.set(title=f"{network}: test top-1 at the end, %; bars are 95 % intervals over seeds")
+            left.set(title=f"{network}: last top-1 %")
             wrong = [noise for noise in noises if any(r["wrong_labels"] for r in of(here, noise=noise))]
             for method in methods if wrong else ():
                 curves = [
@@ -314,10 +318,9 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
                 points = list(zip(*curves, strict=False))
                 x = [point[0]["epoch"] for point in points]
                 y = [100 * statistics.fmean(one["train_wrong_top1"] for one in point) for point in points]
-                color = handles[_label(here, method)][0].get_color()
-                right.plot(x, y, color=color, markevery=max(1, len(x) // 8))
+                right.plot(x, y, linestyle="-", markevery=max(1, len(x) // 8), **looks[method])
             right.set_title(f"{network}, {wrong[0] if wrong else 'no noise'}: wrong labels learned, %")
-            right.set_xlabel("epochs of images")
+            right.set_xlabel("images seen / training images")
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
         matplotlib.rcParams.update(FILE)
         figure.savefig(out, metadata={"Date": None, "Description": f"from {len(lines)} runs"})
@@ -328,26 +331,50 @@ def picture(lines: Sequence[Record], out: Path) -> Path:
 
 HOW = """\
 All runs of a network make the same optimiser steps on the same number of rows; DLB and its control start with half a
-batch less. A seed draws the weights, the order, the augmentation and, where labels are drawn, the wrong labels. All
-methods start from the same weights and train on the same labels, so differences are paired by seed. Test labels are
-never wrong. "Wrong labels learned" counts, of 2000 training images without augmentation, those of the images with a
-wrong label for which the network predicts it."""
+batch less. DLB, alone and with mixup, its control, DDGSD and R-Drop show every image twice in a row (DDGSD and
+R-Drop in one batch) and so make half as many passes over the images as the other methods, which alone changes how
+many wrong labels are learned. So only of DLB is the difference to the control what its term of the loss does. A seed
+draws the weights, the order, the augmentation and, where they are drawn, the training images and the wrong labels.
+All methods start from the same weights and train on the same images and labels, so differences are paired by seed.
+Test labels are never wrong. "Wrong labels learned" is, of the images with a wrong label among 2000 training images
+without augmentation, the share for which the network predicts it."""
+MIRRORED = """\
+On {networks} images are mirrored at random and not shifted, so about half of the second views have the pixels of the
+first."""
+LAGS = """\
+Variants of DLB, all with its chosen setting and its order of images. The teacher of a repeated image is what the
+network said of it one step before (DLB, lag 1), two steps before (lag 2), or in the same step of another view of it
+(lag 0: one direction of DDGSD, with DLB's setting). "The same view twice" repeats the pixels, too. The new halves
+alone are the same steps with half the rows: no image twice in a row and no teacher."""
 TUNED = """\
-The settings of these methods were chosen by the program from as many runs each, by the last top-1 on a tenth of the
-training set that was held out with its wrong labels, on one network at one noise, with a seed of its own."""
-ROUGH = "A score on {n} images has a standard error of up to {points:.1f} points, so near ones may change places."
+The program chose the setting with the highest last top-1 on a tenth of the training set, which was held out with its
+wrong labels; a run per setting, with a seed that the study does not have. The setting is used on all networks and
+noises. Methods without a row have none of their own."""
+ROUGH = """\
+The runs are of {network} with {noise}; for other noises and networks another setting may be better. {wrong:.0f} % of
+the labels are wrong, so right answers would score about {right:.0f} %. {n} images give a score a standard error of
+up to {points:.1f} points, and the seed adds to it, so near ones may change places."""
 NOT = """\
 It does not show what another network, data set, image size, learning rate or a longer training would give. The
 learning rate, the weight decay and the schedule are one recipe for all methods of a network; no method's own was
-looked for. {wide} "Best" picks the evaluation by the test set and is optimistic; "last" is what a user has. The images
-are JPEG files, whose pixels differ a little from those of the data set, so no figure compares with published ones to a
-tenth of a point."""
+looked for. {wide} "Best" picks the evaluation by the test set and is optimistic; "last" is what a user has. The
+images are JPEG copies, whose pixels differ a little from those of the data set, so no figure compares with published
+ones to a tenth of a point."""
 WIDE = """\
-With few seeds a 95 % interval is wide ({n} seeds: {t:.2f} standard errors to either side), so a difference that is not
-shown may be there; and where there is no difference, one interval in twenty excludes 0 by chance (the sentences on
-{ours} read {count}, those on the highest mean more)."""
+With few seeds a 95 % interval is wide ({n} seeds: {t:.2f} standard errors to either side), so a difference that is
+not shown may be there. It is over seeds alone: all runs have the same test images, and the same labels where people
+gave them. Where there is no difference, one interval in twenty excludes 0 by chance, and the tables have {count}.
+The method with the highest mean was picked because it is high, so its intervals exclude 0 by chance more often than
+that."""
+BARS = """\
+Left: the bars are 95 % intervals of each method's mean. The sentences and tables have intervals of differences
+paired by seed, so methods may be shown to differ though their bars overlap. Right: means over the seeds."""
 ONE = "One seed gives no interval, so no difference is shown."
-SHORT = "The sentences are generated from the runs; each says what its interval says."
+SHORT = """\
+Generated from the runs. A difference is called higher or lower only where its 95 % interval excludes 0. The control,
+"{control}", has the batches of {ours} without its term of the loss: {ours} minus the control is what the term does,
+{ours} minus {base} also what it does to see images twice in a row in half as many passes."""
+BEST = "The method with the highest mean of last top-1, and those that are not shown to be lower:"
 
 
 def page(results: Path, protocol: Path, svg: str) -> str:
@@ -360,29 +387,52 @@ def page(results: Path, protocol: Path, svg: str) -> str:
     from scipy.stats import t
 
     said, best = statements(lines), best_methods(lines)
+    short = SHORT.format(
+        **{name: _label(lines, m) for name, m in (("ours", OURS), ("control", CONTROL), ("base", BASE))}
+    )
     n = max(len(of(lines, network=a, noise=b, method=c)) for a, b, c in {_key(line) for line in lines})
-    blocks = [f"# A study on {DATA}", SHORT if said or best else "", bullets(said)]
-    blocks += [bullets(best), f"![Accuracy over the noises, and wrong labels learned]({svg})"]
+    blocks = [f"# A study on {DATA}", short if said or best else "", bullets(said)]
+    blocks += [
+        BEST if best else "",
+        bullets(best),
+        f"![Accuracy over the noises, and wrong labels learned]({svg})",
+        BARS,
+    ]
     for network in ordered(lines, "network"):
         blocks += [f"## {network}", results_table([line for line in lines if line["network"] == network])]
     blocks.append(
-        "Mean ± sample standard deviation over seeds. The columns that begin with a minus are differences of last "
-        "top-1 in points, paired by seed, with 95 % t intervals, except of one seed or equal values. Seconds are the "
-        "training time of one run."
+        "Mean ± sample standard deviation over seeds, on the test set: last top-1, NLL (mean negative log-likelihood) "
+        "and ECE (expected calibration error) at the end of the training, best top-1 of all evaluations. Seconds are "
+        "the median time of a run, in which pauses and other work on the machine count. The last columns are "
+        "differences of last top-1 in points, paired by seed, with 95 % t intervals, except of one seed or equal "
+        "values."
     )
-    if ablations := once(every, "ablation"):
-        blocks += ["## The lag, and the second augmentation", ablation_table(ablations, lines)]
+    ablations = once(every, "ablation")
+    if ablations:
+        blocks += ["## The age of the teacher and the second visit", LAGS, ablation_table(ablations, lines)]
     if chosen := once(every, "chosen", "method"):
-        images = {line["test_images"] for line in once(every, "tuning") if "test_images" in line}
-        rough = [ROUGH.format(n=n, points=50 / math.sqrt(n)) for n in sorted(images)]
-        blocks += ["## Settings", " ".join([TUNED, *rough]), tuning_table(chosen)]
-    blocks += ["## How it was made", HOW]
-    wide, count = ONE, sum("95 % interval" in sentence for sentence in said)
+        finished = [line for line in once(every, "tuning") if "diverged" not in line]
+        rough = dict.fromkeys(
+            ROUGH.format(
+                network=line["network"],
+                noise=line["noise"],
+                wrong=100 * line["wrong_labels"],
+                right=100 - 100 * line["wrong_labels"],
+                n=line["test_images"],
+                points=50 / math.sqrt(line["test_images"]),
+            )
+            for line in finished
+        )
+        blocks += ["## Settings", " ".join([TUNED, *rough]), tuning_table(chosen, every)]
+    still = ordered([line for line in lines if line.get("config", {}).get("padding") == 0], "network")
+    mirrored = [MIRRORED.format(networks=" and ".join(still))] if still else []
+    blocks += ["## How it was made", " ".join([HOW, *mirrored])]
+    wide, count = ONE, sum(block.count(" [") for block in blocks if block.startswith("|"))
     if n > 1:
-        wide = WIDE.format(n=n, t=t.ppf(0.975, n - 1), count=count, ours=_label(lines, OURS))
+        wide = WIDE.format(n=n, t=t.ppf(0.975, n - 1), count=count)
     blocks += ["## What it does not show", NOT.format(wide=wide)]
     if lost := missing_runs(lines, protocol):
-        blocks += ["Runs of the protocol that were not made: " + "; ".join(lost) + "."]
+        blocks += ["Runs of the protocol that were not made:", bullets(lost)]
     where = protocol.relative_to(ROOT) if protocol.is_relative_to(ROOT) else protocol.name
     name = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results.name
     first = next((line["cell"] for line in lines if line["method"] == OURS), lines[0]["cell"])
@@ -391,7 +441,7 @@ def page(results: Path, protocol: Path, svg: str) -> str:
         "## Again",
         f"```bash\n{command}\n{command} --tuned {name} --only {first}   # one run\n"
         f"python -m benchmarks.study_page OUT/results.jsonl --out docs/study.md\n```",
-        f"`{where}` says where the data and the labels come from. The runs: {origin(lines)}",
+        f"`{where}` says where the data and the labels come from. The runs: {origin([*lines, *ablations])}",
     ]
     made = [one if one.startswith(("|", "*", "```", "#", "!")) else wrapped(one) for one in blocks if one]
     return "\n\n".join(made) + "\n"
@@ -402,17 +452,22 @@ def _key(line: Record) -> tuple[str, str, str]:
 
 
 def short_form(results: Path) -> str:
-    """The few lines of the README: DLB, its control and cross entropy on the first network."""
-    lines = runs_of(results)
-    lines = [line for line in lines if line["network"] == lines[0]["network"]]
-    noises = ordered(lines, "noise")
-    noises = [noise for noise in noises if of(lines, noise=noise, method=OURS)] or noises
-    rows = []
-    for method in ordered(lines, "method"):
-        groups = [[last(r) for r in of(lines, noise=noise, method=method)] for noise in noises]
-        rows.append([_label(lines, method), *(f"{spread(g)} ({len(g)})" if g else "-" for g in groups)])
-    heads = [f"last top-1 %, {lines[0]['network']} on {DATA}", *(named(lines, noise) for noise in noises)]
-    return f"{table(heads, rows, right=True)}\n\nMean ± standard deviation (seeds).\n\n{bullets(statements(lines))}"
+    """The table of the README: DLB, its control, cross entropy and the best method, a row per network and noise."""
+    lines, rows = runs_of(results), []
+    for network in ordered(lines, "network"):
+        here = [line for line in lines if line["network"] == network]
+        for noise in ordered(here, "noise"):
+            groups = {m: runs for m in ordered(here, "method") if (runs := of(here, noise=noise, method=m))}
+            if OURS not in groups:
+                continue
+            gaps = [shown(difference(groups[OURS], groups.get(other, []))) for other in (CONTROL, BASE)]
+            values = [spread(list(map(last, groups.get(m, [])))) if m in groups else "-" for m in (BASE, CONTROL, OURS)]
+            top = max(groups, key=lambda m: statistics.fmean(map(last, groups[m])))
+            best = f"{_label(here, top)} {statistics.fmean(map(last, groups[top])):.2f}, of {len(groups)}"
+            rows.append([network, named(here, noise), *values, *gaps, best])
+    names = [_label(lines, m) for m in (BASE, CONTROL, OURS)]
+    minus = [f"{names[2]} minus {name}" for name in (names[1], names[0])]
+    return table(["network", "wrong labels", *names, *minus, "highest mean"], rows, right=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

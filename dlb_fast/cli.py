@@ -511,7 +511,7 @@ def _study(args: argparse.Namespace, data: str | None, rest: list[str], own: dic
     if given := [name for name in in_file if getattr(args, name) is not None]:
         raise ValueError(f"compare: --{given[0]} has no effect with --protocol, which names it; --only chooses runs")
     if args.out is None:
-        raise ValueError("compare: --protocol needs --out, the folder that every sitting continues")
+        raise ValueError("compare: --protocol needs --out, the folder whose study is continued")
     protocol = load_protocol(args.protocol, load_preset)
     own |= dict.fromkeys(("seed", "method"), "the protocol names it; --only chooses runs")
     protocol = protocol.with_flags(parse_flags(RunConfig, protocol.common, rest, "dlb-fast compare", also=own))

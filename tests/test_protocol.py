@@ -215,7 +215,7 @@ def test_a_run_with_its_tuning(study, monkeypatch, capsys):
         compare.run_protocol(load_protocol(changed(study, methods__both=other), load_preset), out, dry=True)
 
 
-def test_two_sittings_on_one_folder(study, tmp_path):
+def test_two_commands_on_one_folder(study, tmp_path):
     from dlb_fast.train.run import lock_folder
 
     (tmp_path / "o").mkdir()
@@ -245,15 +245,13 @@ def made(study, monkeypatch):
     return call
 
 
-def test_a_cut_last_line_is_made_again_and_other_damage_is_named(made, study, capsys):
+def test_damage_of_the_results_is_named(made, study):
     file = study.parent / "o" / "results.jsonl"
     names = made("o", only=["cnn/ce/*"])
     assert len(names) == 4 and made("o", only=["cnn/ce/*"]) == []
     whole = file.read_bytes()
-    file.write_bytes(whole[:-30])
-    assert made("o", only=["cnn/ce/*"]) == names[3:] and file.read_bytes() == whole
-    assert "results.jsonl:4: the line is cut and left out" in capsys.readouterr().err
     for damage in (
+        whole[:-30],
         whole[:20] + b"\n" + whole,
         b"\xff\x00\n" + whole,
         b"{}\n" + whole,
@@ -263,7 +261,7 @@ def test_a_cut_last_line_is_made_again_and_other_damage_is_named(made, study, ca
         b"1\n" + whole,
     ):
         file.write_bytes(damage)
-        with pytest.raises(ValueError, match=r"results.jsonl:[15]: not a summary .*; delete the line, and its run is"):
+        with pytest.raises(ValueError, match=r"results.jsonl:[145]: not a summary .*; delete the line, and its run is"):
             made("o")
     file.write_bytes(whole + b"\n")  # an empty line is none
     assert made("o", only=["cnn/ce/*"]) == []
@@ -285,7 +283,7 @@ def test_nothing_is_tuned_where_the_settings_are_given(made, study):
 
 
 def test_data_of_another_kind_than_the_protocol_s(made, study, tmp_path):
-    """A sitting goes on with the kind that the first one was given, and no other."""
+    """A command goes on with the kind that the first one was given, and no other."""
     for name in (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"):
         records = torch.randint(256, (8, 3073), dtype=torch.uint8)
         records[:, 0] = torch.arange(8) % 4
@@ -328,8 +326,8 @@ def test_a_missing_or_wrong_label_file_is_found_before_the_first_run(made, study
     assert made("o", only=["*/none/*"])
 
 
-def test_lines_that_another_sitting_writes_meanwhile_are_kept(made, study, monkeypatch):
-    """A sitting reads the results before it waits for the folder; another may have ended in between."""
+def test_lines_that_another_command_writes_meanwhile_are_kept(made, study, monkeypatch):
+    """A command reads the results before it waits for the folder; another may have ended in between."""
     file, before = study.parent / "o" / "results.jsonl", compare.claimed
     made("o", only=["cnn/ce/none/seed0"])
     line = {**compare.read_results(file)[0], "cell": "gone/x", "extra": 1}
@@ -419,7 +417,7 @@ def test_an_interrupted_command_ends_its_runs(study, tmp_path):
 
 @pytest.mark.slow
 def test_killed_in_the_middle_and_continued(study, tmp_path):
-    """Workers end with a killed command, and the next sitting gives the same weights as an uninterrupted one."""
+    """Workers end with a killed command, and the next command gives the same weights as an uninterrupted one."""
     command = [sys.executable, "-m", "dlb_fast", "compare", "--protocol", str(study), "--jobs", "2"]
     command += ["--max-steps", "200", "--eval-every", "20", "--only", "cnn/ce/*/seed0"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"

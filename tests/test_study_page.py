@@ -58,13 +58,13 @@ def test_the_interval_by_hand():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ((1, 2, 3), "+2.00 points (95 % interval -0.48 to 4.48), above on 3 of 3 seeds: the interval includes 0"),
-        ((1, 1.1, 1.2), "above on 3 of 3 seeds: higher, the interval excludes 0"),
-        ((-1, -1.1, -1.2), "above on 0 of 3 seeds: lower, the interval excludes 0"),
-        ((-2, 0, 2), "+0.00 points (95 % interval -4.97 to 4.97), above on 1 of 3 seeds: the interval includes 0"),
+        ((1, 2, 3), "+2.00 points (95 % interval -0.48 to 4.48), above 0 on 3 of 3 seeds: the interval includes 0"),
+        ((1, 1.1, 1.2), "above 0 on 3 of 3 seeds: higher, the interval excludes 0"),
+        ((-1, -1.1, -1.2), "above 0 on 0 of 3 seeds: lower, the interval excludes 0"),
+        ((-2, 0, 2), "+0.00 points (95 % interval -4.97 to 4.97), above 0 on 1 of 3 seeds: the interval includes 0"),
         ((0.5, 0.5, 0.5), "+0.50 points on each of 3 seeds: without a spread there is no interval"),
         ((0, 0), "+0.00 points on each of 2 seeds: without a spread there is no interval"),
-        ((1, 1.2), "+1.10 points (95 % interval -0.17 to 2.37), above on 2 of 2 seeds: the interval includes 0"),
+        ((1, 1.2), "+1.10 points (95 % interval -0.17 to 2.37), above 0 on 2 of 2 seeds: the interval includes 0"),
         ((1.5,), "+1.50 points on the one seed there is, which says nothing about others"),
     ],
 )
@@ -84,23 +84,31 @@ def test_the_page(results, tmp_path):
         r[1]: r for x in text.splitlines() if x.startswith("| sym") for r in [[c.strip() for c in x.split("|")[1:-1]]]
     }
     assert rows["DLB"] == [
-        "sym", "DLB", "3", "74.00 ± 2.00", "76.00 ± 2.00", "1.500 ± 0.000", "20.0 ± 0.0", "60 ± 0",
+        "sym", "DLB", "3", "74.00 ± 2.00", "76.00 ± 2.00", "1.500 ± 0.000", "20.0 ± 0.0", "60",
         "+2.00 [-0.48, 4.48]", "+3.00 [0.52, 5.48]",
     ]  # fmt: skip
     assert rows["LATE"][2] == "0 (1 diverged)"
     assert rows["LAG0"][1:] == ["LAG0", "net", "3", "73.00 ± 2.00", "-1.00"]
     flat = " ".join(text.split())
     assert (
-        "DLB minus TWO_VIEW +2.00 points (95 % interval -0.48 to 4.48), above on 3 of 3 seeds: the interval in" in flat
+        "DLB minus TWO_VIEW is +2.00 points (95 % interval -0.48 to 4.48), above 0 on 3 of 3 seeds: the interval in"
+        in flat
     )
-    assert "DLB minus CE +3.00 points (95 % interval 0.52 to 5.48), above on 3 of 3 seeds: higher" in flat
-    assert "DLB has the highest mean; not shown to be lower: TWO_VIEW." in flat
-    assert "| dlb | alpha 3 | 62.50 | chosen |" in text and "| dlb | alpha 1 | 50.00 | - |" in text
-    assert "A score on 100 images has a standard error of up to 5.0 points" in flat
-    assert "Runs of the protocol that were not made: net: 1 of ce, 1 of dlb; large: none of 4." in flat
-    assert "a machine, 2 at a time of 1 threads, torch 2; commits abc; 2026-12-01 to 2026-12-01" in flat
+    assert "DLB minus CE is +3.00 points (95 % interval 0.52 to 5.48), above 0 on 3 of 3 seeds: higher" in flat
+    assert "DLB has the highest mean. Not shown to be lower: TWO_VIEW." in flat
+    assert "| DLB | alpha 3 | 62.50 | chosen |" in text and "| DLB | alpha 1 | 50.00 | - |" in text
+    assert "40 % of the labels are wrong, so right answers would score about 60 %. 100 images give" in flat
+    assert "Runs of the protocol that were not made: * net: 1 of ce; 1 of dlb * large: none of 4" in flat
+    assert "2 at a time, threads each: 1, a machine, torch 2; commits abc; 2026-12-01 to 2026-12-01" in flat
     assert max(map(len, (x for x in text.splitlines() if not x.startswith(("|", "dlb-fast", "python"))))) <= 120
-    assert "| DLB | 74.00 ± 2.00 (3) |" in study_page.short_form(results)
+
+
+def test_the_short_form(results):
+    row = study_page.short_form(results).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "net", "sym (40.0 % wrong)", "71.00 ± 1.00", "72.00 ± 1.00", "74.00 ± 2.00", "+2.00 [-0.48, 4.48]",
+        "+3.00 [0.52, 5.48]", "DLB 74.00, of 3",
+    ]  # fmt: skip
 
 
 def write(tmp_path, lines):
@@ -126,22 +134,22 @@ def test_partial_results(tmp_path):
     runs = [line(m, s, v) for m, values in many.items() for s, v in enumerate(values)]
     text = write(tmp_path, [*runs[:5], lost("dlb", 2)])
     assert (
-        "DLB minus TWO_VIEW +1.00 points on each of 2 seeds: without a spread there is no interval; DLB diverged with "
-        "seed 2." in text
+        "DLB minus TWO_VIEW is +1.00 points on each of 2 seeds: without a spread there is no interval; DLB diverged "
+        "with seed 2." in text
     )
     text = write(tmp_path, [*runs[:3], *(lost("dlb", s) for s in range(3))])
     assert "DLB minus TWO_VIEW has no seed on which both finished; DLB diverged with seeds 0, 1, 2." in text
     text = write(tmp_path, [lost("dlb", 0)])  # nothing finished
-    assert "| sym | DLB | 0 (1 diverged) |" in text and "The runs: none finished." in text and "generated" not in text
+    assert "| sym | DLB | 0 (1 diverged) |" in text and "The runs: none finished." in text and "Generated" not in text
     text = write(tmp_path, [line("ce", 0, 60), line("dlb", 1, 70)])  # no seed in common
-    assert "DLB has the highest mean; without a seed in common: CE." in text and "DLB minus" not in text
+    assert "DLB has the highest mean. Without a seed in common: CE." in text and "DLB minus CE is" not in text
     assert "One seed gives no interval, so no difference is shown." in text and "inf" not in text
     text = write(tmp_path, [line(m, s, 60 + s) for m in ("ce", "dlb") for s in range(2)])
-    assert "CE, DLB have the highest mean; not shown to be lower: DLB." in text
+    assert "CE has the highest mean. Not shown to be lower: DLB." in text
     # the highest mean is of other seeds than what it is compared on
     text = write(tmp_path, [*(line("ce", s, v) for s, v in enumerate((50, 50.2, 90))),
                             *(line("dlb", s, v) for s, v in enumerate((60, 60)))])  # fmt: skip
-    assert "CE has the highest mean; not shown to be lower: DLB." in text
+    assert "CE has the highest mean. Not shown to be lower: DLB." in text
     assert study_page.named([line("ce", s, 60, wrong_labels=w) for s, w in enumerate((0.101, 0.099, 0.1))], "sym") == (
         "sym (9.9 to 10.1 % wrong)"
     )
@@ -156,7 +164,7 @@ def test_joined_files_count_a_run_once(tmp_path):
     text = write(tmp_path, [run, *[other] * 2, *[chosen] * 2, {**lost("lag2", 0), "kind": "ablation", "cell": "x"}])
     assert "| sym | LAG2 | net | 0 (1 diverged) | - | - |" in text
     assert "| sym | LAG0 | net | 1 | 60.00 | -10.00 |" in text
-    assert text.count("| dlb | impl cpu | diverged | chosen |") == 1
+    assert text.count("| DLB | impl cpu | diverged | chosen |") == 1
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(ValueError, match="none.jsonl holds no run"):
         study_page.short_form(tmp_path / "none.jsonl")

@@ -382,10 +382,8 @@ def _processor() -> str:
 def read_results(path: Path | str) -> list[dict[str, Any]]:
     """The lines of a summary file: `kind` is run, tuning or chosen. Empty where there is no file.
 
-    A last line that is cut (it has no end of line and is no JSON) is left out with a warning: its run is made again.
-
     Raises:
-        ValueError: another line that is no JSON object with a `kind`; names the line.
+        ValueError: a line that is no JSON object with a `kind`; names the line.
     """
     path, found = Path(path), []
     lines = (path.read_bytes() if path.exists() else b"").split(b"\n")
@@ -399,9 +397,6 @@ def read_results(path: Path | str) -> list[dict[str, Any]]:
             if kind is None or (missing := [key for key in needed if key not in values]):
                 raise ValueError(f"expected an object with {', '.join(missing) if kind else 'kind'}")
         except ValueError as error:
-            if number == len(lines):
-                print(f"{path}:{number}: the line is cut and left out", file=sys.stderr)
-                break
             raise ValueError(
                 f"{path}:{number}: not a summary ({error}); delete the line, and its run is made again"
             ) from None
@@ -479,11 +474,13 @@ def states(protocol: Protocol, results: Sequence[Mapping[str, Any]]) -> State:
 
 
 def _choice(protocol: Protocol, state: State, method: str) -> dict[str, Any] | None:
-    """The line that says which setting of a method is best on the held-out images; None before all are tried.
+    """The line that says which setting of a method is best on the held-out images; None before all are tried or after.
 
     The best last top-1 decides, of equals the first. A run that diverged is not chosen.
     """
     entry = protocol.methods[method]
+    if not entry.settings or method in state.chosen:
+        return None
     lines = [state.done.get(f"tuning/{method}/{number}") for number in range(len(entry.settings))]
     if any(line is None for line in lines):
         return None
@@ -582,8 +579,14 @@ def run_protocol(
     runs = {cell.name: protocol.methods[cell.method].label for cell in state.cells}
     asked = {"config": None, "runs": runs, "command": command, "data": identity(opened)}
 
-    def keep(line: dict[str, Any]) -> None:
-        lines.append(json.loads(json.dumps(line)))
+    def keep() -> None:
+        """Choose the settings whose trials are all done, and write."""
+        nonlocal state
+        state = states(protocol, lines)
+        for method in protocol.methods:
+            if (choice := _choice(protocol, state, method)) is not None:
+                lines.append(choice)
+        state = states(protocol, lines)
         write_results(out / RESULTS, lines)
 
     def prepare(cell: Cell) -> Work | None:
@@ -597,21 +600,14 @@ def run_protocol(
         return Work(str(out / cell.name), config, about, None if cell.tried is None else cell.seed)
 
     def record(cell: Cell, line: dict[str, Any]) -> None:
-        nonlocal state
-        keep({**line, "jobs": jobs})
-        state = states(protocol, lines)
-        if cell.tried is not None and (choice := _choice(protocol, state, cell.method)) is not None:
-            keep(choice)
-            state = states(protocol, lines)
+        lines.append(json.loads(json.dumps({**line, "jobs": jobs})))
+        keep()
         top1 = line["diverged"] if "diverged" in line else f"top-1 {100 * line['last']['test_top1']:.2f} %"
         _say(len(state.done), len(state.cells), cell.name, top1)
 
     with claimed(out, asked):
-        state = read()  # another sitting may have ended since
-        for method, entry in protocol.methods.items():  # a kill may have come between the last trial and the choice
-            if entry.settings and method not in state.chosen and (choice := _choice(protocol, state, method)):
-                keep(choice)
-        state = states(protocol, lines)
+        read()  # another command may have ended since
+        keep()
         todo = _with_tuning(protocol, state, [c for c in state.asked(only) if c.name not in state.done])
         todo = [cell for cell in todo if runs_here(protocol.base(cell.network).train.device)]
         trials = {cell.name for cell in todo if cell.tried is not None}
@@ -665,5 +661,5 @@ def remaining_seconds(state: State, cells: Sequence[Cell]) -> float | None:
         same = [line for line in lines if line["method"] == cell.method] or lines
         if not same:
             return None
-        total += statistics.fmean(line["seconds"] for line in same)
+        total += statistics.median(line["seconds"] for line in same)  # a run may have been paused
     return total

@@ -92,7 +92,7 @@ class Protocol:
     def cells(self, chosen: Chosen | None = None) -> list[Cell]:
         """All runs in their order: table by table, first what chooses its settings, then seed by seed.
 
-        So a sitting that ends early leaves whole tables of fewer seeds. `chosen`: method -> its setting.
+        So a command that ends early leaves whole tables of fewer seeds. `chosen`: method -> its setting.
         """
         chosen, found = chosen or {}, dict[str, Cell]()
         config: RunConfig | None
