@@ -6,6 +6,7 @@ import math
 import pytest
 
 from benchmarks import study_page
+from benchmarks.tables import ROOT, newest
 
 # three seeds of last top-1 in %; the differences DLB - control are 1, 2, 3
 TOP1 = {"ce": (70, 71, 72), "two_view": (71, 72, 73), "dlb": (72, 74, 76)}
@@ -109,6 +110,11 @@ def test_the_short_form(results):
         "net", "sym (40.0 % wrong)", "71.00 ± 1.00", "72.00 ± 1.00", "74.00 ± 2.00", "+2.00 [-0.48, 4.48]",
         "+3.00 [0.52, 5.48]", "DLB 74.00, of 3",
     ]  # fmt: skip
+
+
+def test_the_committed_page_is_that_of_the_committed_runs():
+    page = study_page.page(newest("cifar10-*.jsonl"), study_page.PROTOCOL, "study.svg")
+    assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == page, "stale: python -m benchmarks.study_page"
 
 
 def write(tmp_path, lines):
